@@ -1,0 +1,59 @@
+# The commands of Horace. `make demo` and `make test` each do all of their own set-up.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS ?= cpu,train,test
+DEMO := artifacts/demo
+DEMO_EPOCHS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check format protos bench data clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.installed data ## Train, export, index, evaluate, serve and search Fashion-MNIST
+	@BIN=$(BIN) OUT=$(DEMO) EPOCHS=$(DEMO_EPOCHS) bash examples/demo.sh
+
+test: $(VENV)/.installed ## The whole suite but what is marked slow or gpu
+	$(BIN)/pytest -m "not slow and not gpu"
+
+test-slow: $(VENV)/.installed ## What takes over a minute a test
+	$(BIN)/pytest -m "slow and not gpu"
+
+coverage: $(VENV)/.installed ## The suite with branch coverage
+	$(BIN)/coverage run -m pytest -m "not slow and not gpu"
+	$(BIN)/coverage report
+
+check: $(VENV)/.installed ## Format, lint, types and the walls between packages
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed ## Mend format and what lint can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+protos: $(VENV)/.installed ## Generate the code of protos/horace.proto
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. protos/horace.proto
+
+bench: $(VENV)/.installed ## Run the benchmarks; results go to benchmarks/results
+	$(BIN)/pip install --quiet -e '.[bench]'
+	$(BIN)/python -m benchmarks.decoders
+
+data: $(VENV)/.installed ## Fashion-MNIST: Debian's package, else a checked download
+	@$(BIN)/python -c 'from models.images import open_source; open_source("fashion-mnist")' 2>/dev/null \
+	  || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	       && apt-get update -qq && apt-get install -y -qq dataset-fashion-mnist; } \
+	  || true
+	@$(BIN)/python -m models.fashion_mnist
+
+clean: ## Remove the environment and every artefact
+	rm -rf $(VENV) artifacts .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python: expected 3.11 or newer, found %d.%d; run make PYTHON=python3.11" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable '.[$(EXTRAS)]'
+	touch $@

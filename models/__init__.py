@@ -1,0 +1,1 @@
+"""What an image encoder is, and how to run one anywhere."""

@@ -1,0 +1,274 @@
+"""The bundle: an exported encoder in a directory, and the fingerprint that names it.
+
+`train.export` writes one; `serve` and `index` read it. It holds `encoder.onnx`, optionally
+`random.onnx` (the same network before its first training step: the baseline row of an
+evaluation), and `bundle.json`, which says what they are, where they come from, and the
+SHA-256 of each.
+
+Rules:
+    The fingerprint is the SHA-256 of the canonical JSON of what decides a vector: the hash
+    of the encoder's file, the preprocessing, the output. Nothing else enters it.
+    A file that does not match its recorded hash is never opened.
+    A bundle is written under a temporary name and renamed: it is whole or absent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from models.errors import BundleError
+from models.files import atomic_directory, canonical_json, sha256_file
+from models.preprocess import PreprocessSpec
+
+SCHEMA_VERSION = 1
+BUNDLE_FILE = "bundle.json"
+ENCODER_FILE = "encoder.onnx"
+RANDOM_FILE = "random.onnx"
+
+SHIPPED_BUNDLE = Path(__file__).parent / "shipped" / "fashion-mnist"
+"""The small encoder that comes with Horace, trained on Fashion-MNIST by `train.pretrain`."""
+
+Json = str | int | float | bool | None | list["Json"] | dict[str, "Json"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputSpec:
+    """What leaves the graph: float32 vectors of `dim`, not normalised."""
+
+    dim: int
+
+    def to_json(self) -> dict[str, Json]:
+        """Give the spec as it stands in `bundle.json` and in the fingerprint."""
+        return {"dim": self.dim, "dtype": "float32", "normalized": False}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """One bundle on disk.
+
+    Attributes:
+        path: its directory.
+        name: a word for people; no part of the fingerprint.
+        preprocessing: how bytes become the graph's uint8 input.
+        output: what the graph gives.
+        files: SHA-256 by file name.
+        fingerprint: 64 hexadecimal digits that name the encoder.
+        provenance: command, seed, data, versions and evaluation that it came from.
+    """
+
+    path: Path
+    name: str
+    preprocessing: PreprocessSpec
+    output: OutputSpec
+    files: Mapping[str, str]
+    fingerprint: str
+    provenance: Mapping[str, Json]
+
+    @property
+    def dim(self) -> int:
+        """Length of a vector."""
+        return self.output.dim
+
+    @property
+    def encoder_path(self) -> Path:
+        """The ONNX file that serves."""
+        return self.path / ENCODER_FILE
+
+    @property
+    def random_path(self) -> Path | None:
+        """The untrained twin, where the bundle has one."""
+        return self.path / RANDOM_FILE if RANDOM_FILE in self.files else None
+
+
+def fingerprint_of(encoder_sha256: str, preprocessing: PreprocessSpec, output: OutputSpec) -> str:
+    """Name an encoder by everything that decides its vectors, and by nothing else."""
+    identity = {
+        "encoder_sha256": encoder_sha256,
+        "preprocessing": preprocessing.to_json(),
+        "output": output.to_json(),
+    }
+    return hashlib.sha256(canonical_json(identity)).hexdigest()
+
+
+def write_bundle(
+    path: Path,
+    *,
+    name: str,
+    files: Mapping[str, Path],
+    preprocessing: PreprocessSpec,
+    output: OutputSpec,
+    provenance: Mapping[str, Json],
+    replace: bool = False,
+) -> Bundle:
+    """Copy `files` into a new bundle at `path`, with their hashes and the fingerprint.
+
+    Args:
+        path: the bundle's directory; made whole, or not at all.
+        name: a word for people.
+        files: source path by name in the bundle; `encoder.onnx` must be among them.
+        preprocessing: how bytes become the graph's input.
+        output: what the graph gives.
+        provenance: anything JSON that says where the encoder comes from.
+        replace: whether an existing bundle may be replaced.
+
+    Raises:
+        BundleError: `encoder.onnx` is missing, or `path` holds something already.
+    """
+    if ENCODER_FILE not in files:
+        raise BundleError("bundle files", expected=ENCODER_FILE, found=", ".join(files) or "none")
+    _refuse_foreign_target(path, replace=replace)
+    with atomic_directory(path, replace=replace) as temporary:
+        for file_name, source in files.items():
+            shutil.copyfile(source, temporary / file_name)
+        hashes = {file_name: sha256_file(temporary / file_name) for file_name in files}
+        document = {
+            "schema_version": SCHEMA_VERSION,
+            "name": name,
+            "input": _input_json(preprocessing),
+            "preprocessing": preprocessing.to_json(),
+            "output": output.to_json(),
+            "fingerprint": fingerprint_of(hashes[ENCODER_FILE], preprocessing, output),
+            "files": hashes,
+            "provenance": dict(provenance),
+        }
+        text = json.dumps(document, indent=2, allow_nan=False)
+        (temporary / BUNDLE_FILE).write_text(text + "\n")
+    return read_bundle(path)
+
+
+def read_bundle(path: Path, *, verify: bool = True) -> Bundle:
+    """Read a bundle's description and check that it is what it says.
+
+    Args:
+        path: the bundle's directory.
+        verify: whether to hash every file, too; the fingerprint is always recomputed.
+
+    Raises:
+        BundleError: there is none, it is of another schema, a file is missing or does not
+            match its hash, or the fingerprint is not that of its content.
+    """
+    document = _read_document(path)
+    try:
+        bundle = Bundle(
+            path=path,
+            name=cast(str, document["name"]),
+            preprocessing=PreprocessSpec.from_json(
+                cast(dict[str, Json], document["preprocessing"])
+            ),
+            output=OutputSpec(dim=int(cast(dict[str, int], document["output"])["dim"])),
+            files=dict(cast(dict[str, str], document["files"])),
+            fingerprint=cast(str, document["fingerprint"]),
+            provenance=dict(cast(dict[str, Json], document["provenance"])),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise BundleError(
+            str(path / BUNDLE_FILE),
+            expected=f"a bundle of schema {SCHEMA_VERSION}",
+            found=f"no usable field {error}",
+            mend="export it again with `python -m train.export`",
+        ) from error
+    _check_files(bundle, verify=verify)
+    _check_fingerprint(bundle)
+    return bundle
+
+
+def _input_json(preprocessing: PreprocessSpec) -> dict[str, Json]:
+    """Say what the graph takes, for readers that know nothing of our preprocessing."""
+    shape: list[Json] = ["N", preprocessing.height, preprocessing.width, preprocessing.channels]
+    return {"dtype": "uint8", "layout": "NHWC", "shape": shape}
+
+
+def _refuse_foreign_target(path: Path, *, replace: bool) -> None:
+    """Leave alone what exists, unless it is a bundle and may be replaced."""
+    if not path.exists():
+        return
+    if not (path / BUNDLE_FILE).is_file():
+        raise BundleError(
+            str(path),
+            expected="a new directory, or a bundle to replace",
+            found="something else of that name",
+            mend="choose another name",
+        )
+    if not replace:
+        raise BundleError(
+            str(path),
+            expected="a new directory",
+            found="a bundle",
+            mend="choose another name, or replace it with --replace",
+        )
+
+
+def _read_document(path: Path) -> dict[str, Json]:
+    """Parse `bundle.json` and check its schema version."""
+    file = path / BUNDLE_FILE
+    if not file.is_file():
+        found = "no such directory" if not path.exists() else f"no {BUNDLE_FILE} in it"
+        raise BundleError(
+            str(path),
+            expected="a bundle directory",
+            found=found,
+            mend="make one with `python -m train.export RUN --out BUNDLE`",
+        )
+    try:
+        document = json.loads(file.read_bytes())
+        version = document["schema_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BundleError(
+            str(file), expected="JSON with a schema_version", found="something else"
+        ) from error
+    if version != SCHEMA_VERSION:
+        raise BundleError(
+            str(file),
+            expected=f"schema version {SCHEMA_VERSION}",
+            found=f"version {version}",
+            mend="open it with the Horace that wrote it, or export it again",
+        )
+    return cast(dict[str, Json], document)
+
+
+def _check_files(bundle: Bundle, *, verify: bool) -> None:
+    """Hold every recorded file against its presence and, on request, its hash."""
+    for file_name, recorded in bundle.files.items():
+        file = bundle.path / file_name
+        if Path(file_name).name != file_name or not file.is_file():
+            raise BundleError(
+                str(file),
+                expected=f"a file that {BUNDLE_FILE} lists",
+                found="none",
+                mend="copy the bundle again, whole",
+            )
+        if verify:
+            check_sha256(file, expected=recorded, found=sha256_file(file))
+
+
+def check_sha256(file: Path, *, expected: str, found: str) -> None:
+    """Refuse a bundle's file whose hash is not the recorded one.
+
+    Raises:
+        BundleError: the hashes differ.
+    """
+    if found != expected:
+        raise BundleError(
+            str(file),
+            expected=f"SHA-256 {expected}",
+            found=found,
+            mend="the file is damaged: copy the bundle again, or export it again",
+        )
+
+
+def _check_fingerprint(bundle: Bundle) -> None:
+    """Recompute the fingerprint: an edited `bundle.json` must not pass for another encoder."""
+    actual = fingerprint_of(bundle.files.get(ENCODER_FILE, ""), bundle.preprocessing, bundle.output)
+    if actual != bundle.fingerprint:
+        raise BundleError(
+            str(bundle.path / BUNDLE_FILE),
+            expected=f"fingerprint {actual} for this content",
+            found=bundle.fingerprint,
+            mend="the file was edited: export the bundle again",
+        )

@@ -1,0 +1,118 @@
+"""How every command of Horace starts, reports progress and ends.
+
+Rules:
+    A `HoraceError` is printed as one line on stderr; the exit status is 2 for bad use,
+    1 for failed work, 130 for Ctrl-C. A traceback is shown only with `--debug`.
+    Options are a frozen keyword-only dataclass that tyro reads; its `__post_init__`
+    validates and raises `UsageError`.
+    Progress is a bar on a terminal, and elsewhere a log line now and then.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
+
+import tyro
+from tqdm import tqdm
+
+from models.errors import HoraceError, UsageError
+
+Item = TypeVar("Item")
+Options = TypeVar("Options")
+
+LOG_EVERY_S = 10.0
+"""Seconds between two progress lines where there is no terminal."""
+
+log = logging.getLogger("horace")
+
+
+def run_command(
+    options_type: type[Options],
+    main: Callable[[Options], None],
+    *,
+    prog: str,
+    argv: Sequence[str] | None = None,
+    default: Options | None = None,
+) -> int:
+    """Parse the options, run `main`, and give the exit status of what came of it.
+
+    Args:
+        options_type: a frozen dataclass; its docstrings are the command's help.
+        main: does the work; raises `HoraceError` for what a person can mend.
+        prog: the command as people type it, such as `python -m index.build`.
+        argv: the arguments; those of the process where None.
+        default: an instance whose values stand in for the fields' defaults (a preset).
+
+    Raises:
+        SystemExit: tyro's own, with status 2, for arguments that do not parse.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.captureWarnings(True)
+    help_text = inspect.getdoc(options_type) or ""
+    try:
+        options = tyro.cli(
+            options_type,
+            prog=prog,
+            args=[arg for arg in args if arg != "--debug"],
+            description=f"{help_text}\n\nWith --debug an error shows its traceback.",
+            default=tyro.MISSING_NONPROP if default is None else default,
+        )
+        main(options)
+    except HoraceError as error:
+        if debug:
+            raise
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `... | head` has what it wants
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def progress(
+    items: Iterable[Item], *, what: str, total: int | None = None, unit: str = "image"
+) -> Iterator[Item]:
+    """Yield `items` and show how far along they are, how fast, and when they end.
+
+    Args:
+        items: what is being worked through.
+        what: a word or two for the work, such as `embedding`.
+        total: how many there are, where known.
+        unit: what one item is; an item with a length counts as that many units.
+    """
+    on_terminal = sys.stderr.isatty()
+    bar = tqdm(total=total, desc=what, unit=f" {unit}", disable=not on_terminal, unit_scale=False)
+    start_s = last_s = time.monotonic()
+    done = 0
+    with bar:
+        for item in items:
+            yield item
+            step = len(item) if hasattr(item, "__len__") else 1
+            done += step
+            bar.update(step)
+            now_s = time.monotonic()
+            if not on_terminal and now_s - last_s >= LOG_EVERY_S:
+                last_s = now_s
+                log.info("%s", _progress_line(what, done, total, unit, now_s - start_s))
+    if not on_terminal:
+        log.info("%s", _progress_line(what, done, total, unit, time.monotonic() - start_s))
+
+
+def _progress_line(what: str, done: int, total: int | None, unit: str, elapsed_s: float) -> str:
+    """Say `embedding 512/60000 images, 4000/s, 15 s left`."""
+    rate = done / elapsed_s if elapsed_s > 0 else 0.0
+    of_total = "" if total is None else f"/{total}"
+    line = f"{what} {done}{of_total} {unit}s, {rate:.0f}/s"
+    if total is not None and 0 < done < total:
+        line += f", {(total - done) / rate:.0f} s left"
+    return line

@@ -1,0 +1,76 @@
+"""How many CPUs this process may really use, and how its work shares them.
+
+A container's CPU limit is not what `os.cpu_count` says: ONNX Runtime, faiss and Python
+size their pools to the host and are then throttled (onnxruntime#29510). Every pool of
+Horace is sized from `cpu_budget` instead.
+
+Source: the Linux kernel's cgroup-v2 documentation (`cpu.max`) and, for version 1,
+`cpu.cfs_quota_us` and `cpu.cfs_period_us`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+CGROUP_ROOT = Path("/sys/fs/cgroup")
+SELF_CGROUP = Path("/proc/self/cgroup")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CpuShares:
+    """Threads for the two kinds of work that one CPU budget pays for."""
+
+    decode_threads: int
+    inference_threads: int
+
+
+def cpu_budget(root: Path = CGROUP_ROOT, self_cgroup: Path = SELF_CGROUP) -> int:
+    """Count the CPUs that affinity and cgroup limits leave to this process, at least 1."""
+    allowed = len(os.sched_getaffinity(0))
+    limits = [_quota_cpus(folder) for folder in _cgroup_folders(root, self_cgroup)]
+    quota = min((limit for limit in limits if limit is not None), default=math.inf)
+    return max(1, min(allowed, math.ceil(quota) if quota < math.inf else allowed))
+
+
+def share_cpus(budget: int) -> CpuShares:
+    """Split `budget` CPUs between decoding and inference.
+
+    Inference may use all of them: it dominates for every encoder but the smallest, and its
+    threads do not spin while they wait (see `models.runtime`). Decoding has half as many,
+    so that a burst of images never takes more than a third of the runnable threads.
+    """
+    return CpuShares(decode_threads=max(1, budget // 2), inference_threads=budget)
+
+
+def _cgroup_folders(root: Path, self_cgroup: Path) -> list[Path]:
+    """List the folders whose limits hold for this process: its own and all above it."""
+    folders = [root, root / "cpu"]
+    try:
+        lines = self_cgroup.read_text().splitlines()
+    except OSError:
+        return folders
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        base = root / controllers if controllers else root
+        parts = Path(path.lstrip("/")).parts
+        folders += [base.joinpath(*parts[: n + 1]) for n in range(len(parts))]
+    return folders
+
+
+def _quota_cpus(folder: Path) -> float | None:
+    """Read one folder's limit in CPUs; None where it sets none."""
+    try:
+        v2 = folder / "cpu.max"
+        if v2.exists():
+            quota, period = v2.read_text().split()
+            return None if quota == "max" else int(quota) / int(period)
+        quota_us = int((folder / "cpu.cfs_quota_us").read_text())
+        period_us = int((folder / "cpu.cfs_period_us").read_text())
+    except (OSError, ValueError):
+        return None
+    return quota_us / period_us if quota_us > 0 else None

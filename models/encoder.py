@@ -1,0 +1,99 @@
+"""One protocol for every way to run an encoder, and the function that opens one.
+
+An encoder turns preprocessed images into vectors, and says by its fingerprint which
+vectors may be compared with which. Where it runs, here under ONNX Runtime or behind
+another Horace server, is a matter of the URI alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.errors import EncoderError
+from models.preprocess import PreprocessSpec
+
+
+class Encoder(Protocol):
+    """Images to vectors. Safe to call from several threads."""
+
+    @property
+    def name(self) -> str:
+        """A word for people."""
+
+    @property
+    def fingerprint(self) -> str:
+        """64 hexadecimal digits; equal fingerprints give comparable vectors."""
+
+    @property
+    def dim(self) -> int:
+        """Length of a vector."""
+
+    @property
+    def preprocessing(self) -> PreprocessSpec:
+        """How bytes become what `encode` takes."""
+
+    def preprocess(self, data: bytes | NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Decode and fit one image to (H, W, C) uint8.
+
+        Raises:
+            ImageError: this image cannot be used.
+        """
+
+    def encode(self, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Embed (N, H, W, C) uint8 as (N, D) float32, not normalised.
+
+        Raises:
+            EncoderError: the shape or dtype is wrong, or the runtime failed.
+        """
+
+    def close(self) -> None:
+        """Give back threads, memory and connections; the encoder is not used after it."""
+
+
+def open_encoder(path_or_uri: str | Path, *, threads: int | None = None) -> Encoder:
+    """Open an encoder by bundle directory or URI.
+
+    Args:
+        path_or_uri: a bundle's directory, or `horace://host:port/model`.
+        threads: CPU threads for inference; the CPU budget where None. A remote encoder
+            has its own.
+
+    Raises:
+        BundleError: the directory holds no sound bundle.
+        EncoderError: the URI is of no known kind, or its server does not answer.
+    """
+    text = str(path_or_uri)
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        from models.runtime import open_bundle  # the engine is an extra: import where used
+
+        return open_bundle(Path(text), threads=threads)
+    if scheme == "horace":
+        from models.remote import RemoteEncoder  # only a remote encoder needs gRPC
+
+        return RemoteEncoder(rest)
+    raise EncoderError(
+        text,
+        expected="a bundle directory or horace://host:port/model",
+        found=f"scheme {scheme!r}",
+    )
+
+
+def check_batch(images_NHWC: NDArray[np.uint8], spec: PreprocessSpec) -> None:
+    """Refuse a batch that is not (N, H, W, C) uint8 as `spec` says.
+
+    Raises:
+        EncoderError: it is not.
+    """
+    shape = (spec.height, spec.width, spec.channels)
+    right = images_NHWC.ndim == 4 and images_NHWC.shape[1:] == shape
+    if not right or images_NHWC.dtype != np.uint8:
+        raise EncoderError(
+            "images to encode",
+            expected=f"(N, {spec.height}, {spec.width}, {spec.channels}) uint8",
+            found=f"{images_NHWC.shape} {images_NHWC.dtype}",
+        )

@@ -1,0 +1,140 @@
+"""An encoder that runs behind another Horace server: `horace://host:port/model`.
+
+Decoding happens here, on the machine that has the images; uint8 tensors cross the wire.
+The server's fingerprint and preprocessing are read once, on opening; a server that answers
+with another fingerprint later has changed its model, and that is an error, not a vector.
+"""
+
+from __future__ import annotations
+
+import json
+
+import grpc
+import numpy as np
+from numpy.typing import NDArray
+
+from models.encoder import check_batch
+from models.errors import EncoderError, FingerprintMismatchError
+from models.preprocess import PreprocessSpec, preprocess
+from models.wire import image_to_wire, vectors_from_wire
+from protos import horace_pb2 as pb
+from protos import horace_pb2_grpc as pb_grpc
+
+TIMEOUT_S = 60.0
+"""Deadline of one call; a batch of a large encoder takes seconds on a CPU."""
+
+
+class RemoteEncoder:
+    """One model of a Horace server. Safe to call from several threads."""
+
+    def __init__(self, target: str, *, timeout_s: float = TIMEOUT_S) -> None:
+        """Connect to `host:port/model`, or to the default model of `host:port`.
+
+        Raises:
+            EncoderError: the server does not answer, or serves no such model.
+        """
+        address, _, model = target.partition("/")
+        self._uri = f"horace://{target}"
+        self._timeout_s = timeout_s
+        self._channel = grpc.insecure_channel(
+            address, options=[("grpc.max_receive_message_length", -1)]
+        )
+        self._stub = pb_grpc.HoraceStub(self._channel)
+        try:
+            self._model = self._find_model(model)
+        except EncoderError:
+            self._channel.close()
+            raise
+        self.preprocessing = PreprocessSpec.from_json(json.loads(self._model.preprocessing_json))
+
+    def __repr__(self) -> str:
+        return f"<RemoteEncoder {self._uri} dim={self.dim} fingerprint={self.fingerprint[:12]}>"
+
+    @property
+    def name(self) -> str:
+        """The model's name on its server."""
+        return self._model.name
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the model that the server had when this was opened."""
+        return self._model.fingerprint
+
+    @property
+    def dim(self) -> int:
+        """Length of a vector."""
+        return self._model.dim
+
+    def preprocess(self, data: bytes | NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Decode and fit one image to (H, W, C) uint8, here.
+
+        Raises:
+            ImageError: this image cannot be used.
+        """
+        return preprocess(data, self.preprocessing)
+
+    def encode(self, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Embed (N, H, W, C) uint8 as (N, D) float32 there, not normalised.
+
+        Raises:
+            EncoderError: the batch is of the wrong shape, or the server failed.
+            FingerprintMismatchError: the server has changed its model.
+        """
+        check_batch(images_NHWC, self.preprocessing)
+        step = self._model.max_images_per_request
+        parts = [self._encode(images_NHWC[n : n + step]) for n in range(0, len(images_NHWC), step)]
+        return np.concatenate([np.empty((0, self.dim), np.float32), *parts])
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._channel.close()
+
+    def _encode(self, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Embed one request's worth of images."""
+        request = pb.EmbedRequest(
+            model=self.name,
+            images=[image_to_wire(image) for image in images_NHWC],
+            skip_normalize=True,
+        )
+        try:
+            reply = self._stub.Embed(request, timeout=self._timeout_s)
+        except grpc.RpcError as error:
+            raise self._translate(error) from error
+        if reply.fingerprint != self.fingerprint:
+            raise FingerprintMismatchError(
+                self._uri,
+                expected=self.fingerprint,
+                found=reply.fingerprint,
+                mend="the server has changed its model: open it again and start anew",
+            )
+        failed = [status.message for status in reply.statuses if status.code != pb.OK]
+        if failed:
+            raise EncoderError(f"{self._uri} refused {len(failed)} images: {failed[0]}")
+        return vectors_from_wire(reply.vectors)
+
+    def _find_model(self, name: str) -> pb.Model:
+        """Ask the server for the model of that name, or for its default where it is empty."""
+        try:
+            reply = self._stub.ListModels(pb.ListModelsRequest(), timeout=self._timeout_s)
+        except grpc.RpcError as error:
+            raise self._translate(error) from error
+        models: list[pb.Model] = list(reply.models)
+        for model in models:
+            if model.name == name or (not name and model.is_default):
+                return model
+        raise EncoderError(
+            self._uri,
+            expected=f"a model named {name!r}" if name else "a default model",
+            found=", ".join(model.name for model in models) or "no model",
+        )
+
+    def _translate(self, error: grpc.RpcError) -> EncoderError:
+        """Turn gRPC's error into one line."""
+        code = error.code().name if isinstance(error, grpc.Call) else type(error).__name__
+        details = error.details() if isinstance(error, grpc.Call) else str(error)
+        return EncoderError(
+            self._uri,
+            expected="a Horace server that answers",
+            found=f"{code}: {details}",
+            mend="check that `python -m serve` runs there",
+        )

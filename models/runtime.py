@@ -1,0 +1,168 @@
+"""Runs a bundle's ONNX graph here, under ONNX Runtime on the CPU.
+
+Rules:
+    Threads come from the caller or the CPU budget, never from ONNX Runtime's own guess,
+    which is the host's cores whatever the container may use (onnxruntime#29510).
+    Waiting threads do not spin: decoding shares the same CPUs.
+    The bytes that run are the bytes whose hash was checked: the file is read once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from models.bundle import Bundle, check_sha256, read_bundle
+from models.cpu import cpu_budget
+from models.encoder import check_batch
+from models.errors import EncoderError
+from models.preprocess import PreprocessSpec, preprocess
+
+
+class OnnxEncoder:
+    """A bundle's graph in one ONNX Runtime session; `encode` may run in several threads."""
+
+    def __init__(self, bundle: Bundle, *, graph: Path, threads: int | None = None) -> None:
+        """Load `graph`, one of the bundle's ONNX files, with `threads` CPU threads.
+
+        Raises:
+            BundleError: the file does not match the hash that the bundle records.
+            EncoderError: ONNX Runtime refuses the file, or its input and output are not
+                the ones that the bundle describes.
+        """
+        self._bundle = bundle
+        self.threads = threads or cpu_budget()
+        self._session = _load_session(graph, _read_checked(bundle, graph), self.threads)
+        self._input, self._output = _check_signature(self._session, bundle, graph)
+
+    def __repr__(self) -> str:
+        return (
+            f"<OnnxEncoder {self.name} dim={self.dim} threads={self.threads} "
+            f"fingerprint={self.fingerprint[:12]}>"
+        )
+
+    @property
+    def name(self) -> str:
+        """The bundle's name."""
+        return self._bundle.name
+
+    @property
+    def fingerprint(self) -> str:
+        """The bundle's fingerprint."""
+        return self._bundle.fingerprint
+
+    @property
+    def dim(self) -> int:
+        """Length of a vector."""
+        return self._bundle.dim
+
+    @property
+    def preprocessing(self) -> PreprocessSpec:
+        """How bytes become the graph's input."""
+        return self._bundle.preprocessing
+
+    def preprocess(self, data: bytes | NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Decode and fit one image to (H, W, C) uint8.
+
+        Raises:
+            ImageError: this image cannot be used.
+        """
+        return preprocess(data, self._bundle.preprocessing)
+
+    def encode(self, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Embed (N, H, W, C) uint8 as (N, D) float32; N may be 0.
+
+        Raises:
+            EncoderError: the shape or dtype is wrong, or ONNX Runtime failed.
+        """
+        check_batch(images_NHWC, self._bundle.preprocessing)
+        if len(images_NHWC) == 0:
+            return np.empty((0, self.dim), np.float32)
+        try:
+            (vectors_ND,) = self._session.run([self._output], {self._input: images_NHWC})
+        except Exception as error:  # ONNX Runtime raises classes of its own C++ side
+            raise EncoderError(f"encoding with {self.name!r} failed: {error}") from error
+        return np.asarray(vectors_ND, dtype=np.float32)
+
+    def close(self) -> None:
+        """Drop the session and with it its threads and memory."""
+        del self._session
+
+
+def open_bundle(path: Path, *, threads: int | None = None) -> OnnxEncoder:
+    """Open the encoder of a bundle directory; its graph is checked against its hash.
+
+    Raises:
+        BundleError: the bundle is missing or damaged.
+        EncoderError: ONNX Runtime refuses the graph.
+    """
+    bundle = read_bundle(path, verify=False)
+    return OnnxEncoder(bundle, graph=bundle.encoder_path, threads=threads)
+
+
+def open_random_twin(path: Path, *, threads: int | None = None) -> OnnxEncoder | None:
+    """Open the bundle's untrained twin, the random-encoder baseline; None where it has none.
+
+    Its `fingerprint` is the bundle's, though its vectors are not: never index them.
+    """
+    bundle = read_bundle(path, verify=False)
+    if bundle.random_path is None:
+        return None
+    return OnnxEncoder(bundle, graph=bundle.random_path, threads=threads)
+
+
+def _read_checked(bundle: Bundle, graph: Path) -> bytes:
+    """Read a graph and hold it against the recorded hash."""
+    content = graph.read_bytes()
+    check_sha256(
+        graph, expected=bundle.files[graph.name], found=hashlib.sha256(content).hexdigest()
+    )
+    return content
+
+
+def _load_session(graph: Path, content: bytes, threads: int) -> ort.InferenceSession:
+    """Make a session with exactly `threads` threads that sleep while they wait."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3
+    try:
+        return ort.InferenceSession(
+            content, sess_options=options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # ONNX Runtime raises classes of its own C++ side
+        raise EncoderError(
+            str(graph),
+            expected="an ONNX graph that ONNX Runtime loads",
+            found=str(error).splitlines()[0],
+            mend="export the bundle again",
+        ) from error
+
+
+def _check_signature(session: ort.InferenceSession, bundle: Bundle, graph: Path) -> tuple[str, str]:
+    """Hold the graph's input and output against the bundle; give their names."""
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    spec = bundle.preprocessing
+    shape = [spec.height, spec.width, spec.channels]
+    sound = (
+        len(inputs) == 1
+        and len(outputs) == 1
+        and inputs[0].type == "tensor(uint8)"
+        and list(inputs[0].shape[1:]) == shape
+        and outputs[0].type == "tensor(float)"
+        and list(outputs[0].shape[1:]) == [bundle.dim]
+    )
+    if not sound:
+        found = ", ".join(f"{x.name} {x.type} {x.shape}" for x in (*inputs, *outputs))
+        raise EncoderError(
+            str(graph),
+            expected=f"uint8 (N, {shape}) to float32 (N, {bundle.dim})",
+            found=found,
+            mend="the graph is not the one that bundle.json describes: export it again",
+        )
+    return inputs[0].name, outputs[0].name

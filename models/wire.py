@@ -1,0 +1,108 @@
+"""Between the wire's messages and Horace's own values: vectors, images and statuses.
+
+Shared by the server, its client and the remote encoder, so that each of the three reads
+what the others write. It knows messages only: no channel, no status code of gRPC.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.errors import ImageError, ImageFault, UsageError
+from models.vectors import PackedVectors, pack_vectors, unpack_vectors
+from protos import horace_pb2 as pb
+
+DTYPES: dict[str, pb.DType] = {"fp32": pb.FP32, "fp16": pb.FP16, "int8": pb.INT8}
+DTYPE_NAMES = {code: name for name, code in DTYPES.items()} | {pb.DTYPE_UNSPECIFIED: "fp32"}
+
+ITEM_CODES: dict[ImageFault, pb.ItemCode] = {
+    fault: cast(pb.ItemCode, pb.ItemCode.Value(fault.name)) for fault in ImageFault
+}
+
+
+def dtype_from_wire(code: pb.DType) -> str:
+    """Name a wire dtype as `models.vectors` does.
+
+    Raises:
+        UsageError: a later version's code.
+    """
+    if code not in DTYPE_NAMES:
+        raise UsageError("dtype", expected=" or ".join(DTYPES), found=f"code {code}")
+    return DTYPE_NAMES[code]
+
+
+def vectors_to_wire(vectors_ND: NDArray[np.float32], dtype: str = "fp32") -> pb.Vectors:
+    """Pack (N, D) float32 vectors as `fp32`, `fp16` or `int8`."""
+    packed = pack_vectors(vectors_ND, dtype)
+    rows, dim = packed.shape
+    return pb.Vectors(
+        data=packed.data, dtype=DTYPES[dtype], rows=rows, dim=dim, scales=packed.scales
+    )
+
+
+def vectors_from_wire(message: pb.Vectors) -> NDArray[np.float32]:
+    """Unpack a message to (N, D) float32.
+
+    Raises:
+        UsageError: its bytes, shape, dtype or scales do not agree.
+    """
+    return unpack_vectors(
+        PackedVectors(
+            data=message.data,
+            dtype=dtype_from_wire(message.dtype),
+            shape=(message.rows, message.dim),
+            scales=tuple(message.scales),
+        )
+    )
+
+
+def image_to_wire(image: bytes | NDArray[np.uint8]) -> pb.Image:
+    """Wrap an encoded file, or (H, W) or (H, W, C) uint8 pixels.
+
+    Raises:
+        UsageError: an array of another dtype or rank.
+    """
+    if isinstance(image, bytes | bytearray | memoryview):
+        return pb.Image(encoded=bytes(image))
+    if image.dtype != np.uint8 or image.ndim not in (2, 3):
+        raise UsageError(
+            "image array",
+            expected="(H, W) or (H, W, C) uint8",
+            found=f"{image.shape} {image.dtype}",
+        )
+    height, width = image.shape[:2]
+    channels = 1 if image.ndim == 2 else image.shape[2]
+    raw = pb.RawImage(pixels=image.tobytes(), height=height, width=width, channels=channels)
+    return pb.Image(raw=raw)
+
+
+def image_from_wire(message: pb.Image) -> bytes | NDArray[np.uint8]:
+    """Give an encoded file as bytes, raw pixels as (H, W, C) uint8; neither is copied.
+
+    Raises:
+        ImageError: no image is set, or pixels and shape do not agree.
+    """
+    kind = message.WhichOneof("source")
+    if kind == "encoded":
+        return message.encoded
+    if kind is None:
+        raise ImageError(ImageFault.EMPTY, "image", expected="encoded or raw", found="neither")
+    raw = message.raw
+    shape = (raw.height, raw.width, raw.channels)
+    expected = raw.height * raw.width * raw.channels
+    if expected != len(raw.pixels) or expected == 0:
+        raise ImageError(
+            ImageFault.WRONG_SHAPE,
+            f"raw image of shape {shape}",
+            expected=f"{expected} bytes" if expected else "a positive size",
+            found=f"{len(raw.pixels)} bytes",
+        )
+    return np.frombuffer(raw.pixels, dtype=np.uint8).reshape(shape)
+
+
+def image_error_to_wire(error: ImageError) -> pb.ItemStatus:
+    """Say what is wrong with one image."""
+    return pb.ItemStatus(code=ITEM_CODES[error.fault], message=str(error))

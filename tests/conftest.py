@@ -1,0 +1,76 @@
+"""Fixtures that several packages' tests share: tiny real bundles, made without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from models.bundle import Bundle, OutputSpec, write_bundle
+from models.preprocess import PreprocessSpec
+
+MakeBundle = Callable[..., Bundle]
+
+
+def write_tiny_graph(path: Path, *, spec: PreprocessSpec, dim: int, seed: int) -> None:
+    """Write a real ONNX encoder: scale, NHWC to NCHW, 3x3 convolution, ReLU, mean pooling."""
+    weights = np.random.default_rng(seed).normal(size=(dim, spec.channels, 3, 3))
+    nodes = [
+        helper.make_node("Cast", ["images"], ["float"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["float", "scale"], ["scaled"]),
+        helper.make_node("Transpose", ["scaled"], ["nchw"], perm=[0, 3, 1, 2]),
+        helper.make_node("Conv", ["nchw", "weights"], ["conv"], strides=[2, 2]),
+        helper.make_node("Relu", ["conv"], ["relu"]),
+        helper.make_node("GlobalAveragePool", ["relu"], ["pooled"]),
+        helper.make_node("Flatten", ["pooled"], ["embeddings"]),
+    ]
+    shape = ["N", spec.height, spec.width, spec.channels]
+    graph = helper.make_graph(
+        nodes,
+        "tiny",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, shape)],
+        [helper.make_tensor_value_info("embeddings", TensorProto.FLOAT, ["N", dim])],
+        [
+            numpy_helper.from_array(np.float32(1 / 255), "scale"),
+            numpy_helper.from_array(weights.astype(np.float32), "weights"),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.checker.check_model(model)
+    onnx.save(model, path)
+
+
+@pytest.fixture
+def make_bundle(tmp_path: Path) -> MakeBundle:
+    """Give a function that writes a tiny bundle; another `seed` makes another encoder."""
+
+    def make(
+        name: str = "tiny",
+        *,
+        seed: int = 0,
+        dim: int = 16,
+        size: int = 28,
+        channels: int = 1,
+        random_twin: bool = False,
+        path: Path | None = None,
+    ) -> Bundle:
+        spec = PreprocessSpec(height=size, width=size, channels=channels, resize=size)
+        files = {"encoder.onnx": tmp_path / f"{name}-{seed}.onnx"}
+        write_tiny_graph(files["encoder.onnx"], spec=spec, dim=dim, seed=seed)
+        if random_twin:
+            files["random.onnx"] = tmp_path / f"{name}-{seed}-random.onnx"
+            write_tiny_graph(files["random.onnx"], spec=spec, dim=dim, seed=seed + 1000)
+        return write_bundle(
+            path or tmp_path / f"bundle-{name}-{seed}",
+            name=name,
+            files=files,
+            preprocessing=spec,
+            output=OutputSpec(dim=dim),
+            provenance={"command": "tests"},
+        )
+
+    return make

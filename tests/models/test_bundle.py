@@ -1,0 +1,162 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from models.bundle import Bundle, OutputSpec, fingerprint_of, read_bundle, write_bundle
+from models.errors import BundleError
+from models.preprocess import PreprocessSpec
+
+SPEC = PreprocessSpec(height=28, width=28, channels=1, resize=28)
+
+
+def edit(bundle: Bundle, **fields: object) -> None:
+    """Change fields of a bundle's description in place."""
+    file = bundle.path / "bundle.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def test_written_bundle_reads_back_equal(make_bundle):
+    """What was written is what is read, with every file's hash."""
+    bundle = make_bundle(random_twin=True)
+    again = read_bundle(bundle.path)
+    assert again == bundle
+    assert set(again.files) == {"encoder.onnx", "random.onnx"}
+    assert again.random_path == bundle.path / "random.onnx"
+
+
+def test_fingerprint_depends_on_what_decides_a_vector_and_on_nothing_else(make_bundle):
+    """Name and place do not matter; graph, preprocessing and output do."""
+    one = make_bundle("one", seed=1)
+    twin = make_bundle("twin", seed=1, random_twin=True)
+    other = make_bundle("one", seed=2)
+    assert one.fingerprint == twin.fingerprint != other.fingerprint
+    encoder_hash = one.files["encoder.onnx"]
+    wider = PreprocessSpec(height=28, width=28, channels=1, resize=32)
+    assert fingerprint_of(encoder_hash, SPEC, OutputSpec(dim=16)) == one.fingerprint
+    assert fingerprint_of(encoder_hash, wider, OutputSpec(dim=16)) != one.fingerprint
+    assert fingerprint_of(encoder_hash, SPEC, OutputSpec(dim=17)) != one.fingerprint
+
+
+def test_missing_bundle_says_what_was_looked_for_and_how_to_make_one(tmp_path):
+    """A wrong path is one line with the path, what was found and the command to run."""
+    with pytest.raises(BundleError) as caught:
+        read_bundle(tmp_path / "nothing")
+    assert str(caught.value) == (
+        f"{tmp_path / 'nothing'}: expected a bundle directory, found no such directory; "
+        "make one with `python -m train.export RUN --out BUNDLE`"
+    )
+
+
+def test_a_directory_that_is_no_bundle_is_named(tmp_path):
+    """An existing directory without a description is told apart from a missing one."""
+    with pytest.raises(BundleError, match=r"found no bundle\.json in it"):
+        read_bundle(tmp_path)
+
+
+def test_flipped_byte_is_found(make_bundle):
+    """A damaged file is refused with its name and both hashes."""
+    bundle = make_bundle()
+    content = bytearray(bundle.encoder_path.read_bytes())
+    content[len(content) // 2] ^= 1
+    bundle.encoder_path.write_bytes(content)
+    with pytest.raises(BundleError) as caught:
+        read_bundle(bundle.path)
+    message = str(caught.value)
+    assert str(bundle.encoder_path) in message
+    assert f"expected SHA-256 {bundle.files['encoder.onnx']}" in message
+    assert "the file is damaged" in message
+    assert read_bundle(bundle.path, verify=False).files == bundle.files
+
+
+def test_missing_file_is_named(make_bundle):
+    """A file that the description lists must be there."""
+    bundle = make_bundle()
+    bundle.encoder_path.unlink()
+    with pytest.raises(
+        BundleError, match=r"encoder\.onnx: expected a file that bundle"
+    ):
+        read_bundle(bundle.path)
+
+
+def test_edited_description_does_not_pass_for_another_encoder(make_bundle):
+    """The fingerprint is recomputed, so preprocessing cannot be changed by hand."""
+    bundle = make_bundle()
+    edit(bundle, preprocessing=SPEC.to_json() | {"resize": 40})
+    with pytest.raises(BundleError, match="the file was edited: export the bundle again"):
+        read_bundle(bundle.path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"schema_version": 99}, "expected schema version 1, found version 99"),
+        ({"files": None}, "expected a bundle of schema 1"),
+        ({"output": {}}, "no usable field 'dim'"),
+    ],
+)
+def test_description_of_another_shape_is_refused(make_bundle, fields, message):
+    """A foreign description is one line and no traceback."""
+    bundle = make_bundle()
+    edit(bundle, **fields)
+    with pytest.raises(BundleError, match=message):
+        read_bundle(bundle.path)
+
+
+def test_description_that_is_no_json_is_refused(make_bundle):
+    """Half a description is refused."""
+    bundle = make_bundle()
+    (bundle.path / "bundle.json").write_text('{"schema_version": 1')
+    with pytest.raises(BundleError, match="expected JSON with a schema_version"):
+        read_bundle(bundle.path)
+
+
+def test_file_names_cannot_leave_the_bundle(make_bundle, tmp_path):
+    """A description that lists `../x` is refused even where that file exists."""
+    bundle = make_bundle()
+    (tmp_path / "x").write_text("")
+    edit(bundle, files={"encoder.onnx": bundle.files["encoder.onnx"], "../x": "0" * 64})
+    with pytest.raises(BundleError, match=r"expected a file that bundle\.json lists"):
+        read_bundle(bundle.path)
+
+
+def test_existing_targets_are_left_alone(make_bundle, tmp_path):
+    """A bundle is replaced only on request, anything else never."""
+    bundle = make_bundle()
+    with pytest.raises(BundleError, match="found a bundle; choose another name"):
+        make_bundle(path=bundle.path)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_text("precious")
+    with pytest.raises(BundleError, match="found something else of that name"):
+        make_bundle(path=tmp_path / "photos")
+    assert (tmp_path / "photos" / "a.jpg").read_text() == "precious"
+
+
+def test_replacing_gives_the_new_bundle_whole(make_bundle, tmp_path):
+    """`replace` swaps the directory and leaves no temporary names behind."""
+    old, new = make_bundle(seed=1), make_bundle(seed=2)
+    written = write_bundle(
+        old.path,
+        name="new",
+        files={"encoder.onnx": new.encoder_path},
+        preprocessing=new.preprocessing,
+        output=new.output,
+        provenance={},
+        replace=True,
+    )
+    assert written.fingerprint == new.fingerprint
+    assert [path for path in tmp_path.iterdir() if path.name.startswith(".tmp-")] == []
+
+
+def test_a_bundle_without_its_encoder_is_not_written(tmp_path):
+    """The encoder's file is not optional."""
+    with pytest.raises(BundleError, match=r"expected encoder\.onnx, found none"):
+        write_bundle(
+            Path(tmp_path / "b"),
+            name="b",
+            files={},
+            preprocessing=SPEC,
+            output=OutputSpec(dim=1),
+            provenance={},
+        )
+    assert not (tmp_path / "b").exists()

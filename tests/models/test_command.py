@@ -1,0 +1,99 @@
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+
+from models import command
+from models.command import progress, run_command
+from models.errors import HoraceError, UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Count to n."""
+
+    n: int = 3
+    """How far."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be counted to."""
+        if self.n < 0:
+            raise UsageError("--n", expected="0 or more", found=str(self.n), mend="count upwards")
+
+
+def run(main: Callable[[Options], None], *argv: str) -> int:
+    """Run `main` as a command of its own."""
+    return run_command(Options, main, prog="python -m count", argv=argv)
+
+
+def fail(_: Options) -> None:
+    """Fail as work fails."""
+    raise HoraceError("counting", expected="a quiet room", found="noise")
+
+
+def test_success_is_status_0_and_options_arrive():
+    """A command that ends well ends with 0."""
+    seen: list[int] = []
+    assert run(lambda options: seen.append(options.n), "--n", "7") == 0
+    assert seen == [7]
+
+
+def test_bad_use_is_one_line_and_status_2(capsys):
+    """The dataclass validates; the person reads what, expected, found and how to mend it."""
+    assert run(lambda _: None, "--n", "-1") == 2
+    assert capsys.readouterr().err == (
+        "python -m count: --n: expected 0 or more, found -1; count upwards\n"
+    )
+
+
+def test_failed_work_is_one_line_and_status_1(capsys):
+    """No traceback without --debug."""
+    assert run(fail) == 1
+    assert capsys.readouterr().err == (
+        "python -m count: counting: expected a quiet room, found noise\n"
+    )
+
+
+def test_debug_shows_the_traceback():
+    """With --debug the error is raised as it is."""
+    with pytest.raises(HoraceError, match="a quiet room"):
+        run(fail, "--debug")
+
+
+def test_interrupt_is_status_130(capsys):
+    """Ctrl-C is a line, too."""
+
+    def interrupted(_: Options) -> None:
+        raise KeyboardInterrupt
+
+    assert run(interrupted) == 130
+    assert capsys.readouterr().err == "python -m count: interrupted\n"
+
+
+def test_our_own_bugs_are_not_hidden():
+    """What is not a HoraceError keeps its traceback: it is for us."""
+    with pytest.raises(ZeroDivisionError):
+        run(lambda _: print(1 / 0))
+
+
+def test_help_names_debug(capsys):
+    """--help shows the docstrings, and --debug."""
+    with pytest.raises(SystemExit) as caught:
+        run(lambda _: None, "--help")
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert "How far." in text
+    assert "--debug" in text
+
+
+def test_progress_off_a_terminal_logs_lines(monkeypatch, caplog):
+    """Elsewhere than on a terminal there is a line now and then, with rate and time left."""
+    clock_s = iter([0.0, 5.0, 12.0, 13.0, 14.0])
+    monkeypatch.setattr(command.time, "monotonic", lambda: next(clock_s))
+    with caplog.at_level(logging.INFO, logger="horace"):
+        assert list(progress([[1] * 10, [1] * 14, [1] * 6], what="embedding", total=30)) != []
+    assert caplog.messages == [
+        "embedding 24/30 images, 2/s, 3 s left",
+        "embedding 30/30 images, 2/s",
+    ]

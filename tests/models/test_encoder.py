@@ -1,0 +1,111 @@
+import hashlib
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from models.bundle import OutputSpec
+from models.encoder import open_encoder
+from models.errors import BundleError, EncoderError
+from models.runtime import OnnxEncoder, open_random_twin
+
+
+def images(n: int, size: int = 28, channels: int = 1) -> np.ndarray:
+    """Random (n, size, size, channels) uint8."""
+    shape = (n, size, size, channels)
+    return np.random.default_rng(n).integers(0, 256, shape, dtype=np.uint8)
+
+
+def test_a_bundle_opens_by_its_path(make_bundle):
+    """The encoder says who it is and gives one float32 row an image."""
+    bundle = make_bundle(dim=16)
+    encoder = open_encoder(bundle.path, threads=1)
+    assert (encoder.name, encoder.dim) == ("tiny", 16)
+    assert encoder.fingerprint == bundle.fingerprint
+    assert encoder.preprocessing == bundle.preprocessing
+    vectors = encoder.encode(images(5))
+    assert vectors.shape == (5, 16)
+    assert vectors.dtype == np.float32
+    assert repr(encoder) == (
+        f"<OnnxEncoder tiny dim=16 threads=1 fingerprint={bundle.fingerprint[:12]}>"
+    )
+    encoder.close()
+
+
+def test_preprocess_and_encode_fit_together(make_bundle):
+    """What preprocess gives is what encode takes."""
+    encoder = open_encoder(str(make_bundle(size=20, channels=3).path), threads=1)
+    ready = encoder.preprocess(images(1, size=33, channels=3)[0])
+    assert ready.shape == (20, 20, 3)
+    assert encoder.encode(ready[None]).shape == (1, 16)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_vector_does_not_depend_on_its_batch(make_bundle, threads):
+    """Alone or in any company, an image has the same bits."""
+    encoder = open_encoder(make_bundle(dim=32).path, threads=threads)
+    batch = images(33)
+    alone = np.concatenate([encoder.encode(batch[n : n + 1]) for n in range(33)])
+    for size in (2, 5, 8, 33):
+        parts = [encoder.encode(batch[n : n + size]) for n in range(0, 33, size)]
+        assert np.concatenate(parts).tobytes() == alone.tobytes()
+
+
+def test_no_images_give_no_vectors(make_bundle):
+    """An empty batch is legal."""
+    assert open_encoder(make_bundle().path).encode(images(0)).shape == (0, 16)
+
+
+@pytest.mark.parametrize(
+    "wrong", [images(2)[..., 0], images(2, size=27), images(2).astype(np.float32)]
+)
+def test_a_batch_of_another_shape_or_dtype_is_refused(make_bundle, wrong):
+    """The message gives the shape that would have been right and the one that came."""
+    encoder = open_encoder(make_bundle().path)
+    with pytest.raises(EncoderError, match=r"expected \(N, 28, 28, 1\) uint8, found \("):
+        encoder.encode(wrong)
+
+
+def test_damaged_graph_is_not_run(make_bundle):
+    """The bytes that are loaded are hashed."""
+    bundle = make_bundle()
+    content = bytearray(bundle.encoder_path.read_bytes())
+    content[-1] ^= 1
+    bundle.encoder_path.write_bytes(content)
+    with pytest.raises(BundleError, match="the file is damaged"):
+        open_encoder(bundle.path)
+
+
+def test_a_graph_that_onnx_runtime_refuses_is_named(make_bundle, tmp_path):
+    """A file that is no graph is one line, though its hash is the recorded one."""
+    bundle = make_bundle()
+    bundle.encoder_path.write_bytes(b"no graph")
+    files = {"encoder.onnx": hashlib.sha256(b"no graph").hexdigest()}
+    with pytest.raises(EncoderError, match="expected an ONNX graph that ONNX Runtime loads"):
+        OnnxEncoder(replace(bundle, files=files), graph=bundle.encoder_path)
+
+
+def test_a_graph_other_than_described_is_refused(make_bundle):
+    """Input and output are held against the description."""
+    bundle = make_bundle(dim=16)
+    with pytest.raises(EncoderError, match=r"export it again"):
+        OnnxEncoder(replace(bundle, output=OutputSpec(dim=17)), graph=bundle.encoder_path)
+
+
+def test_the_random_twin_is_another_network(make_bundle):
+    """The twin has the same shape and other vectors; without one there is None."""
+    bundle = make_bundle(random_twin=True)
+    twin, encoder = open_random_twin(bundle.path), open_encoder(bundle.path)
+    assert twin is not None
+    assert twin.encode(images(2)).shape == encoder.encode(images(2)).shape
+    assert not np.array_equal(twin.encode(images(2)), encoder.encode(images(2)))
+    assert open_random_twin(make_bundle(seed=5).path) is None
+
+
+def test_unknown_schemes_are_refused():
+    """The message lists what an encoder may be."""
+    with pytest.raises(EncoderError) as caught:
+        open_encoder("ftp://host/x")
+    assert str(caught.value) == (
+        "ftp://host/x: expected a bundle directory or horace://host:port/model, found scheme 'ftp'"
+    )

@@ -1,0 +1,88 @@
+import hashlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models.files import atomic_directory, atomic_file, canonical_json, sha256_file
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+def test_hash_is_that_of_the_content(tmp_path):
+    """A file larger than one chunk hashes as a whole."""
+    content = bytes(range(256)) * 8192
+    (tmp_path / "f").write_bytes(content)
+    assert sha256_file(tmp_path / "f") == hashlib.sha256(content).hexdigest()
+
+
+@given(st.dictionaries(st.text(), json_values))
+def test_equal_values_have_one_text(value):
+    """The order of keys does not matter."""
+    assert canonical_json(value) == canonical_json(dict(reversed(value.items())))
+
+
+def test_nan_has_no_canonical_text():
+    """What JSON cannot hold is an error, not a dialect."""
+    with pytest.raises(ValueError, match="Out of range float values"):
+        canonical_json({"x": float("nan")})
+
+
+def test_file_appears_whole(tmp_path):
+    """Until the block ends the old content stands."""
+    target = tmp_path / "deep" / "f"
+    with atomic_file(target) as temporary:
+        temporary.write_text("one")
+    with atomic_file(target) as temporary:
+        temporary.write_text("two")
+        assert target.read_text() == "one"
+    assert target.read_text() == "two"
+    assert [path.name for path in target.parent.iterdir()] == ["f"]
+
+
+def test_failure_leaves_the_old_file(tmp_path):
+    """An exception inside the block changes nothing and leaves nothing."""
+    target = tmp_path / "f"
+    target.write_text("old")
+
+    def fail() -> None:
+        with atomic_file(target) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
+    assert target.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
+def test_directory_appears_whole_and_replaces_on_request(tmp_path):
+    """An existing directory is refused, or swapped with its open files still readable."""
+    target = tmp_path / "d"
+    with atomic_directory(target) as temporary:
+        (temporary / "sub").mkdir()
+        (temporary / "sub" / "f").write_text("one")
+    with pytest.raises(FileExistsError), atomic_directory(target):
+        pass
+    with (target / "sub" / "f").open() as reader:
+        with atomic_directory(target, replace=True) as temporary:
+            (temporary / "f").write_text("two")
+        assert reader.read() == "one"
+    assert [path.name for path in target.iterdir()] == ["f"]
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]
+
+
+def test_failed_directory_leaves_nothing(tmp_path):
+    """An exception inside the block removes what was written so far."""
+
+    def fail() -> None:
+        with atomic_directory(tmp_path / "d") as temporary:
+            (temporary / "f").write_text("half")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
+    assert list(tmp_path.iterdir()) == []

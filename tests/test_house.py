@@ -1,0 +1,49 @@
+"""The walls of the house, held from outside: imports, generated code, start-up."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*args: str, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run a command in the root."""
+    return subprocess.run(args, cwd=ROOT, capture_output=True, text=True, check=True, **options)
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [
+        "serve.__main__, index.build",
+        "index.search, index.evaluate",
+        "serve.client",
+        "models.images, models.preprocess, models.encoder, models.runtime, models.remote",
+    ],
+)
+def test_serving_and_searching_load_no_torch(modules):
+    """The base install has no torch, so nothing there may import it."""
+    code = f"import sys, {modules}; print(sorted(m for m in sys.modules if m.startswith('torch')))"
+    assert run(sys.executable, "-c", code).stdout.strip() == "[]"
+
+
+def test_the_client_loads_no_engine():
+    """An application that only calls a server pays for neither ONNX Runtime nor faiss."""
+    code = "import sys, serve.client; print({'onnxruntime', 'faiss', 'pyarrow'} & set(sys.modules))"
+    assert run(sys.executable, "-c", code).stdout.strip() == "set()"
+
+
+def test_layers_hold():
+    """`train` and `serve` never meet, `index` and `serve` never see torch."""
+    out = run(str(Path(sys.executable).parent / "lint-imports"))
+    assert "0 broken" in out.stdout
+
+
+def test_generated_code_is_that_of_the_contract(tmp_path):
+    """`make protos` after an edit of the contract is not forgotten."""
+    flags = [f"--{kind}_out={tmp_path}" for kind in ("python", "pyi", "grpc_python")]
+    run(sys.executable, "-m", "grpc_tools.protoc", "-I.", *flags, "protos/horace.proto")
+    for name in ("horace_pb2.py", "horace_pb2.pyi", "horace_pb2_grpc.py"):
+        assert (tmp_path / "protos" / name).read_text() == (ROOT / "protos" / name).read_text()
