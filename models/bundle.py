@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import cast
 
 from models.errors import BundleError
-from models.files import atomic_directory, canonical_json, sha256_file
+from models.files import atomic_directory, atomic_file, canonical_json, sha256_file
 from models.preprocess import PreprocessSpec
 
 SCHEMA_VERSION = 1
@@ -140,6 +140,28 @@ def write_bundle(
         text = json.dumps(document, indent=2, allow_nan=False)
         (temporary / BUNDLE_FILE).write_text(text + "\n")
     return read_bundle(path)
+
+
+def record_evaluation(path: Path, name: str, result: Json) -> None:
+    """Keep an evaluation's result with the bundle, in its provenance; an older one goes.
+
+    The fingerprint does not change: what was measured of an encoder decides no vector.
+
+    Args:
+        path: the bundle's directory.
+        name: which evaluation it was, such as `knn`.
+        result: what was measured, on which data, and by which command.
+
+    Raises:
+        BundleError: there is no sound bundle.
+    """
+    read_bundle(path, verify=False)
+    document = _read_document(path)
+    provenance = cast(dict[str, Json], document["provenance"])
+    evaluations = cast(dict[str, Json], provenance.setdefault("evaluations", {}))
+    evaluations[name] = result
+    with atomic_file(path / BUNDLE_FILE) as temporary:
+        temporary.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n")
 
 
 def read_bundle(path: Path, *, verify: bool = True) -> Bundle:

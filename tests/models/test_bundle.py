@@ -3,7 +3,14 @@ from pathlib import Path
 
 import pytest
 
-from models.bundle import Bundle, OutputSpec, fingerprint_of, read_bundle, write_bundle
+from models.bundle import (
+    Bundle,
+    OutputSpec,
+    fingerprint_of,
+    read_bundle,
+    record_evaluation,
+    write_bundle,
+)
 from models.errors import BundleError
 from models.preprocess import PreprocessSpec
 
@@ -146,6 +153,16 @@ def test_replacing_gives_the_new_bundle_whole(make_bundle, tmp_path):
     )
     assert written.fingerprint == new.fingerprint
     assert [path for path in tmp_path.iterdir() if path.name.startswith(".tmp-")] == []
+
+
+def test_an_evaluation_is_kept_and_changes_no_fingerprint(make_bundle):
+    """What was measured stands in the provenance; the encoder stays who it is."""
+    bundle = make_bundle()
+    record_evaluation(bundle.path, "knn", {"top1": 0.5})
+    record_evaluation(bundle.path, "knn", {"top1": 0.75})
+    again = read_bundle(bundle.path)
+    assert again.provenance == {"command": "tests", "evaluations": {"knn": {"top1": 0.75}}}
+    assert again.fingerprint == bundle.fingerprint
 
 
 def test_a_bundle_without_its_encoder_is_not_written(tmp_path):
