@@ -1,0 +1,182 @@
+r"""Images in a folder and its subfolders.
+
+Rules:
+    The key is the path below the root, with `/`; records come sorted by key.
+    The label is the *first* folder below the root, however deep the image lies under it
+    (`cats/2019/a/1.jpg` is a cat), as in torchvision's ImageFolder; an image in the root
+    itself has none. A root above the classes (`data/train/cats`) is mended by naming the
+    folder of the classes (`data/train`), which a rule of the last folder could not offer.
+    Links are followed; one that leads back to a folder above itself is not.
+    Names that start with a dot and endings that are no image's are counted, not listed.
+    A name that is no UTF-8 keeps its bytes as `\xNN` in the key.
+
+Source: torchvision.datasets.ImageFolder for the meaning of the folders.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import islice
+from pathlib import Path
+
+from models.errors import ImageError, ImageFault, SourceError
+from models.image_source import (
+    IMAGE_SUFFIXES,
+    ImageData,
+    ImageRecord,
+    read_image_file,
+    unknown_key,
+)
+
+_ESCAPED_BYTE = re.compile(r"\\x([89a-f][0-9a-f])")
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """What one walk found.
+
+    Attributes:
+        keys: the images, sorted; an unreadable folder is listed too, ending in `/`.
+        ignored: how many files were passed over.
+        archives: how many of those were tar files.
+    """
+
+    keys: list[str]
+    ignored: int
+    archives: int
+
+
+class FolderSource:
+    """The images below a folder.
+
+    Raises:
+        SourceError: there is no such folder.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(os.path.abspath(root))
+        if not self.root.is_dir():
+            raise SourceError(
+                f"image folder {root}",
+                expected="a folder",
+                found="a file" if self.root.exists() else "nothing",
+                mend="check the path",
+            )
+
+    def __repr__(self) -> str:
+        """Show the source as it is opened."""
+        return f"FolderSource({self.uri!r})"
+
+    @property
+    def uri(self) -> str:
+        """`folder:` and the absolute path."""
+        return f"folder:{self.root}"
+
+    @property
+    def ignored(self) -> int:
+        """How many files were passed over because their names are no image's."""
+        return self._listing.ignored
+
+    def count(self) -> int:
+        """Count the images; walks the folder on the first call."""
+        return len(self._listing.keys)
+
+    def records(self, start: int = 0) -> Iterator[ImageRecord]:
+        """Yield the images by key.
+
+        Raises:
+            SourceError: the folder holds no image.
+        """
+        for key in islice(self._listing.keys, start, None):
+            label, slash, _ = key.partition("/")
+            yield ImageRecord(key, label if slash else None, partial(self._read, key))
+
+    def load(self, key: str) -> ImageData:
+        """Read the image of that key.
+
+        Raises:
+            ImageError: the key leads outside the folder or to nothing that can be read.
+        """
+        parts = key.split("/")
+        if key.startswith("/") or ".." in parts or "\0" in key:
+            raise unknown_key(key, self.uri)
+        return self._read(key)
+
+    @cached_property
+    def _listing(self) -> _Listing:
+        """Walk the folder once; this source does not see what is added later."""
+        found = _walk(self.root)
+        if not found.keys:
+            tars = f" of which {found.archives} tar" if found.archives else ""
+            raise SourceError(
+                f"image folder {self.root}",
+                expected=f"images ({' '.join(sorted(IMAGE_SUFFIXES))})",
+                found=f"{found.ignored} other files{tars}",
+                mend=f"for shards use wds:{self.root}/*.tar"
+                if found.archives
+                else "check the path",
+            )
+        return found
+
+    def _read(self, key: str) -> bytes:
+        """Read the file of a key, which may have had its bytes escaped."""
+        if key.endswith("/"):
+            raise ImageError(
+                ImageFault.UNREADABLE, key, expected="a readable folder", found="no permission"
+            )
+        path = self.root / key
+        if not os.path.lexists(path) and _ESCAPED_BYTE.search(key):
+            path = self.root / _unescape(key)
+        return read_image_file(path, key)
+
+
+def _walk(root: Path) -> _Listing:
+    """List every image below `root`."""
+    keys: list[str] = []
+    ignored = archives = 0
+    folders: list[tuple[str, str, tuple[tuple[int, int], ...]]] = [(str(root), "", ())]
+    while folders:
+        folder, prefix, above = folders.pop()
+        try:
+            info = os.stat(folder)
+            entries = list(os.scandir(folder))
+        except OSError:
+            keys.append(prefix)
+            continue
+        identity = (info.st_dev, info.st_ino)
+        if identity in above:
+            continue
+        for entry in entries:
+            if entry.name.startswith("."):
+                ignored += 1
+            elif _is_folder(entry):
+                below = f"{prefix}{_escape(entry.name)}/"
+                folders.append((entry.path, below, (*above, identity)))
+            elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
+                keys.append(prefix + _escape(entry.name))
+            else:
+                ignored += 1
+                archives += ".tar" in entry.name or entry.name.endswith(".tgz")
+    return _Listing(sorted(keys), ignored, archives)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Tell whether an entry is a folder or a link to one; a circular link is neither."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _escape(name: str) -> str:
+    """Turn a file name into text that UTF-8 can carry."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def _unescape(key: str) -> str:
+    """Undo `_escape`."""
+    return _ESCAPED_BYTE.sub(lambda byte: chr(0xDC00 + int(byte[1], 16)), key)

@@ -1,0 +1,128 @@
+"""What a source of images is: records with a stable key, a label or none, and a way to read.
+
+Rules:
+    `records()` comes in one order, the same on every call and every machine, so that
+    `start=n` resumes exactly where n records were done.
+    Nothing is read before `ImageRecord.read` is called, from whichever thread; what cannot
+    be had raises `ImageError` there, so that every reader reports and skips in one place.
+    A source that cannot be opened, or that is itself damaged, raises `SourceError`.
+
+Nothing here decodes: see `models.preprocess`.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.errors import ImageError, ImageFault
+
+ImageData: TypeAlias = bytes | NDArray[np.uint8]
+"""An encoded file, or uint8 pixels of shape (H, W) or (H, W, C)."""
+
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"}
+)
+"""Lower-case file name endings of the formats that `models.preprocess` decodes."""
+
+MAX_READ_BYTES = 1 << 30
+"""No image file is this large; such a file is refused before it takes any memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRecord:
+    """One image of a source.
+
+    Attributes:
+        key: stable name within the source, with `/` between its parts.
+        label: the class as text, or None.
+        read: gives the encoded bytes or the uint8 pixels; raises `ImageError`.
+            Safe to call from any thread, and after the iterator has moved on.
+    """
+
+    key: str
+    label: str | None
+    read: Callable[[], ImageData]
+
+
+class ImageSource(Protocol):
+    """A data set of images."""
+
+    @property
+    def uri(self) -> str:
+        """What `open_source` takes to open the same source again, from any directory."""
+        ...
+
+    def count(self) -> int | None:
+        """Count the records; None where only reading everything would tell."""
+        ...
+
+    def records(self, start: int = 0) -> Iterator[ImageRecord]:
+        """Yield the records in order, without the first `start`, which are not read.
+
+        Raises:
+            SourceError: the source is missing or damaged; what came before stays good.
+        """
+        ...
+
+    def load(self, key: str) -> ImageData:
+        """Read the one image of that key.
+
+        Raises:
+            ImageError: the key is not in the source, or its image cannot be read.
+        """
+        ...
+
+
+def read_image_file(path: Path, name: str) -> bytes:
+    """Read a whole image file; `name` is what errors call it.
+
+    Raises:
+        ImageError: UNREADABLE, EMPTY or TOO_MANY_BYTES.
+    """
+    try:
+        info = path.stat()
+        if not stat.S_ISREG(info.st_mode):  # a named pipe would block for ever
+            raise ImageError(
+                ImageFault.UNREADABLE, name, expected="a regular file", found="something else"
+            )
+        check_read_size(info.st_size, name)
+        return path.read_bytes()
+    except OSError as error:
+        raise ImageError(
+            ImageFault.UNREADABLE,
+            name,
+            expected="a readable file",
+            found=os.strerror(error.errno) if error.errno else str(error),
+        ) from error
+
+
+def check_read_size(size_bytes: int, name: str) -> None:
+    """Refuse an image that is empty or absurdly large before it is read.
+
+    Raises:
+        ImageError: EMPTY or TOO_MANY_BYTES.
+    """
+    if size_bytes == 0:
+        raise ImageError(ImageFault.EMPTY, name, expected="an image", found="no bytes")
+    if size_bytes > MAX_READ_BYTES:
+        raise ImageError(
+            ImageFault.TOO_MANY_BYTES,
+            name,
+            expected=f"at most {MAX_READ_BYTES} bytes",
+            found=f"{size_bytes} bytes",
+        )
+
+
+def unknown_key(key: str, uri: str) -> ImageError:
+    """Make the error for a key that a source does not hold."""
+    return ImageError(
+        ImageFault.UNREADABLE, f"image {key!r}", expected=f"a key of {uri}", found="no such image"
+    )

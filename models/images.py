@@ -1,0 +1,86 @@
+"""Open a source of images by one line of text.
+
+`fashion-mnist[:train|:test]`   the 60,000 or 10,000 images, see `models.fashion_mnist`
+`folder:PATH`, or a folder      images below it, labelled by folder, see `models.image_folder`
+`wds:PATTERN`, or `*.tar[.gz]`  tar shards: path, glob or range, see `models.webdataset`
+`idx:IMAGES[,LABELS]`           IDX files, see `models.idx`
+
+What a source gives is in `models.image_source`; importing this module loads no torch.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.errors import SourceError
+from models.fashion_mnist import open_fashion_mnist
+from models.idx import ArraySource, open_idx
+from models.image_folder import FolderSource
+from models.image_source import ImageData, ImageRecord, ImageSource
+from models.webdataset import SHARD_NAME, TarSource
+
+__all__ = [
+    "ImageArrays",
+    "ImageData",
+    "ImageRecord",
+    "ImageSource",
+    "as_arrays",
+    "open_source",
+]
+
+KINDS = "fashion-mnist[:train|:test], folder:PATH, wds:PATTERN or idx:IMAGES[,LABELS]"
+
+
+class ImageArrays(NamedTuple):
+    """A whole source at once.
+
+    Attributes:
+        images: (N, H, W) or (N, H, W, C) uint8, read-only.
+        labels: N texts, or None.
+    """
+
+    images: NDArray[np.uint8]
+    labels: list[str] | None
+
+
+def open_source(spec: str) -> ImageSource:
+    """Open the source that `spec` names.
+
+    Args:
+        spec: one of `KINDS`, or the path of a folder, or the path or pattern of tar shards.
+
+    Raises:
+        SourceError: nothing is named so, or it cannot be opened.
+    """
+    kind, _, rest = spec.partition(":")
+    if kind == "fashion-mnist":
+        return open_fashion_mnist(rest or "train")
+    if kind == "folder" and rest:
+        return FolderSource(Path(rest))
+    if kind == "wds" and rest:
+        return TarSource(rest)
+    if kind == "idx" and rest:
+        images, _, labels = rest.partition(",")
+        return open_idx(Path(images), Path(labels) if labels else None)
+    if os.path.isdir(spec):
+        return FolderSource(Path(spec))
+    if SHARD_NAME.search(spec):
+        return TarSource(spec)
+    raise SourceError(
+        f"images {spec!r}",
+        expected=KINDS,
+        found="a file" if os.path.exists(spec) else "nothing of that name",
+        mend="check the path, or say what it is with one of these forms",
+    )
+
+
+def as_arrays(source: ImageSource) -> ImageArrays | None:
+    """Give all images of a source that holds them as one array; None for any other."""
+    if isinstance(source, ArraySource):
+        return ImageArrays(source.images, source.labels)
+    return None

@@ -1,0 +1,355 @@
+"""Images in tar shards as WebDataset lays them out, plain or compressed.
+
+Rules:
+    A sample is a run of members whose names agree up to the first dot of the file name.
+    Its image is the member whose whole extension is an image's (`000123.jpg`); where none
+    is, every member that ends in one (`000123.left.jpg`). Its label is the text of `.cls`,
+    or else `label` or `cls` of `.json`. All other members are passed over.
+    A key is the shard's path below the folder common to all shards, then the member's name:
+    `shard-000000.tar/000123.jpg`.
+    A shard is read front to back. Images before a fault stay good; at the fault
+    `SourceError` names the shard, also where tarfile alone would quietly stop: at a
+    damaged header, and at an end without the two zero blocks that close an archive.
+    Images of a plain shard are read where they lie when `read` is called; those of a
+    compressed shard come with the record.
+
+Source: the WebDataset format, https://github.com/webdataset/webdataset; tar in POSIX pax.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+import os
+import re
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from glob import glob, has_magic
+from itertools import chain, islice
+from pathlib import Path, PurePosixPath
+from typing import IO, BinaryIO, cast
+
+from models.errors import ImageError, ImageFault, SourceError
+from models.image_source import (
+    IMAGE_SUFFIXES,
+    ImageData,
+    ImageRecord,
+    check_read_size,
+    unknown_key,
+)
+
+SHARD_NAME = re.compile(r"\.(tar|tar\.gz|tgz|tar\.bz2|tar\.xz|tar\.zst)$")
+"""What the name of a shard, or a pattern for shards, ends in."""
+
+MAX_LABEL_BYTES = 1 << 20
+"""A larger `.cls` or `.json` is no label and is passed over."""
+
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_FAULTS = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """One file of a shard that matters; `data` is set where it had to be read already."""
+
+    name: str
+    offset: int
+    size: int
+    data: bytes | None
+
+
+class TarSource:
+    """The images of tar shards.
+
+    Args:
+        pattern: a path, a glob, or a range such as `shard-{000000..000009}.tar`.
+
+    Raises:
+        SourceError: a shard that is named is missing, or nothing matches.
+    """
+
+    def __init__(self, pattern: str) -> None:
+        self._pattern = os.path.abspath(pattern)
+        self.shards = expand_shards(self._pattern)
+        folder = Path(os.path.commonpath([shard.parent for shard in self.shards]))
+        self._shard_of = {shard.relative_to(folder).as_posix(): shard for shard in self.shards}
+
+    def __repr__(self) -> str:
+        """Show the source as it is opened, and how many shards it has."""
+        return f"TarSource({self.uri!r}, shards={len(self.shards)})"
+
+    @property
+    def uri(self) -> str:
+        """`wds:` and the absolute pattern."""
+        return f"wds:{self._pattern}"
+
+    def count(self) -> int | None:
+        """Count the images from the headers of plain shards; None if any is compressed.
+
+        Raises:
+            SourceError: a shard is damaged.
+        """
+        if any(_is_compressed(shard) for shard in self.shards):
+            return None
+        return sum(1 for _ in self.records())
+
+    def records(self, start: int = 0) -> Iterator[ImageRecord]:
+        """Yield the images, shard by shard in the order of their names.
+
+        Raises:
+            SourceError: a shard is damaged or cannot be read.
+        """
+        every = (_shard_records(shard, name) for name, shard in self._shard_of.items())
+        return islice(chain.from_iterable(every), start, None)
+
+    def load(self, key: str) -> ImageData:
+        """Read the image of that key; a compressed shard is read up to it.
+
+        Raises:
+            ImageError: there is no such image, or it cannot be read.
+            SourceError: the shard is damaged before the image.
+        """
+        for name, shard in self._shard_of.items():
+            if key.startswith(f"{name}/"):
+                if not _is_compressed(shard):
+                    return _load_plain(shard, name, key, self.uri)
+                for record in _shard_records(shard, name):
+                    if record.key == key:
+                        return record.read()
+        raise unknown_key(key, self.uri)
+
+
+def expand_shards(pattern: str) -> list[Path]:
+    """List the shards that a path, glob or range stands for.
+
+    Raises:
+        SourceError: a shard that is named is missing, or nothing matches.
+    """
+    if os.path.exists(pattern):
+        return [Path(pattern)]
+    shards: list[Path] = []
+    for name in _expand_ranges(pattern):
+        found = sorted(glob(name, recursive=True)) if has_magic(name) else [name]
+        shards += map(Path, found)
+    missing = [shard for shard in shards if not shard.is_file()]
+    if missing or not shards:
+        raise SourceError(
+            f"shards {pattern}",
+            expected="tar files",
+            found=f"no {missing[0].name} ({len(missing)} of {len(shards)} are missing)"
+            if missing
+            else "none of that name",
+            mend="check the pattern, and quote it so that the shell leaves it alone",
+        )
+    return shards
+
+
+def _expand_ranges(pattern: str) -> list[str]:
+    """Write out every `{first..last}`, zero-padded as `first` is."""
+    found = _RANGE.search(pattern)
+    if found is None:
+        return [pattern]
+    first, last = int(found[1]), int(found[2])
+    if last < first:
+        raise SourceError(
+            f"shards {pattern}", expected="a range that goes up", found=found[0], mend="swap it"
+        )
+    names = (f"{n:0{len(found[1])}d}" for n in range(first, last + 1))
+    before, after = pattern[: found.start()], _expand_ranges(pattern[found.end() :])
+    return [before + name + rest for name in names for rest in after]
+
+
+def _is_compressed(shard: Path) -> bool:
+    """Tell a plain tar from a compressed one by its name."""
+    return shard.suffix != ".tar"
+
+
+def _shard_records(shard: Path, shard_name: str) -> Iterator[ImageRecord]:
+    """Yield the images of one shard."""
+    sample: list[_Member] = []
+    stem = ""
+    for member in _members(shard):
+        if sample and _stem(member.name) != stem:
+            yield from _sample_records(shard, shard_name, sample)
+            sample = []
+        stem = _stem(member.name)
+        sample.append(member)
+    yield from _sample_records(shard, shard_name, sample)
+
+
+def _sample_records(
+    shard: Path, shard_name: str, sample: Sequence[_Member]
+) -> Iterator[ImageRecord]:
+    """Yield the images of one sample, with its label."""
+    exact = [member for member in sample if _extension(member.name) in IMAGE_SUFFIXES]
+    images = exact or [member for member in sample if _suffix(member.name) in IMAGE_SUFFIXES]
+    label = _label(shard, sample) if images else None
+    for member in images:
+        key = f"{shard_name}/{member.name}"
+        yield ImageRecord(key, label, partial(_read_image, shard, member, key))
+
+
+def _label(shard: Path, sample: Sequence[_Member]) -> str | None:
+    """Read the label of a sample, None where it has none that can be read."""
+    texts = {
+        _extension(member.name): _read(shard, member)
+        for member in sample
+        if _extension(member.name) in {".cls", ".json"} and member.size <= MAX_LABEL_BYTES
+    }
+    if ".cls" in texts:
+        return texts[".cls"].decode("utf-8", "replace").strip() or None
+    if ".json" in texts:
+        try:
+            facts = json.loads(texts[".json"])
+        except ValueError:
+            return None
+        value = facts.get("label", facts.get("cls")) if isinstance(facts, dict) else None
+        return str(value) if isinstance(value, str | int) else None
+    return None
+
+
+def _read_image(shard: Path, member: _Member, key: str) -> bytes:
+    """Read an image, wherever it lies.
+
+    Raises:
+        ImageError: it is empty, too large, or the shard cannot be read any more.
+    """
+    check_read_size(member.size, key)
+    try:
+        return _read(shard, member)
+    except OSError as error:
+        raise ImageError(
+            ImageFault.UNREADABLE, key, expected="a readable shard", found=str(error)
+        ) from error
+
+
+def _read(shard: Path, member: _Member) -> bytes:
+    """Give the bytes of a member; opens the shard anew, so that threads do not meet."""
+    if member.data is not None:
+        return member.data
+    with shard.open("rb") as file:
+        file.seek(member.offset)
+        data = file.read(member.size)
+    if len(data) != member.size:
+        raise OSError(f"{shard.name} has become shorter")
+    return data
+
+
+def _load_plain(shard: Path, shard_name: str, key: str, uri: str) -> bytes:
+    """Read an image of a plain shard through its table of contents."""
+    info = shard.stat()
+    contents = _contents(shard, info.st_mtime_ns, info.st_size)
+    member = contents.get(key.removeprefix(f"{shard_name}/"))
+    if member is None:
+        raise unknown_key(key, uri)
+    return _read_image(shard, member, key)
+
+
+@lru_cache(maxsize=4)
+def _contents(shard: Path, mtime_ns: int, size: int) -> dict[str, _Member]:
+    """List a plain shard's images by name; time and size tell a file that was replaced."""
+    suffixed = (m for m in _members(shard) if _suffix(m.name) in IMAGE_SUFFIXES)
+    return {member.name: member for member in suffixed}
+
+
+class _StrictHeader(tarfile.TarInfo):
+    """A header that says so when it is damaged, where tarfile takes it for the end."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _StrictHeader:
+        """Parse one header block; only the zero block ends an archive."""
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if len(buf) == tarfile.BLOCKSIZE and not any(buf):
+                raise
+            raise tarfile.ReadError(f"{error} where a file or the end should be") from error
+
+
+def _members(shard: Path) -> Iterator[_Member]:
+    """Yield the images and labels of a shard in their order.
+
+    Raises:
+        SourceError: the shard is damaged or cannot be read.
+    """
+    compressed = _is_compressed(shard)
+    try:
+        with (
+            _open_stream(shard) as stream,
+            tarfile.open(
+                fileobj=stream, mode="r|" if compressed else "r:", tarinfo=_StrictHeader
+            ) as archive,
+        ):
+            for header in archive:
+                if header.isreg() and _matters(header.name):
+                    yield _member(archive, header, read=compressed)
+                # Or all headers stay in memory; typeshed leaves out the attribute.
+                archive.members = []  # type: ignore[attr-defined]
+    except _FAULTS as error:
+        raise SourceError(
+            f"shard {shard}",
+            expected="a whole tar file",
+            found=str(error),
+            mend="get the shard again, or leave it out of the pattern",
+        ) from error
+
+
+def _member(archive: tarfile.TarFile, header: tarfile.TarInfo, *, read: bool) -> _Member:
+    """Describe a member, and read it now where there is no way back to it."""
+    data = None
+    size = header.size
+    if read:
+        try:
+            check_read_size(size, header.name)
+        except ImageError:
+            pass
+        else:
+            data = cast(IO[bytes], archive.extractfile(header)).read()
+    return _Member(header.name.removeprefix("./"), header.offset_data, size, data)
+
+
+def _open_stream(shard: Path) -> BinaryIO:
+    """Open a shard's tar, decompressed as its name says."""
+    openers: dict[str, Callable[[Path], object]] = {
+        ".tar": lambda path: path.open("rb"),
+        ".gz": gzip.open,
+        ".tgz": gzip.open,
+        ".bz2": bz2.open,
+        ".xz": lzma.open,
+        ".zst": _open_zstd,
+    }
+    return cast(BinaryIO, openers[shard.suffix](shard))
+
+
+def _open_zstd(shard: Path) -> object:
+    """Open a zstd file through Arrow: the standard library has no zstd before 3.14."""
+    import pyarrow as pa  # 100 ms that only zstd shards should pay
+
+    return pa.input_stream(str(shard), compression="zstd")
+
+
+def _matters(name: str) -> bool:
+    """Tell whether a member is an image or a label; dot files are neither."""
+    hidden = PurePosixPath(name).name.startswith(".")
+    return not hidden and (_suffix(name) in IMAGE_SUFFIXES or _extension(name) in {".cls", ".json"})
+
+
+def _stem(name: str) -> str:
+    """Give a member's name up to the first dot of its file name: its sample."""
+    folder, slash, file = name.rpartition("/")
+    return folder + slash + file.split(".", 1)[0]
+
+
+def _extension(name: str) -> str:
+    """Give all that follows the first dot of a member's file name, lower-case."""
+    return name.rpartition("/")[2].lower().removeprefix(_stem(name).rpartition("/")[2].lower())
+
+
+def _suffix(name: str) -> str:
+    """Give what follows the last dot of a member's file name, lower-case."""
+    return PurePosixPath(name).suffix.lower()

@@ -1,0 +1,145 @@
+"""A folder of images: what counts, what it is called, and what cannot be read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from models.errors import ImageError, ImageFault, SourceError
+from models.image_folder import FolderSource
+from models.image_source import MAX_READ_BYTES
+
+
+def fill(root: Path, *names: str) -> FolderSource:
+    """Write a file under each name and open the folder."""
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode())
+    return FolderSource(root)
+
+
+def listed(source: FolderSource) -> list[tuple[str, str | None]]:
+    """Give keys and labels."""
+    return [(record.key, record.label) for record in source.records()]
+
+
+def test_the_label_is_the_first_folder_however_deep_the_image(tmp_path: Path) -> None:
+    """Folders below a class sort its images; they do not make new classes."""
+    source = fill(tmp_path, "dogs/1.jpg", "cats/2019/a/1.jpg", "cats/1.jpg", "alone.jpg")
+    assert listed(source) == [
+        ("alone.jpg", None),
+        ("cats/1.jpg", "cats"),
+        ("cats/2019/a/1.jpg", "cats"),
+        ("dogs/1.jpg", "dogs"),
+    ]
+
+
+def test_other_files_are_counted_and_not_listed(tmp_path: Path) -> None:
+    """Endings decide, in any case; hidden files and folders are left alone."""
+    source = fill(tmp_path, "a.JPG", "b.txt", "Thumbs.db", "._a.jpg", ".git/c.jpg", "d.jpeg")
+    assert [key for key, _ in listed(source)] == ["a.JPG", "d.jpeg"]
+    assert source.ignored == 4
+
+
+def test_links_are_followed_once_round(tmp_path: Path) -> None:
+    """A folder linked twice is there twice; one that leads back up is not followed."""
+    source = fill(tmp_path, "cats/1.jpg")
+    (tmp_path / "kitties").symlink_to("cats")
+    (tmp_path / "cats" / "up").symlink_to("..")
+    assert listed(source) == [("cats/1.jpg", "cats"), ("kitties/1.jpg", "kitties")]
+
+
+def test_a_file_that_cannot_be_read_is_listed_and_raises_when_read(tmp_path: Path) -> None:
+    """Readers report and skip in one place; nothing is lost silently."""
+    source = fill(tmp_path, "good.jpg")
+    (tmp_path / "dangling.jpg").symlink_to("nowhere.jpg")
+    (tmp_path / "round.jpg").symlink_to("round.jpg")
+    (tmp_path / "empty.jpg").touch()
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with (tmp_path / "huge.jpg").open("wb") as file:
+        file.truncate(MAX_READ_BYTES + 1)
+    faults = {}
+    for record in source.records():
+        try:
+            record.read()
+        except ImageError as error:
+            faults[record.key] = (error.fault, str(error))
+    assert faults == {
+        "dangling.jpg": (
+            ImageFault.UNREADABLE,
+            "dangling.jpg: expected a readable file, found No such file or directory",
+        ),
+        "round.jpg": (
+            ImageFault.UNREADABLE,
+            "round.jpg: expected a readable file, found Too many levels of symbolic links",
+        ),
+        "empty.jpg": (ImageFault.EMPTY, "empty.jpg: expected an image, found no bytes"),
+        "pipe.jpg": (
+            ImageFault.UNREADABLE,
+            "pipe.jpg: expected a regular file, found something else",
+        ),
+        "huge.jpg": (
+            ImageFault.TOO_MANY_BYTES,
+            f"huge.jpg: expected at most {MAX_READ_BYTES} bytes, found {MAX_READ_BYTES + 1} bytes",
+        ),
+    }
+
+
+def test_a_folder_that_cannot_be_listed_is_reported_like_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its images are missing, and the reader is told so; the rest is read."""
+    source = fill(tmp_path, "cats/1.jpg", "closed/2.jpg")
+    real = os.scandir
+
+    def scandir(folder: str) -> object:
+        """Refuse one folder: the superuser, who may run this test, could read any."""
+        if folder.endswith("closed"):
+            raise PermissionError
+        return real(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    records = list(source.records())
+    assert [record.key for record in records] == ["cats/1.jpg", "closed/"]
+    with pytest.raises(ImageError, match=r"^closed/: expected a readable folder"):
+        records[1].read()
+
+
+def test_a_name_that_is_no_text_has_a_key_that_is(tmp_path: Path) -> None:
+    """Keys travel as UTF-8; the bytes of such a name are spelled out and found again."""
+    name = os.fsdecode(b"caf\xe9.jpg")
+    source = fill(tmp_path, "plain.jpg")
+    (tmp_path / name).write_bytes(b"pixels")
+    assert [key for key, _ in listed(source)] == ["caf\\xe9.jpg", "plain.jpg"]
+    assert source.load("caf\\xe9.jpg") == b"pixels"
+
+
+@pytest.mark.parametrize(
+    ("names", "found", "mend"),
+    [
+        ([], "0 other files", "check the path"),
+        (["a.txt", "b.csv"], "2 other files", "check the path"),
+        (["0.tar", "1.tar.gz", "x.txt"], "3 other files of which 2 tar", "for shards use wds:"),
+    ],
+)
+def test_a_folder_without_images_says_what_it_holds(
+    tmp_path: Path, names: list[str], found: str, mend: str
+) -> None:
+    """Nothing to do is an error, not an empty collection."""
+    source = fill(tmp_path, *names)
+    with pytest.raises(SourceError) as caught:
+        source.count()
+    assert str(caught.value).startswith(f"image folder {tmp_path}: expected images (.bmp ")
+    assert f"found {found}; {mend}" in str(caught.value)
+
+
+def test_a_missing_folder_is_refused_when_it_is_opened(tmp_path: Path) -> None:
+    """Long work does not start only to find nothing there."""
+    with pytest.raises(SourceError, match="expected a folder, found nothing; check the path"):
+        FolderSource(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    with pytest.raises(SourceError, match="expected a folder, found a file"):
+        FolderSource(tmp_path / "file")

@@ -1,0 +1,82 @@
+"""The torch networks: shapes, torchvision's names, and the parts that training relies on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torchvision
+
+from models.errors import UsageError
+from models.networks import LAYOUTS, BarlowTwins, GlobalPoolReadout, ResNet
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("stem", "shrink"), [("small", 1), ("large", 4)])
+@pytest.mark.parametrize("in_channels", [1, 3])
+def test_every_stage_gives_its_map(layout: str, stem: str, shrink: int, in_channels: int) -> None:
+    """Each stage halves the map and doubles the channels, after the stem."""
+    network = ResNet(layout=layout, width=4, in_channels=in_channels, stem=stem).eval()
+    with torch.inference_mode():
+        maps = network(torch.zeros(1, in_channels, 32, 32))
+    sizes = [32 // shrink // 2**i for i in range(4)]
+    expected = [(1, dim, size, size) for dim, size in zip(network.stage_dims, sizes, strict=True)]
+    assert [tuple(x.shape) for x in maps] == expected
+
+
+@pytest.mark.parametrize("layout", ["resnet18", "resnet34", "resnet50"])
+def test_published_weights_fit_by_name(layout: str) -> None:
+    """At width 64 with the large stem, torchvision's weights load and give its output."""
+    torch.manual_seed(0)
+    published = torchvision.models.get_model(layout, weights=None).eval()
+    network = ResNet(layout=layout, stem="large").eval()
+    weights = {k: v for k, v in published.state_dict().items() if not k.startswith("fc.")}
+    # In torchvision's bottleneck, too, it is the 3x3 convolution that strides.
+    network.load_state_dict(weights)
+    published.fc = torch.nn.Identity()
+    images = torch.rand(2, 3, 64, 64)
+    with torch.inference_mode():
+        pooled = GlobalPoolReadout(network.stage_dims)(network(images))
+        torch.testing.assert_close(pooled, published(images), rtol=1e-4, atol=1e-4)
+
+
+def test_residual_branches_start_at_zero_where_asked() -> None:
+    """A block is then its shortcut, so equal width passes its input through."""
+    for zero_init, is_shortcut in ((True, True), (False, False)):
+        network = ResNet(layout="resnet18", width=4, zero_init_residual=zero_init).eval()
+        block = network.get_submodule("layer1.1")
+        x = torch.rand(1, 4, 8, 8)
+        with torch.inference_mode():
+            assert torch.equal(block(x), x) is is_shortcut
+
+
+def test_the_trained_network_gives_features_and_embeddings() -> None:
+    """Features have the readout's size, embeddings the projector's last width."""
+    network = BarlowTwins(ResNet(layout="resnet10", width=4, in_channels=1), (16, 24))
+    features, embeddings = network(torch.rand(3, 1, 12, 12))
+    assert features.shape == (3, network.readout.dim) == (3, 32)
+    assert embeddings.shape == (3, 24)
+    linears = [m for m in network.projector.modules() if isinstance(m, torch.nn.Linear)]
+    assert all(linear.bias is None for linear in linears)
+
+
+def test_the_same_seed_gives_the_same_network() -> None:
+    """Initial weights come from torch's generator alone."""
+    states = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        states.append(ResNet(layout="resnet10", width=4).state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize(
+    ("layout", "stem", "message"),
+    [
+        ("resnet9", "small", "network layout: expected resnet10 or resnet18 or"),
+        ("resnet10", "tiny", "network stem: expected small or large, found 'tiny'"),
+    ],
+)
+def test_an_unknown_name_is_refused(layout: str, stem: str, message: str) -> None:
+    """The error lists the names there are."""
+    with pytest.raises(UsageError) as error:
+        ResNet(layout=layout, stem=stem)
+    assert str(error.value).startswith(message)

@@ -1,0 +1,197 @@
+"""Tar shards: samples, labels, patterns, compression and damage."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from models.errors import ImageError, ImageFault, SourceError
+from models.webdataset import TarSource, expand_shards
+
+MODES = {"tar": "w", "tar.gz": "w:gz", "tgz": "w:gz", "tar.bz2": "w:bz2", "tar.xz": "w:xz"}
+KINDS = [*MODES, "tar.zst"]
+
+
+def write_shard(path: Path, members: Mapping[str, bytes]) -> Path:
+    """Write a shard, compressed as its name says."""
+    kind = path.name.split(".", 1)[1]
+    plain = path.with_name(path.name.removesuffix(".zst"))
+    with tarfile.open(plain, MODES.get(kind, "w")) as archive:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    if kind == "tar.zst":
+        with pa.output_stream(str(path), compression="zstd") as file:
+            file.write(plain.read_bytes())
+        plain.unlink()
+    return path
+
+
+def samples(n: int) -> dict[str, bytes]:
+    """Make n samples whose images cannot be compressed away."""
+    members = {}
+    for i in range(n):
+        members[f"{i:04d}.cls"] = str(i % 3).encode()
+        members[f"{i:04d}.jpg"] = bytes((i * 37 + j * j) % 251 for j in range(1500))
+        members[f"{i:04d}.txt"] = b"a caption"
+    return members
+
+
+def listed(path: Path | str) -> list[tuple[str, str | None]]:
+    """Give keys and labels."""
+    return [(record.key, record.label) for record in TarSource(str(path)).records()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shard_reads_the_same_whatever_its_compression(tmp_path: Path, kind: str) -> None:
+    """Only the count differs: a compressed shard would have to be read for it."""
+    members = samples(5)
+    shard = write_shard(tmp_path / f"s.{kind}", members)
+    source = TarSource(str(shard))
+    assert listed(shard) == [(f"s.{kind}/{i:04d}.jpg", str(i % 3)) for i in range(5)]
+    assert [record.read() for record in source.records(3)] == [
+        members["0003.jpg"],
+        members["0004.jpg"],
+    ]
+    assert source.load(f"s.{kind}/0002.jpg") == members["0002.jpg"]
+    assert source.count() == (5 if kind == "tar" else None)
+
+
+def test_members_of_a_sample_share_the_name_up_to_the_first_dot(tmp_path: Path) -> None:
+    """The image is the plain one; masks beside it are not images of the data set."""
+    shard = write_shard(
+        tmp_path / "s.tar",
+        {
+            "./train/7.seg.png": b"mask",
+            "./train/7.cls": b"cat\n",
+            "./train/7.jpg": b"image",
+            "./train/8.left.JPG": b"left",
+            "./train/8.right.JPG": b"right",
+            "./train/9.txt": b"no image",
+            "./train/.8.jpg": b"hidden",
+        },
+    )
+    assert listed(shard) == [
+        ("s.tar/train/7.jpg", "cat"),
+        ("s.tar/train/8.left.JPG", None),
+        ("s.tar/train/8.right.JPG", None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("facts", "label"),
+    [
+        (json.dumps({"label": "cat", "cls": 3}).encode(), "cat"),
+        (json.dumps({"cls": 3}).encode(), "3"),
+        (json.dumps({"label": [1, 2]}).encode(), None),
+        (json.dumps([1]).encode(), None),
+        (b"{not json", None),
+        (b"\xff\xfe", None),
+    ],
+)
+def test_a_json_gives_its_label_or_none(tmp_path: Path, facts: bytes, label: str | None) -> None:
+    """A description without a usable label leaves the image without one."""
+    shard = write_shard(tmp_path / "s.tar", {"1.jpg": b"image", "1.json": facts})
+    assert listed(shard) == [("s.tar/1.jpg", label)]
+
+
+def test_a_range_names_every_shard_and_a_glob_those_that_are_there(tmp_path: Path) -> None:
+    """Shards come in the order of their names, and keys tell them apart."""
+    for n in (9, 10, 11):
+        write_shard(tmp_path / f"s-{n:03d}.tar", samples(1))
+    keys = [f"s-{n:03d}.tar/0000.jpg" for n in (9, 10, 11)]
+    assert [key for key, _ in listed(f"{tmp_path}/s-{{009..011}}.tar")] == keys
+    assert [key for key, _ in listed(f"{tmp_path}/s-*.tar")] == keys
+
+
+def test_shards_of_one_name_in_two_folders_keep_their_keys_apart(tmp_path: Path) -> None:
+    """The folder below the common one becomes part of the key."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write_shard(tmp_path / folder / "s.tar", samples(1))
+    source = TarSource(f"{tmp_path}/*/s.tar")
+    assert [record.key for record in source.records()] == ["a/s.tar/0000.jpg", "b/s.tar/0000.jpg"]
+    assert source.load("b/s.tar/0000.jpg") == samples(1)["0000.jpg"]
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    """A range promises all of its shards; a glob must match something."""
+    write_shard(tmp_path / "s-0.tar", samples(1))
+    with pytest.raises(SourceError, match=r"found no s-1\.tar \(2 of 3 are missing\); check the"):
+        expand_shards(f"{tmp_path}/s-{{0..2}}.tar")
+    with pytest.raises(SourceError, match="expected tar files, found none of that name"):
+        expand_shards(f"{tmp_path}/t-*.tar")
+    with pytest.raises(SourceError, match=r"expected a range that goes up, found \{2\.\.0\}"):
+        expand_shards(f"{tmp_path}/s-{{2..0}}.tar")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kept", [0.3, 0.6])
+def test_a_truncated_shard_is_an_error_that_names_it(
+    tmp_path: Path, kind: str, kept: float
+) -> None:
+    """Images before the cut are good; the cut is never taken for the end."""
+    members = samples(20)
+    shard = write_shard(tmp_path / f"s.{kind}", members)
+    data = shard.read_bytes()
+    shard.write_bytes(data[: int(len(data) * kept)])
+    found: list[object] = []
+
+    def read_all() -> None:
+        """Read up to the fault."""
+        found.extend(record.read() for record in TarSource(str(shard)).records())
+
+    with pytest.raises(SourceError, match=f"shard {shard}: expected a whole tar file, found "):
+        read_all()
+    assert found == [members[f"{i:04d}.jpg"] for i in range(len(found))]
+    assert len(found) < 20
+
+
+@pytest.mark.parametrize("end", ["cut at a member", "garbage for a header"])
+def test_an_end_that_tarfile_would_accept_is_damage(tmp_path: Path, end: str) -> None:
+    """An archive ends with a block of zeros and with nothing else."""
+    shard = write_shard(tmp_path / "s.tar", samples(3))
+    data = bytearray(shard.read_bytes())
+    header = data.index(b"0002.cls")
+    if end == "cut at a member":
+        del data[header:]
+    else:
+        data[header : header + 512] = b"garbage " * 64
+    shard.write_bytes(data)
+    with pytest.raises(SourceError, match="header where a file or the end should be"):
+        listed(shard)
+
+
+def test_a_file_that_is_no_tar_is_an_error(tmp_path: Path) -> None:
+    """Whatever its name says."""
+    for name in ("s.tar", "s.tar.gz", "s.tar.zst"):
+        (tmp_path / name).write_bytes(b"This is no archive. " * 100)
+        with pytest.raises(SourceError, match=f"shard .*{name}: expected a whole tar file"):
+            listed(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", ["tar", "tar.gz"])
+def test_an_empty_image_is_listed_and_raises_when_read(tmp_path: Path, kind: str) -> None:
+    """As in a folder: readers report and skip in one place."""
+    shard = write_shard(tmp_path / f"s.{kind}", {"1.jpg": b"", "2.jpg": b"image"})
+    first, second = TarSource(str(shard)).records()
+    with pytest.raises(ImageError, match="expected an image, found no bytes") as caught:
+        first.read()
+    assert caught.value.fault is ImageFault.EMPTY
+    assert second.read() == b"image"
+
+
+def test_a_shard_that_shrinks_under_a_reader_is_an_image_error(tmp_path: Path) -> None:
+    """A record outlives its iterator, so its shard may have changed."""
+    shard = write_shard(tmp_path / "s.tar", {"1.jpg": b"image"})
+    (record,) = TarSource(str(shard)).records()
+    shard.write_bytes(b"")
+    with pytest.raises(ImageError, match=r"found s\.tar has become shorter"):
+        record.read()
