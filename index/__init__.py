@@ -1,0 +1,1 @@
+"""Vectors at rest: collections, search and the evaluations made on them."""

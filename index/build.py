@@ -1,0 +1,356 @@
+"""`python -m index.build`: embed the images of a source and make a collection of them.
+
+Rules:
+    Memory holds a few batches, one part and the index, whatever the size of the source.
+    A build that was killed goes on where it stood when the same command is run again, and
+    ends in the same files as one that was not: finished parts are never embedded twice.
+    An image that cannot be used is written to `rejects.jsonl` and counted, never fatal.
+    The collection appears whole, by a rename; a replaced one stays readable to those who
+    have it open.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import platform
+import sys
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal, cast
+
+import faiss
+import numpy as np
+import pyarrow as pa
+
+from index.embed import decode_batches, embed
+from index.errors import CollectionError
+from index.manifest import (
+    MANIFEST_FILE,
+    REJECTS_FILE,
+    Manifest,
+    SegmentEntry,
+    hash_files,
+    read_manifest,
+    write_manifest,
+)
+from index.parts import PartStore, RunKey, read_run_id
+from index.segment import EF_SEARCH, FLAT, HNSW, write_segment
+from models.command import progress, run_command
+from models.encoder import Encoder, open_encoder
+from models.errors import UsageError
+from models.files import atomic_directory
+from models.images import ImageSource, open_source
+
+FLAT_MAX_COUNT = 20_000
+"""Up to here `auto` searches every vector: some milliseconds a query, and always exact."""
+
+BATCHES_PER_PART = 16
+
+log = logging.getLogger("horace.index")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """Embed the images of a source and make a collection of them."""
+
+    images: str
+    """The images: fashion-mnist[:train|:test], a folder, tar shards, or idx:IMAGES,LABELS."""
+    encoder: str
+    """The encoder: a bundle's directory, or horace://host:port/model."""
+    out: Path
+    """The collection's directory, to be made."""
+    name: str | None = None
+    """The collection's name; that of its directory where none is given."""
+    index: Literal["auto", "flat", "hnsw"] = "auto"
+    """flat searches every vector; hnsw is approximate; auto takes flat up to 20,000 images."""
+    batch_size: int = 64
+    """Images encoded at once."""
+    replace: bool = False
+    """Replace the collection that stands at --out."""
+    restart: bool = False
+    """Drop what an unfinished build of --out has embedded, instead of going on from it."""
+    json: bool = False
+    """Print the summary as JSON."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without opening anything."""
+        if not self.target.name:
+            raise UsageError("--out", expected="a directory with a name", found=str(self.out))
+        if not 1 <= self.batch_size <= 65536:
+            raise UsageError("--batch-size", expected="1 to 65536", found=str(self.batch_size))
+
+    @property
+    def target(self) -> Path:
+        """The collection's directory, absolute and with a name even for `--out .`."""
+        return Path(os.path.abspath(self.out))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildSummary:
+    """What a build did.
+
+    Attributes:
+        collection: its directory.
+        name: its name.
+        fingerprint: of the encoder.
+        index: FAISS factory string, or `Flat`.
+        images: vectors in the collection.
+        rejects: images that could not be used.
+        reused: images whose vectors an earlier, unfinished run had made.
+        embed_s: seconds for embedding the others.
+        index_s: seconds for writing the collection and its index.
+    """
+
+    collection: str
+    name: str
+    fingerprint: str
+    index: str
+    images: int
+    rejects: int
+    reused: int
+    embed_s: float
+    index_s: float
+
+
+def main(options: BuildOptions) -> None:
+    """Build the collection and say what came of it."""
+    summary = build(options)
+    if options.json:
+        print(json.dumps(dataclasses.asdict(summary), indent=2))
+        return
+    print(
+        f"{summary.collection}: {summary.images} images, {summary.index}, "
+        f"encoder {summary.fingerprint[:12]}"
+    )
+    embedded = summary.images - summary.reused
+    rate = f" ({embedded / summary.embed_s:.0f}/s)" if embedded and summary.embed_s > 0 else ""
+    print(
+        f"embedded {embedded} in {summary.embed_s:.1f} s{rate}, reused {summary.reused}, "
+        f"rejected {summary.rejects}; collection and index written in {summary.index_s:.1f} s"
+    )
+    if summary.rejects:
+        print(f"the rejected images and why: {Path(summary.collection) / REJECTS_FILE}")
+
+
+def build(options: BuildOptions) -> BuildSummary:
+    """Build the collection, going on from an unfinished run of the same options.
+
+    Raises:
+        HoraceError: source, encoder or target are not usable; what was embedded is kept.
+    """
+    source = open_source(options.images)
+    with closing(open_encoder(options.encoder)) as encoder:
+        key = RunKey(
+            source=source.uri,
+            source_count=source.count(),
+            fingerprint=encoder.fingerprint,
+            dim=encoder.dim,
+            batch_size=options.batch_size,
+            part_size=options.batch_size * BATCHES_PER_PART,
+        )
+        try:
+            return _build(options, key, source, encoder)
+        except OSError as error:
+            raise CollectionError(
+                str(options.out),
+                expected="a directory that can be written, with room for the collection",
+                found=os.strerror(error.errno) if error.errno else str(error),
+                mend="make room or choose another --out; the same command goes on from here",
+            ) from error
+
+
+def _build(
+    options: BuildOptions, key: RunKey, source: ImageSource, encoder: Encoder
+) -> BuildSummary:
+    """Embed what is missing, write the collection, put it in its place."""
+    out = options.target
+    if _is_finished(out):
+        log.info("%s was finished by an earlier run, which was killed before it could say so", out)
+        with PartStore(out, key, restart=True):
+            return _summary_of(out)
+    _check_target(out, replace=options.replace)
+    with PartStore(out, key, restart=options.restart) as store:
+        reused, n_parts = store.n_images, len(store.finished)
+        if n_parts:
+            log.info("reusing %d images in %d finished parts of %s", reused, n_parts, out)
+        embed_s = _embed_missing(store, source, encoder)
+        _check_images(store)
+        start_s = time.monotonic()
+        with atomic_directory(store.directory / "collection") as directory:
+            manifest = _write_collection(directory, options, encoder, store)
+            times = {"embed_s": embed_s, "index_s": time.monotonic() - start_s}
+            report = {**manifest.build, "reused": reused, **times}
+            write_manifest(directory, dataclasses.replace(manifest, build=report))
+        _publish(store.directory / "collection", out, aside=store.directory / "replaced")
+        store.discard()
+    return _summary_of(out)
+
+
+def _embed_missing(store: PartStore, source: ImageSource, encoder: Encoder) -> float:
+    """Embed every record that no part covers yet; give the seconds that it took."""
+    key, start_s = store.key, time.monotonic()
+    total = None if key.source_count is None else key.source_count - store.n_records
+    batches = decode_batches(
+        source.records(start=store.n_records), encoder, batch_size=key.batch_size
+    )
+    waiting, vectors = [], []
+    with closing(batches):
+        for batch in progress(batches, what="embedding", total=total):
+            waiting.append(batch)
+            vectors.append(embed(encoder, batch.images_NHWC))
+            if len(waiting) == BATCHES_PER_PART:
+                store.add(waiting, vectors)
+                waiting, vectors = [], []
+    if waiting:
+        store.add(waiting, vectors)
+    return time.monotonic() - start_s
+
+
+def _check_images(store: PartStore) -> None:
+    """Refuse a source without one good image, and images that share an id."""
+    if store.n_images == 0:
+        rejects = store.rejects
+        first = f", the first: {rejects[0].key}: {rejects[0].message}" if rejects else ""
+        raise CollectionError(
+            store.key.source,
+            expected="at least one image that can be used",
+            found=f"{len(rejects)} rejected{first}",
+            mend="check the images; the parts are dropped by --restart",
+        )
+    ids_N = store.ids()
+    unique, counts = np.unique(ids_N, return_counts=True)
+    shared = unique[counts > 1]
+    if len(shared) == 0:
+        return
+    keys = [
+        repr(row["key"])
+        for block in store.blocks()
+        for row in block.rows.select(["id", "key"]).to_pylist()
+        if row["id"] == shared[0]
+    ]
+    raise CollectionError(
+        store.key.source,
+        expected="every image to have a key of its own",
+        found=f"{' and '.join(keys)} with one id, and {len(shared)} shared ids in all",
+        mend="rename one of them, then run again with --restart",
+    )
+
+
+def _write_collection(
+    directory: Path, options: BuildOptions, encoder: Encoder, store: PartStore
+) -> Manifest:
+    """Write every file of the collection but the manifest, which is returned."""
+    factory = choose_factory(options.index, store.n_images)
+    entry = SegmentEntry(
+        name="000000",
+        count=store.n_images,
+        factory=factory,
+        ef_search=None if factory == FLAT else EF_SEARCH,
+    )
+    log.info("writing %d vectors, index %s", entry.count, factory)
+    try:
+        names = write_segment(directory, entry, store.blocks(), encoder.dim)
+    except RuntimeError as error:  # faiss's own, for a file that it cannot write
+        raise OSError(None, str(error).splitlines()[0]) from error
+    lines = [json.dumps(dataclasses.asdict(reject)) + "\n" for reject in store.rejects]
+    (directory / REJECTS_FILE).write_text("".join(lines))
+    uri = options.encoder
+    return Manifest(
+        name=options.name or options.target.name,
+        fingerprint=encoder.fingerprint,
+        dim=encoder.dim,
+        encoder=uri if "://" in uri else str(Path(uri).resolve()),
+        preprocessing=dict(encoder.preprocessing.to_json()),
+        sources={store.key.source: entry.count},
+        segments=(entry,),
+        files=hash_files(directory, [*names, REJECTS_FILE]),
+        versions={
+            "faiss": faiss.__version__,
+            "numpy": np.__version__,
+            "pyarrow": pa.__version__,
+            "python": platform.python_version(),
+        },
+        build={
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "run_id": store.run_id,
+            "run": store.key.to_json(),
+            "rejects": len(store.rejects),
+        },
+    )
+
+
+def choose_factory(index: Literal["auto", "flat", "hnsw"], count: int) -> str:
+    """Turn the option and the number of images into a FAISS factory string."""
+    if index == "auto":
+        index = "flat" if count <= FLAT_MAX_COUNT else "hnsw"
+    return FLAT if index == "flat" else HNSW
+
+
+def _check_target(out: Path, *, replace: bool) -> None:
+    """Leave alone what exists, unless it is a collection and may be replaced."""
+    if not out.exists() and not out.is_symlink():
+        return
+    if not (out / MANIFEST_FILE).is_file():
+        raise UsageError(
+            f"--out {out}",
+            expected="a new directory, or a collection to replace",
+            found="something else of that name",
+            mend="choose another name",
+        )
+    if not replace:
+        raise UsageError(
+            f"--out {out}",
+            expected="a new directory",
+            found="a collection",
+            mend="choose another name, or replace it with --replace",
+        )
+
+
+def _is_finished(out: Path) -> bool:
+    """Tell whether the unfinished run of `out` was killed between its last two steps."""
+    run_id = read_run_id(out)
+    if run_id is None or not (out / MANIFEST_FILE).is_file():
+        return False
+    try:
+        return read_manifest(out).build.get("run_id") == run_id
+    except CollectionError:
+        return False
+
+
+def _publish(built: Path, out: Path, *, aside: Path) -> None:
+    """Rename the collection to its place; the one that was there goes to `aside`."""
+    if out.exists():
+        out.rename(aside)
+    built.rename(out)
+    descriptor = os.open(out.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _summary_of(out: Path) -> BuildSummary:
+    """Read the summary from the manifest's build report."""
+    manifest = read_manifest(out)
+    report = cast(dict[str, int], manifest.build)
+    return BuildSummary(
+        collection=str(out),
+        name=manifest.name,
+        fingerprint=manifest.fingerprint,
+        index=manifest.segments[0].factory,
+        images=manifest.count,
+        rejects=report["rejects"],
+        reused=report["reused"],
+        embed_s=report["embed_s"],
+        index_s=report["index_s"],
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(BuildOptions, main, prog="python -m index.build"))

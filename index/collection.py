@@ -1,0 +1,310 @@
+"""A collection of images: unit vectors of one encoder, their ids and metadata, searchable.
+
+Rules:
+    Every query says which encoder made it; another encoder's is refused, whatever its
+    dimension. Scores are cosines, best first.
+    Ids are 63-bit hashes of the images' keys: they outlive a rebuild and fit an int64.
+    An open collection never changes; any number of threads may search it.
+    Files are held against the manifest's checksums before they are read.
+
+It does not embed (`index.embed`), nor write (`index.build`).
+
+Shapes: Q queries, N rows, D dimensions, K neighbours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import ArrayLike, NDArray
+
+from index.errors import CollectionError, UnknownIdError
+from index.knn import MISSING, merge_neighbours, pad_neighbours
+from index.manifest import METRIC, Manifest, read_manifest
+from index.segment import Segment, open_segment
+from models.cpu import cpu_budget
+from models.errors import FingerprintMismatchError, UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Neighbours:
+    """What a search found, best first.
+
+    Attributes:
+        ids: (Q, K) int64; -1 where there are fewer than K.
+        scores: (Q, K) float32 cosines; -inf where there are fewer than K.
+    """
+
+    ids: NDArray[np.int64]
+    scores: NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One image of a collection.
+
+    Attributes:
+        id: its 63-bit id.
+        key: where it stands in its source.
+        label: its class, where the source knew one.
+        source: the source's URI; `models.images.open_source(source).load(key)` reads it.
+    """
+
+    id: int
+    key: str
+    label: str | None
+    source: str
+
+
+def id_of(key: str) -> int:
+    """Give the id of an image: the first 63 bits of the BLAKE2b hash of its key."""
+    digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class Collection:
+    """An open collection. Use `Collection.open`; close it, or use it as a context manager."""
+
+    def __init__(
+        self, path: Path, manifest: Manifest, segments: Sequence[Segment], *, threads: int
+    ) -> None:
+        """Take over opened segments, in the manifest's order."""
+        self.path = path
+        self.manifest = manifest
+        self._segments: tuple[Segment, ...] | None = tuple(segments)
+        self._starts = np.cumsum([0, *(segment.entry.count for segment in segments)])
+        self._threads = threads
+        # One more than there are rows, so that row -1 has the id -1.
+        self._ids = np.concatenate([*(segment.ids_N for segment in segments), [MISSING]])
+        self._by_id = np.argsort(self._ids[:-1], kind="stable")
+        self._rows = pa.concat_tables([segment.rows for segment in segments])
+
+    @classmethod
+    def open(
+        cls, path: str | Path, *, verify: bool = True, threads: int | None = None
+    ) -> Collection:
+        """Open the collection in a directory.
+
+        Args:
+            path: the directory that `index.build` wrote.
+            verify: whether to hash every file that is read; sizes are always checked.
+            threads: CPU threads of a search; the CPU budget where None.
+
+        Raises:
+            CollectionError: there is none, or a file is missing, damaged or foreign.
+        """
+        path = Path(path)
+        manifest = read_manifest(path)
+        segments = [open_segment(path, manifest, s, verify=verify) for s in manifest.segments]
+        return cls(path, manifest, segments, threads=threads or cpu_budget())
+
+    def __repr__(self) -> str:
+        return (
+            f"<Collection {self.name} {self.count} x {self.dim} {self.factory} "
+            f"fingerprint={self.fingerprint[:12]}>"
+        )
+
+    def __enter__(self) -> Collection:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of files and memory; searches that are under way end well."""
+        self._segments = None
+
+    @property
+    def name(self) -> str:
+        """A word for people."""
+        return self.manifest.name
+
+    @property
+    def fingerprint(self) -> str:
+        """The encoder that made every vector here."""
+        return self.manifest.fingerprint
+
+    @property
+    def dim(self) -> int:
+        """Length of a vector."""
+        return self.manifest.dim
+
+    @property
+    def metric(self) -> str:
+        """How vectors are compared: `cosine`."""
+        return METRIC
+
+    @property
+    def factory(self) -> str:
+        """The FAISS factory string, or `Flat` where every search is exact."""
+        return "+".join(dict.fromkeys(segment.factory for segment in self.manifest.segments))
+
+    @property
+    def count(self) -> int:
+        """Images in the collection."""
+        return self.manifest.count
+
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        """(N,) int64: the id of every row, in the order of the sources."""
+        return self._ids[:-1]
+
+    def require(self, fingerprint: str) -> None:
+        """Refuse another encoder's vectors.
+
+        Raises:
+            FingerprintMismatchError: `fingerprint` is not the collection's; names both.
+        """
+        if fingerprint != self.fingerprint:
+            raise FingerprintMismatchError(
+                f"collection {self.name}",
+                expected=self.fingerprint,
+                found=fingerprint,
+                mend="query it with the encoder that built it, or build it again with this one",
+            )
+
+    def search(
+        self,
+        queries_QD: NDArray[np.float32],
+        k: int,
+        *,
+        fingerprint: str,
+        exact: bool = False,
+        ef_search: int | None = None,
+    ) -> Neighbours:
+        """Find the k nearest images of each query.
+
+        Args:
+            queries_QD: (Q, D) float32, unit length.
+            k: neighbours a query, at least 1.
+            fingerprint: of the encoder that made the queries.
+            exact: whether to search every vector instead of the index.
+            ef_search: candidates that HNSW keeps, for this call; the manifest's where None.
+
+        Raises:
+            FingerprintMismatchError: another encoder made the queries.
+            UsageError: k is below 1, or the queries have another dimension.
+        """
+        self.require(fingerprint)
+        if queries_QD.ndim != 2 or queries_QD.shape[1] != self.dim:
+            raise UsageError("queries", expected=f"(Q, {self.dim})", found=str(queries_QD.shape))
+        if k < 1:
+            raise UsageError("k", expected="at least 1", found=str(k))
+        queries_QD = np.ascontiguousarray(queries_QD, dtype=np.float32)
+        parts = []
+        for start, segment in zip(self._starts[:-1], self._open_segments(), strict=True):
+            scores, rows = segment.search(
+                queries_QD, k, exact=exact, ef_search=ef_search, threads=self._threads
+            )
+            parts.append((scores, np.where(rows < 0, MISSING, rows + start)))
+        scores, rows = merge_neighbours(parts, k)
+        return Neighbours(ids=self._ids[rows], scores=scores)
+
+    def search_ids(
+        self, ids: ArrayLike, k: int, *, exact: bool = False, ef_search: int | None = None
+    ) -> Neighbours:
+        """Find the k nearest images of stored ones, each left out of its own neighbours.
+
+        Raises:
+            UnknownIdError: an id is not in the collection.
+            UsageError: k is below 1.
+        """
+        if k < 1:
+            raise UsageError("k", expected="at least 1", found=str(k))
+        ids_Q = np.asarray(ids, dtype=np.int64)
+        found = self.search(
+            self.vectors(ids_Q), k + 1, fingerprint=self.fingerprint, exact=exact,
+            ef_search=ef_search,
+        )  # fmt: skip
+        is_self = found.ids == ids_Q[:, None]
+        is_self[~is_self.any(axis=1), -1] = True  # not found by the index: drop the last
+        others = np.argsort(is_self, axis=1, kind="stable")[:, :k]
+        scores, kept = pad_neighbours(
+            np.take_along_axis(found.scores, others, 1), np.take_along_axis(found.ids, others, 1), k
+        )
+        return Neighbours(ids=kept, scores=scores)
+
+    def vectors(self, ids: ArrayLike) -> NDArray[np.float32]:
+        """Give the stored vectors, (n, D) float32 of unit length.
+
+        Raises:
+            UnknownIdError: an id is not in the collection.
+        """
+        rows = self.row_numbers(ids)
+        vectors_ND = np.empty((len(rows), self.dim), np.float32)
+        for start, segment in zip(self._starts[:-1], self._open_segments(), strict=True):
+            here = (rows >= start) & (rows < start + segment.entry.count)
+            vectors_ND[here] = segment.vectors_ND[rows[here] - start]
+        return vectors_ND
+
+    def rows(self, ids: ArrayLike) -> list[Row]:
+        """Give the metadata of images, in the order asked for.
+
+        Raises:
+            UnknownIdError: an id is not in the collection.
+        """
+        taken = self._rows.take(self.row_numbers(ids))
+        columns = [taken[name].to_pylist() for name in ("id", "key", "label", "source")]
+        return [
+            Row(id=id_, key=key, label=label, source=source)
+            for id_, key, label, source in zip(*columns, strict=True)
+        ]
+
+    def row_numbers(self, ids: ArrayLike) -> NDArray[np.int64]:
+        """Give the places of ids within `self.ids`.
+
+        Raises:
+            UnknownIdError: an id is not in the collection.
+        """
+        asked = np.asarray(ids, dtype=np.int64)
+        ranks = np.searchsorted(self.ids, asked, sorter=self._by_id)
+        places = np.append(self._by_id, MISSING)[ranks]
+        unknown = asked[(places == MISSING) | (self._ids[places] != asked)]
+        if unknown.size:
+            raise UnknownIdError(
+                f"id {unknown[0]}",
+                expected=f"an id of the {self.count} in collection {self.name}",
+                found="none such",
+                mend="take ids from a search of this collection",
+            )
+        return places
+
+    def find_key(self, key: str) -> int:
+        """Give the id of the image with this key.
+
+        Raises:
+            UnknownIdError: no image has it.
+        """
+        id_ = id_of(key)
+        try:
+            row = self.rows([id_])[0]
+        except UnknownIdError:
+            row = None
+        if row is None or row.key != key:
+            raise UnknownIdError(
+                f"key {key!r}",
+                expected=f"a key of the {self.count} in collection {self.name}",
+                found="none such",
+                mend="take keys from a search of this collection",
+            )
+        return id_
+
+    def labels(self) -> list[str | None]:
+        """Give the label of every row, in the order of `self.ids`."""
+        return cast(list[str | None], self._rows["label"].to_pylist())
+
+    def keys(self) -> list[str]:
+        """Give the key of every row, in the order of `self.ids`."""
+        return cast(list[str], self._rows["key"].to_pylist())
+
+    def _open_segments(self) -> tuple[Segment, ...]:
+        """Give the segments, unless they were closed."""
+        if self._segments is None:
+            raise CollectionError(f"collection {self.name}", expected="an open one", found="closed")
+        return self._segments

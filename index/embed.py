@@ -1,0 +1,161 @@
+"""Images to vectors as a stream: decoding runs ahead of encoding, in bounded memory.
+
+Rules:
+    Batches are `batch_size` consecutive records, in the source's order, whatever the number
+    of threads; an image that cannot be used leaves a gap and a `Reject`, never an error.
+    At most `BATCHES_AHEAD` batches are read and decoded before they are asked for.
+    A vector is `finish_vectors(encoder.encode(batch))`, the same as the server gives.
+
+It writes nothing; `index.build` and `index.evaluate` do.
+
+Shapes: N images of a batch, H, W, C of the encoder's input, D dimensions.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.cpu import cpu_budget, share_cpus
+from models.encoder import Encoder
+from models.errors import ImageError
+from models.images import ImageRecord
+from models.vectors import finish_vectors
+
+BATCHES_AHEAD = 2
+"""While one batch is encoded, one more is ready and one is in the making."""
+
+CHUNK = 16
+"""Images a task of the decoding pool: a task costs some 30 us, a 28 x 28 image 10 us."""
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reject:
+    """An image that could not be used.
+
+    Attributes:
+        key: its key in the source.
+        fault: the value of an `ImageFault`.
+        message: what was expected, what was found.
+    """
+
+    key: str
+    fault: str
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageBatch:
+    """Consecutive records of a source, decoded.
+
+    Attributes:
+        keys: of the N images that could be used.
+        labels: of the same.
+        images_NHWC: the encoder's input, uint8.
+        rejects: the others. `len(batch)` counts both.
+    """
+
+    keys: list[str]
+    labels: list[str | None]
+    images_NHWC: NDArray[np.uint8]
+    rejects: list[Reject]
+
+    def __len__(self) -> int:
+        return len(self.keys) + len(self.rejects)
+
+
+def decode_batches(
+    records: Iterable[ImageRecord],
+    encoder: Encoder,
+    *,
+    batch_size: int,
+    threads: int | None = None,
+) -> Generator[ImageBatch, None, None]:
+    """Read and preprocess records in a pool of threads, ahead of the caller.
+
+    Closing the iterator, or an error, waits for what has begun and drops the rest.
+
+    Args:
+        records: in the order of the batches.
+        encoder: whose preprocessing is applied.
+        batch_size: records a batch; the last may have fewer.
+        threads: of the pool; the decoding share of the CPU budget where None.
+
+    Raises:
+        SourceError: the source is damaged; the batches before are good.
+    """
+    pool = ThreadPoolExecutor(
+        threads or share_cpus(cpu_budget()).decode_threads, thread_name_prefix="decode"
+    )
+    waiting: deque[list[Future[list[_Outcome]]]] = deque()
+    try:
+        for batch in _split(records, batch_size):
+            tasks = [pool.submit(_decode, chunk, encoder) for chunk in _split(batch, CHUNK)]
+            waiting.append(tasks)
+            if len(waiting) > BATCHES_AHEAD:
+                yield _gather(waiting.popleft(), encoder)
+        while waiting:
+            yield _gather(waiting.popleft(), encoder)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def embed(encoder: Encoder, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Encode preprocessed images to (N, D) float32 of unit length.
+
+    Raises:
+        EncoderError: the runtime failed.
+    """
+    return finish_vectors(encoder.encode(images_NHWC), normalize=True)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What became of one record: pixels, or the error."""
+
+    record: ImageRecord
+    result: NDArray[np.uint8] | ImageError
+
+
+def _decode(records: list[ImageRecord], encoder: Encoder) -> list[_Outcome]:
+    """Read and preprocess a chunk; runs in the pool."""
+    outcomes = []
+    for record in records:
+        try:
+            outcomes.append(_Outcome(record, encoder.preprocess(record.read())))
+        except ImageError as error:
+            outcomes.append(_Outcome(record, error))
+    return outcomes
+
+
+def _gather(tasks: list[Future[list[_Outcome]]], encoder: Encoder) -> ImageBatch:
+    """Wait for the chunks of a batch and put them together."""
+    keys, labels, images, rejects = [], [], [], []
+    for outcome in (outcome for task in tasks for outcome in task.result()):
+        record, result = outcome.record, outcome.result
+        if isinstance(result, ImageError):
+            rejects.append(Reject(key=record.key, fault=result.fault.value, message=str(result)))
+        else:
+            keys.append(record.key)
+            labels.append(record.label)
+            images.append(result)
+    spec = encoder.preprocessing
+    empty = np.empty((0, spec.height, spec.width, spec.channels), np.uint8)
+    images_NHWC = np.stack(images) if images else empty
+    return ImageBatch(keys=keys, labels=labels, images_NHWC=images_NHWC, rejects=rejects)
+
+
+def _split(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Cut into lists of `size`; the last may be shorter."""
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk

@@ -1,0 +1,21 @@
+"""The errors of collections: what they keep, and what they refuse."""
+
+from __future__ import annotations
+
+from models.errors import HoraceError
+
+
+class IndexingError(HoraceError):
+    """Base of the errors of `index`."""
+
+
+class CollectionError(IndexingError):
+    """A collection that is missing, damaged, of another schema, or not to be written."""
+
+
+class UnknownIdError(IndexingError):
+    """An id or a key that a collection does not hold."""
+
+
+class EvaluationError(IndexingError):
+    """An evaluation that cannot be made of this collection and these images."""

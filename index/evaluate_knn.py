@@ -1,0 +1,279 @@
+"""kNN evaluation: weighted vote over a collection's labels, beside honest baselines.
+
+Rules:
+    The headline is k = 20 at T = .07, fixed before any query is seen; the other k are shown
+    and never chosen from.
+    The headline is exact. The index stands beside it as a difference, with its recall.
+    Raw pixels, whitened pixels and an untrained encoder are measured in the same run.
+    Whatever was left out or looks suspicious (queries without a label, classes that the
+    collection lacks, images that are in both splits) is said in the report.
+
+Source: Wu et al. (arXiv 1805.01978) and Caron et al., DINO (arXiv 2104.14294), for the
+vote and its k and T.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from index import baselines
+from index.baselines import Seen, see_images
+from index.collection import Collection
+from index.errors import EvaluationError
+from index.knn import MISSING, knn_search, weighted_knn_vote
+from index.knn_report import (
+    BaselineRow,
+    IndexDelta,
+    KnnReport,
+    as_text,
+)
+from index.knn_scores import (
+    Accuracy,
+    class_scores,
+    confusion_matrix,
+    recall_per_query,
+)
+from index.knn_task import Task, make_task
+from index.search import open_collection_encoder
+from models.encoder import Encoder
+from models.errors import UsageError
+from models.files import atomic_file
+from models.images import open_source
+from models.runtime import open_random_twin
+
+HEADLINE_K = 20
+RECALL_K = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnnOptions:
+    """Measure an encoder by the labels of the nearest neighbours."""
+
+    collection: Path
+    """The collection whose labels vote."""
+    images: str
+    """The labelled images to classify: a source, as for index.build."""
+    encoder: str | None = None
+    """The encoder: a bundle or URI; by default the one that built the collection."""
+    k: tuple[int, ...] = (1, 5, 10, 20, 100, 200)
+    """Numbers of neighbours; 20, the headline, is always among them."""
+    temperature: float = 0.07
+    """T of the vote exp(s / T)."""
+    baselines: bool = True
+    """Measure raw pixels, whitened pixels and the untrained encoder, too."""
+    out: Path | None = None
+    """Directory for report.txt, report.json and confusion.png."""
+    json: bool = False
+    """Print the report as JSON."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without opening anything."""
+        if not self.k or min(self.k) < 1:
+            raise UsageError("--k", expected="numbers of at least 1", found=str(self.k))
+        if not self.temperature > 0:
+            raise UsageError("--temperature", expected="above 0", found=str(self.temperature))
+
+
+def main(options: KnnOptions) -> None:
+    """Evaluate, and show the report as text or JSON, and as files on request."""
+    report = evaluate(options)
+    text = as_text(report)
+    document = json.dumps(dataclasses.asdict(report), indent=2)
+    if options.out is not None:
+        _write_files(options.out, report, text, document)
+    print(document if options.json else text)
+    if options.out is not None and not options.json:
+        print(f"\nreport and confusion matrix: {options.out}")
+
+
+def evaluate(options: KnnOptions) -> KnnReport:
+    """Measure the encoder's row and, on request, the baselines' rows.
+
+    Raises:
+        EvaluationError: there are no labels, none in common, or no query.
+        HoraceError: collection, encoder or images cannot be used.
+    """
+    with ExitStack() as stack:
+        collection = stack.enter_context(Collection.open(options.collection))
+        encoder = open_collection_encoder(collection, options.encoder)
+        stack.enter_context(closing(encoder))
+        twin = _open_twin(collection, options) if options.baselines else None
+        encoders = [encoder] if twin is None else [encoder, stack.enter_context(closing(twin))]
+        queries = see_images(
+            [open_source(options.images)],
+            encoders,
+            preprocess_for=encoder,
+            with_pixels=options.baselines,
+            what="queries",
+        )
+        ks = tuple(sorted({*options.k, HEADLINE_K}))
+        task, queries, notes = make_task(
+            collection, queries, images=options.images, ks=ks, temperature=options.temperature
+        )
+        return _report(options, collection, encoder, twin, queries, task, notes)
+
+
+def _report(
+    options: KnnOptions,
+    collection: Collection,
+    encoder: Encoder,
+    twin: Encoder | None,
+    queries: Seen,
+    task: Task,
+    notes: list[str],
+) -> KnnReport:
+    """Search, vote and count."""
+    k_max = task.ks[-1]
+    vectors_QD = queries.vectors_ND[0]
+    exact = collection.search(vectors_QD, k_max, fingerprint=encoder.fingerprint, exact=True)
+    rows_QK = _row_numbers(collection, exact.ids)
+    by_k = task.score(exact.scores, rows_QK)
+    votes_QC = weighted_knn_vote(
+        exact.scores,
+        task.labels_of(rows_QK),
+        k=HEADLINE_K,
+        temperature=task.temperature,
+        n_classes=len(task.classes),
+    )
+    predicted_Q = np.where(votes_QC.max(axis=1) > 0, votes_QC.argmax(axis=1), MISSING)
+    confusion_CC = confusion_matrix(task.truth_Q, predicted_Q, len(task.classes))
+    rows, duplicates = [], None
+    if options.baselines:
+        bank = _see_bank(collection, encoder, twin)
+        rows = _baseline_rows(task, queries, bank, twin, encoder)
+        in_bank = set(bank.digests)
+        duplicates = sum(digest in in_bank for digest in queries.digests)
+    return KnnReport(
+        collection=collection.name,
+        images=options.images,
+        encoder=encoder.name,
+        fingerprint=encoder.fingerprint,
+        dim=encoder.dim,
+        n_collection=collection.count,
+        n_queries=len(queries.keys),
+        classes=task.classes,
+        temperature=task.temperature,
+        ks=list(task.ks),
+        headline_k=HEADLINE_K,
+        encoder_by_k=by_k,
+        index=_index_delta(collection, vectors_QD, exact.ids, task, by_k),
+        baselines=rows,
+        duplicates=duplicates,
+        per_class=class_scores(confusion_CC, task.classes),
+        confusion=confusion_CC.tolist(),
+        notes=notes,
+    )
+
+
+def _index_delta(
+    collection: Collection,
+    vectors_QD: NDArray[np.float32],
+    exact_QK: NDArray[np.int64],
+    task: Task,
+    by_k: dict[int, Accuracy],
+) -> IndexDelta | None:
+    """Measure what the index changes; None where every search is exact."""
+    if collection.factory == "Flat":
+        return None
+    found = collection.search(vectors_QD, task.ks[-1], fingerprint=collection.fingerprint)
+    through = task.score(found.scores, _row_numbers(collection, found.ids))
+    at_10 = collection.search(vectors_QD, RECALL_K, fingerprint=collection.fingerprint)
+    recall_Q = np.sort(recall_per_query(at_10.ids, exact_QK, RECALL_K))
+    worst = recall_Q[: max(1, len(recall_Q) // 20)]
+    return IndexDelta(
+        factory=collection.factory,
+        by_k={
+            k: Accuracy(top1=through[k].top1 - by_k[k].top1, top5=through[k].top5 - by_k[k].top5)
+            for k in task.ks
+        },
+        recall_at_10=float(recall_Q.mean()),
+        worst_5_percent=float(worst.mean()),
+    )
+
+
+def _see_bank(collection: Collection, encoder: Encoder, twin: Encoder | None) -> Seen:
+    """Go over the collection's own images again, for pixels and for the untrained encoder."""
+    bank = see_images(
+        [open_source(uri) for uri in collection.manifest.sources],
+        [] if twin is None else [twin],
+        preprocess_for=encoder,
+        with_pixels=True,
+        what="baselines",
+    )
+    baselines.require_same_images(bank, collection.keys(), collection.name)
+    return bank
+
+
+def _baseline_rows(
+    task: Task, queries: Seen, bank: Seen, twin: Encoder | None, encoder: Encoder
+) -> list[BaselineRow]:
+    """Measure whitened pixels, raw pixels and the untrained encoder."""
+    assert queries.pixels_NP is not None, "pixels were asked for"
+    assert bank.pixels_NP is not None, "pixels were asked for"
+    k_max = task.ks[-1]
+    whitening = baselines.Whitening.fit(bank.pixels_NP)
+    spec = encoder.preprocessing
+    side = (baselines.reduced_side(spec.height), baselines.reduced_side(spec.width))
+    reduced = side != (spec.height, spec.width)
+    size = f"{side[0]} x {side[1]} x {spec.channels}" + (", averaged down" if reduced else "")
+    rows = []
+    for name, features, dim in (
+        ("whitened pixels", whitening, whitening.weights_PD.shape[1]),
+        ("raw pixels", baselines.unit_pixels, bank.pixels_NP.shape[1]),
+    ):
+        found = baselines.pixel_neighbours(queries.pixels_NP, bank.pixels_NP, k_max, features)
+        rows.append(BaselineRow(name=name, dim=dim, by_k=task.score(*found), note=size))
+    if twin is None:
+        note = "none: the bundle has no random.onnx, or the encoder is a server's"
+        return [*rows, BaselineRow(name="random encoder", dim=None, by_k=None, note=note)]
+    found = knn_search(queries.vectors_ND[1], bank.vectors_ND[0], k_max)
+    note = "the same network, untrained"
+    return [
+        *rows,
+        BaselineRow(name="random encoder", dim=twin.dim, by_k=task.score(*found), note=note),
+    ]
+
+
+def _open_twin(collection: Collection, options: KnnOptions) -> Encoder | None:
+    """Open the untrained twin; a remote encoder shows none."""
+    uri = options.encoder or collection.manifest.encoder
+    return None if "://" in uri else open_random_twin(Path(uri))
+
+
+def _row_numbers(collection: Collection, ids_QK: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Turn ids into rows of the collection; -1 stays -1."""
+    rows_QK = np.full(ids_QK.shape, MISSING, np.int64)
+    rows_QK[ids_QK >= 0] = collection.row_numbers(ids_QK[ids_QK >= 0])
+    return rows_QK
+
+
+def _write_files(out: Path, report: KnnReport, text: str, document: str) -> None:
+    """Write the report and the picture of the confusion matrix."""
+    from index.plots import draw_confusion  # matplotlib: only for a picture
+
+    try:
+        for name, content in (("report.txt", text), ("report.json", document)):
+            with atomic_file(out / name) as temporary:
+                temporary.write_text(content + "\n")
+        headline = report.encoder_by_k[report.headline_k]
+        draw_confusion(
+            out / "confusion.png",
+            np.array(report.confusion),
+            report.classes,
+            title=f"{report.encoder}: k = {report.headline_k}, {headline.top1:.2%} top-1",
+        )
+    except OSError as error:
+        raise EvaluationError(
+            f"--out {out}",
+            expected="a directory that can be written",
+            found=os.strerror(error.errno) if error.errno else str(error),
+            mend="choose another name",
+        ) from error

@@ -1,0 +1,137 @@
+"""From neighbours and labels to accuracies, a per-class table and a confusion matrix.
+
+Rules:
+    A class without a vote is no prediction: at k = 1 there is one guess, and top-5 is top-1.
+    Of classes with equal scores the first in the list of classes wins.
+    A query whose class the collection does not have is wrong, whatever is predicted.
+
+Shapes: Q queries, K neighbours, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from index.knn import weighted_knn_vote
+
+UNKNOWN = -1
+"""Class number of what has no label, or a label that the collection does not have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """Shares of the queries, 0 to 1.
+
+    Attributes:
+        top1: whose true class has the most votes.
+        top5: whose true class is among the five with the most votes.
+    """
+
+    top1: float
+    top5: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassScore:
+    """How the queries of one class fared.
+
+    Attributes:
+        label: the class.
+        n: its queries.
+        accuracy: share of them predicted right, 0 to 1; None where there are none.
+        confused_with: the class that most of the others were taken for; None if all are right.
+        n_confused: how many.
+    """
+
+    label: str
+    n: int
+    accuracy: float | None
+    confused_with: str | None
+    n_confused: int
+
+
+def number_labels(labels: Sequence[str | None], classes: Sequence[str]) -> NDArray[np.int64]:
+    """Turn labels into class numbers; `UNKNOWN` for None and for what is no class."""
+    numbers = {label: number for number, label in enumerate(classes)}
+    found = [UNKNOWN if label is None else numbers.get(label, UNKNOWN) for label in labels]
+    return np.array(found, dtype=np.int64)
+
+
+def truth_ranks(scores_QC: NDArray[np.float32], truth_Q: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Give the place of each query's true class, 0 for the best; C where it has no vote."""
+    n_classes = scores_QC.shape[1]
+    true_scores = scores_QC[np.arange(len(truth_Q)), np.maximum(truth_Q, 0)][:, None]
+    before = scores_QC > true_scores
+    before |= (scores_QC == true_scores) & (np.arange(n_classes) < truth_Q[:, None])
+    ranks: NDArray[np.int64] = before.sum(axis=1)
+    ranks[(truth_Q < 0) | (true_scores[:, 0] <= 0)] = n_classes
+    return ranks
+
+
+def accuracies(
+    similarities_QK: NDArray[np.float32],
+    labels_QK: NDArray[np.int64],
+    truth_Q: NDArray[np.int64],
+    *,
+    ks: Sequence[int],
+    temperature: float,
+    n_classes: int,
+) -> dict[int, Accuracy]:
+    """Score the weighted vote for each k."""
+    found = {}
+    for k in ks:
+        votes_QC = weighted_knn_vote(
+            similarities_QK, labels_QK, k=k, temperature=temperature, n_classes=n_classes
+        )
+        ranks_Q = truth_ranks(votes_QC, truth_Q)
+        found[k] = Accuracy(
+            top1=float(((ranks_Q < 1) & (ranks_Q < n_classes)).mean()),
+            top5=float(((ranks_Q < 5) & (ranks_Q < n_classes)).mean()),
+        )
+    return found
+
+
+def confusion_matrix(
+    truth_Q: NDArray[np.int64], predicted_Q: NDArray[np.int64], n_classes: int
+) -> NDArray[np.int64]:
+    """Count (true class, predicted class) pairs: (C, C); queries of no class are left out."""
+    known = (truth_Q >= 0) & (predicted_Q >= 0)
+    cells = truth_Q[known] * n_classes + predicted_Q[known]
+    return np.bincount(cells, minlength=n_classes**2).reshape(n_classes, n_classes)
+
+
+def class_scores(confusion_CC: NDArray[np.int64], classes: Sequence[str]) -> list[ClassScore]:
+    """Read each class's accuracy and worst confusion off the confusion matrix."""
+    scores = []
+    for number, label in enumerate(classes):
+        row = confusion_CC[number]
+        n = int(row.sum())
+        others = row.copy()
+        others[number] = 0
+        worst = int(others.argmax())
+        scores.append(
+            ClassScore(
+                label=label,
+                n=n,
+                accuracy=float(row[number] / n) if n else None,
+                confused_with=classes[worst] if others[worst] else None,
+                n_confused=int(others[worst]),
+            )
+        )
+    return scores
+
+
+def recall_per_query(
+    found_QK: NDArray[np.int64], exact_QK: NDArray[np.int64], k: int
+) -> NDArray[np.float64]:
+    """Give the share of each query's exact first k that were found among its first k."""
+    k = min(k, exact_QK.shape[1])
+    exact, found = exact_QK[:, :k], found_QK[:, :k]
+    exists = exact >= 0
+    hits = (exact[:, :, None] == found[:, None, :]).any(axis=2) & exists
+    recall: NDArray[np.float64] = hits.sum(axis=1) / np.maximum(exists.sum(axis=1), 1)
+    return recall

@@ -1,0 +1,263 @@
+"""The manifest of a collection: the one file that says what the collection is.
+
+A collection is a directory. Its files never change once they are written; `manifest.json`
+names the ones that count, with their sizes and SHA-256, and whoever replaces the manifest
+by a rename replaces the collection. What the manifest does not name is not there.
+
+Rules:
+    The manifest carries a checksum of itself: an edited one is found, like any other file.
+    Names in it stay inside the collection's directory.
+    Times and dates stand in the manifest's build report only, never in a file with a hash,
+    so that two builds of the same images by the same encoder give the same files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import cast
+
+from index.errors import CollectionError
+from models.bundle import Json
+from models.files import atomic_file, canonical_json, sha256_file
+
+SCHEMA_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+REJECTS_FILE = "rejects.jsonl"
+METRIC = "cosine"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    """What a file of the collection must be."""
+
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentEntry:
+    """One immutable segment.
+
+    Attributes:
+        name: its directory under `segments/`.
+        count: vectors in it.
+        factory: `Flat`, or the factory string of the FAISS index in `index.faiss`.
+        ef_search: candidates that an HNSW search keeps where the caller names no other.
+    """
+
+    name: str
+    count: int
+    factory: str
+    ef_search: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a collection holds.
+
+    Attributes:
+        name: a word for people.
+        fingerprint: of the encoder that made every vector.
+        dim: length of a vector.
+        encoder: URI or absolute path of that encoder when the collection was built.
+        preprocessing: of that encoder, as JSON.
+        sources: URI and number of images of each source, in order.
+        segments: in the order of their rows.
+        files: by path within the collection, with `/`.
+        versions: of the libraries that wrote it.
+        build: the report of the build: images, rejects, seconds, parameters.
+    """
+
+    name: str
+    fingerprint: str
+    dim: int
+    encoder: str
+    preprocessing: Mapping[str, Json]
+    sources: Mapping[str, int]
+    segments: tuple[SegmentEntry, ...]
+    files: Mapping[str, FileEntry]
+    versions: Mapping[str, str]
+    build: Mapping[str, Json]
+
+    @property
+    def count(self) -> int:
+        """Vectors in all segments."""
+        return sum(segment.count for segment in self.segments)
+
+
+def hash_files(directory: Path, names: Iterable[str]) -> dict[str, FileEntry]:
+    """Record size and SHA-256 of files of `directory`."""
+    return {
+        name: FileEntry(
+            sha256=sha256_file(directory / name), size_bytes=(directory / name).stat().st_size
+        )
+        for name in names
+    }
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write `manifest.json`, whole or not at all, over the one that may be there."""
+    document = _to_json(manifest)
+    document["checksum"] = _checksum(document)
+    with atomic_file(directory / MANIFEST_FILE) as temporary:
+        temporary.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n")
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and check the manifest; no other file is opened.
+
+    Raises:
+        CollectionError: there is none, it is of another schema, or it was damaged or edited.
+    """
+    document = _read_document(directory)
+    found = _checksum(document)
+    if found != document.get("checksum"):
+        raise CollectionError(
+            str(directory / MANIFEST_FILE),
+            expected=f"checksum {document.get('checksum')}",
+            found=found,
+            mend="the file is damaged or was edited: restore it, or build the collection again",
+        )
+    try:
+        return _from_json(document)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CollectionError(
+            str(directory / MANIFEST_FILE),
+            expected=f"a manifest of schema {SCHEMA_VERSION}",
+            found=f"no usable field {error}",
+            mend="build the collection again",
+        ) from error
+
+
+def check_file(directory: Path, name: str, entry: FileEntry, *, verify: bool) -> Path:
+    """Hold a file against the manifest: its presence and size, and on request its hash.
+
+    Raises:
+        CollectionError: it is missing, of another size or of other content.
+    """
+    file = directory / name
+    mend = "the file is damaged: copy the collection again, or build it again"
+    if not file.is_file():
+        raise CollectionError(
+            str(file), expected=f"a file that {MANIFEST_FILE} lists", found="none", mend=mend
+        )
+    size_bytes = file.stat().st_size
+    if size_bytes != entry.size_bytes:
+        raise CollectionError(
+            str(file), expected=f"{entry.size_bytes} bytes", found=f"{size_bytes} bytes", mend=mend
+        )
+    if verify and (found := sha256_file(file)) != entry.sha256:
+        raise CollectionError(str(file), expected=f"SHA-256 {entry.sha256}", found=found, mend=mend)
+    return file
+
+
+def _to_json(manifest: Manifest) -> dict[str, Json]:
+    """Lay the manifest out for people to read."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "name": manifest.name,
+        "fingerprint": manifest.fingerprint,
+        "dim": manifest.dim,
+        "metric": METRIC,
+        "count": manifest.count,
+        "encoder": {"uri": manifest.encoder, "preprocessing": dict(manifest.preprocessing)},
+        "sources": [{"uri": uri, "count": count} for uri, count in manifest.sources.items()],
+        "segments": [
+            {
+                "name": segment.name,
+                "count": segment.count,
+                "factory": segment.factory,
+                "ef_search": segment.ef_search,
+            }
+            for segment in manifest.segments
+        ],
+        "files": {
+            name: {"sha256": entry.sha256, "bytes": entry.size_bytes}
+            for name, entry in sorted(manifest.files.items())
+        },
+        "versions": dict(manifest.versions),
+        "build": dict(manifest.build),
+    }
+
+
+def _from_json(document: Mapping[str, Json]) -> Manifest:
+    """Build the manifest from its JSON; what is amiss raises KeyError and its kin."""
+    encoder = cast(dict[str, Json], document["encoder"])
+    sources = cast(list[dict[str, Json]], document["sources"])
+    segments = cast(list[dict[str, Json]], document["segments"])
+    files = cast(dict[str, dict[str, Json]], document["files"])
+    if document["metric"] != METRIC:
+        raise ValueError(f"metric {document['metric']!r}")
+    for name in (*files, *(str(segment["name"]) for segment in segments)):
+        _refuse_escape(name)
+    return Manifest(
+        name=cast(str, document["name"]),
+        fingerprint=cast(str, document["fingerprint"]),
+        dim=cast(int, document["dim"]),
+        encoder=cast(str, encoder["uri"]),
+        preprocessing=cast(dict[str, Json], encoder["preprocessing"]),
+        sources={cast(str, source["uri"]): cast(int, source["count"]) for source in sources},
+        segments=tuple(
+            SegmentEntry(
+                name=cast(str, segment["name"]),
+                count=cast(int, segment["count"]),
+                factory=cast(str, segment["factory"]),
+                ef_search=cast(int | None, segment["ef_search"]),
+            )
+            for segment in segments
+        ),
+        files={
+            name: FileEntry(sha256=cast(str, entry["sha256"]), size_bytes=cast(int, entry["bytes"]))
+            for name, entry in files.items()
+        },
+        versions=cast(dict[str, str], document["versions"]),
+        build=cast(dict[str, Json], document["build"]),
+    )
+
+
+def _read_document(directory: Path) -> dict[str, Json]:
+    """Parse `manifest.json` and check its schema version."""
+    file = directory / MANIFEST_FILE
+    if not file.is_file():
+        found = f"no {MANIFEST_FILE} in it" if directory.is_dir() else "no such directory"
+        raise CollectionError(
+            str(directory),
+            expected="a collection directory",
+            found=found,
+            mend="make one with `python -m index.build --images SRC --encoder BUNDLE --out C`",
+        )
+    try:
+        document = json.loads(file.read_bytes())
+        version = document["schema_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CollectionError(
+            str(file),
+            expected="JSON with a schema_version",
+            found="something else",
+            mend="the file is damaged: restore it, or build the collection again",
+        ) from error
+    if version != SCHEMA_VERSION:
+        raise CollectionError(
+            str(file),
+            expected=f"schema version {SCHEMA_VERSION}",
+            found=f"version {version}",
+            mend="open it with the Horace that wrote it, or build the collection again",
+        )
+    return cast(dict[str, Json], document)
+
+
+def _checksum(document: Mapping[str, Json]) -> str:
+    """Hash everything but the checksum itself."""
+    rest = {key: value for key, value in document.items() if key != "checksum"}
+    return hashlib.sha256(canonical_json(rest)).hexdigest()
+
+
+def _refuse_escape(name: str) -> None:
+    """Raise ValueError for a name that leads out of the collection."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"path {name!r}")

@@ -1,0 +1,261 @@
+"""A segment: vectors that never change, their ids and metadata, and the index over them.
+
+Files, under `segments/NAME/` of a collection:
+    vectors.npy   (N, D) float32, unit length; memory-mapped, never overwritten.
+    ids.npy       (N,) int64, row by row those of vectors.npy.
+    rows.parquet  id, key, label (may be null), source; the same rows in the same order.
+    index.faiss   the FAISS index, only where the factory is not `Flat`: Flat searches
+                  vectors.npy itself, so nothing is stored twice.
+
+Rules:
+    An index file is deserialised within the bytes that it has: sizes claimed in its header
+    are bounded (faiss#5400), and one of another type, size or metric is refused.
+    Parameters of a search belong to the call; the shared index is never changed.
+    HNSW is built by one thread: with several its links depend on their timing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from index.errors import CollectionError
+from index.knn import knn_search, pad_neighbours, use_threads
+from index.manifest import Manifest, SegmentEntry, check_file
+
+FLAT = "Flat"
+HNSW = "HNSW32"
+EF_CONSTRUCTION = 80
+EF_SEARCH = 64
+SEGMENTS = "segments"
+BUILD_BLOCK = 16384
+"""Vectors added to an index at a time; a constant, since it decides HNSW's insertion order."""
+
+_FIELDS: dict[str, pa.DataType] = {
+    "id": pa.int64(),
+    "key": pa.string(),
+    "label": pa.string(),
+    "source": pa.string(),
+}
+ROW_SCHEMA = pa.schema(_FIELDS)
+
+_deserialisation = threading.Lock()  # faiss's limit is one for the whole process
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Consecutive rows on their way into a segment.
+
+    Attributes:
+        rows: a table of `ROW_SCHEMA`, n rows.
+        vectors_ND: (n, D) float32, unit length.
+    """
+
+    rows: pa.Table
+    vectors_ND: NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """An open segment; any number of threads may search it.
+
+    Attributes:
+        entry: what the manifest says of it.
+        vectors_ND: (N, D) float32, a read-only memory map.
+        ids_N: (N,) int64.
+        rows: a table of `ROW_SCHEMA`.
+        index: the FAISS index; None where the factory is `Flat`.
+    """
+
+    entry: SegmentEntry
+    vectors_ND: NDArray[np.float32]
+    ids_N: NDArray[np.int64]
+    rows: pa.Table
+    index: faiss.IndexHNSW | None
+
+    def search(
+        self,
+        queries_QD: NDArray[np.float32],
+        k: int,
+        *,
+        exact: bool,
+        ef_search: int | None,
+        threads: int,
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Find the k nearest rows: (Q, k) scores and row numbers, padded with -inf and -1."""
+        if exact or self.index is None:
+            return knn_search(queries_QD, self.vectors_ND, k, threads=threads)
+        n_asked = min(k, self.entry.count)
+        # Every field is set: what is left out goes back to the class's own default, not to
+        # that of the index.
+        parameters = faiss.SearchParametersHNSW(  # type: ignore[attr-defined]  # not in its stubs
+            efSearch=max(ef_search or self.entry.ef_search or EF_SEARCH, n_asked),
+            check_relative_distance=True,
+            bounded_queue=True,
+        )
+        use_threads(threads, len(queries_QD))
+        scores, rows = self.index.search(queries_QD, n_asked, params=parameters)
+        scores[rows < 0] = -np.inf
+        return pad_neighbours(scores, rows, k)
+
+
+def segment_files(entry: SegmentEntry) -> list[str]:
+    """Name the files of a segment as the manifest does."""
+    names = ["vectors.npy", "ids.npy", "rows.parquet"]
+    if entry.factory != FLAT:
+        names.append("index.faiss")
+    return [f"{SEGMENTS}/{entry.name}/{name}" for name in names]
+
+
+def write_segment(
+    directory: Path, entry: SegmentEntry, blocks: Iterable[Block], dim: int
+) -> list[str]:
+    """Write a segment's files below the collection `directory`; memory holds one block.
+
+    Args:
+        directory: of the collection.
+        entry: name, number of rows and index of the segment.
+        blocks: the rows, `entry.count` of them in all.
+        dim: length of a vector.
+
+    Returns:
+        The names of the files, as for the manifest.
+    """
+    folder = directory / SEGMENTS / entry.name
+    folder.mkdir(parents=True)
+    ids_N = _write_rows_and_vectors(folder, entry.count, blocks, dim)
+    np.save(folder / "ids.npy", ids_N)
+    if entry.factory != FLAT:
+        vectors_ND = np.load(folder / "vectors.npy", mmap_mode="r")
+        faiss.write_index(build_hnsw(vectors_ND, entry.factory), str(folder / "index.faiss"))
+    return segment_files(entry)
+
+
+def build_hnsw(vectors_ND: NDArray[np.float32], factory: str) -> faiss.IndexHNSW:
+    """Build an HNSW index over unit vectors; the same vectors give the same bytes."""
+    made = faiss.index_factory(vectors_ND.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+    index = cast(faiss.IndexHNSW, made)
+    index.hnsw.efConstruction = EF_CONSTRUCTION
+    faiss.omp_set_num_threads(1)
+    for start in range(0, len(vectors_ND), BUILD_BLOCK):
+        index.add(np.ascontiguousarray(vectors_ND[start : start + BUILD_BLOCK]))
+    return index
+
+
+def open_segment(
+    directory: Path, manifest: Manifest, entry: SegmentEntry, *, verify: bool
+) -> Segment:
+    """Open a segment of the collection in `directory`.
+
+    Raises:
+        CollectionError: a file is missing, damaged, or not what the manifest describes.
+    """
+    files = [
+        check_file(directory, name, manifest.files[name], verify=verify)
+        for name in segment_files(entry)
+    ]
+    vectors_ND = _open_array(files[0], np.float32, (entry.count, manifest.dim), mapped=True)
+    ids_N = _open_array(files[1], np.int64, (entry.count,), mapped=False)
+    return Segment(
+        entry=entry,
+        vectors_ND=vectors_ND,
+        ids_N=ids_N,
+        rows=_open_rows(files[2], ids_N),
+        index=None if entry.factory == FLAT else _open_hnsw(files[3], entry, manifest.dim),
+    )
+
+
+def _write_rows_and_vectors(
+    folder: Path, count: int, blocks: Iterable[Block], dim: int
+) -> NDArray[np.int64]:
+    """Stream blocks to vectors.npy and rows.parquet; give the ids."""
+    ids: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
+    # Plain writes, not a memory map: on a full disk a map kills the process.
+    with (
+        (folder / "vectors.npy").open("wb") as file,
+        pq.ParquetWriter(folder / "rows.parquet", ROW_SCHEMA, compression="zstd") as rows,
+    ):
+        header = {"descr": "<f4", "fortran_order": False, "shape": (count, dim)}
+        np.lib.format.write_array_header_1_0(file, header)
+        for block in blocks:
+            file.write(np.ascontiguousarray(block.vectors_ND, "<f4").data)
+            rows.write_table(block.rows)
+            ids.append(block.rows["id"].to_numpy())
+    ids_N = np.concatenate(ids)
+    assert len(ids_N) == count, f"{len(ids_N)} rows came for a segment of {count}"
+    return ids_N
+
+
+def _open_array(
+    file: Path, dtype: type[np.generic], shape: tuple[int, ...], *, mapped: bool
+) -> np.ndarray:
+    """Open a .npy file that must have this dtype and shape; nothing is unpickled."""
+    try:
+        array: np.ndarray = np.load(file, mmap_mode="r" if mapped else None, allow_pickle=False)
+        found = f"{array.dtype} {array.shape}"
+        sound = array.dtype == dtype and array.shape == shape and array.flags.c_contiguous
+    except (ValueError, OSError, EOFError) as error:
+        found, sound = f"no such array ({error})", False
+    if not sound:
+        raise CollectionError(
+            str(file),
+            expected=f"{np.dtype(dtype)} {shape}",
+            found=found,
+            mend="the file is not this collection's: copy or build the collection again",
+        )
+    return array
+
+
+def _open_rows(file: Path, ids_N: NDArray[np.int64]) -> pa.Table:
+    """Read the metadata, which must have the vectors' ids in the vectors' order."""
+    try:
+        with pq.ParquetFile(file) as parquet:
+            rows = parquet.read()
+        found = f"{len(rows)} rows of {', '.join(rows.column_names)} that do not match"
+        sound = rows.schema.equals(ROW_SCHEMA) and np.array_equal(rows["id"].to_numpy(), ids_N)
+    except (pa.ArrowException, OSError) as error:
+        found, sound = f"no such table ({str(error).splitlines()[0]})", False
+    if not sound:
+        raise CollectionError(
+            str(file),
+            expected=f"the {len(ids_N)} rows of ids.npy, in its order",
+            found=found,
+            mend="the file is not this collection's: copy or build the collection again",
+        )
+    return rows
+
+
+def _open_hnsw(file: Path, entry: SegmentEntry, dim: int) -> faiss.IndexHNSW:
+    """Deserialise an index within bounds and hold it against the manifest."""
+    mend = "the file is not this collection's: copy or build the collection again"
+    expected = f"{entry.factory} of {entry.count} x {dim}, inner product"
+    with _deserialisation:
+        before = faiss.get_deserialization_vector_byte_limit()
+        faiss.set_deserialization_vector_byte_limit(file.stat().st_size)
+        try:
+            index = faiss.read_index(str(file))
+        except (RuntimeError, MemoryError) as error:
+            reason = str(error).splitlines()[0]
+            raise CollectionError(
+                str(file), expected=expected, found=f"no FAISS index ({reason})", mend=mend
+            ) from error
+        finally:
+            faiss.set_deserialization_vector_byte_limit(before)
+    found = f"{type(index).__name__} of {index.ntotal} x {index.d}, metric {index.metric_type}"
+    sound = (
+        isinstance(index, faiss.IndexHNSW)
+        and (index.ntotal, index.d) == (entry.count, dim)
+        and index.metric_type == faiss.METRIC_INNER_PRODUCT
+    )
+    if not sound:
+        raise CollectionError(str(file), expected=expected, found=found, mend=mend)
+    return cast(faiss.IndexHNSW, index)

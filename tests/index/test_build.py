@@ -1,0 +1,391 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import index.build
+from index.build import BuildOptions, build, choose_factory, main
+from index.collection import Collection, id_of
+from index.embed import embed
+from index.errors import CollectionError
+from index.parts import PartStore, RunKey, parts_directory
+from models.command import run_command
+from models.errors import UsageError
+from models.images import ImageRecord, open_source
+from models.runtime import open_bundle
+
+ROOT = Path(__file__).parents[2]
+
+
+def content(collection):
+    """Give the bytes of every file but the manifest, and the manifest without its report."""
+    files = {
+        str(file.relative_to(collection)): file.read_bytes()
+        for file in sorted(collection.rglob("*"))
+        if file.is_file() and file.name != "manifest.json"
+    }
+    document = json.loads((collection / "manifest.json").read_text())
+    return files, {k: v for k, v in document.items() if k not in ("build", "checksum")}
+
+
+def command(*args):
+    """Start `python -m index.build` as people do."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "index.build", *map(str, args)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def run_in_process(capsys, *args):
+    """Run the command in this process: status, standard output, standard error."""
+    status = run_command(BuildOptions, main, prog="python -m index.build", argv=[*map(str, args)])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_a_collection_holds_every_image_of_its_source(built, bundle, train_folder):
+    """Keys, labels and ids stand in the source's order; vectors are the encoder's."""
+    source = open_source(str(train_folder))
+    records = list(source.records())
+    with Collection.open(built) as collection, closing(open_bundle(bundle.path)) as encoder:
+        assert collection.keys() == [record.key for record in records]
+        assert collection.labels() == [record.label for record in records]
+        assert collection.ids.tolist() == [id_of(record.key) for record in records]
+        pixels = np.stack([encoder.preprocess(record.read()) for record in records])
+        np.testing.assert_array_equal(collection.vectors(collection.ids), embed(encoder, pixels))
+        assert {row.source for row in collection.rows(collection.ids)} == {source.uri}
+        assert collection.manifest.encoder == str(bundle.path)
+    assert not parts_directory(built).exists()
+
+
+def test_bad_images_are_rejected_counted_and_logged(tmp_path, capsys, bundle, new_folder):
+    """They are never fatal; the log says which and why."""
+    folder = new_folder()
+    (folder / "red" / "text.jpg").write_text("no image")
+    (folder / "blue" / "empty.png").write_bytes(b"")
+    status, out, _ = run_in_process(
+        capsys, "--images", folder, "--encoder", bundle.path, "--out", tmp_path / "c"
+    )
+    assert status == 0
+    assert "12 images, Flat" in out
+    assert "rejected 2" in out
+    assert f"the rejected images and why: {tmp_path / 'c' / 'rejects.jsonl'}" in out
+    rejects = [json.loads(line) for line in (tmp_path / "c/rejects.jsonl").read_text().splitlines()]
+    assert [(one["key"], one["fault"]) for one in rejects] == [
+        ("blue/empty.png", "empty"),
+        ("red/text.jpg", "unsupported_format"),
+    ]
+
+
+def test_a_source_without_one_good_image_is_an_error(tmp_path, capsys, bundle):
+    """An empty collection is nobody's wish."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/a.jpg").write_text("no image")
+    status, _, err = run_in_process(
+        capsys, "--images", tmp_path / "images", "--encoder", bundle.path, "--out", tmp_path / "c"
+    )
+    assert status == 1
+    assert "expected at least one image that can be used, found 1 rejected, the first: a.jpg" in err
+    assert not (tmp_path / "c").exists()
+
+
+def test_the_summary_as_json(tmp_path, capsys, bundle, train_folder):
+    """Machines get what people read."""
+    out = tmp_path / "c"
+    status, text, _ = run_in_process(
+        capsys, "--images", train_folder, "--encoder", bundle.path, "--out", out, "--json"
+    )
+    summary = json.loads(text)
+    assert status == 0
+    assert summary.pop("embed_s") > 0
+    assert summary.pop("index_s") > 0
+    assert summary == {
+        "collection": str(out),
+        "name": "c",
+        "fingerprint": bundle.fingerprint,
+        "index": "Flat",
+        "images": 60,
+        "rejects": 0,
+        "reused": 0,
+    }
+
+
+class TwiceSource:
+    """A source that gives two images the same key."""
+
+    uri = "fake:twice"
+
+    def count(self):
+        """Three images."""
+        return 3
+
+    def records(self, start=0):
+        """Yield a, b and a again."""
+        for key in ["a", "b", "a"][start:]:
+            yield ImageRecord(key, None, lambda: np.zeros((12, 12, 3), np.uint8))
+
+
+def test_images_that_share_a_key_are_refused(tmp_path, monkeypatch, bundle):
+    """An id must name one image."""
+    monkeypatch.setattr(index.build, "open_source", lambda spec: TwiceSource())
+    options = BuildOptions(images="twice", encoder=str(bundle.path), out=tmp_path / "c")
+    with pytest.raises(CollectionError) as error:
+        build(options)
+    assert str(error.value) == (
+        "fake:twice: expected every image to have a key of its own, found 'a' and 'a' with one id,"
+        " and 1 shared ids in all; rename one of them, then run again with --restart"
+    )
+
+
+def test_what_stands_at_out_is_left_alone(tmp_path, bundle, train_folder, new_folder):
+    """A collection is replaced on request only, anything else never."""
+
+    def options(out, **more):
+        return BuildOptions(
+            images=str(train_folder), encoder=str(bundle.path), out=tmp_path / out, **more
+        )
+
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UsageError, match="found something else of that name"):
+        build(options("file", replace=True))
+    build(options("c"))
+    with pytest.raises(UsageError, match="found a collection; choose another name, or replace"):
+        build(options("c"))
+    with Collection.open(tmp_path / "c") as before:
+        summary = build(options("c", replace=True, index="hnsw"))
+        assert summary.index == "HNSW32"
+        old = before.search_ids(before.ids[:3], 2)  # readers of the old one go on
+        with Collection.open(tmp_path / "c") as after:
+            new = after.search_ids(after.ids[:3], 2, exact=True)
+    np.testing.assert_array_equal(old.ids, new.ids)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "file"]
+
+
+def test_auto_takes_flat_for_the_small_and_hnsw_for_the_large():
+    """Exact search is the default where it is fast."""
+    assert [choose_factory("auto", n) for n in (1, 20_000, 20_001)] == ["Flat", "Flat", "HNSW32"]
+    assert choose_factory("hnsw", 1) == "HNSW32"
+    assert choose_factory("flat", 10**9) == "Flat"
+
+
+@pytest.fixture(scope="module")
+def many_images(tmp_path_factory):
+    """6,000 images of noise in an IDX file: enough to be killed among."""
+    path = tmp_path_factory.mktemp("idx") / "noise-images-idx3-ubyte"
+    header = np.array([0x00000803, 6000, 14, 14], ">u4").tobytes()
+    path.write_bytes(header + np.random.default_rng(0).bytes(6000 * 14 * 14))
+    return f"idx:{path}"
+
+
+def kill_after_parts(process, parts, n):
+    """Send SIGKILL as soon as n parts are there."""
+    deadline_s = time.monotonic() + 60
+    while len(list(parts.glob("part-*.parquet"))) < n:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline_s, "no parts within a minute"
+        time.sleep(0.001)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+def stamps(parts):
+    """Tell part files apart from rewritten ones."""
+    return {
+        file.name: (file.stat().st_ino, file.stat().st_mtime_ns)
+        for file in parts.glob("part-*.parquet")
+    }
+
+
+@pytest.mark.parametrize("kind", ["flat", "hnsw"])
+def test_a_killed_build_goes_on_and_ends_in_the_same_files(tmp_path, bundle, many_images, kind):
+    """Finished parts outlive two SIGKILLs untouched, and none is embedded twice."""
+
+    def args(out):
+        return ("--images", many_images, "--encoder", bundle.path, "--out", out, "--name", "n",
+                "--index", kind, "--batch-size", 4, "--json")  # fmt: skip
+
+    out, parts = tmp_path / "killed", tmp_path / "killed.parts"
+    kill_after_parts(command(*args(out)), parts, 3)
+    first = stamps(parts)
+    kill_after_parts(command(*args(out)), parts, len(first) + 3)
+    second = stamps(parts)
+    assert second.items() >= first.items()
+    assert not out.exists()
+
+    process = command(*args(out))
+    text, log = process.communicate(timeout=60)
+    assert process.returncode == 0, log
+    summary = json.loads(text)
+    assert summary["images"] == 6000
+    assert summary["reused"] == 64 * len(second)
+    assert f"reusing {64 * len(second)} images in {len(second)} finished parts" in log
+    assert f"embedding {6000 - summary['reused']}/{6000 - summary['reused']} images" in log
+
+    undisturbed, _ = command(*args(tmp_path / "whole")).communicate(timeout=60)
+    assert json.loads(undisturbed)["reused"] == 0
+    assert content(out) == content(tmp_path / "whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["killed", "whole"]
+
+
+@pytest.fixture
+def interrupted(tmp_path, monkeypatch, bundle, many_images):
+    """The options of a build that ended after 5 parts, which are there."""
+    options = BuildOptions(
+        images=many_images, encoder=str(bundle.path), out=tmp_path / "c", batch_size=8
+    )
+    add = PartStore.add
+
+    def add_or_end(store, batches, vectors):
+        if len(store.finished) == 5:
+            raise KeyboardInterrupt
+        add(store, batches, vectors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PartStore, "add", add_or_end)
+        with pytest.raises(KeyboardInterrupt):
+            build(options)
+    return options
+
+
+def with_options(options, **changes):
+    """Change some options."""
+    return BuildOptions(**{**vars(options), **changes})
+
+
+def test_parts_of_another_run_are_refused_and_dropped_on_request(interrupted, other_bundle):
+    """Nothing of another encoder or size is ever mixed in."""
+    part = parts_directory(interrupted.out) / "part-000000000000.parquet"
+    with pytest.raises(CollectionError) as error:
+        build(with_options(interrupted, encoder=str(other_bundle.path)))
+    assert f"{part}: expected a part of this run, with fingerprint {other_bundle.fingerprint}" in (
+        str(error.value)
+    )
+    assert "or drop its parts with --restart" in str(error.value)
+    with pytest.raises(CollectionError, match="with batch_size 16, found one with batch_size 8"):
+        build(with_options(interrupted, batch_size=16))
+    assert build(interrupted).reused == 5 * 128  # the refused runs did no harm
+    assert build(with_options(interrupted, restart=True, replace=True)).reused == 0
+
+
+def test_a_damaged_part_is_embedded_again(interrupted, tmp_path):
+    """What a disk has lost is made anew, from there on."""
+    part = parts_directory(interrupted.out) / "part-000000000256.parquet"
+    part.write_bytes(part.read_bytes()[:1000])
+    assert build(interrupted).reused == 2 * 128
+    build(with_options(interrupted, out=tmp_path / "whole", name="c"))
+    assert content(interrupted.out) == content(tmp_path / "whole")
+
+
+def test_a_build_killed_at_its_very_end_is_found_finished(
+    tmp_path, monkeypatch, bundle, train_folder
+):
+    """Between the rename and the removal of the parts the collection is whole."""
+    options = BuildOptions(images=str(train_folder), encoder=str(bundle.path), out=tmp_path / "c")
+    with monkeypatch.context() as patch:
+        patch.setattr(PartStore, "discard", lambda store: None)
+        first = build(options)
+    assert parts_directory(options.out).exists()
+    assert build(options) == first
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+    with pytest.raises(UsageError, match="found a collection"):
+        build(options)
+
+
+def test_one_build_at_a_time(tmp_path, bundle, train_folder):
+    """A second build of the same collection is told that one is at work."""
+    out = tmp_path / "c"
+    key = RunKey(source="", source_count=None, fingerprint="", dim=16, batch_size=1, part_size=16)
+    with (
+        PartStore(out, key),
+        pytest.raises(CollectionError, match="expected no other build of this collection"),
+    ):
+        build(BuildOptions(images=str(train_folder), encoder=str(bundle.path), out=out))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["flat", "hnsw"])
+def test_a_full_disk_is_one_line(tmp_path, bundle, many_images, kind):
+    """Parts fit, the collection does not: nothing appears, and the parts are kept."""
+    limit = 64 if kind == "flat" else 400  # KiB that a file may have
+    args = ["--images", many_images, "--encoder", str(bundle.path), "--out", str(tmp_path / "c")]
+    line = " ".join([sys.executable, "-m", "index.build", *args, "--index", kind])
+    done = subprocess.run(
+        ["bash", "-c", f"ulimit -f {limit}; {line} --batch-size 4"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith(
+        f"python -m index.build: {tmp_path / 'c'}: expected a directory that can be written, "
+        "with room for the collection, found "
+    )
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "c").exists()
+    assert parts_directory(tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "message"),
+    [
+        ({"--images": "/no/such"}, 1, "images '/no/such': expected fashion-mnist"),
+        ({"--encoder": "/no/such"}, 1, "/no/such: expected a bundle directory, found no such"),
+        ({"--encoder": "ftp://x"}, 1, "ftp://x: expected a bundle directory or horace://"),
+        ({"--out": "/dev/null/c"}, 1, "expected a directory that can be written, with room"),
+        ({"--batch-size": "0"}, 2, "--batch-size: expected 1 to 65536, found 0"),
+    ],
+)
+def test_errors_are_one_line(tmp_path, capsys, bundle, train_folder, change, status, message):
+    """Bad use is status 2, failed work status 1; what, expected, found and how to mend it."""
+    args = {"--images": train_folder, "--encoder": bundle.path, "--out": tmp_path / "c"} | change
+    found, _, err = run_in_process(capsys, *(word for pair in args.items() for word in pair))
+    assert found == status
+    assert err.startswith("python -m index.build: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_nothing_heavy_is_loaded():
+    """Neither torch nor, before a picture is drawn, matplotlib."""
+    code = (
+        "import sys, index.build, index.search, index.evaluate;"
+        "print({'torch', 'matplotlib'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "set()"
+
+
+def test_a_part_with_a_flipped_byte_is_not_built_into_a_collection(interrupted):
+    """Pages have checksums: the damaged part is named, and the rest is kept."""
+    part = parts_directory(interrupted.out) / "part-000000000256.parquet"
+    data = bytearray(part.read_bytes())
+    data[len(data) // 2] ^= 1
+    part.write_bytes(data)
+    with pytest.raises(CollectionError) as error:
+        build(interrupted)
+    assert str(error.value).startswith(f"{part}: expected the part as it was written, found ")
+    assert str(error.value).endswith("delete this file and run the same command again")
+    assert not interrupted.out.exists()
+    part.unlink()
+    assert build(interrupted).reused == 2 * 128
+
+
+@pytest.mark.parametrize("out", ["/", "x/../.."])
+def test_out_has_a_name(out, monkeypatch):
+    """The parts stand beside the collection, under its name."""
+    monkeypatch.chdir("/tmp")
+    with pytest.raises(UsageError, match="--out: expected a directory with a name"):
+        BuildOptions(images="", encoder="", out=Path(out))

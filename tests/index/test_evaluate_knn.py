@@ -1,0 +1,261 @@
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from index.build import BuildOptions, build
+from index.collection import Collection
+from index.errors import EvaluationError
+from index.evaluate import run
+from index.evaluate_knn import KnnOptions, evaluate
+from models.images import open_source
+from models.runtime import open_bundle
+
+ROOT = Path(__file__).parents[2]
+MINI = ROOT / "tests/data/fashion-mnist-mini"
+KS = (1, 5, 10, 20, 100, 200)
+
+
+def idx(split):
+    """Name a split of the small Fashion-MNIST."""
+    return f"idx:{MINI / f'{split}-images-idx3-ubyte.gz'}"
+
+
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory, bundle):
+    """A collection of the 400 training images."""
+    out = tmp_path_factory.mktemp("mini") / "mini"
+    build(BuildOptions(images=idx("train"), encoder=str(bundle.path), out=out))
+    return out
+
+
+def direct_knn(queries, bank, bank_labels, truth, classes, k, temperature):
+    """Top-1 and top-5 of the weighted vote, in plain numpy and float64, a query at a time."""
+    top1 = top5 = 0
+    for query, true_label in zip(queries, truth, strict=True):
+        similarities = bank @ query
+        nearest = np.lexsort((np.arange(len(bank)), -similarities))[:k]
+        votes = {label: 0.0 for label in classes}
+        for row in nearest:
+            if bank_labels[row] is not None:
+                votes[bank_labels[row]] += np.exp(np.float64(similarities[row]) / temperature)
+        voted = [label for label in classes if votes[label] > 0]
+        ranked = sorted(voted, key=lambda label: (-votes[label], classes.index(label)))
+        top1 += true_label in ranked[:1]
+        top5 += true_label in ranked[:5]
+    return top1 / len(truth), top5 / len(truth)
+
+
+@pytest.mark.parametrize("temperature", [0.07, 1.0])
+def test_exact_evaluation_equals_a_direct_computation(mini, bundle, temperature):
+    """Every k, top-1 and top-5; 200 queries against 400 images of ten classes."""
+    report = evaluate(
+        KnnOptions(collection=mini, images=idx("t10k"), temperature=temperature, baselines=False)
+    )
+    with Collection.open(mini) as collection:
+        bank, labels = collection.vectors(collection.ids), collection.labels()
+    with_labels = list(open_source(idx("t10k")).records())
+    encoder = open_bundle(bundle.path)
+    vectors = encoder.encode(np.stack([encoder.preprocess(r.read()) for r in with_labels]))
+    queries = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    truth, classes = [record.label for record in with_labels], sorted(set(labels))
+    for k in KS:
+        expected = direct_knn(queries, bank, labels, truth, classes, k, temperature)
+        found = report.encoder_by_k[k]
+        assert (found.top1, found.top5) == pytest.approx(expected, abs=1e-12), k
+    assert report.n_queries == 200
+    assert report.per_class[0].n == 20
+    assert np.trace(report.confusion) / 200 == report.encoder_by_k[20].top1
+
+
+def test_ties_and_a_k_beyond_the_collection(tmp_path, bundle):
+    """Nine pictures of three kinds, each three times: ties everywhere, and still the same."""
+
+    def write(folder, copies):
+        for n, (name, level) in enumerate((("b", 30), ("a", 120), ("c", 220)) * copies):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            grey = np.full((12, 12), level, np.uint8)
+            grey[: 1 + n % 3] = 0
+            Image.fromarray(grey).save(folder / name / f"{n}.png")
+        return str(folder)
+
+    out = tmp_path / "c"
+    build(BuildOptions(images=write(tmp_path / "train", 3), encoder=str(bundle.path), out=out))
+    images = write(tmp_path / "test", 2)
+    report = evaluate(KnnOptions(collection=out, images=images))
+    with Collection.open(out) as collection:
+        bank, labels = collection.vectors(collection.ids), collection.labels()
+        truth = [record.label for record in open_source(images).records()]
+        keys = {key: n for n, key in enumerate(collection.keys())}
+        queries = bank[[keys[record.key] for record in open_source(images).records()]]
+    for k in KS:
+        expected = direct_knn(queries, bank, labels, truth, ["a", "b", "c"], k, 0.07)
+        assert (report.encoder_by_k[k].top1, report.encoder_by_k[k].top5) == expected, k
+    assert "k above 9 takes all 9 images" in report.notes
+    assert "top-5 says little with 3 classes" in report.notes
+    assert report.duplicates == 6  # the very files are in the collection
+
+
+def test_baselines_stand_beside_the_encoder(mini):
+    """Whitened pixels, raw pixels and the untrained twin, from the same run."""
+    report = evaluate(KnnOptions(collection=mini, images=idx("t10k")))
+    assert [row.name for row in report.baselines] == [
+        "whitened pixels",
+        "raw pixels",
+        "random encoder",
+    ]
+    assert [row.dim for row in report.baselines] == [256, 432, 16]
+    for row in report.baselines:
+        assert row.by_k is not None
+        assert row.by_k[20].top1 > 0.5
+    assert report.index is None
+    assert report.duplicates == 0
+
+
+def test_an_encoder_without_a_twin_says_so(tmp_path, other_bundle, train_folder, test_folder):
+    """The row stays, with the reason."""
+    out = tmp_path / "c"
+    build(BuildOptions(images=str(train_folder), encoder=str(other_bundle.path), out=out))
+    report = evaluate(KnnOptions(collection=out, images=str(test_folder)))
+    assert report.baselines[-1].by_k is None
+    assert report.baselines[-1].note.startswith("none: the bundle has no random.onnx")
+
+
+def test_the_index_is_a_difference(built_hnsw, test_folder):
+    """Model scores are exact; what HNSW changes stands beside them with its recall."""
+    report = evaluate(KnnOptions(collection=built_hnsw, images=str(test_folder), baselines=False))
+    assert report.index is not None
+    assert report.index.factory == "HNSW32"
+    assert report.index.recall_at_10 == 1.0
+    assert report.index.worst_5_percent == 1.0
+    assert {k: delta.top1 for k, delta in report.index.by_k.items()} == dict.fromkeys(KS, 0.0)
+
+
+def test_the_report_in_every_form(built_hnsw, test_folder, tmp_path, capsys):
+    """Text says how it was measured; JSON has everything; the picture is a PNG."""
+    out = tmp_path / "report"
+    args = ["knn", "--collection", str(built_hnsw), "--images", str(test_folder)]
+    assert run([*args, "--out", str(out), "--k", "1", "3"]) == 0
+    text = capsys.readouterr().out
+    for words in (
+        "kNN: 100.00% top-1, 100.00% top-5 (k = 20, exact)",
+        "60 images; queries",
+        "vote exp(s / T), T = 0.07, s = cosine, not centred; k = 20 (*) was fixed beforehand",
+        "k=1     k=3   k=20*",
+        "through HNSW32",
+        "HNSW32 finds 100.00% of the exact 10 nearest",
+        "raw pixels: 12 x 12 x 3",
+        "0 queries (0.00%) are in the collection byte for byte",
+        "most confused with",
+        "true, down; predicted, across",
+    ):
+        assert words in text
+    assert (out / "report.txt").read_text().strip() in text
+    report = json.loads((out / "report.json").read_text())
+    assert report["confusion"] == [[5, 0, 0], [0, 5, 0], [0, 0, 5]]
+    assert (report["metric"], report["centring"]) == ("cosine", "none")
+    with Image.open(out / "confusion.png") as picture:
+        assert picture.format == "PNG"
+    assert run([*args, "--json", "--no-baselines"]) == 0
+    assert json.loads(capsys.readouterr().out)["headline_k"] == 20
+
+
+def test_labels_that_differ_are_noted(tmp_path, bundle, built, new_folder, capsys):
+    """Unseen classes are wrong, absent ones are named, unlabelled and bad images left out."""
+    folder = new_folder()
+    (folder / "red").rename(folder / "purple")
+    shutil.copy(folder / "blue/000.png", folder / "top.png")
+    (folder / "blue/bad.png").write_text("no image")
+    report = evaluate(KnnOptions(collection=built, images=str(folder), baselines=False))
+    assert report.n_queries == 12
+    assert report.encoder_by_k[1].top1 == pytest.approx(8 / 12)
+    assert report.duplicates is None
+    notes = "\n".join(report.notes)
+    assert re.search(r"1 queries could not be read, the first blue/bad.png: image: exp", notes)
+    assert "1 queries have no label and are left out" in notes
+    assert "4 queries are of classes that the collection lacks (purple) and count as wrong" in notes
+    assert "no query is of 1 classes: red" in notes
+
+
+def test_evaluations_that_mean_nothing_are_refused(tmp_path, bundle, built, new_folder):
+    """No labels, or none in common, is an error and not a table of zeros."""
+    folder = new_folder()
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for n, file in enumerate(folder.rglob("*.png")):
+        shutil.copy(file, flat / f"{n}.png")
+    with pytest.raises(EvaluationError, match=r"--images .*: expected labels, found none"):
+        evaluate(KnnOptions(collection=built, images=str(flat)))
+    for name in ("red", "green", "blue"):
+        (folder / name).rename(folder / f"dark {name}")
+    with pytest.raises(EvaluationError) as error:
+        evaluate(KnnOptions(collection=built, images=str(folder)))
+    assert str(error.value) == (
+        f"labels of --images {folder}: expected some of the collection's: blue, green, red, found "
+        "dark blue, dark green, dark red; evaluate with images of the same classes"
+    )
+    build(BuildOptions(images=str(flat), encoder=str(bundle.path), out=tmp_path / "c"))
+    with pytest.raises(EvaluationError, match="collection c: expected labels, found none"):
+        evaluate(KnnOptions(collection=tmp_path / "c", images=str(folder)))
+
+
+def test_baselines_need_the_images_that_were_indexed(tmp_path, bundle, new_folder, test_folder):
+    """A source that has changed gives other pixels: said, with the way out."""
+    folder = new_folder()
+    build(BuildOptions(images=str(folder), encoder=str(bundle.path), out=tmp_path / "c"))
+    (folder / "red/000.png").unlink()
+    options = {"collection": tmp_path / "c", "images": str(test_folder)}
+    with pytest.raises(
+        EvaluationError, match=r"found 11 images, or others; build .*--no-baselines"
+    ):
+        evaluate(KnnOptions(**options))
+    assert evaluate(KnnOptions(**options, baselines=False)).n_queries == 15
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "message"),
+    [
+        ([], 2, "kind of evaluation: expected knn, found none"),
+        (["k-means"], 2, "kind of evaluation: expected knn, found 'k-means'"),
+        (["knn", "--collection", "/no", "--images", "TEST"], 1, "/no: expected a collection dir"),
+        (["knn", "--collection", "BUILT", "--images", "/no"], 1, "images '/no': expected"),
+        (["knn", "--collection", "BUILT", "--images", "TEST", "--k", "0"], 2, "--k: expected num"),
+        (
+            ["knn", "--collection", "BUILT", "--images", "TEST", "--temperature", "0"],
+            2,
+            "--temperature: expected above 0, found 0.0",
+        ),
+        (
+            ["knn", "--collection", "BUILT", "--images", "TEST", "--encoder", "OTHER"],
+            1,
+            "collection colours: expected encoder ",
+        ),
+        (
+            ["knn", "--collection", "BUILT", "--images", "TEST", "--out", "/dev/null/x"],
+            1,
+            "--out /dev/null/x: expected a directory that can be written",
+        ),
+    ],
+)
+def test_errors_are_one_line(capsys, built, other_bundle, test_folder, args, status, message):
+    """Bad use is status 2, failed work status 1."""
+    names = {"BUILT": str(built), "TEST": str(test_folder), "OTHER": str(other_bundle.path)}
+    assert run([names.get(arg, arg) for arg in args]) == status
+    err = capsys.readouterr().err
+    assert message in err
+    assert sum("python -m index.evaluate" in line for line in err.splitlines()) == 1
+
+
+def test_help_lists_the_kinds():
+    """The command as people type it."""
+    done = subprocess.run(
+        [sys.executable, "-m", "index.evaluate", "--help"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "knn   accuracy of a weighted vote" in done.stdout

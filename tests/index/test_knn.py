@@ -1,0 +1,110 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from index.knn import knn_search, merge_neighbours, weighted_knn_vote
+from models.errors import UsageError
+
+SMALL_INTS = st.integers(-2, 2)
+
+
+def direct_search(queries, bank, k):
+    """Sort every inner product: falling, and among equals by the row."""
+    products = queries @ bank.T
+    rows = np.stack([np.lexsort((np.arange(len(bank)), -line)) for line in products])[:, :k]
+    return np.take_along_axis(products, rows, axis=1), rows
+
+
+@st.composite
+def banks(draw):
+    """Integer vectors: their products are exact, and full of ties."""
+    n, dim, n_queries = draw(st.integers(1, 40)), draw(st.integers(1, 4)), draw(st.integers(1, 25))
+    bank = draw(arrays(np.float32, (n, dim), elements=SMALL_INTS))
+    queries = draw(arrays(np.float32, (n_queries, dim), elements=SMALL_INTS))
+    return queries, bank, draw(st.integers(1, 50))
+
+
+@given(banks())
+def test_search_is_a_sort_of_all_products(case):
+    """Exact means exact: ties go to the lower row, what does not exist is -1 and -inf."""
+    queries, bank, k = case
+    scores, rows = knn_search(queries, bank, k)
+    expected_scores, expected_rows = direct_search(queries, bank, k)
+    n_found = min(k, len(bank))
+    assert rows.shape == scores.shape == (len(queries), k)
+    np.testing.assert_array_equal(rows[:, :n_found], expected_rows)
+    np.testing.assert_array_equal(scores[:, :n_found], expected_scores)
+    assert (rows[:, n_found:] == -1).all()
+    assert (scores[:, n_found:] == -np.inf).all()
+
+
+@given(banks(), st.integers(0, 40))
+def test_merged_banks_are_one_bank(case, cut):
+    """Searching in two pieces and merging gives what searching the whole does."""
+    queries, bank, k = case
+    cut = min(cut, len(bank))
+    whole = knn_search(queries, bank, k)
+    left, right = knn_search(queries, bank[:cut], k), knn_search(queries, bank[cut:], k)
+    shifted = np.where(right[1] < 0, -1, right[1] + cut)
+    merged = merge_neighbours([left, (right[0], shifted)], k)
+    np.testing.assert_array_equal(merged[0], whole[0])
+    np.testing.assert_array_equal(merged[1], whole[1])
+
+
+def test_search_of_many_real_vectors_agrees_with_numpy(unit_rows):
+    """The blocked path of faiss gives the same neighbours as a plain product."""
+    bank, queries = unit_rows(3000, 24), unit_rows(200, 24, seed=1)
+    scores, rows = knn_search(queries, bank, 150, threads=2)
+    expected_scores, expected_rows = direct_search(queries, bank, 150)
+    np.testing.assert_allclose(scores, expected_scores, atol=1e-6)
+    assert (rows == expected_rows).mean() > 0.999  # neighbours within rounding may swap
+
+
+def test_a_collapsed_bank_is_searched_all_the_same():
+    """A thousand copies of one vector: the first k rows win."""
+    bank = np.ones((1000, 4), np.float32)
+    _, rows = knn_search(np.ones((30, 4), np.float32), bank, 5)
+    assert (rows == np.arange(5)).all()
+
+
+@pytest.mark.parametrize("k", [0, -1])
+def test_k_is_at_least_one(k):
+    """There is no such thing as no neighbours."""
+    with pytest.raises(UsageError, match=f"k: expected at least 1, found {k}"):
+        knn_search(np.ones((1, 2), np.float32), np.ones((3, 2), np.float32), k)
+
+
+def test_queries_have_the_dimension_of_the_bank():
+    """Faiss would read beyond the array."""
+    with pytest.raises(UsageError, match=r"queries: expected \(Q, 2\), found \(1, 3\)"):
+        knn_search(np.ones((1, 3), np.float32), np.ones((3, 2), np.float32), 1)
+
+
+@given(
+    arrays(np.float32, (6, 7), elements=st.floats(-1, 1, width=32)),
+    arrays(np.int64, (6, 7), elements=st.integers(-1, 3)),
+    st.integers(1, 9),
+    st.floats(0.05, 2),
+)
+def test_vote_is_the_sum_of_exponentials(similarities, labels, k, temperature):
+    """The paper's formula, up to a factor a query: exp(s / T) summed by class."""
+    scores = weighted_knn_vote(similarities, labels, k=k, temperature=temperature, n_classes=4)
+    for query in range(6):
+        expected = [0.0] * 4
+        for similarity, label in list(zip(similarities[query], labels[query], strict=True))[:k]:
+            if label >= 0:
+                expected[label] += math.exp(float(similarity) / temperature)
+        factor = math.exp(float(similarities[query][:k].max()) / temperature)
+        np.testing.assert_allclose(scores[query] * factor, expected, rtol=1e-5, atol=1e-30)
+
+
+def test_padding_has_no_vote():
+    """A list without neighbours gives no class a vote, and a small T does not overflow."""
+    similarities = np.array([[0.5, -np.inf], [-np.inf, -np.inf]], np.float32)
+    labels = np.array([[1, -1], [-1, -1]])
+    scores = weighted_knn_vote(similarities, labels, k=2, temperature=1e-4, n_classes=2)
+    np.testing.assert_array_equal(scores, [[0, 1], [0, 0]])

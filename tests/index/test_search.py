@@ -1,0 +1,165 @@
+import json
+import re
+import shutil
+
+import pytest
+from PIL import Image
+
+from index.build import BuildOptions, build
+from index.collection import id_of
+from index.search import SearchOptions, main
+from models.command import run_command
+
+
+@pytest.fixture
+def search(capsys):
+    """Run the command in this process: status, standard output, standard error."""
+
+    def run(*args):
+        argv = [*map(str, args)]
+        status = run_command(SearchOptions, main, prog="python -m index.search", argv=argv)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def test_a_table_for_people(search, built, test_folder):
+    """Score, label and key of each neighbour, nearest first."""
+    query = test_folder / "red/000.png"
+    status, out, _ = search(built, query, "--k", 3)
+    lines = out.splitlines()
+    assert status == 0
+    assert lines[0] == str(query)
+    assert lines[1].split() == ["score", "label", "key"]
+    assert len(lines) == 5
+    for line in lines[2:]:
+        assert re.fullmatch(r"   0\.\d{4}  red    red/\d{3}\.png", line)
+
+
+def test_json_for_machines(search, built, bundle, test_folder):
+    """Everything that is known of each neighbour, and which encoder compared them."""
+    files = [test_folder / "red/000.png", test_folder / "blue/001.png"]
+    _, out, _ = search(built, *files, "--k", 2, "--json")
+    found = json.loads(out)
+    queries = found.pop("queries")
+    assert found == {
+        "collection": "colours",
+        "fingerprint": bundle.fingerprint,
+        "index": "Flat",
+        "exact": True,
+        "k": 2,
+    }
+    assert [query["query"] for query in queries] == [str(file) for file in files]
+    assert [hit["label"] for query in queries for hit in query["hits"]] == ["red"] * 2 + [
+        "blue"
+    ] * 2
+    assert set(queries[0]["hits"][0]) == {"score", "id", "key", "label", "source"}
+
+
+def test_stored_images_by_key_and_id(search, built_hnsw):
+    """They are left out of their own neighbours; exact search agrees here."""
+    key = "green/004.png"
+    _, by_key, _ = search(built_hnsw, "--key", key, "--json")
+    _, by_id, _ = search(built_hnsw, "--id", id_of(key), "--exact", "--json")
+    hits = json.loads(by_key)["queries"][0]["hits"]
+    assert json.loads(by_key)["exact"] is False
+    assert json.loads(by_id)["exact"] is True
+    assert len(hits) == 10
+    assert key not in [hit["key"] for hit in hits]
+    assert [hit["id"] for hit in json.loads(by_id)["queries"][0]["hits"]] == [
+        hit["id"] for hit in hits
+    ]
+
+
+def test_a_grid_of_pictures(search, built, test_folder, tmp_path):
+    """Queries from files and from the collection, in one PNG."""
+    grid = tmp_path / "new" / "grid.png"
+    status, out, _ = search(
+        built, test_folder / "red/000.png", "--key", "blue/001.png", "--grid", grid
+    )
+    assert status == 0
+    assert out.endswith(f"picture: {grid}\n")
+    with Image.open(grid) as picture:
+        assert picture.format == "PNG"
+        assert picture.width > picture.height > 300
+
+
+def test_a_grid_shows_what_is_left_of_its_source(search, bundle, new_folder, tmp_path, caplog):
+    """Pictures that are gone are said to be so; the search is still good."""
+    folder = new_folder(per_class=2)
+    options = BuildOptions(images=str(folder), encoder=str(bundle.path), out=tmp_path / "c")
+    build(options)
+    (folder / "red/000.png").unlink()
+    status, _, _ = search(options.out, "--key", "red/001.png", "--grid", tmp_path / "one.png")
+    assert status == 0
+    assert "red/000.png: expected a readable file" in caplog.text
+    shutil.rmtree(folder)
+    status, _, _ = search(options.out, "--key", "red/001.png", "--grid", tmp_path / "none.png")
+    assert status == 0
+    assert "image folder" in caplog.text
+
+
+def test_another_encoder_is_refused(search, built, bundle, other_bundle, test_folder):
+    """The line names both fingerprints."""
+    status, _, err = search(built, test_folder / "red/000.png", "--encoder", other_bundle.path)
+    assert status == 1
+    assert err == (
+        f"python -m index.search: collection colours: expected encoder {bundle.fingerprint}, "
+        f"found encoder {other_bundle.fingerprint}; query it with the encoder that built it, or "
+        "build it again with this one\n"
+    )
+
+
+def test_an_encoder_that_has_moved_is_asked_for(search, new_bundle, new_folder, tmp_path):
+    """The manifest remembers where it was; --encoder says where it is."""
+    own, folder = new_bundle(), new_folder()
+    build(BuildOptions(images=str(folder), encoder=str(own.path), out=tmp_path / "c"))
+    moved = own.path.rename(tmp_path / "moved")
+    status, _, err = search(tmp_path / "c", folder / "red/000.png")
+    assert status == 1
+    assert err == (
+        f"python -m index.search: encoder of collection c: expected the bundle at {own.path}, "
+        "where it was when the collection was built, found nothing; say where it is now with "
+        "--encoder\n"
+    )
+    status, out, _ = search(tmp_path / "c", folder / "red/000.png", "--encoder", moved)
+    assert status == 0
+    assert "1.0000  red    red/000.png" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "message"),
+    [
+        (["COLLECTION"], 2, "queries: expected image files, --key or --id, found none of them"),
+        (["COLLECTION", "/no/such.png"], 1, "/no/such.png: expected a readable file, found No"),
+        (["COLLECTION", "TEXT"], 1, "text.png: expected JPEG, PNG, WebP, GIF, BMP, TIFF"),
+        (["COLLECTION", "--key", "none"], 1, "key 'none': expected a key of the 60 in"),
+        (["COLLECTION", "--id", "5"], 1, "id 5: expected an id of the 60 in collection colours"),
+        (["COLLECTION", "--key", "red/001.png", "--k", "0"], 2, "--k: expected at least 1"),
+        (["/no/such", "--id", "5"], 1, "/no/such: expected a collection directory, found no such"),
+        (
+            ["COLLECTION", "--key", "red/001.png", "--grid", "/dev/null/grid.png"],
+            1,
+            "--grid /dev/null/grid.png: expected a file that can be written, found ",
+        ),
+    ],
+)
+def test_errors_are_one_line(search, built, tmp_path, args, status, message):
+    """Bad use is status 2, failed work status 1."""
+    text = tmp_path / "text.png"
+    text.write_text("no image")
+    names = {"COLLECTION": built, "TEXT": text}
+    found, _, err = search(*(names.get(arg, arg) for arg in args))
+    assert found == status
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_grid_of_too_many_queries_is_cut(search, built, tmp_path, caplog):
+    """A picture has room for so many; the table has all of them."""
+    keys = [f"{colour}/{n:03}.png" for colour in ("red", "blue") for n in range(15)]
+    status, out, _ = search(built, "--key", *keys, "--k", 1, "--grid", tmp_path / "grid.png")
+    assert status == 0
+    assert out.count("score") == 30
+    assert "shows the first 24 of 30 queries" in caplog.text
