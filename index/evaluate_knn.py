@@ -17,6 +17,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
+import sys
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +45,7 @@ from index.knn_scores import (
 )
 from index.knn_task import Task, make_task
 from index.search import open_collection_encoder
+from models.bundle import record_evaluation
 from models.encoder import Encoder
 from models.errors import UsageError
 from models.files import atomic_file
@@ -71,6 +74,8 @@ class KnnOptions:
     """Measure raw pixels, whitened pixels and the untrained encoder, too."""
     out: Path | None = None
     """Directory for report.txt, report.json and confusion.png."""
+    record: bool = False
+    """Keep the result in the encoder's bundle.json, too."""
     json: bool = False
     """Print the report as JSON."""
 
@@ -89,6 +94,8 @@ def main(options: KnnOptions) -> None:
     document = json.dumps(dataclasses.asdict(report), indent=2)
     if options.out is not None:
         _write_files(options.out, report, text, document)
+    if options.record:
+        _record(options, report)
     print(document if options.json else text)
     if options.out is not None and not options.json:
         print(f"\nreport and confusion matrix: {options.out}")
@@ -253,6 +260,22 @@ def _row_numbers(collection: Collection, ids_QK: NDArray[np.int64]) -> NDArray[n
     rows_QK = np.full(ids_QK.shape, MISSING, np.int64)
     rows_QK[ids_QK >= 0] = collection.row_numbers(ids_QK[ids_QK >= 0])
     return rows_QK
+
+
+def _record(options: KnnOptions, report: KnnReport) -> None:
+    """Keep the report with the encoder that it is about; the confusion matrix stays out."""
+    with Collection.open(options.collection, verify=False) as collection:
+        uri = options.encoder or collection.manifest.encoder
+    if "://" in uri:
+        raise UsageError(
+            "--record", expected="an encoder that is a bundle's directory here", found=uri
+        )
+    kept = {
+        name: value for name, value in dataclasses.asdict(report).items() if name != "confusion"
+    }
+    command = f"python {shlex.join(sys.orig_argv[1:])}"
+    result = json.loads(json.dumps({"command": command, **kept}))  # the keys by_k become text
+    record_evaluation(Path(uri), "knn", result)
 
 
 def _write_files(out: Path, report: KnnReport, text: str, document: str) -> None:

@@ -14,6 +14,7 @@ from index.collection import Collection
 from index.errors import EvaluationError
 from index.evaluate import run
 from index.evaluate_knn import KnnOptions, evaluate
+from models.bundle import read_bundle
 from models.images import open_source
 from models.runtime import open_bundle
 
@@ -259,3 +260,17 @@ def test_help_lists_the_kinds():
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "knn   accuracy of a weighted vote" in done.stdout
+
+
+def test_a_result_is_recorded_with_its_encoder(tmp_path, mini, bundle):
+    """With --record the bundle says how good it is, and is the same encoder as before."""
+    own = tmp_path / "own"
+    shutil.copytree(bundle.path, own)
+    argv = ["knn", "--collection", str(mini), "--images", idx("t10k"), "--encoder", str(own)]
+    assert run([*argv, "--no-baselines", "--record"]) == 0
+    again = read_bundle(own)
+    assert again.fingerprint == bundle.fingerprint
+    recorded = again.provenance["evaluations"]["knn"]
+    assert recorded["n_queries"] == 200
+    assert recorded["encoder_by_k"]["20"]["top1"] > 0
+    assert recorded["command"].startswith("python ")
