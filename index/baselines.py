@@ -92,7 +92,7 @@ def see_images(
         [np.empty((0, encoder.dim), np.float32)] for encoder in encoders
     ]
     total = sum(known) if len(known) == len(counts) else None
-    for batch in progress(batches, what=what, total=total):
+    for batch in progress(batches, what=what, total=total, size=len):
         keys += batch.keys
         labels += batch.labels
         rejects += batch.rejects

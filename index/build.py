@@ -201,7 +201,7 @@ def _embed_missing(store: PartStore, source: ImageSource, encoder: Encoder) -> f
     )
     waiting, vectors = [], []
     with closing(batches):
-        for batch in progress(batches, what="embedding", total=total):
+        for batch in progress(batches, what="embedding", total=total, size=len):
             waiting.append(batch)
             vectors.append(embed(encoder, batch.images_NHWC))
             if len(waiting) == BATCHES_PER_PART:

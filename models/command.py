@@ -80,26 +80,31 @@ def run_command(
 
 
 def progress(
-    items: Iterable[Item], *, what: str, total: int | None = None, unit: str = "image"
+    items: Iterable[Item],
+    *,
+    what: str,
+    total: int | None = None,
+    unit: str = "image",
+    size: Callable[[Item], int] = lambda _: 1,
 ) -> Iterator[Item]:
     """Yield `items` and show how far along they are, how fast, and when they end.
 
     Args:
         items: what is being worked through.
         what: a word or two for the work, such as `embedding`.
-        total: how many there are, where known.
-        unit: what one item is; an item with a length counts as that many units.
+        total: how many units there are, where known.
+        unit: what is counted.
+        size: how many units an item is; one where not given.
     """
     on_terminal = sys.stderr.isatty()
-    bar = tqdm(total=total, desc=what, unit=f" {unit}", disable=not on_terminal, unit_scale=False)
+    bar = tqdm(total=total, desc=what, unit=f" {unit}", disable=not on_terminal)
     start_s = last_s = time.monotonic()
     done = 0
     with bar:
         for item in items:
             yield item
-            step = len(item) if hasattr(item, "__len__") else 1
-            done += step
-            bar.update(step)
+            done += size(item)
+            bar.update(size(item))
             now_s = time.monotonic()
             if not on_terminal and now_s - last_s >= LOG_EVERY_S:
                 last_s = now_s

@@ -92,7 +92,8 @@ def test_progress_off_a_terminal_logs_lines(monkeypatch, caplog):
     clock_s = iter([0.0, 5.0, 12.0, 13.0, 14.0])
     monkeypatch.setattr(command.time, "monotonic", lambda: next(clock_s))
     with caplog.at_level(logging.INFO, logger="horace"):
-        assert list(progress([[1] * 10, [1] * 14, [1] * 6], what="embedding", total=30)) != []
+        batches = [[1] * 10, [1] * 14, [1] * 6]
+        assert list(progress(batches, what="embedding", total=30, size=len)) == batches
     assert caplog.messages == [
         "embedding 24/30 images, 2/s, 3 s left",
         "embedding 30/30 images, 2/s",
