@@ -152,7 +152,8 @@ def test_a_feature_that_never_varies_gives_no_nan(form: Form) -> None:
 
 def test_auto_takes_the_cheaper_form() -> None:
     """Below N = .75 D `auto` is the Gram form to the bit, from there on the direct one."""
-    for n, cheaper in ((23, "gram"), (24, "direct")):
+    cheaper_by_n: dict[int, Form] = {23: "gram", 24: "direct"}
+    for n, cheaper in cheaper_by_n.items():
         z1, z2 = correlated_views(n, 32, 6, torch.float32)
         auto = barlow_twins_loss(z1, z2, lambd=0.005)
         assert torch.equal(auto, barlow_twins_loss(z1, z2, lambd=0.005, form=cheaper))

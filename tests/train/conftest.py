@@ -1,0 +1,54 @@
+"""The 400 real images that ship with the tests, and one finished run on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from train.config import NetworkOptions, PretrainOptions, ViewOptions
+
+RunOptions = Callable[..., PretrainOptions]
+
+MINI = Path(__file__).parents[1] / "data/fashion-mnist-mini"
+
+
+@pytest.fixture(scope="session")
+def mini_source() -> str:
+    """400 training images of Fashion-MNIST, with labels."""
+    return f"idx:{MINI / 'train-images-idx3-ubyte.gz'},{MINI / 'train-labels-idx1-ubyte.gz'}"
+
+
+@pytest.fixture(scope="session")
+def run_options(mini_source: str) -> RunOptions:
+    """Give a function that makes the options of a run of a second or two on one thread."""
+
+    def make(out: Path, **changes: object) -> PretrainOptions:
+        values: dict[str, object] = {
+            "source": mini_source,
+            "out": out,
+            "image_size_px": 14,
+            "channels": 1,
+            "epochs": 3,
+            "batch_size": 32,
+            "lr_peak": 3e-3,
+            "checkpoint_every_steps": 4,
+            "log_every_steps": 5,
+            "threads": 1,
+            "network": NetworkOptions(layout="resnet10", width=4, projector_widths=(32, 32)),
+            "views": ViewOptions(crop_area=(0.4, 1.0)),
+        }
+        return PretrainOptions(**(values | changes))  # type: ignore[arg-type]  # any option
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def finished_run(run_options: RunOptions, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train on the 400 images, undisturbed; give the run directory."""
+    from train.loop import pretrain
+
+    out = tmp_path_factory.mktemp("runs") / "undisturbed"
+    pretrain(run_options(out))
+    return out

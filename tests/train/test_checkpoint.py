@@ -1,0 +1,94 @@
+"""Checkpoints: complete, whole, few, and refused when they are not this run's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.networks import BarlowTwins, ResNet
+from train.checkpoint import (
+    Progress,
+    list_checkpoints,
+    load_backbone,
+    restore_checkpoint,
+    save_checkpoint,
+    save_initial,
+)
+from train.errors import RunError
+from train.optim import make_optimizer, set_lr
+
+
+def make_network(width: int = 4) -> tuple[BarlowTwins, torch.optim.Optimizer]:
+    """A network and an optimiser that has state."""
+    network = BarlowTwins(ResNet(layout="resnet10", width=width, in_channels=1), (8, 8))
+    optimizer = make_optimizer(network, "adamw", weight_decay=0.1)
+    set_lr(optimizer, 0.01)
+    torch.autograd.backward(network(torch.rand(4, 1, 8, 8))[1].square().sum())
+    optimizer.step()
+    return network, optimizer
+
+
+def test_a_restored_run_is_the_saved_one(tmp_path: Path) -> None:
+    """Weights, BatchNorm statistics, optimiser, generator, step and seconds come back."""
+    network, optimizer = make_network()
+    path = save_checkpoint(tmp_path, Progress(step=7, elapsed_s=1.5), network, optimizer, keep=1)
+    drawn = torch.rand(3)
+    other, other_optimizer = make_network()
+    assert restore_checkpoint(path, other, other_optimizer) == Progress(step=7, elapsed_s=1.5)
+    assert torch.equal(torch.rand(3), drawn)
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+    kept, restored = optimizer.state_dict()["state"], other_optimizer.state_dict()["state"]
+    assert all(torch.equal(kept[i]["exp_avg"], restored[i]["exp_avg"]) for i in kept)
+
+
+def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
+    """Older ones go once a newer one is whole; what is unfinished is not listed."""
+    network, optimizer = make_network()
+    for step in (9, 10, 100):
+        save_checkpoint(tmp_path, Progress(step=step), network, optimizer, keep=2)
+    (tmp_path / ".tmp-step-00000200.pt.x").touch()
+    names = [path.name for path in list_checkpoints(tmp_path)]
+    assert names == ["step-00000010.pt", "step-00000100.pt"]
+
+
+def test_a_backbone_comes_from_a_checkpoint_or_from_the_start(tmp_path: Path) -> None:
+    """Both files give the backbone alone."""
+    network, optimizer = make_network()
+    save_initial(tmp_path / "initial.pt", network)
+    path = save_checkpoint(tmp_path, Progress(step=3), network, optimizer, keep=1)
+    for file, step in ((tmp_path / "initial.pt", 0), (path, 3)):
+        backbone = ResNet(layout="resnet10", width=4, in_channels=1)
+        assert load_backbone(file, backbone).step == step
+        assert torch.equal(backbone.conv1.weight, network.backbone.conv1.weight)
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", None], ids=["empty", "text", "absent"])
+def test_a_damaged_file_is_named(tmp_path: Path, content: bytes | None) -> None:
+    """The error names the file and how to go on."""
+    path = tmp_path / "step-00000001.pt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(RunError) as error:
+        restore_checkpoint(path, *make_network())
+    assert str(error.value).startswith(f"{path}: expected a checkpoint of this run, found ")
+    assert str(error.value).endswith("delete the file to go on from the one before it")
+
+
+def test_another_network_is_refused(tmp_path: Path) -> None:
+    """Weights of unlike shapes are not this run's."""
+    path = save_checkpoint(tmp_path, Progress(step=1), *make_network(width=8), keep=1)
+    with pytest.raises(RunError, match="expected a checkpoint of this run, found RuntimeError"):
+        restore_checkpoint(path, *make_network(width=4))
+    with pytest.raises(RunError, match="expected a checkpoint of this run, found RuntimeError"):
+        load_backbone(path, ResNet(layout="resnet10", width=4, in_channels=1))
+
+
+def test_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
+    """A pickle of anything but weights is refused before it acts."""
+    path = tmp_path / "step-00000001.pt"
+    torch.save({"step": 1, "network": Path("/")}, path)
+    with pytest.raises(RunError, match="found UnpicklingError"):
+        restore_checkpoint(path, *make_network())

@@ -1,0 +1,82 @@
+"""Options: presets, values that are refused, and what config.json will hold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from models.errors import UsageError
+from train.config import PRESETS, PretrainOptions, ViewOptions, choose_preset, options_json
+
+
+@pytest.mark.parametrize(
+    ("argv", "preset"),
+    [
+        (["fashion-mnist"], "fashion-mnist"),
+        (["--epochs", "2", "fashion-mnist:train"], "fashion-mnist"),
+        (["folder:photos"], "folder"),
+        (["folder:photos", "--preset", "fashion-mnist"], "fashion-mnist"),
+        (["--preset=folder", "fashion-mnist"], "folder"),
+        (["--preset", "no-such", "fashion-mnist"], "folder"),
+        ([], "folder"),
+    ],
+)
+def test_the_preset_follows_the_source_unless_named(argv: list[str], preset: str) -> None:
+    """`--preset` wins, then the source; an unknown name is left to the parser."""
+    assert choose_preset(argv).preset == preset
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 0}, "--epochs: expected at least 1, found 0"),
+        ({"batch_size": 1}, "--batch-size: expected at least 2, found 1"),
+        ({"lr_peak": 0.0}, "--lr-peak: expected more than 0, found 0.0"),
+        ({"threads": 0}, "--threads: expected at least 1, found 0"),
+    ],
+)
+def test_a_senseless_value_is_named(changes: dict[str, float], message: str) -> None:
+    """The option, what it may be, and what it was."""
+    with pytest.raises(UsageError) as error:
+        PretrainOptions(source="x", **changes)  # type: ignore[arg-type]  # any option
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"crop_area": (0.5, 0.2)}, "--views.crop-area: expected 0 < low <= high <= 1, found"),
+        ({"hue": 0.6}, "--views.hue: expected 0 to .5, found 0.6"),
+        ({"blur_probability": (0.1, 1.1)}, "--views.blur-probability: expected 0 to 1, found"),
+        ({"contrast": -0.1}, "--views.contrast: expected 0 to 1, found -0.1"),
+    ],
+)
+def test_a_senseless_view_is_named(changes: dict[str, object], message: str) -> None:
+    """View options are checked as the others are."""
+    with pytest.raises(UsageError) as error:
+        ViewOptions(**changes)  # type: ignore[arg-type]  # any option
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=str)
+def test_options_survive_json(preset: PretrainOptions) -> None:
+    """What a run keeps is what a resume compares, to the value."""
+    kept = options_json(preset)
+    assert json.loads(json.dumps(kept)) == kept
+    assert kept["network.width"] == preset.network.width
+    assert not {"out", "resume"} & kept.keys()
+
+
+@pytest.mark.parametrize(
+    ("source", "path"),
+    [
+        ("fashion-mnist", "artifacts/runs/fashion-mnist"),
+        ("folder:/data/birds/", "artifacts/runs/birds"),
+        ("wds:/data/shard-{000..009}.tar", "artifacts/runs/shard-{000"),
+    ],
+)
+def test_the_run_is_named_after_its_source(source: str, path: str) -> None:
+    """Without `--out` the last part of the source names the directory."""
+    assert PretrainOptions(source=source).run_path == Path(path)

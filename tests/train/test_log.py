@@ -1,0 +1,60 @@
+"""The log: JSON lines that any tool reads, and that a resume leaves without a seam."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+
+import pytest
+
+from train import log as train_log
+from train.log import ProgressDisplay, RunLog, read_log
+
+
+def test_records_are_json_lines_and_events(tmp_path: Path) -> None:
+    """Each record is one line with its step; infinities become null; events lie beside."""
+    with RunLog(tmp_path / "log.jsonl", tmp_path / "events", step=0) as log:
+        log.write(1, {"loss": 2.5, "lr": 0.1})
+        log.write(2, {"loss": math.nan})
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"step": 1, "loss": 2.5, "lr": 0.1},
+        {"step": 2, "loss": None},
+    ]
+    assert list((tmp_path / "events").glob("events.out.tfevents.*"))
+
+
+def test_a_resume_drops_what_lies_past_the_checkpoint(tmp_path: Path) -> None:
+    """Records of later steps and a torn last line go; the rest stays."""
+    file = tmp_path / "log.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "lo')
+    assert [r["step"] for r in read_log(file)] == [1, 2, 3]
+    with RunLog(file, tmp_path / "events", step=2) as log:
+        log.write(3, {"loss": 1.0})
+    assert read_log(file) == [{"step": 1}, {"step": 2}, {"step": 3, "loss": 1.0}]
+
+
+def test_a_log_that_is_not_there_is_empty(tmp_path: Path) -> None:
+    """A run may be killed before its first record."""
+    assert read_log(tmp_path / "log.jsonl") == []
+
+
+def test_progress_is_a_line_where_there_is_no_terminal(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The line has images done and to do, rate, seconds left, and the latest loss."""
+    monkeypatch.setattr(train_log, "LOG_EVERY_S", 0.0)
+    with caplog.at_level(logging.INFO, logger="horace"), ProgressDisplay(100, 20) as display:
+        display.advance(30)
+        display.show({"epoch": 1.0, "loss": 12.3456})
+    assert "training 50/100 images, " in caplog.text
+    assert " s left, epoch 1, loss 12.35" in caplog.text
+
+
+def test_progress_lines_are_rare(caplog: pytest.LogCaptureFixture) -> None:
+    """Within ten seconds of the last there is none."""
+    with caplog.at_level(logging.INFO, logger="horace"), ProgressDisplay(100, 0) as display:
+        display.show({"loss": 1.0})
+    assert caplog.text == ""

@@ -1,0 +1,71 @@
+"""Parity: what is measured, and that each shortfall is an error that says so."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from train.errors import ExportError
+from train.parity import Parity, measure_parity, require_batch_invariance, require_parity
+
+
+def vectors(seed: int) -> NDArray[np.float32]:
+    """A hundred random vectors."""
+    return np.random.default_rng(seed).normal(size=(100, 8)).astype(np.float32)
+
+
+def test_equal_encoders_have_full_parity() -> None:
+    """Scale does not count: what is compared are directions."""
+    parity = measure_parity(vectors(0), 3 * vectors(0))
+    assert parity.images == 100
+    assert parity.min_cosine == pytest.approx(1)
+    assert parity.overlap == 1
+    require_parity(parity)
+
+
+def test_unlike_encoders_share_neighbours_by_chance_alone() -> None:
+    """Random vectors agree on about k / N of the neighbours."""
+    parity = measure_parity(vectors(0), vectors(1))
+    assert parity.min_cosine < 0.5
+    assert 0.05 < parity.overlap < 0.2
+
+
+def test_a_set_smaller_than_the_neighbourhood_is_compared_whole() -> None:
+    """Four images have three neighbours each."""
+    assert measure_parity(vectors(0)[:4], vectors(1)[:4]).overlap == 1
+
+
+@pytest.mark.parametrize(
+    ("min_cosine", "overlap", "message"),
+    [
+        (0.99, 1.0, "least cosine to torch, over 9 images: expected at least 0.9999, found 0.99"),
+        (1.0, 0.9, "nearest neighbours with torch's, over 9 images: expected at least 0.99"),
+        (float("nan"), 1.0, "expected at least 0.9999, found nan"),
+    ],
+)
+def test_each_figure_that_falls_short_is_named(
+    min_cosine: float, overlap: float, message: str
+) -> None:
+    """The error has the figure, its threshold and what was found; NaN falls short, too."""
+    with pytest.raises(ExportError) as error:
+        require_parity(Parity(images=9, min_cosine=min_cosine, overlap=overlap))
+    assert message in str(error.value)
+
+
+def test_a_graph_that_mixes_images_is_refused() -> None:
+    """A vector that depends on its batchmates is found at the first batch of two."""
+    images = np.random.default_rng(0).integers(0, 256, (8, 2, 2, 1), dtype=np.uint8)
+
+    def centred(batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+        flat = batch.reshape(len(batch), -1).astype(np.float32)
+        return flat - flat.mean(axis=0) if len(batch) > 1 else flat
+
+    with pytest.raises(ExportError, match="vectors in batches of 2: expected the bits that each"):
+        require_batch_invariance(centred, images)
+
+
+def test_a_graph_that_minds_its_own_image_passes() -> None:
+    """Equal bits alone and in batches are accepted."""
+    images = np.random.default_rng(0).integers(0, 256, (70, 2, 2, 1), dtype=np.uint8)
+    require_batch_invariance(lambda batch: batch.reshape(len(batch), -1).astype(np.float32), images)

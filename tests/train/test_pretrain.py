@@ -1,0 +1,272 @@
+"""The command: what a run leaves, what it refuses, and that a kill changes no bit."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models.errors import UsageError
+from train.checkpoint import list_checkpoints, load_weights
+from train.config import PretrainOptions
+from train.errors import RunError, TrainError
+from train.log import read_log
+from train.loop import mean_losses, pretrain, warn_of_collapse
+from train.pretrain import main
+from train.trainer import step_seed
+
+RunOptions = Callable[..., PretrainOptions]
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+STEPS = 3 * (360 // 32)
+
+
+def command_line(options: PretrainOptions, *more: str) -> list[str]:
+    """Say the options of the `run_options` fixture as people would."""
+    return [
+        sys.executable, "-m", "train.pretrain", options.source, "--out", str(options.out),
+        "--image-size-px", "14", "--channels", "1", "--epochs", str(options.epochs),
+        "--batch-size", "32", "--lr-peak", "3e-3", "--checkpoint-every-steps", "4",
+        "--log-every-steps", "5", "--threads", "1", "--network.layout", "resnet10",
+        "--network.width", "4", "--network.stem", "small",
+        "--network.projector-widths", "32", "32", "--views.crop-area", ".4", "1",
+        "--views.blur-probability", "0", "0", "--views.solarise-probability", "0", "0", *more,
+    ]  # fmt: skip
+
+
+def final_state(run: Path) -> dict[str, bytes]:
+    """Every tensor of the last checkpoint, as bytes."""
+    state = load_weights(list_checkpoints(run / "checkpoints")[-1])
+    moments = state["optimizer"]["state"]
+    assert isinstance(moments, dict)
+    tensors = dict(state["network"])
+    tensors |= {f"moment {i} {name}": x for i, m in moments.items() for name, x in m.items()}
+    tensors["rng"] = state["torch_rng"]
+    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+
+
+def test_a_run_leaves_all_of_its_files(finished_run: Path) -> None:
+    """Configuration, initial weights, checkpoints, log, events and curves are there."""
+    names = {path.name for path in finished_run.iterdir()}
+    assert names == {
+        "config.json", "initial.pt", "checkpoints", "log.jsonl", "tensorboard", "curves.png"
+    }  # fmt: skip
+    kept = [path.name for path in list_checkpoints(finished_run / "checkpoints")]
+    assert kept == ["step-00000032.pt", f"step-{STEPS:08d}.pt"]
+    assert (finished_run / "curves.png").read_bytes().startswith(PNG_SIGNATURE)
+
+
+def test_the_configuration_is_complete(finished_run: Path, mini_source: str) -> None:
+    """Options, data hash, split, versions and command can be read back."""
+    config = json.loads((finished_run / "config.json").read_text())
+    assert config["options"]["network.projector_widths"] == [32, 32]
+    assert config["options"]["seed"] == 0
+    assert config["data"]["uri"].startswith("idx:")
+    assert len(config["data"]["sha256"]) == 64
+    assert (config["data"]["train_images"], config["data"]["val_images"]) == (360, 40)
+    assert config["environment"]["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert config["command"].startswith("python -m train.pretrain")
+    assert len(config["channel_mean"]) == len(config["channel_std"]) == 1
+
+
+def test_the_log_has_losses_and_knn(finished_run: Path) -> None:
+    """The baselines come first, then losses that fall, and a kNN accuracy an epoch."""
+    records = read_log(finished_run / "log.jsonl")
+    assert records[0].keys() == {"step", "knn_pixels", "knn_random"}
+    losses = [record for record in records if "loss" in record]
+    assert [record["step"] for record in losses] == [5, 10, 15, 20, 25, 30, 33]
+    assert losses[-1]["loss"] < losses[0]["loss"]
+    for record in losses:
+        parts = record["loss_invariance"] + record["loss_redundancy"]
+        assert parts == pytest.approx(record["loss"], rel=1e-5)
+    accuracies = [(r["epoch"], r["knn_top1"]) for r in records if "knn_top1" in r]
+    assert [epoch for epoch, _ in accuracies] == [1, 2, 3]
+    assert all(0.1 < top1 <= 1 for _, top1 in accuracies)
+
+
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, run_options: RunOptions) -> None:
+    """SIGKILL in mid-run, then --resume: weights and moments of an undisturbed run."""
+    killed = run_options(tmp_path / "killed", epochs=12)
+    process = subprocess.Popen(command_line(killed), stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "epoch 2: kNN" in line:
+            process.kill()
+            break
+    rest = process.stderr.read()
+    process.stderr.close()
+    assert process.wait() == -signal.SIGKILL, rest
+    reached = list_checkpoints(tmp_path / "killed/checkpoints")
+    assert reached, "killed before the first checkpoint"
+    assert reached[-1].name < f"step-{12 * 11:08d}.pt", "killed too late to matter"
+    resumed = subprocess.run(
+        command_line(killed, "--resume"), check=False, capture_output=True, text=True
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming" in resumed.stderr
+    undisturbed = run_options(tmp_path / "undisturbed", epochs=12)
+    subprocess.run(command_line(undisturbed), check=True, capture_output=True)
+    assert final_state(tmp_path / "killed") == final_state(tmp_path / "undisturbed")
+    steps = [record["step"] for record in read_log(tmp_path / "killed/log.jsonl")]
+    assert steps == [r["step"] for r in read_log(tmp_path / "undisturbed/log.jsonl")]
+
+
+def test_a_finished_run_resumes_to_itself(
+    tmp_path: Path, run_options: RunOptions, finished_run: Path
+) -> None:
+    """There is nothing left to do, and nothing changes."""
+    before = final_state(finished_run)
+    pretrain(run_options(finished_run, resume=True))
+    assert final_state(finished_run) == before
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_over(
+    tmp_path: Path, run_options: RunOptions, finished_run: Path
+) -> None:
+    """With a configuration and no checkpoint, --resume begins at step 0."""
+    out = tmp_path / "early"
+    pretrain(run_options(out))
+    for path in list_checkpoints(out / "checkpoints"):
+        path.unlink()
+    pretrain(run_options(out, resume=True))
+    assert final_state(out) == final_state(finished_run)
+
+
+def test_a_directory_with_a_run_is_refused(run_options: RunOptions, finished_run: Path) -> None:
+    """Nothing is written over; the error says how to go on."""
+    with pytest.raises(RunError) as error:
+        pretrain(run_options(finished_run))
+    assert str(error.value) == (
+        f"{finished_run}: expected a directory without a run, found a run; "
+        "go on with it by --resume, or choose another --out"
+    )
+
+
+def test_resuming_nothing_is_refused(tmp_path: Path, run_options: RunOptions) -> None:
+    """--resume needs a run."""
+    with pytest.raises(RunError, match="expected a run to resume, found none"):
+        pretrain(run_options(tmp_path / "none", resume=True))
+
+
+def test_resuming_with_another_option_names_it(run_options: RunOptions, finished_run: Path) -> None:
+    """The first option that differs, as it was and as it is."""
+    with pytest.raises(RunError) as error:
+        pretrain(run_options(finished_run, resume=True, lambd=0.1))
+    assert str(error.value) == (
+        f"resuming {finished_run}: lambd: expected 0.005, found 0.1; "
+        "resume with what the run was started with, or start another"
+    )
+
+
+def make_photos(folder: Path, n: int) -> Path:
+    """Write coloured pictures of unlike sizes, without labels, and one broken file."""
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    for i in range(n):
+        pixels = draw.integers(0, 256, (20 + i, 30, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:02d}.jpg")
+    (folder / "broken.jpg").write_bytes(b"no picture")
+    return folder
+
+
+def test_a_flat_folder_of_photographs_is_enough(
+    tmp_path: Path, run_options: RunOptions, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Colour, no labels, a broken file, and the full set of view operations: it trains."""
+    folder = make_photos(tmp_path / "photos", 24)
+    options = run_options(
+        tmp_path / "run", source=f"folder:{folder}", image_size_px=32, channels=3,
+        batch_size=8, epochs=1, optimizer="sgd", lr_peak=0.01, objective="hsic",
+    )  # fmt: skip
+    with caplog.at_level(logging.INFO, logger="horace"):
+        pretrain(options)
+    assert "skipped 1 images" in caplog.text
+    assert "no kNN accuracy: " in caplog.text
+    records = read_log(tmp_path / "run/log.jsonl")
+    assert records
+    assert all("knn_top1" not in record for record in records)
+
+
+def test_less_than_a_batch_is_refused(tmp_path: Path, run_options: RunOptions) -> None:
+    """The error says how many there are and what to change."""
+    with pytest.raises(TrainError) as error:
+        pretrain(run_options(tmp_path / "run", batch_size=512))
+    assert str(error.value) == (
+        "training images: expected at least one batch of 512, found 360; "
+        "lower --batch-size or give more images"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_infinite_loss_ends_the_run(tmp_path: Path, run_options: RunOptions) -> None:
+    """A learning rate that explodes gives one line of advice and no later checkpoint."""
+    with pytest.raises(TrainError) as error:
+        pretrain(run_options(tmp_path / "run", optimizer="sgd", lr_peak=1e30))
+    assert "expected a finite number, found nan" in str(error.value)
+    assert "lower --lr-peak" in str(error.value)
+    for path in list_checkpoints(tmp_path / "run/checkpoints"):
+        weights = load_weights(path)["network"].values()
+        assert all(torch.isfinite(x).all() for x in weights)
+
+
+def test_the_mean_of_no_steps_is_empty() -> None:
+    """A checkpoint right after a record has nothing to check."""
+    assert mean_losses([], 3) == {}
+
+
+def test_collapse_is_said_in_words(caplog: pytest.LogCaptureFixture) -> None:
+    """Features that are all alike give a warning with the step and advice."""
+    with caplog.at_level(logging.WARNING, logger="horace"):
+        assert warn_of_collapse(torch.ones(8, 4), 7) == 0
+    assert "step 7: the features of all images are nearly equal" in caplog.text
+    assert "the encoder has collapsed" in caplog.text
+
+
+def test_every_step_has_a_seed_of_its_own() -> None:
+    """Seeds of neighbouring steps and runs do not meet."""
+    assert len({step_seed(seed, step) for seed in range(10) for step in range(100)}) == 1000
+
+
+def test_the_test_set_is_no_training_set() -> None:
+    """The named test split is refused before anything is read."""
+    with pytest.raises(UsageError, match="expected training images, found fashion-mnist:test"):
+        main(PretrainOptions(source="fashion-mnist:test"))
+
+
+def test_help_is_quick_and_loads_no_torch() -> None:
+    """`--help` lists presets' values without importing torch."""
+    code = (
+        "import sys; sys.argv = ['pretrain', 'fashion-mnist', '--help']; import runpy\n"
+        "try: runpy.run_module('train.pretrain', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "sys.stderr.write(str('torch' in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "--lr-peak" in done.stdout
+    assert done.stderr == "False"
+
+
+def test_bad_use_is_one_line_and_status_2(tmp_path: Path) -> None:
+    """A value out of range, told at once; a missing source fails with status 1."""
+    base = [sys.executable, "-m", "train.pretrain"]
+    bad = subprocess.run(
+        [*base, "fashion-mnist", "--epochs", "0"], check=False, capture_output=True, text=True
+    )
+    assert bad.returncode == 2
+    missing = subprocess.run(
+        [*base, f"folder:{tmp_path / 'none'}", "--out", str(tmp_path / "run")],
+        check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert missing.returncode == 1
+    last = missing.stderr.splitlines()[-1]
+    assert last.startswith("python -m train.pretrain: ")
+    assert "expected" in last
+    assert "Traceback" not in missing.stderr

@@ -1,0 +1,1 @@
+"""Makes encoders from images without labels, and exports them."""

@@ -1,0 +1,145 @@
+"""Checkpoints: everything a run needs to go on to the same bits, in files that are whole.
+
+Rules:
+    A checkpoint appears whole or not at all, whatever the moment of a SIGKILL.
+    State dicts only, read back with `weights_only=True`: opening one runs no code.
+    The step says where the sampler, the schedule and the views are, since each of them is
+    a function of seed and step; beside the weights only torch's own generator has a state.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NotRequired, TypedDict, cast
+
+import torch
+from torch import Tensor, nn
+
+from models.files import atomic_file
+from train.errors import RunError
+
+FILE_NAME = re.compile(r"step-(\d{8})\.pt")
+
+
+class State(TypedDict):
+    """What a checkpoint holds; `initial.pt` has no optimiser and no generator."""
+
+    step: int
+    elapsed_s: float
+    network: dict[str, Tensor]
+    optimizer: NotRequired[dict[str, object]]
+    torch_rng: NotRequired[Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a run is: steps done, and the seconds that they took in all sittings."""
+
+    step: int = 0
+    elapsed_s: float = 0.0
+
+
+def save_checkpoint(
+    folder: Path,
+    progress: Progress,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    keep: int,
+) -> Path:
+    """Write the state after `progress.step` steps, then delete all but the last `keep`."""
+    path = folder / f"step-{progress.step:08d}.pt"
+    save_weights(
+        path,
+        State(
+            step=progress.step,
+            elapsed_s=progress.elapsed_s,
+            network=network.state_dict(),
+            optimizer=optimizer.state_dict(),
+            torch_rng=torch.get_rng_state(),
+        ),
+    )
+    for old in list_checkpoints(folder)[:-keep]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def restore_checkpoint(
+    path: Path, network: nn.Module, optimizer: torch.optim.Optimizer
+) -> Progress:
+    """Put network, optimiser and torch's generator where they were; say how far that is.
+
+    Raises:
+        RunError: the file is damaged or belongs to another network.
+    """
+    state = load_weights(path)
+    try:
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["torch_rng"])
+        return Progress(step=state["step"], elapsed_s=state["elapsed_s"])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise _unusable(path, error) from error
+
+
+def load_backbone(path: Path, backbone: nn.Module) -> Progress:
+    """Put the backbone of a checkpoint, or of `initial.pt`, into `backbone`.
+
+    Raises:
+        RunError: the file is missing, damaged, or belongs to another network.
+    """
+    state = load_weights(path)
+    prefix = "backbone."
+    try:
+        weights = state["network"].items()
+        own = {k.removeprefix(prefix): v for k, v in weights if k.startswith(prefix)}
+        backbone.load_state_dict(own)
+        return Progress(step=state["step"], elapsed_s=state["elapsed_s"])
+    except (KeyError, RuntimeError) as error:
+        raise _unusable(path, error) from error
+
+
+def save_initial(path: Path, network: nn.Module) -> None:
+    """Keep the backbone before its first step: the random twin of an export."""
+    weights = {k: v for k, v in network.state_dict().items() if k.startswith("backbone.")}
+    save_weights(path, State(step=0, elapsed_s=0.0, network=weights))
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """List the whole checkpoints of a run, oldest first."""
+    return sorted(path for path in folder.glob("step-*.pt") if FILE_NAME.fullmatch(path.name))
+
+
+def save_weights(path: Path, state: State) -> None:
+    """Write a state atomically."""
+    with atomic_file(path) as temporary:
+        torch.save(dict(state), temporary)
+
+
+def load_weights(path: Path) -> State:
+    """Read a state to the CPU without running any code in it.
+
+    Raises:
+        RunError: the file is missing or is no checkpoint.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise _unusable(path, error) from error
+    if not isinstance(state, dict):
+        raise _unusable(path, TypeError(type(state).__name__))
+    return cast(State, state)
+
+
+def _unusable(path: Path, error: Exception) -> RunError:
+    """Make the error for a file that holds no state of this run."""
+    lines = str(error).splitlines()
+    return RunError(
+        str(path),
+        expected="a checkpoint of this run",
+        found=f"{type(error).__name__}: {lines[0] if lines else 'no detail'}",
+        mend="delete the file to go on from the one before it",
+    )

@@ -1,0 +1,234 @@
+"""A source of images as one uint8 array in memory, split without touching any test set.
+
+Rules:
+    An image that cannot be read or decoded is counted by its fault and skipped, never fatal.
+    Images pass through `models.preprocess`, the code that serves them later.
+    The split, and the order of every epoch, are functions of the seed.
+    Labels are carried for the kNN monitor alone; -1 stands for none.
+
+This is for sets that fit in memory (28 x 28 x 60,000 is 47 MB); what does not fit is
+refused before it is read.
+
+Shapes: N images of H x W pixels and C channels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.command import progress
+from models.cpu import cpu_budget
+from models.errors import ImageError
+from models.images import ImageRecord, ImageSource
+from models.preprocess import PreprocessSpec, preprocess
+from train.errors import TrainError
+
+CHUNK_IMAGES = 1024
+"""Images that are decoded between two looks at the memory limit."""
+
+MEMORY_SHARE = 0.4
+"""Of the free memory that a data set may take: chunks and the whole exist side by side."""
+
+LARGEST_VAL_SHARE = 0.1
+"""Of the labelled images that may be held out from training."""
+
+MEMINFO = Path("/proc/meminfo")
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+log = logging.getLogger("horace")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSet:
+    """Images in memory.
+
+    Attributes:
+        images_NHWC: (N, H, W, C) uint8, C-contiguous.
+        labels_N: (N,) int64, an index into `class_names`, or -1.
+        class_names: the labels that occur, sorted.
+        faults: how many images were skipped, by fault.
+        sha256: of shape, pixels and labels: equal hashes mean equal data.
+    """
+
+    images_NHWC: NDArray[np.uint8]
+    labels_N: NDArray[np.int64]
+    class_names: tuple[str, ...]
+    faults: Mapping[str, int]
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Row numbers of one image set, each int64 and sorted.
+
+    Attributes:
+        train: images to learn from.
+        val: labelled images held out from training; empty without labels.
+        bank: labelled training images that `val` is compared with.
+    """
+
+    train: NDArray[np.int64]
+    val: NDArray[np.int64]
+    bank: NDArray[np.int64]
+
+
+def load_images(source: ImageSource, spec: PreprocessSpec, *, limit: int | None = None) -> ImageSet:
+    """Read a source into memory.
+
+    Args:
+        source: where the images are.
+        spec: the size and channels to bring them to.
+        limit: read only the first so many records.
+
+    Raises:
+        SourceError: the source is missing or damaged.
+        TrainError: the images do not fit in memory, or not two of them can be used.
+    """
+    image_bytes = spec.height * spec.width * spec.channels
+    budget_images = int(free_memory_bytes() * MEMORY_SHARE) // image_bytes
+    count = source.count()
+    total = min(count, limit) if count is not None and limit is not None else count
+    _check_fits(total or 0, budget_images, source.uri, spec)
+    chunks: list[NDArray[np.uint8]] = []
+    labels: list[str | None] = []
+    faults: Counter[str] = Counter()
+    records = islice(source.records(), limit)
+    with ThreadPoolExecutor(cpu_budget()) as pool:
+        for chunk in progress(_chunked(records), what="reading", total=total, size=len):
+            outcomes = list(pool.map(lambda record: _decode(record, spec), chunk))
+            usable = [image for image in outcomes if not isinstance(image, ImageError)]
+            pairs = zip(chunk, outcomes, strict=True)
+            labels += [r.label for r, image in pairs if not isinstance(image, ImageError)]
+            faults.update(e.fault.value for e in outcomes if isinstance(e, ImageError))
+            if usable:
+                chunks.append(np.stack(usable))
+            _check_fits(len(labels), budget_images, source.uri, spec)
+    _report(source.uri, len(labels), faults)
+    return _image_set(np.concatenate(chunks), labels, faults)
+
+
+def split_rows(
+    labels_N: NDArray[np.int64], *, val_images: int, bank_images: int, seed: int
+) -> Split:
+    """Hold out labelled images for the monitor, and choose the bank it compares with.
+
+    At most a tenth of the labelled images is held out. With fewer than two classes nothing
+    is: there would be nothing to measure.
+    """
+    labelled = np.flatnonzero(labels_N >= 0)
+    n_val = min(val_images, int(len(labelled) * LARGEST_VAL_SHARE))
+    if len(np.unique(labels_N[labelled])) < 2:
+        n_val = 0
+    shuffled = np.random.default_rng(seed).permutation(labelled)
+    val = np.sort(shuffled[:n_val])
+    bank = np.sort(shuffled[n_val : n_val + bank_images]) if n_val else labelled[:0]
+    train = np.setdiff1d(np.arange(len(labels_N)), val)
+    return Split(train=train, val=val, bank=bank)
+
+
+def channel_statistics(
+    images_NHWC: NDArray[np.uint8], rows: NDArray[np.int64]
+) -> tuple[list[float], list[float]]:
+    """Compute mean and deviation of each channel, of values in [0, 1], over some images.
+
+    They come from counts of the 256 values, so they do not depend on the order of rows.
+    """
+    values = np.arange(256) / 255
+    means, stds = [], []
+    for channel in range(images_NHWC.shape[3]):
+        counts = np.zeros(256, np.int64)
+        for start in range(0, len(rows), CHUNK_IMAGES):
+            pixels = images_NHWC[rows[start : start + CHUNK_IMAGES], :, :, channel]
+            counts += np.bincount(pixels.ravel(), minlength=256)
+        mean = float(counts @ values / counts.sum())
+        variance = float(counts @ (values - mean) ** 2 / counts.sum())
+        means.append(mean)
+        stds.append(max(variance**0.5, 1 / 255))
+    return means, stds
+
+
+def epoch_order(rows: NDArray[np.int64], *, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Shuffle the training rows for one epoch; a function of seed and epoch alone."""
+    return np.random.default_rng((seed, epoch)).permutation(rows)
+
+
+def free_memory_bytes() -> int:
+    """Give the memory that is left to this process, by the kernel and its cgroup."""
+    free = next(
+        int(line.split()[1]) * 1024
+        for line in MEMINFO.read_text().splitlines()
+        if line.startswith("MemAvailable:")
+    )
+    try:
+        return min(free, int(CGROUP_LIMIT.read_text()))
+    except (OSError, ValueError):  # no cgroup v2, or its limit is `max`
+        return free
+
+
+def _decode(record: ImageRecord, spec: PreprocessSpec) -> NDArray[np.uint8] | ImageError:
+    """Read and fit one image, or say why not."""
+    try:
+        return preprocess(record.read(), spec)
+    except ImageError as error:
+        log.debug("skipped %s: %s", record.key, error)
+        return error
+
+
+def _chunked(records: Iterator[ImageRecord]) -> Iterator[list[ImageRecord]]:
+    """Cut the records into lists of `CHUNK_IMAGES`."""
+    while chunk := list(islice(records, CHUNK_IMAGES)):
+        yield chunk
+
+
+def _image_set(
+    images_NHWC: NDArray[np.uint8], labels: list[str | None], faults: Mapping[str, int]
+) -> ImageSet:
+    """Number the labels and hash it all."""
+    class_names = tuple(sorted({label for label in labels if label is not None}))
+    numbers = {name: i for i, name in enumerate(class_names)}
+    labels_N = np.array([-1 if x is None else numbers[x] for x in labels], np.int64)
+    digest = hashlib.sha256(repr((images_NHWC.shape, class_names)).encode())
+    digest.update(images_NHWC.data)
+    digest.update(labels_N.astype("<i8").data)
+    return ImageSet(
+        images_NHWC=images_NHWC,
+        labels_N=labels_N,
+        class_names=class_names,
+        faults=dict(faults),
+        sha256=digest.hexdigest(),
+    )
+
+
+def _report(uri: str, n: int, faults: Counter[str]) -> None:
+    """Log what was skipped; refuse a source that leaves nothing to learn from."""
+    skipped = ", ".join(f"{count} {fault}" for fault, count in sorted(faults.items()))
+    if skipped:
+        log.warning("%s: skipped %d images (%s)", uri, faults.total(), skipped)
+    if n < 2:
+        raise TrainError(
+            uri,
+            expected="at least 2 images that can be decoded",
+            found=f"{n}" + (f" (skipped: {skipped})" if skipped else ""),
+            mend="check the path",
+        )
+
+
+def _check_fits(n: int, budget_images: int, uri: str, spec: PreprocessSpec) -> None:
+    """Refuse a set that would fill the memory."""
+    if n > budget_images:
+        raise TrainError(
+            f"{uri} in memory",
+            expected=f"at most {budget_images} images of {spec.height}x{spec.width} here",
+            found=f"{n} or more",
+            mend="lower --image-size-px or --limit-images",
+        )

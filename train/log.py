@@ -1,0 +1,132 @@
+"""What a run says while it works: JSON lines, TensorBoard events, and a bar or log lines.
+
+Rules:
+    A record is one JSON object with `step`; numbers only, so that any tool can read it.
+    After a resume the log reads as if nothing had happened: records past the checkpoint are
+    dropped before the first new one.
+    A bar is shown on a terminal, a log line now and then elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from models.command import LOG_EVERY_S
+from models.files import atomic_file
+
+log = logging.getLogger("horace")
+
+
+class RunLog:
+    """The log of one run; a context manager that closes its files.
+
+    Args:
+        jsonl: the file of JSON lines.
+        tensorboard: the folder of TensorBoard's events.
+        step: where the run goes on; later records of an earlier sitting are dropped.
+    """
+
+    def __init__(self, jsonl: Path, tensorboard: Path, *, step: int) -> None:
+        kept = [record for record in read_log(jsonl) if record["step"] <= step]
+        with atomic_file(jsonl) as temporary:
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        self._file = jsonl.open("a")
+        self._events = SummaryWriter(str(tensorboard), purge_step=step + 1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+        self._events.close()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Add one record; what is not finite becomes null, which JSON can say."""
+        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+
+def read_log(jsonl: Path) -> list[dict[str, float]]:
+    """Read the records of a log; a last line that a kill tore off is left out."""
+    records: list[dict[str, float]] = []
+    if not jsonl.exists():
+        return records
+    for line in jsonl.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+class ProgressDisplay:
+    """How far a training is, how fast, when it ends, and with what loss; a context manager.
+
+    Args:
+        total_images: of all epochs.
+        done_images: by earlier sittings.
+    """
+
+    def __init__(self, total_images: int, done_images: int) -> None:
+        self._bar = tqdm(
+            total=total_images, initial=done_images, desc="training", unit=" images",
+            disable=not sys.stderr.isatty(),
+        )  # fmt: skip
+        self._total, self._done, self._start = total_images, done_images, done_images
+        self._start_s = self._last_s = time.monotonic()
+
+    def advance(self, images: int) -> None:
+        """Count the images of a step."""
+        self._done += images
+        self._bar.update(images)
+
+    def show(self, values: Mapping[str, float]) -> None:
+        """Show the latest values beside the bar, or in a log line if the last is a while ago."""
+        texts = {name: f"{value:.4g}" for name, value in values.items()}
+        self._bar.set_postfix(texts, refresh=False)
+        now_s = time.monotonic()
+        if not self._bar.disable or now_s - self._last_s < LOG_EVERY_S:
+            return
+        self._last_s = now_s
+        rate = max(self.images_per_s(), 1e-9)
+        left_s = (self._total - self._done) / rate
+        numbers = ", ".join(f"{name} {text}" for name, text in texts.items())
+        log.info(
+            "training %d/%d images, %.0f/s, %.0f s left, %s",
+            self._done, self._total, rate, left_s, numbers,
+        )  # fmt: skip
+
+    def images_per_s(self) -> float:
+        """Give the mean rate of this sitting, monitoring included."""
+        elapsed_s = time.monotonic() - self._start_s
+        return (self._done - self._start) / elapsed_s if elapsed_s > 0 else 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.close()
