@@ -4,7 +4,8 @@ Rules:
     Exact means exact, ties included: of similarities that are equal in float32 the lower
     row of the bank comes first, whichever of them faiss happens to keep.
     What does not exist is row -1 with similarity -inf, and it has no vote.
-    faiss is told on every call how many threads to use; its own guess is the host's cores.
+    faiss is told on every call how many threads to use, since its own guess is the host's
+    cores; the count that stood before stands again after it.
 
 It trains nothing and approximates nothing; `index.collection` does the latter.
 
@@ -16,7 +17,8 @@ Shapes: Q queries, N rows of the bank, D dimensions, K neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import faiss
 import numpy as np
@@ -65,9 +67,9 @@ def knn_search(
             np.empty((len(queries_QD), 0), np.float32), np.empty((len(queries_QD), 0), np.int64), k
         )
     n_asked = min(n_found + 1, len(bank_ND))  # one more shows whether the last place is tied
-    use_threads(threads or cpu_budget(), len(queries_QD))
     queries_QD = np.ascontiguousarray(queries_QD, dtype=np.float32)
-    scores, rows = faiss.knn(queries_QD, bank_ND, n_asked, metric=faiss.METRIC_INNER_PRODUCT)
+    with faiss_threads(search_threads(threads or cpu_budget(), len(queries_QD))):
+        scores, rows = faiss.knn(queries_QD, bank_ND, n_asked, metric=faiss.METRIC_INNER_PRODUCT)
     _lower_row_first(scores, rows)
     if n_asked > n_found:
         tied_Q = scores[:, n_found - 1] == scores[:, n_found]
@@ -76,14 +78,29 @@ def knn_search(
     return pad_neighbours(scores, rows, k)
 
 
-def use_threads(threads: int, n_queries: int) -> None:
-    """Tell faiss how many threads the next search of the calling thread may use.
+@contextmanager
+def faiss_threads(threads: int) -> Iterator[None]:
+    """Let faiss use so many threads in this block, and give the count back after it.
+
+    OpenMP's count belongs to the calling thread, and everything there shares it: where torch
+    is loaded, a search that left its own count behind changed torch's sums in the last bit.
+    """
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(threads)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
+def search_threads(threads: int, n_queries: int) -> int:
+    """Say how many threads a search pays with: one a query at most.
 
     faiss works on queries side by side, so that more threads than queries only wait for
     one another: on two busy cores one query took 24 ms with two threads and 1 ms with one
     (60,000 x 128, exact).
     """
-    faiss.omp_set_num_threads(max(1, min(threads, n_queries)))
+    return max(1, min(threads, n_queries))
 
 
 def pad_neighbours(

@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from index.errors import CollectionError
-from index.knn import knn_search, pad_neighbours, use_threads
+from index.knn import faiss_threads, knn_search, pad_neighbours, search_threads
 from index.manifest import Manifest, SegmentEntry, check_file
 
 FLAT = "Flat"
@@ -102,8 +102,8 @@ class Segment:
             check_relative_distance=True,
             bounded_queue=True,
         )
-        use_threads(threads, len(queries_QD))
-        scores, rows = self.index.search(queries_QD, n_asked, params=parameters)
+        with faiss_threads(search_threads(threads, len(queries_QD))):
+            scores, rows = self.index.search(queries_QD, n_asked, params=parameters)
         scores[rows < 0] = -np.inf
         return pad_neighbours(scores, rows, k)
 
@@ -145,9 +145,9 @@ def build_hnsw(vectors_ND: NDArray[np.float32], factory: str) -> faiss.IndexHNSW
     made = faiss.index_factory(vectors_ND.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
     index = cast(faiss.IndexHNSW, made)
     index.hnsw.efConstruction = EF_CONSTRUCTION
-    faiss.omp_set_num_threads(1)
-    for start in range(0, len(vectors_ND), BUILD_BLOCK):
-        index.add(np.ascontiguousarray(vectors_ND[start : start + BUILD_BLOCK]))
+    with faiss_threads(1):  # with more, the graph depends on their race
+        for start in range(0, len(vectors_ND), BUILD_BLOCK):
+            index.add(np.ascontiguousarray(vectors_ND[start : start + BUILD_BLOCK]))
     return index
 
 

@@ -54,7 +54,8 @@ def run_command(
     """
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")  # libraries: warnings
+    log.setLevel(logging.INFO)
     logging.captureWarnings(True)
     help_text = inspect.getdoc(options_type) or ""
     try:

@@ -1,5 +1,6 @@
 import math
 
+import faiss
 import numpy as np
 import pytest
 from hypothesis import given
@@ -108,3 +109,15 @@ def test_padding_has_no_vote():
     labels = np.array([[1, -1], [-1, -1]])
     scores = weighted_knn_vote(similarities, labels, k=2, temperature=1e-4, n_classes=2)
     np.testing.assert_array_equal(scores, [[0, 1], [0, 0]])
+
+
+def test_a_search_gives_the_thread_count_back():
+    """OpenMP's count is shared with whatever else the thread runs, such as torch."""
+    before = faiss.omp_get_max_threads()
+    bank = np.eye(4, dtype=np.float32)
+    try:
+        faiss.omp_set_num_threads(2)
+        knn_search(bank, bank, 2, threads=1)
+        assert faiss.omp_get_max_threads() == 2
+    finally:
+        faiss.omp_set_num_threads(before)
