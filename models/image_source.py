@@ -101,6 +101,7 @@ def read_image_file(path: Path, name: str) -> bytes:
             name,
             expected="a readable file",
             found=os.strerror(error.errno) if error.errno else str(error),
+            mend="check the path and its permissions",
         ) from error
 
 

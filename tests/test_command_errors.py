@@ -1,0 +1,141 @@
+"""Bad input to every command: one line says what, expected, found and how to mend it."""
+
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from index.build import BuildOptions, build
+
+ROOT = Path(__file__).parents[1]
+
+Place = dict[str, Path | str]
+
+
+def flip_last_byte(path: Path) -> None:
+    """Damage a file without changing its size."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.fixture
+def place(tmp_path, make_bundle) -> Place:
+    """Lay out sound and unsound inputs: each case names one by a word in braces."""
+    photos = tmp_path / "photos"
+    for label in ("a", "b"):
+        (photos / label).mkdir(parents=True)
+        for n in range(6):
+            pixels = np.random.default_rng(n).integers(0, 256, (30, 30), dtype=np.uint8)
+            Image.fromarray(pixels).save(photos / label / f"{n}.png")
+    sound, other = make_bundle("sound", seed=1), make_bundle("other", seed=2)
+    broken_bundle = tmp_path / "broken-bundle"
+    shutil.copytree(sound.path, broken_bundle)
+    flip_last_byte(broken_bundle / "encoder.onnx")
+    collection, broken = tmp_path / "collection", tmp_path / "broken-collection"
+    build(BuildOptions(images=str(photos), encoder=str(sound.path), out=collection))
+    shutil.copytree(collection, broken)
+    flip_last_byte(broken / "segments/000000/vectors.npy")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.txt").write_text("no image")
+    (tmp_path / "text.jpg").write_text("no image")
+    return {
+        "photos": photos,
+        "sound": sound.path,
+        "other": other.path,
+        "broken_bundle": broken_bundle,
+        "collection": collection,
+        "broken_collection": broken,
+        "empty": tmp_path / "empty",
+        "text": tmp_path / "text.txt",
+        "text_jpg": tmp_path / "text.jpg",
+        "image": photos / "a" / "0.png",
+        "nothing": tmp_path / "nothing",
+        "new": tmp_path / "new",
+        "sound_fingerprint": sound.fingerprint,
+        "other_fingerprint": other.fingerprint,
+    }
+
+
+CASES = [
+    ("train.pretrain {nothing}", 1, "expected .*folder:PATH.* found nothing of that name; "),
+    ("train.pretrain folder:{nothing}", 1, "expected a folder, found nothing.*; "),
+    ("train.pretrain folder:{empty} --out {new}", 1, "expected .*image.*, found .*; "),
+    (
+        "train.pretrain idx:{text} --out {new}",
+        1,
+        "IDX file .*: expected magic number .*, found .*; ",
+    ),
+    ("train.pretrain {photos} --epochs 0", 2, "--epochs: expected at least 1, found 0"),
+    ("train.export {nothing} --out {new}", 1, "expected a run.*, found .*; "),
+    ("train.export {empty} --out {new}", 1, "expected a run.*, found .*; "),
+    ("index.build --images {nothing} --encoder {sound} --out {new}", 1, "expected .*, found .*; "),
+    ("index.build --images {photos} --encoder {nothing} --out {new}", 1, "no such directory; make"),
+    ("index.build --images {photos} --encoder {empty} --out {new}", 1, r"no bundle\.json in it; "),
+    ("index.build --images {photos} --encoder {broken_bundle} --out {new}", 1, "SHA-256 .*damaged"),
+    ("index.build --images {photos} --encoder {sound} --out {empty}", 2, "expected .*found .*; "),
+    ("index.build --images {photos} --encoder {sound} --out {collection}", 2, ".*--replace"),
+    ("index.search {nothing} {image}", 1, "expected a collection.*, found .*; "),
+    ("index.search {sound} {image}", 1, "expected a collection.*, found .*; "),
+    ("index.search {broken_collection} {image}", 1, r"vectors\.npy: expected SHA-256 .*; "),
+    ("index.search {collection} {nothing}", 1, "expected .*, found .*; "),
+    ("index.search {collection} {text_jpg}", 1, "expected JPEG, .*, found text"),
+    (
+        "index.search {collection} {image} --encoder {other}",
+        1,
+        "expected encoder {sound_fingerprint}, found encoder {other_fingerprint}; ",
+    ),
+    ("index.evaluate knn --collection {nothing} --images {photos}", 1, "expected a collection"),
+    ("index.evaluate knn --collection {collection} --images {empty}", 1, "expected .*, found .*; "),
+    ("index.evaluate best", 2, "expected knn, found 'best'; see"),
+    ("serve --port 0 --bundle {nothing}", 1, "expected a bundle directory, found no such"),
+    ("serve --port 0 --bundle {broken_bundle}", 1, "expected SHA-256 .*the file is damaged"),
+    ("serve --port 0 --bundle {sound} --collection {nothing}", 1, "expected a collection"),
+    ("serve --port 0 --bundle {sound} --collection {broken_collection}", 1, "expected SHA-256"),
+    (
+        "serve --port 0 --bundle {other} --collection {collection}",
+        1,
+        "expected encoder {other_fingerprint}.*, found encoder {sound_fingerprint}; ",
+    ),
+    ("serve --port 70000", 2, "--port: expected 0 to 65535, found 70000"),
+]
+
+
+def run(command: str, place: Place) -> subprocess.CompletedProcess[str]:
+    """Run `python -m COMMAND` as a person would."""
+    module, *args = command.format(**place).split()
+    argv = [sys.executable, "-m", module, *args]
+    return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def check(outcome: subprocess.CompletedProcess[str], command: str, status: int, line: str) -> None:
+    """Hold status, message and the absence of anything else against what is promised."""
+    last = outcome.stderr.splitlines()[-1]
+    kind = " knn" if command.startswith("index.evaluate knn") else ""
+    assert last.startswith(f"python -m {command.split()[0]}{kind}: "), outcome.stderr
+    assert re.search(line, last), last
+    assert outcome.returncode == status
+    assert "Traceback" not in outcome.stderr
+    assert outcome.stdout == ""
+
+
+@pytest.mark.parametrize(("command", "status", "line"), CASES, ids=[case[0] for case in CASES])
+def test_bad_input_is_one_line(place, command, status, line):
+    """What was wrong, what was expected, what was found; 2 for bad use, 1 for failed work."""
+    check(run(command, place), command, status, line.format(**place))
+    assert not Path(place["new"]).exists()
+
+
+def test_a_busy_port_is_one_line(place):
+    """A port that another process has is an error, never a share of its traffic."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        command = f"serve --bundle {place['sound']} --port {other.getsockname()[1]}"
+        check(run(command, place), command, 1, "expected a free port, found .*; ")
