@@ -70,11 +70,13 @@ def test_a_file_that_cannot_be_read_is_listed_and_raises_when_read(tmp_path: Pat
     assert faults == {
         "dangling.jpg": (
             ImageFault.UNREADABLE,
-            "dangling.jpg: expected a readable file, found No such file or directory",
+            "dangling.jpg: expected a readable file, found No such file or directory; "
+            "check the path and its permissions",
         ),
         "round.jpg": (
             ImageFault.UNREADABLE,
-            "round.jpg: expected a readable file, found Too many levels of symbolic links",
+            "round.jpg: expected a readable file, found Too many levels of symbolic links; "
+            "check the path and its permissions",
         ),
         "empty.jpg": (ImageFault.EMPTY, "empty.jpg: expected an image, found no bytes"),
         "pipe.jpg": (
