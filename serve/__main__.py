@@ -1,0 +1,83 @@
+"""`python -m serve`: serve until told to stop.
+
+Rules:
+    One line on stdout says that the server is ready and where; logs go to stderr.
+    SIGTERM or SIGINT drains: not ready, calls under way are answered, exit status 0. After
+    `--drain-s` what is left is cut off, and the exit status is 1; a second signal cuts off
+    at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+
+from models.command import run_command
+from serve.config import ServeOptions
+from serve.errors import UnavailableError
+from serve.server import Server
+
+log = logging.getLogger("horace.serve")
+
+
+def main(options: ServeOptions) -> None:
+    """Serve until a signal comes and the calls under way are answered.
+
+    Raises:
+        HoraceError: the server cannot start.
+        UnavailableError: calls were cut off.
+    """
+    asyncio.run(_serve(options))
+
+
+async def _serve(options: ServeOptions) -> None:
+    """Start, say so, wait for a signal, drain."""
+    server = Server(options)
+    signals = _listen_for_signals()
+    await server.start()
+    print(_ready_line(server), flush=True)
+    log.info("stopping on %s", await signals.get())
+    draining = asyncio.create_task(server.drain(limit_s=options.drain_s))
+    again = asyncio.create_task(signals.get())
+    await asyncio.wait([draining, again], return_when=asyncio.FIRST_COMPLETED)
+    if not draining.done():
+        cut_off = server.services.active
+        draining.cancel()
+        await server.kill()
+        raise _cut_off(cut_off, f"a second signal, {again.result()}")
+    again.cancel()
+    if cut_off := draining.result():
+        raise _cut_off(cut_off, f"that {options.drain_s:g} s were over")
+    log.info("stopped; every call was answered")
+
+
+def _listen_for_signals() -> asyncio.Queue[str]:
+    """Queue the names of signals to stop."""
+    names: asyncio.Queue[str] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, names.put_nowait, number.name)
+    return names
+
+
+def _ready_line(server: Server) -> str:
+    """Say where and what this serves, for people and for scripts."""
+    models = ",".join(server.catalog.models)
+    collections = ",".join(server.catalog.collections) or "none"
+    return f"horace serving on {server.address} models={models} collections={collections}"
+
+
+def _cut_off(calls: int, why: str) -> UnavailableError:
+    """Say that the drain did not end well."""
+    return UnavailableError(
+        "drain",
+        expected="every call under way answered",
+        found=f"{calls} cut off after {why}",
+        mend="allow more time with --drain-s",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(ServeOptions, main, prog="python -m serve"))

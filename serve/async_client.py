@@ -1,0 +1,168 @@
+"""The client for asyncio; `serve.client` gives it out, and says what both clients do."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from types import TracebackType
+from typing import TypeVar
+
+import grpc
+import numpy as np
+from numpy.typing import NDArray
+
+from serve.channel import (
+    CHANNEL_OPTIONS,
+    STREAM_IMAGES,
+    STREAM_IN_FLIGHT,
+    TIMEOUT_S,
+    make_planner,
+    methods_of,
+    read_failure,
+)
+from serve.plans import Call, Plan, Step
+from serve.requests import EmbedOptions, ImageData, Images, SearchOptions, Vectors, make_queries
+from serve.results import CollectionInfo, EmbedResult, ModelInfo, SearchResult
+from serve.retry import RetryPolicy
+from serve.streams import AsyncFeed
+
+Value = TypeVar("Value")
+
+
+class AsyncClient:
+    """A client for asyncio, of the event loop that it is made in. See `Client`.
+
+    Cancelling a call cancels it on the server, too.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        retry: RetryPolicy | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        rng: random.Random | None = None,
+    ) -> None:
+        """Talk to the server at `host:port`; the arguments are those of `Client`."""
+        self._timeout_s = timeout_s
+        self._sleep = sleep
+        self._planner = make_planner(target, retry, clock, rng)
+        self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+        self._methods = methods_of(self._channel)
+
+    def __repr__(self) -> str:
+        return f"<AsyncClient {self._planner.target}>"
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connection; calls under way end."""
+        await self._channel.close()
+
+    async def embed(
+        self,
+        images: Images,
+        *,
+        model: str | None = None,
+        dims: int | None = None,
+        normalize: bool = True,
+        dtype: str = "fp32",
+        timeout_s: float | None = None,
+    ) -> EmbedResult:
+        """Embed one to many images; see `Client.embed`."""
+        options = EmbedOptions(model=model, dims=dims, normalize=normalize, dtype=dtype)
+        return await self._drive(self._planner.embed(images, options, timeout_s or self._timeout_s))
+
+    async def search(
+        self,
+        images: Images | None = None,
+        *,
+        vectors: Vectors | None = None,
+        ids: Sequence[int] | NDArray[np.int64] | None = None,
+        fingerprint: str | None = None,
+        collection: str | None = None,
+        k: int = 10,
+        exact: bool = False,
+        include_vectors: bool = False,
+        timeout_s: float | None = None,
+    ) -> SearchResult:
+        """Find nearest neighbours; see `Client.search`."""
+        queries = make_queries(images, vectors, ids, fingerprint)
+        options = SearchOptions(
+            collection=collection, k=k, exact=exact, include_vectors=include_vectors
+        )
+        plan = self._planner.search(queries, options, timeout_s or self._timeout_s)
+        return await self._drive(plan)
+
+    async def embed_stream(
+        self,
+        images: Iterable[ImageData] | AsyncIterable[ImageData],
+        *,
+        model: str | None = None,
+        dims: int | None = None,
+        normalize: bool = True,
+        dtype: str = "fp32",
+        images_per_request: int = STREAM_IMAGES,
+        in_flight: int = STREAM_IN_FLIGHT,
+        timeout_s: float | None = None,
+    ) -> AsyncIterator[EmbedResult]:
+        """Embed an iterable of any length and either kind; see `Client.embed_stream`."""
+        options = EmbedOptions(model=model, dims=dims, normalize=normalize, dtype=dtype)
+        plan = self._planner.stream_request_size(images_per_request, self._timeout_s)
+        feed = AsyncFeed(images, await self._drive(plan), options, in_flight)
+        call = self._methods["EmbedStream"](aiter(feed), timeout=timeout_s)
+        try:
+            async for reply in call:
+                yield self._planner.read_stream_reply(reply, feed.answered())
+        except grpc.RpcError as error:
+            raise self._planner.error(read_failure(error), "EmbedStream", timeout_s or 0) from None
+        finally:
+            call.cancel()
+        if feed.error is not None:
+            raise feed.error
+
+    async def list_models(self, *, timeout_s: float | None = None) -> list[ModelInfo]:
+        """Ask which models there are; the default one says so."""
+        return await self._drive(self._planner.list_models(timeout_s or self._timeout_s))
+
+    async def list_collections(self, *, timeout_s: float | None = None) -> list[CollectionInfo]:
+        """Ask which collections there are."""
+        return await self._drive(self._planner.list_collections(timeout_s or self._timeout_s))
+
+    async def health(self, service: str = "", *, timeout_s: float | None = None) -> bool:
+        """Ask whether a service serves, such as `horace.v1.Horace`; all where empty."""
+        return await self._drive(self._planner.health(service, timeout_s or self._timeout_s))
+
+    async def _drive(self, plan: Plan[Value]) -> Value:
+        """Perform a plan to its end."""
+        answer: object = None
+        while True:
+            try:
+                step = plan.send(answer)
+            except StopIteration as end:
+                value: Value = end.value
+                return value
+            answer = await self._perform(step)
+
+    async def _perform(self, step: Step) -> object:
+        """Make a call, or wait."""
+        if not isinstance(step, Call):
+            await self._sleep(step.seconds)
+            return None
+        try:
+            return await self._methods[step.method](step.request, timeout=step.timeout_s)
+        except grpc.RpcError as error:
+            return read_failure(error)

@@ -1,0 +1,250 @@
+"""Calls a Horace server: `Client` blocks, `AsyncClient` is for asyncio; they do the same.
+
+    with Client("127.0.0.1:50051") as client:
+        result = client.embed([open("cat.jpg", "rb").read()])
+        hits = client.search(vectors=result).hits[0]
+
+Rules:
+    Every operation has a deadline. A server that does not answer, or has no room, is tried
+    again within it, with growing random pauses.
+    More images than a request may hold go in several; the caller sees one result.
+    An image that fails has a status; an error is raised only for what concerns all.
+    What decides is in `serve.plans`; here it is performed.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import TypeVar
+
+import grpc
+import numpy as np
+from numpy.typing import NDArray
+
+from serve.async_client import AsyncClient
+from serve.channel import (
+    CHANNEL_OPTIONS,
+    STREAM_IMAGES,
+    STREAM_IN_FLIGHT,
+    TIMEOUT_S,
+    make_planner,
+    methods_of,
+    read_failure,
+)
+from serve.errors import ServeError
+from serve.plans import Call, Plan, Step
+from serve.requests import EmbedOptions, ImageData, Images, SearchOptions, Vectors, make_queries
+from serve.results import (
+    CollectionInfo,
+    EmbedResult,
+    Hit,
+    ItemStatus,
+    ModelInfo,
+    SearchResult,
+    Timings,
+)
+from serve.retry import RetryPolicy
+from serve.streams import Feed
+
+__all__ = [
+    "AsyncClient",
+    "Client",
+    "CollectionInfo",
+    "EmbedResult",
+    "Hit",
+    "ItemStatus",
+    "ModelInfo",
+    "RetryPolicy",
+    "SearchResult",
+    "ServeError",
+    "Timings",
+]
+
+Value = TypeVar("Value")
+
+
+class Client:
+    """A blocking client. Safe to use from several threads; close it, or use `with`.
+
+    What every method raises: `UsageError` for arguments that cannot be meant, and a
+    `ServeError` for a call that failed: `UnavailableError`, `DeadlineError`,
+    `QueueFullError`, `UnknownNameError`, `RequestError`, `PreconditionError`,
+    `InternalError`.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        retry: RetryPolicy | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+        rng: random.Random | None = None,
+    ) -> None:
+        """Talk to the server at `host:port`; nothing is sent before the first call.
+
+        Args:
+            target: `host:port`.
+            timeout_s: of every operation that is given none of its own.
+            retry: when a call is tried again.
+            clock: monotonic seconds.
+            sleep: waits between attempts.
+            rng: what those waits are drawn from.
+        """
+        self._timeout_s = timeout_s
+        self._sleep = sleep
+        self._planner = make_planner(target, retry, clock, rng)
+        self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+        self._methods = methods_of(self._channel)
+
+    def __repr__(self) -> str:
+        return f"<Client {self._planner.target}>"
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; calls under way end."""
+        self._channel.close()
+
+    def embed(
+        self,
+        images: Images,
+        *,
+        model: str | None = None,
+        dims: int | None = None,
+        normalize: bool = True,
+        dtype: str = "fp32",
+        timeout_s: float | None = None,
+    ) -> EmbedResult:
+        """Embed one to many images.
+
+        Args:
+            images: encoded files or uint8 pixels, (H, W) or (H, W, C) each.
+            model: a served model; the server's default where None.
+            dims: keep the first `dims` dimensions, before the vectors are normalised.
+            normalize: whether vectors have unit length.
+            dtype: how vectors cross the wire: `fp32`, `fp16` or `int8`.
+            timeout_s: for all of it.
+        """
+        options = EmbedOptions(model=model, dims=dims, normalize=normalize, dtype=dtype)
+        return self._drive(self._planner.embed(images, options, timeout_s or self._timeout_s))
+
+    def search(
+        self,
+        images: Images | None = None,
+        *,
+        vectors: Vectors | None = None,
+        ids: Sequence[int] | NDArray[np.int64] | None = None,
+        fingerprint: str | None = None,
+        collection: str | None = None,
+        k: int = 10,
+        exact: bool = False,
+        include_vectors: bool = False,
+        timeout_s: float | None = None,
+    ) -> SearchResult:
+        """Find the nearest neighbours of images, vectors or stored ids: one of the three.
+
+        Args:
+            images: encoded files or uint8 pixels; the server embeds them.
+            vectors: the result of `embed`, or (N, D) float32 with `fingerprint`.
+            ids: of stored images; each is left out of its own neighbours.
+            fingerprint: of the encoder that made an array of vectors.
+            collection: a served collection; the server's only one where None.
+            k: neighbours a query.
+            exact: whether every vector is compared, instead of asking the index.
+            include_vectors: whether the hits' stored vectors are sent, too.
+            timeout_s: for all of it.
+        """
+        queries = make_queries(images, vectors, ids, fingerprint)
+        options = SearchOptions(
+            collection=collection, k=k, exact=exact, include_vectors=include_vectors
+        )
+        return self._drive(self._planner.search(queries, options, timeout_s or self._timeout_s))
+
+    def embed_stream(
+        self,
+        images: Iterable[ImageData],
+        *,
+        model: str | None = None,
+        dims: int | None = None,
+        normalize: bool = True,
+        dtype: str = "fp32",
+        images_per_request: int = STREAM_IMAGES,
+        in_flight: int = STREAM_IN_FLIGHT,
+        timeout_s: float | None = None,
+    ) -> Iterator[EmbedResult]:
+        """Embed an iterable of any length; yield results in order, one for each request.
+
+        The iterable is read on another thread, a few requests ahead of the results. A
+        stream that breaks is not tried again: the results so far say how far it came.
+
+        Args:
+            images: encoded files or uint8 pixels.
+            model: see `embed`; so are the next three.
+            dims: see `embed`.
+            normalize: see `embed`.
+            dtype: see `embed`.
+            images_per_request: images of one request and of one result, at most.
+            in_flight: requests that may wait for their replies.
+            timeout_s: for the whole stream; no limit where None.
+        """
+        options = EmbedOptions(model=model, dims=dims, normalize=normalize, dtype=dtype)
+        size = self._drive(self._planner.stream_request_size(images_per_request, self._timeout_s))
+        feed = Feed(images, size, options, in_flight)
+        call = self._methods["EmbedStream"](iter(feed), timeout=timeout_s)
+        try:
+            for reply in call:
+                yield self._planner.read_stream_reply(reply, feed.answered())
+        except grpc.RpcError as error:
+            raise self._planner.error(read_failure(error), "EmbedStream", timeout_s or 0) from None
+        finally:
+            feed.stop()
+            call.cancel()
+        if feed.error is not None:
+            raise feed.error
+
+    def list_models(self, *, timeout_s: float | None = None) -> list[ModelInfo]:
+        """Ask which models there are; the default one says so."""
+        return self._drive(self._planner.list_models(timeout_s or self._timeout_s))
+
+    def list_collections(self, *, timeout_s: float | None = None) -> list[CollectionInfo]:
+        """Ask which collections there are."""
+        return self._drive(self._planner.list_collections(timeout_s or self._timeout_s))
+
+    def health(self, service: str = "", *, timeout_s: float | None = None) -> bool:
+        """Ask whether a service serves, such as `horace.v1.Horace`; all where empty."""
+        return self._drive(self._planner.health(service, timeout_s or self._timeout_s))
+
+    def _drive(self, plan: Plan[Value]) -> Value:
+        """Perform a plan to its end."""
+        answer: object = None
+        while True:
+            try:
+                step = plan.send(answer)
+            except StopIteration as end:
+                value: Value = end.value
+                return value
+            answer = self._perform(step)
+
+    def _perform(self, step: Step) -> object:
+        """Make a call, or wait."""
+        if not isinstance(step, Call):
+            self._sleep(step.seconds)
+            return None
+        try:
+            return self._methods[step.method](step.request, timeout=step.timeout_s)
+        except grpc.RpcError as error:
+            return read_failure(error)

@@ -1,0 +1,149 @@
+"""The options of `python -m serve`: what may be asked for, and what makes no sense."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from tyro.conf import UseAppendAction
+
+from models.bundle import SHIPPED_BUNDLE
+from models.errors import UsageError
+from models.preprocess import ImageLimits
+from serve.services import RequestLimits
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedPath:
+    """A thing to serve: where it is, and under which name (its own where None)."""
+
+    name: str | None
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """Serve image encoders, and search in collections of their vectors, over gRPC."""
+
+    bundle: UseAppendAction[tuple[str, ...]] = ()
+    """[NAME=]DIR or [NAME=]horace://HOST:PORT/MODEL; the encoder that ships where none is
+    given. Give it several times for several models; the first is the default."""
+
+    collection: UseAppendAction[tuple[str, ...]] = ()
+    """[NAME=]DIR of a collection that one of the bundles made; several are possible."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 or [::] for every interface."""
+
+    port: int = 50051
+    """Port to listen on; 0 takes a free one, which the line on stdout names."""
+
+    max_batch_images: int = 32
+    """The largest batch that the encoder is given."""
+
+    max_delay_ms: float = 0.0
+    """How long an idle encoder may wait for a fuller batch, from the oldest arrival."""
+
+    instances: int = 1
+    """Batches of one model that run at once."""
+
+    max_queue_images: int = 4096
+    """Images of one model that may wait or run; a request beyond them is refused."""
+
+    max_queue_mib: int = 512
+    """The same in MiB of payload and pixels."""
+
+    max_images_per_request: int = 1024
+    """Images of an Embed, queries of a Search."""
+
+    max_neighbours: int = 1000
+    """The largest k of a Search."""
+
+    max_message_mib: int = 64
+    """The largest request, in MiB."""
+
+    max_image_bytes: int = ImageLimits.max_image_bytes
+    """The largest encoded image; a larger one is refused by itself."""
+
+    max_image_pixels: int = ImageLimits.max_pixels
+    """The largest image in pixels, looked at before it is decoded."""
+
+    stream_requests: int = 8
+    """Requests of one stream that are under way at once."""
+
+    cpu_budget: int | None = None
+    """CPUs for decoding and inference; those that the process may use where not given."""
+
+    drain_s: float = 30.0
+    """How long requests under way may take after SIGTERM."""
+
+    bundles: tuple[NamedPath, ...] = field(init=False, repr=False, compare=False)
+    collections: tuple[NamedPath, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Check every value and read the names.
+
+        Raises:
+            UsageError: a value makes no sense.
+        """
+        if not 0 <= self.port <= 65535:
+            raise UsageError("--port", expected="0 to 65535", found=str(self.port))
+        for name in POSITIVE:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                option = "--" + name.replace("_", "-")
+                raise UsageError(option, expected="at least 1", found=str(value))
+        for name, most in (("max_delay_ms", 1000), ("drain_s", 3600)):
+            value = getattr(self, name)
+            if not 0 <= value <= most:
+                option = "--" + name.replace("_", "-")
+                raise UsageError(option, expected=f"0 to {most}", found=str(value))
+        shipped = NamedPath(name=None, path=str(SHIPPED_BUNDLE))
+        bundles = tuple(map(read_named_path, self.bundle)) or (shipped,)
+        object.__setattr__(self, "bundles", bundles)
+        object.__setattr__(self, "collections", tuple(map(read_named_path, self.collection)))
+
+    @property
+    def image_limits(self) -> ImageLimits:
+        """What one image may cost."""
+        return ImageLimits(max_image_bytes=self.max_image_bytes, max_pixels=self.max_image_pixels)
+
+    @property
+    def request_limits(self) -> RequestLimits:
+        """What one request may ask for."""
+        return RequestLimits(
+            max_images=self.max_images_per_request,
+            max_message_bytes=self.max_message_mib * MIB,
+            max_neighbours=self.max_neighbours,
+            stream_requests=self.stream_requests,
+        )
+
+
+POSITIVE = (
+    "max_batch_images",
+    "instances",
+    "max_queue_images",
+    "max_queue_mib",
+    "max_images_per_request",
+    "max_neighbours",
+    "max_message_mib",
+    "max_image_bytes",
+    "max_image_pixels",
+    "stream_requests",
+    "cpu_budget",
+)
+"""Options that count something."""
+
+
+def read_named_path(text: str) -> NamedPath:
+    """Read `NAME=PATH`, or `PATH` alone.
+
+    Raises:
+        UsageError: there is no path, or the name is not one.
+    """
+    match = re.fullmatch(r"(?:([A-Za-z0-9][A-Za-z0-9._-]*)=)?(.+)", text, flags=re.DOTALL)
+    if match is None:
+        raise UsageError("--bundle or --collection", expected="[NAME=]PATH", found=repr(text))
+    return NamedPath(name=match[1], path=match[2])

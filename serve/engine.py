@@ -1,0 +1,375 @@
+"""Runs one model: images in from the event loop, decoded, batched, computed, vectors out.
+
+Rules:
+    A request is admitted or refused before anything is done for it.
+    Images are decoded by a pool ahead of the queue, each with its own error: a bad image is
+    settled there and its batchmates never hear of it. Pixels that need no more than a cut
+    do not change threads for it.
+    `Batcher` decides; the threads here do what it says and hold its lock while they ask.
+    Whatever the encoder does with a batch ends as an error of that batch's requests. A
+    worker that fails in our own code fails every request held, and the engine says so by
+    `alive`: nothing is left waiting.
+    The requests that a batch completes reach the event loop in one call.
+
+It does not truncate, normalise or pack: that is `models.vectors`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.encoder import Encoder
+from models.errors import EncoderError, ImageError, ImageFault
+from models.preprocess import DEFAULT_LIMITS, ImageLimits, PreprocessSpec, preprocess
+from serve.batching import Batch, Batcher, BatcherStatistics
+from serve.errors import DeadlineError, InternalError, QueueFullError, UnavailableError
+from serve.job import NO_PIXELS, Embedded, ImageData, Job
+from serve.pool import ThreadPool
+
+log = logging.getLogger("horace.serve")
+
+DECODE_CHUNK_IMAGES = 8
+"""Images a decode task: enough to forget the hand-over (some 20 us), few enough that the
+encoder starts before a large request is decoded."""
+
+
+class Engine:
+    """The pipeline of one encoder. `embed` belongs to one event loop; the rest is threads."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        *,
+        decode_pool: ThreadPool,
+        max_batch_images: int = 32,
+        max_held_images: int = 4096,
+        max_held_bytes: int = 1 << 29,
+        max_delay_s: float = 0.0,
+        instances: int = 1,
+        limits: ImageLimits = DEFAULT_LIMITS,
+        clock: Callable[[], float] = time.monotonic,
+        on_crash: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Start the inference threads.
+
+        Args:
+            encoder: closed by its owner, after this.
+            decode_pool: shared between engines; closed by its owner, before this.
+            max_batch_images: see `Batcher`; so are the next three.
+            max_held_images: of requests that are not over.
+            max_held_bytes: of requests that are not over.
+            max_delay_s: how long an idle encoder may wait for a fuller batch.
+            instances: threads that call the encoder.
+            limits: what one image may cost.
+            clock: monotonic seconds.
+            on_crash: called from the thread that failed, once `alive` is false.
+        """
+        self.encoder = encoder
+        self.instances = instances
+        self._limits = limits
+        self._clock = clock
+        self._decode_pool = decode_pool
+        self._batcher: Batcher[Job] = Batcher(
+            max_batch_images=max_batch_images,
+            max_held_images=max_held_images,
+            max_held_bytes=max_held_bytes,
+            max_delay_s=max_delay_s,
+            instances=instances,
+        )
+        spec = encoder.preprocessing
+        self._image_bytes = spec.height * spec.width * spec.channels
+        self._changed = threading.Condition()
+        self._closing = False
+        self._on_crash = on_crash
+        self._crash: BaseException | None = None
+        self._idle_workers = 0
+        self._waiting_for_room: list[asyncio.Future[None]] = []
+        self._workers = [
+            threading.Thread(target=self._work, name=f"infer-{encoder.name}-{n}", daemon=True)
+            for n in range(instances)
+        ]
+        for worker in self._workers:
+            worker.start()
+
+    def __repr__(self) -> str:
+        state = "alive" if self.alive else "crashed" if self._crash else "closed"
+        return f"<Engine {self.encoder.name} {state} {self._batcher!r}>"
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests are being served."""
+        return self._crash is None and not self._closing
+
+    def statistics(self) -> BatcherStatistics:
+        """Give the present state and the counts so far."""
+        with self._changed:
+            return self._batcher.statistics()
+
+    async def embed(
+        self,
+        images: Sequence[ImageData | ImageError],
+        *,
+        deadline_s: float = math.inf,
+        wait_for_room: bool = False,
+    ) -> Embedded:
+        """Embed one to many images.
+
+        Args:
+            images: encoded files, uint8 pixels, or the error that one came with.
+            deadline_s: on this engine's clock; what has not started by then never does.
+            wait_for_room: wait where the queue is full, instead of refusing.
+
+        Raises:
+            QueueFullError: there is no room, and `wait_for_room` is false.
+            DeadlineError: the deadline passed first.
+            InternalError: the encoder failed.
+            UnavailableError: the engine is closing or has crashed.
+
+        On cancellation the images that have not started are forgotten.
+        """
+        job = self._make_job(images, deadline_s)
+        await self._admit(job, wait_for_room=wait_for_room)
+        try:
+            self._prepare(job)
+            return await job.future
+        except asyncio.CancelledError:
+            with self._changed:
+                self._batcher.cancel(job)
+            self._make_room()
+            raise
+
+    def close(self, *, timeout_s: float = 10.0) -> bool:
+        """Fail what is held, and end the threads; whether they ended in time."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._fail_all(UnavailableError("the server has stopped"))
+        for worker in self._workers:
+            worker.join(timeout_s)
+        return not any(worker.is_alive() for worker in self._workers)
+
+    # The event loop's side.
+
+    def _make_job(self, images: Sequence[ImageData | ImageError], deadline_s: float) -> Job:
+        """Make room for one request's results."""
+        loop = asyncio.get_running_loop()
+        payload_bytes = sum(
+            len(data) if isinstance(data, bytes) else data.nbytes
+            for data in images
+            if not isinstance(data, ImageError)
+        )
+        return Job(
+            images=len(images),
+            held_bytes=payload_bytes + len(images) * self._image_bytes,
+            arrived_s=self._clock(),
+            deadline_s=deadline_s,
+            data=list(images),
+            vectors_ND=np.empty((len(images), self.encoder.dim), np.float32),
+            loop=loop,
+            future=loop.create_future(),
+        )
+
+    async def _admit(self, job: Job, *, wait_for_room: bool) -> None:
+        """Hold a place for the job, or raise."""
+        while True:
+            with self._changed:
+                if not self.alive:
+                    raise UnavailableError("the model takes no more requests")
+                try:
+                    return self._batcher.admit(job)
+                except QueueFullError:
+                    if not wait_for_room:
+                        raise
+            room = job.loop.create_future()
+            self._waiting_for_room.append(room)
+            await room
+
+    def _make_room(self) -> None:
+        """Let those who wait for room try again."""
+        waiting, self._waiting_for_room = self._waiting_for_room, []
+        for room in waiting:
+            if not room.done():
+                room.set_result(None)
+
+    def _prepare(self, job: Job) -> None:
+        """Queue at once what needs no decoding; give the rest to the pool in chunks."""
+        spec = self.encoder.preprocessing
+        here: list[int] = []
+        there: list[int] = []
+        for n, data in enumerate(job.data):
+            (there if _needs_decoding(data, spec) else here).append(n)
+        if here:
+            self._decode(job, here)
+        share = math.ceil(len(there) / self._decode_pool.size)
+        step = max(1, min(DECODE_CHUNK_IMAGES, share))
+        for start in range(0, len(there), step):
+            self._decode_pool.submit(partial(self._decode, job, there[start : start + step]))
+
+    # The threads' side.
+
+    def _decode(self, job: Job, positions: Sequence[int]) -> None:
+        """Bring some images of a job to the encoder's input, or to their errors."""
+        good = []
+        for n in positions:
+            data, job.data[n] = job.data[n], None
+            if job.gone or data is None:
+                continue
+            try:
+                job.pixels[n] = self._preprocess(data)
+                good.append(n)
+            except ImageError as error:
+                job.errors[n] = error
+        now_s = self._clock()
+        answer = False
+        with self._changed:
+            job.decoded_s = max(job.decoded_s, now_s)
+            if bad := len(positions) - len(good):
+                answer = self._batcher.settle(job, bad)
+            if good:
+                self._batcher.ready(job, good, now_s)
+                self._wake_worker()
+        if answer:
+            self._deliver([job])
+
+    def _preprocess(self, data: ImageData | ImageError) -> NDArray[np.uint8]:
+        """Bring one image to the encoder's input; every failure is that image's own."""
+        if isinstance(data, ImageError):
+            raise data
+        try:
+            return preprocess(data, self.encoder.preprocessing, self._limits)
+        except ImageError:
+            raise
+        except Exception as error:
+            log.exception("preprocessing failed in our own code")
+            raise ImageError(
+                ImageFault.UNREADABLE, "image", expected="one that decodes", found="a decoder fault"
+            ) from error
+
+    def _work(self) -> None:
+        """Run batches until closed; nothing that happens here leaves a caller waiting."""
+        try:
+            while (batch := self._next_batch()) is not None:
+                self._run(batch)
+                del batch  # its images go now, not when the next batch comes
+        except BaseException as error:
+            log.exception("inference thread of %s failed", self.encoder.name)
+            self._crash = error
+            self._fail_all(InternalError("the server has lost a thread of this model"))
+            self._on_crash()
+
+    def _next_batch(self) -> Batch[Job] | None:
+        """Wait for a batch to run; None once the engine is closed."""
+        while True:
+            with self._changed:
+                if self._closing:
+                    return None
+                decision = self._batcher.decide(self._clock())
+                if decision.batch is not None:
+                    self._wake_worker()  # more may wait than this batch takes
+                elif not decision.expired:
+                    self._wait(decision.wake_at_s)
+            if decision.expired:
+                late = DeadlineError("the deadline passed before the images could be computed")
+                self._deliver(decision.expired, late)
+            if decision.batch is not None:
+                return decision.batch
+
+    def _wake_worker(self) -> None:
+        """Wake an idle worker, if there is one and something waits; the lock is held."""
+        if self._idle_workers and self._batcher.waiting_images:
+            self._changed.notify()
+
+    def _wait(self, wake_at_s: float | None) -> None:
+        """Sleep until something changes, or until `wake_at_s`."""
+        self._idle_workers += 1
+        timeout_s = None if wake_at_s is None else max(0.0, wake_at_s - self._clock())
+        self._changed.wait(timeout_s)
+        self._idle_workers -= 1
+
+    def _run(self, batch: Batch[Job]) -> None:
+        """Compute a batch and answer the requests that it completes."""
+        started_s = self._clock()
+        try:
+            rows_ND = self._encode(batch)
+        except Exception:
+            log.exception("%r failed on a batch of %d images", self.encoder, batch.images)
+            with self._changed:
+                failed = self._batcher.finish(batch, failed=True)
+            self._deliver(failed, InternalError("the encoder failed on these images"))
+            return
+        inference_s = self._clock() - started_s
+        at = 0
+        for part in batch.parts:
+            job, end = part.ticket, at + len(part.positions)
+            job.vectors_ND[part.positions] = rows_ND[at:end]
+            job.queue_s = max(job.queue_s, started_s - part.ready_s)
+            job.inference_s += inference_s
+            at = end
+        with self._changed:
+            done = self._batcher.finish(batch)
+        self._deliver(done)
+
+    def _encode(self, batch: Batch[Job]) -> NDArray[np.float32]:
+        """Lay the images of a batch side by side and run the encoder on them.
+
+        Raises:
+            EncoderError: the encoder failed, or gave something else than its vectors.
+        """
+        spec = self.encoder.preprocessing
+        shape = (batch.images, spec.height, spec.width, spec.channels)
+        pixels = [part.ticket.pixels[n] for part in batch.parts for n in part.positions]
+        images_NHWC = np.concatenate(pixels).reshape(shape)
+        for part in batch.parts:
+            for n in part.positions:
+                part.ticket.pixels[n] = NO_PIXELS
+        rows_ND = self.encoder.encode(images_NHWC)
+        expected = (batch.images, self.encoder.dim)
+        if rows_ND.shape != expected:
+            raise EncoderError("vectors", expected=f"{expected}", found=f"{rows_ND.shape}")
+        return rows_ND
+
+    def _fail_all(self, error: Exception) -> None:
+        """End everything that is held."""
+        with self._changed:
+            jobs = self._batcher.tickets
+            for job in jobs:
+                self._batcher.cancel(job)
+        self._deliver(jobs, error)
+
+    def _deliver(self, jobs: Sequence[Job], error: Exception | None = None) -> None:
+        """Answer jobs on their event loop, all in one call."""
+        if not jobs:
+            return
+        try:
+            jobs[0].loop.call_soon_threadsafe(self._answer, jobs, error)
+        except RuntimeError:  # the loop is closed: nobody waits
+            log.debug("the event loop ended before %d requests", len(jobs))
+
+    def _answer(self, jobs: Sequence[Job], error: Exception | None) -> None:
+        """Set the futures of jobs whose callers still wait."""
+        for job in jobs:
+            if job.future.done():
+                continue
+            if error is None:
+                job.future.set_result(job.result())
+            else:
+                job.future.set_exception(error)
+        self._make_room()
+
+
+def _needs_decoding(data: ImageData | ImageError | None, spec: PreprocessSpec) -> bool:
+    """Whether preparing an image takes more than a cut: files, and pixels to resize."""
+    if isinstance(data, bytes):
+        return True
+    if data is None or isinstance(data, ImageError):
+        return False
+    return data.ndim != 3 or data.shape[2] != spec.channels or min(data.shape[:2]) != spec.resize

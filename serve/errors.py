@@ -1,0 +1,99 @@
+"""The errors of the server and its client, and what each is called in gRPC.
+
+Rules:
+    An exception knows nothing of gRPC; one table gives its status code.
+    Only a message that was written for the caller reaches the caller: an exception that the
+    table does not name becomes INTERNAL with an incident number, and the log has the rest.
+    No reply carries a path or a stack trace.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+
+import grpc
+
+from models.errors import FingerprintMismatchError, HoraceError, UsageError
+
+log = logging.getLogger("horace.serve")
+
+
+class ServeError(HoraceError):
+    """Base of the errors of `serve`."""
+
+
+class RequestError(ServeError):
+    """A request that cannot be meant."""
+
+
+class UnknownNameError(ServeError):
+    """A model, a collection or an id that is not there."""
+
+
+class PreconditionError(ServeError):
+    """A request that this server, as it is set up, cannot serve."""
+
+
+class QueueFullError(ServeError):
+    """No room for this request now."""
+
+
+class DeadlineError(ServeError):
+    """The caller's deadline passed before there was a reply."""
+
+
+class UnavailableError(ServeError):
+    """A server that does not answer, or that takes no more requests."""
+
+
+class CancelledError(ServeError):
+    """A call that its caller ended."""
+
+
+class InternalError(ServeError):
+    """A fault of the server; its log says more."""
+
+
+class FailedItemsError(ServeError):
+    """Images or queries of a call that have no result, where all were needed."""
+
+
+class StartError(ServeError):
+    """A server that cannot start as it was asked to."""
+
+
+STATUS_CODES: dict[type[HoraceError], grpc.StatusCode] = {
+    RequestError: grpc.StatusCode.INVALID_ARGUMENT,
+    UsageError: grpc.StatusCode.INVALID_ARGUMENT,
+    UnknownNameError: grpc.StatusCode.NOT_FOUND,
+    PreconditionError: grpc.StatusCode.FAILED_PRECONDITION,
+    FingerprintMismatchError: grpc.StatusCode.FAILED_PRECONDITION,
+    QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    DeadlineError: grpc.StatusCode.DEADLINE_EXCEEDED,
+    UnavailableError: grpc.StatusCode.UNAVAILABLE,
+    CancelledError: grpc.StatusCode.CANCELLED,
+    InternalError: grpc.StatusCode.INTERNAL,
+}
+"""What the server answers; the first entry of a code is also what the client raises."""
+
+
+def to_status(error: BaseException) -> tuple[grpc.StatusCode, str]:
+    """Give the status code and the message with which a call ends."""
+    for kind in type(error).__mro__:
+        if code := STATUS_CODES.get(kind):
+            return code, str(error)
+    incident = secrets.token_hex(4)
+    log.error("incident %s: %s", incident, type(error).__name__, exc_info=error)
+    return (
+        grpc.StatusCode.INTERNAL,
+        f"internal error; the server's log has it as incident {incident}",
+    )
+
+
+def from_status(code: grpc.StatusCode, message: str) -> ServeError:
+    """Give the exception that a client raises for a call that ended with `code`."""
+    for kind, known in STATUS_CODES.items():
+        if known is code and issubclass(kind, ServeError):
+            return kind(message)
+    return InternalError(f"{code.name}: {message}")

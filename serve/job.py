@@ -1,0 +1,79 @@
+"""One request on its way through the engine, and what becomes of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.errors import ImageError
+from serve.batching import Ticket
+
+ImageData: TypeAlias = bytes | NDArray[np.uint8]
+"""An encoded file, or uint8 pixels of shape (h, w) or (h, w, C)."""
+
+NO_PIXELS = np.empty(0, np.uint8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedded:
+    """What became of one request.
+
+    Attributes:
+        vectors_ND: (N ok, D) float32, as the encoder gives them, in the request's order.
+        errors: per image its error, or None where it has a vector.
+        decode_s: from arrival until the last image was decoded.
+        queue_s: the longest that an image waited between decoding and its batch.
+        inference_s: the encoder's time for the batches that these images were in.
+    """
+
+    vectors_ND: NDArray[np.float32]
+    errors: Sequence[ImageError | None]
+    decode_s: float
+    queue_s: float
+    inference_s: float
+
+
+@dataclass(eq=False, kw_only=True)
+class Job(Ticket):
+    """A ticket with its images, and where the result goes.
+
+    Attributes:
+        data: the images as they came; emptied once they are not needed.
+        pixels: per image what the encoder takes, from decoding until its batch is built.
+        errors: per image why it has no vector.
+        vectors_ND: the rows computed so far.
+        future: of `loop`; set once, with the result or the error.
+    """
+
+    data: list[ImageData | ImageError | None]
+    vectors_ND: NDArray[np.float32]
+    loop: asyncio.AbstractEventLoop
+    future: asyncio.Future[Embedded]
+    pixels: list[NDArray[np.uint8]] = field(init=False)
+    errors: list[ImageError | None] = field(init=False)
+    decoded_s: float = 0.0
+    queue_s: float = 0.0
+    inference_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Make room for every image."""
+        self.pixels = [NO_PIXELS] * self.images
+        self.errors = [None] * self.images
+
+    def result(self) -> Embedded:
+        """Collect the rows of the images that have one."""
+        rows = self.vectors_ND
+        if any(self.errors):
+            rows = rows[[error is None for error in self.errors]]
+        return Embedded(
+            vectors_ND=rows,
+            errors=self.errors,
+            decode_s=max(0.0, self.decoded_s - self.arrived_s),
+            queue_s=self.queue_s,
+            inference_s=self.inference_s,
+        )

@@ -1,0 +1,286 @@
+"""What a client does, without doing it: calls and pauses, in order, for a driver to perform.
+
+A plan is a generator. It yields a `Call` or a `Pause`; the driver performs it and sends back
+the reply, or a `Failure`. So the blocking and the asyncio client share all that they decide:
+how requests are split, what is tried again, and what errors are called.
+
+Rules:
+    One deadline holds for a whole operation, with all its requests and retries.
+    Parts of one result come from one encoder, or there is no result.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias, TypeVar, cast
+
+import grpc
+import numpy as np
+from google.protobuf.message import Message
+from grpc_health.v1 import health_pb2
+
+from models.wire import vectors_from_wire
+from protos import horace_pb2 as pb
+from serve.errors import DeadlineError, PreconditionError, ServeError, UnavailableError, from_status
+from serve.requests import (
+    EmbedOptions,
+    Group,
+    Images,
+    Queries,
+    RequestSize,
+    SearchOptions,
+    check_images,
+    embed_request,
+    group_images,
+)
+from serve.results import (
+    CollectionInfo,
+    EmbedResult,
+    ItemStatus,
+    ModelInfo,
+    SearchResult,
+    read_collection,
+    read_hits,
+    read_model,
+    read_status,
+    read_timings,
+)
+from serve.retry import RetryPolicy
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Make this call and send back its reply, or a `Failure`."""
+
+    method: str
+    request: Message
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Wait this long and send back anything."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """How a call ended that has no reply."""
+
+    code: grpc.StatusCode
+    details: str
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """When an operation must have ended, and how long it had from its start."""
+
+    at_s: float
+    timeout_s: float
+
+
+Step: TypeAlias = Call | Pause
+Plan: TypeAlias = Generator[Step, object, Value]
+
+
+class Planner:
+    """Plans every operation of a client on one server."""
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        retry: RetryPolicy,
+        clock: Callable[[], float],
+        rng: random.Random,
+    ) -> None:
+        """Plan for the server at `target`.
+
+        Args:
+            target: `host:port`, for messages.
+            retry: when a call is tried again.
+            clock: monotonic seconds.
+            rng: what waits are drawn from.
+        """
+        self.target = target
+        self._retry = retry
+        self._clock = clock
+        self._rng = rng
+        self._size: RequestSize | None = None
+
+    def embed(self, images: Images, options: EmbedOptions, timeout_s: float) -> Plan[EmbedResult]:
+        """Embed one to many images, in as many requests as they need."""
+        deadline = self._deadline(timeout_s)
+        checked = check_images(images)
+        size = yield from self.request_size(deadline)
+        replies = []
+        statuses: list[ItemStatus] = []
+        for group in group_images(checked, size):
+            answer = yield from self._call("Embed", embed_request(group, options), deadline)
+            replies.append(reply := cast(pb.EmbedResponse, answer))
+            statuses += read_statuses(reply.statuses, group)
+        self._require_one_encoder([reply.fingerprint for reply in replies])
+        return EmbedResult(
+            vectors=np.concatenate([vectors_from_wire(reply.vectors) for reply in replies]),
+            statuses=tuple(statuses),
+            fingerprint=replies[0].fingerprint,
+            model=replies[0].model,
+            timings=read_timings([reply.timings for reply in replies]),
+        )
+
+    def search(
+        self, queries: Queries, options: SearchOptions, timeout_s: float
+    ) -> Plan[SearchResult]:
+        """Search, in as many requests as the queries need."""
+        deadline = self._deadline(timeout_s)
+        size = yield from self.request_size(deadline)
+        replies = []
+        statuses: list[ItemStatus] = []
+        for request, group in queries.requests(size):
+            request.collection = options.collection or ""
+            request.k, request.exact = options.k, options.exact
+            request.include_vectors = options.include_vectors
+            answer = yield from self._call("Search", request, deadline)
+            replies.append(reply := cast(pb.SearchResponse, answer))
+            statuses += read_statuses([hits.status for hits in reply.results], group)
+        self._require_one_encoder([reply.fingerprint for reply in replies])
+        return SearchResult(
+            hits=tuple(read_hits(hits) for reply in replies for hits in reply.results),
+            statuses=tuple(statuses),
+            collection=replies[0].collection,
+            fingerprint=replies[0].fingerprint,
+            timings=read_timings([reply.timings for reply in replies]),
+        )
+
+    def list_models(self, timeout_s: float) -> Plan[list[ModelInfo]]:
+        """Ask which models there are."""
+        return (yield from self._list_models(self._deadline(timeout_s)))
+
+    def list_collections(self, timeout_s: float) -> Plan[list[CollectionInfo]]:
+        """Ask which collections there are."""
+        deadline = self._deadline(timeout_s)
+        answer = yield from self._call("ListCollections", pb.ListCollectionsRequest(), deadline)
+        reply = cast(pb.ListCollectionsResponse, answer)
+        return [read_collection(collection) for collection in reply.collections]
+
+    def health(self, service: str, timeout_s: float) -> Plan[bool]:
+        """Ask whether a service serves; all of them where the name is empty."""
+        deadline = self._deadline(timeout_s)
+        request = health_pb2.HealthCheckRequest(service=service)
+        answer = yield from self._call("Check", request, deadline)
+        reply = cast(health_pb2.HealthCheckResponse, answer)
+        return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
+
+    def request_size(self, deadline: Deadline) -> Plan[RequestSize]:
+        """Ask, once, for the largest request that the server takes."""
+        if self._size is None:
+            models = yield from self._list_models(deadline)
+            self._size = RequestSize(
+                images=min(model.max_images_per_request for model in models),
+                request_bytes=min(model.max_request_bytes for model in models),
+            )
+        return self._size
+
+    def stream_request_size(self, images: int, timeout_s: float) -> Plan[RequestSize]:
+        """Give the size of a stream's requests: `images` at most, and what the server takes."""
+        size = yield from self.request_size(self._deadline(timeout_s))
+        return RequestSize(images=min(images, size.images), request_bytes=size.request_bytes)
+
+    def read_stream_reply(self, reply: pb.EmbedResponse, group: Group) -> EmbedResult:
+        """Read one reply of a stream.
+
+        Raises:
+            ServeError: the server refused this request.
+        """
+        if reply.HasField("error"):
+            code = _STATUS_BY_NUMBER.get(reply.error.code, grpc.StatusCode.UNKNOWN)
+            raise from_status(code, reply.error.message)
+        return EmbedResult(
+            vectors=vectors_from_wire(reply.vectors),
+            statuses=tuple(read_statuses(reply.statuses, group)),
+            fingerprint=reply.fingerprint,
+            model=reply.model,
+            timings=read_timings([reply.timings]),
+        )
+
+    def error(self, failure: Failure, what: str, timeout_s: float) -> ServeError:
+        """Say in one line how a call ended."""
+        match failure.code:
+            case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.UNIMPLEMENTED:
+                return UnavailableError(
+                    f"server {self.target}",
+                    expected="a Horace server that answers",
+                    found=failure.details or failure.code.name,
+                    mend="start it with `python -m serve`, or check host and port",
+                )
+            case grpc.StatusCode.DEADLINE_EXCEEDED:
+                return self._late(what, timeout_s)
+        return from_status(failure.code, failure.details)
+
+    def _deadline(self, timeout_s: float) -> Deadline:
+        """Start an operation's time."""
+        return Deadline(self._clock() + timeout_s, timeout_s)
+
+    def _list_models(self, deadline: Deadline) -> Plan[list[ModelInfo]]:
+        """Ask which models there are."""
+        answer = yield from self._call("ListModels", pb.ListModelsRequest(), deadline)
+        return [read_model(model) for model in cast(pb.ListModelsResponse, answer).models]
+
+    def _call(self, method: str, request: Message, deadline: Deadline) -> Plan[object]:
+        """Call until there is a reply, an error that will not pass, or no time left.
+
+        Raises:
+            ServeError: how the last attempt ended.
+        """
+        failures = 0
+        while (remaining_s := deadline.at_s - self._clock()) > 0:
+            answer = yield Call(method, request, remaining_s)
+            if not isinstance(answer, Failure):
+                return answer
+            failures += 1
+            wait_s = self._retry.wait_s(
+                answer.code,
+                failures=failures,
+                remaining_s=deadline.at_s - self._clock(),
+                rng=self._rng,
+            )
+            if wait_s is None:
+                raise self.error(answer, method, deadline.timeout_s)
+            yield Pause(wait_s)
+        raise self._late(method, deadline.timeout_s)
+
+    def _late(self, what: str, timeout_s: float) -> DeadlineError:
+        """Say that there was no reply in time."""
+        return DeadlineError(
+            f"{what} at {self.target}",
+            expected=f"a reply within {timeout_s:g} s",
+            found="none",
+            mend="allow more with timeout_s",
+        )
+
+    def _require_one_encoder(self, fingerprints: Sequence[str]) -> None:
+        """Refuse parts that cannot be compared with one another.
+
+        Raises:
+            PreconditionError: the server changed its model between two requests.
+        """
+        if len(set(fingerprints)) > 1:
+            raise PreconditionError(
+                f"server {self.target}",
+                expected=f"one encoder for all parts, {fingerprints[0]}",
+                found=f"another, {fingerprints[-1]}",
+                mend="the server has changed its model: call again",
+            )
+
+
+_STATUS_BY_NUMBER = {code.value[0]: code for code in grpc.StatusCode}
+
+
+def read_statuses(statuses: Sequence[pb.ItemStatus], group: Group) -> list[ItemStatus]:
+    """Read the statuses of one request; what was not sent has the client's own."""
+    return [group.refused.get(n) or read_status(status) for n, status in enumerate(statuses)]

@@ -1,0 +1,279 @@
+"""What a client sends: images and queries, checked and cut into requests a server takes.
+
+Rules:
+    A request never exceeds what the server advertises; an image that alone does is not sent
+    and gets its own status.
+    A query vector goes with the fingerprint of the encoder that made it, or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.errors import UsageError
+from models.wire import DTYPES, image_to_wire, vectors_to_wire
+from protos import horace_pb2 as pb
+from serve.results import EmbedResult, ItemStatus
+
+ImageData: TypeAlias = bytes | NDArray[np.uint8]
+"""An encoded file, or (H, W) or (H, W, C) uint8 pixels."""
+
+Images: TypeAlias = Sequence[ImageData] | NDArray[np.uint8]
+"""Several images, or one array of them: (N, H, W) or (N, H, W, C)."""
+
+Vectors: TypeAlias = EmbedResult | NDArray[np.float32]
+"""(N, D) float32, or the result that holds them and their fingerprint."""
+
+IMAGE_OVERHEAD_BYTES = 64
+"""Of one image in a request: tags, lengths and shape."""
+
+REQUEST_OVERHEAD_BYTES = 4096
+"""Of one request: names, fingerprint and options."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedOptions:
+    """What is asked of every vector; `dtype` is how they cross the wire."""
+
+    model: str | None = None
+    dims: int | None = None
+    normalize: bool = True
+    dtype: str = "fp32"
+
+    def __post_init__(self) -> None:
+        """Refuse what no server can mean.
+
+        Raises:
+            UsageError: `dims` or `dtype` makes no sense.
+        """
+        if self.dims is not None and self.dims < 1:
+            raise UsageError("dims", expected="at least 1", found=str(self.dims))
+        if self.dtype not in DTYPES:
+            raise UsageError("dtype", expected=" or ".join(DTYPES), found=repr(self.dtype))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """How to search."""
+
+    collection: str | None = None
+    k: int = 10
+    exact: bool = False
+    include_vectors: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what no server can mean.
+
+        Raises:
+            UsageError: `k` is below 1.
+        """
+        if self.k < 1:
+            raise UsageError("k", expected="at least 1", found=str(self.k))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestSize:
+    """The largest request that a server takes."""
+
+    images: int
+    request_bytes: int
+
+
+@dataclass(kw_only=True)
+class Group:
+    """Images that go into one request.
+
+    Attributes:
+        images: as they cross the wire.
+        refused: the status of those that are too large to be sent, by position; an empty
+            image goes in their place.
+        size_bytes: of the request, about.
+    """
+
+    images: list[pb.Image] = field(default_factory=list)
+    refused: dict[int, ItemStatus] = field(default_factory=dict)
+    size_bytes: int = REQUEST_OVERHEAD_BYTES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Queries:
+    """What to search by; exactly one of the three is set."""
+
+    images: Sequence[ImageData] | None = None
+    vectors_ND: NDArray[np.float32] | None = None
+    ids: Sequence[int] | None = None
+    fingerprint: str = ""
+
+    def requests(self, size: RequestSize) -> Iterator[tuple[pb.SearchRequest, Group]]:
+        """Cut the queries into requests that hold nothing else; with their images' group."""
+        if self.images is not None:
+            for group in group_images(self.images, size):
+                yield pb.SearchRequest(images=pb.ImageQueries(images=group.images)), group
+        elif self.vectors_ND is not None:
+            rows = max(1, (size.request_bytes - REQUEST_OVERHEAD_BYTES) // self._row_bytes())
+            step = min(size.images, rows)
+            for start in range(0, len(self.vectors_ND), step):
+                vectors = vectors_to_wire(self.vectors_ND[start : start + step])
+                queries = pb.VectorQueries(vectors=vectors, fingerprint=self.fingerprint)
+                yield pb.SearchRequest(vectors=queries), Group()
+        elif self.ids is not None:
+            for start in range(0, len(self.ids), size.images):
+                part = self.ids[start : start + size.images]
+                yield pb.SearchRequest(ids=pb.IdQueries(ids=part)), Group()
+
+    def _row_bytes(self) -> int:
+        """Give the size of one query vector."""
+        assert self.vectors_ND is not None
+        return 4 * int(self.vectors_ND.shape[1])
+
+
+def make_queries(
+    images: Images | None,
+    vectors: Vectors | None,
+    ids: Sequence[int] | NDArray[np.int64] | None,
+    fingerprint: str | None,
+) -> Queries:
+    """Check that there is one kind of query, and that it can be meant.
+
+    Raises:
+        UsageError: there is none, or several; or vectors come without a fingerprint.
+    """
+    kinds = {"images": images, "vectors": vectors, "ids": ids}
+    given = [name for name, value in kinds.items() if value is not None]
+    if len(given) != 1:
+        found = " and ".join(given) or "none"
+        raise UsageError("search", expected="one of images, vectors and ids", found=found)
+    if images is not None:
+        return Queries(images=check_images(images))
+    if ids is not None:
+        return Queries(ids=_check_ids(ids))
+    assert vectors is not None
+    if isinstance(vectors, EmbedResult):
+        fingerprint, vectors = vectors.fingerprint, vectors.vectors
+    if not fingerprint:
+        raise UsageError(
+            "query vectors",
+            expected="an EmbedResult, or an array with fingerprint=",
+            found="an array alone",
+            mend="pass the result of embed(), or fingerprint=result.fingerprint",
+        )
+    vectors_ND = np.asarray(vectors, dtype=np.float32)
+    if vectors_ND.ndim != 2 or not len(vectors_ND):
+        found = f"shape {vectors_ND.shape}"
+        raise UsageError("query vectors", expected="shape (N, D), N at least 1", found=found)
+    return Queries(vectors_ND=vectors_ND, fingerprint=fingerprint)
+
+
+def check_images(images: Images) -> Sequence[ImageData]:
+    """Refuse one image in the place of several: it would be read as its bytes or rows.
+
+    Raises:
+        UsageError: it is not a sequence of images, or an empty one.
+    """
+    several = isinstance(images, Sequence) and not isinstance(images, str | bytes | bytearray)
+    if isinstance(images, np.ndarray):
+        several = images.ndim == 4 or (images.ndim == 3 and images.shape[2] not in (1, 3, 4))
+    if not several:
+        raise UsageError(
+            "images",
+            expected="a sequence of images",
+            found=_describe(images),
+            mend="put a single image into a list",
+        )
+    if not len(images):
+        raise UsageError("images", expected="at least one", found="none")
+    return list(images)
+
+
+def group_images(images: Iterable[ImageData], size: RequestSize) -> Iterator[Group]:
+    """Cut images into requests, as large as `size` allows, as they come."""
+    grouper = Grouper(size)
+    for image in images:
+        yield from grouper.add(image)
+    yield from grouper.end()
+
+
+class Grouper:
+    """Fills requests with images, one after the other."""
+
+    def __init__(self, size: RequestSize) -> None:
+        """Start with an empty group."""
+        self._size = size
+        self._group = Group()
+
+    def add(self, image: ImageData) -> Iterator[Group]:
+        """Take an image in; give the groups that are full now.
+
+        Raises:
+            UsageError: it is no image.
+        """
+        wire, image_bytes = image_to_wire(image), _size_of(image)
+        refused = None
+        if REQUEST_OVERHEAD_BYTES + image_bytes > self._size.request_bytes:
+            refused = _too_large(image_bytes, self._size)
+            wire, image_bytes = pb.Image(), IMAGE_OVERHEAD_BYTES
+        if self._group.size_bytes + image_bytes > self._size.request_bytes:
+            yield from self.end()
+        if refused is not None:
+            self._group.refused[len(self._group.images)] = refused
+        self._group.images.append(wire)
+        self._group.size_bytes += image_bytes
+        if len(self._group.images) >= self._size.images:
+            yield from self.end()
+
+    def end(self) -> Iterator[Group]:
+        """Give the group that is not full, unless it is empty."""
+        group, self._group = self._group, Group()
+        if group.images:
+            yield group
+
+
+def embed_request(group: Group, options: EmbedOptions) -> pb.EmbedRequest:
+    """Write the request for a group."""
+    return pb.EmbedRequest(
+        model=options.model or "",
+        images=group.images,
+        dims=options.dims or 0,
+        skip_normalize=not options.normalize,
+        dtype=DTYPES[options.dtype],
+    )
+
+
+def _check_ids(ids: Sequence[int] | NDArray[np.int64]) -> list[int]:
+    """Give ids as Python's integers.
+
+    Raises:
+        UsageError: there are none, or one is negative.
+    """
+    checked = [int(id_) for id_ in ids]
+    if not checked or min(checked) < 0:
+        found = "none" if not checked else str(min(checked))
+        raise UsageError("ids", expected="at least one, none negative", found=found)
+    return checked
+
+
+def _size_of(image: ImageData) -> int:
+    """Give what an image takes in a request, in bytes."""
+    payload = image.nbytes if isinstance(image, np.ndarray) else len(image)
+    return payload + IMAGE_OVERHEAD_BYTES
+
+
+def _too_large(image_bytes: int, size: RequestSize) -> ItemStatus:
+    """Refuse an image that no request can hold."""
+    message = (
+        f"image: expected at most {size.request_bytes} bytes a request, found {image_bytes}; "
+        "send a smaller file"
+    )
+    return ItemStatus("too_many_bytes", message)
+
+
+def _describe(images: object) -> str:
+    """Name what was given instead of several images."""
+    if isinstance(images, np.ndarray):
+        return f"an array of shape {images.shape}"
+    return type(images).__name__

@@ -1,0 +1,159 @@
+"""Finds neighbours for one Search request, and lays them out as a reply.
+
+Rules:
+    A query that cannot be meant, or an id that is not there, is a status of its own; the
+    other queries of the request are answered.
+    Stored metadata and vectors are read once a request, for all hits together.
+    Everything here blocks: the services run it on a thread of its own.
+
+Shapes: Q queries, K neighbours, D dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from index.errors import UnknownIdError
+from models.vectors import finish_vectors
+from models.wire import vectors_to_wire
+from protos import horace_pb2 as pb
+from serve.errors import RequestError
+
+if TYPE_CHECKING:
+    from index.collection import Collection, Row
+
+MAX_ID = (1 << 63) - 1
+"""Ids are 63-bit hashes; a larger one is nobody's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Query:
+    """How to search.
+
+    Attributes:
+        k: neighbours a query.
+        exact: whether every vector is compared, instead of asking the index.
+        include_vectors: whether the hits' stored vectors are sent, too.
+    """
+
+    k: int
+    exact: bool
+    include_vectors: bool
+
+
+def search_vectors(
+    collection: Collection,
+    vectors_QD: NDArray[np.float32],
+    statuses: Sequence[pb.ItemStatus],
+    query: Query,
+) -> list[pb.Hits]:
+    """Search by vectors of the collection's own encoder.
+
+    Args:
+        collection: where to search.
+        vectors_QD: one row for each status that is OK, of any length but zero.
+        statuses: one a query.
+        query: how to search.
+
+    Returns:
+        One entry a status: the hits, or the status alone where it is not OK.
+    """
+    ids, scores = _no_neighbours()
+    if len(vectors_QD):
+        found = collection.search(
+            finish_vectors(vectors_QD),
+            query.k,
+            fingerprint=collection.fingerprint,
+            exact=query.exact,
+        )
+        ids, scores = found.ids, found.scores
+    return _lay_out(collection, ids, scores, statuses, query)
+
+
+def search_ids(collection: Collection, ids: Sequence[int], query: Query) -> list[pb.Hits]:
+    """Search by stored images, each left out of its own neighbours; an entry an id."""
+    statuses = [_id_status(collection, id_) for id_ in ids]
+    known = [id_ for id_, status in zip(ids, statuses, strict=True) if status.code == pb.OK]
+    found_ids, scores = _no_neighbours()
+    if known:
+        found = collection.search_ids(known, query.k, exact=query.exact)
+        found_ids, scores = found.ids, found.scores
+    return _lay_out(collection, found_ids, scores, statuses, query)
+
+
+def vector_statuses(vectors_QD: NDArray[np.float32], dim: int) -> list[pb.ItemStatus]:
+    """Say of each query vector whether it has a direction.
+
+    Raises:
+        RequestError: they have another dimension than the collection.
+    """
+    if vectors_QD.shape[1] != dim:
+        raise RequestError(
+            "query vectors",
+            expected=f"{dim} dimensions, as the collection has",
+            found=f"{vectors_QD.shape[1]}",
+            mend="embed without dims",
+        )
+    norms = np.linalg.norm(vectors_QD.astype(np.float64), axis=1)
+    return [_norm_status(norm) for norm in norms.tolist()]
+
+
+def _norm_status(norm: float) -> pb.ItemStatus:
+    """Refuse a vector that has no direction."""
+    if 0 < norm < float("inf"):
+        return pb.ItemStatus()
+    found = "only zeros" if norm == 0 else "values that are not finite"
+    message = f"query vector: expected finite values, not all zero, found {found}"
+    return pb.ItemStatus(code=pb.WRONG_QUERY, message=message)
+
+
+def _id_status(collection: Collection, id_: int) -> pb.ItemStatus:
+    """Say whether the collection has an id."""
+    try:
+        if id_ <= MAX_ID:
+            collection.row_numbers([id_])
+            return pb.ItemStatus()
+    except UnknownIdError:
+        pass
+    message = f"id: expected one of the {collection.count} of this collection, found {id_}"
+    return pb.ItemStatus(code=pb.NOT_FOUND, message=message)
+
+
+def _no_neighbours() -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Give the neighbours of no query."""
+    return np.empty((0, 0), np.int64), np.empty((0, 0), np.float32)
+
+
+def _lay_out(
+    collection: Collection,
+    ids_QK: NDArray[np.int64],
+    scores_QK: NDArray[np.float32],
+    statuses: Sequence[pb.ItemStatus],
+    query: Query,
+) -> list[pb.Hits]:
+    """Write one message a query, with the metadata of its hits."""
+    unique = np.unique(ids_QK[ids_QK >= 0])
+    rows = {row.id: row for row in collection.rows(unique)} if unique.size else {}
+    neighbours = zip(ids_QK, scores_QK, strict=True)
+    results = []
+    for status in statuses:
+        hits = pb.Hits(status=status)
+        if status.code == pb.OK:
+            ids_K, scores_K = next(neighbours)
+            found = ids_K >= 0
+            pairs = zip(ids_K[found].tolist(), scores_K[found].tolist(), strict=True)
+            hits.hits.extend(_hit(rows[id_], score) for id_, score in pairs)
+            if query.include_vectors:
+                hits.vectors.CopyFrom(vectors_to_wire(collection.vectors(ids_K[found])))
+        results.append(hits)
+    return results
+
+
+def _hit(row: Row, score: float) -> pb.Hit:
+    """Write one hit."""
+    return pb.Hit(id=row.id, score=score, key=row.key, label=row.label or "", source=row.source)

@@ -1,0 +1,226 @@
+"""Puts a server together, and takes it down again.
+
+Rules:
+    The port is taken first and alone: a port in use is an error, not a share of its traffic
+    (gRPC would bind it with SO_REUSEPORT and say nothing).
+    Readiness comes from a real image through the whole pipeline of every model.
+    Stopping drains: not ready, no new calls, those under way are answered, within a limit.
+    What this opens it closes: encoders, collections, engines, threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import logging
+from contextlib import ExitStack
+from typing import Protocol
+
+import grpc
+import numpy as np
+from grpc_health.v1 import health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from PIL import Image
+
+from models.cpu import cpu_budget, share_cpus
+from models.encoder import Encoder, open_encoder
+from models.preprocess import PreprocessSpec
+from protos import horace_pb2_grpc as pb_grpc
+from serve import health, services
+from serve.catalog import Catalog, ServedModel
+from serve.config import MIB, ServeOptions
+from serve.engine import Engine
+from serve.errors import StartError
+from serve.health import Health
+from serve.pool import ThreadPool
+from serve.port import join_address, take_port
+from serve.services import HoraceServicer
+
+log = logging.getLogger("horace.serve")
+
+MIN_CLIENT_PING_MS = 10_000
+"""A client may ask this often whether we live; gRPC's default calls 5 minutes too often."""
+
+LAST_CALLS_S = 0.1
+"""How long calls that are on their way are still refused one by one."""
+
+LAST_REPLIES_S = 2.0
+"""How long the last replies, and what else is open, may take to leave."""
+
+CLOSE_TIMEOUT_S = 2.0
+"""How long a thread may take to end once nobody waits for it."""
+
+
+class OpenModel(Protocol):
+    """The signature of `models.encoder.open_encoder`."""
+
+    def __call__(self, path_or_uri: str, /, *, threads: int | None = None) -> Encoder:
+        """Open an encoder."""
+
+
+class Server:
+    """A server of `ServeOptions`: `start` it, `drain` it. Belongs to one event loop."""
+
+    def __init__(self, options: ServeOptions, *, open_model: OpenModel = open_encoder) -> None:
+        """Prepare; nothing is opened yet.
+
+        Args:
+            options: what to serve, where and how.
+            open_model: opens an encoder by directory or URI, with `threads` threads.
+        """
+        self._options = options
+        self._open_model = open_model
+        self._shares = share_cpus(options.cpu_budget or cpu_budget())
+        self._closing = ExitStack()
+        self._decode_pool = self._make_pool("decode")
+        self._search_pool = self._make_pool("search")
+        self.catalog = Catalog()
+        self.health = Health([services.SERVICE_NAME, health.SERVICE_NAME])
+        self.services = HoraceServicer(
+            self.catalog, limits=options.request_limits, search_pool=self._search_pool
+        )
+        self._grpc = _make_grpc_server(options.max_message_mib * MIB)
+        self.port = 0
+
+    def __repr__(self) -> str:
+        return f"<Server {self.address} {self.health!r} {self.services!r}>"
+
+    @property
+    def address(self) -> str:
+        """Where it listens, as `host:port`."""
+        return join_address(self._options.host, self.port)
+
+    async def start(self) -> None:
+        """Take the port, open everything, serve, and say so once every model has run.
+
+        Raises:
+            StartError: the port cannot be had, or a model does not run.
+            HoraceError: a bundle or a collection cannot be opened or does not fit.
+        """
+        try:
+            self.port = take_port(self._grpc, self._options.host, self._options.port)
+            await asyncio.to_thread(self._open_models, asyncio.get_running_loop())
+            await asyncio.to_thread(self._open_collections)
+            pb_grpc.add_HoraceServicer_to_server(self.services, self._grpc)
+            health_pb2_grpc.add_HealthServicer_to_server(self.health, self._grpc)
+            names = (services.SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, self._grpc)
+            await self._grpc.start()
+            for model in self.catalog.models.values():
+                await _warm_up(model)
+        except BaseException:
+            await self.kill()
+            raise
+        self.health.set_serving(self.catalog.alive)
+
+    async def drain(self, *, limit_s: float) -> int:
+        """Stop: not ready, no new calls, answer those under way for at most `limit_s`.
+
+        The port closes last, and a moment later than it could: a gRPC server that stops
+        cancels the calls that it has not looked at, so they are looked at, and refused.
+
+        Returns:
+            How many calls were cut off.
+
+        On cancellation some calls may still be under way: `kill` ends them.
+        """
+        self.health.set_serving(False)
+        self.services.drain()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.services.wait_idle(), limit_s)
+        cut_off = self.services.active
+        if not cut_off:
+            await asyncio.sleep(LAST_CALLS_S)
+        self.health.close()
+        await self._grpc.stop(None if cut_off else LAST_REPLIES_S)
+        self._closing.close()
+        return cut_off
+
+    async def kill(self) -> None:
+        """Stop at once; calls under way are cut off."""
+        self.health.close()
+        await self._grpc.stop(None)
+        self._closing.close()
+
+    def _make_pool(self, name: str) -> ThreadPool:
+        """Start threads that end with this server."""
+        pool = ThreadPool(threads=self._shares.decode_threads, name=name)
+        self._closing.callback(pool.close, timeout_s=CLOSE_TIMEOUT_S)
+        return pool
+
+    def _open_models(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Open every encoder and start its engine."""
+        for bundle in self._options.bundles:
+            encoder = self._open_model(bundle.path, threads=self._shares.inference_threads)
+            self._closing.callback(encoder.close)
+            engine = self._make_engine(encoder, loop)
+            self._closing.callback(engine.close, timeout_s=CLOSE_TIMEOUT_S)
+            self.catalog.add_model(bundle.name or encoder.name, encoder, engine)
+
+    def _make_engine(self, encoder: Encoder, loop: asyncio.AbstractEventLoop) -> Engine:
+        """Start the engine of one encoder as the options say."""
+        options = self._options
+
+        def on_crash() -> None:
+            loop.call_soon_threadsafe(self.health.set_serving, False)
+
+        return Engine(
+            encoder,
+            decode_pool=self._decode_pool,
+            max_batch_images=options.max_batch_images,
+            max_held_images=options.max_queue_images,
+            max_held_bytes=options.max_queue_mib * MIB,
+            max_delay_s=options.max_delay_ms / 1e3,
+            instances=options.instances,
+            limits=options.image_limits,
+            on_crash=on_crash,
+        )
+
+    def _open_collections(self) -> None:
+        """Open every collection and hold it against the models."""
+        if not self._options.collections:
+            return
+        logging.getLogger("faiss").setLevel(logging.WARNING)  # it tells at length how it loads
+        from index.collection import Collection  # with faiss and pyarrow: only where needed
+
+        for named in self._options.collections:
+            collection = Collection.open(named.path, threads=self._shares.inference_threads)
+            self._closing.callback(collection.close)
+            self.catalog.add_collection(named.name or collection.name, collection)
+
+
+def _make_grpc_server(max_message_bytes: int) -> grpc.aio.Server:
+    """Make grpcio's server; it serves nothing yet."""
+    return grpc.aio.server(
+        options=[
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_receive_message_length", max_message_bytes),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.min_recv_ping_interval_without_data_ms", MIN_CLIENT_PING_MS),
+        ]
+    )
+
+
+async def _warm_up(model: ServedModel) -> None:
+    """Send an encoded image through the whole pipeline.
+
+    Raises:
+        StartError: no vector came out.
+    """
+    embedded = await model.engine.embed([_grey_png(model.encoder.preprocessing)])
+    if embedded.errors[0] is not None or not np.isfinite(embedded.vectors_ND).all():
+        raise StartError(
+            f"model {model.name}",
+            expected="a vector of finite numbers for a grey image",
+            found=str(embedded.errors[0] or "others"),
+            mend="export the bundle again",
+        )
+
+
+def _grey_png(spec: PreprocessSpec) -> bytes:
+    """Make an image file of the encoder's size."""
+    file = io.BytesIO()
+    Image.new("RGB", (spec.width, spec.height), (128, 128, 128)).save(file, "PNG")
+    return file.getvalue()

@@ -1,0 +1,420 @@
+"""The RPCs of `horace.v1.Horace`, written once for every gRPC front end.
+
+Rules:
+    A call fails only for what concerns all of it; an image or a query that is wrong has its
+    own status. An exception leaves as the status code of `serve.errors`, never as itself.
+    Everything that can be refused is refused before anything is computed.
+    A stream answers in the order of its requests, with a bounded number under way; one that
+    is refused is answered with `error` and the stream goes on. Where the queue is full a
+    stream waits: to read no more is what holds its caller back.
+    After `drain` new calls are refused as UNAVAILABLE; streams read no more, answer what
+    they have read, and end so, too.
+
+It uses plain servicer features only, so that another server than grpcio's can run it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias, TypeVar
+
+import grpc
+import numpy as np
+from numpy.typing import NDArray
+
+from models.errors import FingerprintMismatchError, ImageError
+from models.vectors import finish_vectors
+from models.wire import (
+    dtype_from_wire,
+    image_error_to_wire,
+    image_from_wire,
+    vectors_from_wire,
+    vectors_to_wire,
+)
+from protos import horace_pb2 as pb
+from protos import horace_pb2_grpc as pb_grpc
+from serve.catalog import Catalog, ServedCollection, ServedModel
+from serve.errors import QueueFullError, RequestError, UnavailableError, to_status
+from serve.job import Embedded, ImageData
+from serve.pool import ThreadPool
+from serve.searching import Query, search_ids, search_vectors, vector_statuses
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Horace"].full_name
+DEFAULT_NEIGHBOURS = 10
+HIT_BYTES = 256
+"""About what a hit takes on the wire, key and source included."""
+
+OK_STATUS = pb.ItemStatus()
+
+Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
+Reply = TypeVar("Reply")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestLimits:
+    """What one request may ask for.
+
+    Attributes:
+        max_images: images of Embed, queries of Search.
+        max_message_bytes: of a request, and of a reply that grows with k.
+        max_neighbours: the largest k.
+        max_waiting_searches: searches that wait for a thread.
+        stream_requests: requests of one stream that are under way at once.
+    """
+
+    max_images: int = 1024
+    max_message_bytes: int = 64 << 20
+    max_neighbours: int = 1000
+    max_waiting_searches: int = 256
+    stream_requests: int = 8
+
+
+class HoraceServicer(pb_grpc.HoraceServicer):
+    """Answers for a catalogue of models and collections. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        *,
+        limits: RequestLimits,
+        search_pool: ThreadPool,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Serve `catalog`, which may grow; its engines, and `search_pool`, have owners.
+
+        Args:
+            catalog: what is offered.
+            limits: what one request may ask for.
+            search_pool: threads for searches.
+            clock: monotonic seconds, the engines' clock.
+        """
+        self._catalog = catalog
+        self._limits = limits
+        self._search_pool = search_pool
+        self._clock = clock
+        self._active = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._draining = False
+        self._readers: set[asyncio.Task[None]] = set()
+
+    def __repr__(self) -> str:
+        state = "draining" if self._draining else "open"
+        return f"<HoraceServicer {state} active={self._active} {self._catalog!r}>"
+
+    @property
+    def active(self) -> int:
+        """Calls that are under way."""
+        return self._active
+
+    def drain(self) -> None:
+        """Refuse new calls and end streams; calls that are under way are answered."""
+        self._draining = True
+        for reader in self._readers:
+            reader.cancel()
+
+    async def wait_idle(self) -> None:
+        """Wait until no call is under way."""
+        await self._idle.wait()
+
+    async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
+        """Embed one to many images."""
+        return await self._answer(self._embed(request, self._deadline_s(context)), context)
+
+    async def Search(self, request: pb.SearchRequest, context: Context) -> pb.SearchResponse:
+        """Find the neighbours of images, vectors or stored ids."""
+        return await self._answer(self._search(request, self._deadline_s(context)), context)
+
+    async def ListModels(
+        self, request: pb.ListModelsRequest, context: Context
+    ) -> pb.ListModelsResponse:
+        """Say which models there are and what they take."""
+        models = [
+            pb.Model(
+                name=model.name,
+                fingerprint=model.encoder.fingerprint,
+                dim=model.encoder.dim,
+                preprocessing_json=json.dumps(model.encoder.preprocessing.to_json()),
+                is_default=n == 0,
+                max_images_per_request=self._limits.max_images,
+                max_request_bytes=self._limits.max_message_bytes,
+            )
+            for n, model in enumerate(self._catalog.models.values())
+        ]
+        return pb.ListModelsResponse(models=models)
+
+    async def ListCollections(
+        self, request: pb.ListCollectionsRequest, context: Context
+    ) -> pb.ListCollectionsResponse:
+        """Say which collections there are and which model may query them."""
+        collections = [
+            pb.Collection(
+                name=served.name,
+                fingerprint=served.collection.fingerprint,
+                dim=served.collection.dim,
+                count=served.collection.count,
+                metric=served.collection.metric,
+                index=served.collection.factory,
+                model=served.model.name,
+            )
+            for served in self._catalog.collections.values()
+        ]
+        return pb.ListCollectionsResponse(collections=collections)
+
+    async def EmbedStream(
+        self, request_iterator: AsyncIterator[pb.EmbedRequest], context: Context
+    ) -> None:
+        """Embed requests as they come; see the module's rules."""
+        deadline_s = self._deadline_s(context)
+        room = asyncio.Semaphore(self._limits.stream_requests)
+        replies: asyncio.Queue[asyncio.Task[pb.EmbedResponse] | None] = asyncio.Queue()
+        started: set[asyncio.Task[pb.EmbedResponse]] = set()
+
+        async def read() -> None:
+            await room.acquire()
+            async for request in request_iterator:
+                task = asyncio.create_task(self._embed_in_stream(request, deadline_s))
+                started.add(task)
+                replies.put_nowait(task)
+                await room.acquire()
+
+        with self._counted():
+            reader = asyncio.create_task(read())
+            reader.add_done_callback(lambda _: replies.put_nowait(None))
+            self._readers.add(reader)
+            if self._draining:
+                reader.cancel()
+            try:
+                while (task := await replies.get()) is not None:
+                    await context.write(await task)
+                    started.discard(task)
+                    room.release()
+                if error := _reader_error(reader):
+                    await context.abort(*to_status(error))
+            finally:
+                self._readers.discard(reader)
+                for unfinished in (reader, *started):
+                    unfinished.cancel()
+
+    # How every call is answered.
+
+    def _deadline_s(self, context: Context) -> float:
+        """Give the caller's deadline on our clock."""
+        remaining_s = context.time_remaining()
+        return math.inf if remaining_s is None else self._clock() + remaining_s
+
+    async def _answer(self, work: Coroutine[Any, Any, Reply], context: Context) -> Reply:
+        """Await `work`; what it raises becomes a status."""
+        if self._draining:
+            work.close()
+            await context.abort(*to_status(UnavailableError("the server stops; call another")))
+        with self._counted():
+            try:
+                return await work
+            except Exception as error:
+                code, message = to_status(error)
+        await context.abort(code, message)
+        raise AssertionError("abort raises")
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Count a call as under way."""
+        self._active += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._active -= 1
+            if not self._active:
+                self._idle.set()
+
+    # Embed.
+
+    async def _embed_in_stream(
+        self, request: pb.EmbedRequest, deadline_s: float
+    ) -> pb.EmbedResponse:
+        """Embed one request of a stream; an error is a reply."""
+        try:
+            return await self._embed(request, deadline_s, wait_for_room=True)
+        except Exception as error:
+            code, message = to_status(error)
+            refusal = pb.RequestError(code=code.value[0], message=message)
+            return pb.EmbedResponse(error=refusal, request_id=request.request_id)
+
+    async def _embed(
+        self, request: pb.EmbedRequest, deadline_s: float, *, wait_for_room: bool = False
+    ) -> pb.EmbedResponse:
+        """Embed the images of a request and finish their vectors as it asks."""
+        arrived_s = self._clock()
+        model = self._catalog.model(request.model)
+        dtype = dtype_from_wire(request.dtype)
+        self._check_dims(request.dims, model)
+        self._check_count("images", len(request.images))
+        embedded = await model.engine.embed(
+            [_read_image(image) for image in request.images],
+            deadline_s=deadline_s,
+            wait_for_room=wait_for_room,
+        )
+        vectors_ND = finish_vectors(
+            embedded.vectors_ND, dims=request.dims or None, normalize=not request.skip_normalize
+        )
+        return pb.EmbedResponse(
+            vectors=vectors_to_wire(vectors_ND, dtype),
+            statuses=_statuses(embedded),
+            model=model.name,
+            fingerprint=model.encoder.fingerprint,
+            timings=self._timings(arrived_s, embedded),
+            request_id=request.request_id,
+        )
+
+    def _check_dims(self, dims: int, model: ServedModel) -> None:
+        """Refuse to keep more dimensions than there are."""
+        if dims > model.encoder.dim:
+            raise RequestError("dims", expected=f"1 to {model.encoder.dim}", found=str(dims))
+
+    def _check_count(self, what: str, count: int) -> None:
+        """Refuse a request for nothing, or for too much."""
+        most = self._limits.max_images
+        if not 1 <= count <= most:
+            mend = "split the request" if count else None
+            raise RequestError(what, expected=f"1 to {most} a request", found=f"{count}", mend=mend)
+
+    def _timings(
+        self, arrived_s: float, embedded: Embedded | None, search_s: float = 0.0
+    ) -> pb.Timings:
+        """Say where the time went, in milliseconds."""
+        timings = pb.Timings(search_ms=search_s * 1e3, total_ms=(self._clock() - arrived_s) * 1e3)
+        if embedded is not None:
+            timings.decode_ms = embedded.decode_s * 1e3
+            timings.queue_ms = embedded.queue_s * 1e3
+            timings.inference_ms = embedded.inference_s * 1e3
+        return timings
+
+    # Search.
+
+    async def _search(self, request: pb.SearchRequest, deadline_s: float) -> pb.SearchResponse:
+        """Search by whatever the request has for queries."""
+        arrived_s = self._clock()
+        served = self._catalog.collection(request.collection)
+        collection = served.collection
+        query = self._query(request, collection.dim)
+        embedded = None
+        match request.WhichOneof("queries"):
+            case "images":
+                embedded = await served.model.engine.embed(
+                    [_read_image(image) for image in request.images.images], deadline_s=deadline_s
+                )
+                vectors_QD, statuses = embedded.vectors_ND, _statuses(embedded)
+                work = partial(search_vectors, collection, vectors_QD, statuses, query)
+            case "vectors":
+                vectors_QD, statuses = _query_vectors(request.vectors, served)
+                work = partial(search_vectors, collection, vectors_QD, statuses, query)
+            case _:
+                work = partial(search_ids, collection, request.ids.ids, query)
+        started_s = self._clock()
+        results = await self._run_search(work)
+        return pb.SearchResponse(
+            results=results,
+            collection=served.name,
+            fingerprint=collection.fingerprint,
+            timings=self._timings(arrived_s, embedded, self._clock() - started_s),
+            request_id=request.request_id,
+        )
+
+    def _query(self, request: pb.SearchRequest, dim: int) -> Query:
+        """Check how much is asked for."""
+        self._check_count("queries", _count_queries(request))
+        k = request.k or DEFAULT_NEIGHBOURS
+        if k > self._limits.max_neighbours:
+            raise RequestError("k", expected=f"1 to {self._limits.max_neighbours}", found=f"{k}")
+        hit_bytes = HIT_BYTES + (4 * dim if request.include_vectors else 0)
+        reply_bytes = _count_queries(request) * k * hit_bytes
+        if reply_bytes > self._limits.max_message_bytes:
+            raise RequestError(
+                "reply",
+                expected=f"at most {self._limits.max_message_bytes} bytes",
+                found=f"{_count_queries(request)} queries with {k} hits of some {hit_bytes} bytes",
+                mend="ask for fewer hits, or split the request",
+            )
+        return Query(k=k, exact=request.exact, include_vectors=request.include_vectors)
+
+    async def _run_search(self, work: Callable[[], list[pb.Hits]]) -> list[pb.Hits]:
+        """Search on a thread; refuse where too many wait for one."""
+        most = self._limits.max_waiting_searches
+        if self._search_pool.waiting >= most:
+            raise QueueFullError(
+                "searches", expected=f"fewer than {most} that wait", found=f"{most}"
+            )
+        return await self._search_pool.run(work)
+
+
+def _reader_error(reader: asyncio.Task[None]) -> BaseException | None:
+    """Say why a stream's reader ended before the stream did; None where it did not."""
+    if reader.cancelled():
+        return UnavailableError("the server stops, and has not read the rest of this stream")
+    return reader.exception()
+
+
+def _count_queries(request: pb.SearchRequest) -> int:
+    """Count the queries of a request, of whatever kind.
+
+    Raises:
+        RequestError: it has none of any kind.
+    """
+    match request.WhichOneof("queries"):
+        case "images":
+            return len(request.images.images)
+        case "vectors":
+            return request.vectors.vectors.rows
+        case "ids":
+            return len(request.ids.ids)
+    raise RequestError("queries", expected="images, vectors or ids", found="none")
+
+
+def _query_vectors(
+    queries: pb.VectorQueries, served: ServedCollection
+) -> tuple[NDArray[np.float32], list[pb.ItemStatus]]:
+    """Read query vectors; those without a direction get a status instead.
+
+    Raises:
+        FingerprintMismatchError: another encoder made them.
+        RequestError: they do not say which encoder made them, or have another dimension.
+    """
+    fingerprint = served.collection.fingerprint
+    if not queries.fingerprint:
+        raise RequestError(
+            "query vectors",
+            expected="the fingerprint of the encoder that made them",
+            found="none",
+            mend="send the fingerprint that came with them",
+        )
+    if queries.fingerprint != fingerprint:
+        raise FingerprintMismatchError(
+            f"query vectors for collection {served.name!r}",
+            expected=fingerprint,
+            found=queries.fingerprint,
+            mend=f"embed the queries with model {served.model.name!r}",
+        )
+    vectors_QD = vectors_from_wire(queries.vectors)
+    statuses = vector_statuses(vectors_QD, served.collection.dim)
+    return vectors_QD[[status.code == pb.OK for status in statuses]], statuses
+
+
+def _read_image(image: pb.Image) -> ImageData | ImageError:
+    """Read one image; what is wrong with it goes on in its place."""
+    try:
+        return image_from_wire(image)
+    except ImageError as error:
+        return error
+
+
+def _statuses(embedded: Embedded) -> list[pb.ItemStatus]:
+    """Write one status an image."""
+    return [OK_STATUS if error is None else image_error_to_wire(error) for error in embedded.errors]

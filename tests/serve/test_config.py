@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import pytest
+
+from models.bundle import SHIPPED_BUNDLE
+from models.errors import UsageError
+from serve.config import NamedPath, ServeOptions, read_named_path
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "path"),
+    [
+        ("dir/b", None, "dir/b"),
+        ("a=dir/b", "a", "dir/b"),
+        ("a-1.x=horace://host:1/m", "a-1.x", "horace://host:1/m"),
+        ("dir/a=b", None, "dir/a=b"),
+        ("a=b=c", "a", "b=c"),
+    ],
+)
+def test_a_name_stands_before_the_first_equals_sign(text, name, path):
+    """What cannot be a name is part of the path."""
+    assert read_named_path(text) == NamedPath(name=name, path=path)
+
+
+def test_an_empty_path_is_refused():
+    """The line shows the form."""
+    with pytest.raises(UsageError, match=r"expected \[NAME=\]PATH, found ''"):
+        read_named_path("")
+
+
+def test_without_a_bundle_the_shipped_one_is_served():
+    """`python -m serve` alone works."""
+    assert ServeOptions().bundles == (NamedPath(name=None, path=str(SHIPPED_BUNDLE)),)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"port": 70000}, "--port: expected 0 to 65535, found 70000"),
+        ({"max_batch_images": 0}, "--max-batch-images: expected at least 1, found 0"),
+        ({"cpu_budget": 0}, "--cpu-budget: expected at least 1, found 0"),
+        ({"max_delay_ms": -1.0}, "--max-delay-ms: expected 0 to 1000, found -1.0"),
+        ({"drain_s": float("nan")}, "--drain-s: expected 0 to 3600, found nan"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused(options, message):
+    """One line names the option, what it takes and what was given."""
+    with pytest.raises(UsageError, match=f"^{message}$"):
+        ServeOptions(**options)

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import asyncio
+import socket
+
+import numpy as np
+import pytest
+
+from models.encoder import open_encoder
+from models.errors import EncoderError, FingerprintMismatchError
+
+
+def on_server(serving, bundles, work):
+    """Run blocking `work(address)` beside a server of `bundles`."""
+
+    async def main():
+        async with serving(bundle=tuple(str(bundle.path) for bundle in bundles)) as server:
+            return await asyncio.to_thread(work, server.address)
+
+    return asyncio.run(main())
+
+
+def test_an_encoder_behind_a_server_is_the_encoder(serving, make_bundle):
+    """Name, fingerprint, preprocessing and vectors, to the bit, also of no images."""
+    bundle = make_bundle()
+    images = np.random.default_rng(0).integers(0, 256, (40, 28, 28, 1), dtype=np.uint8)
+
+    def work(address):
+        remote = open_encoder(f"horace://{address}/tiny")
+        local = open_encoder(bundle.path)
+        assert (remote.name, remote.fingerprint, remote.dim) == ("tiny", bundle.fingerprint, 16)
+        assert remote.preprocessing == bundle.preprocessing
+        np.testing.assert_array_equal(remote.encode(images), local.encode(images))
+        np.testing.assert_array_equal(remote.encode(images[:0]), local.encode(images[:0]))
+        np.testing.assert_array_equal(remote.preprocess(images[0]), local.preprocess(images[0]))
+        with pytest.raises(EncoderError, match=r"expected \(N, 28, 28, 1\) uint8"):
+            remote.encode(images[:, :5])
+        remote.close()
+
+    on_server(serving, [bundle], work)
+
+
+def test_more_images_than_a_request_may_hold_go_in_several(serving, make_bundle):
+    """The server's limits on images and on bytes are kept."""
+
+    async def main():
+        path = str(make_bundle().path)
+        limits = {"max_images_per_request": 7, "max_message_mib": 1}
+        async with serving(bundle=(path,), **limits) as server:
+            images = np.zeros((30, 28, 28, 1), np.uint8)
+            remote = await asyncio.to_thread(open_encoder, f"horace://{server.address}")
+            assert (await asyncio.to_thread(remote.encode, images)).shape == (30, 16)
+            remote.close()
+        async with serving(bundle=(path,), max_message_mib=1) as server:
+            images = np.zeros((3000, 28, 28, 1), np.uint8)
+            remote = await asyncio.to_thread(open_encoder, f"horace://{server.address}")
+            assert (await asyncio.to_thread(remote.encode, images)).shape == (3000, 16)
+            remote.close()
+
+    asyncio.run(main())
+
+
+def test_a_model_that_is_not_served_is_one_line(serving, make_bundle):
+    """The line names what is."""
+
+    def work(address):
+        with pytest.raises(EncoderError, match="expected a model named 'cat', found one, two"):
+            open_encoder(f"horace://{address}/cat")
+
+    on_server(serving, [make_bundle("one"), make_bundle("two", seed=2)], work)
+
+
+def test_no_server_is_one_line():
+    """The line names the address and how to start one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        with pytest.raises(EncoderError) as error:
+            open_encoder(f"horace://127.0.0.1:{port}")
+    assert f"horace://127.0.0.1:{port}: expected a Horace server that answers" in str(error.value)
+    assert "check that `python -m serve` runs there" in str(error.value)
+
+
+def test_a_server_that_changes_its_model_is_noticed(serving, make_bundle):
+    """Vectors of another encoder are an error, never mixed with those before."""
+    one, two = make_bundle("one"), make_bundle("two", seed=2)
+
+    async def main():
+        async with serving(bundle=(f"m={one.path}", f"n={two.path}")) as server:
+            remote = await asyncio.to_thread(open_encoder, f"horace://{server.address}/m")
+            server.catalog.models["m"] = server.catalog.models["n"]
+            with pytest.raises(FingerprintMismatchError, match="has changed its model"):
+                await asyncio.to_thread(remote.encode, np.zeros((1, 28, 28, 1), np.uint8))
+            remote.close()
+
+    asyncio.run(main())
+
+
+def test_a_server_in_front_of_a_server(serving, make_bundle):
+    """A remote encoder can be served like any other, with the same vectors."""
+    image = np.random.default_rng(0).integers(0, 256, (28, 28), dtype=np.uint8)
+
+    async def main():
+        from serve.client import AsyncClient
+
+        async with (
+            serving(bundle=(str(make_bundle().path),)) as behind,
+            serving(bundle=(f"front=horace://{behind.address}",)) as front,
+            AsyncClient(behind.address) as near,
+            AsyncClient(front.address) as far,
+        ):
+            expected, found = await near.embed([image]), await far.embed([image])
+            assert found.model == "front"
+            assert found.fingerprint == expected.fingerprint
+            np.testing.assert_array_equal(found.vectors, expected.vectors)
+
+    asyncio.run(main())

@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import asyncio
+import io
+
+import grpc
+import numpy as np
+import pytest
+from PIL import Image
+
+from index.build import BuildOptions, build
+from index.collection import Collection, id_of
+from models.encoder import open_encoder
+from models.vectors import finish_vectors
+from models.wire import vectors_to_wire
+from protos import horace_pb2 as pb
+from protos import horace_pb2_grpc as pb_grpc
+from serve.client import AsyncClient
+from serve.errors import PreconditionError, RequestError, UnknownNameError
+
+COUNT = 60
+
+
+@pytest.fixture
+def place(tmp_path, make_bundle):
+    """A bundle, a folder of images, and the collection that the one made of the other."""
+    folder = tmp_path / "images"
+    rng = np.random.default_rng(0)
+    for n in range(COUNT):
+        (folder / f"c{n % 3}").mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (28, 28), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"c{n % 3}" / f"{n:02}.png")
+    bundle = make_bundle()
+    out = tmp_path / "things"
+    build(BuildOptions(images=str(folder), encoder=str(bundle.path), out=out))
+    return bundle, folder, out
+
+
+@pytest.fixture
+def searching(place, serving):
+    """A server of that collection, with a client: an async context manager's maker."""
+    bundle, _, out = place
+
+    def run(**options):
+        return serving(bundle=(str(bundle.path),), collection=(str(out),), **options)
+
+    return run
+
+
+def direct(place, vectors, k):
+    """Neighbours as the collection itself gives them: ids and scores."""
+    bundle, _, out = place
+    with Collection.open(out) as collection:
+        found = collection.search(vectors, k, fingerprint=bundle.fingerprint)
+        return found.ids.tolist(), found.scores.tolist()
+
+
+def ids_of(result):
+    """The ids of all hits."""
+    return [[hit.id for hit in hits] for hits in result.hits]
+
+
+def test_images_vectors_and_ids_find_what_the_collection_finds(place, searching):
+    """The three ways to ask for stored images agree with a search in the collection."""
+    bundle, folder, _ = place
+    paths = sorted(folder.rglob("*.png"))[:4]
+    keys = [path.relative_to(folder).as_posix() for path in paths]
+    files = [path.read_bytes() for path in paths]
+    encoder = open_encoder(bundle.path)
+    vectors = finish_vectors(encoder.encode(np.stack([encoder.preprocess(f) for f in files])))
+    ids, scores = direct(place, vectors, 5)
+
+    async def main():
+        async with searching() as server, AsyncClient(server.address) as client:
+            (info,) = await client.list_collections()
+            assert (info.name, info.count, info.model) == ("things", COUNT, "tiny")
+            assert (info.fingerprint, info.metric, info.index) == (
+                bundle.fingerprint,
+                "cosine",
+                "Flat",
+            )
+            by_image = await client.search(files, k=5)
+            assert ids_of(by_image) == ids
+            assert [[hit.score for hit in hits] for hits in by_image.hits] == scores
+            assert [hits[0].key for hits in by_image.hits] == keys
+            assert [hits[0].label for hits in by_image.hits] == [key[:2] for key in keys]
+            embedded = await client.embed(files)
+            assert ids_of(await client.search(vectors=embedded, k=5)) == ids
+            array = embedded.vectors * 3  # length does not matter
+            by_array = await client.search(vectors=array, fingerprint=bundle.fingerprint, k=5)
+            assert ids_of(by_array) == ids
+            by_id = await client.search(ids=[id_of(key) for key in keys], k=4)
+            assert ids_of(by_id) == [row[1:] for row in ids], "each is left out of its own"
+            assert by_image.timings.search_ms > 0
+            assert by_image.timings.inference_ms > 0
+
+    asyncio.run(main())
+
+
+def test_stored_vectors_come_where_asked_for(place, searching):
+    """With `include_vectors` every hit has its unit vector, and its score is their product."""
+    _, folder, _ = place
+    file = next(folder.rglob("*.png")).read_bytes()
+
+    async def main():
+        async with searching() as server, AsyncClient(server.address) as client:
+            query = (await client.embed([file])).vectors[0]
+            (hits,) = (await client.search([file], include_vectors=True, exact=True)).hits
+            assert len(hits) == 10
+            for hit in hits:
+                assert hit.vector @ query == pytest.approx(hit.score, abs=1e-5)
+            (plain,) = (await client.search([file])).hits
+            assert plain[0].vector is None
+
+    asyncio.run(main())
+
+
+def test_a_bad_query_has_a_status_and_the_others_their_hits(place, searching):
+    """Broken images, unknown ids, vectors without a direction."""
+    bundle, folder, _ = place
+    path = next(folder.rglob("*.png"))
+    id_ = id_of(path.relative_to(folder).as_posix())
+    vectors = np.random.default_rng(0).normal(size=(4, 16)).astype(np.float32)
+    vectors[1], vectors[2, 3] = 0, np.nan
+
+    async def main():
+        async with searching() as server, AsyncClient(server.address) as client:
+            by_image = await client.search([b"junk", path.read_bytes()], k=1)
+            assert [status.code for status in by_image.statuses] == ["unsupported_format", "ok"]
+            assert [len(hits) for hits in by_image.hits] == [0, 1]
+            assert by_image.hits[1][0].id == id_
+            by_id = await client.search(ids=[5, id_, 2**63 + 1], k=2)
+            assert [status.code for status in by_id.statuses] == ["not_found", "ok", "not_found"]
+            assert (
+                by_id.statuses[0].message
+                == "id: expected one of the 60 of this collection, found 5"
+            )
+            assert [len(hits) for hits in by_id.hits] == [0, 2, 0]
+            by_vector = await client.search(vectors=vectors, fingerprint=bundle.fingerprint, k=3)
+            assert [status.code for status in by_vector.statuses] == [
+                "ok",
+                "wrong_query",
+                "wrong_query",
+                "ok",
+            ]
+            assert "only zeros" in by_vector.statuses[1].message
+            assert "not finite" in by_vector.statuses[2].message
+            only_bad = await client.search([b"junk"])
+            assert only_bad.hits == ((),)
+
+    asyncio.run(main())
+
+
+def test_vectors_of_another_encoder_are_refused_by_name_of_both(place, searching):
+    """Of equal dimension or not: FAILED_PRECONDITION, with both fingerprints."""
+    bundle, _, _ = place
+
+    async def main():
+        async with searching() as server, AsyncClient(server.address) as client:
+            with pytest.raises(PreconditionError) as error:
+                await client.search(vectors=np.ones((1, 16), np.float32), fingerprint="a" * 64)
+        assert str(error.value) == (
+            f"query vectors for collection 'things': expected encoder {bundle.fingerprint}, "
+            f"found encoder {'a' * 64}; embed the queries with model 'tiny'"
+        )
+
+    asyncio.run(main())
+
+
+def test_what_cannot_be_searched_is_refused_whole(place, searching):
+    """No queries, no fingerprint, other dimensions, too many neighbours, unknown names."""
+    bundle, _, _ = place
+    ones = np.ones((1, 16), np.float32)
+    cut = np.ones((1, 8), np.float32)
+
+    async def main():
+        async with (
+            searching(max_neighbours=50) as server,
+            AsyncClient(server.address) as client,
+            grpc.aio.insecure_channel(server.address) as channel,
+        ):
+            stub = pb_grpc.HoraceStub(channel)
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await stub.Search(pb.SearchRequest())
+            assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert error.value.details() == "queries: expected images, vectors or ids, found none"
+            nameless = pb.VectorQueries(vectors=vectors_to_wire(ones))
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await stub.Search(pb.SearchRequest(vectors=nameless))
+            assert "send the fingerprint that came with them" in error.value.details()
+            with pytest.raises(
+                RequestError, match=r"expected 16 dimensions.*found 8; embed without"
+            ):
+                await client.search(vectors=cut, fingerprint=bundle.fingerprint)
+            with pytest.raises(RequestError, match=r"^k: expected 1 to 50, found 51$"):
+                await client.search(vectors=ones, fingerprint=bundle.fingerprint, k=51)
+            with pytest.raises(UnknownNameError, match="expected 'things', found 'cats'"):
+                await client.search(ids=[1], collection="cats")
+
+    asyncio.run(main())
+
+
+def test_a_reply_that_would_be_too_large_is_refused_before_the_search(place, searching):
+    """Queries times neighbours is bounded, as requests are."""
+
+    async def main():
+        async with searching(max_message_mib=1) as server, AsyncClient(server.address) as client:
+            with pytest.raises(RequestError, match="reply: expected at most 1048576 bytes"):
+                await client.search(ids=[1] * 1000, k=1000)
+
+    asyncio.run(main())
+
+
+def test_more_neighbours_than_images_gives_all_images(place, searching):
+    """The rest is not padded with hits that do not exist."""
+
+    async def main():
+        async with searching() as server, AsyncClient(server.address) as client:
+            file = io.BytesIO()
+            Image.new("L", (28, 28), 9).save(file, "PNG")
+            (hits,) = (await client.search([file.getvalue()], k=100)).hits
+            assert len({hit.id for hit in hits}) == COUNT
+
+    asyncio.run(main())
+
+
+def test_searches_that_wait_are_bounded(place, searching, monkeypatch):
+    """Beyond the bound a search is refused at once, and can be tried again."""
+    from serve.pool import ThreadPool
+
+    monkeypatch.setattr(ThreadPool, "waiting", property(lambda pool: 10**6))
+
+    async def main():
+        async with (
+            searching() as server,
+            grpc.aio.insecure_channel(server.address) as channel,
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await pb_grpc.HoraceStub(channel).Search(
+                    pb.SearchRequest(ids=pb.IdQueries(ids=[1]))
+                )
+        assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    asyncio.run(main())

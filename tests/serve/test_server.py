@@ -1,0 +1,326 @@
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from PIL import Image
+
+from models.bundle import ENCODER_FILE
+from models.wire import image_to_wire
+from protos import horace_pb2 as pb
+from protos import horace_pb2_grpc as pb_grpc
+from serve.client import AsyncClient, Client
+
+ROOT = Path(__file__).parents[2]
+Status = health_pb2.HealthCheckResponse
+
+
+def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a server that is expected to refuse to start."""
+    return subprocess.run(
+        [sys.executable, "-m", "serve", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def refusal(*arguments: str) -> str:
+    """The one line with which a server refuses to start, with exit status 1."""
+    done = serve(*arguments)
+    assert done.returncode == 1, done
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1, done.stderr
+    return done.stderr.strip()
+
+
+def test_it_is_ready_within_three_seconds_and_says_where(start_server, make_bundle):
+    """The ready line comes when a client can call, and names models and port."""
+    server = start_server("--bundle", f"mine={make_bundle().path}")
+    assert server.ready_line == (f"horace serving on {server.address} models=mine collections=none")
+    assert server.ready_s < 3
+    with Client(server.address) as client:
+        assert client.health()
+        assert client.embed([np.zeros((28, 28), np.uint8)]).vectors.shape == (1, 16)
+    assert server.stop() == 0
+
+
+def test_importing_the_server_loads_nothing_heavy():
+    """Torch, faiss, pyarrow and matplotlib are not loaded to serve a model alone."""
+    code = (
+        "import sys, serve.__main__;"
+        "print(sorted({m.split('.')[0] for m in sys.modules}"
+        " & {'torch', 'faiss', 'pyarrow', 'matplotlib', 'scipy', 'pandas'}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_sigterm_under_load_answers_every_accepted_call(start_server, make_bundle):
+    """Calls are under way when the signal comes: they are answered, and the exit is clean."""
+    server = start_server("--bundle", str(make_bundle().path))
+    image = image_to_wire(np.zeros((28, 28, 1), np.uint8))
+    request = pb.EmbedRequest(images=[image] * 64)
+    outcomes: list[str] = []
+
+    async def caller(stub: pb_grpc.HoraceStub, signalled: asyncio.Event) -> None:
+        while True:
+            try:
+                reply = await stub.Embed(request, timeout=30)
+            except grpc.aio.AioRpcError as error:
+                outcomes.append(f"{error.code().name} {error.details()}")
+                return
+            outcomes.append(f"answered {reply.vectors.rows}")
+            if len(outcomes) == 100:
+                server.process.send_signal(signal.SIGTERM)
+                signalled.set()
+
+    async def main() -> None:
+        signalled = asyncio.Event()
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            stub = pb_grpc.HoraceStub(channel)
+            await asyncio.gather(*[caller(stub, signalled) for _ in range(16)])
+            assert signalled.is_set()
+
+    asyncio.run(main())
+    assert server.process.wait(30) == 0
+    answered = [outcome for outcome in outcomes if outcome == "answered 64"]
+    refused = [outcome for outcome in outcomes if outcome not in answered]
+    assert len(answered) >= 100
+    # CANCELLED is what gRPC calls a call that it has not looked at when it stops.
+    assert {outcome.split()[0] for outcome in refused} <= {"UNAVAILABLE", "CANCELLED"}, refused
+
+
+def test_a_drain_answers_exactly_what_was_accepted(serving, make_bundle):
+    """Under load: as many calls are answered as the queue ever admitted."""
+    request = pb.EmbedRequest(images=[image_to_wire(np.zeros((28, 28, 1), np.uint8))] * 64)
+
+    async def caller(stub, answered):
+        while True:
+            try:
+                answered.append((await stub.Embed(request)).vectors.rows)
+            except grpc.aio.AioRpcError as error:
+                return error.code().name
+
+    async def main():
+        answered = []
+        async with (
+            serving(bundle=(str(make_bundle().path),)) as server,
+            grpc.aio.insecure_channel(server.address) as channel,
+        ):
+            stub = pb_grpc.HoraceStub(channel)
+            engine = server.catalog.model("").engine
+            callers = [asyncio.create_task(caller(stub, answered)) for _ in range(16)]
+            while len(answered) < 50:
+                await asyncio.wait(callers, timeout=0.01)
+            assert await server.drain(limit_s=30) == 0
+            await asyncio.gather(*callers)
+            warm_up = 1
+            assert len(answered) + warm_up == engine.statistics().admitted_requests
+            assert set(answered) == {64}
+
+    asyncio.run(main())
+
+
+def test_a_second_signal_cuts_off_at_once(start_server, make_bundle):
+    """Seconds of work hold the first drain, not the second."""
+    server = start_server(
+        "--bundle", str(make_bundle().path), "--max-batch-images", "1",
+        "--max-queue-images", "100000",
+    )  # fmt: skip
+
+    async def main() -> list[object]:
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            stub = pb_grpc.HoraceStub(channel)
+            watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+            assert (await watch.read()).status == Status.SERVING
+            image = image_to_wire(np.zeros((28, 28, 1), np.uint8))
+            request = pb.EmbedRequest(images=[image] * 1024)
+            calls = [asyncio.ensure_future(stub.Embed(request)) for _ in range(40)]
+            await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+            server.process.send_signal(signal.SIGTERM)
+            assert (await watch.read()).status == Status.NOT_SERVING
+            server.process.send_signal(signal.SIGINT)
+            return await asyncio.gather(*calls, return_exceptions=True)
+
+    outcomes = asyncio.run(main())
+    assert any(isinstance(outcome, grpc.aio.AioRpcError) for outcome in outcomes)
+    assert server.process.wait(30) == 1
+
+
+def test_a_drain_that_takes_too_long_cuts_off_and_says_so(serving, fake, image, eventually):
+    """After the limit the number of calls that were cut off is known."""
+
+    async def main():
+        async with serving(fake) as server:
+            fake.gate.clear()
+            async with grpc.aio.insecure_channel(server.address) as channel:
+                call = pb_grpc.HoraceStub(channel).Embed(
+                    pb.EmbedRequest(images=[image_to_wire(image(1))])
+                )
+                await eventually(fake.entered.is_set)
+                assert await server.drain(limit_s=0.1) == 1
+                with pytest.raises(grpc.aio.AioRpcError):
+                    await call
+
+    asyncio.run(main())
+
+
+def test_health_is_known_by_service_and_changes_are_told(serving, fake, eventually):
+    """Check and Watch, the overall name and each service's, a crash, and one watcher leaving."""
+
+    async def main():
+        async with (
+            serving(fake) as server,
+            grpc.aio.insecure_channel(server.address) as channel,
+        ):
+            health = health_pb2_grpc.HealthStub(channel)
+            for name in ("", "horace.v1.Horace", "grpc.health.v1.Health"):
+                reply = await health.Check(health_pb2.HealthCheckRequest(service=name))
+                assert reply.status == Status.SERVING
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await health.Check(health_pb2.HealthCheckRequest(service="cat"))
+            assert error.value.code() is grpc.StatusCode.NOT_FOUND
+            unknown = health.Watch(health_pb2.HealthCheckRequest(service="cat"))
+            assert (await unknown.read()).status == Status.SERVICE_UNKNOWN
+            watches = [health.Watch(health_pb2.HealthCheckRequest()) for _ in range(2)]
+            for watch in watches:
+                assert (await watch.read()).status == Status.SERVING
+            watches[0].cancel()
+            fake.failures.append(SystemExit("the worker dies"))
+            async with AsyncClient(server.address) as client:
+                with pytest.raises(Exception, match="lost a thread of this model"):
+                    await client.embed([np.zeros((8, 8), np.uint8)])
+            assert (await watches[1].read()).status == Status.NOT_SERVING
+            assert not server.health.serving
+
+    asyncio.run(main())
+
+
+def test_a_watch_does_not_hold_a_drain(serving, fake):
+    """Who watches hears that the server goes, and is let go when it has drained."""
+
+    async def main():
+        async with (
+            serving(fake) as server,
+            grpc.aio.insecure_channel(server.address) as channel,
+        ):
+            watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+            assert (await watch.read()).status == Status.SERVING
+            assert await asyncio.wait_for(server.drain(limit_s=60), 10) == 0
+            assert (await watch.read()).status == Status.NOT_SERVING
+            assert await watch.read() is grpc.aio.EOF
+
+    asyncio.run(main())
+
+
+def test_reflection_lists_the_services(serving, fake):
+    """A tool that knows nothing of Horace finds its service."""
+
+    async def main():
+        async with (
+            serving(fake) as server,
+            grpc.aio.insecure_channel(server.address) as channel,
+        ):
+            stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+            asked = reflection_pb2.ServerReflectionRequest(list_services="")
+            async for reply in stub.ServerReflectionInfo(iter([asked])):
+                return {service.name for service in reply.list_services_response.service}
+
+    assert {"horace.v1.Horace", "grpc.health.v1.Health"} <= asyncio.run(main())
+
+
+def test_a_busy_port_is_one_line(make_bundle):
+    """A port in use is refused, even one that was bound to be shared."""
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        line = refusal("--bundle", str(make_bundle().path), "--port", str(port))
+    assert line == (
+        f"python -m serve: port 127.0.0.1:{port}: expected a free port, found one in use; "
+        "stop the process that listens there, or choose another with --port (0: any)"
+    )
+
+
+@pytest.mark.parametrize("host", ["203.0.113.1", "no-such-host.invalid"])
+def test_an_address_of_another_machine_is_one_line(host):
+    """The line says that the address is not here, and what to listen on."""
+    line = refusal("--host", host)
+    assert line.startswith(f"python -m serve: port {host}:50051: expected a free port, found no ")
+    assert "listen on 127.0.0.1 or 0.0.0.0 with --host" in line
+
+
+def test_a_missing_bundle_is_one_line(tmp_path):
+    """It names the directory and the command that makes one."""
+    line = refusal("--port", "0", "--bundle", str(tmp_path / "none"))
+    assert line == (
+        f"python -m serve: {tmp_path / 'none'}: expected a bundle directory, found no such "
+        "directory; make one with `python -m train.export RUN --out BUNDLE`"
+    )
+
+
+def test_a_damaged_bundle_is_one_line(make_bundle):
+    """One flipped byte of the graph is noticed before anything is served."""
+    bundle = make_bundle()
+    graph = bundle.path / ENCODER_FILE
+    content = bytearray(graph.read_bytes())
+    content[len(content) // 2] ^= 1
+    graph.write_bytes(content)
+    line = refusal("--port", "0", "--bundle", str(bundle.path))
+    assert f"{graph}: expected SHA-256 {bundle.files[ENCODER_FILE]}, found " in line
+    assert "the file is damaged" in line
+
+
+def test_a_collection_of_another_encoder_is_one_line(make_bundle, tmp_path):
+    """Equal dimension or not: the line names both fingerprints."""
+    from index.build import BuildOptions, build
+
+    made_by, served = make_bundle("one", seed=1), make_bundle("two", seed=2)
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.new("L", (28, 28), 7).save(images / "one.png")
+    build(BuildOptions(images=str(images), encoder=str(made_by.path), out=tmp_path / "c"))
+    line = refusal(
+        "--port", "0", "--bundle", str(served.path), "--collection", f"things={tmp_path / 'c'}"
+    )
+    assert line == (
+        f"python -m serve: --collection things: expected encoder {served.fingerprint} (two), "
+        f"found encoder {made_by.fingerprint}; serve the bundle that made it, or build it again "
+        "with `python -m index.build`"
+    )
+
+
+def test_two_bundles_of_one_name_are_refused_as_bad_use(make_bundle):
+    """The mend names the option that gives one another name."""
+    path = make_bundle().path
+    done = serve("--port", "0", "--bundle", str(path), "--bundle", str(path))
+    assert done.returncode == 2
+    assert "give it one: --bundle NAME=PATH" in done.stderr
+
+
+def test_a_model_that_gives_no_numbers_does_not_become_ready(serving, fake):
+    """Readiness needs a real inference; its failure is an error of the start."""
+
+    async def main():
+        fake.failures.append(RuntimeError("no kernel"))
+        async with serving(fake):
+            pass
+
+    with pytest.raises(Exception, match="the encoder failed on these images"):
+        asyncio.run(main())
+    assert fake.closed
