@@ -80,9 +80,7 @@ def test_missing_file_is_named(make_bundle):
     """A file that the description lists must be there."""
     bundle = make_bundle()
     bundle.encoder_path.unlink()
-    with pytest.raises(
-        BundleError, match=r"encoder\.onnx: expected a file that bundle"
-    ):
+    with pytest.raises(BundleError, match=r"encoder\.onnx: expected a file that bundle"):
         read_bundle(bundle.path)
 
 
