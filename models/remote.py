@@ -23,6 +23,9 @@ from protos import horace_pb2_grpc as pb_grpc
 TIMEOUT_S = 60.0
 """Deadline of one call; a batch of a large encoder takes seconds on a CPU."""
 
+IMAGE_OVERHEAD_BYTES = 64
+"""What an image takes in a message beside its pixels, generously."""
+
 
 class RemoteEncoder:
     """One model of a Horace server. Safe to call from several threads."""
@@ -48,7 +51,7 @@ class RemoteEncoder:
         self.preprocessing = PreprocessSpec.from_json(json.loads(self._model.preprocessing_json))
 
     def __repr__(self) -> str:
-        return f"<RemoteEncoder {self._uri} dim={self.dim} fingerprint={self.fingerprint[:12]}>"
+        return f"<RemoteEncoder {self._uri}>"
 
     @property
     def name(self) -> str:
@@ -81,13 +84,20 @@ class RemoteEncoder:
             FingerprintMismatchError: the server has changed its model.
         """
         check_batch(images_NHWC, self.preprocessing)
-        step = self._model.max_images_per_request
+        step = self._images_per_request()
         parts = [self._encode(images_NHWC[n : n + step]) for n in range(0, len(images_NHWC), step)]
         return np.concatenate([np.empty((0, self.dim), np.float32), *parts])
 
     def close(self) -> None:
         """Close the connection."""
         self._channel.close()
+
+    def _images_per_request(self) -> int:
+        """Keep within what the server takes, in images and in bytes."""
+        spec = self.preprocessing
+        image_bytes = spec.height * spec.width * spec.channels + IMAGE_OVERHEAD_BYTES
+        by_bytes = self._model.max_request_bytes // image_bytes
+        return max(1, min(self._model.max_images_per_request, by_bytes))
 
     def _encode(self, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Embed one request's worth of images."""

@@ -97,7 +97,7 @@ class Hit:
         score: cosine similarity, -1 to 1.
         key: where the image stands in its source.
         label: its class; empty where none is known.
-        source: the source's URI.
+        source: the source's URI, less the directories that it lies in.
         vector: (D,) float32, where it was asked for.
     """
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -156,4 +157,16 @@ def _lay_out(
 
 def _hit(row: Row, score: float) -> pb.Hit:
     """Write one hit."""
-    return pb.Hit(id=row.id, score=score, key=row.key, label=row.label or "", source=row.source)
+    source = public_source(row.source)
+    return pb.Hit(id=row.id, score=score, key=row.key, label=row.label or "", source=source)
+
+
+def public_source(uri: str) -> str:
+    """Name a source to callers without saying where it lies on this machine.
+
+    `folder:/data/photos` becomes `folder:photos`; a source without a path stays as it is.
+    """
+    kind, separator, paths = uri.partition(":")
+    if "/" not in paths:
+        return uri
+    return f"{kind}{separator}{','.join(Path(path).name for path in paths.split(','))}"

@@ -181,7 +181,6 @@ class Server:
         """Open every collection and hold it against the models."""
         if not self._options.collections:
             return
-        logging.getLogger("faiss").setLevel(logging.WARNING)  # it tells at length how it loads
         from index.collection import Collection  # with faiss and pyarrow: only where needed
 
         for named in self._options.collections:

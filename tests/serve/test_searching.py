@@ -17,6 +17,7 @@ from protos import horace_pb2 as pb
 from protos import horace_pb2_grpc as pb_grpc
 from serve.client import AsyncClient
 from serve.errors import PreconditionError, RequestError, UnknownNameError
+from serve.searching import public_source
 
 COUNT = 60
 
@@ -242,3 +243,17 @@ def test_searches_that_wait_are_bounded(place, searching, monkeypatch):
         assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("uri", "public"),
+    [
+        ("fashion-mnist:train", "fashion-mnist:train"),
+        ("folder:/data/private/photos", "folder:photos"),
+        ("wds:/data/shard-{000..009}.tar", "wds:shard-{000..009}.tar"),
+        ("idx:/data/images.gz,/data/labels.gz", "idx:images.gz,labels.gz"),
+    ],
+)
+def test_a_reply_names_a_source_without_its_place(uri, public):
+    """Callers learn what a hit comes from, and nothing of the server's directories."""
+    assert public_source(uri) == public
