@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS ?= cpu,train,test
 DEMO := artifacts/demo
-DEMO_EPOCHS ?= 2
+DEMO_EPOCHS ?= 3
 DEBIAN_DATA := /usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz
 
 .DEFAULT_GOAL := help
@@ -39,7 +39,7 @@ format: $(VENV)/.installed ## Mend format and what lint can mend
 protos: $(VENV)/.installed ## Generate the code of protos/horace.proto
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. protos/horace.proto
 
-bench: $(VENV)/.installed ## Run the benchmarks; results go to benchmarks/results
+bench: $(VENV)/.installed ## Run the benchmarks (photographs: apt-get install mate-backgrounds)
 	$(BIN)/pip install --quiet -e '.[bench]'
 	$(BIN)/python -m benchmarks.decoders
 

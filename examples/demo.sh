@@ -5,7 +5,7 @@ set -euo pipefail
 
 BIN=${BIN:-.venv/bin}
 OUT=${OUT:-artifacts/demo}
-EPOCHS=${EPOCHS:-2}
+EPOCHS=${EPOCHS:-3}
 
 step() {
   printf '\n== %s\n' "$1"

@@ -67,8 +67,9 @@ class ServeOptions:
     max_image_bytes: int = ImageLimits.max_image_bytes
     """The largest encoded image; a larger one is refused by itself."""
 
-    max_image_pixels: int = ImageLimits.max_pixels
-    """The largest image in pixels, looked at before it is decoded."""
+    max_image_pixels: int = 32 << 20
+    """The largest image in pixels, looked at before it is decoded. A transparent one takes up
+    to 14 bytes a pixel while it is decoded."""
 
     stream_requests: int = 8
     """Requests of one stream that are under way at once."""
