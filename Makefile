@@ -41,7 +41,7 @@ protos: $(VENV)/.installed ## Generate the code of protos/horace.proto
 
 bench: $(VENV)/.installed ## Run the benchmarks (photographs: apt-get install mate-backgrounds)
 	$(BIN)/pip install --quiet -e '.[bench]'
-	$(BIN)/python -m benchmarks.decoders
+	$(BIN)/python -m benchmarks.decoders --out benchmarks/results/decoders.json
 
 data: ## Fashion-MNIST from Debian, where that is possible; the commands download it otherwise
 	@test -e $(DEBIAN_DATA) || ! command -v apt-get >/dev/null || [ "$$(id -u)" != 0 ] \
