@@ -44,7 +44,7 @@ from index.segment import EF_SEARCH, FLAT, HNSW, write_segment
 from models.command import progress, run_command
 from models.encoder import Encoder, open_encoder
 from models.errors import UsageError
-from models.files import atomic_directory
+from models.files import atomic_directory, publish_directory
 from models.images import ImageSource, open_source
 
 FLAT_MAX_COUNT = 20_000
@@ -187,7 +187,7 @@ def _build(
             times = {"embed_s": embed_s, "index_s": time.monotonic() - start_s}
             report = {**manifest.build, "reused": reused, **times}
             write_manifest(directory, dataclasses.replace(manifest, build=report))
-        _publish(store.directory / "collection", out, aside=store.directory / "replaced")
+        publish_directory(store.directory / "collection", out, replace=options.replace)
         store.discard()
     return _summary_of(out)
 
@@ -321,18 +321,6 @@ def _is_finished(out: Path) -> bool:
         return read_manifest(out).build.get("run_id") == run_id
     except CollectionError:
         return False
-
-
-def _publish(built: Path, out: Path, *, aside: Path) -> None:
-    """Rename the collection to its place; the one that was there goes to `aside`."""
-    if out.exists():
-        out.rename(aside)
-    built.rename(out)
-    descriptor = os.open(out.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _summary_of(out: Path) -> BuildSummary:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from models.errors import BundleError
+from models.errors import BundleError, HoraceError
 from models.files import atomic_directory, atomic_file, canonical_json, sha256_file
 from models.preprocess import PreprocessSpec
 
@@ -179,7 +179,7 @@ def read_bundle(path: Path, *, verify: bool = True) -> Bundle:
     try:
         bundle = Bundle(
             path=path,
-            name=cast(str, document["name"]),
+            name=str(document["name"]),
             preprocessing=PreprocessSpec.from_json(
                 cast(dict[str, Json], document["preprocessing"])
             ),
@@ -188,11 +188,11 @@ def read_bundle(path: Path, *, verify: bool = True) -> Bundle:
             fingerprint=cast(str, document["fingerprint"]),
             provenance=dict(cast(dict[str, Json], document["provenance"])),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, HoraceError) as error:
         raise BundleError(
             str(path / BUNDLE_FILE),
-            expected=f"a bundle of schema {SCHEMA_VERSION}",
-            found=f"no usable field {error}",
+            expected=f"a bundle of schema {SCHEMA_VERSION} that this Horace can run",
+            found=f"{error}" if isinstance(error, HoraceError) else f"no usable field {error}",
             mend="export it again with `python -m train.export`",
         ) from error
     _check_files(bundle, verify=verify)

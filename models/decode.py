@@ -79,6 +79,11 @@ _MAGIC = (
     (b"MM\0*", "TIFF"),
 )
 
+MAX_RLE_BYTES = 1 << 20
+"""Some .2 s of Python, in which other threads wait."""
+
+TILE_WIDTH_TAG, TILE_LENGTH_TAG = 322, 323
+
 _STRAIGHT_MODES = frozenset({"1", "L", "P", "RGB", "RGBA", "RGBX", "LA", "PA", "CMYK", "YCbCr"})
 _DEEP_GREY_MODES = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
 
@@ -171,6 +176,10 @@ def _decode_with_pillow(kind: str, data: bytes, limits: ImageLimits, grey: bool)
     """Decode anything but JPEG; its plugin by name, for `Image.open` has limits of its own."""
     with _PLUGINS[kind](io.BytesIO(data)) as image:
         limits.check_pixels(image.height, image.width, f"{kind} image")
+        if isinstance(image, TiffImagePlugin.TiffImageFile):
+            _check_tiles(image, limits)
+        if image.tile and image.tile[0].codec_name == "bmp_rle":
+            _check_rle(data)
         if kind == "PNG":  # decoding passes over the checksums of the pixels
             PngImagePlugin.PngImageFile(io.BytesIO(data)).verify()
         if image.mode not in _STRAIGHT_MODES | _DEEP_GREY_MODES:
@@ -184,6 +193,33 @@ def _decode_with_pillow(kind: str, data: bytes, limits: ImageLimits, grey: bool)
         orientation = _pillow_orientation(image)
         flat = to_mode(flatten(image), "L" if grey else "RGB")
     return Picture.whole(turn_upright(np.asarray(flat), orientation))
+
+
+def _check_tiles(image: TiffImagePlugin.TiffImageFile, limits: ImageLimits) -> None:
+    """Refuse a TIFF by its tiles, too: one is decoded whole, however small the image.
+
+    Raises:
+        ImageError: TOO_MANY_PIXELS.
+    """
+    height, width = image.tag_v2.get(TILE_LENGTH_TAG), image.tag_v2.get(TILE_WIDTH_TAG)
+    if isinstance(height, int) and isinstance(width, int):
+        limits.check_pixels(height, width, "a tile of the TIFF image")
+
+
+def _check_rle(data: bytes) -> None:
+    """Refuse a large run-length coded BMP, which Pillow decodes in Python, byte by byte.
+
+    Raises:
+        ImageError: TOO_MANY_BYTES.
+    """
+    if len(data) > MAX_RLE_BYTES:
+        raise ImageError(
+            ImageFault.TOO_MANY_BYTES,
+            "run-length coded BMP image",
+            expected=f"at most {MAX_RLE_BYTES} bytes",
+            found=f"{len(data)} bytes",
+            mend="save it as PNG",
+        )
 
 
 def flatten(image: Image.Image) -> Image.Image:

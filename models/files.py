@@ -7,6 +7,8 @@ Rules:
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -18,6 +20,9 @@ from pathlib import Path
 
 TEMPORARY_PREFIX = ".tmp-"
 CHUNK_BYTES = 1 << 20
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+"""Of renameat2(2): paths are the process's own; swap them."""
 
 
 def sha256_file(path: Path) -> str:
@@ -62,8 +67,8 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
     Args:
         path: the final name; its parents are made.
-        replace: whether an existing `path` is moved aside and then deleted. A reader that
-            has files of the old one open keeps them.
+        replace: whether an existing `path` is exchanged with the new one, then deleted. A
+            reader that has files of the old one open keeps them.
 
     Raises:
         FileExistsError: `path` exists and `replace` is false.
@@ -76,24 +81,49 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o755)
-        for file in temporary.rglob("*"):
+        for file in (temporary, *temporary.rglob("*")):
             _sync(file)
-        _rename_over(temporary, path)
-        _sync(path.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        publish_directory(temporary, path, replace=replace)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # what failed, or what was replaced
 
 
-def _rename_over(temporary: Path, path: Path) -> None:
-    """Rename a directory to `path`, moving aside what is there."""
-    if not path.exists():
-        temporary.rename(path)
+def publish_directory(built: Path, path: Path, *, replace: bool) -> None:
+    """Give a finished directory its name in one step, and put the new name on the disk.
+
+    Args:
+        built: the directory, on the file system of `path`.
+        path: its name from now on.
+        replace: whether `path` may exist. Where it does the two are exchanged, so that
+            `path` is never absent, and `built` is the old one afterwards.
+
+    Raises:
+        OSError: the names cannot be changed; both are as they were.
+    """
+    if replace and path.exists():
+        _exchange(built, path)
+    else:
+        built.rename(path)
+    _sync(path.parent)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Swap two names in one step, or in three where the file system cannot."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    names = [os.fsencode(one.absolute()), os.fsencode(other.absolute())]
+    if libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
         return
-    old = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY_PREFIX}{path.name}.old.", dir=path.parent))
-    path.rename(old / path.name)
-    temporary.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
+    number = ctypes.get_errno()
+    if number not in (errno.EINVAL, errno.ENOSYS):
+        raise OSError(number, os.strerror(number), str(one), None, str(other))
+    aside = one.with_name(f"{one.name}.old")
+    other.rename(aside)
+    try:
+        one.rename(other)
+    except BaseException:
+        aside.rename(other)
+        raise
+    aside.rename(one)
 
 
 def _sync(path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.encoder import check_batch
-from models.errors import EncoderError, FingerprintMismatchError
+from models.errors import EncoderError, FingerprintMismatchError, HoraceError
 from models.preprocess import PreprocessSpec, preprocess
 from models.wire import image_to_wire, vectors_from_wire
 from protos import horace_pb2 as pb
@@ -22,6 +22,26 @@ from protos import horace_pb2_grpc as pb_grpc
 
 TIMEOUT_S = 60.0
 """Deadline of one call; a batch of a large encoder takes seconds on a CPU."""
+
+RETRY = {
+    "maxAttempts": 5,
+    "initialBackoff": "0.2s",
+    "maxBackoff": "5s",
+    "backoffMultiplier": 3,
+    "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+}
+"""gRPC tries again by itself, within the deadline: a server that restarts, or has no room for
+a moment, must not end a build of hours."""
+
+CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    (
+        "grpc.service_config",
+        json.dumps(
+            {"methodConfig": [{"name": [{"service": "horace.v1.Horace"}], "retryPolicy": RETRY}]}
+        ),
+    ),
+)
 
 IMAGE_OVERHEAD_BYTES = 64
 """What an image takes in a message beside its pixels, generously."""
@@ -39,16 +59,15 @@ class RemoteEncoder:
         address, _, model = target.partition("/")
         self._uri = f"horace://{target}"
         self._timeout_s = timeout_s
-        self._channel = grpc.insecure_channel(
-            address, options=[("grpc.max_receive_message_length", -1)]
-        )
+        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._stub = pb_grpc.HoraceStub(self._channel)
         try:
             self._model = self._find_model(model)
-        except EncoderError:
+            spec = json.loads(self._model.preprocessing_json)
+            self.preprocessing = PreprocessSpec.from_json(spec)
+        except (HoraceError, ValueError):
             self._channel.close()
             raise
-        self.preprocessing = PreprocessSpec.from_json(json.loads(self._model.preprocessing_json))
 
     def __repr__(self) -> str:
         return f"<RemoteEncoder {self._uri}>"

@@ -60,9 +60,9 @@ def finish_vectors(
     kept = np.ascontiguousarray(vectors_ND[:, :dims], dtype=np.float32)
     if not normalize:
         return kept
-    squares = np.square(kept, dtype=np.float64).sum(axis=1, keepdims=True)
-    norms = np.sqrt(squares).astype(np.float32)
-    return np.divide(kept, np.where(norms == 0, 1, norms), dtype=np.float32)
+    # In float64 throughout: a float32 norm overflows, or is zero, long before its vector.
+    norms = np.sqrt(np.square(kept, dtype=np.float64).sum(axis=1, keepdims=True))
+    return np.divide(kept, np.where(norms == 0, 1, norms), dtype=np.float64).astype(np.float32)
 
 
 def pack_vectors(vectors_ND: NDArray[np.float32], dtype: str = "fp32") -> PackedVectors:

@@ -10,6 +10,12 @@ from models.vectors import PackedVectors, finish_vectors, pack_vectors, unpack_v
 matrices = hnp.arrays(
     np.float32,
     hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=24),
+    elements=st.floats(-(2.0**127), 2.0**127, width=32),
+)
+
+moderate = hnp.arrays(
+    np.float32,
+    hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=24),
     elements=st.floats(-1e3, 1e3, width=32),
 )
 
@@ -23,8 +29,7 @@ def test_truncated_vectors_are_normalised_again(vectors, data):
     assert finished.dtype == np.float32
     norms = np.linalg.norm(finished.astype(np.float64), axis=1)
     lengths = np.linalg.norm(vectors[:, :dims].astype(np.float64), axis=1)
-    sound = lengths > 1e-30  # below it float32 has no bits left to normalise
-    np.testing.assert_allclose(norms[sound], 1, atol=1e-5)
+    np.testing.assert_allclose(norms[lengths > 0], 1, atol=1e-6)
     assert not np.isnan(finished).any()
 
 
@@ -51,7 +56,7 @@ def test_dims_outside_the_vector_are_refused(dims):
         finish_vectors(np.ones((1, 3), np.float32), dims=dims)
 
 
-@given(matrices, st.sampled_from([("fp32", 0.0), ("fp16", 2**-11), ("int8", 0.5 / 127)]))
+@given(moderate, st.sampled_from([("fp32", 0.0), ("fp16", 2**-11), ("int8", 0.5 / 127)]))
 def test_packing_round_trips_within_the_dtype(vectors, kind):
     """fp32 is exact, fp16 to half its step, int8 to half a 127th of the row's largest."""
     dtype, relative = kind
