@@ -1,9 +1,8 @@
 """Fashion-MNIST by name: Debian's package, then the cache, then a checked download.
 
 Rules:
-    A file is used only if it is what Zalando published: the SHA-256 of its decompressed
-    content is checked after a download, before the file takes its place in the cache.
-    A file in the cache is never replaced while it is good.
+    A download takes its place in the cache only if it is what Zalando published, by the
+    SHA-256 of its decompressed content. Files that are there already are taken as they are.
 
 Source: Xiao, Rasul and Vollgraf, Fashion-MNIST (arXiv 1708.07747), MIT licence;
 https://github.com/zalandoresearch/fashion-mnist.

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.errors import ImageError, ImageFault
+from models.picture import DEFAULT_LIMITS
 
 ImageData: TypeAlias = bytes | NDArray[np.uint8]
 """An encoded file, or uint8 pixels of shape (H, W) or (H, W, C)."""
@@ -32,8 +33,8 @@ IMAGE_SUFFIXES = frozenset(
 )
 """Lower-case file name endings of the formats that `models.preprocess` decodes."""
 
-MAX_READ_BYTES = 1 << 30
-"""No image file is this large; such a file is refused before it takes any memory."""
+MAX_READ_BYTES = DEFAULT_LIMITS.max_image_bytes
+"""A larger file would be refused after it was read; it is refused before it takes memory."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ from typing import IO, BinaryIO, cast
 from models.errors import ImageError, ImageFault, SourceError
 from models.image_source import (
     IMAGE_SUFFIXES,
+    MAX_READ_BYTES,
     ImageData,
     ImageRecord,
     check_read_size,
@@ -50,7 +51,11 @@ MAX_LABEL_BYTES = 1 << 20
 """A larger `.cls` or `.json` is no label and is passed over."""
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_FAULTS = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)
+# The last two are what tarfile's arithmetic makes of mutated headers.
+_FAULTS = (
+    tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError, ValueError, OverflowError
+)  # fmt: skip
+_LABELS = frozenset({".cls", ".json"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +133,16 @@ def expand_shards(pattern: str) -> list[Path]:
     """List the shards that a path, glob or range stands for.
 
     Raises:
-        SourceError: a shard that is named is missing, or nothing matches.
+        SourceError: a shard that is named is missing, nothing matches, or it is no tar by
+            its name.
     """
+    if not SHARD_NAME.search(pattern):
+        raise SourceError(
+            f"shards {pattern}",
+            expected="a name that ends in .tar, .tgz, .tar.gz, .tar.bz2, .tar.xz or .tar.zst",
+            found="a folder" if os.path.isdir(pattern) else repr(Path(pattern).suffix),
+            mend="name the shards, such as 'FOLDER/*.tar', or take folder:PATH for loose images",
+        )
     if os.path.exists(pattern):
         return [Path(pattern)]
     shards: list[Path] = []
@@ -188,18 +201,18 @@ def _sample_records(
     """Yield the images of one sample, with its label."""
     exact = [member for member in sample if _extension(member.name) in IMAGE_SUFFIXES]
     images = exact or [member for member in sample if _suffix(member.name) in IMAGE_SUFFIXES]
-    label = _label(shard, sample) if images else None
+    label = _label(sample) if images else None
     for member in images:
         key = f"{shard_name}/{member.name}"
         yield ImageRecord(key, label, partial(_read_image, shard, member, key))
 
 
-def _label(shard: Path, sample: Sequence[_Member]) -> str | None:
-    """Read the label of a sample, None where it has none that can be read."""
+def _label(sample: Sequence[_Member]) -> str | None:
+    """Give the label of a sample, None where it has none that can be read."""
     texts = {
-        _extension(member.name): _read(shard, member)
+        _extension(member.name): member.data
         for member in sample
-        if _extension(member.name) in {".cls", ".json"} and member.size <= MAX_LABEL_BYTES
+        if _extension(member.name) in _LABELS and member.data is not None
     }
     if ".cls" in texts:
         return texts[".cls"].decode("utf-8", "replace").strip() or None
@@ -288,8 +301,7 @@ def _members(shard: Path) -> Iterator[_Member]:
             for header in archive:
                 if header.isreg() and _matters(header.name):
                     yield _member(archive, header, read=compressed)
-                # Or all headers stay in memory; typeshed leaves out the attribute.
-                archive.members = []  # type: ignore[attr-defined]
+                archive.members = []  # type: ignore[attr-defined]  # or all stay in memory
     except _FAULTS as error:
         raise SourceError(
             f"shard {shard}",
@@ -300,16 +312,14 @@ def _members(shard: Path) -> Iterator[_Member]:
 
 
 def _member(archive: tarfile.TarFile, header: tarfile.TarInfo, *, read: bool) -> _Member:
-    """Describe a member, and read it now where there is no way back to it."""
+    """Describe a member; read it now if it is a label, or if there is no way back to it."""
     data = None
     size = header.size
-    if read:
-        try:
-            check_read_size(size, header.name)
-        except ImageError:
-            pass
-        else:
-            data = cast(IO[bytes], archive.extractfile(header)).read()
+    is_label = _extension(header.name) in _LABELS
+    if (is_label and size <= MAX_LABEL_BYTES) or (
+        read and not is_label and 0 < size <= MAX_READ_BYTES
+    ):
+        data = cast(IO[bytes], archive.extractfile(header)).read()
     return _Member(header.name.removeprefix("./"), header.offset_data, size, data)
 
 
@@ -336,7 +346,7 @@ def _open_zstd(shard: Path) -> object:
 def _matters(name: str) -> bool:
     """Tell whether a member is an image or a label; dot files are neither."""
     hidden = PurePosixPath(name).name.startswith(".")
-    return not hidden and (_suffix(name) in IMAGE_SUFFIXES or _extension(name) in {".cls", ".json"})
+    return not hidden and (_suffix(name) in IMAGE_SUFFIXES or _extension(name) in _LABELS)
 
 
 def _stem(name: str) -> str:

@@ -15,6 +15,7 @@ from models.errors import ImageError, ImageFault, SourceError
 from models.webdataset import TarSource, expand_shards
 
 MODES = {"tar": "w", "tar.gz": "w:gz", "tgz": "w:gz", "tar.bz2": "w:bz2", "tar.xz": "w:xz"}
+MANY = ((".png", b"image"), (".cls", b"cat"))
 KINDS = [*MODES, "tar.zst"]
 
 
@@ -195,3 +196,25 @@ def test_a_shard_that_shrinks_under_a_reader_is_an_image_error(tmp_path: Path) -
     shard.write_bytes(b"")
     with pytest.raises(ImageError, match=r"found s\.tar has become shorter"):
         record.read()
+
+
+@pytest.mark.parametrize("name", ["folder", "photos.zip"])
+def test_what_is_no_tar_by_its_name_is_refused(tmp_path, name):
+    """A folder or another kind of archive is one line with what to name instead."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "photos.zip").write_bytes(b"PK")
+    with pytest.raises(
+        SourceError, match=r"expected a name that ends in \.tar, .*take folder:PATH"
+    ):
+        TarSource(str(tmp_path / name))
+
+
+def test_labels_come_from_the_open_shard(tmp_path, monkeypatch):
+    """A shard is opened once for a walk over its records, however many labels it has."""
+    members = {f"{n:03}{end}": text for n in range(50) for end, text in MANY}
+    path = write_shard(tmp_path / "many.tar", members)
+    opened = []
+    monkeypatch.setattr(Path, "open", lambda p, mode="r": opened.append(p) or open(p, mode))
+    labels = [record.label for record in TarSource(str(path)).records()]
+    assert labels == ["cat"] * 50
+    assert opened == [path]
