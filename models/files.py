@@ -109,13 +109,14 @@ def publish_directory(built: Path, path: Path, *, replace: bool) -> None:
 
 def _exchange(one: Path, other: Path) -> None:
     """Swap two names in one step, or in three where the file system cannot."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    names = [os.fsencode(one.absolute()), os.fsencode(other.absolute())]
-    if libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
-        return
-    number = ctypes.get_errno()
-    if number not in (errno.EINVAL, errno.ENOSYS):
-        raise OSError(number, os.strerror(number), str(one), None, str(other))
+    swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # Linux only
+    if swap is not None:
+        names = [os.fsencode(path.absolute()) for path in (one, other)]
+        if swap(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
+            return
+        number = ctypes.get_errno()
+        if number not in (errno.EINVAL, errno.ENOSYS):  # what the file system cannot do
+            raise OSError(number, os.strerror(number), str(one), None, str(other))
     aside = one.with_name(f"{one.name}.old")
     other.rename(aside)
     try:

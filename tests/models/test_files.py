@@ -1,10 +1,19 @@
+import ctypes
+import errno
 import hashlib
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.files import atomic_directory, atomic_file, canonical_json, sha256_file
+from models.files import (
+    atomic_directory,
+    atomic_file,
+    canonical_json,
+    publish_directory,
+    sha256_file,
+)
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),
@@ -86,3 +95,47 @@ def test_failed_directory_leaves_nothing(tmp_path):
     with pytest.raises(RuntimeError, match="stop"):
         fail()
     assert list(tmp_path.iterdir()) == []
+
+
+def refuse_to_swap(*_: object) -> int:
+    """Answer as a file system does that cannot exchange names."""
+    ctypes.set_errno(errno.EINVAL)
+    return -1
+
+
+def test_where_names_cannot_be_exchanged_three_renames_do(tmp_path, monkeypatch):
+    """The new directory takes the name, and nothing is left of the old one."""
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: SimpleNamespace(renameat2=refuse_to_swap))
+    target = tmp_path / "d"
+    target.mkdir()
+    (target / "old").touch()
+    with atomic_directory(target, replace=True) as temporary:
+        (temporary / "new").touch()
+    assert [path.name for path in target.iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]
+
+
+def test_a_failed_exchange_leaves_the_old_directory_in_its_place(tmp_path, monkeypatch):
+    """Where the second of the three renames fails, the first is undone."""
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: SimpleNamespace())
+    built, target = tmp_path / "built", tmp_path / "d"
+    target.mkdir()
+    (target / "old").touch()
+    with pytest.raises(FileNotFoundError):
+        publish_directory(built, target, replace=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]
+    assert [path.name for path in target.iterdir()] == ["old"]
+
+
+def test_a_directory_that_appeared_meanwhile_is_not_replaced(tmp_path):
+    """Without `replace` the name must be free at the very end, too."""
+
+    def build() -> None:
+        with atomic_directory(tmp_path / "d") as temporary:
+            (temporary / "new").touch()
+            (tmp_path / "d").mkdir()
+            (tmp_path / "d" / "precious").touch()
+
+    with pytest.raises(OSError, match="not empty"):
+        build()
+    assert [path.name for path in (tmp_path / "d").iterdir()] == ["precious"]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import struct
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -359,3 +361,34 @@ def test_a_picture_of_whole_pixels_fills_them() -> None:
     """The usual case: nothing was reduced."""
     picture = Picture.whole(np.zeros((3, 5), np.uint8))
     assert (picture.top, picture.left, picture.height, picture.width) == (0, 0, 3, 5)
+
+
+def test_a_tile_counts_against_the_limit_however_small_the_image() -> None:
+    """A TIFF of one pixel whose tile has 1.6 gigapixels is refused before it is inflated."""
+    tags = [
+        (256, 4, 1), (257, 4, 1), (258, 3, 8), (259, 3, 8), (262, 3, 1), (277, 3, 1),
+        (322, 4, 40_000), (323, 4, 40_000), (324, 4, 8), (325, 4, 16),
+    ]  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    tile = zlib.compress(bytes(8))[:16].ljust(16, b"\0")
+    ifd = struct.pack("<H", len(tags)) + entries + bytes(4)
+    bomb = struct.pack("<2sHI", b"II", 42, 24) + tile + ifd
+    fault, text = fault_of(partial(decode, bomb))
+    assert fault is ImageFault.TOO_MANY_PIXELS
+    assert "a tile of the TIFF image" in text
+    assert "found 40000 x 40000" in text
+
+
+def test_a_large_run_length_bmp_is_refused() -> None:
+    """Its decoder is Python; a small one is decoded, a large one would hold all other threads."""
+    palette = bytes(range(256)) * 4
+
+    def rle_bmp(runs: bytes) -> bytes:
+        info = struct.pack("<IiiHHIIiiII", 40, 4, 1, 1, 8, 1, len(runs), 0, 0, 256, 0)
+        start = 14 + len(info) + len(palette)
+        return struct.pack("<2sIHHI", b"BM", start + len(runs), 0, 0, start) + info + palette + runs
+
+    assert decode(rle_bmp(b"\x04\x07\x00\x01")).pixels.shape == (1, 4, 3)
+    fault, text = fault_of(partial(decode, rle_bmp(bytes(2 << 20))))
+    assert fault is ImageFault.TOO_MANY_BYTES
+    assert "run-length coded BMP image: expected at most 1048576 bytes" in text
