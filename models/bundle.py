@@ -188,7 +188,7 @@ def read_bundle(path: Path, *, verify: bool = True) -> Bundle:
             fingerprint=cast(str, document["fingerprint"]),
             provenance=dict(cast(dict[str, Json], document["provenance"])),
         )
-    except (KeyError, TypeError, ValueError, HoraceError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, HoraceError) as error:
         raise BundleError(
             str(path / BUNDLE_FILE),
             expected=f"a bundle of schema {SCHEMA_VERSION} that this Horace can run",
@@ -240,7 +240,7 @@ def _read_document(path: Path) -> dict[str, Json]:
     try:
         document = json.loads(file.read_bytes())
         version = document["schema_version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BundleError(
             str(file), expected="JSON with a schema_version", found="something else"
         ) from error

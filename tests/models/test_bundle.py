@@ -98,6 +98,11 @@ def test_edited_description_does_not_pass_for_another_encoder(make_bundle):
         ({"schema_version": 99}, "expected schema version 1, found version 99"),
         ({"files": None}, "expected a bundle of schema 1"),
         ({"output": {}}, "no usable field 'dim'"),
+        ({"output": {"dim": float("inf")}}, "no usable field cannot convert float infinity"),
+        (
+            {"preprocessing": SPEC.to_json() | {"revision": 2}},
+            r"bundle\.json: expected .*, found preprocessing\.revision: .*; export it again",
+        ),
     ],
 )
 def test_description_of_another_shape_is_refused(make_bundle, fields, message):
@@ -111,9 +116,10 @@ def test_description_of_another_shape_is_refused(make_bundle, fields, message):
 def test_description_that_is_no_json_is_refused(make_bundle):
     """Half a description is refused."""
     bundle = make_bundle()
-    (bundle.path / "bundle.json").write_text('{"schema_version": 1')
-    with pytest.raises(BundleError, match="expected JSON with a schema_version"):
-        read_bundle(bundle.path)
+    for text in ('{"schema_version": 1', "[" * 100_000, "[]"):
+        (bundle.path / "bundle.json").write_text(text)
+        with pytest.raises(BundleError, match="expected JSON with a schema_version"):
+            read_bundle(bundle.path)
 
 
 def test_file_names_cannot_leave_the_bundle(make_bundle, tmp_path):
