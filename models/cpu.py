@@ -40,7 +40,8 @@ def share_cpus(budget: int) -> CpuShares:
 
     Inference may use all of them: it dominates for every encoder but the smallest, and its
     threads do not spin while they wait (see `models.runtime`). Decoding has half as many,
-    so that a burst of images never takes more than a third of the runnable threads.
+    so that a burst of images never takes more than a third of the runnable threads. Where
+    several models are served they share the inference threads, each with at least one.
     """
     return CpuShares(decode_threads=max(1, budget // 2), inference_threads=budget)
 

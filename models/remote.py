@@ -33,13 +33,14 @@ RETRY = {
 """gRPC tries again by itself, within the deadline: a server that restarts, or has no room for
 a moment, must not end a build of hours."""
 
+RETRIED_METHOD = {"service": "horace.v1.Horace", "method": "Embed"}
+"""Opening is not tried again: a wrong address should be told at once."""
+
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     (
         "grpc.service_config",
-        json.dumps(
-            {"methodConfig": [{"name": [{"service": "horace.v1.Horace"}], "retryPolicy": RETRY}]}
-        ),
+        json.dumps({"methodConfig": [{"name": [RETRIED_METHOD], "retryPolicy": RETRY}]}),
     ),
 )
 

@@ -6,6 +6,7 @@ what the others write. It knows messages only: no channel, no status code of gRP
 
 from __future__ import annotations
 
+from os import PathLike
 from typing import cast
 
 import numpy as np
@@ -63,10 +64,18 @@ def image_to_wire(image: bytes | NDArray[np.uint8]) -> pb.Image:
     """Wrap an encoded file, or (H, W) or (H, W, C) uint8 pixels.
 
     Raises:
-        UsageError: an array of another dtype or rank.
+        UsageError: something else, or an array of another dtype or rank.
     """
     if isinstance(image, bytes | bytearray | memoryview):
         return pb.Image(encoded=bytes(image))
+    if not isinstance(image, np.ndarray):
+        path = isinstance(image, str | PathLike)
+        raise UsageError(
+            "image",
+            expected="the bytes of a file, or a uint8 array",
+            found=f"{type(image).__name__} {image!r:.80}",
+            mend="read the file with Path(...).read_bytes()" if path else None,
+        )
     if image.dtype != np.uint8 or image.ndim not in (2, 3):
         raise UsageError(
             "image array",
@@ -80,7 +89,7 @@ def image_to_wire(image: bytes | NDArray[np.uint8]) -> pb.Image:
 
 
 def image_from_wire(message: pb.Image) -> bytes | NDArray[np.uint8]:
-    """Give an encoded file as bytes, raw pixels as (H, W, C) uint8; neither is copied.
+    """Give an encoded file as bytes, raw pixels as (H, W, C) uint8; both are copied once.
 
     Raises:
         ImageError: no image is set, or pixels and shape do not agree.
@@ -91,16 +100,17 @@ def image_from_wire(message: pb.Image) -> bytes | NDArray[np.uint8]:
     if kind is None:
         raise ImageError(ImageFault.EMPTY, "image", expected="encoded or raw", found="neither")
     raw = message.raw
+    pixels = raw.pixels  # every access copies
     shape = (raw.height, raw.width, raw.channels)
     expected = raw.height * raw.width * raw.channels
-    if expected != len(raw.pixels) or expected == 0:
+    if expected != len(pixels) or expected == 0:
         raise ImageError(
             ImageFault.WRONG_SHAPE,
             f"raw image of shape {shape}",
             expected=f"{expected} bytes" if expected else "a positive size",
-            found=f"{len(raw.pixels)} bytes",
+            found=f"{len(pixels)} bytes",
         )
-    return np.frombuffer(raw.pixels, dtype=np.uint8).reshape(shape)
+    return np.frombuffer(pixels, dtype=np.uint8).reshape(shape)
 
 
 def image_error_to_wire(error: ImageError) -> pb.ItemStatus:

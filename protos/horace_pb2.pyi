@@ -26,6 +26,8 @@ class ItemCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     WRONG_SHAPE: _ClassVar[ItemCode]
     NOT_FOUND: _ClassVar[ItemCode]
     WRONG_QUERY: _ClassVar[ItemCode]
+    NOT_FINITE: _ClassVar[ItemCode]
+    OUT_OF_RANGE: _ClassVar[ItemCode]
 DTYPE_UNSPECIFIED: DType
 FP32: DType
 FP16: DType
@@ -40,6 +42,8 @@ CORRUPT: ItemCode
 WRONG_SHAPE: ItemCode
 NOT_FOUND: ItemCode
 WRONG_QUERY: ItemCode
+NOT_FINITE: ItemCode
+OUT_OF_RANGE: ItemCode
 
 class ItemStatus(_message.Message):
     __slots__ = ("code", "message")

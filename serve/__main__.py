@@ -4,7 +4,7 @@ Rules:
     One line on stdout says that the server is ready and where; logs go to stderr.
     SIGTERM or SIGINT drains: not ready, calls under way are answered, exit status 0. After
     `--drain-s` what is left is cut off, and the exit status is 1; a second signal cuts off
-    at once.
+    at once. A signal before the server is ready ends it with exit status 0.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ async def _serve(options: ServeOptions) -> None:
     """Start, say so, wait for a signal, drain."""
     server = Server(options)
     signals = _listen_for_signals()
-    await server.start()
+    if not await _start(server, signals):
+        return
     print(_ready_line(server), flush=True)
     log.info("stopping on %s", await signals.get())
     draining = asyncio.create_task(server.drain(limit_s=options.drain_s))
@@ -51,6 +52,21 @@ async def _serve(options: ServeOptions) -> None:
     if cut_off := draining.result():
         raise _cut_off(cut_off, f"that {options.drain_s:g} s were over")
     log.info("stopped; every call was answered")
+
+
+async def _start(server: Server, signals: asyncio.Queue[str]) -> bool:
+    """Start unless a signal comes first; whether the server is ready."""
+    starting = asyncio.create_task(server.start())
+    stopping = asyncio.create_task(signals.get())
+    await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
+    if starting.done():
+        stopping.cancel()
+        await starting
+        return True
+    log.info("stopping on %s, before the server was ready", stopping.result())
+    starting.cancel()
+    await asyncio.wait([starting])
+    return False
 
 
 def _listen_for_signals() -> asyncio.Queue[str]:

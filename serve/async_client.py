@@ -13,17 +13,18 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
+from models.image_source import ImageData
+from serve.arguments import check_timeout
 from serve.channel import (
     CHANNEL_OPTIONS,
     STREAM_IMAGES,
     STREAM_IN_FLIGHT,
-    TIMEOUT_S,
     make_planner,
     methods_of,
     read_failure,
 )
-from serve.plans import Call, Plan, Step
-from serve.requests import EmbedOptions, ImageData, Images, SearchOptions, Vectors, make_queries
+from serve.plans import TIMEOUT_S, Call, Failure, Plan, Step
+from serve.requests import EmbedOptions, Images, SearchOptions, Vectors, check_stream, make_queries
 from serve.results import CollectionInfo, EmbedResult, ModelInfo, SearchResult
 from serve.retry import RetryPolicy
 from serve.streams import AsyncFeed
@@ -48,9 +49,9 @@ class AsyncClient:
         rng: random.Random | None = None,
     ) -> None:
         """Talk to the server at `host:port`; the arguments are those of `Client`."""
-        self._timeout_s = timeout_s
         self._sleep = sleep
-        self._planner = make_planner(target, retry, clock, rng)
+        self._closed = False
+        self._planner = make_planner(target, retry, clock, rng, timeout_s)
         self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
         self._methods = methods_of(self._channel)
 
@@ -69,7 +70,8 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Close the connection; calls under way end."""
+        """Close the connection; calls under way end, with `UnavailableError`."""
+        self._closed = True
         await self._channel.close()
 
     async def embed(
@@ -84,7 +86,7 @@ class AsyncClient:
     ) -> EmbedResult:
         """Embed one to many images; see `Client.embed`."""
         options = EmbedOptions(model=model, dims=dims, normalize=normalize, dtype=dtype)
-        return await self._drive(self._planner.embed(images, options, timeout_s or self._timeout_s))
+        return await self._drive(self._planner.embed(images, options, timeout_s))
 
     async def search(
         self,
@@ -104,7 +106,7 @@ class AsyncClient:
         options = SearchOptions(
             collection=collection, k=k, exact=exact, include_vectors=include_vectors
         )
-        plan = self._planner.search(queries, options, timeout_s or self._timeout_s)
+        plan = self._planner.search(queries, options, timeout_s)
         return await self._drive(plan)
 
     async def embed_stream(
@@ -119,16 +121,21 @@ class AsyncClient:
         in_flight: int = STREAM_IN_FLIGHT,
         timeout_s: float | None = None,
     ) -> AsyncIterator[EmbedResult]:
-        """Embed an iterable of any length and either kind; see `Client.embed_stream`."""
+        """Embed an iterable of any length and either kind; see `Client.embed_stream`.
+
+        A plain iterable is read on other threads, one image at a time.
+        """
+        check_stream(images)
+        limit_s = None if timeout_s is None else check_timeout(timeout_s)
         options = EmbedOptions(model=model, dims=dims, normalize=normalize, dtype=dtype)
-        plan = self._planner.stream_request_size(images_per_request, self._timeout_s)
+        plan = self._planner.stream_request_size(images_per_request)
         feed = AsyncFeed(images, await self._drive(plan), options, in_flight)
-        call = self._methods["EmbedStream"](aiter(feed), timeout=timeout_s)
+        call = self._methods["EmbedStream"](aiter(feed), timeout=limit_s)
         try:
             async for reply in call:
                 yield self._planner.read_stream_reply(reply, feed.answered())
-        except grpc.RpcError as error:
-            raise self._planner.error(read_failure(error), "EmbedStream", timeout_s or 0) from None
+        except (grpc.RpcError, asyncio.CancelledError) as error:
+            raise self._planner.error(self._failure(error), "EmbedStream", limit_s or 0) from None
         finally:
             call.cancel()
         if feed.error is not None:
@@ -136,15 +143,15 @@ class AsyncClient:
 
     async def list_models(self, *, timeout_s: float | None = None) -> list[ModelInfo]:
         """Ask which models there are; the default one says so."""
-        return await self._drive(self._planner.list_models(timeout_s or self._timeout_s))
+        return await self._drive(self._planner.list_models(timeout_s))
 
     async def list_collections(self, *, timeout_s: float | None = None) -> list[CollectionInfo]:
         """Ask which collections there are."""
-        return await self._drive(self._planner.list_collections(timeout_s or self._timeout_s))
+        return await self._drive(self._planner.list_collections(timeout_s))
 
     async def health(self, service: str = "", *, timeout_s: float | None = None) -> bool:
         """Ask whether a service serves, such as `horace.v1.Horace`; all where empty."""
-        return await self._drive(self._planner.health(service, timeout_s or self._timeout_s))
+        return await self._drive(self._planner.health(service, timeout_s))
 
     async def _drive(self, plan: Plan[Value]) -> Value:
         """Perform a plan to its end."""
@@ -162,7 +169,24 @@ class AsyncClient:
         if not isinstance(step, Call):
             await self._sleep(step.seconds)
             return None
+        if self._closed:
+            raise self._planner.closed()
         try:
             return await self._methods[step.method](step.request, timeout=step.timeout_s)
-        except grpc.RpcError as error:
-            return read_failure(error)
+        except (grpc.RpcError, asyncio.CancelledError) as error:
+            return self._failure(error)
+
+    def _failure(self, error: BaseException) -> Failure:
+        """Read how a call ended; our caller's own cancellation goes on.
+
+        Raises:
+            UnavailableError: the client was closed meanwhile; gRPC cancels its calls then.
+        """
+        task = asyncio.current_task()
+        if isinstance(error, asyncio.CancelledError) and (task is None or task.cancelling()):
+            raise error
+        if self._closed:
+            raise self._planner.closed() from None
+        if not isinstance(error, grpc.RpcError):
+            raise error
+        return read_failure(error)

@@ -10,7 +10,9 @@ Rules:
     anchored to the oldest waiting arrival. Batches grow only while every instance is busy.
     Images run in the order in which they became ready.
     What a request holds (images, bytes) is bounded and counted from its admission until it
-    is over; one that does not fit is refused at once. An empty batcher admits any request.
+    is over; one that does not fit is refused at once, or waits in line if it asks to. An
+    empty batcher admits any request.
+    The line is first come, first served: nobody is admitted past its head, however small.
     A request that is cancelled, or whose deadline has passed, is computed no further.
 
 It does not know what an image is, how long one takes, or who is asking.
@@ -21,118 +23,12 @@ dynamic batcher, which counts from the oldest request.
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic
 
 from serve.errors import QueueFullError
-
-
-@dataclass(eq=False, kw_only=True)
-class Ticket:
-    """One request in the batcher, from its admission until it is over.
-
-    Attributes:
-        images: how many images it has.
-        held_bytes: memory that it keeps, in bytes: its payload and what that decodes to.
-        arrived_s: when it came.
-        deadline_s: from when on nobody waits for it.
-        preparing: images neither ready nor settled yet.
-        waiting: images that are ready and in no batch yet.
-        running: images in batches that run.
-        gone: whether its caller has gone, so that nothing more of it is computed.
-    """
-
-    images: int
-    held_bytes: int = 0
-    arrived_s: float = 0.0
-    deadline_s: float = math.inf
-    preparing: int = field(init=False, default=0)
-    waiting: int = field(init=False, default=0)
-    running: int = field(init=False, default=0)
-    gone: bool = field(init=False, default=False)
-
-    @property
-    def over(self) -> bool:
-        """Whether nothing of it is being prepared, waits or runs."""
-        return not (self.preparing or self.waiting or self.running)
-
-
-TicketT = TypeVar("TicketT", bound=Ticket)
-
-
-@dataclass(eq=False, slots=True)
-class Part(Generic[TicketT]):
-    """Images of one ticket that wait or run together.
-
-    Attributes:
-        ticket: whose images these are.
-        positions: their places in the request.
-        ready_s: when they became ready.
-    """
-
-    ticket: TicketT
-    positions: Sequence[int]
-    ready_s: float
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Batch(Generic[TicketT]):
-    """Images to run together, in this order."""
-
-    parts: tuple[Part[TicketT], ...]
-    images: int
-
-
-@dataclass(frozen=True, slots=True)
-class Decision(Generic[TicketT]):
-    """What to do now.
-
-    Attributes:
-        batch: run this on the instance that asked; None where there is nothing to run.
-        expired: tell these callers that their deadline passed; they are dropped already.
-        wake_at_s: ask again at this time, unless something becomes ready before; None
-            where only a new event can change the answer.
-    """
-
-    batch: Batch[TicketT] | None = None
-    expired: tuple[TicketT, ...] = ()
-    wake_at_s: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class BatcherStatistics:
-    """The batcher at one moment, and what it has done since it was made.
-
-    Attributes:
-        held_requests: requests admitted and not over.
-        held_images: their images.
-        held_bytes: their bytes.
-        waiting_images: images that are ready and wait for an instance.
-        running_images: images in batches that run.
-        running_batches: busy instances.
-        admitted_requests: all that were ever admitted.
-        refused_requests: those for which there was no room.
-        cancelled_requests: those whose callers went before the reply.
-        expired_requests: those whose deadline passed while they waited.
-        computed_images: images in batches that have finished.
-        computed_batches: batches that have finished.
-    """
-
-    held_requests: int
-    held_images: int
-    held_bytes: int
-    waiting_images: int
-    running_images: int
-    running_batches: int
-    admitted_requests: int
-    refused_requests: int
-    cancelled_requests: int
-    expired_requests: int
-    computed_images: int
-    computed_batches: int
+from serve.tickets import Batch, BatcherStatistics, Decision, Part, TicketT
 
 
 class Batcher(Generic[TicketT]):
@@ -166,6 +62,7 @@ class Batcher(Generic[TicketT]):
         self._instances = instances
         self._queue: OrderedDict[Part[TicketT], None] = OrderedDict()
         self._held: dict[TicketT, set[Part[TicketT]]] = {}  # with their waiting parts
+        self._line: dict[TicketT, None] = {}  # those who wait for room, in order
         self._held_images = self._held_bytes = 0
         self._waiting_images = self._running_images = self._running_batches = 0
         self._admitted = self._refused = self._cancelled = self._expired = 0
@@ -179,29 +76,45 @@ class Batcher(Generic[TicketT]):
             f"{self._held_bytes}/{self._max_held_bytes} bytes>"
         )
 
-    def admit(self, ticket: TicketT) -> None:
+    def admit(self, ticket: TicketT, *, line_up: bool = False) -> bool:
         """Take a request in; `ready` and `settle` account for each of its images later.
 
+        Args:
+            ticket: the request.
+            line_up: where there is no room, wait in line for `admit_line`.
+
+        Returns:
+            Whether it is admitted now.
+
         Raises:
-            QueueFullError: it does not fit beside what is held.
+            QueueFullError: it does not fit beside what is held and who waits already, and
+                `line_up` is false.
         """
         assert ticket.images > 0
-        images = self._held_images + ticket.images
-        held_bytes = self._held_bytes + ticket.held_bytes
-        fits = images <= self._max_held_images and held_bytes <= self._max_held_bytes
-        if self._held and not fits:
-            self._refused += 1
-            raise QueueFullError(
-                "queue",
-                expected=f"room for {ticket.images} images and {ticket.held_bytes} bytes",
-                found=f"{self._held_images} of {self._max_held_images} images and "
-                f"{self._held_bytes} of {self._max_held_bytes} bytes taken",
-                mend="try again later, or elsewhere",
-            )
-        self._held[ticket] = set()
-        self._held_images, self._held_bytes = images, held_bytes
-        self._admitted += 1
-        ticket.preparing = ticket.images
+        if not self._line and self._fits(ticket):
+            self._hold(ticket)
+            return True
+        if line_up:
+            self._line[ticket] = None
+            return False
+        self._refused += 1
+        raise QueueFullError(
+            "queue",
+            expected=f"room for {ticket.images} images and {ticket.held_bytes} bytes",
+            found=f"{self._held_images} of {self._max_held_images} images and "
+            f"{self._held_bytes} of {self._max_held_bytes} bytes taken, "
+            f"{len(self._line)} requests in line",
+            mend="try again later, or elsewhere",
+        )
+
+    def admit_line(self) -> tuple[TicketT, ...]:
+        """Admit those at the head of the line who fit now; ask after whatever may free room."""
+        admitted: tuple[TicketT, ...] = ()
+        while self._line and self._fits(head := next(iter(self._line))):
+            del self._line[head]
+            self._hold(head)
+            admitted += (head,)
+        return admitted
 
     def ready(self, ticket: TicketT, positions: Sequence[int], now_s: float) -> None:
         """Queue images of `ticket` that can be computed now."""
@@ -222,9 +135,24 @@ class Batcher(Generic[TicketT]):
         assert ticket.preparing >= 0
         return self._release_if_over(ticket) and not ticket.gone
 
-    def cancel(self, ticket: TicketT) -> None:
-        """Forget a ticket whose caller has gone; what runs of it runs on unseen."""
-        if ticket in self._held and not ticket.gone:
+    def cancel(self, ticket: TicketT, *, unprepared: bool = False) -> None:
+        """Forget a ticket whose caller has gone; what runs of it runs on unseen.
+
+        Args:
+            ticket: the request.
+            unprepared: whether its images will never come to `ready` or `settle`.
+        """
+        if ticket in self._line:
+            self._cancelled += 1
+            del self._line[ticket]
+            ticket.gone = True
+        if ticket not in self._held:
+            return
+        if unprepared:
+            ticket.preparing = 0
+        if ticket.gone:
+            self._release_if_over(ticket)
+        else:
             self._cancelled += 1
             self._drop(ticket)
 
@@ -285,12 +213,13 @@ class Batcher(Generic[TicketT]):
 
     @property
     def tickets(self) -> tuple[TicketT, ...]:
-        """Every ticket that is not over."""
-        return tuple(self._held)
+        """Every ticket that is not over, those in line included."""
+        return (*self._held, *self._line)
 
     def statistics(self) -> BatcherStatistics:
         """Give the present state and the counts so far."""
         return BatcherStatistics(
+            lined_up_requests=len(self._line),
             held_requests=len(self._held),
             held_images=self._held_images,
             held_bytes=self._held_bytes,
@@ -304,6 +233,21 @@ class Batcher(Generic[TicketT]):
             computed_images=self._computed_images,
             computed_batches=self._computed_batches,
         )
+
+    def _fits(self, ticket: TicketT) -> bool:
+        """Whether there is room for a ticket beside what is held."""
+        images = self._held_images + ticket.images
+        held_bytes = self._held_bytes + ticket.held_bytes
+        fits = images <= self._max_held_images and held_bytes <= self._max_held_bytes
+        return fits or not self._held
+
+    def _hold(self, ticket: TicketT) -> None:
+        """Count what a ticket holds, from now until it is over."""
+        self._held[ticket] = set()
+        self._held_images += ticket.images
+        self._held_bytes += ticket.held_bytes
+        self._admitted += 1
+        ticket.preparing = ticket.images
 
     def _take_head(self, room: int) -> Part[TicketT]:
         """Take up to `room` images of the oldest part out of the queue."""

@@ -13,9 +13,6 @@ from protos import horace_pb2_grpc as pb_grpc
 from serve.plans import Failure, Planner
 from serve.retry import RetryPolicy
 
-TIMEOUT_S = 60.0
-"""Of one operation, with all its requests and retries."""
-
 STREAM_IMAGES = 32
 """Images a request of a stream."""
 
@@ -40,9 +37,16 @@ def make_planner(
     retry: RetryPolicy | None,
     clock: Callable[[], float],
     rng: random.Random | None,
+    timeout_s: float,
 ) -> Planner:
     """Plan for one client."""
-    return Planner(target, retry=retry or RetryPolicy(), clock=clock, rng=rng or random.Random())
+    return Planner(
+        target,
+        retry=retry or RetryPolicy(),
+        clock=clock,
+        rng=rng or random.Random(),
+        timeout_s=timeout_s,
+    )
 
 
 def methods_of(channel: Any) -> dict[str, Callable[..., Any]]:  # either kind of channel

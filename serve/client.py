@@ -24,19 +24,20 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
+from models.image_source import ImageData
+from serve.arguments import check_timeout
 from serve.async_client import AsyncClient
 from serve.channel import (
     CHANNEL_OPTIONS,
     STREAM_IMAGES,
     STREAM_IN_FLIGHT,
-    TIMEOUT_S,
     make_planner,
     methods_of,
     read_failure,
 )
 from serve.errors import ServeError
-from serve.plans import Call, Plan, Step
-from serve.requests import EmbedOptions, ImageData, Images, SearchOptions, Vectors, make_queries
+from serve.plans import TIMEOUT_S, Call, Failure, Plan, Step
+from serve.requests import EmbedOptions, Images, SearchOptions, Vectors, check_stream, make_queries
 from serve.results import (
     CollectionInfo,
     EmbedResult,
@@ -95,9 +96,9 @@ class Client:
             sleep: waits between attempts.
             rng: what those waits are drawn from.
         """
-        self._timeout_s = timeout_s
         self._sleep = sleep
-        self._planner = make_planner(target, retry, clock, rng)
+        self._closed = False
+        self._planner = make_planner(target, retry, clock, rng, timeout_s)
         self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
         self._methods = methods_of(self._channel)
 
@@ -116,7 +117,8 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close the connection; calls under way end."""
+        """Close the connection; calls under way end, with `UnavailableError`."""
+        self._closed = True
         self._channel.close()
 
     def embed(
@@ -140,7 +142,7 @@ class Client:
             timeout_s: for all of it.
         """
         options = EmbedOptions(model=model, dims=dims, normalize=normalize, dtype=dtype)
-        return self._drive(self._planner.embed(images, options, timeout_s or self._timeout_s))
+        return self._drive(self._planner.embed(images, options, timeout_s))
 
     def search(
         self,
@@ -172,7 +174,7 @@ class Client:
         options = SearchOptions(
             collection=collection, k=k, exact=exact, include_vectors=include_vectors
         )
-        return self._drive(self._planner.search(queries, options, timeout_s or self._timeout_s))
+        return self._drive(self._planner.search(queries, options, timeout_s))
 
     def embed_stream(
         self,
@@ -201,15 +203,17 @@ class Client:
             in_flight: requests that may wait for their replies.
             timeout_s: for the whole stream; no limit where None.
         """
+        check_stream(images)
+        limit_s = None if timeout_s is None else check_timeout(timeout_s)
         options = EmbedOptions(model=model, dims=dims, normalize=normalize, dtype=dtype)
-        size = self._drive(self._planner.stream_request_size(images_per_request, self._timeout_s))
+        size = self._drive(self._planner.stream_request_size(images_per_request))
         feed = Feed(images, size, options, in_flight)
-        call = self._methods["EmbedStream"](iter(feed), timeout=timeout_s)
+        call = self._methods["EmbedStream"](iter(feed), timeout=limit_s)
         try:
             for reply in call:
                 yield self._planner.read_stream_reply(reply, feed.answered())
         except grpc.RpcError as error:
-            raise self._planner.error(read_failure(error), "EmbedStream", timeout_s or 0) from None
+            raise self._planner.error(self._failure(error), "EmbedStream", limit_s or 0) from None
         finally:
             feed.stop()
             call.cancel()
@@ -218,15 +222,15 @@ class Client:
 
     def list_models(self, *, timeout_s: float | None = None) -> list[ModelInfo]:
         """Ask which models there are; the default one says so."""
-        return self._drive(self._planner.list_models(timeout_s or self._timeout_s))
+        return self._drive(self._planner.list_models(timeout_s))
 
     def list_collections(self, *, timeout_s: float | None = None) -> list[CollectionInfo]:
         """Ask which collections there are."""
-        return self._drive(self._planner.list_collections(timeout_s or self._timeout_s))
+        return self._drive(self._planner.list_collections(timeout_s))
 
     def health(self, service: str = "", *, timeout_s: float | None = None) -> bool:
         """Ask whether a service serves, such as `horace.v1.Horace`; all where empty."""
-        return self._drive(self._planner.health(service, timeout_s or self._timeout_s))
+        return self._drive(self._planner.health(service, timeout_s))
 
     def _drive(self, plan: Plan[Value]) -> Value:
         """Perform a plan to its end."""
@@ -244,7 +248,21 @@ class Client:
         if not isinstance(step, Call):
             self._sleep(step.seconds)
             return None
+        if self._closed:
+            raise self._planner.closed()
         try:
             return self._methods[step.method](step.request, timeout=step.timeout_s)
-        except grpc.RpcError as error:
-            return read_failure(error)
+        except (grpc.RpcError, ValueError) as error:  # the latter on a closed channel
+            return self._failure(error)
+
+    def _failure(self, error: Exception) -> Failure:
+        """Read how a call ended.
+
+        Raises:
+            UnavailableError: the client was closed meanwhile.
+        """
+        if self._closed:
+            raise self._planner.closed() from None
+        if not isinstance(error, grpc.RpcError):
+            raise error
+        return read_failure(error)

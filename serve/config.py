@@ -74,8 +74,12 @@ class ServeOptions:
     stream_requests: int = 8
     """Requests of one stream that are under way at once."""
 
+    max_calls: int = 1024
+    """Calls and streams that are open at once; one beyond them is refused unread."""
+
     cpu_budget: int | None = None
-    """CPUs for decoding and inference; those that the process may use where not given."""
+    """CPUs for decoding and inference; those that the process may use where not given. The
+    models share them evenly, each model's among its instances; no model has less than one."""
 
     drain_s: float = 30.0
     """How long requests under way may take after SIGTERM."""
@@ -133,6 +137,7 @@ POSITIVE = (
     "max_image_bytes",
     "max_image_pixels",
     "stream_requests",
+    "max_calls",
     "cpu_budget",
 )
 """Options that count something."""

@@ -1,7 +1,10 @@
 """Runs one model: images in from the event loop, decoded, batched, computed, vectors out.
 
 Rules:
-    A request is admitted or refused before anything is done for it.
+    A request is admitted or refused before anything is done for it: its images are not even
+    read out of the message before there is room for them.
+    Every change of the batcher is made in `_changing`, which admits whoever it makes room
+    for: no waiting request depends on another being answered.
     Images are decoded by a pool ahead of the queue, each with its own error: a bad image is
     settled there and its batchmates never hear of it. Pixels that need no more than a cut
     do not change threads for it.
@@ -21,7 +24,8 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -29,11 +33,13 @@ from numpy.typing import NDArray
 
 from models.encoder import Encoder
 from models.errors import EncoderError, ImageError, ImageFault
+from models.image_source import ImageData
 from models.preprocess import DEFAULT_LIMITS, ImageLimits, PreprocessSpec, preprocess
-from serve.batching import Batch, Batcher, BatcherStatistics
-from serve.errors import DeadlineError, InternalError, QueueFullError, UnavailableError
-from serve.job import NO_PIXELS, Embedded, ImageData, Job
+from serve.batching import Batcher
+from serve.errors import DeadlineError, InternalError, UnavailableError
+from serve.job import NO_PIXELS, Embedded, Job, answer, tell_admitted
 from serve.pool import ThreadPool
+from serve.tickets import Batch, BatcherStatistics
 
 log = logging.getLogger("horace.serve")
 
@@ -63,7 +69,7 @@ class Engine:
 
         Args:
             encoder: closed by its owner, after this.
-            decode_pool: shared between engines; closed by its owner, before this.
+            decode_pool: shared between engines; closed by its owner, after this.
             max_batch_images: see `Batcher`; so are the next three.
             max_held_images: of requests that are not over.
             max_held_bytes: of requests that are not over.
@@ -92,7 +98,6 @@ class Engine:
         self._on_crash = on_crash
         self._crash: BaseException | None = None
         self._idle_workers = 0
-        self._waiting_for_room: list[asyncio.Future[None]] = []
         self._workers = [
             threading.Thread(target=self._work, name=f"infer-{encoder.name}-{n}", daemon=True)
             for n in range(instances)
@@ -116,17 +121,24 @@ class Engine:
 
     async def embed(
         self,
-        images: Sequence[ImageData | ImageError],
+        images: Iterable[ImageData | ImageError],
         *,
+        count: int,
+        payload_bytes: int,
         deadline_s: float = math.inf,
         wait_for_room: bool = False,
+        on_admitted: Callable[[], None] = lambda: None,
     ) -> Embedded:
         """Embed one to many images.
 
         Args:
-            images: encoded files, uint8 pixels, or the error that one came with.
+            images: encoded files, uint8 pixels, or the error that one came with; read once
+                there is room for them.
+            count: how many there are.
+            payload_bytes: memory that they take, until they are answered.
             deadline_s: on this engine's clock; what has not started by then never does.
-            wait_for_room: wait where the queue is full, instead of refusing.
+            wait_for_room: wait in line where the queue is full, instead of refusing.
+            on_admitted: called once there is room and the images are read.
 
         Raises:
             QueueFullError: there is no room, and `wait_for_room` is false.
@@ -136,15 +148,21 @@ class Engine:
 
         On cancellation the images that have not started are forgotten.
         """
-        job = self._make_job(images, deadline_s)
-        await self._admit(job, wait_for_room=wait_for_room)
+        job = self._make_job(count, payload_bytes, deadline_s)
         try:
-            self._prepare(job)
+            await self._admit(job, wait_for_room=wait_for_room)
+            job.fill(images, self.encoder.dim)
+        except BaseException:
+            with self._changing():
+                self._batcher.cancel(job, unprepared=True)
+            raise
+        on_admitted()
+        self._prepare(job)
+        try:
             return await job.future
         except asyncio.CancelledError:
-            with self._changed:
+            with self._changing():
                 self._batcher.cancel(job)
-            self._make_room()
             raise
 
     def close(self, *, timeout_s: float = 10.0) -> bool:
@@ -159,46 +177,27 @@ class Engine:
 
     # The event loop's side.
 
-    def _make_job(self, images: Sequence[ImageData | ImageError], deadline_s: float) -> Job:
-        """Make room for one request's results."""
+    def _make_job(self, count: int, payload_bytes: int, deadline_s: float) -> Job:
+        """Describe one request; it holds nothing yet."""
         loop = asyncio.get_running_loop()
-        payload_bytes = sum(
-            len(data) if isinstance(data, bytes) else data.nbytes
-            for data in images
-            if not isinstance(data, ImageError)
-        )
         return Job(
-            images=len(images),
-            held_bytes=payload_bytes + len(images) * self._image_bytes,
+            images=count,
+            held_bytes=payload_bytes + count * self._image_bytes,
             arrived_s=self._clock(),
             deadline_s=deadline_s,
-            data=list(images),
-            vectors_ND=np.empty((len(images), self.encoder.dim), np.float32),
             loop=loop,
+            admitted=loop.create_future(),
             future=loop.create_future(),
         )
 
     async def _admit(self, job: Job, *, wait_for_room: bool) -> None:
-        """Hold a place for the job, or raise."""
-        while True:
-            with self._changed:
-                if not self.alive:
-                    raise UnavailableError("the model takes no more requests")
-                try:
-                    return self._batcher.admit(job)
-                except QueueFullError:
-                    if not wait_for_room:
-                        raise
-            room = job.loop.create_future()
-            self._waiting_for_room.append(room)
-            await room
-
-    def _make_room(self) -> None:
-        """Let those who wait for room try again."""
-        waiting, self._waiting_for_room = self._waiting_for_room, []
-        for room in waiting:
-            if not room.done():
-                room.set_result(None)
+        """Hold a place for the job, in its turn, or raise."""
+        with self._changing():
+            if not self.alive:
+                raise UnavailableError("the model takes no more requests")
+            if self._batcher.admit(job, line_up=wait_for_room):
+                job.admitted.set_result(None)
+        await job.admitted
 
     def _prepare(self, job: Job) -> None:
         """Queue at once what needs no decoding; give the rest to the pool in chunks."""
@@ -229,15 +228,15 @@ class Engine:
             except ImageError as error:
                 job.errors[n] = error
         now_s = self._clock()
-        answer = False
-        with self._changed:
+        complete = False
+        with self._changing():
             job.decoded_s = max(job.decoded_s, now_s)
             if bad := len(positions) - len(good):
-                answer = self._batcher.settle(job, bad)
+                complete = self._batcher.settle(job, bad)
             if good:
                 self._batcher.ready(job, good, now_s)
                 self._wake_worker()
-        if answer:
+        if complete:
             self._deliver([job])
 
     def _preprocess(self, data: ImageData | ImageError) -> NDArray[np.uint8]:
@@ -269,7 +268,7 @@ class Engine:
     def _next_batch(self) -> Batch[Job] | None:
         """Wait for a batch to run; None once the engine is closed."""
         while True:
-            with self._changed:
+            with self._changing():
                 if self._closing:
                     return None
                 decision = self._batcher.decide(self._clock())
@@ -302,7 +301,7 @@ class Engine:
             rows_ND = self._encode(batch)
         except Exception:
             log.exception("%r failed on a batch of %d images", self.encoder, batch.images)
-            with self._changed:
+            with self._changing():
                 failed = self._batcher.finish(batch, failed=True)
             self._deliver(failed, InternalError("the encoder failed on these images"))
             return
@@ -314,7 +313,7 @@ class Engine:
             job.queue_s = max(job.queue_s, started_s - part.ready_s)
             job.inference_s += inference_s
             at = end
-        with self._changed:
+        with self._changing():
             done = self._batcher.finish(batch)
         self._deliver(done)
 
@@ -339,31 +338,32 @@ class Engine:
 
     def _fail_all(self, error: Exception) -> None:
         """End everything that is held."""
-        with self._changed:
+        with self._changing():
             jobs = self._batcher.tickets
             for job in jobs:
                 self._batcher.cancel(job)
         self._deliver(jobs, error)
 
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Hold the lock for a change; then tell those for whom it has made room."""
+        with self._changed:
+            yield
+            admitted = self._batcher.admit_line()
+        if admitted:
+            self._post(admitted, tell_admitted, admitted)
+
     def _deliver(self, jobs: Sequence[Job], error: Exception | None = None) -> None:
         """Answer jobs on their event loop, all in one call."""
-        if not jobs:
-            return
+        if jobs:
+            self._post(jobs, answer, jobs, error)
+
+    def _post(self, jobs: Sequence[Job], call: Callable[..., None], *arguments: object) -> None:
+        """Have the event loop of `jobs` call."""
         try:
-            jobs[0].loop.call_soon_threadsafe(self._answer, jobs, error)
+            jobs[0].loop.call_soon_threadsafe(call, *arguments)
         except RuntimeError:  # the loop is closed: nobody waits
             log.debug("the event loop ended before %d requests", len(jobs))
-
-    def _answer(self, jobs: Sequence[Job], error: Exception | None) -> None:
-        """Set the futures of jobs whose callers still wait."""
-        for job in jobs:
-            if job.future.done():
-                continue
-            if error is None:
-                job.future.set_result(job.result())
-            else:
-                job.future.set_exception(error)
-        self._make_room()
 
 
 def _needs_decoding(data: ImageData | ImageError | None, spec: PreprocessSpec) -> bool:

@@ -4,7 +4,8 @@ Rules:
     An exception knows nothing of gRPC; one table gives its status code.
     Only a message that was written for the caller reaches the caller: an exception that the
     table does not name becomes INTERNAL with an incident number, and the log has the rest.
-    No reply carries a path or a stack trace.
+    No reply carries a path or a stack trace, or a message so long that gRPC loses the
+    status with it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,15 @@ import grpc
 from models.errors import FingerprintMismatchError, HoraceError, UsageError
 
 log = logging.getLogger("horace.serve")
+
+
+MAX_MESSAGE_BYTES = 2000
+"""Of a status's message, in UTF-8; gRPC takes three bytes for one where it is not ASCII, and
+refuses trailers from 8 KiB on."""
+
+
+STOPPING = "the server is stopping"
+"""How the line of a server that drains begins, so that a client can tell it from none."""
 
 
 class ServeError(HoraceError):
@@ -82,13 +92,21 @@ def to_status(error: BaseException) -> tuple[grpc.StatusCode, str]:
     """Give the status code and the message with which a call ends."""
     for kind in type(error).__mro__:
         if code := STATUS_CODES.get(kind):
-            return code, str(error)
+            return code, _cut(str(error))
     incident = secrets.token_hex(4)
     log.error("incident %s: %s", incident, type(error).__name__, exc_info=error)
     return (
         grpc.StatusCode.INTERNAL,
         f"internal error; the server's log has it as incident {incident}",
     )
+
+
+def _cut(message: str) -> str:
+    """Cut a message to `MAX_MESSAGE_BYTES`."""
+    encoded = message.encode(errors="replace")
+    if len(encoded) <= MAX_MESSAGE_BYTES:
+        return message
+    return encoded[:MAX_MESSAGE_BYTES].decode(errors="ignore") + "..."
 
 
 def from_status(code: grpc.StatusCode, message: str) -> ServeError:

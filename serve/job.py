@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from models.errors import ImageError
-from serve.batching import Ticket
-
-ImageData: TypeAlias = bytes | NDArray[np.uint8]
-"""An encoded file, or uint8 pixels of shape (h, w) or (h, w, C)."""
+from models.image_source import ImageData
+from serve.tickets import Ticket
 
 NO_PIXELS = np.empty(0, np.uint8)
 
@@ -43,6 +40,7 @@ class Job(Ticket):
     """A ticket with its images, and where the result goes.
 
     Attributes:
+        admitted: of `loop`; set once there is room for it.
         data: the images as they came; emptied once they are not needed.
         pixels: per image what the encoder takes, from decoding until its batch is built.
         errors: per image why it has no vector.
@@ -50,18 +48,22 @@ class Job(Ticket):
         future: of `loop`; set once, with the result or the error.
     """
 
-    data: list[ImageData | ImageError | None]
-    vectors_ND: NDArray[np.float32]
     loop: asyncio.AbstractEventLoop
+    admitted: asyncio.Future[None]
     future: asyncio.Future[Embedded]
+    data: list[ImageData | ImageError | None] = field(init=False)
     pixels: list[NDArray[np.uint8]] = field(init=False)
     errors: list[ImageError | None] = field(init=False)
+    vectors_ND: NDArray[np.float32] = field(init=False)
     decoded_s: float = 0.0
     queue_s: float = 0.0
     inference_s: float = 0.0
 
-    def __post_init__(self) -> None:
-        """Make room for every image."""
+    def fill(self, images: Iterable[ImageData | ImageError], dim: int) -> None:
+        """Take the images in and make room for their results, once the job is admitted."""
+        self.data = list(images)
+        assert len(self.data) == self.images
+        self.vectors_ND = np.empty((self.images, dim), np.float32)
         self.pixels = [NO_PIXELS] * self.images
         self.errors = [None] * self.images
 
@@ -77,3 +79,23 @@ class Job(Ticket):
             queue_s=self.queue_s,
             inference_s=self.inference_s,
         )
+
+
+def tell_admitted(jobs: Sequence[Job]) -> None:
+    """Let jobs go on that have waited for room."""
+    for job in jobs:
+        if not job.admitted.done():
+            job.admitted.set_result(None)
+
+
+def answer(jobs: Sequence[Job], error: Exception | None) -> None:
+    """Set the futures of jobs whose callers still wait."""
+    for job in jobs:
+        if job.future.done():
+            continue
+        if error is None:
+            job.future.set_result(job.result())
+        elif job.admitted.done():
+            job.future.set_exception(error)
+        else:
+            job.admitted.set_exception(error)

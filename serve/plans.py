@@ -7,13 +7,16 @@ how requests are split, what is tried again, and what errors are called.
 Rules:
     One deadline holds for a whole operation, with all its requests and retries.
     Parts of one result come from one encoder, or there is no result.
+    What the server takes is asked once, and again when it refuses a request: it may have
+    been started anew with less.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeAlias, TypeVar, cast
 
 import grpc
@@ -21,9 +24,19 @@ import numpy as np
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
 
+from models.image_source import ImageData
 from models.wire import vectors_from_wire
 from protos import horace_pb2 as pb
-from serve.errors import DeadlineError, PreconditionError, ServeError, UnavailableError, from_status
+from serve.arguments import check_integer, check_timeout
+from serve.errors import (
+    STOPPING,
+    DeadlineError,
+    PreconditionError,
+    RequestError,
+    ServeError,
+    UnavailableError,
+    from_status,
+)
 from serve.requests import (
     EmbedOptions,
     Group,
@@ -50,6 +63,12 @@ from serve.results import (
 from serve.retry import RetryPolicy
 
 Value = TypeVar("Value")
+
+TIMEOUT_S = 60.0
+"""Of one operation, with all its requests and retries."""
+
+TOO_LARGE = "message larger than max"
+"""What gRPC itself says with RESOURCE_EXHAUSTED where no later attempt can do better."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +117,7 @@ class Planner:
         retry: RetryPolicy,
         clock: Callable[[], float],
         rng: random.Random,
+        timeout_s: float = TIMEOUT_S,
     ) -> None:
         """Plan for the server at `target`.
 
@@ -106,21 +126,37 @@ class Planner:
             retry: when a call is tried again.
             clock: monotonic seconds.
             rng: what waits are drawn from.
+            timeout_s: of every operation that is given none of its own.
+
+        Raises:
+            UsageError: the timeout is none.
         """
         self.target = target
+        self._timeout_s = check_timeout(timeout_s)
         self._retry = retry
         self._clock = clock
         self._rng = rng
         self._size: RequestSize | None = None
 
-    def embed(self, images: Images, options: EmbedOptions, timeout_s: float) -> Plan[EmbedResult]:
+    def embed(
+        self, images: Images, options: EmbedOptions, timeout_s: float | None
+    ) -> Plan[EmbedResult]:
         """Embed one to many images, in as many requests as they need."""
         deadline = self._deadline(timeout_s)
         checked = check_images(images)
-        size = yield from self.request_size(deadline)
+        return (yield from self._fit(partial(self._embed, checked, options, deadline), deadline))
+
+    def _embed(
+        self,
+        images: Sequence[ImageData],
+        options: EmbedOptions,
+        deadline: Deadline,
+        size: RequestSize,
+    ) -> Plan[EmbedResult]:
+        """Embed images in requests of at most `size`."""
         replies = []
         statuses: list[ItemStatus] = []
-        for group in group_images(checked, size):
+        for group in group_images(images, size):
             answer = yield from self._call("Embed", embed_request(group, options), deadline)
             replies.append(reply := cast(pb.EmbedResponse, answer))
             statuses += read_statuses(reply.statuses, group)
@@ -134,17 +170,19 @@ class Planner:
         )
 
     def search(
-        self, queries: Queries, options: SearchOptions, timeout_s: float
+        self, queries: Queries, options: SearchOptions, timeout_s: float | None
     ) -> Plan[SearchResult]:
-        """Search, in as many requests as the queries need."""
+        """Search, in as many requests as the queries and their hits need."""
         deadline = self._deadline(timeout_s)
-        size = yield from self.request_size(deadline)
+        return (yield from self._fit(partial(self._search, queries, options, deadline), deadline))
+
+    def _search(
+        self, queries: Queries, options: SearchOptions, deadline: Deadline, size: RequestSize
+    ) -> Plan[SearchResult]:
+        """Search in requests of at most `size`."""
         replies = []
         statuses: list[ItemStatus] = []
-        for request, group in queries.requests(size):
-            request.collection = options.collection or ""
-            request.k, request.exact = options.k, options.exact
-            request.include_vectors = options.include_vectors
+        for request, group in queries.requests(size, options):
             answer = yield from self._call("Search", request, deadline)
             replies.append(reply := cast(pb.SearchResponse, answer))
             statuses += read_statuses([hits.status for hits in reply.results], group)
@@ -157,18 +195,18 @@ class Planner:
             timings=read_timings([reply.timings for reply in replies]),
         )
 
-    def list_models(self, timeout_s: float) -> Plan[list[ModelInfo]]:
+    def list_models(self, timeout_s: float | None) -> Plan[list[ModelInfo]]:
         """Ask which models there are."""
         return (yield from self._list_models(self._deadline(timeout_s)))
 
-    def list_collections(self, timeout_s: float) -> Plan[list[CollectionInfo]]:
+    def list_collections(self, timeout_s: float | None) -> Plan[list[CollectionInfo]]:
         """Ask which collections there are."""
         deadline = self._deadline(timeout_s)
         answer = yield from self._call("ListCollections", pb.ListCollectionsRequest(), deadline)
         reply = cast(pb.ListCollectionsResponse, answer)
         return [read_collection(collection) for collection in reply.collections]
 
-    def health(self, service: str, timeout_s: float) -> Plan[bool]:
+    def health(self, service: str, timeout_s: float | None) -> Plan[bool]:
         """Ask whether a service serves; all of them where the name is empty."""
         deadline = self._deadline(timeout_s)
         request = health_pb2.HealthCheckRequest(service=service)
@@ -176,20 +214,15 @@ class Planner:
         reply = cast(health_pb2.HealthCheckResponse, answer)
         return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
 
-    def request_size(self, deadline: Deadline) -> Plan[RequestSize]:
-        """Ask, once, for the largest request that the server takes."""
-        if self._size is None:
-            models = yield from self._list_models(deadline)
-            self._size = RequestSize(
-                images=min(model.max_images_per_request for model in models),
-                request_bytes=min(model.max_request_bytes for model in models),
-            )
-        return self._size
+    def stream_request_size(self, images: int) -> Plan[RequestSize]:
+        """Give the size of a stream's requests: `images` at most, and what the server takes.
 
-    def stream_request_size(self, images: int, timeout_s: float) -> Plan[RequestSize]:
-        """Give the size of a stream's requests: `images` at most, and what the server takes."""
-        size = yield from self.request_size(self._deadline(timeout_s))
-        return RequestSize(images=min(images, size.images), request_bytes=size.request_bytes)
+        Raises:
+            UsageError: `images` is below 1.
+        """
+        most = check_integer("images_per_request", images, 1)
+        size = yield from self._ask_size(self._deadline(None))
+        return replace(size, images=min(most, size.images))
 
     def read_stream_reply(self, reply: pb.EmbedResponse, group: Group) -> EmbedResult:
         """Read one reply of a stream.
@@ -211,6 +244,17 @@ class Planner:
     def error(self, failure: Failure, what: str, timeout_s: float) -> ServeError:
         """Say in one line how a call ended."""
         match failure.code:
+            case grpc.StatusCode.UNAVAILABLE if failure.details.startswith(STOPPING):
+                return UnavailableError(
+                    f"server {self.target}", found=failure.details, mend="try again, or elsewhere"
+                )
+            case grpc.StatusCode.RESOURCE_EXHAUSTED if TOO_LARGE in failure.details:
+                return RequestError(
+                    f"{what} at {self.target}",
+                    expected="a request that the server takes",
+                    found=failure.details,
+                    mend="split it, or call again if the server has changed",
+                )
             case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.UNIMPLEMENTED:
                 return UnavailableError(
                     f"server {self.target}",
@@ -222,9 +266,40 @@ class Planner:
                 return self._late(what, timeout_s)
         return from_status(failure.code, failure.details)
 
-    def _deadline(self, timeout_s: float) -> Deadline:
-        """Start an operation's time."""
-        return Deadline(self._clock() + timeout_s, timeout_s)
+    def closed(self) -> UnavailableError:
+        """Say that the client is closed."""
+        return UnavailableError(
+            f"client of {self.target}",
+            expected="an open one",
+            found="one that was closed",
+            mend="make another",
+        )
+
+    def _deadline(self, timeout_s: float | None) -> Deadline:
+        """Start an operation's time; the client's own where it is given none."""
+        limit_s = self._timeout_s if timeout_s is None else check_timeout(timeout_s)
+        return Deadline(self._clock() + limit_s, limit_s)
+
+    def _fit(self, plan: Callable[[RequestSize], Plan[Value]], deadline: Deadline) -> Plan[Value]:
+        """Follow `plan` within what the server takes; once more if it takes less by now."""
+        known = self._size
+        size = known or (yield from self._ask_size(deadline))
+        try:
+            return (yield from plan(size))
+        except RequestError:
+            if known is None or (size := (yield from self._ask_size(deadline))) == known:
+                raise
+        return (yield from plan(size))
+
+    def _ask_size(self, deadline: Deadline) -> Plan[RequestSize]:
+        """Ask for the largest request that the server takes, and remember it."""
+        models = yield from self._list_models(deadline)
+        self._size = RequestSize(
+            images=min(model.max_images_per_request for model in models),
+            request_bytes=min(model.max_request_bytes for model in models),
+            dim=max(model.dim for model in models),
+        )
+        return self._size
 
     def _list_models(self, deadline: Deadline) -> Plan[list[ModelInfo]]:
         """Ask which models there are."""
@@ -243,6 +318,8 @@ class Planner:
             if not isinstance(answer, Failure):
                 return answer
             failures += 1
+            if TOO_LARGE in answer.details:
+                raise self.error(answer, method, deadline.timeout_s)
             wait_s = self._retry.wait_s(
                 answer.code,
                 failures=failures,

@@ -30,8 +30,10 @@ def take_port(server: grpc.aio.Server, host: str, port: int) -> int:
     """Have `server` listen on `host:port`; give the port, which 0 leaves to the system.
 
     Raises:
-        StartError: the address is not this machine's, or the port is taken.
+        StartError: there is no address, or not one of this machine's, or the port is taken.
     """
+    if not host:
+        raise StartError("--host", expected="an address", found="none", mend=OTHER_ADDRESS)
     host = host.removeprefix("[").removesuffix("]")
     _try_addresses(host, port)
     address = join_address(host, port)

@@ -8,20 +8,20 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from os import PathLike
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from models.errors import UsageError
+from models.image_source import ImageData
 from models.wire import DTYPES, image_to_wire, vectors_to_wire
 from protos import horace_pb2 as pb
+from serve.arguments import MAX_UINT64, ONE_IMAGE, check_integer, check_text, describe
 from serve.results import EmbedResult, ItemStatus
-
-ImageData: TypeAlias = bytes | NDArray[np.uint8]
-"""An encoded file, or (H, W) or (H, W, C) uint8 pixels."""
 
 Images: TypeAlias = Sequence[ImageData] | NDArray[np.uint8]
 """Several images, or one array of them: (N, H, W) or (N, H, W, C)."""
@@ -34,6 +34,9 @@ IMAGE_OVERHEAD_BYTES = 64
 
 REQUEST_OVERHEAD_BYTES = 4096
 """Of one request: names, fingerprint and options."""
+
+HIT_BYTES = 256
+"""About what a hit takes on the wire, key and source included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +52,11 @@ class EmbedOptions:
         """Refuse what no server can mean.
 
         Raises:
-            UsageError: `dims` or `dtype` makes no sense.
+            UsageError: `model`, `dims` or `dtype` makes no sense.
         """
-        if self.dims is not None and self.dims < 1:
-            raise UsageError("dims", expected="at least 1", found=str(self.dims))
+        check_text("model", self.model)
+        if self.dims is not None:
+            check_integer("dims", self.dims, 1)
         if self.dtype not in DTYPES:
             raise UsageError("dtype", expected=" or ".join(DTYPES), found=repr(self.dtype))
 
@@ -70,18 +74,25 @@ class SearchOptions:
         """Refuse what no server can mean.
 
         Raises:
-            UsageError: `k` is below 1.
+            UsageError: `collection` or `k` makes no sense.
         """
-        if self.k < 1:
-            raise UsageError("k", expected="at least 1", found=str(self.k))
+        check_text("collection", self.collection)
+        check_integer("k", self.k, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RequestSize:
-    """The largest request that a server takes."""
+    """The largest request that a server takes.
+
+    Attributes:
+        images: images of Embed, queries of Search.
+        request_bytes: of a request, and of the hits of a reply.
+        dim: of the longest vector that it may send.
+    """
 
     images: int
     request_bytes: int
+    dim: int = 0
 
 
 @dataclass(kw_only=True)
@@ -109,8 +120,20 @@ class Queries:
     ids: Sequence[int] | None = None
     fingerprint: str = ""
 
-    def requests(self, size: RequestSize) -> Iterator[tuple[pb.SearchRequest, Group]]:
-        """Cut the queries into requests that hold nothing else; with their images' group."""
+    def requests(
+        self, size: RequestSize, options: SearchOptions
+    ) -> Iterator[tuple[pb.SearchRequest, Group]]:
+        """Cut the queries into requests whose replies may be sent; with their images' group."""
+        reply_bytes = options.k * bytes_of_hit(size.dim, with_vector=options.include_vectors)
+        most = max(1, min(size.images, size.request_bytes // reply_bytes))
+        for request, group in self._parts(replace(size, images=most)):
+            request.collection = options.collection or ""
+            request.k, request.exact = options.k, options.exact
+            request.include_vectors = options.include_vectors
+            yield request, group
+
+    def _parts(self, size: RequestSize) -> Iterator[tuple[pb.SearchRequest, Group]]:
+        """Cut the queries into requests that hold nothing else."""
         if self.images is not None:
             for group in group_images(self.images, size):
                 yield pb.SearchRequest(images=pb.ImageQueries(images=group.images)), group
@@ -132,6 +155,11 @@ class Queries:
         return 4 * int(self.vectors_ND.shape[1])
 
 
+def bytes_of_hit(dim: int, *, with_vector: bool) -> int:
+    """Say about what one hit takes in a reply; client and server reckon alike."""
+    return HIT_BYTES + (4 * dim if with_vector else 0)
+
+
 def make_queries(
     images: Images | None,
     vectors: Vectors | None,
@@ -143,6 +171,7 @@ def make_queries(
     Raises:
         UsageError: there is none, or several; or vectors come without a fingerprint.
     """
+    check_text("fingerprint", fingerprint)
     kinds = {"images": images, "vectors": vectors, "ids": ids}
     given = [name for name, value in kinds.items() if value is not None]
     if len(given) != 1:
@@ -162,9 +191,12 @@ def make_queries(
             found="an array alone",
             mend="pass the result of embed(), or fingerprint=result.fingerprint",
         )
-    vectors_ND = np.asarray(vectors, dtype=np.float32)
-    if vectors_ND.ndim != 2 or not len(vectors_ND):
-        found = f"shape {vectors_ND.shape}"
+    try:
+        vectors_ND = np.asarray(vectors, dtype=np.float32)
+    except (TypeError, ValueError):
+        vectors_ND = np.empty(0, np.float32)
+    if vectors_ND.ndim != 2 or not vectors_ND.size:
+        found = f"{type(vectors).__name__} of shape {np.shape(vectors_ND)}"
         raise UsageError("query vectors", expected="shape (N, D), N at least 1", found=found)
     return Queries(vectors_ND=vectors_ND, fingerprint=fingerprint)
 
@@ -175,7 +207,7 @@ def check_images(images: Images) -> Sequence[ImageData]:
     Raises:
         UsageError: it is not a sequence of images, or an empty one.
     """
-    several = isinstance(images, Sequence) and not isinstance(images, str | bytes | bytearray)
+    several = isinstance(images, Sequence) and not isinstance(images, ONE_IMAGE)
     if isinstance(images, np.ndarray):
         several = images.ndim == 4 or (images.ndim == 3 and images.shape[2] not in (1, 3, 4))
     if not several:
@@ -183,11 +215,27 @@ def check_images(images: Images) -> Sequence[ImageData]:
             "images",
             expected="a sequence of images",
             found=_describe(images),
-            mend="put a single image into a list",
+            mend=_mend(images),
         )
     if not len(images):
         raise UsageError("images", expected="at least one", found="none")
     return list(images)
+
+
+def check_stream(images: object) -> None:
+    """Refuse one image in the place of a stream of them.
+
+    Raises:
+        UsageError: it cannot be iterated over, or not as images.
+    """
+    several = isinstance(images, Iterable | AsyncIterable) and not isinstance(images, ONE_IMAGE)
+    if not several:
+        raise UsageError(
+            "images",
+            expected="an iterable of images",
+            found=_describe(images),
+            mend=_mend(images),
+        )
 
 
 def group_images(images: Iterable[ImageData], size: RequestSize) -> Iterator[Group]:
@@ -248,12 +296,13 @@ def _check_ids(ids: Sequence[int] | NDArray[np.int64]) -> list[int]:
     """Give ids as Python's integers.
 
     Raises:
-        UsageError: there are none, or one is negative.
+        UsageError: there are none, or one is none of 64 bits.
     """
-    checked = [int(id_) for id_ in ids]
-    if not checked or min(checked) < 0:
-        found = "none" if not checked else str(min(checked))
-        raise UsageError("ids", expected="at least one, none negative", found=found)
+    if not isinstance(ids, Iterable) or isinstance(ids, str | bytes):
+        raise UsageError("ids", expected="a sequence of integers", found=describe(ids))
+    checked = [check_integer("ids", id_, 0, MAX_UINT64) for id_ in ids]
+    if not checked:
+        raise UsageError("ids", expected="at least one", found="none")
     return checked
 
 
@@ -270,6 +319,13 @@ def _too_large(image_bytes: int, size: RequestSize) -> ItemStatus:
         "send a smaller file"
     )
     return ItemStatus("too_many_bytes", message)
+
+
+def _mend(images: object) -> str:
+    """Say how what was given becomes several images."""
+    if isinstance(images, PathLike):
+        return "read the file with .read_bytes(), and put its bytes into a list"
+    return "put a single image into a list"
 
 
 def _describe(images: object) -> str:

@@ -11,6 +11,7 @@ Shapes: Q queries, K neighbours, D dimensions.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +21,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index.errors import UnknownIdError
+from models.errors import FingerprintMismatchError
 from models.vectors import finish_vectors
-from models.wire import vectors_to_wire
+from models.wire import vectors_from_wire, vectors_to_wire
 from protos import horace_pb2 as pb
 from serve.errors import RequestError
+from serve.requests import bytes_of_hit
 
 if TYPE_CHECKING:
     from index.collection import Collection, Row
+    from serve.catalog import ServedCollection
+
+DEFAULT_NEIGHBOURS = 10
+
+FINGERPRINT = re.compile("[0-9a-f]{64}")
 
 MAX_ID = (1 << 63) - 1
 """Ids are 63-bit hashes; a larger one is nobody's."""
@@ -45,6 +53,80 @@ class Query:
     k: int
     exact: bool
     include_vectors: bool
+
+
+def count_queries(request: pb.SearchRequest) -> int:
+    """Count the queries of a request, of whatever kind.
+
+    Raises:
+        RequestError: it has none of any kind.
+    """
+    match request.WhichOneof("queries"):
+        case "images":
+            return len(request.images.images)
+        case "vectors":
+            return request.vectors.vectors.rows
+        case "ids":
+            return len(request.ids.ids)
+    raise RequestError("queries", expected="images, vectors or ids", found="none")
+
+
+def read_query(
+    request: pb.SearchRequest, dim: int, *, count: int, max_neighbours: int, max_reply_bytes: int
+) -> Query:
+    """Check how much is asked for.
+
+    Args:
+        request: says how to search.
+        dim: of the collection.
+        count: how many queries there are.
+        max_neighbours: the largest k.
+        max_reply_bytes: what the hits may take on the wire, about.
+
+    Raises:
+        RequestError: it is too much.
+    """
+    k = request.k or DEFAULT_NEIGHBOURS
+    if k > max_neighbours:
+        raise RequestError("k", expected=f"1 to {max_neighbours}", found=f"{k}")
+    hit_bytes = bytes_of_hit(dim, with_vector=request.include_vectors)
+    if count * k * hit_bytes > max_reply_bytes:
+        raise RequestError(
+            "reply",
+            expected=f"at most {max_reply_bytes} bytes",
+            found=f"{count} queries with {k} hits of some {hit_bytes} bytes",
+            mend="ask for fewer hits, or split the request",
+        )
+    return Query(k=k, exact=request.exact, include_vectors=request.include_vectors)
+
+
+def read_query_vectors(
+    queries: pb.VectorQueries, served: ServedCollection
+) -> tuple[NDArray[np.float32], list[pb.ItemStatus]]:
+    """Read query vectors; those without a direction get a status instead.
+
+    Raises:
+        FingerprintMismatchError: another encoder made them.
+        RequestError: they do not say which encoder made them, or have another dimension.
+    """
+    fingerprint = served.collection.fingerprint
+    if not FINGERPRINT.fullmatch(queries.fingerprint):
+        raise RequestError(
+            "query vectors",
+            expected="the fingerprint of the encoder that made them, 64 hex digits",
+            found=f"{queries.fingerprint[:80]!r}" if queries.fingerprint else "none",
+            mend="send the fingerprint that came with them",
+        )
+    if queries.fingerprint != fingerprint:
+        raise FingerprintMismatchError(
+            f"query vectors for collection {served.name!r}",
+            expected=fingerprint,
+            found=queries.fingerprint,
+            mend=f"embed the queries with model {served.model.name!r}",
+        )
+    vectors_QD = vectors_from_wire(queries.vectors)
+    statuses = vector_statuses(vectors_QD, served.collection.dim)
+    return vectors_QD[[status.code == pb.OK for status in statuses]], statuses
 
 
 def search_vectors(

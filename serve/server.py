@@ -6,6 +6,8 @@ Rules:
     Readiness comes from a real image through the whole pipeline of every model.
     Stopping drains: not ready, no new calls, those under way are answered, within a limit.
     What this opens it closes: encoders, collections, engines, threads.
+    Models and collections are opened on a thread that nobody has to wait for: a start can
+    be cancelled while one of them hangs.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import contextlib
 import io
 import logging
 from contextlib import ExitStack
+from functools import partial
 from typing import Protocol
 
 import grpc
@@ -75,12 +78,13 @@ class Server:
         self._closing = ExitStack()
         self._decode_pool = self._make_pool("decode")
         self._search_pool = self._make_pool("search")
+        self._opening_pool = self._make_pool("open", threads=1)
         self.catalog = Catalog()
         self.health = Health([services.SERVICE_NAME, health.SERVICE_NAME])
         self.services = HoraceServicer(
             self.catalog, limits=options.request_limits, search_pool=self._search_pool
         )
-        self._grpc = _make_grpc_server(options.max_message_mib * MIB)
+        self._grpc = _make_grpc_server(options.max_message_mib * MIB, options.max_calls)
         self.port = 0
 
     def __repr__(self) -> str:
@@ -97,11 +101,14 @@ class Server:
         Raises:
             StartError: the port cannot be had, or a model does not run.
             HoraceError: a bundle or a collection cannot be opened or does not fit.
+
+        On cancellation what was opened is closed; what hangs is left behind.
         """
         try:
             self.port = take_port(self._grpc, self._options.host, self._options.port)
-            await asyncio.to_thread(self._open_models, asyncio.get_running_loop())
-            await asyncio.to_thread(self._open_collections)
+            loop = asyncio.get_running_loop()
+            await self._opening_pool.run(partial(self._open_models, loop))
+            await self._opening_pool.run(self._open_collections)
             pb_grpc.add_HoraceServicer_to_server(self.services, self._grpc)
             health_pb2_grpc.add_HealthServicer_to_server(self.health, self._grpc)
             names = (services.SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -143,16 +150,21 @@ class Server:
         await self._grpc.stop(None)
         self._closing.close()
 
-    def _make_pool(self, name: str) -> ThreadPool:
-        """Start threads that end with this server."""
-        pool = ThreadPool(threads=self._shares.decode_threads, name=name)
+    def _make_pool(self, name: str, *, threads: int | None = None) -> ThreadPool:
+        """Start threads that end with this server, as many as for decoding by default."""
+        pool = ThreadPool(threads=threads or self._shares.decode_threads, name=name)
         self._closing.callback(pool.close, timeout_s=CLOSE_TIMEOUT_S)
         return pool
 
     def _open_models(self, loop: asyncio.AbstractEventLoop) -> None:
         """Open every encoder and start its engine."""
+        threads = divide_threads(
+            self._shares.inference_threads,
+            models=len(self._options.bundles),
+            instances=self._options.instances,
+        )
         for bundle in self._options.bundles:
-            encoder = self._open_model(bundle.path, threads=self._shares.inference_threads)
+            encoder = self._open_model(bundle.path, threads=threads)
             self._closing.callback(encoder.close)
             engine = self._make_engine(encoder, loop)
             self._closing.callback(engine.close, timeout_s=CLOSE_TIMEOUT_S)
@@ -189,16 +201,25 @@ class Server:
             self.catalog.add_collection(named.name or collection.name, collection)
 
 
-def _make_grpc_server(max_message_bytes: int) -> grpc.aio.Server:
+def divide_threads(threads: int, *, models: int, instances: int) -> int:
+    """Give each model's encoder its share of the inference threads, at least 1.
+
+    An encoder of n threads has n - 1 of its own beside those that call it, one an instance.
+    """
+    return max(1, threads // models - (instances - 1))
+
+
+def _make_grpc_server(max_message_bytes: int, max_calls: int) -> grpc.aio.Server:
     """Make grpcio's server; it serves nothing yet."""
     return grpc.aio.server(
+        maximum_concurrent_rpcs=max_calls,
         options=[
             ("grpc.so_reuseport", 0),
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", -1),
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.min_recv_ping_interval_without_data_ms", MIN_CLIENT_PING_MS),
-        ]
+        ],
     )
 
 
@@ -208,7 +229,8 @@ async def _warm_up(model: ServedModel) -> None:
     Raises:
         StartError: no vector came out.
     """
-    embedded = await model.engine.embed([_grey_png(model.encoder.preprocessing)])
+    image = _grey_png(model.encoder.preprocessing)
+    embedded = await model.engine.embed([image], count=1, payload_bytes=len(image))
     if embedded.errors[0] is not None or not np.isfinite(embedded.vectors_ND).all():
         raise StartError(
             f"model {model.name}",

@@ -6,7 +6,7 @@ Rules:
     Everything that can be refused is refused before anything is computed.
     A stream answers in the order of its requests, with a bounded number under way; one that
     is refused is answered with `error` and the stream goes on. Where the queue is full a
-    stream waits: to read no more is what holds its caller back.
+    stream waits with one request read: to read no more is what holds its caller back.
     After `drain` new calls are refused as UNAVAILABLE; streams read no more, answer what
     they have read, and end so, too.
 
@@ -19,39 +19,31 @@ import asyncio
 import json
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 import grpc
-import numpy as np
-from numpy.typing import NDArray
 
-from models.errors import FingerprintMismatchError, ImageError
-from models.vectors import finish_vectors
-from models.wire import (
-    dtype_from_wire,
-    image_error_to_wire,
-    image_from_wire,
-    vectors_from_wire,
-    vectors_to_wire,
-)
+from models.wire import dtype_from_wire, vectors_to_wire
 from protos import horace_pb2 as pb
 from protos import horace_pb2_grpc as pb_grpc
-from serve.catalog import Catalog, ServedCollection, ServedModel
-from serve.errors import QueueFullError, RequestError, UnavailableError, to_status
-from serve.job import Embedded, ImageData
+from serve.catalog import Catalog, ServedModel
+from serve.embedding import count_payload, finish, read_images
+from serve.errors import STOPPING, QueueFullError, RequestError, UnavailableError, to_status
+from serve.job import Embedded
 from serve.pool import ThreadPool
-from serve.searching import Query, search_ids, search_vectors, vector_statuses
+from serve.searching import (
+    count_queries,
+    read_query,
+    read_query_vectors,
+    search_ids,
+    search_vectors,
+)
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Horace"].full_name
-DEFAULT_NEIGHBOURS = 10
-HIT_BYTES = 256
-"""About what a hit takes on the wire, key and source included."""
-
-OK_STATUS = pb.ItemStatus()
 
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 Reply = TypeVar("Reply")
@@ -180,9 +172,11 @@ class HoraceServicer(pb_grpc.HoraceServicer):
         async def read() -> None:
             await room.acquire()
             async for request in request_iterator:
-                task = asyncio.create_task(self._embed_in_stream(request, deadline_s))
+                admitted = asyncio.Event()
+                task = asyncio.create_task(self._embed_in_stream(request, deadline_s, admitted.set))
                 started.add(task)
                 replies.put_nowait(task)
+                await admitted.wait()
                 await room.acquire()
 
         with self._counted():
@@ -214,7 +208,7 @@ class HoraceServicer(pb_grpc.HoraceServicer):
         """Await `work`; what it raises becomes a status."""
         if self._draining:
             work.close()
-            await context.abort(*to_status(UnavailableError("the server stops; call another")))
+            await context.abort(*to_status(UnavailableError(f"{STOPPING}; call another")))
         with self._counted():
             try:
                 return await work
@@ -238,40 +232,61 @@ class HoraceServicer(pb_grpc.HoraceServicer):
     # Embed.
 
     async def _embed_in_stream(
-        self, request: pb.EmbedRequest, deadline_s: float
+        self, request: pb.EmbedRequest, deadline_s: float, on_admitted: Callable[[], None]
     ) -> pb.EmbedResponse:
         """Embed one request of a stream; an error is a reply."""
         try:
-            return await self._embed(request, deadline_s, wait_for_room=True)
+            return await self._embed(request, deadline_s, on_admitted)
         except Exception as error:
             code, message = to_status(error)
             refusal = pb.RequestError(code=code.value[0], message=message)
             return pb.EmbedResponse(error=refusal, request_id=request.request_id)
+        finally:
+            on_admitted()  # or refused: the reader goes on in either case
 
     async def _embed(
-        self, request: pb.EmbedRequest, deadline_s: float, *, wait_for_room: bool = False
+        self,
+        request: pb.EmbedRequest,
+        deadline_s: float,
+        on_admitted: Callable[[], None] | None = None,
     ) -> pb.EmbedResponse:
-        """Embed the images of a request and finish their vectors as it asks."""
+        """Embed as a request asks; with `on_admitted` it waits for room, and says when."""
         arrived_s = self._clock()
         model = self._catalog.model(request.model)
         dtype = dtype_from_wire(request.dtype)
         self._check_dims(request.dims, model)
         self._check_count("images", len(request.images))
-        embedded = await model.engine.embed(
-            [_read_image(image) for image in request.images],
-            deadline_s=deadline_s,
-            wait_for_room=wait_for_room,
-        )
-        vectors_ND = finish_vectors(
-            embedded.vectors_ND, dims=request.dims or None, normalize=not request.skip_normalize
+        embedded = await self._compute(model, request.images, deadline_s, on_admitted)
+        vectors_ND, statuses = finish(
+            embedded,
+            dims=request.dims or None,
+            normalize=not request.skip_normalize,
+            dtype=dtype,
         )
         return pb.EmbedResponse(
             vectors=vectors_to_wire(vectors_ND, dtype),
-            statuses=_statuses(embedded),
+            statuses=statuses,
             model=model.name,
             fingerprint=model.encoder.fingerprint,
             timings=self._timings(arrived_s, embedded),
             request_id=request.request_id,
+        )
+
+    async def _compute(
+        self,
+        model: ServedModel,
+        images: Sequence[pb.Image],
+        deadline_s: float,
+        on_admitted: Callable[[], None] | None = None,
+    ) -> Embedded:
+        """Run images through a model's engine."""
+        return await model.engine.embed(
+            read_images(images),
+            count=len(images),
+            payload_bytes=count_payload(images),
+            deadline_s=deadline_s,
+            wait_for_room=on_admitted is not None,
+            on_admitted=on_admitted or (lambda: None),
         )
 
     def _check_dims(self, dims: int, model: ServedModel) -> None:
@@ -304,17 +319,23 @@ class HoraceServicer(pb_grpc.HoraceServicer):
         arrived_s = self._clock()
         served = self._catalog.collection(request.collection)
         collection = served.collection
-        query = self._query(request, collection.dim)
+        count = count_queries(request)
+        self._check_count("queries", count)
+        query = read_query(
+            request,
+            collection.dim,
+            count=count,
+            max_neighbours=self._limits.max_neighbours,
+            max_reply_bytes=self._limits.max_message_bytes,
+        )
         embedded = None
         match request.WhichOneof("queries"):
             case "images":
-                embedded = await served.model.engine.embed(
-                    [_read_image(image) for image in request.images.images], deadline_s=deadline_s
-                )
-                vectors_QD, statuses = embedded.vectors_ND, _statuses(embedded)
+                embedded = await self._compute(served.model, request.images.images, deadline_s)
+                vectors_QD, statuses = finish(embedded, normalize=False)
                 work = partial(search_vectors, collection, vectors_QD, statuses, query)
             case "vectors":
-                vectors_QD, statuses = _query_vectors(request.vectors, served)
+                vectors_QD, statuses = read_query_vectors(request.vectors, served)
                 work = partial(search_vectors, collection, vectors_QD, statuses, query)
             case _:
                 work = partial(search_ids, collection, request.ids.ids, query)
@@ -327,23 +348,6 @@ class HoraceServicer(pb_grpc.HoraceServicer):
             timings=self._timings(arrived_s, embedded, self._clock() - started_s),
             request_id=request.request_id,
         )
-
-    def _query(self, request: pb.SearchRequest, dim: int) -> Query:
-        """Check how much is asked for."""
-        self._check_count("queries", _count_queries(request))
-        k = request.k or DEFAULT_NEIGHBOURS
-        if k > self._limits.max_neighbours:
-            raise RequestError("k", expected=f"1 to {self._limits.max_neighbours}", found=f"{k}")
-        hit_bytes = HIT_BYTES + (4 * dim if request.include_vectors else 0)
-        reply_bytes = _count_queries(request) * k * hit_bytes
-        if reply_bytes > self._limits.max_message_bytes:
-            raise RequestError(
-                "reply",
-                expected=f"at most {self._limits.max_message_bytes} bytes",
-                found=f"{_count_queries(request)} queries with {k} hits of some {hit_bytes} bytes",
-                mend="ask for fewer hits, or split the request",
-            )
-        return Query(k=k, exact=request.exact, include_vectors=request.include_vectors)
 
     async def _run_search(self, work: Callable[[], list[pb.Hits]]) -> list[pb.Hits]:
         """Search on a thread; refuse where too many wait for one."""
@@ -358,63 +362,5 @@ class HoraceServicer(pb_grpc.HoraceServicer):
 def _reader_error(reader: asyncio.Task[None]) -> BaseException | None:
     """Say why a stream's reader ended before the stream did; None where it did not."""
     if reader.cancelled():
-        return UnavailableError("the server stops, and has not read the rest of this stream")
+        return UnavailableError(f"{STOPPING}, and has not read the rest of this stream")
     return reader.exception()
-
-
-def _count_queries(request: pb.SearchRequest) -> int:
-    """Count the queries of a request, of whatever kind.
-
-    Raises:
-        RequestError: it has none of any kind.
-    """
-    match request.WhichOneof("queries"):
-        case "images":
-            return len(request.images.images)
-        case "vectors":
-            return request.vectors.vectors.rows
-        case "ids":
-            return len(request.ids.ids)
-    raise RequestError("queries", expected="images, vectors or ids", found="none")
-
-
-def _query_vectors(
-    queries: pb.VectorQueries, served: ServedCollection
-) -> tuple[NDArray[np.float32], list[pb.ItemStatus]]:
-    """Read query vectors; those without a direction get a status instead.
-
-    Raises:
-        FingerprintMismatchError: another encoder made them.
-        RequestError: they do not say which encoder made them, or have another dimension.
-    """
-    fingerprint = served.collection.fingerprint
-    if not queries.fingerprint:
-        raise RequestError(
-            "query vectors",
-            expected="the fingerprint of the encoder that made them",
-            found="none",
-            mend="send the fingerprint that came with them",
-        )
-    if queries.fingerprint != fingerprint:
-        raise FingerprintMismatchError(
-            f"query vectors for collection {served.name!r}",
-            expected=fingerprint,
-            found=queries.fingerprint,
-            mend=f"embed the queries with model {served.model.name!r}",
-        )
-    vectors_QD = vectors_from_wire(queries.vectors)
-    statuses = vector_statuses(vectors_QD, served.collection.dim)
-    return vectors_QD[[status.code == pb.OK for status in statuses]], statuses
-
-
-def _read_image(image: pb.Image) -> ImageData | ImageError:
-    """Read one image; what is wrong with it goes on in its place."""
-    try:
-        return image_from_wire(image)
-    except ImageError as error:
-        return error
-
-
-def _statuses(embedded: Embedded) -> list[pb.ItemStatus]:
-    """Write one status an image."""
-    return [OK_STATUS if error is None else image_error_to_wire(error) for error in embedded.errors]

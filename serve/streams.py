@@ -13,13 +13,13 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 
-from models.errors import UsageError
+from models.image_source import ImageData
 from protos import horace_pb2 as pb
+from serve.arguments import check_integer
 from serve.requests import (
     EmbedOptions,
     Group,
     Grouper,
-    ImageData,
     RequestSize,
     embed_request,
     group_images,
@@ -39,7 +39,7 @@ class Feed:
         """Group `images`; at most `in_flight` requests wait for their replies."""
         self._groups = group_images(images, size)
         self._options = options
-        self._room = threading.Semaphore(_at_least_one(in_flight))
+        self._room = threading.Semaphore(check_integer("in_flight", in_flight, 1))
         self._sent: deque[Group] = deque()
         self._stopped = False
         self.error: Exception | None = None
@@ -85,7 +85,7 @@ class AsyncFeed:
         self._images = images
         self._size = size
         self._options = options
-        self._room = asyncio.Semaphore(_at_least_one(in_flight))
+        self._room = asyncio.Semaphore(check_integer("in_flight", in_flight, 1))
         self._sent: deque[Group] = deque()
         self.error: Exception | None = None
 
@@ -105,9 +105,10 @@ class AsyncFeed:
         return self._sent.popleft()
 
     async def _groups(self) -> AsyncIterator[Group]:
-        """Group the images of either kind of iterable."""
+        """Group the images of either kind of iterable; a plain one may block its thread."""
         if not isinstance(self._images, AsyncIterable):
-            for group in group_images(self._images, self._size):
+            groups = group_images(self._images, self._size)
+            while (group := await asyncio.to_thread(next, groups, None)) is not None:
                 yield group
             return
         grouper = Grouper(self._size)
@@ -116,14 +117,3 @@ class AsyncFeed:
                 yield group
         for group in grouper.end():
             yield group
-
-
-def _at_least_one(in_flight: int) -> int:
-    """Refuse a stream that could never send.
-
-    Raises:
-        UsageError: `in_flight` is below 1.
-    """
-    if in_flight < 1:
-        raise UsageError("in_flight", expected="at least 1", found=str(in_flight))
-    return in_flight

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -68,6 +70,21 @@ def test_other_arrays_are_no_images(array):
     """The line says which arrays are."""
     with pytest.raises(UsageError, match=r"expected \(H, W\) or \(H, W, C\) uint8, found"):
         image_to_wire(array)
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        ("a.jpg", "str 'a.jpg'; read the file with"),
+        (Path("a.jpg"), r"PosixPath PosixPath\('a.jpg'\); read the file with"),
+        (None, "NoneType None$"),
+        (7, "int 7$"),
+    ],
+)
+def test_what_is_neither_bytes_nor_an_array_is_no_image(value, found):
+    """A path is told how it becomes one."""
+    with pytest.raises(UsageError, match=f"expected the bytes of a file, or a uint8 .*{found}"):
+        image_to_wire(value)
 
 
 @pytest.mark.parametrize(

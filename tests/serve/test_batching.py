@@ -7,8 +7,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from serve.batching import Batch, Batcher, Ticket
+from serve.batching import Batcher
 from serve.errors import QueueFullError
+from serve.tickets import Batch, Ticket
 
 MAX_BATCH, MAX_HELD_IMAGES, MAX_HELD_BYTES, INSTANCES = 4, 12, 100, 2
 
@@ -90,6 +91,43 @@ def test_an_empty_batcher_admits_a_request_beyond_its_bounds():
     batcher = make_batcher()
     ticket = admitted(batcher, 50)
     assert ticket.waiting == 50
+
+
+def test_who_waits_for_room_is_served_in_turn():
+    """A newcomer that would fit is not admitted past a large request that waits."""
+    batcher = make_batcher()
+    first = admitted(batcher, 8)
+    large, small = Ticket(images=10), Ticket(images=1)
+    assert not batcher.admit(large, line_up=True)
+    assert not batcher.admit(small, line_up=True)
+    with pytest.raises(QueueFullError, match=r"8 of 12 images .* 2 requests in line"):
+        batcher.admit(Ticket(images=1))
+    assert batcher.admit_line() == ()
+    batcher.cancel(first)
+    assert batcher.admit_line() == (large, small)
+    assert batcher.statistics().lined_up_requests == 0
+
+
+def test_a_request_that_leaves_the_line_lets_the_next_one_in():
+    """A head that is cancelled blocks nobody behind it."""
+    batcher = make_batcher()
+    admitted(batcher, 8)
+    large, small = Ticket(images=10), Ticket(images=1)
+    batcher.admit(large, line_up=True)
+    batcher.admit(small, line_up=True)
+    batcher.cancel(large)
+    assert batcher.admit_line() == (small,)
+    assert set(batcher.tickets) >= {small}
+
+
+def test_a_request_cancelled_before_it_was_prepared_holds_nothing():
+    """Its images will never be accounted for, and its place is free at once."""
+    batcher = make_batcher()
+    batcher.admit(ticket := Ticket(images=12))
+    batcher.cancel(ticket, unprepared=True)
+    batcher.cancel(ticket, unprepared=True)
+    assert batcher.statistics().held_images == 0
+    assert batcher.statistics().cancelled_requests == 1
 
 
 def test_an_expired_request_is_dropped_before_it_is_computed():
@@ -177,37 +215,41 @@ class BatcherMachine(RuleBasedStateMachine):
         self.queued: list[tuple[Ticket, int]] = []
         self.in_flight: list[Batch[Ticket]] = []
         self.unsettled: dict[Ticket, set[int]] = {}
+        self.line: list[Ticket] = []
         self.gone: set[Ticket] = set()
         self.answered: set[Ticket] = set()
 
     @rule(
-        target=tickets, images=st.integers(1, 14), size=st.integers(0, 70), life=st.integers(1, 4)
+        target=tickets,
+        images=st.integers(1, 14),
+        size=st.integers(0, 70),
+        life=st.integers(1, 4),
+        line_up=st.booleans(),
     )
-    def admit(self, images, size, life):
-        """A request comes; it is refused only where it does not fit."""
+    def admit(self, images, size, life, line_up):
+        """A request comes; it is refused, or waits, only where others wait or it does not fit."""
         ticket = Ticket(
             images=images,
             held_bytes=size,
             arrived_s=self.now_s,
             deadline_s=math.inf if life == 4 else self.now_s + life,
         )
-        held = self.batcher.statistics()
-        fits = (
-            held.held_images + images <= MAX_HELD_IMAGES
-            and held.held_bytes + size <= MAX_HELD_BYTES
-        )
+        self.unprepared[ticket] = []
+        self.unsettled[ticket] = set(range(images))
+        fits = not self.line and self.fits(ticket)
         try:
-            self.batcher.admit(ticket)
+            admitted = self.batcher.admit(ticket, line_up=line_up)
         except QueueFullError:
             assert not fits
-            assert held.held_requests
+            assert not line_up
             self.gone.add(ticket)
-            self.unprepared[ticket] = []
             self.unsettled[ticket] = set()
         else:
-            assert fits or not held.held_requests
-            self.unprepared[ticket] = list(range(images))
-            self.unsettled[ticket] = set(range(images))
+            assert admitted == fits
+            if admitted:
+                self.unprepared[ticket] = list(range(images))
+            else:
+                self.line.append(ticket)
         return ticket
 
     @rule(ticket=tickets, count=st.integers(1, 8))
@@ -219,6 +261,7 @@ class BatcherMachine(RuleBasedStateMachine):
             self.batcher.ready(ticket, positions, self.now_s)
             if ticket not in self.gone:
                 self.queued += [(ticket, n) for n in positions]
+            self.admit_line()
 
     @rule(ticket=tickets, count=st.integers(1, 8))
     def fail_to_decode(self, ticket, count):
@@ -230,6 +273,7 @@ class BatcherMachine(RuleBasedStateMachine):
             complete = not self.unsettled[ticket] and ticket not in self.gone
             assert self.batcher.settle(ticket, len(positions)) == complete
             self.answered |= {ticket} if complete else set()
+            self.admit_line()
 
     @rule(ticket=tickets)
     def cancel(self, ticket):
@@ -237,6 +281,16 @@ class BatcherMachine(RuleBasedStateMachine):
         self.batcher.cancel(ticket)
         if ticket not in self.answered:
             self.forget(ticket)
+        self.admit_line()
+
+    @rule(ticket=tickets)
+    def cancel_unprepared(self, ticket):
+        """Its caller hangs up before anything was done for it."""
+        if len(self.unprepared[ticket]) == ticket.images or ticket in self.line:
+            self.batcher.cancel(ticket, unprepared=True)
+            self.unprepared[ticket] = []
+            self.forget(ticket)
+            self.admit_line()
 
     @rule(seconds=st.integers(1, 2))
     def time_passes(self, seconds):
@@ -251,6 +305,7 @@ class BatcherMachine(RuleBasedStateMachine):
             assert ticket.deadline_s <= self.now_s
             assert ticket not in self.gone
             self.forget(ticket)
+        self.admit_line()
         alive = [item for item in self.queued if item[0].deadline_s > self.now_s]
         if len(self.in_flight) == INSTANCES:
             assert decision.batch is None
@@ -285,6 +340,7 @@ class BatcherMachine(RuleBasedStateMachine):
             if failed:
                 self.forget(ticket)
             self.answered.add(ticket)
+        self.admit_line()
 
     @invariant()
     def counts_agree(self):
@@ -295,25 +351,44 @@ class BatcherMachine(RuleBasedStateMachine):
         assert now.held_images <= MAX_HELD_IMAGES or now.held_requests == 1
         assert now.held_bytes <= MAX_HELD_BYTES or now.held_requests == 1
         assert (now.held_images == 0) == (now.held_requests == 0)
-        assert set(self.batcher.tickets) == {t for t in self.unsettled if not t.over}
+        assert now.lined_up_requests == len(self.line)
+        held = {t for t in self.unsettled if not t.over}
+        assert set(self.batcher.tickets) == held | set(self.line)
+        assert not (self.line and self.fits(self.line[0])), "the head waits beside room for it"
 
     def teardown(self):
         """Let everything run to its end: nothing is left, and nobody was forgotten."""
-        for ticket in self.unprepared:
-            self.ready(ticket, 99)
-        for batch in list(self.in_flight):
-            self.finish(batch, False)
-        while self.queued:
-            batch = self.decide()  # gives a batch, or drops what has expired
-            if batch is not None:
+        for _ in self.unsettled:  # each time round at least the head of the line is admitted
+            for ticket in self.unprepared:
+                self.ready(ticket, 99)
+            for batch in list(self.in_flight):
                 self.finish(batch, False)
+            while self.queued:
+                batch = self.decide()  # gives a batch, or drops what has expired
+                if batch is not None:
+                    self.finish(batch, False)
         assert not self.batcher.tickets
         assert self.answered | self.gone == set(self.unsettled)
         assert self.batcher.statistics().held_bytes == 0
 
+    def fits(self, ticket):
+        """Whether there is room for a request beside what is held."""
+        held = self.batcher.statistics()
+        return not held.held_requests or (
+            held.held_images + ticket.images <= MAX_HELD_IMAGES
+            and held.held_bytes + ticket.held_bytes <= MAX_HELD_BYTES
+        )
+
+    def admit_line(self):
+        """Whatever has happened: those at the head of the line who fit now are let in."""
+        for ticket in self.batcher.admit_line():
+            assert ticket is self.line.pop(0), "the line is first come, first served"
+            self.unprepared[ticket] = list(range(ticket.images))
+
     def forget(self, ticket):
         """Expect nothing more of a request."""
         self.gone.add(ticket)
+        self.line = [other for other in self.line if other is not ticket]
         self.queued = [item for item in self.queued if item[0] is not ticket]
 
 

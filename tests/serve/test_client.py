@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.errors import UsageError
 from protos import horace_pb2 as pb
 from serve.client import AsyncClient, Client, RetryPolicy
 from serve.errors import (
@@ -18,11 +17,12 @@ from serve.errors import (
     FailedItemsError,
     PreconditionError,
     QueueFullError,
+    RequestError,
     UnavailableError,
     UnknownNameError,
 )
 from serve.plans import Call, Failure, Pause, Planner
-from serve.requests import EmbedOptions, RequestSize, group_images, make_queries
+from serve.requests import EmbedOptions
 from serve.results import EmbedResult, ItemStatus, Timings
 
 UNAVAILABLE = Failure(grpc.StatusCode.UNAVAILABLE, "connection refused")
@@ -154,22 +154,6 @@ def test_waits_are_within_their_bounds(failures, remaining_s, rng):
     assert wait_s is None or 0 <= wait_s <= min(policy.max_s, remaining_s)
 
 
-@given(st.lists(st.integers(0, 3000), min_size=1, max_size=40), st.integers(1, 9))
-def test_groups_keep_every_image_in_order_within_the_servers_limits(sizes, most):
-    """Nothing is lost, nothing is too large, and an oversize image has its own status."""
-    size = RequestSize(images=most, request_bytes=4096 + 2000)
-    images = [bytes([n]) * n_bytes for n, n_bytes in enumerate(sizes)]
-    groups = list(group_images(images, size))
-    assert all(1 <= len(group.images) <= most for group in groups)
-    assert all(
-        pb.EmbedRequest(images=group.images).ByteSize() <= size.request_bytes for group in groups
-    )
-    sent = [image.encoded for group in groups for image in group.images]
-    assert sent == [image if len(image) + 64 <= 2000 else b"" for image in images]
-    refused = [n in g.refused for g in groups for n in range(len(g.images))]
-    assert refused == [len(image) + 64 > 2000 for image in images]
-
-
 def test_parts_from_two_encoders_are_no_result():
     """A server that changes its model between two requests is noticed."""
     vectors = pb.Vectors(data=b"\0" * 4, rows=1, dim=1)
@@ -182,56 +166,108 @@ def test_parts_from_two_encoders_are_no_result():
         drive.run(drive.planner.embed([b"1", b"2"], EmbedOptions(), 60))
 
 
+def test_a_message_that_is_too_large_is_not_sent_again():
+    """GRPC's refusal of a large message has the code of a full queue, and will not pass."""
+    large = Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "Received message larger than max (9 vs 8)")
+    drive = Drive(models_reply(), large)
+    with pytest.raises(RequestError, match=r"larger than max \(9 vs 8\); split it"):
+        drive.run(drive.planner.embed([b"1"], EmbedOptions(), 60))
+    assert [call.method for call in drive.calls] == ["ListModels", "Embed"]
+
+
 @pytest.mark.parametrize(
-    ("images", "found"),
+    "refusal",
     [
-        (b"one file", "bytes"),
-        (np.zeros((8, 8, 3), np.uint8), r"an array of shape \(8, 8, 3\)"),
-        (np.zeros((8, 8), np.uint8), r"an array of shape \(8, 8\)"),
-        ("path.png", "str"),
+        Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "Received message larger than max (9 vs 8)"),
+        Failure(grpc.StatusCode.INVALID_ARGUMENT, "images: expected 1 to 1 a request, found 2"),
     ],
 )
-def test_a_single_image_is_not_taken_for_several(images, found):
-    """It would be read as its bytes or rows; the line says to put it into a list."""
-    with Client("localhost:1") as client, pytest.raises(UsageError, match=f"found {found}; put a"):
-        client.embed(images)
+def test_a_server_that_takes_less_than_before_gets_less(refusal):
+    """Its limits are asked again, the images are cut anew, and the caller notices nothing."""
+    reply = pb.EmbedResponse(
+        vectors=pb.Vectors(data=b"\0" * 4, rows=1, dim=1), statuses=[pb.ItemStatus()]
+    )
+    drive = Drive(models_reply(images=9), reply, refusal, models_reply(images=1), reply)
+    drive.run(drive.planner.embed([b"1"], EmbedOptions(), 60))
+    result = drive.run(drive.planner.embed([b"1", b"2"], EmbedOptions(), 60))
+    assert len(result.statuses) == 2
+    assert [call.method for call in drive.calls] == [
+        "ListModels", "Embed", "Embed", "ListModels", "Embed", "Embed",
+    ]  # fmt: skip
 
 
-def test_arguments_that_cannot_be_meant_are_refused_before_a_call():
-    """Nothing is sent for them."""
-    ones = np.ones((1, 4), np.float32)
-    with Client("localhost:1") as client:
-        with pytest.raises(UsageError, match="images: expected at least one, found none"):
-            client.embed([])
-        with pytest.raises(UsageError, match="dtype: expected fp32 or fp16 or int8, found 'fp8'"):
-            client.embed([b"1"], dtype="fp8")
-        with pytest.raises(UsageError, match="dims: expected at least 1, found 0"):
-            client.embed([b"1"], dims=0)
-        with pytest.raises(UsageError, match="k: expected at least 1, found 0"):
-            client.search(ids=[1], k=0)
-        with pytest.raises(UsageError, match="expected one of images, vectors and ids, found none"):
-            client.search()
-        with pytest.raises(UsageError, match="found images and ids"):
-            client.search([b"1"], ids=[1])
-        with pytest.raises(UsageError, match="found an array alone; pass the result of embed"):
-            client.search(vectors=ones)
-        with pytest.raises(UsageError, match=r"expected shape \(N, D\)"):
-            client.search(vectors=ones[0], fingerprint="f")
-        with pytest.raises(UsageError, match="none negative, found -1"):
-            client.search(ids=[-1])
-        with pytest.raises(UsageError, match="image array: expected"):
-            list(group_images([ones], RequestSize(images=1, request_bytes=10_000)))
+def test_a_server_that_stops_is_not_called_absent():
+    """Who drains says so; the advice is not to start another."""
+    drive = Drive(Failure(grpc.StatusCode.UNAVAILABLE, "the server is stopping; call another"))
+    with pytest.raises(UnavailableError) as error:
+        drive.run(drive.planner.list_models(60))
+    assert str(error.value) == (
+        "server there:1: found the server is stopping; call another; try again, or elsewhere"
+    )
 
 
-def test_many_query_vectors_and_ids_go_in_several_requests():
-    """Each within the server's limits, in order, with the fingerprint."""
-    size = RequestSize(images=3, request_bytes=10_000)
-    vectors = np.arange(28, dtype=np.float32).reshape(7, 4)
-    requests = [r for r, _ in make_queries(None, vectors, None, "f").requests(size)]
-    assert [request.vectors.vectors.rows for request in requests] == [3, 3, 1]
-    assert {request.vectors.fingerprint for request in requests} == {"f"}
-    requests = [r for r, _ in make_queries(None, None, range(7), None).requests(size)]
-    assert [list(request.ids.ids) for request in requests] == [[0, 1, 2], [3, 4, 5], [6]]
+def test_a_closed_client_says_so(serving, fake, image, eventually):
+    """After close, during a call, and in the midst of a stream; blocking and not."""
+    closed = "expected an open one, found one that was closed; make another"
+
+    async def blocking(address):
+        client = Client(address)
+        await asyncio.to_thread(client.list_models)
+        stream = client.embed_stream(iter([image(1)] * 9), images_per_request=1, in_flight=1)
+        assert len((await asyncio.to_thread(next, stream)).statuses) == 1
+        fake.gate.clear()
+        fake.entered.clear()
+        call = asyncio.create_task(asyncio.to_thread(client.embed, [image(1)]))
+        await eventually(fake.entered.is_set)
+        client.close()
+        with pytest.raises(UnavailableError, match=closed):
+            await call
+        fake.gate.set()
+        with pytest.raises(UnavailableError, match=closed):
+            await asyncio.to_thread(list, stream)
+        with pytest.raises(UnavailableError, match=closed):
+            client.embed([image(1)])
+
+    async def unblocking(address):
+        client = AsyncClient(address)
+        await client.list_models()
+        stream = client.embed_stream(iter([image(1)] * 9), images_per_request=1, in_flight=1)
+        assert len((await anext(stream)).statuses) == 1
+        fake.gate.clear()
+        fake.entered.clear()
+        call = asyncio.create_task(client.embed([image(1)]))
+        await eventually(fake.entered.is_set)
+        await client.close()
+        with pytest.raises(UnavailableError, match=closed):
+            await call
+        fake.gate.set()
+        with pytest.raises(UnavailableError, match=closed):
+            [reply async for reply in stream]
+        with pytest.raises(UnavailableError, match=closed):
+            await client.embed([image(1)])
+
+    async def main():
+        async with serving(fake) as server:
+            await blocking(server.address)
+            await unblocking(server.address)
+
+    asyncio.run(main())
+
+
+def test_a_cancelled_call_is_cancelled(serving, fake, image, eventually):
+    """A caller's own cancellation is not taken for anything else."""
+
+    async def main():
+        async with serving(fake) as server, AsyncClient(server.address) as client:
+            await client.list_models()
+            fake.gate.clear()
+            call = asyncio.create_task(client.embed([image(1)]))
+            await eventually(fake.entered.is_set)
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+
+    asyncio.run(main())
 
 
 def test_a_result_can_be_read_by_image_and_insists_on_request():
@@ -340,72 +376,6 @@ def test_both_clients_do_the_same(serving, fake, image):
 
     one, other = asyncio.run(main())
     assert one == other == ("fake", values, [values[:32], values[32:64], values[64:]])
-
-
-def test_a_stream_reads_an_endless_iterable_a_few_requests_ahead(serving, fake, image):
-    """What is under way is bounded; leaving the loop ends the stream."""
-    taken = []
-
-    def endless():
-        n = 0
-        while True:
-            taken.append(n)
-            yield image(n % 256)
-            n += 1
-
-    def blocking(address):
-        with Client(address) as client:
-            stream = client.embed_stream(endless(), images_per_request=5, in_flight=2)
-            for n, reply in enumerate(stream):
-                assert len(reply.statuses) == 5
-                assert len(taken) <= (n + 3) * 5
-                if n == 20:
-                    break
-            stream.close()
-
-    async def main():
-        async with serving(fake) as server:
-            await asyncio.to_thread(blocking, server.address)
-
-    asyncio.run(main())
-
-
-@pytest.mark.parametrize("kind", ["blocking", "iterable", "asynchronous"])
-def test_an_error_of_the_callers_iterable_is_the_callers(serving, fake, image, kind):
-    """It comes after the results of what was sent before it."""
-
-    def broken():
-        yield from (image(n) for n in range(4))
-        raise LookupError("no more images")
-
-    async def abroken():
-        for n in range(4):
-            yield image(n)
-        raise LookupError("no more images")
-
-    def blocking(address, sizes):
-        with Client(address) as client:
-            for reply in client.embed_stream(broken(), images_per_request=2):
-                sizes.append(len(reply.statuses))
-
-    async def asynchronous(address, sizes):
-        images = broken() if kind == "iterable" else abroken()
-        async with AsyncClient(address) as client:
-            async for reply in client.embed_stream(images, images_per_request=2):
-                sizes.append(len(reply.statuses))
-
-    async def main():
-        sizes = []
-        async with serving(fake) as server:
-            if kind == "blocking":
-                work = asyncio.to_thread(blocking, server.address, sizes)
-            else:
-                work = asynchronous(server.address, sizes)
-            with pytest.raises(LookupError, match="no more images"):
-                await work
-        assert sizes == [2, 2]
-
-    asyncio.run(main())
 
 
 def test_an_image_too_large_for_any_request_has_a_status(serving, fake, image):

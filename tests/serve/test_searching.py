@@ -189,6 +189,8 @@ def test_what_cannot_be_searched_is_refused_whole(place, searching):
             with pytest.raises(grpc.aio.AioRpcError) as error:
                 await stub.Search(pb.SearchRequest(vectors=nameless))
             assert "send the fingerprint that came with them" in error.value.details()
+            with pytest.raises(RequestError, match="64 hex digits, found 'xxxxx"):
+                await client.search(vectors=ones, fingerprint="x" * 20_000)
             with pytest.raises(
                 RequestError, match=r"expected 16 dimensions.*found 8; embed without"
             ):
@@ -205,9 +207,18 @@ def test_a_reply_that_would_be_too_large_is_refused_before_the_search(place, sea
     """Queries times neighbours is bounded, as requests are."""
 
     async def main():
-        async with searching(max_message_mib=1) as server, AsyncClient(server.address) as client:
-            with pytest.raises(RequestError, match="reply: expected at most 1048576 bytes"):
-                await client.search(ids=[1] * 1000, k=1000)
+        async with (
+            searching(max_message_mib=1) as server,
+            AsyncClient(server.address) as client,
+            grpc.aio.insecure_channel(server.address) as channel,
+        ):
+            request = pb.SearchRequest(ids=pb.IdQueries(ids=[1] * 1000), k=1000)
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await pb_grpc.HoraceStub(channel).Search(request)
+            assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert "reply: expected at most 1048576 bytes" in error.value.details()
+            split = await client.search(ids=[1] * 10, k=1000)
+            assert [status.code for status in split.statuses] == ["not_found"] * 10
 
     asyncio.run(main())
 

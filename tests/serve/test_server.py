@@ -19,6 +19,8 @@ from models.wire import image_to_wire
 from protos import horace_pb2 as pb
 from protos import horace_pb2_grpc as pb_grpc
 from serve.client import AsyncClient, Client
+from serve.config import ServeOptions
+from serve.server import Server, divide_threads
 
 ROOT = Path(__file__).parents[2]
 Status = health_pb2.HealthCheckResponse
@@ -161,6 +163,73 @@ def test_a_second_signal_cuts_off_at_once(start_server, make_bundle):
     assert server.process.wait(30) == 1
 
 
+def test_a_signal_ends_a_start_that_hangs():
+    """The server of a remote model never answers: SIGTERM is heard all the same."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        silent.settimeout(30)
+        argv = [sys.executable, "-m", "serve", "--port", "0"]
+        argv += ["--bundle", f"horace://127.0.0.1:{silent.getsockname()[1]}/m"]
+        with subprocess.Popen(
+            argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as server:
+            connection, _ = silent.accept()
+            with connection:
+                server.send_signal(signal.SIGTERM)
+                out, log = server.communicate(timeout=20)
+    assert (server.returncode, out) == (0, ""), log
+    assert "stopping on SIGTERM, before the server was ready" in log
+    assert "Traceback" not in log
+
+
+def test_calls_beyond_the_bound_are_refused_unread(serving, fake, image, eventually):
+    """A bounded number of calls is open; one more is told so, and later it is served."""
+
+    async def main():
+        async with (
+            serving(fake, max_calls=2) as server,
+            grpc.aio.insecure_channel(server.address) as channel,
+        ):
+            stub = pb_grpc.HoraceStub(channel)
+            request = pb.EmbedRequest(images=[image_to_wire(image(1))])
+            fake.gate.clear()
+            held = [stub.Embed(request), stub.Embed(request)]
+            await eventually(lambda: server.services.active == 2)
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await stub.Embed(request)
+            assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            fake.gate.set()
+            await asyncio.gather(*held)
+            assert (await stub.Embed(request)).vectors.rows == 1
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("threads", "models", "instances", "each"),
+    [(8, 1, 1, 8), (8, 3, 1, 2), (8, 2, 3, 2), (1, 4, 1, 1), (2, 1, 4, 1)],
+)
+def test_models_and_instances_share_one_cpu_budget(threads, models, instances, each):
+    """With the threads that call them, encoders have the budget between them, or one each."""
+    assert divide_threads(threads, models=models, instances=instances) == each
+
+
+def test_every_model_is_opened_with_its_share(make_bundle):
+    """Two bundles and a budget of six: three threads each."""
+
+    async def main():
+        bundles = tuple(str(make_bundle(name, seed=1).path) for name in ("one", "two"))
+        server = Server(ServeOptions(port=0, bundle=bundles, cpu_budget=6))
+        await server.start()
+        try:
+            return [model.encoder.threads for model in server.catalog.models.values()]
+        finally:
+            await server.kill()
+
+    assert asyncio.run(main()) == [3, 3]
+
+
 def test_a_drain_that_takes_too_long_cuts_off_and_says_so(serving, fake, image, eventually):
     """After the limit the number of calls that were cut off is known."""
 
@@ -263,6 +332,28 @@ def test_an_address_of_another_machine_is_one_line(host):
     line = refusal("--host", host)
     assert line.startswith(f"python -m serve: port {host}:50051: expected a free port, found no ")
     assert "listen on 127.0.0.1 or 0.0.0.0 with --host" in line
+
+
+def test_no_address_is_one_line():
+    """An empty --host is no way to say every interface."""
+    line = refusal("--host", "")
+    assert line == (
+        "python -m serve: --host: expected an address, found none; "
+        "listen on 127.0.0.1 or 0.0.0.0 with --host, or on another --port"
+    )
+
+
+@pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="no IPv6 here")
+def test_it_serves_on_ipv6(fake, serving, image):
+    """The address has its brackets, and a client can call it as it is printed."""
+
+    async def main():
+        async with serving(fake, host="::1") as server:
+            assert server.address == f"[::1]:{server.port}"
+            async with AsyncClient(server.address) as client:
+                assert (await client.embed([image(1)])).statuses[0].ok
+
+    asyncio.run(main())
 
 
 def test_a_missing_bundle_is_one_line(tmp_path):

@@ -110,31 +110,6 @@ def test_vectors_are_those_of_an_index_to_the_bit(serving, make_bundle, tmp_path
     np.testing.assert_array_equal(served, stored)
 
 
-def test_dims_are_cut_before_vectors_are_normalised(serving, make_bundle):
-    """A truncated vector has unit length again; unnormalised ones are the encoder's own."""
-    file = random_files(1)
-
-    async def main():
-        bundle = make_bundle()
-        encoder = open_encoder(bundle.path)
-        raw = encoder.encode(encoder.preprocess(file[0])[None])
-        async with (
-            serving(bundle=(str(bundle.path),)) as server,
-            AsyncClient(server.address) as client,
-        ):
-            cut = await client.embed(file, dims=5)
-            np.testing.assert_array_equal(cut.vectors, finish_vectors(raw, dims=5))
-            plain = await client.embed(file, normalize=False)
-            np.testing.assert_array_equal(plain.vectors, raw)
-            half = await client.embed(file, dtype="fp16")
-            np.testing.assert_allclose(half.vectors, finish_vectors(raw), atol=1e-3)
-            byte = await client.embed(file, dtype="int8")
-            np.testing.assert_allclose(byte.vectors, finish_vectors(raw), atol=1 / 127)
-            assert cut.fingerprint == bundle.fingerprint
-
-    asyncio.run(main())
-
-
 def test_a_request_may_hold_several_batches(serving, fake, image):
     """Seventy images, one request, three batches."""
 
@@ -357,81 +332,20 @@ def test_a_full_queue_is_resource_exhausted_at_once(serving, fake, image, eventu
     asyncio.run(main())
 
 
-def test_a_stream_answers_in_order_and_survives_a_bad_request(serving, fake, image):
-    """A request that would fail as a call gets a reply with its error; the next is served."""
-    requests = [
-        pb.EmbedRequest(images=[image_to_wire(image(n))], request_id=str(n), skip_normalize=True)
-        for n in range(40)
-    ]
-    requests[7].model = "nobody"
+def test_a_name_of_20_kb_is_not_found_in_a_short_line(serving, fake, image):
+    """The status does not outgrow gRPC's trailers, in whatever script the name is."""
 
     async def main():
         async with serving(fake) as server:
             channel, stub = stub_of(server)
             async with channel:
-                return [reply async for reply in stub.EmbedStream(iter(requests))]
-
-    replies = asyncio.run(main())
-    assert [reply.request_id for reply in replies] == [str(n) for n in range(40)]
-    assert replies[7].error.code == grpc.StatusCode.NOT_FOUND.value[0]
-    assert replies[7].error.message == "model: expected 'fake', found 'nobody'"
-    values = [vectors_from_wire(r.vectors)[0, 0] for n, r in enumerate(replies) if n != 7]
-    assert values == [n for n in range(40) if n != 7]
-
-
-def test_a_stream_reads_no_further_than_its_bound(serving, fake, image, eventually):
-    """With the encoder held, only so many requests of a stream are under way."""
-
-    async def main():
-        async with serving(fake, stream_requests=3) as server:
-            engine = server.catalog.model("").engine
-            channel, stub = stub_of(server)
-            fake.gate.clear()
-            async with channel:
-                requests = [pb.EmbedRequest(images=[image_to_wire(image(n))]) for n in range(9)]
-                call = stub.EmbedStream(iter(requests))
-                await eventually(lambda: engine.statistics().held_requests == 3)
-                held = await stub.ListModels(pb.ListModelsRequest())
-                assert held.models
-                assert engine.statistics().held_requests == 3
-                fake.gate.set()
-                assert len([reply async for reply in call]) == 9
-        assert fake.computed == list(range(9))
-
-    asyncio.run(main())
-
-
-def test_a_stream_waits_where_a_call_is_refused(serving, fake, image):
-    """A queue with room for one image holds a stream of ten back, and refuses none."""
-
-    async def main():
-        async with serving(fake, max_queue_images=1) as server:
-            channel, stub = stub_of(server)
-            async with channel:
-                requests = [pb.EmbedRequest(images=[image_to_wire(image(n))]) for n in range(10)]
-                replies = [reply async for reply in stub.EmbedStream(iter(requests))]
-        assert not any(reply.HasField("error") for reply in replies)
-        assert sorted(fake.computed) == list(range(10))
-
-    asyncio.run(main())
-
-
-def test_draining_ends_a_stream_after_what_was_read(serving, fake, image):
-    """What the server has read is answered; then the stream says that it stops."""
-
-    async def main():
-        async with serving(fake) as server:
-            channel, stub = stub_of(server)
-            async with channel:
-                call = stub.EmbedStream()
-                await call.write(pb.EmbedRequest(images=[image_to_wire(image(1))]))
-                assert (await call.read()).statuses
-                draining = asyncio.create_task(server.drain(limit_s=20))
-                with pytest.raises(grpc.aio.AioRpcError) as error:
-                    await call.read()
-                assert await draining == 0
-        assert error.value.code() is grpc.StatusCode.UNAVAILABLE
-        assert "has not read the rest of this stream" in error.value.details()
+                for name in ("x" * 20_000, "\N{SNOWMAN}" * 20_000):
+                    with pytest.raises(grpc.aio.AioRpcError) as error:
+                        await stub.Embed(
+                            pb.EmbedRequest(model=name, images=[image_to_wire(image(1))])
+                        )
+                    assert error.value.code() is grpc.StatusCode.NOT_FOUND
+                    assert error.value.details().startswith("model: expected 'fake', found ")
 
     asyncio.run(main())
 

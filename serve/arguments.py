@@ -1,0 +1,64 @@
+"""Checks what a caller gives the client: every refusal is one line, before anything is sent."""
+
+from __future__ import annotations
+
+import math
+import operator
+from os import PathLike
+
+from models.errors import UsageError
+
+MAX_UINT32 = (1 << 32) - 1
+MAX_UINT64 = (1 << 64) - 1
+MAX_TIMEOUT_S = 365 * 86_400.0
+"""gRPC keeps deadlines in 64 bits of nanoseconds; nobody waits for a year."""
+
+ONE_IMAGE = (str, bytes, bytearray, memoryview, PathLike)
+"""What would be iterated over as something else than images."""
+
+
+def check_integer(name: str, value: object, least: int, most: int = MAX_UINT32) -> int:
+    """Give an integer of any library as Python's.
+
+    Raises:
+        UsageError: it is none, or outside its bounds.
+    """
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]  # what is none raises
+    except TypeError:
+        number = least - 1
+    if not least <= number <= most:
+        raise UsageError(name, expected=f"an integer, {least} to {most}", found=describe(value))
+    return number
+
+
+def check_text(name: str, value: object) -> None:
+    """Refuse what is neither text nor None.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    if value is not None and not isinstance(value, str):
+        raise UsageError(name, expected="text", found=describe(value))
+
+
+def check_timeout(value: object) -> float:
+    """Give a timeout in seconds.
+
+    Raises:
+        UsageError: it is not a positive number, or longer than a year.
+    """
+    try:
+        seconds = float(value)  # type: ignore[arg-type]  # what is none raises
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if not 0 < seconds <= MAX_TIMEOUT_S:
+        expected = f"a positive number of seconds, at most {MAX_TIMEOUT_S:.0f}"
+        raise UsageError("timeout_s", expected=expected, found=describe(value))
+    return seconds
+
+
+def describe(value: object) -> str:
+    """Show a value in a few characters."""
+    shown = repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:80]}..."

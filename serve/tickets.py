@@ -1,0 +1,115 @@
+"""What `serve.batching` deals in: requests, their images that wait or run, and what to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+
+@dataclass(eq=False, kw_only=True)
+class Ticket:
+    """One request in the batcher, from its admission until it is over.
+
+    Attributes:
+        images: how many images it has.
+        held_bytes: memory that it keeps, in bytes: its payload and what that decodes to.
+        arrived_s: when it came.
+        deadline_s: from when on nobody waits for it.
+        preparing: images neither ready nor settled yet.
+        waiting: images that are ready and in no batch yet.
+        running: images in batches that run.
+        gone: whether its caller has gone, so that nothing more of it is computed.
+    """
+
+    images: int
+    held_bytes: int = 0
+    arrived_s: float = 0.0
+    deadline_s: float = math.inf
+    preparing: int = field(init=False, default=0)
+    waiting: int = field(init=False, default=0)
+    running: int = field(init=False, default=0)
+    gone: bool = field(init=False, default=False)
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing of it is being prepared, waits or runs."""
+        return not (self.preparing or self.waiting or self.running)
+
+
+TicketT = TypeVar("TicketT", bound=Ticket)
+
+
+@dataclass(eq=False, slots=True)
+class Part(Generic[TicketT]):
+    """Images of one ticket that wait or run together.
+
+    Attributes:
+        ticket: whose images these are.
+        positions: their places in the request.
+        ready_s: when they became ready.
+    """
+
+    ticket: TicketT
+    positions: Sequence[int]
+    ready_s: float
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Batch(Generic[TicketT]):
+    """Images to run together, in this order."""
+
+    parts: tuple[Part[TicketT], ...]
+    images: int
+
+
+@dataclass(frozen=True, slots=True)
+class Decision(Generic[TicketT]):
+    """What to do now.
+
+    Attributes:
+        batch: run this on the instance that asked; None where there is nothing to run.
+        expired: tell these callers that their deadline passed; they are dropped already.
+        wake_at_s: ask again at this time, unless something becomes ready before; None
+            where only a new event can change the answer.
+    """
+
+    batch: Batch[TicketT] | None = None
+    expired: tuple[TicketT, ...] = ()
+    wake_at_s: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatcherStatistics:
+    """The batcher at one moment, and what it has done since it was made.
+
+    Attributes:
+        lined_up_requests: requests that wait to be admitted.
+        held_requests: requests admitted and not over.
+        held_images: their images.
+        held_bytes: their bytes.
+        waiting_images: images that are ready and wait for an instance.
+        running_images: images in batches that run.
+        running_batches: busy instances.
+        admitted_requests: all that were ever admitted.
+        refused_requests: those for which there was no room.
+        cancelled_requests: those whose callers went before the reply.
+        expired_requests: those whose deadline passed while they waited.
+        computed_images: images in batches that have finished.
+        computed_batches: batches that have finished.
+    """
+
+    lined_up_requests: int
+    held_requests: int
+    held_images: int
+    held_bytes: int
+    waiting_images: int
+    running_images: int
+    running_batches: int
+    admitted_requests: int
+    refused_requests: int
+    cancelled_requests: int
+    expired_requests: int
+    computed_images: int
+    computed_batches: int

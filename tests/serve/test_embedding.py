@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import asyncio
+import io
+
+import numpy as np
+from PIL import Image
+
+from models.encoder import open_encoder
+from models.vectors import finish_vectors
+from serve.client import AsyncClient
+
+
+def test_dims_are_cut_before_vectors_are_normalised(serving, make_bundle):
+    """A truncated vector has unit length again; unnormalised ones are the encoder's own."""
+    out = io.BytesIO()
+    Image.new("L", (28, 28), 7).save(out, "PNG")
+    file = [out.getvalue()]
+
+    async def main():
+        bundle = make_bundle()
+        encoder = open_encoder(bundle.path)
+        raw = encoder.encode(encoder.preprocess(file[0])[None])
+        async with (
+            serving(bundle=(str(bundle.path),)) as server,
+            AsyncClient(server.address) as client,
+        ):
+            cut = await client.embed(file, dims=5)
+            np.testing.assert_array_equal(cut.vectors, finish_vectors(raw, dims=5))
+            plain = await client.embed(file, normalize=False)
+            np.testing.assert_array_equal(plain.vectors, raw)
+            half = await client.embed(file, dtype="fp16")
+            np.testing.assert_allclose(half.vectors, finish_vectors(raw), atol=1e-3)
+            byte = await client.embed(file, dtype="int8")
+            np.testing.assert_allclose(byte.vectors, finish_vectors(raw), atol=1 / 127)
+            assert cut.fingerprint == bundle.fingerprint
+
+    asyncio.run(main())
+
+
+def test_a_vector_that_is_not_finite_is_a_status(serving, fake, image):
+    """The encoder fails on two of three images: the third has its vector."""
+
+    async def main():
+        async with serving(fake) as server, AsyncClient(server.address) as client:
+            encode = fake.encode
+            poison = np.array([[np.nan], [1], [np.inf]], np.float32)
+            fake.encode = lambda images: encode(images) * poison
+            result = await client.embed([image(1), image(2), image(3)], normalize=False)
+            assert [status.code for status in result.statuses] == ["not_finite", "ok", "not_finite"]
+            assert "the encoder fails on this image" in result.statuses[0].message
+            np.testing.assert_array_equal(result.vectors, [[2, 1, 1, 1]])
+
+    asyncio.run(main())
+
+
+def test_what_fp16_cannot_hold_is_a_status_and_int8_holds_all(serving, fake, image):
+    """70000 would be infinite in FP16; 65504 is its largest, and INT8 has a scale a row."""
+
+    async def main():
+        async with serving(fake) as server, AsyncClient(server.address) as client:
+            fake.encode = lambda images: np.array(
+                [[70_000, 0, 0, 0], [65_504, -1, 0, 0], [0, 0, 0, 0]], np.float32
+            )
+            images = [image(n) for n in range(3)]
+            half = await client.embed(images, normalize=False, dtype="fp16")
+            assert [status.code for status in half.statuses] == ["out_of_range", "ok", "ok"]
+            assert "at most 65504, which fp16 holds" in half.statuses[0].message
+            np.testing.assert_array_equal(half.vectors, [[65_504, -1, 0, 0], [0, 0, 0, 0]])
+            unit = await client.embed(images, dtype="fp16")
+            assert all(status.ok for status in unit.statuses)
+            byte = await client.embed(images, normalize=False, dtype="int8")
+            np.testing.assert_allclose(byte.vectors[:, 0], [70_000, 65_504, 0], rtol=1e-6)
+
+    asyncio.run(main())
