@@ -11,7 +11,7 @@ Shapes: N images, H, W, C of the encoder's input, P pixels a reduced image, D di
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,7 +82,7 @@ def see_images(
     counts = [source.count() for source in sources]
     known = [count for count in counts if count is not None]
     digests: dict[str, bytes] = {}
-    records = (_hashed(record, digests) for source in sources for record in source.records())
+    records = (_hashed(record, digests) for record in _first_of_each_key(sources))
     batches = decode_batches(records, preprocess_for, batch_size=EMBED_BATCH)
     keys: list[str] = []
     labels: list[str | None] = []
@@ -108,6 +108,16 @@ def see_images(
         vectors_ND=[np.concatenate(made) for made in vectors],
         pixels_NP=np.concatenate(pixels) if pixels else None,
     )
+
+
+def _first_of_each_key(sources: Sequence[ImageSource]) -> Iterator[ImageRecord]:
+    """Yield the records, without those whose key came before, as `index.build` does."""
+    keys: set[str] = set()
+    for source in sources:
+        for record in source.records():
+            if record.key not in keys:
+                keys.add(record.key)
+                yield record
 
 
 def _hashed(record: ImageRecord, digests: dict[str, bytes]) -> ImageRecord:

@@ -4,7 +4,8 @@ Rules:
     Memory holds a few batches, one part and the index, whatever the size of the source.
     A build that was killed goes on where it stood when the same command is run again, and
     ends in the same files as one that was not: finished parts are never embedded twice.
-    An image that cannot be used is written to `rejects.jsonl` and counted, never fatal.
+    An image that cannot be used, or whose key another has, is written to `rejects.jsonl` and
+    counted, never fatal.
     The collection appears whole, by a rename; a replaced one stays readable to those who
     have it open.
 """
@@ -18,7 +19,8 @@ import os
 import platform
 import sys
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -39,12 +41,14 @@ from index.manifest import (
     read_manifest,
     write_manifest,
 )
-from index.parts import PartStore, RunKey, read_run_id
+from index.part_file import RunKey
+from index.parts import PartStore, read_run_id
 from index.segment import EF_SEARCH, FLAT, HNSW, write_segment
 from models.command import progress, run_command
 from models.encoder import Encoder, open_encoder
 from models.errors import UsageError
 from models.files import atomic_directory, publish_directory
+from models.image_folder import FolderSource
 from models.images import ImageSource, open_source
 
 FLAT_MAX_COUNT = 20_000
@@ -60,7 +64,8 @@ class BuildOptions:
     """Embed the images of a source and make a collection of them."""
 
     images: str
-    """The images: fashion-mnist[:train|:test], a folder, tar shards, or idx:IMAGES,LABELS."""
+    """The images: a folder (or folder:PATH), tar shards (or wds:PATTERN), idx:IMAGES[,LABELS],
+    or fashion-mnist[:train|:test]."""
     encoder: str
     """The encoder: a bundle's directory, or horace://host:port/model."""
     out: Path
@@ -146,6 +151,8 @@ def build(options: BuildOptions) -> BuildSummary:
     """
     source = open_source(options.images)
     with closing(open_encoder(options.encoder)) as encoder:
+        if isinstance(source, FolderSource) and source.ignored:
+            log.info("%s: %d files that are no images are passed over", source.uri, source.ignored)
         key = RunKey(
             source=source.uri,
             source_count=source.count(),
@@ -170,12 +177,14 @@ def _build(
 ) -> BuildSummary:
     """Embed what is missing, write the collection, put it in its place."""
     out = options.target
-    if _is_finished(out):
+    finished = _find_finished(out)
+    if finished is not None and _is_same(finished, options, key):
         log.info("%s was finished by an earlier run, which was killed before it could say so", out)
         with PartStore(out, key, restart=True):
-            return _summary_of(out)
+            return _summary(out, finished)
     _check_target(out, replace=options.replace)
-    with PartStore(out, key, restart=options.restart) as store:
+    restart = options.restart or finished is not None  # the parts are in that collection
+    with PartStore(out, key, restart=restart) as store, _resumable(store):
         reused, n_parts = store.n_images, len(store.finished)
         if n_parts:
             log.info("reusing %d images in %d finished parts of %s", reused, n_parts, out)
@@ -186,19 +195,29 @@ def _build(
             manifest = _write_collection(directory, options, encoder, store)
             times = {"embed_s": embed_s, "index_s": time.monotonic() - start_s}
             report = {**manifest.build, "reused": reused, **times}
-            write_manifest(directory, dataclasses.replace(manifest, build=report))
+            manifest = dataclasses.replace(manifest, build=report)
+            write_manifest(directory, manifest)
         publish_directory(store.directory / "collection", out, replace=options.replace)
         store.discard()
-    return _summary_of(out)
+    return _summary(out, manifest)
+
+
+@contextmanager
+def _resumable(store: PartStore) -> Iterator[None]:
+    """Tell who interrupts the build what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = f"{store.n_images} images are embedded and kept; the same command goes on from there"
+        raise KeyboardInterrupt(*([kept] if store.finished else [])) from None
 
 
 def _embed_missing(store: PartStore, source: ImageSource, encoder: Encoder) -> float:
     """Embed every record that no part covers yet; give the seconds that it took."""
     key, start_s = store.key, time.monotonic()
     total = None if key.source_count is None else key.source_count - store.n_records
-    batches = decode_batches(
-        source.records(start=store.n_records), encoder, batch_size=key.batch_size
-    )
+    records = store.resume(source.records())
+    batches = decode_batches(records, encoder, batch_size=key.batch_size)
     waiting, vectors = [], []
     with closing(batches):
         for batch in progress(batches, what="embedding", total=total, size=len):
@@ -213,7 +232,7 @@ def _embed_missing(store: PartStore, source: ImageSource, encoder: Encoder) -> f
 
 
 def _check_images(store: PartStore) -> None:
-    """Refuse a source without one good image, and images that share an id."""
+    """Refuse a source without one good image."""
     if store.n_images == 0:
         rejects = store.rejects
         first = f", the first: {rejects[0].key}: {rejects[0].message}" if rejects else ""
@@ -223,23 +242,6 @@ def _check_images(store: PartStore) -> None:
             found=f"{len(rejects)} rejected{first}",
             mend="check the images; the parts are dropped by --restart",
         )
-    ids_N = store.ids()
-    unique, counts = np.unique(ids_N, return_counts=True)
-    shared = unique[counts > 1]
-    if len(shared) == 0:
-        return
-    keys = [
-        repr(row["key"])
-        for block in store.blocks()
-        for row in block.rows.select(["id", "key"]).to_pylist()
-        if row["id"] == shared[0]
-    ]
-    raise CollectionError(
-        store.key.source,
-        expected="every image to have a key of its own",
-        found=f"{' and '.join(keys)} with one id, and {len(shared)} shared ids in all",
-        mend="rename one of them, then run again with --restart",
-    )
 
 
 def _write_collection(
@@ -312,20 +314,29 @@ def _check_target(out: Path, *, replace: bool) -> None:
         )
 
 
-def _is_finished(out: Path) -> bool:
-    """Tell whether the unfinished run of `out` was killed between its last two steps."""
+def _find_finished(out: Path) -> Manifest | None:
+    """Read the collection whose run was killed between its last two steps; None if none was."""
     run_id = read_run_id(out)
     if run_id is None or not (out / MANIFEST_FILE).is_file():
-        return False
+        return None
     try:
-        return read_manifest(out).build.get("run_id") == run_id
+        manifest = read_manifest(out)
     except CollectionError:
-        return False
+        return None
+    return manifest if manifest.build.get("run_id") == run_id else None
 
 
-def _summary_of(out: Path) -> BuildSummary:
-    """Read the summary from the manifest's build report."""
-    manifest = read_manifest(out)
+def _is_same(manifest: Manifest, options: BuildOptions, key: RunKey) -> bool:
+    """Tell whether a collection is what these options would build."""
+    return (
+        manifest.build.get("run") == key.to_json()
+        and manifest.name == (options.name or options.target.name)
+        and manifest.segments[0].factory == choose_factory(options.index, manifest.count)
+    )
+
+
+def _summary(out: Path, manifest: Manifest) -> BuildSummary:
+    """Take the summary from the manifest's build report."""
     report = cast(dict[str, int], manifest.build)
     return BuildSummary(
         collection=str(out),

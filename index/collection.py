@@ -25,7 +25,7 @@ import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
 from index.errors import CollectionError, UnknownIdError
-from index.knn import MISSING, merge_neighbours, pad_neighbours
+from index.knn import MISSING, merge_neighbours
 from index.manifest import METRIC, Manifest, read_manifest
 from index.segment import Segment, open_segment
 from models.cpu import cpu_budget
@@ -37,8 +37,8 @@ class Neighbours:
     """What a search found, best first.
 
     Attributes:
-        ids: (Q, K) int64; -1 where there are fewer than K.
-        scores: (Q, K) float32 cosines; -inf where there are fewer than K.
+        ids: (Q, K) int64; -1 where fewer than K were found.
+        scores: (Q, K) float32 cosines; -inf where fewer than K were found.
     """
 
     ids: NDArray[np.int64]
@@ -182,14 +182,14 @@ class Collection:
 
         Args:
             queries_QD: (Q, D) float32, unit length.
-            k: neighbours a query, at least 1.
+            k: neighbours a query, at least 1; K is no larger than the collection.
             fingerprint: of the encoder that made the queries.
             exact: whether to search every vector instead of the index.
             ef_search: candidates that HNSW keeps, for this call; the manifest's where None.
 
         Raises:
             FingerprintMismatchError: another encoder made the queries.
-            UsageError: k is below 1, or the queries have another dimension.
+            UsageError: k is below 1, or the queries have another dimension or are not finite.
         """
         self.require(fingerprint)
         if queries_QD.ndim != 2 or queries_QD.shape[1] != self.dim:
@@ -197,6 +197,12 @@ class Collection:
         if k < 1:
             raise UsageError("k", expected="at least 1", found=str(k))
         queries_QD = np.ascontiguousarray(queries_QD, dtype=np.float32)
+        wrong = np.flatnonzero(~np.isfinite(queries_QD).all(axis=1))
+        if wrong.size:
+            raise UsageError(
+                f"query {wrong[0]}", expected="finite numbers", found="NaN or infinity"
+            )
+        k = min(k, self.count)
         parts = []
         for start, segment in zip(self._starts[:-1], self._open_segments(), strict=True):
             scores, rows = segment.search(
@@ -224,11 +230,11 @@ class Collection:
         )  # fmt: skip
         is_self = found.ids == ids_Q[:, None]
         is_self[~is_self.any(axis=1), -1] = True  # not found by the index: drop the last
-        others = np.argsort(is_self, axis=1, kind="stable")[:, :k]
-        scores, kept = pad_neighbours(
-            np.take_along_axis(found.scores, others, 1), np.take_along_axis(found.ids, others, 1), k
+        others = np.argsort(is_self, axis=1, kind="stable")[:, :-1]
+        return Neighbours(
+            ids=np.take_along_axis(found.ids, others, 1),
+            scores=np.take_along_axis(found.scores, others, 1),
         )
-        return Neighbours(ids=kept, scores=scores)
 
     def vectors(self, ids: ArrayLike) -> NDArray[np.float32]:
         """Give the stored vectors, (n, D) float32 of unit length.
@@ -291,7 +297,7 @@ class Collection:
                 f"key {key!r}",
                 expected=f"a key of the {self.count} in collection {self.name}",
                 found="none such",
-                mend="take keys from a search of this collection",
+                mend=f"keys here look like {self._rows['key'][0].as_py()!r}",
             )
         return id_
 

@@ -17,5 +17,9 @@ class UnknownIdError(IndexingError):
     """An id or a key that a collection does not hold."""
 
 
+class QueryError(IndexingError):
+    """Queries that cannot be used, beside others that can."""
+
+
 class EvaluationError(IndexingError):
     """An evaluation that cannot be made of this collection and these images."""

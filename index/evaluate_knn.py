@@ -19,10 +19,13 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import faiss
 import numpy as np
 from numpy.typing import NDArray
 
@@ -47,13 +50,15 @@ from index.knn_task import Task, make_task
 from index.search import open_collection_encoder
 from models.bundle import record_evaluation
 from models.encoder import Encoder
-from models.errors import UsageError
+from models.errors import SourceError, UsageError
 from models.files import atomic_file
-from models.images import open_source
+from models.images import ImageSource, open_source
 from models.runtime import open_random_twin
 
 HEADLINE_K = 20
 RECALL_K = 10
+SAME_VECTOR = 1e-6
+"""Cosines this close to 1 are those of one image: float32 rounds unit vectors by some 1e-7."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,17 +93,20 @@ class KnnOptions:
 
 
 def main(options: KnnOptions) -> None:
-    """Evaluate, and show the report as text or JSON, and as files on request."""
+    """Evaluate, and show the report as text or JSON, and as files on request.
+
+    What took minutes to measure is shown first: a file that cannot be written loses nothing.
+    """
     report = evaluate(options)
     text = as_text(report)
     document = json.dumps(dataclasses.asdict(report), indent=2)
+    print(document if options.json else text)
     if options.out is not None:
         _write_files(options.out, report, text, document)
+        if not options.json:
+            print(f"\nreport and confusion matrix: {options.out}")
     if options.record:
         _record(options, report)
-    print(document if options.json else text)
-    if options.out is not None and not options.json:
-        print(f"\nreport and confusion matrix: {options.out}")
 
 
 def evaluate(options: KnnOptions) -> KnnReport:
@@ -114,8 +122,10 @@ def evaluate(options: KnnOptions) -> KnnReport:
         stack.enter_context(closing(encoder))
         twin = _open_twin(collection, options) if options.baselines else None
         encoders = [encoder] if twin is None else [encoder, stack.enter_context(closing(twin))]
+        images = open_source(options.images)
+        bank = _open_bank(collection) if options.baselines else []
         queries = see_images(
-            [open_source(options.images)],
+            [images],
             encoders,
             preprocess_for=encoder,
             with_pixels=options.baselines,
@@ -125,7 +135,7 @@ def evaluate(options: KnnOptions) -> KnnReport:
         task, queries, notes = make_task(
             collection, queries, images=options.images, ks=ks, temperature=options.temperature
         )
-        return _report(options, collection, encoder, twin, queries, task, notes)
+        return _report(options, collection, encoder, twin, queries, bank, task, notes)
 
 
 def _report(
@@ -134,6 +144,7 @@ def _report(
     encoder: Encoder,
     twin: Encoder | None,
     queries: Seen,
+    bank_sources: Sequence[ImageSource],
     task: Task,
     notes: list[str],
 ) -> KnnReport:
@@ -154,7 +165,7 @@ def _report(
     confusion_CC = confusion_matrix(task.truth_Q, predicted_Q, len(task.classes))
     rows, duplicates = [], None
     if options.baselines:
-        bank = _see_bank(collection, encoder, twin)
+        bank = _see_bank(collection, bank_sources, encoder, twin)
         rows = _baseline_rows(task, queries, bank, twin, encoder)
         in_bank = set(bank.digests)
         duplicates = sum(digest in in_bank for digest in queries.digests)
@@ -173,10 +184,16 @@ def _report(
         encoder_by_k=by_k,
         index=_index_delta(collection, vectors_QD, exact.ids, task, by_k),
         baselines=rows,
+        same_vector=int((exact.scores[:, 0] >= 1 - SAME_VECTOR).sum()),
         duplicates=duplicates,
         per_class=class_scores(confusion_CC, task.classes),
         confusion=confusion_CC.tolist(),
         notes=notes,
+        versions={
+            "faiss": faiss.__version__,
+            "horace": _own_version(),
+            "numpy": np.__version__,
+        },
     )
 
 
@@ -187,11 +204,16 @@ def _index_delta(
     task: Task,
     by_k: dict[int, Accuracy],
 ) -> IndexDelta | None:
-    """Measure what the index changes; None where every search is exact."""
+    """Measure what the index changes; None where every search is exact.
+
+    Each k is a search of its own: a larger one makes HNSW look at more candidates.
+    """
     if collection.factory == "Flat":
         return None
-    found = collection.search(vectors_QD, task.ks[-1], fingerprint=collection.fingerprint)
-    through = task.score(found.scores, _row_numbers(collection, found.ids))
+    through: dict[int, Accuracy] = {}
+    for k in task.ks:
+        found = collection.search(vectors_QD, k, fingerprint=collection.fingerprint)
+        through |= task.score(found.scores, _row_numbers(collection, found.ids), (k,))
     at_10 = collection.search(vectors_QD, RECALL_K, fingerprint=collection.fingerprint)
     recall_Q = np.sort(recall_per_query(at_10.ids, exact_QK, RECALL_K))
     worst = recall_Q[: max(1, len(recall_Q) // 20)]
@@ -206,10 +228,25 @@ def _index_delta(
     )
 
 
-def _see_bank(collection: Collection, encoder: Encoder, twin: Encoder | None) -> Seen:
+def _open_bank(collection: Collection) -> list[ImageSource]:
+    """Open the collection's own images, which the baselines are measured on."""
+    try:
+        return [open_source(uri) for uri in collection.manifest.sources]
+    except SourceError as error:
+        raise EvaluationError(
+            f"sources of collection {collection.name}",
+            expected="the images that were indexed, which the baselines need",
+            found=f"{error.found} for {error.what}",
+            mend="put them back, or leave the baselines out with --no-baselines",
+        ) from error
+
+
+def _see_bank(
+    collection: Collection, sources: Sequence[ImageSource], encoder: Encoder, twin: Encoder | None
+) -> Seen:
     """Go over the collection's own images again, for pixels and for the untrained encoder."""
     bank = see_images(
-        [open_source(uri) for uri in collection.manifest.sources],
+        sources,
         [] if twin is None else [twin],
         preprocess_for=encoder,
         with_pixels=True,
@@ -225,7 +262,7 @@ def _baseline_rows(
     """Measure whitened pixels, raw pixels and the untrained encoder."""
     assert queries.pixels_NP is not None, "pixels were asked for"
     assert bank.pixels_NP is not None, "pixels were asked for"
-    k_max = task.ks[-1]
+    k_max = min(task.ks[-1], len(bank.keys))
     whitening = baselines.Whitening.fit(bank.pixels_NP)
     spec = encoder.preprocessing
     side = (baselines.reduced_side(spec.height), baselines.reduced_side(spec.width))
@@ -255,6 +292,14 @@ def _open_twin(collection: Collection, options: KnnOptions) -> Encoder | None:
     return None if "://" in uri else open_random_twin(Path(uri))
 
 
+def _own_version() -> str:
+    """Give the version of this code; `unknown` where it runs without being installed."""
+    try:
+        return version("horace")
+    except PackageNotFoundError:
+        return "unknown"
+
+
 def _row_numbers(collection: Collection, ids_QK: NDArray[np.int64]) -> NDArray[np.int64]:
     """Turn ids into rows of the collection; -1 stays -1."""
     rows_QK = np.full(ids_QK.shape, MISSING, np.int64)
@@ -275,7 +320,10 @@ def _record(options: KnnOptions, report: KnnReport) -> None:
     }
     command = f"python {shlex.join(sys.orig_argv[1:])}"
     result = json.loads(json.dumps({"command": command, **kept}))  # the keys by_k become text
-    record_evaluation(Path(uri), "knn", result)
+    try:
+        record_evaluation(Path(uri), "knn", result)
+    except OSError as error:
+        raise _unwritable("--record", f"a bundle at {uri} that can be written", error) from error
 
 
 def _write_files(out: Path, report: KnnReport, text: str, document: str) -> None:
@@ -294,9 +342,10 @@ def _write_files(out: Path, report: KnnReport, text: str, document: str) -> None
             title=f"{report.encoder}: k = {report.headline_k}, {headline.top1:.2%} top-1",
         )
     except OSError as error:
-        raise EvaluationError(
-            f"--out {out}",
-            expected="a directory that can be written",
-            found=os.strerror(error.errno) if error.errno else str(error),
-            mend="choose another name",
-        ) from error
+        raise _unwritable(f"--out {out}", "a directory that can be written", error) from error
+
+
+def _unwritable(what: str, expected: str, error: OSError) -> EvaluationError:
+    """Make the error for a result that has no place."""
+    found = os.strerror(error.errno) if error.errno else str(error)
+    return EvaluationError(what, expected=expected, found=found, mend="choose another place")

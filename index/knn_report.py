@@ -64,12 +64,14 @@ class KnnReport:
         encoder_by_k: accuracies of the encoder, by exact search.
         index: what the index changes; None where the collection is Flat.
         baselines: rows to hold it against.
+        same_vector: queries whose nearest neighbour has the same vector, up to rounding.
         duplicates: queries whose very content is in the collection; None if not looked for.
         per_class: at the headline's k.
         confusion: counts at the headline's k; rows are true classes.
         notes: what was left out or cannot be right.
         centring: of the vectors before comparison: none.
         metric: `cosine`.
+        versions: of the libraries that measured it.
     """
 
     collection: str
@@ -86,10 +88,12 @@ class KnnReport:
     encoder_by_k: dict[int, Accuracy]
     index: IndexDelta | None
     baselines: list[BaselineRow]
+    same_vector: int
     duplicates: int | None
     per_class: list[ClassScore]
     confusion: list[list[int]]
     notes: list[str]
+    versions: dict[str, str]
     centring: str = "none"
     metric: str = "cosine"
 
@@ -99,7 +103,7 @@ def as_text(report: KnnReport) -> str:
     sections = [
         _header(report),
         _accuracy_table(report, "top1", "top-1 %"),
-        _accuracy_table(report, "top5", "top-5 %"),
+        *([_accuracy_table(report, "top5", "top-5 %")] if _has_top5(report) else []),
         _remarks(report),
         _class_table(report),
     ]
@@ -111,10 +115,10 @@ def as_text(report: KnnReport) -> str:
 def _header(report: KnnReport) -> str:
     """State what was measured, and how."""
     headline = report.encoder_by_k[report.headline_k]
+    top5 = f", {headline.top5:.2%} top-5" if _has_top5(report) else ""
     return "\n".join(
         [
-            f"kNN: {headline.top1:.2%} top-1, {headline.top5:.2%} top-5 (k = {report.headline_k},"
-            f" exact)",
+            f"kNN: {headline.top1:.2%} top-1{top5} (k = {report.headline_k}, exact)",
             f"  collection {report.collection}, {report.n_collection:,} images; "
             f"queries {report.images}, {report.n_queries:,} images; "
             f"{len(report.classes)} classes",
@@ -123,6 +127,11 @@ def _header(report: KnnReport) -> str:
             f"k = {report.headline_k} (*) was fixed beforehand",
         ]
     )
+
+
+def _has_top5(report: KnnReport) -> bool:
+    """Tell whether five guesses can be wrong."""
+    return len(report.classes) > 5
 
 
 def _accuracy_table(report: KnnReport, which: str, title: str) -> str:
@@ -156,8 +165,10 @@ def _remarks(report: KnnReport) -> str:
             f", {report.index.worst_5_percent:.2%} for its worst 5% of queries"
         ]
     lines += [f"{row.name}: {row.note}" for row in report.baselines]
+    share = report.same_vector / report.n_queries
+    lines.append(f"{report.same_vector} queries ({share:.2%}) have a neighbour of the same vector")
     if report.duplicates is None:
-        lines.append("duplicates across the splits were not looked for (--no-baselines)")
+        lines.append("images were not compared byte for byte (--no-baselines)")
     else:
         share = report.duplicates / report.n_queries
         lines.append(
@@ -179,11 +190,14 @@ def _class_table(report: KnnReport) -> str:
 
 
 def _confusion_table(report: KnnReport) -> str:
-    """Lay out the confusion matrix, columns numbered as its rows are."""
+    """Lay out the confusion matrix, columns numbered as its rows are, which have the names."""
     width = max(6, *(len(label) for label in report.classes))
     cell = max(6, *(len(str(count)) + 2 for row in report.confusion for count in row))
     columns = "".join(f"{n:>{cell}}" for n in range(len(report.classes)))
-    lines = [f"  {'true, down; predicted, across':<{width + 4}}", f"  {'':<{width + 4}}{columns}"]
+    lines = [
+        "  rows are true classes, columns predicted ones, by the numbers of the rows",
+        f"  {'':<{width + 4}}{columns}",
+    ]
     for n, (label, row) in enumerate(zip(report.classes, report.confusion, strict=True)):
         counts = "".join(f"{count or '.':>{cell}}" for count in row)
         lines.append(f"  {n:>2}  {label:<{width}}{counts}")

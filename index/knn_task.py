@@ -39,14 +39,17 @@ class Task:
     temperature: float
 
     def score(
-        self, similarities_QK: NDArray[np.float32], rows_QK: NDArray[np.int64]
+        self,
+        similarities_QK: NDArray[np.float32],
+        rows_QK: NDArray[np.int64],
+        ks: tuple[int, ...] | None = None,
     ) -> dict[int, Accuracy]:
-        """Score neighbours, given as rows of the collection."""
+        """Score neighbours, given as rows of the collection, for some k or for all."""
         return accuracies(
             similarities_QK,
             self.labels_of(rows_QK),
             self.truth_Q,
-            ks=self.ks,
+            ks=ks or self.ks,
             temperature=self.temperature,
             n_classes=len(self.classes),
         )
@@ -132,7 +135,7 @@ def _label_notes(
     if missing:
         notes.append(f"no query is of {len(missing)} classes: {_some(missing)}")
     if len(classes) <= 5:
-        notes.append(f"top-5 says little with {len(classes)} classes")
+        notes.append(f"top-5 is left out: there are {len(classes)} classes")
     return notes
 
 

@@ -114,14 +114,6 @@ def read_manifest(directory: Path) -> Manifest:
         CollectionError: there is none, it is of another schema, or it was damaged or edited.
     """
     document = _read_document(directory)
-    found = _checksum(document)
-    if found != document.get("checksum"):
-        raise CollectionError(
-            str(directory / MANIFEST_FILE),
-            expected=f"checksum {document.get('checksum')}",
-            found=found,
-            mend="the file is damaged or was edited: restore it, or build the collection again",
-        )
     try:
         return _from_json(document)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -133,15 +125,21 @@ def read_manifest(directory: Path) -> Manifest:
         ) from error
 
 
-def check_file(directory: Path, name: str, entry: FileEntry, *, verify: bool) -> Path:
+def check_file(directory: Path, name: str, entry: FileEntry | None, *, verify: bool) -> Path:
     """Hold a file against the manifest: its presence and size, and on request its hash.
+
+    Args:
+        directory: of the collection.
+        name: of the file within it.
+        entry: what the manifest says of it; None where it says nothing.
+        verify: whether to hash the file.
 
     Raises:
         CollectionError: it is missing, of another size or of other content.
     """
     file = directory / name
     mend = "the file is damaged: copy the collection again, or build it again"
-    if not file.is_file():
+    if entry is None or not file.is_file():
         raise CollectionError(
             str(file), expected=f"a file that {MANIFEST_FILE} lists", found="none", mend=mend
         )
@@ -185,42 +183,62 @@ def _to_json(manifest: Manifest) -> dict[str, Json]:
 
 
 def _from_json(document: Mapping[str, Json]) -> Manifest:
-    """Build the manifest from its JSON; what is amiss raises KeyError and its kin."""
+    """Build the manifest from its JSON; what is amiss raises KeyError and its kin.
+
+    A right checksum says only that the file is as its writer left it, whoever that was.
+    """
     encoder = cast(dict[str, Json], document["encoder"])
     sources = cast(list[dict[str, Json]], document["sources"])
     segments = cast(list[dict[str, Json]], document["segments"])
     files = cast(dict[str, dict[str, Json]], document["files"])
     if document["metric"] != METRIC:
         raise ValueError(f"metric {document['metric']!r}")
-    for name in (*files, *(str(segment["name"]) for segment in segments)):
+    names = [_text(segment["name"]) for segment in segments]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"segments {names!r}")
+    for name in (*files, *names):
         _refuse_escape(name)
     return Manifest(
-        name=cast(str, document["name"]),
-        fingerprint=cast(str, document["fingerprint"]),
-        dim=cast(int, document["dim"]),
-        encoder=cast(str, encoder["uri"]),
-        preprocessing=cast(dict[str, Json], encoder["preprocessing"]),
-        sources={cast(str, source["uri"]): cast(int, source["count"]) for source in sources},
+        name=_text(document["name"]),
+        fingerprint=_text(document["fingerprint"]),
+        dim=_number(document["dim"]),
+        encoder=_text(encoder["uri"]),
+        preprocessing=dict(cast(dict[str, Json], encoder["preprocessing"])),
+        sources={_text(source["uri"]): _number(source["count"]) for source in sources},
         segments=tuple(
             SegmentEntry(
-                name=cast(str, segment["name"]),
-                count=cast(int, segment["count"]),
-                factory=cast(str, segment["factory"]),
-                ef_search=cast(int | None, segment["ef_search"]),
+                name=name,
+                count=_number(segment["count"]),
+                factory=_text(segment["factory"]),
+                ef_search=None if (ef := segment["ef_search"]) is None else _number(ef),
             )
-            for segment in segments
+            for name, segment in zip(names, segments, strict=True)
         ),
         files={
-            name: FileEntry(sha256=cast(str, entry["sha256"]), size_bytes=cast(int, entry["bytes"]))
+            name: FileEntry(sha256=_text(entry["sha256"]), size_bytes=_number(entry["bytes"], 0))
             for name, entry in files.items()
         },
-        versions=cast(dict[str, str], document["versions"]),
-        build=cast(dict[str, Json], document["build"]),
+        versions=dict(cast(dict[str, str], document["versions"])),
+        build=dict(cast(dict[str, Json], document["build"])),
     )
 
 
+def _text(value: Json) -> str:
+    """Take a text; anything else raises TypeError."""
+    if not isinstance(value, str):
+        raise TypeError(f"of text: {value!r:.50}")
+    return value
+
+
+def _number(value: Json, least: int = 1) -> int:
+    """Take a whole number that FAISS and NumPy can count to; anything else raises."""
+    if type(value) is not int or not least <= value < 1 << 63:
+        raise TypeError(f"of a number from {least}: {value!r:.50}")
+    return value
+
+
 def _read_document(directory: Path) -> dict[str, Json]:
-    """Parse `manifest.json` and check its schema version."""
+    """Parse `manifest.json` and check its schema version and its checksum."""
     file = directory / MANIFEST_FILE
     if not file.is_file():
         found = f"no {MANIFEST_FILE} in it" if directory.is_dir() else "no such directory"
@@ -232,8 +250,8 @@ def _read_document(directory: Path) -> dict[str, Json]:
         )
     try:
         document = json.loads(file.read_bytes())
-        version = document["schema_version"]
-    except (ValueError, KeyError, TypeError) as error:
+        version, checksum = document["schema_version"], _checksum(document)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CollectionError(
             str(file),
             expected="JSON with a schema_version",
@@ -246,6 +264,13 @@ def _read_document(directory: Path) -> dict[str, Json]:
             expected=f"schema version {SCHEMA_VERSION}",
             found=f"version {version}",
             mend="open it with the Horace that wrote it, or build the collection again",
+        )
+    if checksum != document.get("checksum"):
+        raise CollectionError(
+            str(file),
+            expected=f"checksum {document.get('checksum')}",
+            found=checksum,
+            mend="the file is damaged or was edited: restore it, or build the collection again",
         )
     return cast(dict[str, Json], document)
 

@@ -1,93 +1,51 @@
 """Parts: what a build has embedded so far, on disk, so that a killed build goes on.
 
 Beside the collection `C` that is being built lies the directory `C.parts`. Each part is one
-parquet file of consecutive records: id, key, label and vector of every image, and in the
-file's metadata the rejects and the parameters that the part belongs to.
+file of consecutive records, see `index.part_file`.
 
 Rules:
     A part is whole or absent, and its name says where it starts: what is there is done.
     Parts of other parameters (source, encoder, sizes) are never mixed in: they are refused.
     One build at a time: the directory is locked while a process works in it.
-    A source is taken to be unchanged between a killed build and the next; of the changes
-    that could be noticed, another number of images is.
+    A source must list the same keys when a killed build goes on; a file that was changed
+    under its own name is not noticed.
+    An image is kept once: a second one of its id, or a vector that is not finite, is a reject.
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from index.collection import id_of
 from index.embed import ImageBatch, Reject
 from index.errors import CollectionError
+from index.part_file import COLUMNS, Part, RunKey, open_part, read_part, write_part
 from index.segment import ROW_SCHEMA, Block
-from models.bundle import Json
-from models.files import atomic_file, canonical_json
+from models.files import atomic_file
+from models.image_source import ImageRecord
 
-METADATA_KEY = b"horace.part"
 LOCK_FILE = "lock"
 RUN_ID_FILE = "run-id"
+PART_PREFIX = "part-"
+
+DUPLICATE_KEY, NOT_FINITE = "duplicate_key", "not_finite"
+"""Faults of a `Reject` that only a whole build can see."""
 
 log = logging.getLogger("horace.index")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunKey:
-    """What decides the parts; a part of one key is of no use to another.
-
-    Attributes:
-        source: URI of the images.
-        source_count: records in the source, where it can tell.
-        fingerprint: of the encoder.
-        dim: length of a vector.
-        batch_size: images that are encoded at once; runtimes may round another way in
-            batches of another size.
-        part_size: records a part.
-    """
-
-    source: str
-    source_count: int | None
-    fingerprint: str
-    dim: int
-    batch_size: int
-    part_size: int
-
-    def to_json(self) -> dict[str, Json]:
-        """Give the key as it stands in parts and in the manifest's build report."""
-        return asdict(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """One finished part.
-
-    Attributes:
-        file: its parquet file.
-        start: number of its first record in the source.
-        n_records: records that it covers, images and rejects.
-        n_images: images in it.
-        rejects: the records that could not be used.
-    """
-
-    file: Path
-    start: int
-    n_records: int
-    n_images: int
-    rejects: tuple[Reject, ...]
 
 
 class PartStore:
@@ -109,9 +67,11 @@ class PartStore:
         self.directory.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.directory / LOCK_FILE)
         try:
-            self._clean(everything=restart)
+            kept = () if restart else (PART_PREFIX, RUN_ID_FILE)
+            self._remove_all_but(LOCK_FILE, *kept)
             self.run_id = read_run_id(out) or self._start_run()
             self.finished = list(self._find_finished())
+            self._ids: set[int] = set()
         except BaseException:
             os.close(self._lock)
             raise
@@ -145,34 +105,70 @@ class PartStore:
         """The rejects of all finished parts, in order."""
         return [reject for part in self.finished for reject in part.rejects]
 
+    def resume(self, records: Iterator[ImageRecord]) -> Iterator[ImageRecord]:
+        """Go past the records of the finished parts, which must still be there.
+
+        Args:
+            records: every record of the source; none of those passed is read.
+
+        Returns:
+            The records that no part covers yet.
+
+        Raises:
+            CollectionError: the source lists others now, or a part was damaged.
+        """
+        for part in self.finished:
+            table = read_part(part, ["id", "key"], self.key.dim)
+            self._ids.update(cast(list[int], table["id"].to_pylist()))
+            keys = cast(list[str], table["key"].to_pylist())
+            done = sorted([*keys, *(reject.key for reject in part.rejects)])
+            found = sorted(record.key for record in islice(records, part.n_records))
+            if found != done:
+                gone = sorted(set(done) - set(found)) or sorted(set(found) - set(done)) or done
+                raise CollectionError(
+                    self.key.source,
+                    expected=f"the images that {part.file} was made of",
+                    found=f"others, {gone[0]!r} among what differs",
+                    mend="the source has changed since: start anew with --restart",
+                )
+        return records
+
     def add(self, batches: Sequence[ImageBatch], vectors: Sequence[NDArray[np.float32]]) -> None:
         """Write the next part: the batches that follow the finished ones, with their vectors."""
-        start = self.n_records
-        rejects = tuple(reject for batch in batches for reject in batch.rejects)
-        n_records = sum(len(batch) for batch in batches)
-        metadata = {
-            "key": self.key.to_json(),
-            "start": start,
-            "n_records": n_records,
-            "rejects": [asdict(reject) for reject in rejects],
-        }
-        values = pa.array(np.concatenate(vectors).ravel(), pa.float32())
         keys = [key for batch in batches for key in batch.keys]
         labels = [label for batch in batches for label in batch.labels]
-        table = pa.table(
-            {
-                "id": pa.array([id_of(key) for key in keys], pa.int64()),
-                "key": pa.array(keys, pa.string()),
-                "label": pa.array(labels, pa.string()),
-                "vector": pa.FixedSizeListArray.from_arrays(values, self.key.dim),
-            }
-        ).replace_schema_metadata({METADATA_KEY: canonical_json(metadata)})
-        file = self._file(start)
-        with atomic_file(file) as temporary:
-            pq.write_table(table, temporary, compression="none", write_page_checksum=True)
-        self.finished.append(
-            Part(file=file, start=start, n_records=n_records, n_images=len(keys), rejects=rejects)
+        vectors_ND = np.concatenate(vectors)
+        kept, unsound = self._choose(keys, vectors_ND)
+        part = Part(
+            file=self._file(self.n_records),
+            start=self.n_records,
+            n_records=sum(len(batch) for batch in batches),
+            n_images=len(kept),
+            rejects=(*(reject for batch in batches for reject in batch.rejects), *unsound),
         )
+        write_part(
+            part, self.key, [keys[n] for n in kept], [labels[n] for n in kept], vectors_ND[kept]
+        )
+        self.finished.append(part)
+
+    def _choose(
+        self, keys: Sequence[str], vectors_ND: NDArray[np.float32]
+    ) -> tuple[list[int], list[Reject]]:
+        """Give the rows to keep, and why not the others."""
+        kept, rejects = [], []
+        is_finite_N = np.logical_and.reduce(np.isfinite(vectors_ND), axis=1)
+        for row, key in enumerate(keys):
+            id_ = id_of(key)
+            if id_ in self._ids:
+                message = f"{key}: expected a key of its own, found an earlier image of this key"
+                rejects.append(Reject(key=key, fault=DUPLICATE_KEY, message=message))
+            elif not is_finite_N[row]:
+                message = f"{key}: expected a finite vector, found NaN or infinity"
+                rejects.append(Reject(key=key, fault=NOT_FINITE, message=message))
+            else:
+                self._ids.add(id_)
+                kept.append(row)
+        return kept, rejects
 
     def blocks(self) -> Iterator[Block]:
         """Read the finished parts, one at a time, as rows of a segment.
@@ -181,16 +177,7 @@ class PartStore:
             CollectionError: a part was damaged after it was written.
         """
         for part in self.finished:
-            try:
-                with pq.ParquetFile(part.file, page_checksum_verification=True) as parquet:
-                    table = parquet.read()
-            except (pa.ArrowException, OSError) as error:
-                raise CollectionError(
-                    str(part.file),
-                    expected="the part as it was written",
-                    found=str(error).splitlines()[0],
-                    mend="delete this file and run the same command again",
-                ) from error
+            table = read_part(part, COLUMNS, self.key.dim)
             column = cast("pa.ListArray[pa.FloatScalar]", table["vector"].combine_chunks())
             vectors = column.flatten().to_numpy()
             source = pa.array([self.key.source] * len(table), pa.string())
@@ -200,28 +187,24 @@ class PartStore:
                 vectors_ND=vectors.reshape(len(table), self.key.dim),
             )
 
-    def ids(self) -> NDArray[np.int64]:
-        """Read the ids of all finished parts, in order."""
-        columns = [
-            pq.read_table(part.file, columns=["id"], partitioning=None)["id"].to_numpy()
-            for part in self.finished
-        ]
-        return np.concatenate([np.empty(0, np.int64), *columns])
-
     def discard(self) -> None:
-        """Delete the directory: the collection is made, or nothing was."""
+        """Delete the directory: the collection is made, or nothing was.
+
+        The run's name and the lock go last, so that a build killed here is still found.
+        """
+        with suppress(OSError):
+            self._remove_all_but(LOCK_FILE, RUN_ID_FILE)
+            (self.directory / RUN_ID_FILE).unlink(missing_ok=True)
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def _file(self, start: int) -> Path:
         """Name the part that starts at a record."""
-        return self.directory / f"part-{start:012}.parquet"
+        return self.directory / f"{PART_PREFIX}{start:012}.parquet"
 
-    def _clean(self, *, everything: bool) -> None:
-        """Remove what killed processes left, and on request the parts."""
+    def _remove_all_but(self, *kept: str) -> None:
+        """Remove the entries of the directory whose names do not begin so."""
         for entry in self.directory.iterdir():
-            is_part = entry.name.startswith("part-")
-            is_kept = (is_part or entry.name == RUN_ID_FILE) and not everything
-            if entry.name == LOCK_FILE or is_kept:
+            if entry.name.startswith(kept):
                 continue
             if entry.is_dir():
                 shutil.rmtree(entry)
@@ -239,41 +222,12 @@ class PartStore:
         """List the parts from the first record on, up to the first that is missing."""
         start = 0
         while (file := self._file(start)).is_file():
-            part = self._read_part(file)
+            part = open_part(file, self.key)
             if part is None:
                 log.warning("%s is damaged and will be embedded again", file)
                 return
             yield part
             start += part.n_records
-
-    def _read_part(self, file: Path) -> Part | None:
-        """Read what a part says of itself; None where it cannot be read.
-
-        Raises:
-            CollectionError: it is sound, but of another run.
-        """
-        try:
-            with pq.ParquetFile(file) as parquet:
-                n_images = parquet.metadata.num_rows
-                about = json.loads((parquet.schema_arrow.metadata or {})[METADATA_KEY])
-            found, start, n_records = about["key"], about["start"], about["n_records"]
-            rejects = tuple(Reject(**reject) for reject in about["rejects"])
-        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError):
-            return None
-        self._require_own(file, cast(Mapping[str, Json], found))
-        return Part(file=file, start=start, n_records=n_records, n_images=n_images, rejects=rejects)
-
-    def _require_own(self, file: Path, found: Mapping[str, Json]) -> None:
-        """Refuse the parts of another run, and name what differs."""
-        own = self.key.to_json()
-        for name, value in own.items():
-            if found.get(name) != value:
-                raise CollectionError(
-                    str(file),
-                    expected=f"a part of this run, with {name} {value}",
-                    found=f"one with {name} {found.get(name)}",
-                    mend="finish that build with its own options, or drop its parts with --restart",
-                )
 
 
 def parts_directory(out: Path) -> Path:

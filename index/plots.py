@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 
+from models.errors import ImageError
 from models.files import atomic_file
 from models.image_source import ImageData
 from models.preprocess import PreprocessSpec, preprocess
@@ -169,11 +170,14 @@ def _draw_tile(axes: Axes, tile: Tile, frame: str, line: float) -> None:
     axes.set_xlabel(caption, fontsize=7, color=INK, labelpad=3, linespacing=1.25)
 
 
-def _thumbnail(image: ImageData) -> NDArray[np.uint8]:
+def _thumbnail(image: ImageData) -> NDArray[np.uint8] | None:
     """Give what to show of an image: small arrays as they are, the rest as a square."""
     if not isinstance(image, bytes) and max(image.shape[:2]) < 96:
         return image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image
-    return preprocess(image, THUMBNAIL)
+    try:
+        return preprocess(image, THUMBNAIL)
+    except ImageError:
+        return None
 
 
 def _shorten(text: str, length: int) -> str:

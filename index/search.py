@@ -3,13 +3,15 @@
 Queries are image files, or images of the collection by key or id; those are left out of
 their own neighbours. The encoder is the one that built the collection, found where it was
 then; another one is refused.
+
+A query that cannot be used has a line of its own and status 1 at the end; the others are
+answered.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -18,21 +20,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from tyro.conf import Positional
 
 from index.collection import Collection, Neighbours, Row
 from index.embed import embed
-from index.errors import CollectionError
+from index.errors import CollectionError, QueryError, UnknownIdError
 from models.command import run_command
 from models.encoder import Encoder, open_encoder
-from models.errors import BundleError, ImageError, SourceError, UsageError
+from models.errors import BundleError, HoraceError, ImageError, UsageError
 from models.image_source import read_image_file
-from models.images import ImageData, ImageSource, open_source
 
 EMBED_BATCH = 64
 """Query images that are encoded at once."""
-
-log = logging.getLogger("horace.index")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +64,10 @@ class SearchOptions:
             raise UsageError("--k", expected="at least 1", found=str(self.k))
         if not (self.images or self.key or self.id):
             raise UsageError("queries", expected="image files, --key or --id", found="none of them")
+        if not all(0 <= id_ < 1 << 63 for id_ in self.id):
+            raise UsageError("--id", expected="numbers below 2^63", found=str(self.id))
+        if self.grid is not None and self.grid.suffix.lower() != ".png":
+            raise UsageError("--grid", expected="a name that ends in .png", found=str(self.grid))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,24 +93,41 @@ class Found:
         image: its content; None for an image of the collection.
         row: which image of the collection it is, if it is one.
         hits: the neighbours.
+        error: why the query cannot be used, if so.
     """
 
     query: str
-    label: str | None
-    image: ImageData | None
-    row: Row | None
-    hits: list[Hit]
+    label: str | None = None
+    image: bytes | None = None
+    row: Row | None = None
+    hits: Sequence[Hit] = ()
+    error: HoraceError | None = None
 
 
 def main(options: SearchOptions) -> None:
-    """Search, and show what was found as table or JSON, and as a picture on request."""
+    """Search, and show what was found as table or JSON, and as a picture on request.
+
+    Raises:
+        HoraceError: nothing can be searched, or, after the rest is shown, a query was bad.
+    """
+    if options.grid is not None and not options.grid.parent.is_dir():
+        raise _unwritable(options.grid, f"no directory {options.grid.parent}")
     with Collection.open(options.collection) as collection:
         found = [*_search_files(collection, options), *_search_stored(collection, options)]
-        if options.grid is not None:
+        errors = [one.error for one in found if one.error is not None]
+        is_any_good = len(errors) < len(found)
+        if options.json:
+            print(_as_json(collection, options, found))
+        elif is_any_good:
+            print(_as_text(found))
+        if options.grid is not None and is_any_good:
             _draw(options.grid, collection, found)
-        print(_as_json(collection, options, found) if options.json else _as_text(found))
-        if options.grid is not None and not options.json:
-            print(f"\npicture: {options.grid}")
+            if not options.json:
+                print(f"\npicture: {options.grid}")
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise QueryError(f"{len(errors)} bad queries of {len(found)}, the first {errors[0]}")
 
 
 def open_collection_encoder(collection: Collection, encoder: str | None) -> Encoder:
@@ -133,70 +154,64 @@ def open_collection_encoder(collection: Collection, encoder: str | None) -> Enco
     return opened
 
 
-def load_images(rows: Sequence[Row]) -> list[ImageData | None]:
-    """Read images of a collection from their sources; None for what cannot be read now."""
-    sources: dict[str, ImageSource | None] = {}
-    images: list[ImageData | None] = []
-    for row in rows:
-        if row.source not in sources:
-            try:
-                sources[row.source] = open_source(row.source)
-            except SourceError as error:
-                log.warning("%s", error)
-                sources[row.source] = None
-        source = sources[row.source]
-        try:
-            images.append(None if source is None else source.load(row.key))
-        except (ImageError, SourceError) as error:
-            log.warning("%s", error)
-            images.append(None)
-    return images
-
-
 def _search_files(collection: Collection, options: SearchOptions) -> list[Found]:
     """Embed the query files and search with them."""
     if not options.images:
         return []
     with closing(open_collection_encoder(collection, options.encoder)) as encoder:
-        data = [read_image_file(Path(name), name) for name in options.images]
-        pixels = [
-            _preprocess(encoder, image, name)
-            for name, image in zip(options.images, data, strict=True)
-        ]
+        queries = [_read_query(encoder, name) for name in options.images]
+        pixels = [image for _, image in queries if image is not None]
         batches = [pixels[n : n + EMBED_BATCH] for n in range(0, len(pixels), EMBED_BATCH)]
-        queries_QD = np.concatenate([embed(encoder, np.stack(batch)) for batch in batches])
+        vectors = [embed(encoder, np.stack(batch)) for batch in batches]
         fingerprint = encoder.fingerprint
+    found = [one for one, _ in queries]
+    if not vectors:
+        return found
     neighbours = collection.search(
-        queries_QD, options.k, fingerprint=fingerprint, exact=options.exact
+        np.concatenate(vectors), options.k, fingerprint=fingerprint, exact=options.exact
     )
-    hits = _hits(collection, neighbours)
-    return [
-        Found(query=name, label=None, image=image, row=None, hits=hits_of_one)
-        for name, image, hits_of_one in zip(options.images, data, hits, strict=True)
-    ]
+    return _with_hits(collection, found, neighbours)
+
+
+def _read_query(encoder: Encoder, name: str) -> tuple[Found, NDArray[np.uint8] | None]:
+    """Read and preprocess a query file; None where it cannot be used, and why."""
+    try:
+        image = read_image_file(Path(name), name)
+        return Found(query=name, image=image), encoder.preprocess(image)
+    except ImageError as error:
+        named = ImageError(
+            error.fault, name, expected=error.expected, found=error.found, mend=error.mend
+        )
+        return Found(query=name, error=named), None
 
 
 def _search_stored(collection: Collection, options: SearchOptions) -> list[Found]:
     """Search with images of the collection."""
-    ids = [*(collection.find_key(key) for key in options.key), *options.id]
+    queries: list[str | int] = [*options.key, *options.id]
+    found = [_look_up(collection, query) for query in queries]
+    ids = [one.row.id for one in found if one.row is not None]
     if not ids:
-        return []
-    rows = collection.rows(ids)
-    hits = _hits(collection, collection.search_ids(ids, options.k, exact=options.exact))
-    return [
-        Found(query=row.key, label=row.label, image=None, row=row, hits=hits_of_one)
-        for row, hits_of_one in zip(rows, hits, strict=True)
-    ]
+        return found
+    neighbours = collection.search_ids(ids, options.k, exact=options.exact)
+    return _with_hits(collection, found, neighbours)
 
 
-def _preprocess(encoder: Encoder, image: bytes, name: str) -> np.ndarray:
-    """Preprocess a query, and name it where it cannot be used."""
+def _look_up(collection: Collection, query: str | int) -> Found:
+    """Find the image of a key or an id."""
     try:
-        return encoder.preprocess(image)
-    except ImageError as error:
-        raise ImageError(
-            error.fault, name, expected=error.expected, found=error.found, mend=error.mend
-        ) from error
+        id_ = collection.find_key(query) if isinstance(query, str) else query
+        (row,) = collection.rows([id_])
+    except UnknownIdError as error:
+        return Found(query=str(query), error=error)
+    return Found(query=row.key, label=row.label, row=row)
+
+
+def _with_hits(
+    collection: Collection, found: Sequence[Found], neighbours: Neighbours
+) -> list[Found]:
+    """Give the good queries their neighbours, in order."""
+    hits = iter(_hits(collection, neighbours))
+    return [one if one.error else dataclasses.replace(one, hits=next(hits)) for one in found]
 
 
 def _hits(collection: Collection, neighbours: Neighbours) -> list[list[Hit]]:
@@ -215,6 +230,9 @@ def _as_text(found: Sequence[Found]) -> str:
     """Lay out a table for each query."""
     lines = []
     for one in found:
+        if one.error is not None:
+            lines += [str(one.error), ""]
+            continue
         lines.append(f"{one.query}" + (f"  ({one.label})" if one.label is not None else ""))
         labels = [hit.row.label or "-" for hit in one.hits]
         width = max(5, *(len(label) for label in labels)) if labels else 5
@@ -237,6 +255,7 @@ def _as_json(collection: Collection, options: SearchOptions, found: Sequence[Fou
             {
                 "query": one.query,
                 "label": one.label,
+                "error": None if one.error is None else str(one.error),
                 "hits": [{"score": hit.score, **dataclasses.asdict(hit.row)} for hit in one.hits],
             }
             for one in found
@@ -247,36 +266,23 @@ def _as_json(collection: Collection, options: SearchOptions, found: Sequence[Fou
 
 def _draw(path: Path, collection: Collection, found: Sequence[Found]) -> None:
     """Draw the grid of queries and neighbours."""
-    from index.plots import MAX_GRID_ROWS, Tile, draw_grid  # matplotlib: only for a picture
+    from index.grid import draw  # matplotlib: only for a picture
 
-    if len(found) > MAX_GRID_ROWS:
-        log.warning("%s shows the first %d of %d queries", path, MAX_GRID_ROWS, len(found))
-    found = found[:MAX_GRID_ROWS]
-    stored = [row for one in found for row in (one.row, *(hit.row for hit in one.hits)) if row]
-    pictures = dict(zip((row.id for row in stored), load_images(stored), strict=True))
-    rows = []
-    for one in found:
-        image = one.image if one.row is None else pictures[one.row.id]
-        query = Tile(image=image, caption=one.label or Path(one.query).name)
-        tiles = [
-            Tile(
-                image=pictures[hit.row.id],
-                caption=f"{hit.score:.3f}\n{hit.row.label or hit.row.key}",
-                is_match=None if one.label is None else hit.row.label == one.label,
-            )
-            for hit in one.hits
-        ]
-        rows.append((query, tiles))
-    title = f"{collection.name}: nearest of {collection.count:,} images by cosine"
     try:
-        draw_grid(path, rows, title=title)
+        draw(path, collection, found)
     except OSError as error:
-        raise CollectionError(
-            f"--grid {path}",
-            expected="a file that can be written",
-            found=os.strerror(error.errno) if error.errno else str(error),
-            mend="choose another name",
-        ) from error
+        found_ = os.strerror(error.errno) if error.errno else str(error)
+        raise _unwritable(path, found_) from error
+
+
+def _unwritable(grid: Path, found: str) -> CollectionError:
+    """Make the error for a picture that has no place."""
+    return CollectionError(
+        f"--grid {grid}",
+        expected="a file that can be written",
+        found=found,
+        mend="choose another name",
+    )
 
 
 if __name__ == "__main__":

@@ -160,7 +160,7 @@ def open_segment(
         CollectionError: a file is missing, damaged, or not what the manifest describes.
     """
     files = [
-        check_file(directory, name, manifest.files[name], verify=verify)
+        check_file(directory, name, manifest.files.get(name), verify=verify)
         for name in segment_files(entry)
     ]
     vectors_ND = _open_array(files[0], np.float32, (entry.count, manifest.dim), mapped=True)

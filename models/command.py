@@ -3,6 +3,7 @@
 Rules:
     A `HoraceError` is printed as one line on stderr; the exit status is 2 for bad use,
     1 for failed work, 130 for Ctrl-C. A traceback is shown only with `--debug`.
+    A `KeyboardInterrupt` that carries a text says how to go on; the line shows it.
     Options are a frozen keyword-only dataclass that tyro reads; its `__post_init__`
     validates and raises `UsageError`.
     Progress is a bar on a terminal, and elsewhere a log line now and then.
@@ -72,8 +73,8 @@ def run_command(
             raise
         print(f"{prog}: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(": ".join([prog, "interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         return 130
     except BrokenPipeError:  # `... | head` has what it wants
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -94,11 +95,11 @@ def progress(
         items: what is being worked through.
         what: a word or two for the work, such as `embedding`.
         total: how many units there are, where known.
-        unit: what is counted.
+        unit: what is counted, one of them.
         size: how many units an item is; one where not given.
     """
     on_terminal = sys.stderr.isatty()
-    bar = tqdm(total=total, desc=what, unit=f" {unit}", disable=not on_terminal)
+    bar = tqdm(total=total, desc=what, unit=f" {unit}s", disable=not on_terminal)
     start_s = last_s = time.monotonic()
     done = 0
     with bar:

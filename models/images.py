@@ -5,6 +5,8 @@
 `wds:PATTERN`, or `*.tar[.gz]`  tar shards: path, glob or range, see `models.webdataset`
 `idx:IMAGES[,LABELS]`           IDX files, see `models.idx`
 
+A path may start with `~`, which shells leave alone behind a colon.
+
 What a source gives is in `models.image_source`; importing this module loads no torch.
 """
 
@@ -58,6 +60,7 @@ def open_source(spec: str) -> ImageSource:
         SourceError: nothing is named so, or it cannot be opened.
     """
     kind, _, rest = spec.partition(":")
+    rest = ",".join(map(os.path.expanduser, rest.split(",")))
     if kind == "fashion-mnist":
         return open_fashion_mnist(rest or "train")
     if kind == "folder" and rest:
@@ -67,10 +70,11 @@ def open_source(spec: str) -> ImageSource:
     if kind == "idx" and rest:
         images, _, labels = rest.partition(",")
         return open_idx(Path(images), Path(labels) if labels else None)
-    if os.path.isdir(spec):
-        return FolderSource(Path(spec))
-    if SHARD_NAME.search(spec):
-        return TarSource(spec)
+    path = os.path.expanduser(spec)
+    if os.path.isdir(path):
+        return FolderSource(Path(path))
+    if SHARD_NAME.search(path):
+        return TarSource(path)
     raise SourceError(
         f"images {spec!r}",
         expected=KINDS,

@@ -1,23 +1,29 @@
+import io
 import json
+import logging
 import os
+import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import index.build
 from index.build import BuildOptions, build, choose_factory, main
 from index.collection import Collection, id_of
-from index.embed import embed
+from index.embed import ImageBatch, Reject, embed
 from index.errors import CollectionError
-from index.parts import PartStore, RunKey, parts_directory
+from index.part_file import RunKey
+from index.parts import PartStore, parts_directory
 from models.command import run_command
-from models.errors import UsageError
+from models.errors import HoraceError, UsageError
 from models.images import ImageRecord, open_source
 from models.runtime import open_bundle
 
@@ -121,31 +127,55 @@ def test_the_summary_as_json(tmp_path, capsys, bundle, train_folder):
     }
 
 
-class TwiceSource:
-    """A source that gives two images the same key."""
-
-    uri = "fake:twice"
-
-    def count(self):
-        """Three images."""
-        return 3
-
-    def records(self, start=0):
-        """Yield a, b and a again."""
-        for key in ["a", "b", "a"][start:]:
-            yield ImageRecord(key, None, lambda: np.zeros((12, 12, 3), np.uint8))
-
-
-def test_images_that_share_a_key_are_refused(tmp_path, monkeypatch, bundle):
-    """An id must name one image."""
-    monkeypatch.setattr(index.build, "open_source", lambda spec: TwiceSource())
-    options = BuildOptions(images="twice", encoder=str(bundle.path), out=tmp_path / "c")
-    with pytest.raises(CollectionError) as error:
-        build(options)
-    assert str(error.value) == (
-        "fake:twice: expected every image to have a key of its own, found 'a' and 'a' with one id,"
-        " and 1 shared ids in all; rename one of them, then run again with --restart"
+def test_a_second_image_of_a_key_is_rejected(tmp_path, bundle):
+    """An id must name one image; a tar may hold a name twice."""
+    with tarfile.open(tmp_path / "twice.tar", "w") as archive:
+        for key, level in (("a.png", 10), ("b.png", 20), ("a.png", 30)):
+            stream = io.BytesIO()
+            Image.new("L", (12, 12), level).save(stream, "PNG")
+            member = tarfile.TarInfo(key)
+            member.size = stream.tell()
+            stream.seek(0)
+            archive.addfile(member, stream)
+    out = tmp_path / "c"
+    summary = build(
+        BuildOptions(images=str(tmp_path / "twice.tar"), encoder=str(bundle.path), out=out)
     )
+    assert (summary.images, summary.rejects) == (2, 1)
+    assert json.loads((out / "rejects.jsonl").read_text()) == {
+        "key": "twice.tar/a.png",
+        "fault": "duplicate_key",
+        "message": "twice.tar/a.png: expected a key of its own, found an earlier image of this key",
+    }
+
+
+def test_a_vector_that_is_no_number_is_rejected(tmp_path):
+    """An encoder that fails in silence spoils no search."""
+    key = RunKey(source="", source_count=None, fingerprint="", dim=2, batch_size=3, part_size=48)
+    batch = ImageBatch(
+        keys=["a", "b", "c"],
+        labels=[None] * 3,
+        images_NHWC=np.zeros((3, 1, 1, 1), np.uint8),
+        rejects=[],
+    )
+    with PartStore(tmp_path / "c", key) as store:
+        store.add([batch], [np.array([[1, 0], [np.nan, 0], [0, np.inf]], np.float32)])
+        assert [block.rows["key"].to_pylist() for block in store.blocks()] == [["a"]]
+        assert [(reject.key, reject.fault) for reject in store.rejects] == [
+            ("b", "not_finite"),
+            ("c", "not_finite"),
+        ]
+        assert store.rejects[0].message == "b: expected a finite vector, found NaN or infinity"
+
+
+def test_files_that_are_no_images_are_mentioned(tmp_path, bundle, new_folder, caplog):
+    """Who expected more images learns where they went."""
+    folder = new_folder()
+    for name in ("notes.txt", "red/.hidden.png"):
+        (folder / name).write_text("no image")
+    with caplog.at_level(logging.INFO, logger="horace"):
+        build(BuildOptions(images=str(folder), encoder=str(bundle.path), out=tmp_path / "c"))
+    assert f"folder:{folder}: 2 files that are no images are passed over" in caplog.messages
 
 
 def test_what_stands_at_out_is_left_alone(tmp_path, bundle, train_folder, new_folder):
@@ -188,16 +218,17 @@ def many_images(tmp_path_factory):
     return f"idx:{path}"
 
 
-def kill_after_parts(process, parts, n):
-    """Send SIGKILL as soon as n parts are there."""
+def kill_after_parts(process, parts, n, *, sent=signal.SIGKILL, status=-signal.SIGKILL):
+    """Send a signal as soon as n parts are there; give what the process wrote on stderr."""
     deadline_s = time.monotonic() + 60
     while len(list(parts.glob("part-*.parquet"))) < n:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline_s, "no parts within a minute"
         time.sleep(0.001)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    process.send_signal(sent)
+    _, err = process.communicate()
+    assert process.returncode == status, err
+    return err
 
 
 def stamps(parts):
@@ -264,6 +295,44 @@ def with_options(options, **changes):
     return BuildOptions(**{**vars(options), **changes})
 
 
+def test_an_interrupt_says_how_to_go_on(tmp_path, bundle, many_images):
+    """Ctrl-C is a line that tells what is kept; the same command goes on."""
+    out, parts = tmp_path / "c", tmp_path / "c.parts"
+    args = ("--images", many_images, "--encoder", bundle.path, "--out", out, "--batch-size", 4)
+    err = kill_after_parts(command(*args), parts, 2, sent=signal.SIGINT, status=130)
+    line = (
+        r"python -m index\.build: interrupted: (\d+) images are embedded and kept; "
+        "the same command goes on from there"
+    )
+    said = re.fullmatch(line, err.splitlines()[-1])
+    assert said, err
+    n_parts = len(list(parts.glob("part-*.parquet")))
+    assert 64 <= int(said[1]) <= 64 * n_parts  # the last may have come with the signal
+
+
+def test_a_source_that_has_changed_is_refused(tmp_path, monkeypatch, bundle, new_folder):
+    """As many images as before are not the same images: none would get another's vector."""
+    folder = new_folder(per_class=20)
+    (folder / "green/bad.png").write_text("no image")
+    options = BuildOptions(
+        images=str(folder), encoder=str(bundle.path), out=tmp_path / "c", batch_size=2
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(index.build, "_check_images", lambda store: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            build(options)
+    (folder / "blue/003.png").rename(folder / "red/999.png")
+    with pytest.raises(CollectionError) as error:
+        build(options)
+    part = parts_directory(options.out) / "part-000000000000.parquet"
+    assert str(error.value) == (
+        f"folder:{folder}: expected the images that {part} was made of, found others, "
+        "'blue/003.png' among what differs; the source has changed since: start anew with --restart"
+    )
+    (folder / "red/999.png").rename(folder / "blue/003.png")
+    assert build(options).reused == 60
+
+
 def test_parts_of_another_run_are_refused_and_dropped_on_request(interrupted, other_bundle):
     """Nothing of another encoder or size is ever mixed in."""
     part = parts_directory(interrupted.out) / "part-000000000000.parquet"
@@ -301,6 +370,54 @@ def test_a_build_killed_at_its_very_end_is_found_finished(
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
     with pytest.raises(UsageError, match="found a collection"):
         build(options)
+
+
+def test_a_finished_build_is_not_taken_for_another(
+    tmp_path, monkeypatch, bundle, train_folder, test_folder, other_bundle
+):
+    """Killed at its very end, then asked for something else: that is what is built."""
+    options = BuildOptions(images=str(train_folder), encoder=str(bundle.path), out=tmp_path / "c")
+    for changes, images in (
+        ({"images": str(test_folder)}, 15),
+        ({"encoder": str(other_bundle.path)}, 60),
+        ({"index": "hnsw"}, 60),
+        ({"name": "another"}, 60),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(PartStore, "discard", lambda store: None)
+            build(with_options(options, replace=True))
+        with pytest.raises(UsageError, match="found a collection"):
+            build(with_options(options, **changes))
+        summary = build(with_options(options, **changes, replace=True))
+        assert (summary.images, summary.reused) == (images, 0)
+        assert not parts_directory(options.out).exists()
+
+
+def test_a_build_killed_while_it_tidies_up_is_found_finished(
+    tmp_path, monkeypatch, bundle, train_folder
+):
+    """The run's name goes last of all that tells one run from another."""
+    options = BuildOptions(
+        images=str(train_folder), encoder=str(bundle.path), out=tmp_path / "c", batch_size=1
+    )
+    unlink = Path.unlink
+    for n_before in range(1, 4):  # of the four parts
+        left = iter(range(n_before))
+
+        def unlink_some(path, left=left, missing_ok=False):
+            if path.name.startswith("part-"):
+                try:
+                    next(left)
+                except StopIteration:
+                    raise KeyboardInterrupt from None
+            unlink(path, missing_ok=missing_ok)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", unlink_some)
+            with pytest.raises(KeyboardInterrupt):
+                build(with_options(options, replace=True))
+        assert build(options).images == 60
+        assert [p.name for p in tmp_path.iterdir()] == ["c"]
 
 
 def test_one_build_at_a_time(tmp_path, bundle, train_folder):
@@ -381,6 +498,35 @@ def test_a_part_with_a_flipped_byte_is_not_built_into_a_collection(interrupted):
     assert not interrupted.out.exists()
     part.unlink()
     assert build(interrupted).reused == 2 * 128
+
+
+def test_no_flipped_bit_of_a_part_is_a_traceback(tmp_path):
+    """A damaged part is embedded again, or named in one line; never anything else."""
+    out = tmp_path / "c"
+    key = RunKey(source="", source_count=None, fingerprint="", dim=2, batch_size=2, part_size=32)
+    batch = ImageBatch(
+        keys=["a", "b"],
+        labels=["x", None],
+        images_NHWC=np.zeros((2, 1, 1, 1), np.uint8),
+        rejects=[Reject(key="c", fault="empty", message="c: empty")],
+    )
+    with PartStore(out, key) as store:
+        store.add([batch], [np.eye(2, dtype=np.float32)])
+    (file,) = parts_directory(out).glob("part-*")
+    sound = file.read_bytes()
+    refused = 0
+    for bit in np.random.default_rng(0).choice(8 * len(sound), 1000, replace=False):
+        data = bytearray(sound)
+        data[bit // 8] ^= 1 << (bit % 8)
+        file.write_bytes(data)
+        try:
+            with PartStore(out, key) as store:
+                store.resume(iter([ImageRecord(key, None, bytes) for key in "abc"]))
+                list(store.blocks())
+        except HoraceError:
+            refused += 1
+        parts_directory(out).mkdir(exist_ok=True)
+    assert refused > 100
 
 
 @pytest.mark.parametrize("out", ["/", "x/../.."])

@@ -86,14 +86,17 @@ def test_search_is_exact_over_any_number_of_segments(tmp_path, unit_rows, n_segm
 
 
 @pytest.mark.parametrize("factory", ["Flat", "HNSW32"])
-def test_what_does_not_exist_is_padding(tmp_path, unit_rows, factory):
-    """A k beyond the collection gives ids of -1 and scores of -inf."""
+def test_a_k_beyond_the_collection_gives_all_of_it(tmp_path, unit_rows, factory):
+    """However large it is, no memory is taken for neighbours that do not exist."""
     vectors = unit_rows(4, 8)
     with Collection.open(make_collection(tmp_path, vectors, factory=factory)) as collection:
-        found = collection.search(vectors[:2], 6, fingerprint=FINGERPRINT)
-        assert (found.ids[:, 4:] == -1).all()
-        assert (found.ids[:, :4] != -1).all()
-        assert (found.scores[:, 4:] == -np.inf).all()
+        for k in (6, 2_000_000_000):
+            found = collection.search(vectors[:2], k, fingerprint=FINGERPRINT)
+            assert np.sort(found.ids).tolist() == [sorted(collection.ids)] * 2
+            assert found.scores.shape == (2, 4)
+            others = collection.search_ids(collection.ids, k)
+            assert others.ids.shape == (4, 3)
+            assert not (others.ids == collection.ids[:, None]).any()
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -128,6 +131,11 @@ def test_wrong_queries_are_refused(built):
             collection.search(np.ones((1, 16), np.float32), 0, fingerprint=own)
         with pytest.raises(UsageError, match="k: expected at least 1, found 0"):
             collection.search_ids(collection.ids[:1], 0)
+        for value in (np.nan, np.inf):
+            queries = np.ones((2, 16), np.float32)
+            queries[1, 3] = value
+            with pytest.raises(UsageError, match="query 1: expected finite numbers, found NaN or"):
+                collection.search(queries, 1, fingerprint=own, exact=True)
 
 
 def test_unknown_ids_and_keys_are_named(built):
@@ -138,7 +146,9 @@ def test_unknown_ids_and_keys_are_named(built):
                 lookup([int(collection.ids[0]), 12345])
         with pytest.raises(UnknownIdError, match="id -1"):
             collection.search_ids([-1], 1)
-        with pytest.raises(UnknownIdError, match=r"key 'red/999.png': expected a key of the 60"):
+        with pytest.raises(
+            UnknownIdError, match=r"key 'red/999.png': .*; keys here look like 'blue/000.png'$"
+        ):
             collection.find_key("red/999.png")
         assert collection.find_key("red/001.png") == id_of("red/001.png")
 
@@ -342,6 +352,9 @@ def test_an_edited_manifest_is_found(built, copy_collection):
         ("not JSON", "expected JSON with a schema_version, found something else"),
         ("[]", "expected JSON with a schema_version"),
         ('{"schema_version": 9}', "expected schema version 1, found version 9"),
+        ('{"schema_version": 1, "dim": NaN}', "expected JSON with a schema_version"),
+        ('{"schema_version": 1, "dim": 1e999}', "expected JSON with a schema_version"),
+        ("[" * 100_000, "expected JSON with a schema_version"),
     ],
 )
 def test_what_is_no_manifest_is_refused(tmp_path, content, message):
@@ -351,12 +364,30 @@ def test_what_is_no_manifest_is_refused(tmp_path, content, message):
         Collection.open(tmp_path)
 
 
+def test_a_segment_whose_file_is_not_listed_is_refused(built, copy_collection):
+    """What the manifest does not name is not there."""
+    path = copy_collection(built)
+    manifest = read_manifest(path)
+    files = {n: entry for n, entry in manifest.files.items() if not n.endswith("ids.npy")}
+    write_manifest(path, Manifest(**{**vars(manifest), "files": files}))
+    with pytest.raises(CollectionError, match=r"ids.npy: expected a file that manifest.json lists"):
+        Collection.open(path)
+
+
 @pytest.mark.parametrize(
     "change",
     [
         lambda document: document.pop("segments"),
         lambda document: document.update(metric="euclidean"),
         lambda document: document.update(files={"../../etc/passwd": {"sha256": "", "bytes": 1}}),
+        lambda document: document.update(segments=[]),
+        lambda document: document["segments"].append(document["segments"][0]),
+        lambda document: document["segments"][0].update(count="60"),
+        lambda document: document["segments"][0].update(count=-60),
+        lambda document: document["segments"][0].update(name=7),
+        lambda document: document.update(dim=True),
+        lambda document: document.update(dim=1 << 70),
+        lambda document: document.update(versions=[1]),
     ],
 )
 def test_a_manifest_that_makes_no_sense_is_refused(built, copy_collection, change):

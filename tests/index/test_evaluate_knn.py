@@ -1,8 +1,13 @@
+import dataclasses
+import io
 import json
 import re
+import resource
 import shutil
 import subprocess
 import sys
+import tarfile
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +16,11 @@ from PIL import Image
 
 from index.build import BuildOptions, build
 from index.collection import Collection
+from index.embed import embed
 from index.errors import EvaluationError
 from index.evaluate import run
 from index.evaluate_knn import KnnOptions, evaluate
+from index.manifest import read_manifest, write_manifest
 from models.bundle import read_bundle
 from models.images import open_source
 from models.runtime import open_bundle
@@ -99,8 +106,12 @@ def test_ties_and_a_k_beyond_the_collection(tmp_path, bundle):
         expected = direct_knn(queries, bank, labels, truth, ["a", "b", "c"], k, 0.07)
         assert (report.encoder_by_k[k].top1, report.encoder_by_k[k].top5) == expected, k
     assert "k above 9 takes all 9 images" in report.notes
-    assert "top-5 says little with 3 classes" in report.notes
+    assert "top-5 is left out: there are 3 classes" in report.notes
     assert report.duplicates == 6  # the very files are in the collection
+    assert report.same_vector == 6
+    huge = evaluate(KnnOptions(collection=out, images=images, k=(2_000_000_000,)))
+    assert huge.encoder_by_k[2_000_000_000] == report.encoder_by_k[200]
+    assert huge.baselines[0].by_k[2_000_000_000] == report.baselines[0].by_k[200]
 
 
 def test_baselines_stand_beside_the_encoder(mini):
@@ -138,6 +149,25 @@ def test_the_index_is_a_difference(built_hnsw, test_folder):
     assert {k: delta.top1 for k, delta in report.index.by_k.items()} == dict.fromkeys(KS, 0.0)
 
 
+def test_the_index_is_searched_as_people_search_it(tmp_path, bundle):
+    """Each k for itself: a search for 200 looks at more candidates than one for a single."""
+    out = tmp_path / "c"
+    build(BuildOptions(images=idx("train"), encoder=str(bundle.path), out=out, index="hnsw"))
+    manifest = read_manifest(out)
+    hasty = dataclasses.replace(manifest.segments[0], ef_search=1)
+    write_manifest(out, dataclasses.replace(manifest, segments=(hasty,)))
+    report = evaluate(KnnOptions(collection=out, images=idx("t10k"), baselines=False))
+    records = list(open_source(idx("t10k")).records())
+    with Collection.open(out) as collection, closing(open_bundle(bundle.path)) as encoder:
+        queries = embed(encoder, np.stack([encoder.preprocess(r.read()) for r in records]))
+        found = collection.search(queries, 1, fingerprint=collection.fingerprint)
+        nearest = [row.label for row in collection.rows(found.ids[:, 0])]
+    through = np.mean([label == r.label for label, r in zip(nearest, records, strict=True)])
+    assert report.index is not None
+    assert report.index.by_k[1].top1 == through - report.encoder_by_k[1].top1
+    assert report.index.by_k[1].top1 < 0
+
+
 def test_the_report_in_every_form(built_hnsw, test_folder, tmp_path, capsys):
     """Text says how it was measured; JSON has everything; the picture is a PNG."""
     out = tmp_path / "report"
@@ -145,7 +175,7 @@ def test_the_report_in_every_form(built_hnsw, test_folder, tmp_path, capsys):
     assert run([*args, "--out", str(out), "--k", "1", "3"]) == 0
     text = capsys.readouterr().out
     for words in (
-        "kNN: 100.00% top-1, 100.00% top-5 (k = 20, exact)",
+        "kNN: 100.00% top-1 (k = 20, exact)",
         "60 images; queries",
         "vote exp(s / T), T = 0.07, s = cosine, not centred; k = 20 (*) was fixed beforehand",
         "k=1     k=3   k=20*",
@@ -154,13 +184,17 @@ def test_the_report_in_every_form(built_hnsw, test_folder, tmp_path, capsys):
         "raw pixels: 12 x 12 x 3",
         "0 queries (0.00%) are in the collection byte for byte",
         "most confused with",
-        "true, down; predicted, across",
+        "rows are true classes, columns predicted ones, by the numbers of the rows",
+        "0 queries (0.00%) have a neighbour of the same vector",
+        "top-5 is left out: there are 3 classes",
     ):
         assert words in text
+    assert "top-5 %" not in text
     assert (out / "report.txt").read_text().strip() in text
     report = json.loads((out / "report.json").read_text())
     assert report["confusion"] == [[5, 0, 0], [0, 5, 0], [0, 0, 5]]
     assert (report["metric"], report["centring"]) == ("cosine", "none")
+    assert set(report["versions"]) == {"faiss", "horace", "numpy"}
     with Image.open(out / "confusion.png") as picture:
         assert picture.format == "PNG"
     assert run([*args, "--json", "--no-baselines"]) == 0
@@ -217,6 +251,66 @@ def test_baselines_need_the_images_that_were_indexed(tmp_path, bundle, new_folde
     ):
         evaluate(KnnOptions(**options))
     assert evaluate(KnnOptions(**options, baselines=False)).n_queries == 15
+
+
+def test_images_that_were_moved_are_asked_for(tmp_path, bundle, new_folder, test_folder):
+    """Only the baselines need them, which the error says; the encoder's row goes without."""
+    folder = new_folder()
+    build(BuildOptions(images=str(folder), encoder=str(bundle.path), out=tmp_path / "c"))
+    folder.rename(tmp_path / "moved")
+    options = {"collection": tmp_path / "c", "images": str(test_folder)}
+    with pytest.raises(EvaluationError) as error:
+        evaluate(KnnOptions(**options))
+    assert str(error.value) == (
+        "sources of collection c: expected the images that were indexed, which the baselines need, "
+        f"found nothing for image folder {folder}; put them back, or leave the baselines out with "
+        "--no-baselines"
+    )
+    assert evaluate(KnnOptions(**options, baselines=False)).n_queries == 15
+
+
+def test_leakage_is_seen_without_baselines(built, train_folder, capsys):
+    """Queries that are in the collection make any encoder look good: the report says so."""
+    args = ["knn", "--collection", str(built), "--images", str(train_folder), "--no-baselines"]
+    assert run(args) == 0
+    text = capsys.readouterr().out
+    assert "60 queries (100.00%) have a neighbour of the same vector" in text
+    assert "images were not compared byte for byte (--no-baselines)" in text
+
+
+def test_a_key_that_a_source_gives_twice_counts_once(tmp_path, bundle, new_folder):
+    """The collection has the first of them, and so have the baselines."""
+    folder = new_folder()
+    with tarfile.open(tmp_path / "twice.tar", "w") as archive:
+        for name in ("red/000", "blue/000", "green/000", "red/000"):
+            archive.add(folder / f"{name}.png", f"{name}.png")
+            label = tarfile.TarInfo(f"{name}.cls")
+            label.size = len(name) - 4
+            archive.addfile(label, io.BytesIO(name[:-4].encode()))
+    images = str(tmp_path / "twice.tar")
+    build(BuildOptions(images=images, encoder=str(bundle.path), out=tmp_path / "c"))
+    report = evaluate(KnnOptions(collection=tmp_path / "c", images=images))
+    assert (report.n_collection, report.n_queries, report.duplicates) == (3, 3, 3)
+
+
+def test_a_result_that_cannot_be_recorded_is_one_line(tmp_path, mini, bundle, capsys):
+    """And the report, which took its time, is shown all the same."""
+    own = tmp_path / "own"
+    shutil.copytree(bundle.path, own)
+    argv = ["knn", "--collection", str(mini), "--images", idx("t10k"), "--encoder", str(own)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))  # stops root, too
+    try:
+        status = run([*argv, "--no-baselines", "--record"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    captured = capsys.readouterr()
+    assert status == 1
+    assert captured.out.startswith("kNN: ")
+    assert captured.err.splitlines()[-1] == (
+        f"python -m index.evaluate knn: --record: expected a bundle at {own} that can be written, "
+        "found File too large; choose another place"
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from index.build import BuildOptions, build
-from index.collection import id_of
-from index.search import SearchOptions, main
+from index.collection import Row, id_of
+from index.search import Found, Hit, SearchOptions, main
 from models.command import run_command
 
 
@@ -74,7 +74,7 @@ def test_stored_images_by_key_and_id(search, built_hnsw):
 
 def test_a_grid_of_pictures(search, built, test_folder, tmp_path):
     """Queries from files and from the collection, in one PNG."""
-    grid = tmp_path / "new" / "grid.png"
+    grid = tmp_path / "grid.png"
     status, out, _ = search(
         built, test_folder / "red/000.png", "--key", "blue/001.png", "--grid", grid
     )
@@ -136,6 +136,18 @@ def test_an_encoder_that_has_moved_is_asked_for(search, new_bundle, new_folder, 
         (["COLLECTION", "TEXT"], 1, "text.png: expected JPEG, PNG, WebP, GIF, BMP, TIFF"),
         (["COLLECTION", "--key", "none"], 1, "key 'none': expected a key of the 60 in"),
         (["COLLECTION", "--id", "5"], 1, "id 5: expected an id of the 60 in collection colours"),
+        (["COLLECTION", "--id", str(2**63)], 2, "--id: expected numbers below 2^63, found (92"),
+        (
+            ["COLLECTION", "/no/1.png", "/no/2.png"],
+            1,
+            "search: 2 bad queries of 2, the first /no/1.png: expected a readable file, found No",
+        ),
+        (["COLLECTION", "--id", "1", "--grid", "g.jpg"], 2, "--grid: expected a name that ends in"),
+        (
+            ["COLLECTION", "--key", "red/001.png", "--grid", "/no/such/grid.png"],
+            1,
+            "--grid /no/such/grid.png: expected a file that can be written, found no directory",
+        ),
         (["COLLECTION", "--key", "red/001.png", "--k", "0"], 2, "--k: expected at least 1"),
         (["/no/such", "--id", "5"], 1, "/no/such: expected a collection directory, found no such"),
         (
@@ -150,10 +162,56 @@ def test_errors_are_one_line(search, built, tmp_path, args, status, message):
     text = tmp_path / "text.png"
     text.write_text("no image")
     names = {"COLLECTION": built, "TEXT": text}
-    found, _, err = search(*(names.get(arg, arg) for arg in args))
-    assert found == status
+    found, out, err = search(*(names.get(arg, arg) for arg in args))
+    assert (found, out) == (status, "")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_a_bad_query_does_not_stop_the_others(search, built, tmp_path, test_folder):
+    """It has a line of its own, in its place, and the status tells."""
+    good, bad = test_folder / "red/000.png", tmp_path / "bad.jpg"
+    bad.write_text("no image")
+    args = (built, bad, good, "--key", "red/nine.png", "red/001.png", "--k", 1)
+    status, out, err = search(*args, "--grid", tmp_path / "grid.png")
+    assert status == 1
+    assert err.startswith(f"python -m index.search: 2 bad queries of 4, the first {bad}: expected ")
+    lines = [line for line in out.splitlines() if line and not line.startswith("  ")]
+    assert lines[0].startswith(f"{bad}: expected JPEG")
+    assert lines[1] == str(good)
+    assert lines[2].startswith("key 'red/nine.png': expected a key of the 60 in collection")
+    assert lines[3:] == ["red/001.png  (red)", f"picture: {tmp_path / 'grid.png'}"]
+    status, out, _ = search(*args, "--json")
+    queries = json.loads(out)["queries"]
+    assert status == 1
+    assert [len(query["hits"]) for query in queries] == [0, 1, 0, 1]
+    assert [query["error"] is None for query in queries] == [False, True, False, True]
+
+
+def test_captions_name_label_and_file():
+    """What is on the picture can be found again."""
+    from index.grid import lay_out
+
+    row = Row(id=1, key="data/red/0042.png", label="red", source="folder:/data")
+    plain = Row(id=2, key="0043.png", label=None, source="folder:/data")
+    hits = [Hit(score=0.98765, row=row), Hit(score=0.5, row=plain)]
+    found = [
+        Found(query=row.key, label=row.label, row=row, hits=hits),
+        Found(query="/tmp/query.png", image=b"", hits=hits),
+    ]
+    rows = lay_out(found, {1: b"one", 2: None})
+    assert [query.caption for query, _ in rows] == ["red\n0042.png", "query.png"]
+    assert [tile.caption for tile in rows[0][1]] == ["0.988 red\n0042.png", "0.500\n0043.png"]
+    assert [tile.is_match for _, tiles in rows for tile in tiles] == [True, False, None, None]
+
+
+def test_a_grid_shows_files_that_are_no_images_any_more(search, bundle, new_folder, tmp_path):
+    """A picture that was damaged since is one empty tile, not the end."""
+    folder = new_folder(per_class=2)
+    build(BuildOptions(images=str(folder), encoder=str(bundle.path), out=tmp_path / "c"))
+    (folder / "red/000.png").write_text("no image")
+    status, _, _ = search(tmp_path / "c", "--key", "red/001.png", "--grid", tmp_path / "g.png")
+    assert status == 0
 
 
 def test_a_grid_of_too_many_queries_is_cut(search, built, tmp_path, caplog):

@@ -71,6 +71,17 @@ def test_interrupt_is_status_130(capsys):
     assert capsys.readouterr().err == "python -m count: interrupted\n"
 
 
+def test_an_interrupt_may_say_how_to_go_on(capsys):
+    """Who interrupts long work learns what is kept."""
+
+    def interrupted(_: Options) -> None:
+        raise KeyboardInterrupt("2 are counted; go on from there")
+
+    assert run(interrupted) == 130
+    line = "python -m count: interrupted: 2 are counted; go on from there\n"
+    assert capsys.readouterr().err == line
+
+
 def test_our_own_bugs_are_not_hidden():
     """What is not a HoraceError keeps its traceback: it is for us."""
     with pytest.raises(ZeroDivisionError):
@@ -98,3 +109,12 @@ def test_progress_off_a_terminal_logs_lines(monkeypatch, caplog):
         "embedding 24/30 images, 2/s, 3 s left",
         "embedding 30/30 images, 2/s",
     ]
+
+
+def test_progress_on_a_terminal_counts_in_the_plural(monkeypatch, capsys):
+    """The bar's rate reads as the log's: images, however slow."""
+    monkeypatch.setattr(command.sys.stderr, "isatty", lambda: True, raising=False)
+    assert list(progress([1, 2], what="embedding", total=2)) == [1, 2]
+    bar = capsys.readouterr().err
+    assert "images/s" in bar
+    assert "image/s" not in bar

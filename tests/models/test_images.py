@@ -97,6 +97,21 @@ def test_a_folder_and_a_shard_are_known_without_a_prefix(tmp_path: Path) -> None
     assert open_source(f"{tmp_path}/shard-*.tar").count() == 4
 
 
+def test_a_path_may_start_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shells leave the tilde alone behind a colon."""
+    make_folder(tmp_path)
+    make_shards(tmp_path)
+    uris = {
+        "folder:~/images": f"folder:{tmp_path}/images",
+        "~/images": f"folder:{tmp_path}/images",
+        "wds:~/shard-*.tar": f"wds:{tmp_path}/shard-*.tar",
+        f"idx:~/{MINI.name}/train-images-idx3-ubyte.gz": open_source(TRAIN).uri,
+    }
+    for spec, uri in uris.items():
+        monkeypatch.setenv("HOME", str(MINI.parent.absolute() if "idx" in spec else tmp_path))
+        assert open_source(spec).uri == uri
+
+
 @pytest.mark.parametrize("spec", ["no/such/folder", "", "folder:", "wds:", "idx:", "cifar-10"])
 def test_what_names_no_source_says_what_would(spec: str) -> None:
     """The error shows the forms that can be meant."""
