@@ -253,7 +253,7 @@ def _write_collection(
         name="000000",
         count=store.n_images,
         factory=factory,
-        ef_search=None if factory == FLAT else EF_SEARCH,
+        parameters={} if factory == FLAT else {"efSearch": EF_SEARCH},
     )
     log.info("writing %d vectors, index %s", entry.count, factory)
     try:

@@ -15,7 +15,7 @@ Shapes: Q queries, N rows, D dimensions, K neighbours.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -176,7 +176,7 @@ class Collection:
         *,
         fingerprint: str,
         exact: bool = False,
-        ef_search: int | None = None,
+        parameters: Mapping[str, int] | None = None,
     ) -> Neighbours:
         """Find the k nearest images of each query.
 
@@ -185,11 +185,13 @@ class Collection:
             k: neighbours a query, at least 1; K is no larger than the collection.
             fingerprint: of the encoder that made the queries.
             exact: whether to search every vector instead of the index.
-            ef_search: candidates that HNSW keeps, for this call; the manifest's where None.
+            parameters: of this call's search, by FAISS's names, such as `efSearch`; the
+                manifest's where None.
 
         Raises:
             FingerprintMismatchError: another encoder made the queries.
-            UsageError: k is below 1, or the queries have another dimension or are not finite.
+            UsageError: k is below 1, the queries have another dimension or are not finite, or
+                the index has no such parameter.
         """
         self.require(fingerprint)
         if queries_QD.ndim != 2 or queries_QD.shape[1] != self.dim:
@@ -206,14 +208,19 @@ class Collection:
         parts = []
         for start, segment in zip(self._starts[:-1], self._open_segments(), strict=True):
             scores, rows = segment.search(
-                queries_QD, k, exact=exact, ef_search=ef_search, threads=self._threads
+                queries_QD, k, exact=exact, parameters=parameters or {}, threads=self._threads
             )
             parts.append((scores, np.where(rows < 0, MISSING, rows + start)))
         scores, rows = merge_neighbours(parts, k)
         return Neighbours(ids=self._ids[rows], scores=scores)
 
     def search_ids(
-        self, ids: ArrayLike, k: int, *, exact: bool = False, ef_search: int | None = None
+        self,
+        ids: ArrayLike,
+        k: int,
+        *,
+        exact: bool = False,
+        parameters: Mapping[str, int] | None = None,
     ) -> Neighbours:
         """Find the k nearest images of stored ones, each left out of its own neighbours.
 
@@ -226,7 +233,7 @@ class Collection:
         ids_Q = np.asarray(ids, dtype=np.int64)
         found = self.search(
             self.vectors(ids_Q), k + 1, fingerprint=self.fingerprint, exact=exact,
-            ef_search=ef_search,
+            parameters=parameters,
         )  # fmt: skip
         is_self = found.ids == ids_Q[:, None]
         is_self[~is_self.any(axis=1), -1] = True  # not found by the index: drop the last

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import cast
 
@@ -46,13 +46,14 @@ class SegmentEntry:
         name: its directory under `segments/`.
         count: vectors in it.
         factory: `Flat`, or the factory string of the FAISS index in `index.faiss`.
-        ef_search: candidates that an HNSW search keeps where the caller names no other.
+        parameters: search parameters by FAISS's own names, such as `efSearch`, for searches
+            whose caller names no others.
     """
 
     name: str
     count: int
     factory: str
-    ef_search: int | None = None
+    parameters: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +170,7 @@ def _to_json(manifest: Manifest) -> dict[str, Json]:
                 "name": segment.name,
                 "count": segment.count,
                 "factory": segment.factory,
-                "ef_search": segment.ef_search,
+                "parameters": dict(segment.parameters),
             }
             for segment in manifest.segments
         ],
@@ -210,7 +211,10 @@ def _from_json(document: Mapping[str, Json]) -> Manifest:
                 name=name,
                 count=_number(segment["count"]),
                 factory=_text(segment["factory"]),
-                ef_search=None if (ef := segment["ef_search"]) is None else _number(ef),
+                parameters={
+                    _text(key): _number(value)
+                    for key, value in cast(dict[str, Json], segment["parameters"]).items()
+                },
             )
             for name, segment in zip(names, segments, strict=True)
         ),

@@ -17,7 +17,7 @@ Rules:
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from index.errors import CollectionError
 from index.knn import faiss_threads, knn_search, pad_neighbours, search_threads
 from index.manifest import Manifest, SegmentEntry, check_file
+from models.errors import UsageError
 
 FLAT = "Flat"
 HNSW = "HNSW32"
@@ -88,24 +89,42 @@ class Segment:
         k: int,
         *,
         exact: bool,
-        ef_search: int | None,
+        parameters: Mapping[str, int],
         threads: int,
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Find the k nearest rows: (Q, k) scores and row numbers, padded with -inf and -1."""
+        """Find the k nearest rows: (Q, k) scores and row numbers, padded with -inf and -1.
+
+        Raises:
+            UsageError: a parameter that the index does not have.
+        """
+        chosen = {**self.entry.parameters, **parameters}
+        _check_parameters(chosen, self.entry.factory)
         if exact or self.index is None:
             return knn_search(queries_QD, self.vectors_ND, k, threads=threads)
         n_asked = min(k, self.entry.count)
         # Every field is set: what is left out goes back to the class's own default, not to
         # that of the index.
-        parameters = faiss.SearchParametersHNSW(  # type: ignore[attr-defined]  # not in its stubs
-            efSearch=max(ef_search or self.entry.ef_search or EF_SEARCH, n_asked),
+        settings = faiss.SearchParametersHNSW(  # type: ignore[attr-defined]  # not in its stubs
+            efSearch=max(chosen.get("efSearch", EF_SEARCH), n_asked),
             check_relative_distance=True,
             bounded_queue=True,
         )
         with faiss_threads(search_threads(threads, len(queries_QD))):
-            scores, rows = self.index.search(queries_QD, n_asked, params=parameters)
+            scores, rows = self.index.search(queries_QD, n_asked, params=settings)
         scores[rows < 0] = -np.inf
         return pad_neighbours(scores, rows, k)
+
+
+def _check_parameters(parameters: Mapping[str, int], factory: str) -> None:
+    """Refuse a search parameter that an index of this kind does not have, or below 1."""
+    known = () if factory == FLAT else ("efSearch",)
+    for name, value in parameters.items():
+        if name not in known or value < 1:
+            raise UsageError(
+                f"search parameter {name}",
+                expected=f"{' or '.join(known)} of at least 1" if known else f"none for {factory}",
+                found=str(value),
+            )
 
 
 def segment_files(entry: SegmentEntry) -> list[str]:

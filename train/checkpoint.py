@@ -2,6 +2,8 @@
 
 Rules:
     A checkpoint appears whole or not at all, whatever the moment of a SIGKILL.
+    A file ends with the SHA-256 of the rest, which is checked: a damaged one is refused, and
+    never loaded as other weights. `torch.load` reads over it.
     State dicts only, read back with `weights_only=True`: opening one runs no code.
     The step says where the sampler, the schedule and the views are, since each of them is
     a function of seed and step; beside the weights only torch's own generator has a state.
@@ -9,7 +11,9 @@ Rules:
 
 from __future__ import annotations
 
-import pickle
+import hashlib
+import io
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +26,7 @@ from models.files import atomic_file
 from train.errors import RunError
 
 FILE_NAME = re.compile(r"step-(\d{8})\.pt")
+DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 class State(TypedDict):
@@ -81,8 +86,8 @@ def restore_checkpoint(
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["torch_rng"])
         return Progress(step=state["step"], elapsed_s=state["elapsed_s"])
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise _unusable(path, error) from error
+    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        raise _unusable(path, "weights of another network") from error
 
 
 def load_backbone(path: Path, backbone: nn.Module) -> Progress:
@@ -99,7 +104,7 @@ def load_backbone(path: Path, backbone: nn.Module) -> Progress:
         backbone.load_state_dict(own)
         return Progress(step=state["step"], elapsed_s=state["elapsed_s"])
     except (KeyError, RuntimeError) as error:
-        raise _unusable(path, error) from error
+        raise _unusable(path, "weights of another network") from error
 
 
 def save_initial(path: Path, network: nn.Module) -> None:
@@ -114,32 +119,49 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def save_weights(path: Path, state: State) -> None:
-    """Write a state atomically."""
+    """Write a state atomically, with its hash.
+
+    Raises:
+        OSError: the disk is full or may not be written.
+    """
+    buffer = io.BytesIO()  # torch's own file writer has a RuntimeError for a full disk
+    torch.save(dict(state), buffer)
+    content = buffer.getvalue()
     with atomic_file(path) as temporary:
-        torch.save(dict(state), temporary)
+        temporary.write_bytes(content + hashlib.sha256(content).digest())
 
 
 def load_weights(path: Path) -> State:
     """Read a state to the CPU without running any code in it.
 
     Raises:
-        RunError: the file is missing or is no checkpoint.
+        RunError: the file is missing, damaged, or no checkpoint.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise _unusable(path, error) from error
+        whole = path.read_bytes()
+    except OSError as error:
+        found = os.strerror(error.errno) if error.errno else str(error)
+        raise _unusable(path, found) from error
+    content, digest = whole[:-DIGEST_BYTES], whole[-DIGEST_BYTES:]
+    if hashlib.sha256(content).digest() != digest:
+        raise _unusable(path, "damage: its content does not match its SHA-256")
+    try:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # a foreign file may end the unpickling in any way
+        raise _unusable(path, "a file of something else") from error
     if not isinstance(state, dict):
-        raise _unusable(path, TypeError(type(state).__name__))
+        raise _unusable(path, "a file of something else")
     return cast(State, state)
 
 
-def _unusable(path: Path, error: Exception) -> RunError:
+def _unusable(path: Path, found: str) -> RunError:
     """Make the error for a file that holds no state of this run."""
-    lines = str(error).splitlines()
+    is_one_of_many = FILE_NAME.fullmatch(path.name) is not None
     return RunError(
         str(path),
         expected="a checkpoint of this run",
-        found=f"{type(error).__name__}: {lines[0] if lines else 'no detail'}",
-        mend="delete the file to go on from the one before it",
+        found=found,
+        mend="delete the file to go on from the one before it"
+        if is_one_of_many
+        else "start the run again in another directory",
     )

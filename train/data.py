@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from index.embed import Reject
 from models.command import progress
 from models.cpu import cpu_budget
 from models.errors import ImageError
@@ -56,15 +57,24 @@ class ImageSet:
         images_NHWC: (N, H, W, C) uint8, C-contiguous.
         labels_N: (N,) int64, an index into `class_names`, or -1.
         class_names: the labels that occur, sorted.
-        faults: how many images were skipped, by fault.
+        rejects: the images that were skipped.
         sha256: of shape, pixels and labels: equal hashes mean equal data.
     """
 
     images_NHWC: NDArray[np.uint8]
     labels_N: NDArray[np.int64]
     class_names: tuple[str, ...]
-    faults: Mapping[str, int]
+    rejects: tuple[Reject, ...]
     sha256: str
+
+    @property
+    def faults(self) -> dict[str, int]:
+        """How many images were skipped, by fault."""
+        return dict(Counter(reject.fault for reject in self.rejects))
+
+    def batch(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Give some of the images, (len(rows), H, W, C) uint8."""
+        return self.images_NHWC[rows]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,20 +111,56 @@ def load_images(source: ImageSource, spec: PreprocessSpec, *, limit: int | None 
     _check_fits(total or 0, budget_images, source.uri, spec)
     chunks: list[NDArray[np.uint8]] = []
     labels: list[str | None] = []
-    faults: Counter[str] = Counter()
+    rejects: list[Reject] = []
     records = islice(source.records(), limit)
     with ThreadPoolExecutor(cpu_budget()) as pool:
         for chunk in progress(_chunked(records), what="reading", total=total, size=len):
             outcomes = list(pool.map(lambda record: _decode(record, spec), chunk))
-            usable = [image for image in outcomes if not isinstance(image, ImageError)]
+            usable = [image for image in outcomes if not isinstance(image, Reject)]
             pairs = zip(chunk, outcomes, strict=True)
-            labels += [r.label for r, image in pairs if not isinstance(image, ImageError)]
-            faults.update(e.fault.value for e in outcomes if isinstance(e, ImageError))
+            labels += [r.label for r, image in pairs if not isinstance(image, Reject)]
+            rejects += [outcome for outcome in outcomes if isinstance(outcome, Reject)]
             if usable:
                 chunks.append(np.stack(usable))
             _check_fits(len(labels), budget_images, source.uri, spec)
-    _report(source.uri, len(labels), faults)
-    return _image_set(np.concatenate(chunks), labels, faults)
+    _report(source.uri, len(labels), rejects)
+    return _image_set(np.concatenate(chunks), labels, rejects)
+
+
+def sample_images(
+    source: ImageSource, spec: PreprocessSpec, n: int, *, limit: int | None = None
+) -> NDArray[np.uint8]:
+    """Read up to `n` usable images from all over a source, always the same ones.
+
+    Args:
+        source: where the images are.
+        spec: the size and channels to bring them to.
+        n: how many images are wanted; all, where the source has fewer.
+        limit: draw only from the first so many records.
+
+    Returns:
+        (at most n, H, W, C) uint8.
+
+    Raises:
+        SourceError: the source is missing or damaged.
+        TrainError: not two images can be used.
+    """
+    records = list(islice(source.records(), limit))
+    drawn = np.random.default_rng(0).permutation(len(records))
+    images: list[NDArray[np.uint8]] = []
+    rejects: list[Reject] = []
+    for start in range(0, len(drawn), n):
+        # In the order of the source: a compressed shard is then read once.
+        for row in np.sort(drawn[start : start + n]):
+            outcome = _decode(records[row], spec)
+            if isinstance(outcome, Reject):
+                rejects.append(outcome)
+            else:
+                images.append(outcome)
+        if len(images) >= n:
+            break
+    _report(source.uri, len(images), rejects)
+    return np.stack(images[:n])
 
 
 def split_rows(
@@ -175,13 +221,12 @@ def free_memory_bytes() -> int:
         return free
 
 
-def _decode(record: ImageRecord, spec: PreprocessSpec) -> NDArray[np.uint8] | ImageError:
+def _decode(record: ImageRecord, spec: PreprocessSpec) -> NDArray[np.uint8] | Reject:
     """Read and fit one image, or say why not."""
     try:
         return preprocess(record.read(), spec)
     except ImageError as error:
-        log.debug("skipped %s: %s", record.key, error)
-        return error
+        return Reject(key=record.key, fault=error.fault.value, message=str(error))
 
 
 def _chunked(records: Iterator[ImageRecord]) -> Iterator[list[ImageRecord]]:
@@ -191,7 +236,7 @@ def _chunked(records: Iterator[ImageRecord]) -> Iterator[list[ImageRecord]]:
 
 
 def _image_set(
-    images_NHWC: NDArray[np.uint8], labels: list[str | None], faults: Mapping[str, int]
+    images_NHWC: NDArray[np.uint8], labels: list[str | None], rejects: Sequence[Reject]
 ) -> ImageSet:
     """Number the labels and hash it all."""
     class_names = tuple(sorted({label for label in labels if label is not None}))
@@ -204,16 +249,18 @@ def _image_set(
         images_NHWC=images_NHWC,
         labels_N=labels_N,
         class_names=class_names,
-        faults=dict(faults),
+        rejects=tuple(rejects),
         sha256=digest.hexdigest(),
     )
 
 
-def _report(uri: str, n: int, faults: Counter[str]) -> None:
+def _report(uri: str, n: int, rejects: Sequence[Reject]) -> None:
     """Log what was skipped; refuse a source that leaves nothing to learn from."""
+    faults = Counter(reject.fault for reject in rejects)
     skipped = ", ".join(f"{count} {fault}" for fault, count in sorted(faults.items()))
     if skipped:
-        log.warning("%s: skipped %d images (%s)", uri, faults.total(), skipped)
+        skipped += f"; the first: {rejects[0].key}: {rejects[0].message}"
+        log.warning("%s: skipped %d images (%s)", uri, len(rejects), skipped)
     if n < 2:
         raise TrainError(
             uri,

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 from models.errors import HoraceError
 
 
@@ -15,3 +20,39 @@ class RunError(TrainError):
 
 class ExportError(TrainError):
     """A graph that cannot be written or does not do what the trained network does."""
+
+
+@contextmanager
+def writing(path: Path, *, mend: str) -> Iterator[None]:
+    """Turn a disk that is full or may not be written into one line about `path`.
+
+    Raises:
+        RunError: in place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            str(path),
+            expected="a directory that can be written, with room for what comes",
+            found=os.strerror(error.errno) if error.errno else str(error),
+            mend=mend,
+        ) from error
+
+
+@contextmanager
+def training_packages() -> Iterator[None]:
+    """Say what to install where torch, or what else only training needs, is not there.
+
+    Raises:
+        TrainError: in place of a ModuleNotFoundError.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise TrainError(
+            f"Python package {error.name}",
+            expected="an installation for training",
+            found="one for serving and search",
+            mend="install it by `pip install '.[cpu,train]'`",
+        ) from error

@@ -2,7 +2,8 @@
 
 The backbone of the last checkpoint becomes `encoder.onnx` and the backbone before the first
 step `random.onnx`. The graph is then opened as a server would open it and compared with
-torch on the run's own images; only a graph that passes becomes a bundle.
+torch on the run's own images, the untrained one as well; only graphs that pass become a
+bundle.
 
 torch is imported after parsing, since it takes seconds to load and `--help` should not.
 """
@@ -16,16 +17,26 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import numpy as np
 import tyro
 from numpy.typing import NDArray
 
-from models.bundle import ENCODER_FILE, RANDOM_FILE, Bundle, Json, OutputSpec, write_bundle
+from models.bundle import (
+    BUNDLE_FILE,
+    ENCODER_FILE,
+    RANDOM_FILE,
+    Bundle,
+    Json,
+    OutputSpec,
+    write_bundle,
+)
 from models.command import run_command
+from models.errors import BundleError
 from models.images import open_source
-from train.errors import RunError
+from train.config import options_from_json
+from train.errors import RunError, training_packages, writing
 from train.run import RunConfig, RunDirectory, describe_environment
 
 if TYPE_CHECKING:
@@ -44,7 +55,7 @@ INVARIANCE_IMAGES = 64
 class ExportOptions:
     """Export a run's encoder as a bundle, which serve and index read without torch."""
 
-    run: tyro.conf.Positional[Path]
+    run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
     """Run directory of `train.pretrain`."""
 
     out: Path | None = None
@@ -70,13 +81,14 @@ class ExportOptions:
 
 def main(options: ExportOptions) -> None:
     """Export, check, write, and print what came of it."""
-    bundle = export_run(
-        RunDirectory(path=options.run),
-        options.bundle_path,
-        name=options.name or options.bundle_path.resolve().name,
-        with_random_twin=options.random_twin,
-        replace=options.replace,
-    )
+    with training_packages():
+        bundle = export_run(
+            RunDirectory(path=options.run),
+            options.bundle_path,
+            name=options.name or options.bundle_path.resolve().name,
+            with_random_twin=options.random_twin,
+            replace=options.replace,
+        )
     summary = summarise(bundle)
     print(json.dumps(summary, indent=2) if options.json else _summary_text(summary))
 
@@ -94,32 +106,56 @@ def export_run(
         replace: whether an existing bundle may be replaced.
 
     Raises:
-        RunError: the run is missing or damaged.
+        RunError: the run is missing or damaged, or `out` cannot be written.
         SourceError: the run's images are not where they were.
         ExportError: the graph is not the network, or depends on the batch.
         BundleError: `out` exists and may not be replaced.
     """
     from train.graph import write_onnx
 
-    config = run.read_config()
-    images_NHWC = read_images(config)
-    with tempfile.TemporaryDirectory() as folder:
-        graph, progress = trained_graph(run, config)
-        files = {ENCODER_FILE: Path(folder) / ENCODER_FILE}
-        write_onnx(graph, config.preprocessing, files[ENCODER_FILE])
-        if with_random_twin:
-            files[RANDOM_FILE] = Path(folder) / RANDOM_FILE
-            write_onnx(untrained_graph(run, config), config.preprocessing, files[RANDOM_FILE])
-        parity = check_graph(files[ENCODER_FILE], graph, config, images_NHWC)
-        return write_bundle(
-            out,
-            name=name,
-            files=files,
-            preprocessing=config.preprocessing,
-            output=OutputSpec(dim=cast(int, graph.readout.dim)),
-            provenance=describe_provenance(run, config, progress, parity),
-            replace=replace,
+    config, checkpoint = run.read_config(), last_checkpoint(run)
+    with writing(out, mend="make room or choose another --out"):
+        check_target(out, replace=replace)
+        images_NHWC = read_images(config)
+        with tempfile.TemporaryDirectory() as folder:
+            graph, progress = graph_of(checkpoint, config)
+            graphs = {ENCODER_FILE: graph}
+            if with_random_twin:
+                graphs[RANDOM_FILE] = graph_of(run.initial_file, config)[0]
+            files = {name: Path(folder) / name for name in graphs}
+            parities = {}
+            for file_name, file in files.items():
+                write_onnx(graphs[file_name], config.preprocessing, file)
+                parities[file_name] = check_graph(file, graphs[file_name], config, images_NHWC)
+            provenance = describe_provenance(run, config, checkpoint.name, progress)
+            parity = cast(dict[str, Json], asdict(parities[ENCODER_FILE]))
+            return write_bundle(
+                out,
+                name=name,
+                files=files,
+                preprocessing=config.preprocessing,
+                output=OutputSpec(dim=cast(int, graph.readout.dim)),
+                provenance={**provenance, "parity": parity},
+                replace=replace,
+            )
+
+
+def check_target(out: Path, *, replace: bool) -> None:
+    """Find out before the work whether the bundle may and can be written.
+
+    Raises:
+        BundleError: there is a bundle that may not be replaced.
+        OSError: nothing can be written there.
+    """
+    if (out / BUNDLE_FILE).is_file() and not replace:
+        raise BundleError(
+            str(out),
+            expected="a new directory",
+            found="a bundle",
+            mend="choose another name, or replace it with --replace",
         )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out.parent).close()
 
 
 def check_graph(
@@ -157,19 +193,19 @@ def check_graph(
 
 
 def read_images(config: RunConfig) -> NDArray[np.uint8]:
-    """Read the first images of the run's own data, as (N, H, W, C) uint8."""
-    from train.data import load_images
+    """Read images from all over the run's own data, as (N, H, W, C) uint8."""
+    from train.data import sample_images
 
-    limit = cast(int | None, config.options["limit_images"]) or PARITY_IMAGES
+    limit = cast(int | None, config.options["limit_images"])
     source = open_source(cast(str, config.data["uri"]))
-    return load_images(source, config.preprocessing, limit=min(limit, PARITY_IMAGES)).images_NHWC
+    return sample_images(source, config.preprocessing, PARITY_IMAGES, limit=limit)
 
 
-def trained_graph(run: RunDirectory, config: RunConfig) -> tuple[EncoderGraph, Progress]:
-    """Build the graph of a run's last checkpoint.
+def last_checkpoint(run: RunDirectory) -> Path:
+    """Find a run's last checkpoint.
 
     Raises:
-        RunError: there is none, or it is damaged.
+        RunError: there is none.
     """
     from train.checkpoint import list_checkpoints
 
@@ -179,21 +215,32 @@ def trained_graph(run: RunDirectory, config: RunConfig) -> tuple[EncoderGraph, P
             str(run.path),
             expected="a run with a checkpoint",
             found="none yet",
-            mend="let it train on with `python -m train.pretrain SOURCE --resume`",
+            mend=f"let it train on with `python -m train.pretrain --resume --out {run.path}`",
         )
-    return _graph_of(checkpoints[-1], config)
+    return checkpoints[-1]
 
 
-def untrained_graph(run: RunDirectory, config: RunConfig) -> EncoderGraph:
-    """Build the graph of a run before its first step."""
-    return _graph_of(run.initial_file, config)[0]
+def graph_of(file: Path, config: RunConfig) -> tuple[EncoderGraph, Progress]:
+    """Build the graph of a run with the weights of one of its files.
+
+    Raises:
+        RunError: the file is missing or damaged.
+    """
+    from models.networks import GlobalPoolReadout
+    from train.checkpoint import load_backbone
+    from train.graph import EncoderGraph
+    from train.trainer import build_backbone
+
+    backbone = build_backbone(options_from_json(config.options))
+    progress = load_backbone(file, backbone)
+    readout = GlobalPoolReadout(backbone.stage_dims)
+    return EncoderGraph(backbone, readout, config.channel_mean, config.channel_std), progress
 
 
 def describe_provenance(
-    run: RunDirectory, config: RunConfig, progress: Progress, parity: Parity
+    run: RunDirectory, config: RunConfig, checkpoint: str, progress: Progress
 ) -> dict[str, Json]:
-    """Say where an encoder comes from, how it was checked, and how good it looked."""
-    from train.checkpoint import list_checkpoints
+    """Say where the encoder of a checkpoint comes from, and how good it looked."""
     from train.log import read_log
     from train.monitor import KNN_K, KNN_TEMPERATURE
 
@@ -207,7 +254,7 @@ def describe_provenance(
         "images_seen": progress.step * batch_size,
         "elapsed_s": round(progress.elapsed_s, 1),
         "hardware": config.environment["hardware"],
-        "checkpoint": list_checkpoints(run.checkpoints)[-1].name,
+        "checkpoint": checkpoint,
     }
     records = [r for r in read_log(run.log_file) if r["step"] <= progress.step]
     measured: dict[str, Json] = {}
@@ -229,7 +276,6 @@ def describe_provenance(
         "options": dict(options),
         "training": training,
         "validation": validation if measured else None,
-        "parity": cast(dict[str, Json], asdict(parity)),
         "versions": describe_environment()["versions"],
     }
 
@@ -245,24 +291,6 @@ def summarise(bundle: Bundle) -> dict[str, Json]:
         "parity": parity,
         "fingerprint": bundle.fingerprint,
     }
-
-
-def _graph_of(file: Path, config: RunConfig) -> tuple[EncoderGraph, Progress]:
-    """Build the graph with the weights of one file."""
-    from models.networks import GlobalPoolReadout, ResNet
-    from train.checkpoint import load_backbone
-    from train.graph import EncoderGraph
-
-    options = config.options
-    backbone = ResNet(
-        layout=cast(str, options["network.layout"]),
-        width=cast(int, options["network.width"]),
-        in_channels=cast(int, options["channels"]),
-        stem=cast(str, options["network.stem"]),
-    )
-    progress = load_backbone(file, backbone)
-    readout = GlobalPoolReadout(backbone.stage_dims)
-    return EncoderGraph(backbone, readout, config.channel_mean, config.channel_std), progress
 
 
 def _summary_text(summary: Mapping[str, Json]) -> str:

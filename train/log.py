@@ -3,7 +3,7 @@
 Rules:
     A record is one JSON object with `step`; numbers only, so that any tool can read it.
     After a resume the log reads as if nothing had happened: records past the checkpoint are
-    dropped before the first new one.
+    dropped before the first new one; without a checkpoint, all.
     A bar is shown on a terminal, a log line now and then elsewhere.
 """
 
@@ -38,11 +38,11 @@ class RunLog:
     """
 
     def __init__(self, jsonl: Path, tensorboard: Path, *, step: int) -> None:
-        kept = [record for record in read_log(jsonl) if record["step"] <= step]
+        kept = [record for record in read_log(jsonl) if step and record["step"] <= step]
         with atomic_file(jsonl) as temporary:
             temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
         self._file = jsonl.open("a")
-        self._events = SummaryWriter(str(tensorboard), purge_step=step + 1)
+        self._events = SummaryWriter(str(tensorboard), purge_step=step + 1 if step else 0)
 
     def __enter__(self) -> Self:
         return self

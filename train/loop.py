@@ -10,11 +10,14 @@ Rules:
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import shlex
 import sys
 import time
+from dataclasses import asdict, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -22,6 +25,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from models.bundle import Json
 from models.cpu import cpu_budget
+from models.files import atomic_file
 from models.images import open_source
 from models.preprocess import PreprocessSpec
 from train import monitor
@@ -38,6 +42,7 @@ from train.errors import TrainError
 from train.log import ProgressDisplay, RunLog, read_log
 from train.plot import plot_curves
 from train.run import RunConfig, RunDirectory, describe_environment
+from train.stop import StopRequest
 from train.trainer import StepOutcome, Trainer, split_data
 
 log = logging.getLogger("horace")
@@ -46,13 +51,46 @@ log = logging.getLogger("horace")
 def pretrain(options: PretrainOptions) -> None:
     """Train, or go on training, in the run directory that the options name.
 
+    On Ctrl-C or SIGTERM the step is finished and a checkpoint made before the process ends.
+
     Raises:
-        HoraceError: the directory is taken or differs, the source cannot be used, or the
-            loss became infinite.
+        HoraceError: the directory is taken, differs or cannot be written, the source cannot
+            be used, or the loss became infinite.
     """
     run = RunDirectory(path=options.run_path)
-    run.check_may_run(resume=options.resume)
-    torch.set_num_threads(options.threads or cpu_budget())
+    with run.held(resume=options.resume):
+        kept = run.read_config() if options.resume else None
+        options = replace(options, threads=count_threads(options, kept))
+        torch.set_num_threads(options.threads or 1)
+        data, split, config = read_data(options, run, kept)
+        trainer = Trainer(
+            options,
+            data,
+            split,
+            channel_mean=config.channel_mean,
+            channel_std=config.channel_std,
+        )
+        with run.writing():
+            start = start_or_resume(run, config, trainer, resume=options.resume)
+            with RunLog(run.log_file, run.tensorboard, step=start.step) as run_log:
+                train(trainer, run, run_log, start)
+            plot_curves(read_log(run.log_file), run.curves_file, title=str(run.path))
+    log.info("the run is in %s; export it with `python -m train.export %s`", run.path, run.path)
+
+
+def count_threads(options: PretrainOptions, kept: RunConfig | None) -> int:
+    """Give the threads to compute with: another number would give other last bits."""
+    kept_threads = kept.options["threads"] if kept is not None else None
+    return options.threads or cast(int | None, kept_threads) or cpu_budget()
+
+
+def read_data(
+    options: PretrainOptions, run: RunDirectory, kept: RunConfig | None
+) -> tuple[ImageSet, Split, RunConfig]:
+    """Read and split the images, and refuse those of another run than the one that goes on.
+
+    What can differ is looked at as early as it is known: options before any image.
+    """
     source = open_source(options.source)
     spec = PreprocessSpec(
         height=options.image_size_px,
@@ -60,47 +98,44 @@ def pretrain(options: PretrainOptions) -> None:
         channels=options.channels,
         resize=options.image_size_px,
     )
+    if kept is not None:
+        run.check_options(kept, options_json(options), spec, source.uri)
     data = load_images(source, spec, limit=options.limit_images)
     split = split_data(options, data)
     config = describe_run(options, source.uri, spec, data, split)
-    trainer = Trainer(
-        options,
-        data,
-        split,
-        channel_mean=config.channel_mean,
-        channel_std=config.channel_std,
-    )
-    start = start_or_resume(run, config, trainer)
-    with RunLog(run.log_file, run.tensorboard, step=start.step) as run_log:
-        train(trainer, run, run_log, start)
-    plot_curves(read_log(run.log_file), run.curves_file, title=str(run.path))
-    log.info("the run is in %s; export it with `python -m train.export %s`", run.path, run.path)
+    if kept is not None:
+        run.check_data(kept, config.data)
+    return data, split, config
 
 
 def train(trainer: Trainer, run: RunDirectory, run_log: RunLog, start: Progress) -> None:
     """Take the steps that are left, with log, kNN accuracy and checkpoints between them."""
     options, batch_size = trainer.options, trainer.options.batch_size
-    if not trainer.is_watched:
-        log.info("no kNN accuracy: it is switched off, or there are no labels of two classes")
-    elif start.step == 0:
+    describe_training(trainer)
+    if trainer.is_watched and start.step == 0:
         run_log.write(0, trainer.baselines())
-    began_s = time.monotonic() - start.elapsed_s
+    began_s = saved_s = time.monotonic()
     window: list[Tensor] = []
     images = (trainer.total_steps * batch_size, start.step * batch_size)
-    with ProgressDisplay(*images) as display, logging_redirect_tqdm():
+    display = ProgressDisplay(*images)
+    with display, logging_redirect_tqdm(), StopRequest() as stop:
         for step, rows in trainer.batches(start.step):
             outcome = trainer.step(step, rows)
             window.append(outcome.losses_3)
             display.advance(len(rows))
             done, is_last = step + 1, step + 1 == trainer.total_steps
-            if done % options.log_every_steps == 0 or is_last:
+            if done % trainer.log_every_steps == 0 or is_last:
                 record_losses(trainer, run_log, display, outcome, window, done)
                 window.clear()
             if trainer.is_knn_due(done):
                 record_knn(trainer, run_log, done)
-            if done % options.checkpoint_every_steps == 0 or is_last:
+            now_s = time.monotonic()
+            is_due = now_s - saved_s >= options.checkpoint_every_s
+            is_due |= done % options.checkpoint_every_steps == 0
+            if is_due or is_last or stop.signal:
                 mean_losses(window, done)  # never keep what a broken loss left behind
-                progress = Progress(step=done, elapsed_s=time.monotonic() - began_s)
+                elapsed_s = start.elapsed_s + now_s - began_s
+                progress = Progress(step=done, elapsed_s=elapsed_s)
                 save_checkpoint(
                     run.checkpoints,
                     progress,
@@ -108,6 +143,26 @@ def train(trainer: Trainer, run: RunDirectory, run_log: RunLog, start: Progress)
                     trainer.optimizer,
                     keep=options.keep_checkpoints,
                 )
+                saved_s = now_s
+            if stop.signal and not is_last:
+                log.warning(
+                    "stopped after step %d of %d; go on with `python -m train.pretrain "
+                    "--resume --out %s`",
+                    done, trainer.total_steps, shlex.quote(str(run.path)),
+                )  # fmt: skip
+                stop.end_process()
+
+
+def describe_training(trainer: Trainer) -> None:
+    """Say what an epoch is, and what is not watched."""
+    n, batch_size = len(trainer.split.train), trainer.options.batch_size
+    log.info(
+        "%d images to train on, %d steps of %d an epoch; the %d that fill no batch are left "
+        "out, others in each epoch",
+        n, trainer.steps_per_epoch, batch_size, n % batch_size,
+    )  # fmt: skip
+    if not trainer.is_watched:
+        log.info("no kNN accuracy: it is switched off, or there are no labels of two classes")
 
 
 def record_losses(
@@ -137,22 +192,35 @@ def record_knn(trainer: Trainer, run_log: RunLog, done: int) -> None:
     log.info("epoch %d: kNN %.2f%% on held-out images", round(epoch), 100 * top1)
 
 
-def start_or_resume(run: RunDirectory, config: RunConfig, trainer: Trainer) -> Progress:
-    """Make the run directory, or bring the trainer to its last checkpoint.
+def start_or_resume(
+    run: RunDirectory, config: RunConfig, trainer: Trainer, *, resume: bool
+) -> Progress:
+    """Fill the run directory, or bring the trainer to its last checkpoint.
 
     `config.json` comes last: before it there is no run, after it there is all of one.
     """
-    if not run.config_file.exists():
+    if not resume:
         save_initial(run.initial_file, trainer.network)
+        write_rejects(run, trainer.data)
         run.write_config(config)
         return Progress()
-    run.check_same(config)
     checkpoints = list_checkpoints(run.checkpoints)
     if not checkpoints:
+        log.info("%s has no checkpoint yet: starting at step 0", run.path)
         return Progress()
     progress = restore_checkpoint(checkpoints[-1], trainer.network, trainer.optimizer)
     log.info("resuming %s after step %d of %d", run.path, progress.step, trainer.total_steps)
     return progress
+
+
+def write_rejects(run: RunDirectory, data: ImageSet) -> None:
+    """Keep which images were skipped and why, where any were."""
+    if not data.rejects:
+        return
+    lines = [json.dumps(asdict(reject)) + "\n" for reject in data.rejects]
+    with atomic_file(run.rejects_file) as temporary:
+        temporary.write_text("".join(lines))
+    log.info("the %d skipped images and why: %s", len(lines), run.rejects_file)
 
 
 def describe_run(
@@ -168,7 +236,7 @@ def describe_run(
         "val_images": len(split.val),
         "bank_images": len(split.bank),
         "classes": list(data.class_names),
-        "skipped": dict(data.faults),
+        "skipped": {**data.faults},
     }
     return RunConfig(
         options=options_json(options),

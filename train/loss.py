@@ -28,7 +28,7 @@ Shapes: N pairs of embeddings, D dimensions.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -39,7 +39,11 @@ Objective = Literal["barlow", "hsic"]
 Form = Literal["auto", "direct", "gram"]
 
 STANDARDISE_EPS = 1e-5
-"""Added to each variance: BatchNorm's own, which the authors' code standardises with."""
+"""Added to each variance: BatchNorm's own, which the authors' code standardises with.
+
+The loss does not depend on the scale of embeddings whose variances are far above it, as a
+projector's are; for smaller ones choose a smaller `eps`.
+"""
 
 GRAM_BELOW_N_PER_D = 0.75
 """The Gram form costs 8 N^2 D flop forward and backward, the direct form 6 N D^2."""
@@ -47,13 +51,15 @@ GRAM_BELOW_N_PER_D = 0.75
 
 @dataclass(frozen=True, kw_only=True)
 class LossTerms:
-    """The two sums of the loss, before lambda: scalar tensors that carry gradients.
+    """The loss and its two parts: scalar tensors that carry gradients.
 
     Attributes:
+        loss: invariance + redundancy.
         invariance: sum over i of (1 - C_ii)^2.
-        redundancy: sum over i != j of C_ij^2, or of (1 + C_ij)^2 for `hsic`.
+        redundancy: lambd times the sum over i != j of C_ij^2, or of (1 + C_ij)^2 for `hsic`.
     """
 
+    loss: Tensor
     invariance: Tensor
     redundancy: Tensor
 
@@ -65,6 +71,7 @@ def barlow_twins_loss(
     lambd: float,
     objective: Objective = "barlow",
     form: Form = "auto",
+    eps: float = STANDARDISE_EPS,
 ) -> Tensor:
     """Compute the loss of two views' embeddings.
 
@@ -77,35 +84,46 @@ def barlow_twins_loss(
         lambd: weight of the redundancy term; the paper has .0051 at D = 8192.
         objective: what the off-diagonal is drawn to: 0 (`barlow`) or -1 (`hsic`).
         form: `direct` builds the D x D matrix, `gram` two N x N ones, `auto` chooses.
+        eps: added to each variance; far below the variances of the embeddings.
 
     Returns:
         The loss, a scalar of float32, or of float64 for float64 embeddings.
 
     Raises:
-        TrainError: the shapes are not two equal (N, D) with N at least 2.
+        TrainError: the shapes are not two equal (N, D) with N at least 2, or there is no
+            such objective or form.
     """
-    terms = loss_terms(z1_ND, z2_ND, objective=objective, form=form)
-    return terms.invariance + lambd * terms.redundancy
+    return loss_terms(z1_ND, z2_ND, lambd=lambd, objective=objective, form=form, eps=eps).loss
 
 
 def loss_terms(
-    z1_ND: Tensor, z2_ND: Tensor, *, objective: Objective = "barlow", form: Form = "auto"
+    z1_ND: Tensor,
+    z2_ND: Tensor,
+    *,
+    lambd: float,
+    objective: Objective = "barlow",
+    form: Form = "auto",
+    eps: float = STANDARDISE_EPS,
 ) -> LossTerms:
-    """Compute the two sums of the loss apart, for logs and for ablations.
+    """Compute the loss together with its parts, for logs and for ablations.
 
     Arguments and errors are those of `barlow_twins_loss`.
     """
+    _check_name("objective", objective, get_args(Objective))
+    _check_name("form", form, get_args(Form))
     _check_shapes(z1_ND, z2_ND)
     n, dim = z1_ND.shape
     if form == "auto":
         form = "gram" if n < GRAM_BELOW_N_PER_D * dim else "direct"
     with torch.autocast(z1_ND.device.type, enabled=False):
-        a_ND, b_ND = standardise(z1_ND), standardise(z2_ND)
-        terms_of = _gram_terms if form == "gram" else _direct_terms
-        return terms_of(a_ND, b_ND, objective)
+        a_ND, b_ND = standardise(z1_ND, eps=eps), standardise(z2_ND, eps=eps)
+        sums_of = _gram_sums if form == "gram" else _direct_sums
+        invariance, redundancy = sums_of(a_ND, b_ND, objective)
+        redundancy = lambd * redundancy
+        return LossTerms(loss=invariance + redundancy, invariance=invariance, redundancy=redundancy)
 
 
-def standardise(z_ND: Tensor) -> Tensor:
+def standardise(z_ND: Tensor, *, eps: float = STANDARDISE_EPS) -> Tensor:
     """Give each feature zero mean and unit biased variance over the batch.
 
     A feature that does not vary becomes zero. Half-precision input becomes float32.
@@ -113,24 +131,24 @@ def standardise(z_ND: Tensor) -> Tensor:
     if z_ND.dtype != torch.float64:
         z_ND = z_ND.float()
     variance_D, mean_D = torch.var_mean(z_ND, dim=0, correction=0)
-    return (z_ND - mean_D) * torch.rsqrt(variance_D + STANDARDISE_EPS)
+    return (z_ND - mean_D) * torch.rsqrt(variance_D + eps)
 
 
-def _direct_terms(a_ND: Tensor, b_ND: Tensor, objective: Objective) -> LossTerms:
-    """Sum over the D x D matrix itself."""
+def _direct_sums(a_ND: Tensor, b_ND: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+    """Sum invariance and redundancy over the D x D matrix itself."""
     n, dim = a_ND.shape
     c_DD = a_ND.T @ b_ND / n
     diagonal_D = c_DD.diagonal()
     invariance = (1 - diagonal_D).square().sum()
     square_sum = c_DD.square().sum() - diagonal_D.square().sum()
     if objective == "barlow":
-        return LossTerms(invariance=invariance, redundancy=square_sum)
+        return invariance, square_sum
     cross_sum = c_DD.sum() - diagonal_D.sum()
     redundancy = dim * (dim - 1) + 2 * cross_sum + square_sum
-    return LossTerms(invariance=invariance, redundancy=redundancy)
+    return invariance, redundancy
 
 
-def _gram_terms(a_ND: Tensor, b_ND: Tensor, objective: Objective) -> LossTerms:
+def _gram_sums(a_ND: Tensor, b_ND: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
     """Reach the same sums through the N x N Gram matrices of the two views."""
     n, dim = a_ND.shape
     diagonal_D = (a_ND * b_ND).sum(dim=0) / n
@@ -138,10 +156,16 @@ def _gram_terms(a_ND: Tensor, b_ND: Tensor, objective: Objective) -> LossTerms:
     total_squares = ((a_ND @ a_ND.T) * (b_ND @ b_ND.T)).sum() / n**2
     square_sum = total_squares - diagonal_D.square().sum()
     if objective == "barlow":
-        return LossTerms(invariance=invariance, redundancy=square_sum)
+        return invariance, square_sum
     cross_sum = (a_ND.sum(dim=1) @ b_ND.sum(dim=1)) / n - diagonal_D.sum()
     redundancy = dim * (dim - 1) + 2 * cross_sum + square_sum
-    return LossTerms(invariance=invariance, redundancy=redundancy)
+    return invariance, redundancy
+
+
+def _check_name(what: str, name: str, known: tuple[str, ...]) -> None:
+    """Refuse what would else pass for another."""
+    if name not in known:
+        raise TrainError(f"{what} of the loss", expected=" or ".join(known), found=repr(name))
 
 
 def _check_shapes(z1_ND: Tensor, z2_ND: Tensor) -> None:

@@ -1,21 +1,56 @@
 """`python -m train.pretrain SOURCE`: make an encoder from images alone.
 
-The command only chooses the preset and parses the options; `train.loop` does the work. It
-is imported after parsing, since torch takes seconds to load and `--help` should not.
+The command only chooses what the options start from, a preset or the run that goes on, and
+parses them; `train.loop` does the work. It is imported after parsing, since torch takes
+seconds to load and `--help` should not.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
+from collections.abc import Sequence
+
+import tyro
 
 from models.command import run_command
-from models.errors import UsageError
-from train.config import PretrainOptions, choose_preset
+from models.errors import HoraceError, UsageError
+from train.config import PRESETS, PretrainOptions, options_from_json
+from train.errors import training_packages
+from train.run import RunDirectory
+
+
+def choose_defaults(argv: Sequence[str]) -> PretrainOptions:
+    """Give what the options start from: the run that goes on, or the preset that is meant.
+
+    The arguments are parsed once for that. Those that cannot be are left to the real
+    parsing, which starts from the folder preset and says what is wrong.
+    """
+    folder = PRESETS["folder"]
+    args = [arg for arg in argv if arg not in ("--debug", "--help", "-h")]
+    try:
+        given = tyro.cli(PretrainOptions, args=args, default=folder, console_outputs=False)
+        if given.resume:
+            kept = RunDirectory(path=given.run_path).read_config()
+            options = options_from_json(kept.options)
+            return dataclasses.replace(options, source=str(kept.data["uri"]))
+    except (HoraceError, SystemExit):
+        return folder
+    is_fashion = given.source.partition(":")[0] == "fashion-mnist"
+    is_named = any(arg.partition("=")[0] == "--preset" for arg in args)
+    return PRESETS["fashion-mnist" if is_fashion and not is_named else given.preset]
 
 
 def main(options: PretrainOptions) -> None:
     """Check what can be known without torch, then train."""
+    if not options.source:
+        raise UsageError(
+            "SOURCE",
+            expected="the images to learn from",
+            found="none",
+            mend="give fashion-mnist or folder:PATH, or --resume with the --out of a run",
+        )
     if options.source == "fashion-mnist:test":
         raise UsageError(
             "source",
@@ -28,11 +63,12 @@ def main(options: PretrainOptions) -> None:
     # the default network on two such cores fell from 500 to 100 views/s. A short spin keeps
     # the full speed of a quiet machine; sleeping at once (OMP_WAIT_POLICY=passive) does not.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    from train.loop import pretrain
+    with training_packages():
+        from train.loop import pretrain
 
     pretrain(options)
 
 
 if __name__ == "__main__":
-    preset = choose_preset(sys.argv[1:])
-    sys.exit(run_command(PretrainOptions, main, prog="python -m train.pretrain", default=preset))
+    defaults = choose_defaults(sys.argv[1:])
+    sys.exit(run_command(PretrainOptions, main, prog="python -m train.pretrain", default=defaults))

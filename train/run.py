@@ -2,29 +2,34 @@
 
 Rules:
     A directory that holds a run is never written over: it is resumed or refused.
+    One process at a time works in it.
     A run is resumed only with the options, data and preprocessing that it was started with;
-    a difference is named.
+    a difference is named. Options that change no weight are free.
     `config.json` appears whole and is never changed.
 
 Layout: `config.json`, `initial.pt` (the backbone before its first step), `checkpoints/`,
-`log.jsonl`, `tensorboard/`, `curves.png`.
+`log.jsonl`, `tensorboard/`, `curves.png`, and `rejects.jsonl` where images were skipped.
 """
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import json
+import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 from models.bundle import Json
 from models.cpu import cpu_budget
-from models.files import atomic_file
+from models.files import TEMPORARY_PREFIX, atomic_file
 from models.preprocess import PreprocessSpec
-from train.errors import RunError
+from train.config import FREE_OPTIONS
+from train.errors import RunError, writing
 
 SCHEMA_VERSION = 1
 DISTRIBUTIONS = ("torch", "numpy", "onnx", "onnxscript", "onnxruntime")
@@ -66,12 +71,6 @@ class RunConfig:
             "environment": dict(self.environment),
         }
 
-    def decisive(self) -> dict[str, Json]:
-        """Give, by dotted name, all that decides the weights a run ends with."""
-        fields = {**self.options, **{f"data.{k}": v for k, v in self.data.items()}}
-        fields |= {f"preprocessing.{k}": v for k, v in self.preprocessing.to_json().items()}
-        return fields
-
 
 @dataclass(frozen=True, kw_only=True)
 class RunDirectory:
@@ -108,6 +107,69 @@ class RunDirectory:
     def curves_file(self) -> Path:
         """Loss and kNN accuracy as a picture."""
         return self.path / "curves.png"
+
+    @property
+    def rejects_file(self) -> Path:
+        """The images that were skipped, one JSON object a line."""
+        return self.path / "rejects.jsonl"
+
+    @contextmanager
+    def held(self, *, resume: bool) -> Iterator[None]:
+        """Keep other processes out, from before the images are read to the end.
+
+        What a killed process left half-written is cleared away. A directory made here goes
+        again if nothing came into it.
+
+        Raises:
+            RunError: another process is at work in it, it cannot be written, or it is not
+                one to start in, or to resume.
+        """
+        self.check_may_run(resume=resume)
+        is_new = not self.path.exists()
+        lock_file = self.path / ".lock"
+        with self.writing():
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = os.open(lock_file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self._lock(lock)
+            try:
+                self.check_may_run(resume=resume)  # another may just have been at work
+                if resume:
+                    self._clean()
+                yield
+            finally:
+                with suppress(OSError):
+                    lock_file.unlink()
+                    if is_new:
+                        self.path.rmdir()  # refused unless it is empty
+        finally:
+            os.close(lock)
+
+    def _clean(self) -> None:
+        """Delete what a killed process had half-written."""
+        with self.writing():
+            for folder in (self.path, self.checkpoints):
+                for left_over in folder.glob(f"{TEMPORARY_PREFIX}*"):
+                    left_over.unlink()
+
+    def writing(self) -> AbstractContextManager[None]:
+        """Give a context in which an OSError becomes a `RunError` of this directory."""
+        mend = "make room or choose another --out; a run that has begun goes on with --resume"
+        return writing(self.path, mend=mend)
+
+    def _lock(self, lock: int) -> None:
+        """Lock an open file; the lock ends with the process."""
+        is_ours = False
+        with suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = os.fstat(lock).st_nlink > 0  # else its holder has just deleted it
+        if not is_ours:
+            raise RunError(
+                str(self.path),
+                expected="no other process in this run",
+                found="one at work",
+                mend="wait for it, or choose another --out",
+            )
 
     def check_may_run(self, *, resume: bool) -> None:
         """Refuse to start where a run is, or to resume where none is.
@@ -162,21 +224,52 @@ class RunDirectory:
                 mend="start the run again in another directory",
             ) from error
 
-    def check_same(self, config: RunConfig) -> None:
-        """Refuse to go on with anything but the configuration the run was started with.
+    def check_options(
+        self, kept: RunConfig, options: Mapping[str, Json], spec: PreprocessSpec, uri: str
+    ) -> None:
+        """Refuse to go on with options or a source that would change the weights.
+
+        Args:
+            kept: what the run was started with.
+            options: all options by dotted name.
+            spec: how images would become arrays.
+            uri: of the source.
 
         Raises:
-            RunError: naming the first field that differs.
+            RunError: naming the first thing that differs.
         """
-        kept, given = self.read_config().decisive(), config.decisive()
-        for field in sorted(kept.keys() | given.keys()):
-            if kept.get(field) != given.get(field):
+        if uri != kept.data["uri"]:
+            raise RunError(
+                f"resuming {self.path}: the source differs",
+                expected=str(kept.data["uri"]),
+                found=uri,
+                mend="leave it out, or start another run with another --out",
+            )
+        before, now = _decisive(kept.options, kept.preprocessing), _decisive(options, spec)
+        for name in sorted(before.keys() & now.keys()):
+            if before[name] != now[name]:
                 raise RunError(
-                    f"resuming {self.path}: {field}",
-                    expected=repr(kept.get(field)),
-                    found=repr(given.get(field)),
-                    mend="resume with what the run was started with, or start another",
+                    f"resuming {self.path}: {name}",
+                    expected=repr(kept.options.get(name, before[name])),
+                    found=repr(options.get(name, now[name])),
+                    mend=_mend_of(name),
                 )
+
+    def check_data(self, kept: RunConfig, data: Mapping[str, Json]) -> None:
+        """Refuse to go on with images that are not those the run was started with.
+
+        Raises:
+            RunError: with the number of images, then and now.
+        """
+        if data["sha256"] == kept.data["sha256"]:
+            return
+        before, now = kept.data["images"], data["images"]
+        raise RunError(
+            f"resuming {self.path}: the images of {data['uri']} have changed",
+            expected=f"the {before} images that it was started with",
+            found="as many, with other pixels or labels" if before == now else f"{now} images",
+            mend="bring the old ones back, or start another run with another --out",
+        )
 
 
 def describe_environment() -> dict[str, Json]:
@@ -189,6 +282,29 @@ def describe_environment() -> dict[str, Json]:
             versions[distribution] = None
     hardware = f"{_cpu_name()}, {cpu_budget()} CPUs"
     return {"versions": versions, "hardware": hardware, "system": platform.platform()}
+
+
+def _decisive(options: Mapping[str, Json], spec: PreprocessSpec) -> dict[str, Json]:
+    """Give, by dotted name, what decides the weights a run ends with."""
+    fields = {k: v for k, v in options.items() if k not in (*FREE_OPTIONS, "source")}
+    # How often kNN is measured changes nothing; whether at all decides what is held out.
+    fields["knn_every_epochs"] = options["knn_every_epochs"] != 0
+    if options["threads"] is None:  # of runs that did not keep it
+        del fields["threads"]
+    return fields | {f"preprocessing.{k}": v for k, v in spec.to_json().items()}
+
+
+def _mend_of(name: str) -> str:
+    """Say what to do instead of resuming with another value of an option."""
+    free = ", ".join(f"--{option.replace('_', '-')}" for option in FREE_OPTIONS)
+    if name == "epochs":
+        return (
+            "the learning rate of every step depends on the length: train longer or shorter "
+            "as a new run, with another --out"
+        )
+    return (
+        f"leave it out, or start another run with another --out; only {free} may change on the way"
+    )
 
 
 def _cpu_name() -> str:

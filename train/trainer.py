@@ -34,12 +34,15 @@ from train.loss import loss_terms
 from train.optim import lr_at, make_optimizer, set_lr
 from train.views import Normaliser, ViewRecipe, random_view
 
+LEAST_RECORDS = 20
+"""Records of the loss that a run has, however short, so that there is a curve to see."""
+
 log = logging.getLogger("horace")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepOutcome:
-    """What one step gave, detached: losses are loss, invariance and weighted redundancy."""
+    """What one step gave, detached: losses are loss, invariance and redundancy."""
 
     losses_3: Tensor
     features_ND: Tensor
@@ -60,6 +63,9 @@ class Trainer:
         self.options, self.data, self.split = options, data, split
         self.steps_per_epoch = len(self.split.train) // options.batch_size
         self.total_steps = self.steps_per_epoch * options.epochs
+        self.log_every_steps = min(
+            options.log_every_steps, max(1, self.total_steps // LEAST_RECORDS)
+        )
         warmup_steps = round(options.warmup_epochs * self.steps_per_epoch)
         self.warmup_steps = min(warmup_steps, self.total_steps // 2)
         self.normaliser = Normaliser(
@@ -76,7 +82,7 @@ class Trainer:
 
     def step(self, step: int, rows: NDArray[np.int64]) -> StepOutcome:
         """Learn from one batch."""
-        images_NCHW = self.normaliser.to_unit(torch.from_numpy(self.data.images_NHWC[rows]))
+        images_NCHW = self.normaliser.to_unit(torch.from_numpy(self.data.batch(rows)))
         self.views_generator.manual_seed(step_seed(self.options.seed, step))
         view1, view2 = (
             self.normaliser.normalise(random_view(images_NCHW, recipe, self.views_generator))
@@ -85,13 +91,11 @@ class Trainer:
         set_lr(self.optimizer, self.lr(step))
         features_ND, z1_ND = self.network(view1)
         _, z2_ND = self.network(view2)
-        terms = loss_terms(z1_ND, z2_ND, objective=self.options.objective)
-        loss = terms.invariance + self.options.lambd * terms.redundancy
+        terms = loss_terms(z1_ND, z2_ND, lambd=self.options.lambd, objective=self.options.objective)
         self.optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
+        torch.autograd.backward(terms.loss)
         self.optimizer.step()
-        redundancy = self.options.lambd * terms.redundancy.detach()
-        losses_3 = torch.stack([loss.detach(), terms.invariance.detach(), redundancy])
+        losses_3 = torch.stack([terms.loss, terms.invariance, terms.redundancy]).detach()
         return StepOutcome(losses_3=losses_3, features_ND=features_ND.detach())
 
     def lr(self, step: int) -> float:
@@ -174,15 +178,19 @@ def split_data(options: PretrainOptions, data: ImageSet) -> Split:
 
 def build_network(options: PretrainOptions) -> BarlowTwins:
     """Build the untrained network from torch's generator."""
+    return BarlowTwins(build_backbone(options), options.network.projector_widths)
+
+
+def build_backbone(options: PretrainOptions) -> ResNet:
+    """Build the untrained backbone, the part that is exported, from torch's generator."""
     network = options.network
-    backbone = ResNet(
+    return ResNet(
         layout=network.layout,
         width=network.width,
         in_channels=options.channels,
         stem=network.stem,
         zero_init_residual=network.zero_init_residual,
     )
-    return BarlowTwins(backbone, network.projector_widths)
 
 
 def view_recipes(views: ViewOptions) -> tuple[ViewRecipe, ViewRecipe]:

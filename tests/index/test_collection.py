@@ -31,7 +31,7 @@ def make_collection(path, vectors, *, factory="Flat", n_segments=1):
             },
             schema=ROW_SCHEMA,
         )
-        entry = SegmentEntry(name=f"{number:06}", count=len(rows), factory=factory, ef_search=64)
+        entry = SegmentEntry(name=f"{number:06}", count=len(rows), factory=factory)
         block = Block(rows=table, vectors_ND=vectors[rows])
         names += write_segment(path, entry, [block], vectors.shape[1])
         entries.append(entry)
@@ -180,10 +180,22 @@ def test_raising_ef_search_raises_recall_and_changes_nothing_else(tmp_path, unit
             return np.mean([np.isin(a, b).mean() for a, b in zip(found, exact, strict=True)])
 
         exact, before = search(exact=True), search()
-        recalls = [recall(search(ef_search=ef)) for ef in (10, 40, 400)]
+        recalls = [recall(search(parameters={"efSearch": ef})) for ef in (10, 40, 400)]
         assert recalls[0] < recalls[1] < recalls[2]
         assert recalls[2] > 0.99
         np.testing.assert_array_equal(search(), before)
+
+
+def test_a_parameter_of_another_index_is_refused(tmp_path, unit_rows):
+    """What the index does not have is named, with what it has."""
+    vectors = unit_rows(10, 8)
+    for factory, expected in (("Flat", "none for Flat"), ("HNSW32", "efSearch of at least 1")):
+        path = make_collection(tmp_path / factory, vectors, factory=factory)
+        with (
+            Collection.open(path) as collection,
+            pytest.raises(UsageError, match=f"search parameter nprobe: expected {expected}"),
+        ):
+            collection.search(vectors, 1, fingerprint=FINGERPRINT, parameters={"nprobe": 3})
 
 
 def test_many_threads_get_what_one_gets(tmp_path, unit_rows):

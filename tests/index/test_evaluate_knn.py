@@ -154,7 +154,7 @@ def test_the_index_is_searched_as_people_search_it(tmp_path, bundle):
     out = tmp_path / "c"
     build(BuildOptions(images=idx("train"), encoder=str(bundle.path), out=out, index="hnsw"))
     manifest = read_manifest(out)
-    hasty = dataclasses.replace(manifest.segments[0], ef_search=1)
+    hasty = dataclasses.replace(manifest.segments[0], parameters={"efSearch": 1})
     write_manifest(out, dataclasses.replace(manifest, segments=(hasty,)))
     report = evaluate(KnnOptions(collection=out, images=idx("t10k"), baselines=False))
     records = list(open_source(idx("t10k")).records())

@@ -12,9 +12,11 @@ from train.checkpoint import (
     Progress,
     list_checkpoints,
     load_backbone,
+    load_weights,
     restore_checkpoint,
     save_checkpoint,
     save_initial,
+    save_weights,
 )
 from train.errors import RunError
 from train.optim import make_optimizer, set_lr
@@ -80,15 +82,36 @@ def test_a_damaged_file_is_named(tmp_path: Path, content: bytes | None) -> None:
 def test_another_network_is_refused(tmp_path: Path) -> None:
     """Weights of unlike shapes are not this run's."""
     path = save_checkpoint(tmp_path, Progress(step=1), *make_network(width=8), keep=1)
-    with pytest.raises(RunError, match="expected a checkpoint of this run, found RuntimeError"):
+    with pytest.raises(
+        RunError, match="expected a checkpoint of this run, found weights of another network"
+    ):
         restore_checkpoint(path, *make_network(width=4))
-    with pytest.raises(RunError, match="expected a checkpoint of this run, found RuntimeError"):
+    with pytest.raises(
+        RunError, match="expected a checkpoint of this run, found weights of another network"
+    ):
         load_backbone(path, ResNet(layout="resnet10", width=4, in_channels=1))
 
 
 def test_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
     """A pickle of anything but weights is refused before it acts."""
     path = tmp_path / "step-00000001.pt"
-    torch.save({"step": 1, "network": Path("/")}, path)
-    with pytest.raises(RunError, match="found UnpicklingError"):
+    save_weights(path, {"step": 1, "network": Path("/")})  # type: ignore[typeddict-item]  # foreign
+    with pytest.raises(RunError, match="found a file of something else"):
         restore_checkpoint(path, *make_network())
+
+
+def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
+    """A checkpoint with one bit changed anywhere is refused in plain words, never loaded."""
+    path = save_checkpoint(tmp_path, Progress(step=1), *make_network(), keep=1)
+    sound = path.read_bytes()
+    assert torch.load(path, weights_only=True)["step"] == 1, "the hash is in torch's way"
+    for bit in range(0, 8 * len(sound), 8 * len(sound) // 97):
+        damaged = bytearray(sound)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        with pytest.raises(RunError) as error:
+            load_weights(path)
+        assert str(error.value) == (
+            f"{path}: expected a checkpoint of this run, found damage: its content does not "
+            "match its SHA-256; delete the file to go on from the one before it"
+        )

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from models.errors import UsageError
-from train.config import PRESETS, PretrainOptions, ViewOptions, choose_preset, options_json
+from train.config import PRESETS, PretrainOptions, ViewOptions, options_from_json, options_json
+from train.errors import RunError
+from train.pretrain import choose_defaults
 
 
 @pytest.mark.parametrize(
@@ -21,11 +23,15 @@ from train.config import PRESETS, PretrainOptions, ViewOptions, choose_preset, o
         (["--preset=folder", "fashion-mnist"], "folder"),
         (["--preset", "no-such", "fashion-mnist"], "folder"),
         ([], "folder"),
+        (["folder:photos", "--out", "fashion-mnist"], "folder"),
+        (["--network.projector-widths", "8", "8", "--out", "x", "fashion-mnist"], "fashion-mnist"),
+        (["fashion-mnist", "--help"], "fashion-mnist"),
+        (["fashion-mnist", "--epochs", "0"], "folder"),
     ],
 )
 def test_the_preset_follows_the_source_unless_named(argv: list[str], preset: str) -> None:
-    """`--preset` wins, then the source; an unknown name is left to the parser."""
-    assert choose_preset(argv).preset == preset
+    """`--preset` wins, then the source alone; what does not parse is left to the parser."""
+    assert choose_defaults(argv).preset == preset
 
 
 @pytest.mark.parametrize(
@@ -67,6 +73,13 @@ def test_options_survive_json(preset: PretrainOptions) -> None:
     assert json.loads(json.dumps(kept)) == kept
     assert kept["network.width"] == preset.network.width
     assert not {"out", "resume"} & kept.keys()
+    assert options_from_json(kept) == preset
+
+
+def test_options_of_another_version_are_refused() -> None:
+    """A run of a Horace with other options is not guessed at."""
+    with pytest.raises(RunError, match=r"expected those of this Horace, found .*'no_such'"):
+        options_from_json({"no_such": 1})
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from train.data import (
     epoch_order,
     free_memory_bytes,
     load_images,
+    sample_images,
     split_rows,
 )
 from train.errors import TrainError
@@ -64,6 +65,8 @@ def test_broken_images_are_counted_and_skipped(
     assert images.class_names == ("cat", "dog")
     assert sum(images.faults.values()) == 2
     assert "skipped 2 images (2 " in caplog.text
+    assert "the first: cat/broken0.jpg" in caplog.text
+    assert [reject.key for reject in images.rejects] == ["cat/broken0.jpg", "cat/broken1.jpg"]
 
 
 def test_a_source_without_usable_images_is_refused(tmp_path: Path) -> None:
@@ -158,3 +161,17 @@ def test_the_order_is_a_function_of_seed_and_epoch() -> None:
     assert np.array_equal(first, epoch_order(rows, seed=1, epoch=0))
     assert not np.array_equal(first, epoch_order(rows, seed=1, epoch=1))
     assert not np.array_equal(first, epoch_order(rows, seed=2, epoch=0))
+
+
+def test_a_sample_comes_from_all_of_a_sorted_source(mini_source: str, tmp_path: Path) -> None:
+    """It has no bias to the beginning, is the same each time, and goes round broken images."""
+    source = open_source(mini_source)
+    some, again = (sample_images(source, SPEC, 20) for _ in range(2))
+    assert some.shape == (20, 12, 12, 1)
+    assert np.array_equal(some, again)
+    whole = load_images(source, SPEC).images_NHWC
+    rows = [int(np.flatnonzero((whole == image).all(axis=(1, 2, 3)))[0]) for image in some]
+    assert rows == sorted(rows)
+    assert rows[-1] > 200
+    folder = make_folder(tmp_path / "pets", broken=40)
+    assert len(sample_images(open_source(f"folder:{folder}"), SPEC, 6)) == 6

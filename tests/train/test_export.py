@@ -24,10 +24,10 @@ from train.export import (
     ExportOptions,
     check_graph,
     export_run,
+    graph_of,
+    last_checkpoint,
     main,
     read_images,
-    trained_graph,
-    untrained_graph,
 )
 from train.graph import BATCH_NAME, INPUT_NAME, OUTPUT_NAME, embed_with_torch, write_onnx
 from train.run import RunConfig, RunDirectory
@@ -90,8 +90,8 @@ def test_the_bundle_is_the_trained_network(
     twin = open_random_twin(bundle.path, threads=1)
     assert twin is not None
     for opened, graph in (
-        (encoder, trained_graph(run, config)[0]),
-        (twin, untrained_graph(run, config)),
+        (encoder, graph_of(last_checkpoint(run), config)[0]),
+        (twin, graph_of(run.initial_file, config)[0]),
     ):
         expected = embed_with_torch(graph, images_NHWC)
         np.testing.assert_allclose(opened.encode(images_NHWC), expected, rtol=1e-3, atol=1e-5)
@@ -129,16 +129,18 @@ def test_a_graph_of_other_weights_fails(
     run: RunDirectory, config: RunConfig, images_NHWC: NDArray[np.uint8], tmp_path: Path
 ) -> None:
     """A graph that is not the network is refused by its least cosine."""
-    write_onnx(untrained_graph(run, config), config.preprocessing, tmp_path / ENCODER_FILE)
+    write_onnx(graph_of(run.initial_file, config)[0], config.preprocessing, tmp_path / ENCODER_FILE)
     with pytest.raises(ExportError, match=r"least cosine to torch, over 400 images: expected at"):
-        check_graph(tmp_path / ENCODER_FILE, trained_graph(run, config)[0], config, images_NHWC)
+        check_graph(
+            tmp_path / ENCODER_FILE, graph_of(last_checkpoint(run), config)[0], config, images_NHWC
+        )
 
 
 def test_a_graph_that_depends_on_the_batch_fails(
     run: RunDirectory, config: RunConfig, images_NHWC: NDArray[np.uint8], tmp_path: Path
 ) -> None:
     """A graph that scales its output by a trace of the batch passes parity, and is refused."""
-    graph, _ = trained_graph(run, config)
+    graph, _ = graph_of(last_checkpoint(run), config)
     file = tmp_path / ENCODER_FILE
     write_onnx(graph, config.preprocessing, file)
     model = onnx.load(file)
@@ -166,7 +168,9 @@ def test_a_graph_of_another_shape_fails(
     assert callable(make_bundle)
     foreign: Bundle = make_bundle("foreign", size=28)
     with pytest.raises(EncoderError, match=r"expected uint8 \(N, \[14, 14, 1\]\)"):
-        check_graph(foreign.encoder_path, trained_graph(run, config)[0], config, images_NHWC)
+        check_graph(
+            foreign.encoder_path, graph_of(last_checkpoint(run), config)[0], config, images_NHWC
+        )
 
 
 def test_an_existing_bundle_is_replaced_only_on_request(run: RunDirectory, tmp_path: Path) -> None:
@@ -178,6 +182,20 @@ def test_an_existing_bundle_is_replaced_only_on_request(run: RunDirectory, tmp_p
     assert read_bundle(out).name == "first"
     export_run(run, out, name="second", with_random_twin=False, replace=True)
     assert read_bundle(out).name == "second"
+
+
+def test_a_damaged_twin_or_target_ends_the_export_early(finished_run: Path, tmp_path: Path) -> None:
+    """initial.pt is checked as checkpoints are; a place below a file cannot be written."""
+    damaged = tmp_path / "damaged"
+    shutil.copytree(finished_run, damaged)
+    content = bytearray((damaged / "initial.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (damaged / "initial.pt").write_bytes(content)
+    with pytest.raises(RunError, match=r"initial\.pt: .* does not match its SHA-256; start the"):
+        export_run(RunDirectory(path=damaged), tmp_path / "bundle", name="x")
+    out = damaged / "initial.pt" / "bundle"
+    with pytest.raises(RunError, match=r"room for what comes, found .*; make room or"):
+        export_run(RunDirectory(path=finished_run), out, name="x")
 
 
 def test_the_summary_is_short_or_json(

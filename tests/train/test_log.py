@@ -36,6 +36,15 @@ def test_a_resume_drops_what_lies_past_the_checkpoint(tmp_path: Path) -> None:
     assert read_log(file) == [{"step": 1}, {"step": 2}, {"step": 3, "loss": 1.0}]
 
 
+def test_a_start_without_a_checkpoint_drops_all(tmp_path: Path) -> None:
+    """The baselines of step 0 are measured again, and are there once."""
+    file = tmp_path / "log.jsonl"
+    file.write_text('{"step": 0, "knn_pixels": 0.5}\n')
+    with RunLog(file, tmp_path / "events", step=0) as log:
+        log.write(0, {"knn_pixels": 0.5})
+    assert len(read_log(file)) == 1
+
+
 def test_a_log_that_is_not_there_is_empty(tmp_path: Path) -> None:
     """A run may be killed before its first record."""
     assert read_log(tmp_path / "log.jsonl") == []

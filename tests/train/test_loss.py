@@ -133,7 +133,7 @@ def test_invariances(form: Form, objective: Objective) -> None:
 def test_each_view_is_standardised_with_its_own_statistics() -> None:
     """Views of unlike mean and scale lose nothing: identical patterns give C_ii = 1."""
     z1 = torch.randn(64, 8, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    terms = loss_terms(z1, 10 * z1 + 100)
+    terms = loss_terms(z1, 10 * z1 + 100, lambd=0.1)
     assert terms.invariance < 1e-8
 
 
@@ -170,3 +170,35 @@ def test_wrong_shapes_are_named(shape1: tuple[int, ...], shape2: tuple[int, ...]
         "embeddings of two views: expected two tensors of one shape (N, D), N at least 2, "
         f"found {shape1} and {shape2}"
     )
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-2, 1e-3])
+def test_a_small_eps_makes_small_embeddings_as_good_as_large_ones(scale: float) -> None:
+    """The value does not depend on the scale while `eps` is far below the variances."""
+    z1, z2 = correlated_views(24, 10, 7, torch.float64)
+    expected = barlow_twins_loss(z1, z2, lambd=0.1, eps=1e-12)
+    found = barlow_twins_loss(scale * z1, scale * z2, lambd=0.1, eps=1e-12)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({"form": "Gram"}, "form of the loss: expected auto or direct or gram, found 'Gram'"),
+        ({"objective": "x"}, "objective of the loss: expected barlow or hsic, found 'x'"),
+    ],
+)
+def test_an_unknown_name_is_refused(names: dict[str, str], message: str) -> None:
+    """No form or objective passes for another."""
+    z = torch.eye(4)
+    with pytest.raises(TrainError) as error:
+        barlow_twins_loss(z, z, lambd=0.1, **names)  # type: ignore[arg-type]  # the point
+    assert str(error.value) == message
+
+
+def test_the_parts_make_the_loss() -> None:
+    """Redundancy is weighted already."""
+    z1, z2 = correlated_views(24, 10, 8, torch.float64)
+    some, more = (loss_terms(z1, z2, lambd=lambd) for lambd in (0.1, 0.2))
+    assert torch.equal(some.loss, some.invariance + some.redundancy)
+    torch.testing.assert_close(more.redundancy, 2 * some.redundancy)

@@ -4,26 +4,48 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from train.plot import plot_curves
+from train.plot import draw_curves, plot_curves
 
 LOSS = {"step": 5, "epoch": 0.5, "loss": 9.0, "loss_invariance": 6.0, "loss_redundancy": 3.0}
+ALL = [
+    {"step": 0, "knn_pixels": 0.8, "knn_random": 0.7},
+    LOSS,
+    {"step": 10, "epoch": 1.0, "knn_top1": 0.8},
+]
 
 
-@pytest.mark.parametrize(
-    "records",
-    [
-        [],
-        [LOSS],
-        [{"step": 0, "knn_pixels": 0.8, "knn_random": 0.7}, LOSS,
-         {"step": 10, "epoch": 1.0, "knn_top1": 0.8}],
-    ],
-    ids=["empty", "loss only", "all"],
-)  # fmt: skip
+@pytest.mark.parametrize("records", [[], [LOSS], ALL], ids=["empty", "loss only", "all"])
 def test_any_log_makes_a_picture(records: list[dict[str, float]], tmp_path: Path) -> None:
     """A run without labels, or killed early, has its curves, too; an old picture goes."""
     path = tmp_path / "curves.png"
     path.write_bytes(b"old")
     plot_curves(records, path, title="run")
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_single_record_can_be_seen() -> None:
+    """One point makes no line, so every record has a marker; without kNN there is one panel."""
+    (losses,) = draw_curves([LOSS], title="run").axes
+    assert [line.get_marker() for line in losses.lines] == [".", ".", "."]
+
+
+def test_both_baselines_are_drawn() -> None:
+    """Raw pixels and the untrained encoder stand beside the encoder, in per cent."""
+    _, accuracies = draw_curves(ALL, title="run").axes
+    heights = {line.get_label(): np.asarray(line.get_ydata()).tolist() for line in accuracies.lines}
+    assert heights == {
+        "this encoder": [80.0],
+        "raw pixels": [80.0, 80.0],
+        "untrained encoder": [70.0, 70.0],
+    }
+
+
+def test_losses_have_plain_labels() -> None:
+    """The axis is logarithmic and says 20, not 2 x 10^1."""
+    records = [LOSS | {"epoch": float(i), "loss": 10.0 * (i + 1)} for i in range(3)]
+    figure = draw_curves(records, title="run")
+    figure.canvas.draw()
+    assert {"5", "10", "20"} <= {text.get_text() for text in figure.axes[0].get_yticklabels()}

@@ -82,7 +82,7 @@ def test_the_log_has_losses_and_knn(finished_run: Path) -> None:
     records = read_log(finished_run / "log.jsonl")
     assert records[0].keys() == {"step", "knn_pixels", "knn_random"}
     losses = [record for record in records if "loss" in record]
-    assert [record["step"] for record in losses] == [5, 10, 15, 20, 25, 30, 33]
+    assert [record["step"] for record in losses] == list(range(1, STEPS + 1))
     assert losses[-1]["loss"] < losses[0]["loss"]
     for record in losses:
         parts = record["loss_invariance"] + record["loss_redundancy"]
@@ -162,7 +162,9 @@ def test_resuming_with_another_option_names_it(run_options: RunOptions, finished
         pretrain(run_options(finished_run, resume=True, lambd=0.1))
     assert str(error.value) == (
         f"resuming {finished_run}: lambd: expected 0.005, found 0.1; "
-        "resume with what the run was started with, or start another"
+        "leave it out, or start another run with another --out; only --checkpoint-every-s, "
+        "--checkpoint-every-steps, --keep-checkpoints, --knn-every-epochs, --log-every-steps "
+        "may change on the way"
     )
 
 
@@ -190,6 +192,10 @@ def test_a_flat_folder_of_photographs_is_enough(
         pretrain(options)
     assert "skipped 1 images" in caplog.text
     assert "no kNN accuracy: " in caplog.text
+    assert "24 images to train on, 3 steps of 8 an epoch; the 0 that fill no batch" in caplog.text
+    assert f"the 1 skipped images and why: {tmp_path / 'run/rejects.jsonl'}" in caplog.text
+    (reject,) = map(json.loads, (tmp_path / "run/rejects.jsonl").read_text().splitlines())
+    assert (reject["key"], reject["fault"]) == ("broken.jpg", "unsupported_format")
     records = read_log(tmp_path / "run/log.jsonl")
     assert records
     assert all("knn_top1" not in record for record in records)

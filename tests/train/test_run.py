@@ -1,0 +1,219 @@
+"""Run directories: who may work in one, how a run goes on, and what a full disk does."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from train.checkpoint import list_checkpoints, load_weights
+from train.config import PretrainOptions
+from train.errors import RunError
+from train.log import read_log
+from train.loop import pretrain
+from train.pretrain import choose_defaults
+from train.run import RunDirectory
+
+RunOptions = Callable[..., PretrainOptions]
+MODULE = [sys.executable, "-m", "train.pretrain"]
+
+
+def arguments(options: PretrainOptions, *more: str) -> list[str]:
+    """Say the options of the `run_options` fixture as people would."""
+    return [
+        *MODULE, options.source, "--out", str(options.out), "--image-size-px", "14",
+        "--channels", "1", "--batch-size", "32", "--lr-peak", "3e-3", "--threads", "1",
+        "--network.layout", "resnet10", "--network.width", "4", "--network.stem", "small",
+        "--network.projector-widths", "32", "32", "--views.crop-area", ".4", "1",
+        "--views.blur-probability", "0", "0", "--views.solarise-probability", "0", "0",
+        "--network.zero-init-residual", "--epochs", str(options.epochs), *more,
+    ]  # fmt: skip
+
+
+def weights(run: Path) -> dict[str, bytes]:
+    """The network of the last checkpoint, as bytes."""
+    state = load_weights(list_checkpoints(run / "checkpoints")[-1])
+    return {name: tensor.numpy().tobytes() for name, tensor in state["network"].items()}
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"]
+)
+def test_an_interrupted_run_keeps_all_of_its_steps(
+    tmp_path: Path, run_options: RunOptions, number: signal.Signals, status: int
+) -> None:
+    """A checkpoint is made, the way on is said, and the end is that of an undisturbed run."""
+    options = run_options(tmp_path / "stopped", epochs=12)
+    argv = arguments(options)
+    with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "epoch 2: kNN" in line:
+                process.send_signal(number)
+                break
+        rest = process.stderr.read()
+    assert process.returncode == status, rest
+    assert f"go on with `python -m train.pretrain --resume --out {options.out}`" in rest
+    assert "Traceback" not in rest
+    assert len(list_checkpoints(tmp_path / "stopped/checkpoints")) == 1
+    kept = choose_defaults(["--resume", "--out", str(options.out)])
+    pretrain(replace(kept, out=options.out, resume=True))
+    pretrain(run_options(tmp_path / "undisturbed", epochs=12))
+    assert weights(tmp_path / "stopped") == weights(tmp_path / "undisturbed")
+
+
+def test_a_run_shorter_than_the_steps_between_checkpoints_has_some_by_time(
+    tmp_path: Path, run_options: RunOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After so many seconds one is due, whatever the steps."""
+    clock = iter(range(0, 10**6, 20))
+    monkeypatch.setattr("train.loop.time.monotonic", lambda: float(next(clock)))
+    options = run_options(
+        tmp_path / "run", epochs=1, checkpoint_every_steps=500, keep_checkpoints=99
+    )
+    pretrain(options)
+    assert len(list_checkpoints(tmp_path / "run/checkpoints")) > 1
+
+
+def test_free_options_may_change_on_the_way(
+    tmp_path: Path, run_options: RunOptions, caplog: pytest.LogCaptureFixture, finished_run: Path
+) -> None:
+    """Logs, checkpoints and kNN may be had more or less often; a start at step 0 is said."""
+    out = tmp_path / "run"
+    pretrain(run_options(out))
+    for path in list_checkpoints(out / "checkpoints"):
+        path.unlink()
+    (out / "checkpoints/.tmp-step-00000009.pt.x").touch()
+    with caplog.at_level("INFO", logger="horace"):
+        pretrain(
+            run_options(
+                out, resume=True, keep_checkpoints=1, knn_every_epochs=3, log_every_steps=1,
+                checkpoint_every_steps=7, threads=None,
+            )
+        )  # fmt: skip
+    assert "has no checkpoint yet: starting at step 0" in caplog.text
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000033.pt"]
+    assert weights(out) == weights(finished_run)
+    steps = [record["step"] for record in read_log(out / "log.jsonl")]
+    assert steps.count(0) == 1
+
+
+def test_a_longer_run_is_another_run(run_options: RunOptions, finished_run: Path) -> None:
+    """The schedule depends on the length, and the error says so."""
+    with pytest.raises(RunError) as error:
+        pretrain(run_options(finished_run, resume=True, epochs=9))
+    assert str(error.value) == (
+        f"resuming {finished_run}: epochs: expected 3, found 9; the learning rate of every step "
+        "depends on the length: train longer or shorter as a new run, with another --out"
+    )
+
+
+def test_another_number_of_threads_is_refused(run_options: RunOptions, finished_run: Path) -> None:
+    """It would give other last bits; the kept number is taken where none is given."""
+    with pytest.raises(RunError, match="threads: expected 1, found 2; leave it out, or start"):
+        pretrain(run_options(finished_run, resume=True, threads=2))
+
+
+def make_photos(folder: Path, n: int) -> None:
+    """Write grey pictures."""
+    folder.mkdir(exist_ok=True)
+    for i in range(n):
+        pixels = np.random.default_rng(i).integers(0, 256, (20, 20), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:02d}.png")
+
+
+def test_other_images_are_named_as_such(
+    tmp_path: Path, run_options: RunOptions, finished_run: Path
+) -> None:
+    """Another source differs before it is read; new photographs are counted."""
+    photos = tmp_path / "photos"
+    make_photos(photos, 8)
+    options = run_options(tmp_path / "run", source=str(photos), epochs=1, batch_size=4)
+    with pytest.raises(RunError, match=r": the source differs: expected idx:.*, found folder:.*"):
+        pretrain(replace(options, out=finished_run, resume=True))
+    pretrain(options)
+    make_photos(photos, 10)
+    with pytest.raises(RunError, match=r"have changed: expected the 8 images .*, found 10 images;"):
+        pretrain(replace(options, resume=True))
+
+
+def test_two_processes_do_not_share_a_run(tmp_path: Path, run_options: RunOptions) -> None:
+    """While one holds the directory a second is refused, and leaves the first one's lock."""
+    run = RunDirectory(path=tmp_path / "run")
+    with run.held(resume=False):
+        for _ in range(2):
+            with pytest.raises(RunError, match="expected no other process in this run, found one"):
+                pretrain(run_options(run.path))
+    assert not run.path.exists(), "nothing came into it"
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, run_options: RunOptions) -> None:
+    """Where the kernel refuses a write, what, expected, found and mend are said."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+
+    out = tmp_path / "run"
+    done = subprocess.run(
+        arguments(run_options(out)), check=False, capture_output=True, text=True, preexec_fn=limit
+    )
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == (
+        f"python -m train.pretrain: {out}: expected a directory that can be written, with room "
+        "for what comes, found File too large; make room or choose another --out; a run that has "
+        "begun goes on with --resume"
+    )
+    assert not out.exists()
+
+
+def test_a_place_that_cannot_be_written_is_found_before_the_images_are_read(
+    tmp_path: Path, run_options: RunOptions, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Below a file no directory can be made."""
+    (tmp_path / "file").touch()
+    with (
+        caplog.at_level("INFO", logger="horace"),
+        pytest.raises(RunError, match=r"expected a directory that .*, found Not a directory; make"),
+    ):
+        pretrain(run_options(tmp_path / "file/run"))
+    assert "reading" not in caplog.text
+
+
+@pytest.mark.parametrize("command", ["pretrain fashion-mnist --out {}", "export {}"])
+def test_without_torch_the_installation_is_named(command: str, tmp_path: Path) -> None:
+    """In an installation for serving both commands say what to install."""
+    name, *rest = command.format(tmp_path / "run").split()
+    code = (
+        "import runpy, sys\n"
+        "class NoTorch:\n"
+        "    def find_spec(name, path, target=None):\n"
+        "        if name == 'torch': raise ModuleNotFoundError('No torch', name=name)\n"
+        "sys.meta_path.insert(0, NoTorch)\n"
+        f"sys.argv = ['{name}', *{rest!r}]\n"
+        f"runpy.run_module('train.{name}', run_name='__main__', alter_sys=True)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        f"python -m train.{name}: Python package torch: expected an installation for training, "
+        "found one for serving and search; install it by `pip install '.[cpu,train]'`"
+    ]
+
+
+def test_a_source_has_to_be_named() -> None:
+    """The working directory is never taken for one."""
+    done = subprocess.run(MODULE, check=False, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "python -m train.pretrain: SOURCE: expected the images to learn from, found none; give "
+        "fashion-mnist or folder:PATH, or --resume with the --out of a run"
+    ]
