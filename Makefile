@@ -42,6 +42,9 @@ protos: $(VENV)/.installed ## Generate the code of protos/horace.proto
 bench: $(VENV)/.installed ## Run the benchmarks (photographs: apt-get install mate-backgrounds)
 	$(BIN)/pip install --quiet -e '.[bench]'
 	$(BIN)/python -m benchmarks.decoders --out benchmarks/results/decoders.json
+	test -d artifacts/bench/collection || $(BIN)/python -m index.build --images fashion-mnist \
+	  --encoder models/shipped/fashion-mnist --out artifacts/bench/collection
+	$(BIN)/python -m benchmarks.vector_dtypes artifacts/bench/collection --out benchmarks/results/vector_dtypes.json
 
 data: ## Fashion-MNIST from Debian, where that is possible; the commands download it otherwise
 	@test -e $(DEBIAN_DATA) || ! command -v apt-get >/dev/null || [ "$$(id -u)" != 0 ] \

@@ -1,0 +1,110 @@
+"""Compare a collection's vectors at fp32 and at fp16: bytes, bits, neighbours, search time.
+
+The figures of docs/decisions/0002-vectors-at-fp32.md. Run from the root, after
+`python -m index.build --images fashion-mnist --encoder models/shipped/fashion-mnist --out C`:
+`python -m benchmarks.vector_dtypes C --out benchmarks/results/vector_dtypes.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import faiss
+import numpy as np
+import tyro
+
+from index.collection import Collection
+from index.knn import faiss_threads, knn_search
+from models.command import run_command
+from models.cpu import cpu_budget
+from models.encoder import open_encoder
+from models.images import as_arrays, open_source
+from models.vectors import finish_vectors
+
+K = 10
+BATCH_REPEATS, SINGLE_REPEATS = 3, 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class DtypeOptions:
+    """Compare fp32 and fp16 vectors of a collection, with 2,000 test images as queries."""
+
+    collection: tyro.conf.Positional[Path]
+    """A collection of Fashion-MNIST's training images."""
+    queries: int = 2000
+    """How many test images to search with."""
+    out: Path | None = None
+    """JSON file for the result."""
+
+
+def main(options: DtypeOptions) -> None:
+    """Measure, print, and write the result."""
+    with Collection.open(options.collection) as collection:
+        bank = collection.vectors(collection.ids)
+        encoder = open_encoder(collection.manifest.encoder)
+        arrays = as_arrays(open_source("fashion-mnist:test"))
+        assert arrays is not None
+        images = arrays.images[: options.queries, :, :, None]
+        queries = finish_vectors(encoder.encode(images))
+    halves = bank.astype(np.float16)
+    exact_scores, exact = knn_search(queries, bank, K)
+    _, rounded = knn_search(queries, halves.astype(np.float32), K)
+    kept = [len(np.intersect1d(a, b)) / K for a, b in zip(exact, rounded, strict=True)]
+    rounded_scores = np.einsum("qd,qkd->qk", queries, halves.astype(np.float32)[exact])
+    half_index = faiss.index_factory(bank.shape[1], "SQfp16", faiss.METRIC_INNER_PRODUCT)
+    half_index.add(bank)
+
+    def search_fp16(rows: np.ndarray, threads: int) -> None:
+        with faiss_threads(threads):
+            half_index.search(rows, K)
+
+    def search_fp32(rows: np.ndarray, threads: int) -> None:
+        knn_search(rows, bank, K, threads=threads)
+
+    report = {
+        "count": len(bank),
+        "dim": bank.shape[1],
+        "queries": len(queries),
+        "fingerprint": encoder.fingerprint,
+        "cpus": cpu_budget(),
+        "versions": {name: version(name) for name in ("faiss-cpu", "numpy")},
+        "bytes": {"fp32": bank.nbytes, "fp16": halves.nbytes},
+        "rows_equal_to_the_bit": float((halves.astype(np.float32) == bank).all(axis=1).mean()),
+        "top10_kept": float(np.mean(kept)),
+        "same_order": float((exact == rounded).all(axis=1).mean()),
+        "largest_change_of_a_cosine": float(np.abs(rounded_scores - exact_scores).max()),
+        "batch_s": {
+            name: min(_times(lambda s=search: s(queries, cpu_budget()), BATCH_REPEATS))
+            for name, search in (("fp32", search_fp32), ("fp16", search_fp16))
+        },
+        "single_ms": {
+            name: 1000
+            * statistics.median(_times(lambda s=search: s(queries[:1], 1), SINGLE_REPEATS))
+            for name, search in (("fp32", search_fp32), ("fp16", search_fp16))
+        },
+    }
+    print(json.dumps(report, indent=2))
+    if options.out is not None:
+        options.out.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _times(work: Callable[[], None], repeats: int) -> list[float]:
+    """Give the seconds of each of some runs, after one that does not count."""
+    work()
+    seconds = []
+    for _ in range(repeats):
+        start_s = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start_s)
+    return seconds
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(DtypeOptions, main, prog="python -m benchmarks.vector_dtypes"))
