@@ -1,13 +1,17 @@
 """The bundle: an exported encoder in a directory, and the fingerprint that names it.
 
 `train.export` writes one; `serve` and `index` read it. It holds `encoder.onnx`, optionally
+`encoder.int8.onnx` and `encoder.fp16.onnx` (the same encoder in other precisions) and
 `random.onnx` (the same network before its first training step: the baseline row of an
 evaluation), and `bundle.json`, which says what they are, where they come from, and the
 SHA-256 of each.
 
 Rules:
     The fingerprint is the SHA-256 of the canonical JSON of what decides a vector: the hash
-    of the encoder's file, the preprocessing, the output. Nothing else enters it.
+    of the encoder's file, the preprocessing, the output. Nothing else enters it. So every
+    precision has one of its own; the bundle's is that of fp32.
+    A bundle is named by its directory, or by the file of one of its encoders, which then
+    chooses the precision: whatever takes a bundle takes any precision.
     A file that does not match its recorded hash is never opened.
     A bundle is written under a temporary name and renamed: it is whole or absent.
 """
@@ -20,7 +24,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 from models.errors import BundleError, HoraceError
 from models.files import atomic_directory, atomic_file, canonical_json, sha256_file
@@ -30,6 +34,13 @@ SCHEMA_VERSION = 1
 BUNDLE_FILE = "bundle.json"
 ENCODER_FILE = "encoder.onnx"
 RANDOM_FILE = "random.onnx"
+
+Precision = Literal["fp32", "int8", "fp16"]
+PRECISION_FILES: dict[Precision, str] = {
+    "fp32": ENCODER_FILE,
+    "int8": "encoder.int8.onnx",
+    "fp16": "encoder.fp16.onnx",
+}
 
 SHIPPED_BUNDLE = Path(__file__).parent / "shipped" / "fashion-mnist"
 """The small encoder that comes with Horace, trained on Fashion-MNIST by `train.pretrain`."""
@@ -81,9 +92,45 @@ class Bundle:
         return self.path / ENCODER_FILE
 
     @property
+    def precisions(self) -> tuple[Precision, ...]:
+        """The precisions that the bundle has the encoder in; fp32 is always there."""
+        return tuple(name for name, file in PRECISION_FILES.items() if file in self.files)
+
+    def path_of(self, precision: Precision) -> Path:
+        """Give the ONNX file of a precision.
+
+        Raises:
+            BundleError: the bundle has none.
+        """
+        if precision not in self.precisions:
+            raise BundleError(
+                f"{self.path} in {precision}",
+                expected=" or ".join(self.precisions),
+                found=repr(precision),
+                mend=f"export it again with --{precision}",
+            )
+        return self.path / PRECISION_FILES[precision]
+
+    def fingerprint_of(self, file_name: str) -> str:
+        """Name the encoder that one of the bundle's ONNX files is."""
+        return fingerprint_of(self.files[file_name], self.preprocessing, self.output)
+
+    @property
     def random_path(self) -> Path | None:
         """The untrained twin, where the bundle has one."""
         return self.path / RANDOM_FILE if RANDOM_FILE in self.files else None
+
+
+def split_precision(path: Path) -> tuple[Path, Precision]:
+    """Tell the directory of a bundle and the precision, of either way to name an encoder.
+
+    Args:
+        path: a bundle's directory, which stands for fp32, or one of its encoders' files.
+    """
+    for precision, file_name in PRECISION_FILES.items():
+        if path.name == file_name and not path.is_dir():
+            return path.parent, precision
+    return path, "fp32"
 
 
 def fingerprint_of(encoder_sha256: str, preprocessing: PreprocessSpec, output: OutputSpec) -> str:
@@ -148,14 +195,14 @@ def record_evaluation(path: Path, name: str, result: Json) -> None:
     The fingerprint does not change: what was measured of an encoder decides no vector.
 
     Args:
-        path: the bundle's directory.
+        path: the bundle's directory, or the file of one of its encoders.
         name: which evaluation it was, such as `knn`.
         result: what was measured, on which data, and by which command.
 
     Raises:
         BundleError: there is no sound bundle.
     """
-    read_bundle(path, verify=False)
+    path = read_bundle(path, verify=False).path
     document = _read_document(path)
     provenance = cast(dict[str, Json], document["provenance"])
     evaluations = cast(dict[str, Json], provenance.setdefault("evaluations", {}))
@@ -168,13 +215,14 @@ def read_bundle(path: Path, *, verify: bool = True) -> Bundle:
     """Read a bundle's description and check that it is what it says.
 
     Args:
-        path: the bundle's directory.
+        path: the bundle's directory, or the file of one of its encoders.
         verify: whether to hash every file, too; the fingerprint is always recomputed.
 
     Raises:
         BundleError: there is none, it is of another schema, a file is missing or does not
             match its hash, or the fingerprint is not that of its content.
     """
+    path, _ = split_precision(path)
     document = _read_document(path)
     try:
         bundle = Bundle(

@@ -36,7 +36,7 @@ from PIL import (
 )
 
 from models.errors import ImageError, ImageFault
-from models.jpeg import decode_jpeg
+from models.jpeg import ChooseDivisor, decode_jpeg, reduction
 from models.picture import (
     DEFAULT_LIMITS,
     ORIENTATION_TAG,
@@ -94,6 +94,7 @@ def decode(
     limits: ImageLimits = DEFAULT_LIMITS,
     grey: bool = False,
     shorter_side: int | None = None,
+    choose_divisor: ChooseDivisor | None = None,
 ) -> Picture:
     """Decode a JPEG, PNG, WebP, GIF, BMP or TIFF.
 
@@ -103,6 +104,8 @@ def decode(
         grey: whether to give BT.601 luma.
         shorter_side: the size in pixels that the shorter side will be resized to. Where the
             format can, fewer pixels are decoded, see `models.jpeg`.
+        choose_divisor: says how many fewer, in place of `shorter_side`; asked only of a
+            format that can.
 
     Returns:
         (h, w) pixels if `grey`, else (h, w, 3); upright, and opaque.
@@ -114,7 +117,8 @@ def decode(
     kind = sniff(data)
     try:
         if kind == "JPEG":
-            return decode_jpeg(data, limits, grey=grey, shorter_side=shorter_side)
+            choose = choose_divisor or (lambda *sides: reduction(min(sides), shorter_side))
+            return decode_jpeg(data, limits, grey=grey, choose_divisor=choose)
         return _decode_with_pillow(kind, data, limits, grey)
     except ImageError:
         raise

@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from models.bundle import Precision
 from models.errors import EncoderError
 from models.preprocess import PreprocessSpec
 
@@ -54,24 +55,36 @@ class Encoder(Protocol):
         """Give back threads, memory and connections; the encoder is not used after it."""
 
 
-def open_encoder(path_or_uri: str | Path, *, threads: int | None = None) -> Encoder:
-    """Open an encoder by bundle directory or URI.
+def open_encoder(
+    path_or_uri: str | Path, *, threads: int | None = None, precision: Precision | None = None
+) -> Encoder:
+    """Open an encoder by bundle or URI.
 
     Args:
-        path_or_uri: a bundle's directory, or `horace://host:port/model`.
+        path_or_uri: a bundle's directory, the file of one of its encoders, such as
+            `artifacts/bundles/mine/encoder.int8.onnx`, or `horace://host:port/model`.
         threads: CPU threads for inference; the CPU budget where None. A remote encoder
             has its own.
+        precision: which of a bundle's encoders; the one that the path names where None. Not
+            for a remote encoder: its server chooses.
 
     Raises:
-        BundleError: the directory holds no sound bundle.
-        EncoderError: the URI is of no known kind, or its server does not answer.
+        BundleError: the directory holds no sound bundle, or not in that precision.
+        EncoderError: the URI is of no known kind, its server does not answer, or it is given
+            a precision.
     """
     text = str(path_or_uri)
     scheme, separator, rest = text.partition("://")
     if not separator:
         from models.runtime import open_bundle  # the engine is an extra: import where used
 
-        return open_bundle(Path(text), threads=threads)
+        return open_bundle(Path(text), threads=threads, precision=precision)
+    if precision is not None:
+        raise EncoderError(
+            f"precision {precision} of {text}",
+            expected="none: a server chooses it for its models",
+            found=repr(precision),
+        )
     if scheme == "horace":
         from models.remote import RemoteEncoder  # only a remote encoder needs gRPC
 

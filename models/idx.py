@@ -83,7 +83,8 @@ class ArraySource:
         for i in range(start, len(self.images)):
             label = None if self.labels is None else self.labels[i]
             key = f"{self.name}/{i:0{self._digits}d}"
-            yield ImageRecord(key, label, partial(self.images.__getitem__, i))
+            read = partial(self.images.__getitem__, i)
+            yield ImageRecord(key, label, read, self.images[i].nbytes)
 
     def load(self, key: str) -> ImageData:
         """Give the image of that key as (H, W) or (H, W, C) uint8.

@@ -93,7 +93,8 @@ class FolderSource:
         """
         for key in islice(self._listing.keys, start, None):
             label, slash, _ = key.partition("/")
-            yield ImageRecord(key, label if slash else None, partial(self._read, key))
+            read = partial(self._read, key)
+            yield ImageRecord(key, label if slash else None, read, self._size_bytes(key))
 
     def load(self, key: str) -> ImageData:
         """Read the image of that key.
@@ -122,16 +123,27 @@ class FolderSource:
             )
         return found
 
+    def _size_bytes(self, key: str) -> int | None:
+        """Give the size of a file; None where it cannot be had."""
+        try:
+            return os.stat(self._path(key)).st_size
+        except OSError:
+            return None
+
     def _read(self, key: str) -> bytes:
-        """Read the file of a key, which may have had its bytes escaped."""
+        """Read the file of a key."""
         if key.endswith("/"):
             raise ImageError(
                 ImageFault.UNREADABLE, key, expected="a readable folder", found="no permission"
             )
+        return read_image_file(self._path(key), key)
+
+    def _path(self, key: str) -> Path:
+        """Give the file of a key, which may have had its bytes escaped."""
         path = self.root / key
-        if not os.path.lexists(path) and _ESCAPED_BYTE.search(key):
+        if _ESCAPED_BYTE.search(key) and not os.path.lexists(path):
             path = self.root / _unescape(key)
-        return read_image_file(path, key)
+        return path
 
 
 def _walk(root: Path) -> _Listing:

@@ -46,11 +46,13 @@ class ImageRecord:
         label: the class as text, or None.
         read: gives the encoded bytes or the uint8 pixels; raises `ImageError`.
             Safe to call from any thread, and after the iterator has moved on.
+        size_bytes: of what `read` gives, where it is known before.
     """
 
     key: str
     label: str | None
     read: Callable[[], ImageData]
+    size_bytes: int | None = None
 
 
 class ImageSource(Protocol):

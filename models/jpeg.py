@@ -3,8 +3,8 @@
 Rules:
     Every warning of libjpeg-turbo is taken for the damage it nearly always is: it would
     rather paint what is missing grey than fail.
-    The reduced scales are 1/2, 1/4 and 1/8, which have fast inverse transforms, and never
-    leave less than `REDUCED_GAP` times the target.
+    The reduced scales are 1/2, 1/4 and 1/8, which have fast inverse transforms. Whoever
+    decodes chooses; `reduction` never leaves less than `REDUCED_GAP` times the target.
 
 What the decoder raises is not translated here: see `models.decode`. Why this decoder:
 docs/decisions/0001-jpeg-decoder.md.
@@ -14,11 +14,24 @@ Source: ITU-T T.81 (markers), ITU-T T.872 (Adobe's marker and inks), ITU-R BT.60
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import numpy as np
 import simplejpeg
 from PIL import Image
 
-from models.picture import ImageLimits, Picture, Pixels, exif_orientation, upright_picture
+from models.picture import (
+    ImageLimits,
+    Picture,
+    Pixels,
+    exif_orientation,
+    is_transposed,
+    upright_picture,
+)
+
+ChooseDivisor: TypeAlias = Callable[[int, int], int]
+"""From upright height and width to 1, 2, 4 or 8: the part of them that is decoded."""
 
 REDUCED_GAP = 2
 """A JPEG is decoded at 1/2, 1/4 or 1/8 only if this many times the target remains."""
@@ -32,7 +45,7 @@ _APP14_ADOBE = 0xEE
 
 
 def decode_jpeg(
-    data: bytes, limits: ImageLimits, *, grey: bool, shorter_side: int | None
+    data: bytes, limits: ImageLimits, *, grey: bool, choose_divisor: ChooseDivisor
 ) -> Picture:
     """Decode a JPEG of grey, RGB, YCbCr, CMYK or YCCK.
 
@@ -40,7 +53,7 @@ def decode_jpeg(
         data: the encoded image.
         limits: what it may cost.
         grey: whether to give luma, (h, w), instead of RGB, (h, w, 3).
-        shorter_side: what the shorter side will be resized to; the full scale where None.
+        choose_divisor: how much smaller than it is the picture may come out.
 
     Raises:
         ImageError: TOO_MANY_PIXELS.
@@ -51,7 +64,9 @@ def decode_jpeg(
     if data.count(bytes((0xFF, _START_OF_SCAN))) > MAX_SCANS:
         raise ValueError(f"more than {MAX_SCANS} scans")
     segments = _segments(data)
-    divisor = reduction(min(height, width), shorter_side)
+    orientation = exif_orientation(segments.get(_APP1_EXIF, b""))
+    upright = (width, height) if is_transposed(orientation) else (height, width)
+    divisor = choose_divisor(*upright)
     # 0 x 0 asks for the full size without a look at the scales.
     least = (-(-height // divisor), -(-width // divisor)) if divisor > 1 else (0, 0)
     if colour_space in {"CMYK", "YCCK"}:
@@ -65,7 +80,6 @@ def decode_jpeg(
         pixels = pixels[..., 0] if grey else np.repeat(pixels, 3, axis=2)
     else:
         pixels = _decode_as("RGB", data, least)
-    orientation = exif_orientation(segments.get(_APP1_EXIF, b""))
     return upright_picture(pixels, height / divisor, width / divisor, orientation)
 
 

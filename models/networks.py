@@ -1,8 +1,9 @@
-"""The torch networks: a ResNet of any width and depth, its readouts, and the projector.
+"""The torch networks: what a backbone is, our ResNets, the readout, and the heads.
 
 Rules:
     A backbone returns the maps of all its stages; a readout makes vectors of them. So the
     choice of stage, grid or whitening at export is another readout, never another backbone.
+    Those of torchvision and timm are made in `train.backbones`.
     Parameter names are torchvision's (`conv1`, `bn1`, `layer1.0.conv1`, ...), so that
     published ResNet weights map by name.
     The input is normalised float32; nothing here knows of uint8, means or bundles.
@@ -10,7 +11,8 @@ Rules:
 Only `train` imports this module: `serve` and `index` must start without torch.
 
 Source: He et al., arXiv 1512.03385; stem and zero-init residual as in Goyal et al., arXiv
-1706.02677; the projector as in Zbontar et al., arXiv 2103.03230, section 2.2.
+1706.02677; the projector as in Zbontar et al., arXiv 2103.03230, section 2.2; the predictor
+of its ablation as in Chen and He, arXiv 2011.10566, section 3.
 
 Shapes: N images, C channels, H x W pixels, D dimensions.
 """
@@ -34,6 +36,20 @@ LAYOUTS: dict[str, tuple[str, tuple[int, ...]]] = {
     "resnet101": ("bottleneck", (3, 4, 23, 3)),
 }
 """Block kind and blocks per stage of the ResNets people know by name (resnet10: one each)."""
+
+
+class Backbone(nn.Module):
+    """A network from normalised images to the maps of its stages: what is exported.
+
+    Attributes:
+        stage_dims: channels of each stage's map, shallow to deep; at least one stage.
+    """
+
+    stage_dims: tuple[int, ...]
+
+    def forward(self, images_NCHW: Tensor) -> tuple[Tensor, ...]:
+        """Give the map of each stage, shallow to deep: (N, stage_dims[i], H_i, W_i)."""
+        raise NotImplementedError
 
 
 class BasicBlock(nn.Module):
@@ -80,7 +96,7 @@ class BottleneckBlock(nn.Module):
         return torch.relu(branch + self.downsample(x_NCHW))
 
 
-class ResNet(nn.Module):
+class ResNet(Backbone):
     """A residual network that returns the map of every stage.
 
     Args:
@@ -162,14 +178,34 @@ class Projector(nn.Sequential):
     Args:
         in_dim: dimensions of the backbone's features.
         widths: output width of each Linear layer; the paper has (8192, 8192, 8192).
+        batch_norm: whether there is BatchNorm; without it, an ablation of the paper, the
+            hidden layers have the biases that it would have brought.
     """
 
-    def __init__(self, in_dim: int, widths: Sequence[int]) -> None:
+    def __init__(self, in_dim: int, widths: Sequence[int], *, batch_norm: bool = True) -> None:
         layers: list[nn.Module] = []
         for width in widths[:-1]:
-            layers += [nn.Linear(in_dim, width, bias=False), nn.BatchNorm1d(width), nn.ReLU()]
+            layers.append(nn.Linear(in_dim, width, bias=not batch_norm))
+            layers += [nn.BatchNorm1d(width), nn.ReLU()] if batch_norm else [nn.ReLU()]
             in_dim = width
         super().__init__(*layers, nn.Linear(in_dim, widths[-1], bias=False))
+
+
+class Predictor(nn.Sequential):
+    """A head on one view's embedding, to break the symmetry: an ablation of the paper.
+
+    Args:
+        dim: dimensions of the embedding, in and out.
+        hidden_dim: width between its two layers.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__(
+            nn.Linear(dim, hidden_dim, bias=False),
+            nn.BatchNorm1d(hidden_dim),
+            nn.ReLU(),
+            nn.Linear(hidden_dim, dim),
+        )
 
 
 class BarlowTwins(nn.Module):
@@ -177,18 +213,45 @@ class BarlowTwins(nn.Module):
 
     Each view passes on its own, as in the authors' code, so that BatchNorm sees the
     statistics of one view; only the backbone outlives the training.
+
+    Args:
+        backbone: what is trained for.
+        projector_widths: as for `Projector`.
+        projector_batch_norm: as for `Projector`.
+        predictor_width: hidden width of the predictor; 0 for none.
     """
 
-    def __init__(self, backbone: ResNet, projector_widths: Sequence[int]) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        projector_widths: Sequence[int],
+        *,
+        projector_batch_norm: bool = True,
+        predictor_width: int = 0,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.readout = GlobalPoolReadout(backbone.stage_dims)
-        self.projector = Projector(self.readout.dim, projector_widths)
+        self.projector = Projector(
+            self.readout.dim, projector_widths, batch_norm=projector_batch_norm
+        )
+        self.predictor: nn.Module = (
+            Predictor(projector_widths[-1], predictor_width) if predictor_width else nn.Identity()
+        )
 
     def forward(self, images_NCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Give the features (N, readout.dim) and the embeddings (N, projector_widths[-1])."""
         features_ND: Tensor = self.readout(self.backbone(images_NCHW))
         return features_ND, self.projector(features_ND)
+
+    def predict(self, z_ND: Tensor) -> Tensor:
+        """Give what view 1's embedding becomes before the loss: itself without a predictor.
+
+        In the ablations the loss takes `predict(z1)` and z2, or z2.detach() under
+        stop-gradient; each view plays one role, and nothing is symmetrised.
+        """
+        predicted_ND: Tensor = self.predictor(z_ND)
+        return predicted_ND
 
 
 def _stage(

@@ -113,12 +113,17 @@ DEFAULT_LIMITS = ImageLimits()
 
 def upright_picture(pixels: Pixels, height: float, width: float, orientation: int) -> Picture:
     """Turn a picture that fills `height` x `width` of its pixels, from the upper left."""
-    if orientation >= _FIRST_TRANSPOSED:
+    if is_transposed(orientation):
         height, width = width, height
     upright = turn_upright(pixels, orientation)
     top = upright.shape[0] - height if orientation in _ROWS_TURNED else 0.0
     left = upright.shape[1] - width if orientation in _COLUMNS_TURNED else 0.0
     return Picture(upright, top, left, height, width)
+
+
+def is_transposed(orientation: int) -> bool:
+    """Tell whether an Exif orientation stores the picture's columns as rows."""
+    return orientation >= _FIRST_TRANSPOSED
 
 
 def exif_orientation(exif: bytes) -> int:
@@ -141,7 +146,7 @@ def exif_orientation(exif: bytes) -> int:
 
 def turn_upright(pixels: Pixels, orientation: int) -> Pixels:
     """Undo an Exif orientation, 1 to 8; gives a view."""
-    if orientation >= _FIRST_TRANSPOSED:
+    if is_transposed(orientation):
         pixels = pixels.swapaxes(0, 1)
     if orientation in _ROWS_TURNED:
         pixels = pixels[::-1]

@@ -31,6 +31,7 @@ __all__ = [
     "ImageLimits",
     "PreprocessSpec",
     "preprocess",
+    "recolour",
 ]
 
 REVISION = 1
@@ -144,13 +145,13 @@ def preprocess(
     if isinstance(data, bytes):
         picture = decode(data, limits=limits, grey=grey, shorter_side=spec.resize)
     else:
-        picture = Picture.whole(_recolour(data, limits, grey))
+        picture = Picture.whole(recolour(data, limits, grey))
     window = _cut_centre(picture, spec)
     return np.ascontiguousarray(window.reshape(spec.height, spec.width, spec.channels))
 
 
-def _recolour(pixels: Pixels, limits: ImageLimits, grey: bool) -> Pixels:
-    """Bring raw pixels to (h, w) if `grey`, else (h, w, 3).
+def recolour(pixels: Pixels, limits: ImageLimits, grey: bool) -> Pixels:
+    """Bring raw uint8 pixels, with or without channels, to (h, w) if `grey`, else (h, w, 3).
 
     Raises:
         ImageError: WRONG_SHAPE, EMPTY or TOO_MANY_PIXELS.

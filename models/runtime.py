@@ -16,7 +16,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from models.bundle import Bundle, check_sha256, read_bundle
+from models.bundle import Bundle, Precision, check_sha256, read_bundle, split_precision
 from models.cpu import cpu_budget
 from models.encoder import check_batch
 from models.errors import EncoderError
@@ -24,7 +24,12 @@ from models.preprocess import PreprocessSpec, preprocess
 
 
 class OnnxEncoder:
-    """A bundle's graph in one ONNX Runtime session; `encode` may run in several threads."""
+    """A bundle's graph in one ONNX Runtime session; `encode` may run in several threads.
+
+    Attributes:
+        fingerprint: of the encoder that the graph is.
+        threads: CPU threads of the session.
+    """
 
     def __init__(self, bundle: Bundle, *, graph: Path, threads: int | None = None) -> None:
         """Load `graph`, one of the bundle's ONNX files, with `threads` CPU threads.
@@ -35,6 +40,7 @@ class OnnxEncoder:
                 the ones that the bundle describes.
         """
         self._bundle = bundle
+        self.fingerprint = bundle.fingerprint_of(graph.name)
         self.threads = threads or cpu_budget()
         self._session = _load_session(graph, _read_checked(bundle, graph), self.threads)
         self._input, self._output = _check_signature(self._session, bundle, graph)
@@ -49,11 +55,6 @@ class OnnxEncoder:
     def name(self) -> str:
         """The bundle's name."""
         return self._bundle.name
-
-    @property
-    def fingerprint(self) -> str:
-        """The bundle's fingerprint."""
-        return self._bundle.fingerprint
 
     @property
     def dim(self) -> int:
@@ -93,21 +94,29 @@ class OnnxEncoder:
         del self._session
 
 
-def open_bundle(path: Path, *, threads: int | None = None) -> OnnxEncoder:
-    """Open the encoder of a bundle directory; its graph is checked against its hash.
+def open_bundle(
+    path: Path, *, threads: int | None = None, precision: Precision | None = None
+) -> OnnxEncoder:
+    """Open an encoder of a bundle; its graph is checked against its hash.
+
+    Args:
+        path: the bundle's directory, or the file of one of its encoders.
+        threads: CPU threads for inference; the CPU budget where None.
+        precision: which of the bundle's encoders; the one that `path` names where None.
 
     Raises:
-        BundleError: the bundle is missing or damaged.
+        BundleError: the bundle is missing or damaged, or has no such precision.
         EncoderError: ONNX Runtime refuses the graph.
     """
     bundle = read_bundle(path, verify=False)
-    return OnnxEncoder(bundle, graph=bundle.encoder_path, threads=threads)
+    chosen = precision or split_precision(path)[1]
+    return OnnxEncoder(bundle, graph=bundle.path_of(chosen), threads=threads)
 
 
 def open_random_twin(path: Path, *, threads: int | None = None) -> OnnxEncoder | None:
     """Open the bundle's untrained twin, the random-encoder baseline; None where it has none.
 
-    Its `fingerprint` is the bundle's, though its vectors are not: never index them.
+    Its fingerprint is its own, so its vectors cannot pass for the encoder's.
     """
     bundle = read_bundle(path, verify=False)
     if bundle.random_path is None:

@@ -204,7 +204,7 @@ def _sample_records(
     label = _label(sample) if images else None
     for member in images:
         key = f"{shard_name}/{member.name}"
-        yield ImageRecord(key, label, partial(_read_image, shard, member, key))
+        yield ImageRecord(key, label, partial(_read_image, shard, member, key), member.size)
 
 
 def _label(sample: Sequence[_Member]) -> str | None:

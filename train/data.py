@@ -6,8 +6,8 @@ Rules:
     The split, and the order of every epoch, are functions of the seed.
     Labels are carried for the kNN monitor alone; -1 stands for none.
 
-This is for sets that fit in memory (28 x 28 x 60,000 is 47 MB); what does not fit is
-refused before it is read.
+This is for sets that fit in memory (28 x 28 x 60,000 is 47 MB). What does not fit is refused
+before it is read; `train.stream` takes it.
 
 Shapes: N images of H x W pixels and C channels.
 """
@@ -27,12 +27,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index.embed import Reject
+from index.knn_scores import number_labels
 from models.command import progress
 from models.cpu import cpu_budget
 from models.errors import ImageError
 from models.images import ImageRecord, ImageSource
 from models.preprocess import PreprocessSpec, preprocess
 from train.errors import TrainError
+from train.rejects import reject_of
 
 CHUNK_IMAGES = 1024
 """Images that are decoded between two looks at the memory limit."""
@@ -104,8 +106,7 @@ def load_images(source: ImageSource, spec: PreprocessSpec, *, limit: int | None 
         SourceError: the source is missing or damaged.
         TrainError: the images do not fit in memory, or not two of them can be used.
     """
-    image_bytes = spec.height * spec.width * spec.channels
-    budget_images = int(free_memory_bytes() * MEMORY_SHARE) // image_bytes
+    budget_images = images_that_fit(spec)
     count = source.count()
     total = min(count, limit) if count is not None and limit is not None else count
     _check_fits(total or 0, budget_images, source.uri, spec)
@@ -115,7 +116,7 @@ def load_images(source: ImageSource, spec: PreprocessSpec, *, limit: int | None 
     records = islice(source.records(), limit)
     with ThreadPoolExecutor(cpu_budget()) as pool:
         for chunk in progress(_chunked(records), what="reading", total=total, size=len):
-            outcomes = list(pool.map(lambda record: _decode(record, spec), chunk))
+            outcomes = list(pool.map(lambda record: fit_record(record, spec), chunk))
             usable = [image for image in outcomes if not isinstance(image, Reject)]
             pairs = zip(chunk, outcomes, strict=True)
             labels += [r.label for r, image in pairs if not isinstance(image, Reject)]
@@ -152,7 +153,7 @@ def sample_images(
     for start in range(0, len(drawn), n):
         # In the order of the source: a compressed shard is then read once.
         for row in np.sort(drawn[start : start + n]):
-            outcome = _decode(records[row], spec)
+            outcome = fit_record(records[row], spec)
             if isinstance(outcome, Reject):
                 rejects.append(outcome)
             else:
@@ -203,9 +204,21 @@ def channel_statistics(
     return means, stds
 
 
+def class_numbers(labels: Sequence[str | None]) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """Number the labels by name, -1 for none; give the (N,) numbers and the sorted names."""
+    class_names = tuple(sorted({label for label in labels if label is not None}))
+    return number_labels(labels, class_names), class_names
+
+
 def epoch_order(rows: NDArray[np.int64], *, seed: int, epoch: int) -> NDArray[np.int64]:
     """Shuffle the training rows for one epoch; a function of seed and epoch alone."""
     return np.random.default_rng((seed, epoch)).permutation(rows)
+
+
+def images_that_fit(spec: PreprocessSpec) -> int:
+    """Count the images of that size that the free memory may hold."""
+    image_bytes = spec.height * spec.width * spec.channels
+    return int(free_memory_bytes() * MEMORY_SHARE) // image_bytes
 
 
 def free_memory_bytes() -> int:
@@ -221,12 +234,12 @@ def free_memory_bytes() -> int:
         return free
 
 
-def _decode(record: ImageRecord, spec: PreprocessSpec) -> NDArray[np.uint8] | Reject:
+def fit_record(record: ImageRecord, spec: PreprocessSpec) -> NDArray[np.uint8] | Reject:
     """Read and fit one image, or say why not."""
     try:
         return preprocess(record.read(), spec)
     except ImageError as error:
-        return Reject(key=record.key, fault=error.fault.value, message=str(error))
+        return reject_of(record, error)
 
 
 def _chunked(records: Iterator[ImageRecord]) -> Iterator[list[ImageRecord]]:
@@ -236,12 +249,10 @@ def _chunked(records: Iterator[ImageRecord]) -> Iterator[list[ImageRecord]]:
 
 
 def _image_set(
-    images_NHWC: NDArray[np.uint8], labels: list[str | None], rejects: Sequence[Reject]
+    images_NHWC: NDArray[np.uint8], labels: Sequence[str | None], rejects: Sequence[Reject]
 ) -> ImageSet:
     """Number the labels and hash it all."""
-    class_names = tuple(sorted({label for label in labels if label is not None}))
-    numbers = {name: i for i, name in enumerate(class_names)}
-    labels_N = np.array([-1 if x is None else numbers[x] for x in labels], np.int64)
+    labels_N, class_names = class_numbers(labels)
     digest = hashlib.sha256(repr((images_NHWC.shape, class_names)).encode())
     digest.update(images_NHWC.data)
     digest.update(labels_N.astype("<i8").data)
@@ -277,5 +288,5 @@ def _check_fits(n: int, budget_images: int, uri: str, spec: PreprocessSpec) -> N
             f"{uri} in memory",
             expected=f"at most {budget_images} images of {spec.height}x{spec.width} here",
             found=f"{n} or more",
-            mend="lower --image-size-px or --limit-images",
+            mend="choose --data-in stream, or lower --image-size-px or --limit-images",
         )

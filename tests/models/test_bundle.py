@@ -9,6 +9,7 @@ from models.bundle import (
     fingerprint_of,
     read_bundle,
     record_evaluation,
+    split_precision,
     write_bundle,
 )
 from models.errors import BundleError
@@ -43,6 +44,35 @@ def test_fingerprint_depends_on_what_decides_a_vector_and_on_nothing_else(make_b
     assert fingerprint_of(encoder_hash, SPEC, OutputSpec(dim=16)) == one.fingerprint
     assert fingerprint_of(encoder_hash, wider, OutputSpec(dim=16)) != one.fingerprint
     assert fingerprint_of(encoder_hash, SPEC, OutputSpec(dim=17)) != one.fingerprint
+
+
+def test_every_precision_has_a_file_and_a_fingerprint_of_its_own(make_bundle, tmp_path):
+    """Vectors of another precision are another encoder's; a missing one says how to make it."""
+    one, other = make_bundle(seed=1), make_bundle(seed=2)
+    bundle = write_bundle(
+        tmp_path / "both",
+        name="both",
+        files={"encoder.onnx": one.encoder_path, "encoder.int8.onnx": other.encoder_path},
+        preprocessing=one.preprocessing,
+        output=one.output,
+        provenance={},
+    )
+    assert bundle.precisions == ("fp32", "int8")
+    assert bundle.path_of("int8") == bundle.path / "encoder.int8.onnx"
+    assert bundle.fingerprint_of("encoder.int8.onnx") == other.fingerprint
+    assert bundle.fingerprint_of("encoder.onnx") == bundle.fingerprint == one.fingerprint
+    with pytest.raises(BundleError, match=r"expected fp32 or int8, found 'fp16'; .* --fp16"):
+        bundle.path_of("fp16")
+
+
+def test_the_file_of_an_encoder_names_its_bundle(make_bundle):
+    """What takes a bundle takes any of its encoders, by path."""
+    bundle = make_bundle()
+    assert split_precision(bundle.path) == (bundle.path, "fp32")
+    assert split_precision(bundle.path / "encoder.int8.onnx") == (bundle.path, "int8")
+    assert read_bundle(bundle.encoder_path) == bundle
+    record_evaluation(bundle.encoder_path, "knn", {"top1": 0.5})
+    assert "evaluations" in read_bundle(bundle.path).provenance
 
 
 def test_missing_bundle_says_what_was_looked_for_and_how_to_make_one(tmp_path):

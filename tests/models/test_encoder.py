@@ -4,7 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from models.bundle import OutputSpec
+from models.bundle import OutputSpec, write_bundle
 from models.encoder import open_encoder
 from models.errors import BundleError, EncoderError
 from models.runtime import OnnxEncoder, open_random_twin
@@ -100,7 +100,29 @@ def test_the_random_twin_is_another_network(make_bundle):
     assert twin is not None
     assert twin.encode(images(2)).shape == encoder.encode(images(2)).shape
     assert not np.array_equal(twin.encode(images(2)), encoder.encode(images(2)))
+    assert twin.fingerprint != encoder.fingerprint
     assert open_random_twin(make_bundle(seed=5).path) is None
+
+
+def test_a_precision_is_chosen_by_word_or_by_file(make_bundle, tmp_path):
+    """Either way gives the same encoder, with its own fingerprint; a server chooses its own."""
+    one, other = make_bundle(seed=1), make_bundle(seed=2)
+    bundle = write_bundle(
+        tmp_path / "both",
+        name="both",
+        files={"encoder.onnx": one.encoder_path, "encoder.int8.onnx": other.encoder_path},
+        preprocessing=one.preprocessing,
+        output=one.output,
+        provenance={},
+    )
+    by_word = open_encoder(bundle.path, precision="int8")
+    by_file = open_encoder(bundle.path / "encoder.int8.onnx")
+    assert by_word.fingerprint == by_file.fingerprint == other.fingerprint
+    assert open_encoder(bundle.path).fingerprint == one.fingerprint
+    with pytest.raises(BundleError, match="expected fp32 or int8, found 'fp16'"):
+        open_encoder(bundle.path, precision="fp16")
+    with pytest.raises(EncoderError, match="expected none: a server chooses it for its models"):
+        open_encoder("horace://host:1/x", precision="int8")
 
 
 def test_unknown_schemes_are_refused():

@@ -7,7 +7,14 @@ import torch
 import torchvision
 
 from models.errors import UsageError
-from models.networks import LAYOUTS, BarlowTwins, GlobalPoolReadout, ResNet
+from models.networks import (
+    LAYOUTS,
+    Backbone,
+    BarlowTwins,
+    GlobalPoolReadout,
+    Projector,
+    ResNet,
+)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -57,6 +64,29 @@ def test_the_trained_network_gives_features_and_embeddings() -> None:
     assert embeddings.shape == (3, 24)
     linears = [m for m in network.projector.modules() if isinstance(m, torch.nn.Linear)]
     assert all(linear.bias is None for linear in linears)
+
+
+def test_a_projector_without_batchnorm_has_biases_instead() -> None:
+    """An ablation of the paper; the last layer is linear alone, as ever."""
+    layers = list(Projector(4, (8, 6), batch_norm=False))
+    assert [type(layer) for layer in layers] == [torch.nn.Linear, torch.nn.ReLU, torch.nn.Linear]
+    assert [layer.bias is None for layer in (layers[0], layers[2])] == [False, True]
+
+
+def test_a_predictor_changes_one_embedding() -> None:
+    """`predict` is the identity without a predictor, and keeps the shape with one."""
+    backbone = ResNet(layout="resnet10", width=4, in_channels=1)
+    z = torch.rand(5, 24)
+    assert BarlowTwins(backbone, (16, 24)).predict(z) is z
+    network = BarlowTwins(backbone, (16, 24), predictor_width=7)
+    assert network.predict(z).shape == z.shape
+    assert [p.shape[0] for p in network.predictor.parameters()] == [7, 7, 7, 24, 24]
+
+
+def test_what_is_no_backbone_of_its_own_has_no_maps() -> None:
+    """The seam itself is nothing to run."""
+    with pytest.raises(NotImplementedError):
+        Backbone()(torch.zeros(1, 3, 8, 8))
 
 
 def test_the_same_seed_gives_the_same_network() -> None:

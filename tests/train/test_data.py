@@ -85,7 +85,7 @@ def test_what_does_not_fit_is_refused_before_it_is_read(
         load_images(open_source(mini_source), SPEC)
     assert str(error.value).endswith(
         "in memory: expected at most 40 images of 12x12 here, found 400 or more; "
-        "lower --image-size-px or --limit-images"
+        "choose --data-in stream, or lower --image-size-px or --limit-images"
     )
 
 

@@ -1,0 +1,197 @@
+"""Streamed batches: the same whatever the threads, ranks and starts; full in spite of damage."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from models.errors import ImageError, ImageFault
+from models.images import ImageData, ImageRecord, open_source
+from train.batches import Batch, Pixels
+from train.catalogue import Catalogue, list_images
+from train.crops import CutCrops
+from train.errors import TrainError
+from train.rejects import Rejects
+from train.stream import PREFETCH_BATCHES, MakeViews, StreamSource
+
+CROPS = CutCrops(((0.3, 1.0), (0.3, 1.0)), height=8, width=8, channels=3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write 40 noisy JPEGs."""
+    folder = tmp_path_factory.mktemp("photographs")
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        pixels = rng.integers(0, 256, (20 + i % 5, 30, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:02d}.jpg")
+    return folder
+
+
+def numbered(n: int, broken: Iterable[int] = ()) -> Catalogue:
+    """Make a catalogue of images that are their own row's number, some of which are damaged."""
+
+    def reader(row: int) -> ImageData:
+        if row in broken:
+            raise ImageError(ImageFault.CORRUPT, f"image {row}")
+        return np.full((2, 2), row, np.uint8)
+
+    records = [ImageRecord(f"{i:03d}", None, lambda i=i: reader(i)) for i in range(n)]
+    return Catalogue(records=records, labels_N=np.full(n, -1), class_names=(), sha256="")
+
+
+def as_it_is(data: ImageData, generator: np.random.Generator) -> tuple[Pixels, Pixels]:
+    """Give the image as view 1, and its random numbers as view 2."""
+    assert not isinstance(data, bytes)
+    return data, generator.integers(0, 256, (2, 2), dtype=np.uint8)
+
+
+def streamed(
+    catalogue: Catalogue,
+    make_views: MakeViews = as_it_is,
+    *,
+    rows: Sequence[int] | None = None,
+    rejects: Rejects | None = None,
+    first_step: int = 0,
+    total_steps: int = 12,
+    batch_size: int = 8,
+    workers: int = 2,
+    rank: int = 0,
+    world: int = 1,
+) -> list[Batch]:
+    """Give the batches of a stream."""
+    n = len(catalogue.records)
+    source = StreamSource(
+        catalogue,
+        np.arange(n) if rows is None else np.array(rows),
+        make_views,
+        Rejects("x", n) if rejects is None else rejects,
+        batch_size=batch_size,
+        seed=3,
+        workers=workers,
+        rank=rank,
+        world=world,
+    )
+    with source:
+        return list(source.batches(first_step, total_steps))
+
+
+def same(one: Sequence[Batch], other: Sequence[Batch]) -> bool:
+    """Compare batches to the bit."""
+    return len(one) == len(other) and all(
+        a.step == b.step
+        and np.array_equal(a.image_rows, b.image_rows)
+        and np.array_equal(np.stack(a.views or ()), np.stack(b.views or ()))
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def test_batches_do_not_depend_on_the_threads(folder: Path) -> None:
+    """Real photographs, one thread and five: equal to the bit."""
+    catalogue = list_images(open_source(f"folder:{folder}"))
+    one, five = (streamed(catalogue, CROPS, workers=n) for n in (1, 5))
+    assert same(one, five)
+    assert [batch.step for batch in one] == list(range(12))
+    views = one[0].views
+    assert views is not None
+    assert views[0].shape == (8, 8, 8, 3)
+    assert views[0].dtype == np.uint8
+    assert not np.array_equal(*views)
+    assert one[0].images_NHWC is None
+
+
+@pytest.mark.parametrize("broken", [(), (4, 5, 17)])
+def test_a_stream_goes_on_from_any_step(broken: tuple[int, ...]) -> None:
+    """Also over the end of an epoch, and without knowing yet what is damaged."""
+    whole = streamed(numbered(40, broken))
+    for first_step in (1, 4, 5, 11, 12):
+        part = streamed(numbered(40, broken), first_step=first_step)
+        assert same(part, whole[first_step:])
+
+
+def test_an_epoch_takes_each_image_once() -> None:
+    """But for those that fill no batch; the next epoch has another order and other views."""
+    batches = streamed(numbered(43), batch_size=8, total_steps=10)
+    rows = np.stack([batch.image_rows for batch in batches])
+    first, second = rows[:5].ravel().tolist(), rows[5:].ravel().tolist()
+    assert len(set(first)) == len(set(second)) == 40
+    assert first != second
+    shown = np.concatenate([batch.views[0][:, 0, 0] for batch in batches if batch.views])
+    assert np.array_equal(shown, rows.ravel())
+    random = np.concatenate([batch.views[1].reshape(8, 4) for batch in batches if batch.views])
+    assert len(np.unique(random, axis=0)) == 80
+
+
+def test_the_ranks_share_the_batch_of_one_process() -> None:
+    """In the order of the ranks, damaged images and all."""
+    whole = streamed(numbered(40, (7, 8)))
+    parts = [streamed(numbered(40, (7, 8)), rank=rank, world=4) for rank in range(4)]
+    for step, batch in enumerate(whole):
+        shares = [part[step] for part in parts]
+        assert np.array_equal(batch.image_rows, np.concatenate([s.image_rows for s in shares]))
+        for view in (0, 1):
+            joined = np.concatenate([s.views[view] for s in shares if s.views])
+            assert batch.views is not None
+            assert np.array_equal(batch.views[view], joined)
+
+
+def test_the_next_usable_image_stands_in_for_a_damaged_one() -> None:
+    """Of those to learn from, with views of its own; the damaged one is counted once."""
+    rejects = Rejects("x", 40)
+    rows = [row for row in range(40) if row != 6]  # which is held out
+    batches = streamed(numbered(40, (5, 39)), rows=rows, rejects=rejects, batch_size=39)
+    sound = streamed(numbered(40), rows=rows, batch_size=39)
+    assert [reject.key for reject in rejects.all()] == ["005", "039"]
+    for batch, wanted in zip(batches, sound, strict=True):
+        stand_ins = {5: 7, 39: 0}
+        assert batch.image_rows.tolist() == [
+            stand_ins.get(row, row) for row in wanted.image_rows.tolist()
+        ]
+        assert batch.views is not None
+        assert wanted.views is not None
+        assert np.array_equal(batch.views[1], wanted.views[1])
+        doubles = batch.views[1][batch.image_rows == 7]
+        assert len(doubles) == 2
+        assert not np.array_equal(*doubles)
+
+
+def test_a_stream_of_mostly_damaged_images_is_refused() -> None:
+    """As soon as that is known, from whichever thread."""
+    with pytest.raises(TrainError, match="found 21 of 40 that are not; the last: 0"):
+        streamed(numbered(40, range(21)))
+
+
+def test_no_more_than_some_batches_are_read_ahead() -> None:
+    """And none before the first is asked for; closing leaves no thread behind."""
+    begun = threading.Semaphore(0)
+    count = 0
+    lock = threading.Lock()
+
+    def count_views(data: ImageData, generator: np.random.Generator) -> tuple[Pixels, Pixels]:
+        nonlocal count
+        with lock:
+            count += 1
+        begun.release()
+        return as_it_is(data, generator)
+
+    before = threading.active_count()
+    source = StreamSource(
+        numbered(80), np.arange(80), count_views, Rejects("x", 80),
+        batch_size=8, seed=0, workers=3,
+    )  # fmt: skip
+    with source:
+        batches = source.batches(0, 1000)
+        assert count == 0
+        next(batches)
+        for _ in range((1 + PREFETCH_BATCHES) * 8):
+            assert begun.acquire(timeout=20)
+        next(batches)
+        for _ in range(8):
+            assert begun.acquire(timeout=20)
+        assert count == (2 + PREFETCH_BATCHES) * 8
+    assert threading.active_count() == before

@@ -1,0 +1,123 @@
+"""The images that were skipped while training: each counted once, kept in a file, and bounded.
+
+Rules:
+    An image is counted once, whichever thread and epoch meets it.
+    Where more than half of the images cannot be used, the source is wrong, not an image, and
+    the run ends. A source with fewer faults is never fatal.
+    The file is written whole; what it held before is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+from index.embed import Reject
+from models.errors import ImageError
+from models.files import atomic_file
+from models.images import ImageRecord
+from train.errors import TrainError
+
+LARGEST_SHARE = 0.5
+"""Of the images that may be unusable."""
+
+log = logging.getLogger("horace")
+
+
+class Rejects:
+    """The skipped images of one source, by key; safe to use from any thread.
+
+    Args:
+        uri: of the source.
+        images: how many images it has.
+        known: those that were found before there was anything to refuse.
+    """
+
+    def __init__(self, uri: str, images: int, known: Iterable[Reject] = ()) -> None:
+        self._uri, self._images = uri, images
+        self._lock = threading.Lock()
+        self._by_key = {reject.key: reject for reject in known}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._by_key
+
+    def __len__(self) -> int:
+        return len(self._by_key)
+
+    def __repr__(self) -> str:
+        """Show how many there are, of how many."""
+        return f"Rejects({self._uri!r}, {len(self)} of {self._images})"
+
+    def add(self, reject: Reject) -> None:
+        """Count an image as unusable, and log the first of them.
+
+        Raises:
+            TrainError: more than half of the images are unusable.
+        """
+        with self._lock:
+            if reject.key in self._by_key:
+                return
+            self._by_key[reject.key] = reject
+            count = len(self._by_key)
+        if count == 1:
+            log.warning("%s: skipping %s: %s", self._uri, reject.key, reject.message)
+        self.refuse_mostly_broken(count, self._images, reject)
+
+    def refuse_mostly_broken(self, broken: int, images: int, last: Reject) -> None:
+        """Refuse the source if more than half of some of its images cannot be used.
+
+        Raises:
+            TrainError: it is so.
+        """
+        if broken > LARGEST_SHARE * images:
+            raise TrainError(
+                self._uri,
+                expected="at least half of its images to be usable",
+                found=f"{broken} of {images} that are not; the last: {last.key}: {last.message}",
+                mend="check that the path names whole images",
+            )
+
+    def all(self) -> tuple[Reject, ...]:
+        """Give those found so far, sorted by key."""
+        with self._lock:
+            return tuple(self._by_key[key] for key in sorted(self._by_key))
+
+    def faults(self) -> dict[str, int]:
+        """Count them by fault."""
+        return dict(sorted(Counter(reject.fault for reject in self.all()).items()))
+
+
+def reject_of(record: ImageRecord, error: ImageError) -> Reject:
+    """Say why an image was skipped."""
+    return Reject(key=record.key, fault=error.fault.value, message=str(error))
+
+
+def write_rejects(path: Path, rejects: Iterable[Reject]) -> int:
+    """Bring a file of skipped images up to date, one JSON object a line.
+
+    What it held before stays, so that a run that was resumed takes nothing away. Without any
+    reject there is no file.
+
+    Returns:
+        How many the file holds.
+    """
+    kept = read_rejects(path)
+    known = {reject.key for reject in kept}
+    new = [reject for reject in rejects if reject.key not in known]
+    if new:
+        lines = [json.dumps(asdict(reject)) + "\n" for reject in (*kept, *new)]
+        with atomic_file(path) as temporary:
+            temporary.write_text("".join(lines))
+    return len(kept) + len(new)
+
+
+def read_rejects(path: Path) -> list[Reject]:
+    """Read what `write_rejects` wrote; nothing where there is no file."""
+    if not path.exists():
+        return []
+    return [Reject(**json.loads(line)) for line in path.read_text().splitlines()]
