@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from train import loss_forms
 from train.errors import TrainError
-from train.loss import STANDARDISE_EPS, Form, Objective, barlow_twins_loss, loss_terms
+from train.loss import (
+    STANDARDISE_EPS,
+    Form,
+    LossTerms,
+    Normalise,
+    Objective,
+    Terms,
+    barlow_twins_loss,
+    loss_terms,
+)
 
-FORMS: tuple[Form, ...] = ("direct", "gram")
+FORMS: tuple[Form, ...] = ("direct", "gram", "tiled")
 OBJECTIVES: tuple[Objective, ...] = ("barlow", "hsic")
 
 
@@ -38,6 +52,20 @@ def hsic_by_loops(z_a: Tensor, z_b: Tensor, lambd: float) -> Tensor:
     return total
 
 
+def cross_entropy_by_loops(z_a: Tensor, z_b: Tensor, lambd: float, t: float) -> Tensor:
+    """The formula of section 4 of arXiv 2103.03230, one correlation at a time."""
+    n, d = z_a.shape
+    a = (z_a - z_a.mean(0)) / (z_a.var(0, correction=0) + STANDARDISE_EPS).sqrt()
+    b = (z_b - z_b.mean(0)) / (z_b.var(0, correction=0) + STANDARDISE_EPS).sqrt()
+    c = a.T @ b / n
+    attraction = sum((torch.exp(c[i, i] / t) for i in range(d)), torch.zeros(()))
+    repulsion = sum(
+        (torch.exp(c[i, j].clamp(min=0) / t) for i in range(d) for j in range(d) if i != j),
+        torch.zeros(()),
+    )
+    return -attraction.log() + lambd * repulsion.log()
+
+
 REFERENCES = {"barlow": paper_pseudocode, "hsic": hsic_by_loops}
 
 
@@ -49,9 +77,10 @@ def correlated_views(n: int, d: int, seed: int, dtype: torch.dtype) -> tuple[Ten
     return views[0].to(dtype), views[1].to(dtype)
 
 
-def value_and_gradients(loss: object, z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
+def value_and_gradients(
+    loss: Callable[[Tensor, Tensor], Tensor], z1: Tensor, z2: Tensor
+) -> tuple[Tensor, Tensor]:
     """The loss and both gradients, stacked."""
-    assert callable(loss)
     z1, z2 = z1.clone().requires_grad_(), z2.clone().requires_grad_()
     value = loss(z1, z2)
     return value.detach(), torch.stack(torch.autograd.grad(value, (z1, z2)))
@@ -109,6 +138,26 @@ def test_half_precision_and_autocast_are_computed_in_float32(form: Form) -> None
     assert torch.equal(plain, under_autocast)
     assert of_halves.dtype == torch.float32
     torch.testing.assert_close(of_halves, plain, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_loss_scale_reaches_gradients_below_half_precision(form: Form) -> None:
+    """The factor on the loss is applied in float32: float16 loses nothing it can hold."""
+    z1, z2 = (1000 * z for z in correlated_views(16, 8, 20, torch.float32))
+    expected = value_and_gradients(
+        lambda a, b: barlow_twins_loss(a, b, lambd=0.1, form=form) * 1e-7, z1.half(), z2.half()
+    )[1]
+    assert not expected.any()  # below what float16 can hold
+    scaled = value_and_gradients(
+        lambda a, b: barlow_twins_loss(a, b, lambd=0.1, form=form) * 1e-7 * 2**24,
+        z1.half(), z2.half(),
+    )[1]  # fmt: skip
+    exact = value_and_gradients(
+        lambda a, b: barlow_twins_loss(a, b, lambd=0.1, form=form),
+        z1.half().float(), z2.half().float(),
+    )[1]  # fmt: skip
+    assert scaled.dtype == torch.float16
+    assert (scaled.float() / (1e-7 * 2**24) - exact).norm() <= 2e-3 * exact.norm()
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -184,15 +233,39 @@ def test_a_small_eps_makes_small_embeddings_as_good_as_large_ones(scale: float) 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ({"form": "Gram"}, "form of the loss: expected auto or direct or gram, found 'Gram'"),
-        ({"objective": "x"}, "objective of the loss: expected barlow or hsic, found 'x'"),
+        (
+            {"form": "Gram"},
+            "form of the loss: expected auto or direct or gram or tiled, found 'Gram'",
+        ),
+        (
+            {"objective": "x"},
+            "objective of the loss: expected barlow or hsic or cross-entropy, found 'x'",
+        ),
+        (
+            {"terms": "none"},
+            "terms of the loss: expected both or invariance or redundancy, found 'none'",
+        ),
+        (
+            {"normalise": "l2"},
+            "normalise of the loss: expected batch or features or none, found 'l2'",
+        ),
+        (
+            {"objective": "cross-entropy", "form": "gram"},
+            "form gram of the loss: expected auto or direct for cross-entropy with normalise "
+            "batch; the other forms are for barlow and hsic with normalise batch or none",
+        ),
+        (
+            {"normalise": "features", "form": "tiled"},
+            "form tiled of the loss: expected auto or direct for barlow with normalise "
+            "features; the other forms are for barlow and hsic with normalise batch or none",
+        ),
     ],
 )
-def test_an_unknown_name_is_refused(names: dict[str, str], message: str) -> None:
-    """No form or objective passes for another."""
+def test_what_does_not_exist_is_refused(names: dict[str, str], message: str) -> None:
+    """No name passes for another, and a form that cannot be is not silently replaced."""
     z = torch.eye(4)
     with pytest.raises(TrainError) as error:
-        barlow_twins_loss(z, z, lambd=0.1, **names)  # type: ignore[arg-type]  # the point
+        loss_terms(z, z, lambd=0.1, **names)  # type: ignore[arg-type]  # the point
     assert str(error.value) == message
 
 
@@ -202,3 +275,226 @@ def test_the_parts_make_the_loss() -> None:
     some, more = (loss_terms(z1, z2, lambd=lambd) for lambd in (0.1, 0.2))
     assert torch.equal(some.loss, some.invariance + some.redundancy)
     torch.testing.assert_close(more.redundancy, 2 * some.redundancy)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_tiles_that_do_not_divide_d_change_nothing(
+    form: Form, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three rows of C at a time, of ten."""
+    monkeypatch.setattr(loss_forms, "TILE_BYTES", 3 * 10 * 8)
+    z1, z2 = correlated_views(24, 10, 9, torch.float64)
+    expected = value_and_gradients(lambda a, b: paper_pseudocode(a, b, 0.2), z1, z2)
+    found = value_and_gradients(lambda a, b: barlow_twins_loss(a, b, lambd=0.2, form=form), z1, z2)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("terms", ["both", "invariance", "redundancy"])
+@pytest.mark.parametrize("normalise", ["batch", "none", "features"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_ablations_are_what_their_formulas_say(
+    objective: Objective, normalise: Normalise, terms: Terms
+) -> None:
+    """Terms and normalisations, written out, in every form that there is."""
+    z1, z2 = correlated_views(20, 7, 10, torch.float64)
+
+    def normalised(z: Tensor) -> Tensor:
+        centred = z - z.mean(0)
+        if normalise == "none":
+            return centred
+        a = centred / (centred.square().mean(0) + STANDARDISE_EPS).sqrt()
+        if normalise == "batch":
+            return a
+        return a / (a.square().mean(1, keepdim=True) + STANDARDISE_EPS).sqrt()
+
+    def written_out(z1: Tensor, z2: Tensor) -> Tensor:
+        c = normalised(z1).T @ normalised(z2) / len(z1)
+        off = c[~torch.eye(7, dtype=torch.bool)] + (objective == "hsic")
+        invariance, redundancy = (1 - c.diagonal()).square().sum(), 0.3 * off.square().sum()
+        return (terms != "redundancy") * invariance + (terms != "invariance") * redundancy
+
+    expected = value_and_gradients(written_out, z1, z2)
+    for form in ("auto", "direct") if normalise == "features" else FORMS:
+        found = value_and_gradients(
+            lambda a, b, form=form: (
+                loss_terms(
+                    a,
+                    b,
+                    lambd=0.3,
+                    objective=objective,
+                    form=form,
+                    terms=terms,
+                    normalise=normalise,
+                ).loss
+            ),
+            z1,
+            z2,
+        )
+        torch.testing.assert_close(found, expected)
+
+
+def test_features_lie_on_a_sphere_on_which_the_target_can_be_reached() -> None:
+    """Equal views of equally strong samples have a diagonal of 1 on average."""
+    z = torch.randn(64, 8, generator=torch.Generator().manual_seed(11), dtype=torch.float64)
+    terms = loss_terms(z, z, lambd=0.1, normalise="features")
+    torch.testing.assert_close(terms.diagonal_mean.item(), 1.0, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 1.0])
+def test_cross_entropy_is_the_papers(temperature: float) -> None:
+    """-log sum exp(C_ii / t) + lambda log sum exp(max(C_ij, 0) / t), and its two terms."""
+    z1, z2 = correlated_views(20, 6, 12, torch.float64)
+
+    def ours(terms: Terms) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda a, b: (
+            loss_terms(
+                a, b, lambd=0.4, objective="cross-entropy", temperature=temperature, terms=terms
+            ).loss
+        )
+
+    expected = value_and_gradients(
+        lambda a, b: cross_entropy_by_loops(a, b, 0.4, temperature), z1, z2
+    )
+    found = value_and_gradients(ours("both"), z1, z2)
+    torch.testing.assert_close(found, expected)
+    parts = ours("invariance")(z1, z2) + ours("redundancy")(z1, z2)
+    torch.testing.assert_close(parts, expected[0])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("d", [1, 12])
+def test_what_is_logged_is_of_c_itself(form: Form, d: int) -> None:
+    """Mean and error of the diagonal, RMS of the off-diagonal, and its floor."""
+    z1, z2 = correlated_views(400, d, 13, torch.float64)
+    a, b = ((z - z.mean(0)) / (z.var(0, correction=0) + STANDARDISE_EPS).sqrt() for z in (z1, z2))
+    c = a.T @ b / 400
+    off = c[~torch.eye(d, dtype=torch.bool)]
+    terms = loss_terms(z1, z2, lambd=0.1, form=form)
+    torch.testing.assert_close(terms.diagonal_mean, c.diagonal().mean())
+    torch.testing.assert_close(terms.diagonal_error, (1 - c.diagonal()).square().mean())
+    torch.testing.assert_close(terms.invariance / d, terms.diagonal_error)
+    assert terms.off_diagonal_floor == 0.05
+    if d > 1:
+        torch.testing.assert_close(terms.off_diagonal_rms, off.square().mean().sqrt())
+        assert terms.off_diagonal_rms == pytest.approx(terms.off_diagonal_floor, rel=0.3)
+    else:
+        assert terms.off_diagonal_rms < 1e-6
+
+
+def test_only_the_loss_has_a_gradient() -> None:
+    """The parts are for logs."""
+    z1, z2 = correlated_views(8, 4, 14, torch.float32)
+    terms = loss_terms(z1.requires_grad_(), z2, lambd=0.1)
+    parts = [value for value in vars(terms).values() if isinstance(value, Tensor)]
+    assert [part.requires_grad for part in parts] == [True] + [False] * (len(parts) - 1)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_view_without_gradient_costs_the_other_nothing(form: Form) -> None:
+    """Stop-gradient: the gradient by one view is the same, the other has none."""
+    z1, z2 = correlated_views(16, 8, 15, torch.float64)
+    _, both = value_and_gradients(
+        lambda a, b: barlow_twins_loss(a, b, lambd=0.1, form=form), z1, z2
+    )
+    for i, held in ((0, z2), (1, z1)):
+        leaf = (z1, z2)[i].clone().requires_grad_()
+        pair = (leaf, held) if i == 0 else (held, leaf)
+        (one,) = torch.autograd.grad(barlow_twins_loss(*pair, lambd=0.1, form=form), leaf)
+        assert torch.equal(one, both[i])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_backward_scales_repeats_and_is_not_differentiated(form: Form) -> None:
+    """A factor on the loss is one on the gradient; backward twice adds; no second derivative."""
+    z1, z2 = correlated_views(16, 8, 16, torch.float64)
+    leaf = z1.clone().requires_grad_()
+    loss = barlow_twins_loss(leaf, z2, lambd=0.1, form=form)
+    (once,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+    once = once.clone()
+    (tripled,) = torch.autograd.grad(3 * loss, leaf, retain_graph=True)
+    torch.testing.assert_close(tripled, 3 * once)
+    torch.autograd.backward(loss, retain_graph=True)
+    torch.autograd.backward(loss)
+    assert leaf.grad is not None
+    torch.testing.assert_close(leaf.grad, 2 * once)
+    loss = barlow_twins_loss(leaf, z2, lambd=0.1, form=form)
+    with pytest.raises(TrainError) as error:
+        torch.autograd.grad(loss, leaf, create_graph=True)
+    assert str(error.value) == (
+        "a derivative of the loss's gradient: expected first derivatives only, found "
+        "create_graph=True; leave it out, or differentiate the formula written out"
+    )
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers how many elements the largest result of any operation had."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation and look at what it gave."""
+        results = func(*args, **(kwargs or {}))
+        for result in results if isinstance(results, tuple | list) else (results,):
+            if isinstance(result, Tensor):
+                self.elements = max(self.elements, result.numel())
+        return results
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(
+    ("form", "n", "d", "bound"),
+    [("gram", 16, 256, 16 * 256), ("tiled", 16, 256, 32 * 256), ("direct", 16, 256, 256 * 256)],
+)
+def test_no_form_makes_anything_larger_than_it_says(
+    form: Form, n: int, d: int, bound: int, objective: Objective, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gram: nothing beyond the embeddings; tiled: beyond a tile; direct: beyond C."""
+    monkeypatch.setattr(loss_forms, "TILE_BYTES", 32 * d * 4)
+    z1, z2 = correlated_views(n, d, 17, torch.float32)
+    with LargestTensor() as largest:
+        value_and_gradients(
+            lambda a, b: barlow_twins_loss(a, b, lambd=0.1, form=form, objective=objective), z1, z2
+        )
+    # `value_and_gradients` itself stacks both gradients.
+    assert largest.elements == max(bound, 2 * n * d)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_little_is_kept_for_backward(form: Form) -> None:
+    """Between forward and backward two gradients are held, and nothing else."""
+    z1, z2 = correlated_views(16, 64, 18, torch.float32)
+    kept: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: (kept.append(tuple(t.shape)), t)[1], lambda t: t
+    ):
+        barlow_twins_loss(z1.requires_grad_(), z2.requires_grad_(), lambd=0.1, form=form)
+    assert kept == [(16, 64), (16, 64)]
+
+
+def test_without_gradients_nothing_is_made_for_them() -> None:
+    """Under no_grad the value is the same, to the bit."""
+    z1, z2 = correlated_views(16, 8, 19, torch.float32)
+    for form in FORMS:
+        expected: LossTerms = loss_terms(z1.requires_grad_(), z2, lambd=0.1, form=form)
+        with torch.no_grad():
+            found = loss_terms(z1, z2, lambd=0.1, form=form)
+        assert torch.equal(found.loss, expected.loss)
+        assert not found.loss.requires_grad
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("form", FORMS)
+def test_on_a_gpu_it_is_the_same(form: Form, objective: Objective) -> None:
+    """Value and gradient on CUDA are within 1e-5 of float64, under bfloat16 autocast, too."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    z1, z2 = correlated_views(64, 256, 21, torch.float64)
+
+    def loss(a: Tensor, b: Tensor) -> Tensor:
+        return barlow_twins_loss(a, b, lambd=0.1, form=form, objective=objective)
+
+    value64, gradient64 = value_and_gradients(loss, z1, z2)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        value, gradient = value_and_gradients(loss, z1.float().cuda(), z2.float().cuda())
+    assert abs(value.double().cpu() - value64) <= 1e-5 * abs(value64)
+    assert (gradient.double().cpu() - gradient64).norm() <= 1e-5 * gradient64.norm()
