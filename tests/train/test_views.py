@@ -1,61 +1,27 @@
-"""The random views: what each operation does, how often, and between which bounds."""
+"""The random views of a batch: whole, for ranks, for streams, and of any channels."""
 
 from __future__ import annotations
 
-import colorsys
-import math
+import dataclasses
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
+from train import views as views_module
+from train.view_operations import brighten_, stretch_contrast_
 from train.views import (
-    Crops,
-    Draw,
     Normaliser,
+    ViewParameters,
     ViewRecipe,
-    blur,
-    brighten,
-    crop_and_resize,
-    draw_crops,
-    grey,
-    jitter,
+    apply_view,
+    draw_parameters,
+    finish_view,
     random_view,
-    saturate,
-    stretch_contrast,
-    turn_hue,
 )
-
-N_DRAWS = 4000
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    """A generator of its own."""
-    return torch.Generator().manual_seed(seed)
-
-
-def noise(n: int, channels: int, size: int = 8) -> Tensor:
-    """Images without any symmetry."""
-    return torch.rand(n, channels, size, size, generator=seeded(99))
-
-
-def assert_share(hits: Tensor, probability: float) -> None:
-    """Hold a share of independent events to its probability, within 4.5 deviations."""
-    deviation = math.sqrt(probability * (1 - probability) / len(hits))
-    assert abs(hits.float().mean().item() - probability) <= 4.5 * deviation
-
-
-def changed(views: Tensor, images: Tensor) -> Tensor:
-    """Which images differ by more than rounding."""
-    return (views - images).abs().amax(dim=(1, 2, 3)) > 1e-4
-
-
-def test_a_recipe_of_nothing_leaves_images_alone() -> None:
-    """Without crop, flip and the rest a view is its image."""
-    images = noise(5, 3)
-    views = random_view(images, ViewRecipe(), seeded())
-    torch.testing.assert_close(views, images, rtol=0, atol=1e-5)
-
 
 FULL_RECIPE = ViewRecipe(
     crop_area=(0.2, 1.0),
@@ -71,12 +37,44 @@ FULL_RECIPE = ViewRecipe(
 )
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_equal_seeds_give_equal_views_within_bounds(channels: int) -> None:
+def seeded(seed: int = 0) -> torch.Generator:
+    """A generator of its own."""
+    return torch.Generator().manual_seed(seed)
+
+
+def noise(n: int, channels: int, size: int = 8) -> Tensor:
+    """Images without any symmetry."""
+    return torch.rand(n, channels, size, size, generator=seeded(99))
+
+
+def drawn(images: Tensor, recipe: ViewRecipe, seed: int = 0) -> ViewParameters:
+    """Parameters for these images."""
+    n, _, height, width = images.shape
+    return draw_parameters(n, recipe, seeded(seed), height=height, width=width)
+
+
+def changed(views: Tensor, images: Tensor) -> Tensor:
+    """Which images differ by more than rounding."""
+    return (views - images).abs().amax(dim=(1, 2, 3)) > 1e-4
+
+
+def test_a_recipe_of_nothing_leaves_images_alone() -> None:
+    """Without crop, flip and the rest a view is its image."""
+    images = noise(5, 3)
+    views = random_view(images, ViewRecipe(), seeded())
+    torch.testing.assert_close(views, images, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 13])
+def test_equal_seeds_give_equal_views_within_bounds(channels: int, interpolation: str) -> None:
     """Views are a function of the seed, unlike for unlike seeds, and stay in [0, 1]."""
     images = noise(16, channels, 24)
-    first, again, other = (random_view(images, FULL_RECIPE, seeded(s)) for s in (1, 1, 2))
+    recipe = dataclasses.replace(FULL_RECIPE, interpolation=interpolation)
+    kept = images.clone()
+    first, again, other = (random_view(images, recipe, seeded(s)) for s in (1, 1, 2))
     assert torch.equal(first, again)
+    assert torch.equal(images, kept)
     assert changed(first, other).all()
     assert first.min() >= 0
     assert first.max() <= 1
@@ -89,139 +87,130 @@ def test_every_image_has_parameters_of_its_own() -> None:
     assert all(changed(views[i : i + 1], views[j : j + 1]) for i in range(8) for j in range(i))
 
 
-@pytest.mark.parametrize(
-    ("recipe", "probability"),
-    [
-        (ViewRecipe(flip_probability=0.3), 0.3),
-        (ViewRecipe(jitter_probability=0.8, brightness=0.4), 0.8),
-        (ViewRecipe(grey_probability=0.2), 0.2),
-        (ViewRecipe(blur_probability=0.1, blur_sigma_px=(0.8, 2.0)), 0.1),
-        (ViewRecipe(solarise_probability=0.2), 0.2),
-    ],
-    ids=["flip", "jitter", "grey", "blur", "solarise"],
+@settings(max_examples=30, deadline=None)
+@given(
+    data=st.data(),
+    shape=st.sampled_from([(1, 28, 28), (3, 17, 23), (3, 32, 32), (4, 9, 9), (13, 12, 20)]),
+    interpolation=st.sampled_from(["bilinear", "bicubic"]),
+    seed=st.integers(0, 2**32),
 )
-def test_operations_happen_as_often_as_they_are_asked_to(
-    recipe: ViewRecipe, probability: float
+def test_ranks_get_the_very_views_of_one_process(
+    data: st.DataObject, shape: tuple[int, int, int], interpolation: str, seed: int
 ) -> None:
-    """The share of changed images is the probability."""
-    images = noise(N_DRAWS, 3)
-    assert_share(changed(random_view(images, recipe, seeded()), images), probability)
+    """Parameters of the whole batch, applied to any of its rows, give those rows to the bit."""
+    n = data.draw(st.integers(1, 24))
+    start = data.draw(st.integers(0, n - 1))
+    rows = slice(start, data.draw(st.integers(start + 1, n)))
+    images = torch.rand(n, *shape, generator=seeded(seed))
+    parameters = drawn(images, dataclasses.replace(FULL_RECIPE, interpolation=interpolation), seed)
+    for make in (apply_view, finish_view):
+        whole = make(images, parameters)
+        assert torch.equal(make(images[rows], parameters[rows]), whole[rows])
+        picked = np.array([start, 0, n - 1])
+        assert torch.equal(make(images[picked], parameters[picked]), whole[picked])
 
 
-def test_crops_cover_the_asked_areas_and_shapes() -> None:
-    """Area is uniform over its range, width / height within 3/4 and 4/3, all inside."""
-    crops = draw_crops(Draw(seeded(), N_DRAWS), 40, 40, (0.1, 0.5), 0.5)
-    share = crops.height * crops.width / 1600
-    ratio = crops.width / crops.height
-    assert 0.1 - 1e-4 <= share.min() < 0.11
-    assert 0.49 < share.max() <= 0.5 + 1e-4
-    assert abs(share.mean() - 0.3) < 4.5 * (0.4 / math.sqrt(12 * N_DRAWS))
-    assert 3 / 4 - 1e-4 <= ratio.min() < 0.76
-    assert 1.31 < ratio.max() <= 4 / 3 + 1e-4
-    assert abs(ratio.log().mean()) < 0.02
-    for start, length in ((crops.top, crops.height), (crops.left, crops.width)):
-        assert start.min() >= 0
-        assert (start + length).max() <= 40 + 1e-3
-    assert_share(crops.is_mirrored, 0.5)
+def test_ranks_get_the_views_of_one_process_in_large_pictures_and_many_threads() -> None:
+    """Where torch divides the work among threads, the bits stay the same."""
+    images = noise(6, 3, 192)
+    recipe = dataclasses.replace(FULL_RECIPE, jitter_probability=1.0, blur_probability=1.0)
+    parameters = drawn(images, recipe)
+    whole = apply_view(images, parameters)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            for i in range(6):
+                row = apply_view(images[i : i + 1], parameters[i : i + 1])
+                assert torch.equal(row, whole[i : i + 1])
+    finally:
+        torch.set_num_threads(threads)
 
 
-def test_where_no_crop_fits_the_largest_of_an_allowed_shape_is_taken() -> None:
-    """Of a tall image that is a crop of 3 : 4, inside it; of a square, all of it."""
-    crops = draw_crops(Draw(seeded(), 64), 100, 6, (1.0, 1.0), 0.0)
-    assert (crops.width == 6).all()
-    assert (crops.height == 8).all()
-    assert (crops.top + crops.height <= 100).all()
-    whole = draw_crops(Draw(seeded(), 64), 9, 9, (1.0, 1.0), 0.0)
-    assert (whole.width == 9).all()
-    assert (whole.height == 9).all()
+def test_bits_do_not_depend_on_the_pieces_a_batch_is_worked_on_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One image at a time gives what all at once give."""
+    images = noise(9, 3, 20)
+    parameters = drawn(images, FULL_RECIPE)
+    whole = apply_view(images, parameters)
+    monkeypatch.setattr(views_module, "CACHE_BYTES", 1)
+    assert torch.equal(apply_view(images, parameters), whole)
 
 
-def test_crop_and_mirror_are_where_they_say() -> None:
-    """A crop of the right half, mirrored, shows that half's columns in reverse order."""
-    columns = torch.arange(8.0).expand(1, 1, 8, 8) / 8
-    half = Crops(
-        top=torch.tensor([0.0]),
-        left=torch.tensor([4.0]),
-        height=torch.tensor([8.0]),
-        width=torch.tensor([4.0]),
-        is_mirrored=torch.tensor([True]),
-    )
-    row = crop_and_resize(columns, half)[0, 0, 3]
-    # Centres of 8 output pixels over columns 4 to 8, read from the right; borders clamp.
-    expected = torch.tensor([7.0, 6.75, 6.25, 5.75, 5.25, 4.75, 4.25, 3.75]) / 8
-    torch.testing.assert_close(row, expected)
+def test_nothing_comes_of_no_images() -> None:
+    """An empty batch has an empty view."""
+    assert random_view(noise(0, 3), FULL_RECIPE, seeded()).shape == (0, 3, 8, 8)
 
 
-def test_jitter_keeps_to_its_strength() -> None:
-    """Brightness factors fill 1 - strength to 1 + strength evenly."""
-    images = torch.full((N_DRAWS, 1, 2, 2), 0.5)
-    recipe = ViewRecipe(jitter_probability=1.0, brightness=0.4)
-    factors = jitter(images, recipe, Draw(seeded(), N_DRAWS))[:, 0, 0, 0] / 0.5
-    assert 0.6 <= factors.min() < 0.61
-    assert 1.39 < factors.max() <= 1.4
-    assert abs(factors.mean() - 1) < 4.5 * (0.8 / math.sqrt(12 * N_DRAWS))
+def test_a_cropped_image_is_only_finished() -> None:
+    """For a stream all but the crop is done, by the same parameters."""
+    images = noise(32, 3, 16)
+    parameters = drawn(images, dataclasses.replace(FULL_RECIPE, crop_area=(1.0, 1.0)))
+    torch.testing.assert_close(finish_view(images, parameters), apply_view(images, parameters))
+    mirrored = drawn(images, ViewRecipe(flip_probability=0.5))
+    finished = finish_view(images, mirrored)
+    for i, is_mirrored in enumerate(mirrored.is_mirrored):
+        assert torch.equal(finished[i], images[i].flip(2) if is_mirrored else images[i])
 
 
-def test_jitter_comes_in_random_order() -> None:
+def test_memory_formats_make_no_difference() -> None:
+    """Images with the channels last in memory, as they come from uint8 NHWC, are as good."""
+    images = noise(7, 3, 16)
+    last = images.contiguous(memory_format=torch.channels_last)
+    parameters = drawn(images, FULL_RECIPE)
+    for make in (apply_view, finish_view):
+        assert torch.equal(make(last, parameters), make(images, parameters))
+        assert make(last, parameters).is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name"),
+    [
+        (ViewRecipe(flip_probability=0.3), "is_mirrored"),
+        (ViewRecipe(jitter_probability=0.8, brightness=0.4), "is_jittered"),
+        (ViewRecipe(jitter_probability=0.8, hue=0.1), "is_jittered"),
+        (ViewRecipe(grey_probability=0.2), "is_grey"),
+        (ViewRecipe(blur_probability=0.1, blur_sigma_px=(0.8, 2.0)), "is_blurred"),
+        (ViewRecipe(solarise_probability=0.2), "is_solarised"),
+    ],
+)
+def test_what_was_drawn_is_what_happens(recipe: ViewRecipe, name: str) -> None:
+    """The chosen images are changed and no others."""
+    images = noise(300, 3)
+    parameters = drawn(images, recipe)
+    hits = changed(apply_view(images, parameters), images)
+    np.testing.assert_array_equal(hits.numpy(), getattr(parameters, name))
+
+
+def test_jitter_comes_in_the_order_that_was_drawn() -> None:
     """Brightness before contrast and contrast before brightness both occur."""
-    images = torch.tensor([0.0, 0.9]).view(1, 1, 1, 2).repeat(200, 1, 1, 1)
-    recipe = ViewRecipe(jitter_probability=1.0, brightness=0.8, contrast=0.8)
-    views = jitter(images, recipe, Draw(seeded(), 200))
-    draw = Draw(seeded(), 200)
-    draw.chosen(1.0)
-    light, contrast = (draw.uniform(0.2, 1.8).view(-1, 1, 1, 1) for _ in range(2))
-    one = stretch_contrast(brighten(images, light), contrast)
-    other = brighten(stretch_contrast(images, contrast), light)
-    is_one, is_other = (~changed(views, either) for either in (one, other))
-    assert (is_one | is_other).all()
-    assert_share(is_one[is_one != is_other], 0.5)
+    images = torch.tensor([0.0, 0.9, 0.1, 0.7]).view(1, 1, 2, 2).repeat(200, 1, 1, 1)
+    parameters = drawn(images, ViewRecipe(jitter_probability=1.0, brightness=0.8, contrast=0.8))
+    views = apply_view(images, parameters)
+    light, contrast = (
+        torch.from_numpy(parameters.jitter[:, j]).float().view(-1, 1, 1, 1) for j in (0, 1)
+    )
+    light_first, contrast_first = images.clone(), images.clone()
+    brighten_(light_first, light)
+    stretch_contrast_(light_first, contrast)
+    stretch_contrast_(contrast_first, contrast)
+    brighten_(contrast_first, light)
+    is_light_first = torch.from_numpy(
+        (parameters.order == 0).argmax(axis=1) < (parameters.order == 1).argmax(axis=1)
+    )
+    assert 60 < is_light_first.sum() < 140
+    expected = torch.where(is_light_first.view(-1, 1, 1, 1), light_first, contrast_first)
+    torch.testing.assert_close(views, expected, rtol=0, atol=1e-6)
+    assert changed(light_first, contrast_first).any()
 
 
-def test_colour_operations_fall_away_for_one_channel() -> None:
-    """Saturation, hue and grey leave grey images alone."""
-    images = noise(8, 1)
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_colour_operations_fall_away_without_three_channels(channels: int) -> None:
+    """Saturation, hue and grey leave such images alone."""
+    images = noise(8, channels)
     recipe = ViewRecipe(jitter_probability=1.0, saturation=1.0, hue=0.5, grey_probability=1.0)
-    torch.testing.assert_close(random_view(images, recipe, seeded()), images, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("turn", [0.0, 0.1, -0.25, 0.5])
-def test_hue_is_that_of_hsv(turn: float) -> None:
-    """Turning the hue agrees with colorsys, for greys and primaries, too."""
-    colours = torch.cat([noise(1, 3, 6), torch.zeros(1, 3, 6, 6)])
-    colours[1, :, 0, :3] = torch.eye(3)
-    colours[1, :, 1, 0] = 0.4
-    turned = turn_hue(colours, torch.full((2, 1, 1, 1), turn))
-    for before, after in zip(
-        colours.permute(0, 2, 3, 1).reshape(-1, 3).tolist(),
-        turned.permute(0, 2, 3, 1).reshape(-1, 3).tolist(),
-        strict=True,
-    ):
-        hue, saturation, value = colorsys.rgb_to_hsv(*before)
-        expected = colorsys.hsv_to_rgb((hue + turn) % 1, saturation, value)
-        assert after == pytest.approx(expected, abs=1e-5)
-
-
-def test_factors_of_nothing_and_of_zero() -> None:
-    """A factor of 1 changes nothing; 0 gives black, mean grey, and colourless."""
-    images, one, zero = noise(2, 3), torch.ones(2, 1, 1, 1), torch.zeros(2, 1, 1, 1)
-    for operation in (brighten, stretch_contrast, saturate):
-        torch.testing.assert_close(operation(images, one), images)
-    assert (brighten(images, zero) == 0).all()
-    assert stretch_contrast(images, zero).std(dim=(1, 2, 3)).max() < 1e-6
-    torch.testing.assert_close(saturate(images, zero), grey(images).expand_as(images))
-
-
-def test_blur_is_a_gaussian_of_the_given_deviation() -> None:
-    """A point becomes a bump of variance sigma^2; a flat image stays flat."""
-    point = torch.zeros(2, 1, 41, 41)
-    point[:, :, 20, 20] = 1
-    sigma = torch.tensor([1.0, 3.0])
-    columns = blur(point, sigma).sum(dim=(1, 2))
-    variance = (columns * (torch.arange(41.0) - 20).square()).sum(dim=1)
-    torch.testing.assert_close(columns.sum(dim=1), torch.ones(2))
-    torch.testing.assert_close(variance, sigma.square(), rtol=0.05, atol=0)
-    flat = torch.full((2, 3, 9, 9), 0.3)
-    torch.testing.assert_close(blur(flat, sigma), flat)
+    torch.testing.assert_close(random_view(images, recipe, seeded()), images, rtol=0, atol=1e-6)
 
 
 def test_solarise_inverts_from_the_middle() -> None:
@@ -238,3 +227,13 @@ def test_normaliser_takes_uint8_nhwc_to_channels_last_floats() -> None:
     normalised = Normaliser(mean=mean, std=std).to_input(images)
     assert normalised.shape == (1, 2, 1, 1)
     torch.testing.assert_close(normalised.flatten(), torch.tensor([-1.0, 1.0]))
+
+
+@pytest.mark.gpu
+def test_a_gpu_makes_the_views_of_a_cpu() -> None:
+    """The same draws give the same views, up to rounding."""
+    images = noise(32, 3, 64)
+    parameters = drawn(images, dataclasses.replace(FULL_RECIPE, interpolation="bicubic"))
+    for make in (apply_view, finish_view):
+        on_gpu = make(images.cuda(), parameters).cpu()
+        torch.testing.assert_close(on_gpu, make(images, parameters), rtol=0, atol=1e-4)
