@@ -1,7 +1,8 @@
-"""What a pretraining run can be told, and the presets that say it for people.
+"""What a pretraining run can be told, and how a run keeps it.
 
 Rules:
-    Every option has a value in every preset, so that a run's `config.json` is complete.
+    Every option has a value in every preset, so that a run's `config.json` is complete; None
+    means a rule, which the option's help names.
     Options name their units. Values are checked here; whether a data set suits them is
     found out by those who open it.
     No torch: `--help` answers at once.
@@ -18,10 +19,22 @@ from typing import Annotated, Literal, cast
 import tyro
 
 from models.bundle import Json
-from models.errors import UsageError
 from train.errors import RunError
+from train.option_groups import LossOptions, NetworkOptions, ViewOptions, require
 
-PresetName = Literal["fashion-mnist", "folder"]
+__all__ = [
+    "FREE_OPTIONS",
+    "LossOptions",
+    "NetworkOptions",
+    "PresetName",
+    "PretrainOptions",
+    "ViewOptions",
+    "current_names",
+    "options_from_json",
+    "options_json",
+]
+
+PresetName = Literal["fashion-mnist", "folder", "cifar10-resnet18", "imagenet-resnet50"]
 
 FREE_OPTIONS = (
     "checkpoint_every_s",
@@ -29,96 +42,21 @@ FREE_OPTIONS = (
     "keep_checkpoints",
     "knn_every_epochs",
     "log_every_steps",
+    "workers",
 )
 """Options that change no weight, so that a run may go on with others."""
 
+UNKEPT_OPTIONS = ("out", "resume", "show_views")
+"""Options that say where and how to run, not what: `config.json` leaves them out."""
 
-def _require(is_sound: bool, option: str, expected: str, found: object) -> None:
-    """Refuse an option's value."""
-    if not is_sound:
-        raise UsageError(option, expected=expected, found=str(found))
+BARLOW_LAMBD = 5e-3
+"""Weight of the redundancy term in the paper, section 2.2; its code has .0051."""
 
+RENAMED_OPTIONS = {"objective": "loss.objective", "lambd": "loss.lambd"}
+"""Where options of older runs are now."""
 
-@dataclass(frozen=True, kw_only=True)
-class NetworkOptions:
-    """The backbone that will be exported, and the projector that will not."""
-
-    layout: Literal["resnet10", "resnet18", "resnet34", "resnet50", "resnet101"] = "resnet18"
-    """Blocks of the ResNet; resnet10 has one basic block a stage."""
-
-    width: int = 64
-    """Channels of the first stage; each later stage doubles them."""
-
-    stem: Literal["small", "large"] = "small"
-    """`small` keeps the full resolution, for images up to about 64 pixels; `large` is the
-    published stem, which quarters it."""
-
-    zero_init_residual: bool = True
-    """Start every residual branch at zero, as published."""
-
-    projector_widths: tuple[int, ...] = (2048, 2048, 2048)
-    """Output width of each Linear layer; the last is the D of the loss."""
-
-    def __post_init__(self) -> None:
-        _require(self.width >= 1, "--network.width", "at least 1", self.width)
-        widths_are_sound = bool(self.projector_widths) and min(self.projector_widths) >= 1
-        _require(
-            widths_are_sound, "--network.projector-widths", "one or more widths, each at least 1",
-            self.projector_widths,
-        )  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class ViewOptions:
-    """The random views: one value for both, or a pair for view 1 and view 2."""
-
-    crop_area: tuple[float, float] = (0.08, 1.0)
-    """Smallest and largest share of the image's area that a crop covers."""
-
-    flip_probability: float = 0.5
-    """How often a view is mirrored left to right."""
-
-    jitter_probability: float = 0.8
-    """How often brightness, contrast, saturation and hue are changed."""
-
-    brightness: float = 0.4
-    """Brightness is multiplied by 1 - this to 1 + this."""
-
-    contrast: float = 0.4
-    """Contrast is multiplied by 1 - this to 1 + this."""
-
-    saturation: float = 0.2
-    """Saturation is multiplied by 1 - this to 1 + this; three channels only."""
-
-    hue: float = 0.1
-    """Hue is turned by up to this share of the circle, at most .5; three channels only."""
-
-    grey_probability: float = 0.2
-    """How often colour is taken away; three channels only."""
-
-    blur_probability: tuple[float, float] = (0.0, 0.0)
-    """How often view 1 and view 2 are blurred; the paper has 1 and .1."""
-
-    blur_sigma_px: tuple[float, float] = (0.1, 2.0)
-    """Smallest and largest deviation of the blur, in pixels."""
-
-    solarise_probability: tuple[float, float] = (0.0, 0.0)
-    """How often values above the middle are inverted; the paper has 0 and .2."""
-
-    def __post_init__(self) -> None:
-        low, high = self.crop_area
-        _require(0 < low <= high <= 1, "--views.crop-area", "0 < low <= high <= 1", self.crop_area)
-        low, high = self.blur_sigma_px
-        _require(0 < low <= high, "--views.blur-sigma-px", "0 < low <= high", self.blur_sigma_px)
-        _require(0 <= self.hue <= 0.5, "--views.hue", "0 to .5", self.hue)
-        for name in ("flip", "jitter", "grey", "blur", "solarise"):
-            value = getattr(self, f"{name}_probability")
-            shares = value if isinstance(value, tuple) else (value,)
-            sound = all(0 <= share <= 1 for share in shares)
-            _require(sound, f"--views.{name}-probability", "0 to 1", value)
-        for name in ("brightness", "contrast", "saturation"):
-            value = getattr(self, name)
-            _require(0 <= value <= 1, f"--views.{name}", "0 to 1", value)
+OLDER_VALUES: dict[str, Json] = {"device": "cpu", "precision": "fp32"}
+"""What runs did before there was an option for it, where that is not the default now."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,19 +97,27 @@ class PretrainOptions:
     """Passes over the training images."""
 
     batch_size: int = 128
-    """Images a step, each in two views."""
+    """Images a step over all ranks, each in two views."""
 
-    objective: Literal["barlow", "hsic"] = "barlow"
-    """What correlations of unlike features are drawn to: 0, or -1."""
+    optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
+    """sgd and lars have momentum .9."""
 
-    lambd: float = 0.005
-    """Weight of the redundancy term."""
+    lr_peak: float | None = None
+    """Learning rate at the end of the warm-up. Where not given: .001 for adamw, .06 times
+    batch/128 for sgd, and for lars the paper's rate for the batch, times batch/256."""
 
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """sgd has momentum .9."""
+    lr_biases: float | None = None
+    """The same for biases and BatchNorm. Where not given: .0048 times batch/256 for lars, as
+    in the paper, else that of the weights."""
 
-    lr_peak: float = 1e-3
-    """Learning rate at the end of the warm-up."""
+    lr_scaling: Literal["none", "linear"] = "none"
+    """Take the given learning rates as they are, or times batch/256."""
+
+    lars_eta: float = 1e-3
+    """Of lars: a weight's step over its norm, before the learning rate."""
+
+    lars_clip: bool = False
+    """Of lars: let the adapted learning rate be at most the learning rate, as solo-learn."""
 
     weight_decay: float = 1e-4
     """Decay of weights; biases and BatchNorm have none."""
@@ -206,7 +152,32 @@ class PretrainOptions:
     threads: int | None = None
     """CPU threads; what affinity and cgroup leave where not given."""
 
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """What computes; auto is cuda where there is one."""
+
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the network's products; the loss is always computed in float32. auto is
+    bf16 where the device computes it natively."""
+
+    compile: bool = False
+    """Compile the network: a minute or more at the start, faster steps on a GPU."""
+
+    data_in: Literal["auto", "memory", "stream"] = "auto"
+    """Hold the decoded images in memory, or read them anew in every epoch; auto holds what
+    fits."""
+
+    workers: int | None = None
+    """Threads that decode a stream; as many as `threads` where not given."""
+
+    init_from: Path | None = None
+    """Weights to start from: a run, a bundle of one, or a file of the authors, torchvision,
+    lightly or solo-learn."""
+
+    show_views: Path | None = None
+    """Write a picture of the views to this file and stop."""
+
     network: NetworkOptions = field(default_factory=NetworkOptions)
+    loss: LossOptions = field(default_factory=LossOptions)
     views: ViewOptions = field(default_factory=ViewOptions)
 
     def __post_init__(self) -> None:
@@ -214,16 +185,27 @@ class PretrainOptions:
             "image_size_px": 8, "epochs": 1, "batch_size": 2, "val_images": 0, "bank_images": 1,
             "knn_every_epochs": 0, "checkpoint_every_steps": 1, "keep_checkpoints": 1,
             "checkpoint_every_s": 1, "log_every_steps": 1, "seed": 0, "warmup_epochs": 0,
-            "weight_decay": 0, "lambd": 0,
+            "weight_decay": 0,
         }  # fmt: skip
         for name, bound in least.items():
             value = getattr(self, name)
-            _require(value >= bound, f"--{name.replace('_', '-')}", f"at least {bound}", value)
-        _require(self.lr_peak > 0, "--lr-peak", "more than 0", self.lr_peak)
-        for name in ("limit_images", "threads"):
+            require(value >= bound, f"--{name.replace('_', '-')}", f"at least {bound}", value)
+        for name in ("lr_peak", "lr_biases", "lars_eta"):
+            value = getattr(self, name)
+            sound = value is None or value > 0
+            require(sound, f"--{name.replace('_', '-')}", "more than 0", value)
+        for name in ("limit_images", "threads", "workers"):
             value = getattr(self, name)
             option = f"--{name.replace('_', '-')}"
-            _require(value is None or value >= 1, option, "at least 1", value)
+            require(value is None or value >= 1, option, "at least 1", value)
+
+    @property
+    def lambd(self) -> float:
+        """Weight of the redundancy term: the one given, or the objective's own."""
+        if self.loss.lambd is not None:
+            return self.loss.lambd
+        is_hsic = self.loss.objective == "hsic"
+        return 1 / self.network.projector_widths[-1] if is_hsic else BARLOW_LAMBD
 
     @property
     def run_path(self) -> Path:
@@ -234,55 +216,24 @@ class PretrainOptions:
         return Path("artifacts/runs") / stem
 
 
-PRESETS: dict[PresetName, PretrainOptions] = {
-    # The prototype that reached 82.8 kNN (global pooling, 60k against 10k) in nine minutes
-    # on two cores; small stem and narrow, so that an epoch is about a minute.
-    "fashion-mnist": PretrainOptions(
-        source="fashion-mnist",
-        preset="fashion-mnist",
-        image_size_px=28,
-        channels=1,
-        epochs=8,
-        lambd=0.003,
-        lr_peak=3e-3,
-        # Branches that start at zero leave an untrained network of kNN 62.6 (5,000 held-out
-        # images against 20,000) where the usual start has 78.7: too weak a baseline.
-        network=NetworkOptions(
-            layout="resnet10",
-            width=16,
-            zero_init_residual=False,
-            projector_widths=(512, 512, 512),
-        ),
-        views=ViewOptions(crop_area=(0.25, 1.0)),
-    ),
-    # Photographs on two cores: the published stem at 96 pixels and half the width keep an
-    # epoch of 3,000 images near half a minute.
-    "folder": PretrainOptions(
-        preset="folder",
-        # As above: with zero-initialised branches the untrained baseline falls from kNN 72.7
-        # to 25.2 here.
-        network=NetworkOptions(
-            width=32, stem="large", zero_init_residual=False, projector_widths=(1024, 1024, 1024)
-        ),
-        views=ViewOptions(
-            crop_area=(0.2, 1.0), blur_probability=(0.5, 0.1), solarise_probability=(0.0, 0.2)
-        ),
-    ),
-}
-
-
 def options_json(options: PretrainOptions) -> dict[str, Json]:
     """Give the options by dotted name (`views.hue`), as `config.json` holds them.
 
-    `out` and `resume` say where and how to run, not what, and are left out.
+    `UNKEPT_OPTIONS` are left out.
     """
     flat: dict[str, Json] = {}
     for name, value in dataclasses.asdict(options).items():
         if isinstance(value, dict):
             flat.update({f"{name}.{inner}": _plain(item) for inner, item in value.items()})
-        elif name not in ("out", "resume"):
+        elif name not in UNKEPT_OPTIONS:
             flat[name] = _plain(value)
     return flat
+
+
+def current_names(flat: Mapping[str, Json]) -> dict[str, Json]:
+    """Give the options of an older run by the names, and with the values, of today."""
+    named = {RENAMED_OPTIONS.get(name, name): value for name, value in flat.items()}
+    return OLDER_VALUES | named
 
 
 def options_from_json(flat: Mapping[str, Json]) -> PretrainOptions:
@@ -292,14 +243,17 @@ def options_from_json(flat: Mapping[str, Json]) -> PretrainOptions:
         RunError: there is an option that does not exist here.
         UsageError: a value is out of range.
     """
-    nested: dict[str, dict[str, object]] = {"": {}, "network": {}, "views": {}}
+    nested: dict[str, dict[str, object]] = {"": {}, "network": {}, "loss": {}, "views": {}}
     try:
-        for dotted, value in flat.items():
+        for dotted, value in current_names(flat).items():
             group, _, name = dotted.rpartition(".")
             nested[group][name] = tuple(value) if isinstance(value, list) else value
+        path = nested[""].get("init_from")
+        nested[""]["init_from"] = Path(path) if isinstance(path, str) else None
         network = NetworkOptions(**nested["network"])  # type: ignore[arg-type]  # from JSON
+        loss = LossOptions(**nested["loss"])  # type: ignore[arg-type]  # from JSON
         views = ViewOptions(**nested["views"])  # type: ignore[arg-type]  # from JSON
-        groups = {"network": network, "views": views}
+        groups = {"network": network, "loss": loss, "views": views}
         return PretrainOptions(**nested[""], **groups)  # type: ignore[arg-type]  # from JSON
     except (TypeError, KeyError) as error:
         raise RunError(
@@ -311,5 +265,7 @@ def options_from_json(flat: Mapping[str, Json]) -> PretrainOptions:
 
 
 def _plain(value: object) -> Json:
-    """Give tuples as lists, as JSON reads them back."""
+    """Give tuples as lists, as JSON reads them back, and paths as text."""
+    if isinstance(value, Path):
+        return str(value)
     return cast(Json, list(value) if isinstance(value, tuple) else value)

@@ -8,8 +8,16 @@ from pathlib import Path
 import pytest
 
 from models.errors import UsageError
-from train.config import PRESETS, PretrainOptions, ViewOptions, options_from_json, options_json
+from train.config import (
+    LossOptions,
+    NetworkOptions,
+    PretrainOptions,
+    ViewOptions,
+    options_from_json,
+    options_json,
+)
 from train.errors import RunError
+from train.presets import PRESETS
 from train.pretrain import choose_defaults
 
 
@@ -40,7 +48,10 @@ def test_the_preset_follows_the_source_unless_named(argv: list[str], preset: str
         ({"epochs": 0}, "--epochs: expected at least 1, found 0"),
         ({"batch_size": 1}, "--batch-size: expected at least 2, found 1"),
         ({"lr_peak": 0.0}, "--lr-peak: expected more than 0, found 0.0"),
+        ({"lr_biases": -1.0}, "--lr-biases: expected more than 0, found -1.0"),
+        ({"lars_eta": 0.0}, "--lars-eta: expected more than 0, found 0.0"),
         ({"threads": 0}, "--threads: expected at least 1, found 0"),
+        ({"workers": 0}, "--workers: expected at least 1, found 0"),
     ],
 )
 def test_a_senseless_value_is_named(changes: dict[str, float], message: str) -> None:
@@ -66,7 +77,80 @@ def test_a_senseless_view_is_named(changes: dict[str, object], message: str) -> 
     assert str(error.value).startswith(message)
 
 
-@pytest.mark.parametrize("preset", PRESETS.values(), ids=str)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"width": 0}, "--network.width: expected at least 1, found 0"),
+        ({"projector_widths": ()}, "--network.projector-widths: expected one or more widths,"),
+        ({"predictor_width": -1}, "--network.predictor-width: expected at least 0, found -1"),
+        (
+            {"layout": "resnet19"},
+            "--network.layout: expected resnet10, resnet18, resnet34, resnet50, resnet101, "
+            "torchvision:NAME or timm:NAME, found 'resnet19'; did you mean resnet18 or resnet10",
+        ),
+        ({"layout": "tim:vit"}, "--network.layout: expected resnet10, resnet18, resnet34, "),
+        ({"layout": "timm:"}, "--network.layout: expected resnet10, resnet18, resnet34, "),
+    ],
+)
+def test_a_senseless_network_is_named(changes: dict[str, object], message: str) -> None:
+    """A layout of another name is answered with those that come close."""
+    with pytest.raises(UsageError) as error:
+        NetworkOptions(**changes)  # type: ignore[arg-type]  # any option
+    assert str(error.value).startswith(message)
+
+
+def test_a_misspelt_library_is_guessed() -> None:
+    """`tim:` is close to timm."""
+    with pytest.raises(UsageError, match=r"found 'tim'; did you mean timm\?$"):
+        NetworkOptions(layout="tim:vit_tiny_patch16_224")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lambd": -1.0}, "--loss.lambd: expected at least 0, found -1.0"),
+        ({"temperature": 0.0}, "--loss.temperature: expected more than 0, found 0.0"),
+    ],
+)
+def test_a_senseless_loss_is_named(changes: dict[str, float], message: str) -> None:
+    """Loss options are checked as the others are."""
+    with pytest.raises(UsageError) as error:
+        LossOptions(**changes)  # type: ignore[arg-type]  # any option
+    assert str(error.value) == message
+
+
+def test_lambda_is_the_objectives_own_unless_given() -> None:
+    """.005 for barlow, 1/D for hsic as published; a given one stands, 0 as well."""
+    network = NetworkOptions(projector_widths=(64, 128))
+
+    def lambd_of(loss: LossOptions) -> float:
+        return PretrainOptions(network=network, loss=loss).lambd
+
+    assert lambd_of(LossOptions()) == 5e-3
+    assert lambd_of(LossOptions(objective="hsic")) == 1 / 128
+    assert lambd_of(LossOptions(objective="hsic", lambd=0.0)) == 0.0
+
+
+def test_options_of_an_older_run_are_understood() -> None:
+    """Objective and lambda were options of their own; it ran on the CPU, in float32."""
+    kept = options_json(PretrainOptions(source="x"))
+    older = {k: v for k, v in kept.items() if k.partition(".")[0] not in ("loss", "device")}
+    del older["precision"]
+    options = options_from_json(older | {"objective": "hsic", "lambd": 0.1})
+    assert options.loss == LossOptions(objective="hsic", lambd=0.1)
+    assert (options.device, options.precision) == ("cpu", "fp32")
+
+
+def test_a_path_to_start_from_survives_json() -> None:
+    """It is text in config.json and a path in the options."""
+    options = PretrainOptions(source="x", init_from=Path("runs/a"), show_views=Path("v.png"))
+    kept = options_json(options)
+    assert kept["init_from"] == "runs/a"
+    assert "show_views" not in kept
+    assert options_from_json(kept).init_from == Path("runs/a")
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda preset: str(preset.preset))
 def test_options_survive_json(preset: PretrainOptions) -> None:
     """What a run keeps is what a resume compares, to the value."""
     kept = options_json(preset)
