@@ -2,6 +2,7 @@
 
 Rules:
     A record is one JSON object with `step`; numbers only, so that any tool can read it.
+    TensorBoard has the same numbers, grouped by what they are about.
     After a resume the log reads as if nothing had happened: records past the checkpoint are
     dropped before the first new one; without a checkpoint, all.
     A bar is shown on a terminal, a log line now and then elsewhere.
@@ -14,7 +15,8 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -25,7 +27,25 @@ from tqdm import tqdm
 from models.command import LOG_EVERY_S
 from models.files import atomic_file
 
+TAG_PREFIXES = {"loss_": "loss/", "knn_": "knn/", "z_": "embeddings/", "c_": "correlation/"}
+"""From the start of a value's name to its group in TensorBoard."""
+
+FEATURE_NAMES = frozenset({"spread", "rankme", "rankme_limit", "alpha_req", "dead_share"})
+"""Values of the backbone's features, which have no prefix."""
+
 log = logging.getLogger("horace")
+
+
+def tensorboard_tag(name: str) -> str:
+    """Give the name under which TensorBoard shows a value, such as `loss/invariance`."""
+    if name == "loss":
+        return "loss/total"
+    if name in FEATURE_NAMES:
+        return f"features/{name}"
+    for prefix, group in TAG_PREFIXES.items():
+        if name.startswith(prefix):
+            return group + name.removeprefix(prefix)
+    return f"progress/{name}"
 
 
 class RunLog:
@@ -62,7 +82,7 @@ class RunLog:
         self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
         self._file.flush()
         for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+            self._events.add_scalar(tensorboard_tag(name), value, step)
 
 
 def read_log(jsonl: Path) -> list[dict[str, float]]:
@@ -84,15 +104,24 @@ class ProgressDisplay:
     Args:
         total_images: of all epochs.
         done_images: by earlier sittings.
+        clock: gives seconds.
     """
 
-    def __init__(self, total_images: int, done_images: int) -> None:
+    def __init__(
+        self,
+        total_images: int,
+        done_images: int,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._bar = tqdm(
             total=total_images, initial=done_images, desc="training", unit=" images",
             disable=not sys.stderr.isatty(),
         )  # fmt: skip
+        self._clock = clock
         self._total, self._done, self._start = total_images, done_images, done_images
-        self._start_s = self._last_s = time.monotonic()
+        self._start_s = self._shown_s = clock()
+        self._window_done, self._window_s = done_images, self._start_s
 
     def advance(self, images: int) -> None:
         """Count the images of a step."""
@@ -103,11 +132,11 @@ class ProgressDisplay:
         """Show the latest values beside the bar, or in a log line if the last is a while ago."""
         texts = {name: f"{value:.4g}" for name, value in values.items()}
         self._bar.set_postfix(texts, refresh=False)
-        now_s = time.monotonic()
-        if not self._bar.disable or now_s - self._last_s < LOG_EVERY_S:
+        now_s = self._clock()
+        if not self._bar.disable or now_s - self._shown_s < LOG_EVERY_S:
             return
-        self._last_s = now_s
-        rate = max(self.images_per_s(), 1e-9)
+        self._shown_s = now_s
+        rate = max((self._done - self._start) / max(now_s - self._start_s, 1e-9), 1e-9)
         left_s = (self._total - self._done) / rate
         numbers = ", ".join(f"{name} {text}" for name, text in texts.items())
         log.info(
@@ -116,9 +145,20 @@ class ProgressDisplay:
         )  # fmt: skip
 
     def images_per_s(self) -> float:
-        """Give the mean rate of this sitting, monitoring included."""
-        elapsed_s = time.monotonic() - self._start_s
-        return (self._done - self._start) / elapsed_s if elapsed_s > 0 else 0.0
+        """Give the rate since this was last asked, without what was `paused`."""
+        now_s = self._clock()
+        images, elapsed_s = self._done - self._window_done, now_s - self._window_s
+        self._window_done, self._window_s = self._done, now_s
+        return images / elapsed_s if elapsed_s > 0 else 0.0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the time of this block, in which no image is learnt from."""
+        start_s = self._clock()
+        try:
+            yield
+        finally:
+            self._window_s += self._clock() - start_s
 
     def __enter__(self) -> Self:
         return self

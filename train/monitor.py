@@ -1,10 +1,13 @@
-"""How a training is doing: kNN accuracy on held-out training images, and signs of collapse.
+"""How a training is doing: kNN accuracy on held-out training images, and warnings in words.
 
 Rules:
     Features come from the backbone in eval mode, and the mode is restored.
     Queries are images held out of the *training* set; a test set is never looked at.
     Watching changes nothing: no weight, no BatchNorm statistic, no random number, and no
     thread count.
+    A warning says what is seen, what it means and what to do; each kind is said once.
+
+What is measured of a batch is in `train.diagnostics`; here is only what it means.
 
 Source of the vote: Wu et al., arXiv 1805.01978; k and T as in DINO (arXiv 2104.14294).
 
@@ -13,7 +16,8 @@ Shapes: N images, D dimensions, Q queries, K neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +35,32 @@ FEATURE_BATCH = 512
 COLLAPSE_SPREAD = 0.02
 """A healthy encoder is between .2 and 1, from its first step on."""
 
+LEAST_RANK_SHARE = 0.1
+"""Of the RankMe that features can reach. Measured on Fashion-MNIST (ResNet of width 16, batch
+128): .4 untrained, .2 to .35 in a healthy training, .05 at a hundred times its learning rate."""
+
+LEAST_Z_RANK_SHARE = 0.05
+"""Of the RankMe that embeddings can reach: .12 at worst and .5 at last in that training, .03
+without the redundancy term."""
+
+MOST_DEAD_SHARE = 0.1
+"""Of the dimensions: 0 in that training, .2 at a hundred times its learning rate."""
+
+PATIENCE = 3
+"""Records in a row that must agree: early steps pass through strange places."""
+
+LOSS_RECORDS = 5
+"""Records that a loss is averaged over before it is compared."""
+
+LEAST_RECORDS_TO_JUDGE = 20
+"""Records before anything is said of the loss: those of a short run are single batches."""
+
+LEAST_FALL = 0.02
+"""Share of its first mean that a loss has lost by then, or it stands."""
+
+MOST_RISE = 1.5
+"""Times its lowest mean that a loss may rise to."""
+
 
 def embed(
     network: nn.Module,
@@ -41,10 +71,10 @@ def embed(
     """Compute the features of some images in eval mode.
 
     Args:
-        network: gives (features, anything) for normalised (N, C, H, W).
+        network: gives (features, ...) for normalised (N, C, H, W), on whatever device.
         images_NHWC: all images, uint8.
         rows: which of them.
-        to_input: from (N, H, W, C) uint8 to what the network takes.
+        to_input: from (N, H, W, C) uint8 on the host to what the network takes.
 
     Returns:
         (len(rows), D) float32.
@@ -53,11 +83,11 @@ def embed(
     network.eval()
     try:
         with torch.inference_mode():
-            blocks = [
-                network(to_input(torch.from_numpy(images_NHWC[rows[i : i + FEATURE_BATCH]])))[0]
-                for i in range(0, len(rows), FEATURE_BATCH)
-            ]
-        return torch.cat(blocks).float().cpu().numpy()
+            blocks = []
+            for i in range(0, len(rows), FEATURE_BATCH):
+                images = torch.from_numpy(images_NHWC[rows[i : i + FEATURE_BATCH]])
+                blocks.append(network(to_input(images))[0].float().cpu())
+        return torch.cat(blocks).numpy()
     finally:
         network.train(was_training)
 
@@ -96,10 +126,99 @@ def knn_accuracy(
     return float((scores_QC.argmax(axis=1) == query_labels_Q).mean())
 
 
-def spread(features_ND: Tensor) -> float:
-    """Measure how far features of unit length vary over a batch: 1 for noise, 0 collapsed.
+class Sign(NamedTuple):
+    """What a record shows, and how many in a row must show it before it is said."""
 
-    It is the mean deviation of a dimension, times sqrt(D), which isotropic vectors have as 1.
+    text: str
+    patience: int = 1
+
+
+class HealthWatch:
+    """Looks through a run's records for signs of trouble, and says each kind once.
+
+    Args:
+        past: records of earlier sittings: what they showed is known and not said again.
     """
-    unit_ND = nn.functional.normalize(features_ND.detach().float(), dim=1)
-    return float(unit_ND.std(dim=0).mean() * unit_ND.shape[1] ** 0.5)
+
+    def __init__(self, past: Iterable[Mapping[str, float | None]] = ()) -> None:
+        self._said: set[str] = set()
+        self._in_a_row: dict[str, int] = {}
+        self._losses: list[float] = []
+        for record in past:
+            self.warnings_in_words(record)
+
+    def warnings_in_words(self, values: Mapping[str, float | None]) -> list[str]:
+        """Say what is newly wrong.
+
+        Args:
+            values: one record: `loss`, and what `train.diagnostics.embedding_diagnostics`
+                gives; what is missing or None is passed over.
+
+        Returns:
+            A line for each kind of trouble that shows now and was not said before.
+        """
+        known = {name: value for name, value in values.items() if value is not None}
+        if "loss" not in known:
+            return []
+        self._losses.append(known["loss"])
+        signs = _batch_signs(known) | _loss_signs(self._losses)
+        self._in_a_row = {kind: self._in_a_row.get(kind, 0) + 1 for kind in signs}
+        texts = []
+        for kind, sign in signs.items():
+            if kind not in self._said and self._in_a_row[kind] >= sign.patience:
+                self._said.add(kind)
+                texts.append(sign.text)
+        return texts
+
+
+def _batch_signs(values: Mapping[str, float]) -> dict[str, Sign]:
+    """Find, by kind, what the batch of one record shows."""
+    signs = {}
+    spread = values.get("spread", 1.0)
+    if spread < COLLAPSE_SPREAD:
+        signs["collapse"] = Sign(
+            f"the features of all images are nearly equal (spread {spread:.4f}, healthy is "
+            "above .2): the encoder has collapsed; lower --lr-peak or raise --batch-size"
+        )
+    for prefix, what, least, mend in (
+        ("", "features", LEAST_RANK_SHARE, "lower --lr-peak or lengthen --warmup-epochs"),
+        ("z_", "embeddings", LEAST_Z_RANK_SHARE, "raise --loss.lambd or --batch-size"),
+    ):
+        rank, limit = values.get(f"{prefix}rankme"), values.get(f"{prefix}rankme_limit")
+        if rank is not None and limit is not None and rank < least * limit:
+            signs[f"{prefix}rank"] = Sign(
+                f"the {what} fill about {rank:.1f} of {limit:.0f} directions (RankMe): "
+                f"dimensional collapse; {mend}",
+                PATIENCE,
+            )
+        dead = values.get(f"{prefix}dead_share", 0.0)
+        if dead > MOST_DEAD_SHARE:
+            signs[f"{prefix}dead"] = Sign(
+                f"{dead:.0%} of the dimensions of the {what} are the same for all images: "
+                "they are dead; lower --lr-peak",
+                PATIENCE,
+            )
+    return signs
+
+
+def _loss_signs(losses: list[float]) -> dict[str, Sign]:
+    """Find what the history of the loss shows, once there is enough of it."""
+    if len(losses) < LEAST_RECORDS_TO_JUDGE:
+        return {}
+    means = np.convolve(losses, np.full(LOSS_RECORDS, 1 / LOSS_RECORDS), mode="valid")
+    first, lowest, now = float(means[0]), float(means.min()), float(means[-1])
+    if now > MOST_RISE * lowest and now - lowest > LEAST_FALL * first:
+        return {
+            "loss rises": Sign(
+                f"the loss rises: {now:.4g} over the last records, after {lowest:.4g}: the "
+                "training diverges; lower --lr-peak"
+            )
+        }
+    if lowest > (1 - LEAST_FALL) * first:
+        return {
+            "loss stands": Sign(
+                f"the loss does not fall: {now:.4g} after {len(losses)} records, {first:.4g} at "
+                "first; raise --lr-peak, or lower it if the loss swings"
+            )
+        }
+    return {}

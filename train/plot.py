@@ -1,73 +1,291 @@
-"""The picture of a run: loss above and, where it was measured, kNN accuracy below."""
+"""The curves of a run: one panel for each thing to watch, as a PNG or one by one for a page.
+
+Rules:
+    A panel is there where its values were measured, and nowhere else.
+    What a value should be compared with is drawn beside it, dashed: floors, limits, baselines.
+    Every record has a marker where they are few, so that a single one shows.
+    Colours come from `PALETTE` alone, so that a page can put others in their place.
+
+Figures are drawn without pyplot: no global state, no window, no back end setting.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from models.files import atomic_file
 
-BASELINES = {"knn_pixels": ("raw pixels", "grey"), "knn_random": ("untrained encoder", "tab:red")}
-"""What a trained encoder has to beat: the label and colour of each line."""
+Records = Sequence[dict[str, float]]
+
+INK, MUTED, GRID, PAPER = "#1f2328", "#656d76", "#d8dee4", "#ffffff"
+BLUE, ORANGE, GREEN = "#0969da", "#bc4c00", "#1a7f37"
+PALETTE = {
+    "ink": INK, "muted": MUTED, "grid": GRID, "paper": PAPER,
+    "blue": BLUE, "orange": ORANGE, "green": GREEN,
+}  # fmt: skip
+
+MANY_RECORDS = 40
+"""From here on a curve is a line without markers."""
+
+COLUMNS = 3
+PANEL_INCHES = (3.9, 2.7)
+LEGEND_COLUMNS, LEGEND_LINE_POINTS = 2, 13
 
 
-def plot_curves(records: Sequence[dict[str, float]], path: Path, *, title: str) -> None:
-    """Draw a run's log as a PNG.
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """A value over the epochs, and how it is called and drawn."""
+
+    name: str
+    label: str
+    colour: str
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """A height to compare with: `value`, or what the first record says of `name`."""
+
+    label: str
+    colour: str = MUTED
+    value: float | None = None
+    name: str = ""
+    scale: float = 1.0
+
+    def height(self, records: Records) -> float | None:
+        """Give where the line is drawn; None where nothing is known."""
+        if self.value is not None:
+            return self.value
+        known = [r[self.name] for r in records if r.get(self.name) is not None]
+        return self.scale * known[0] if known else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One diagram.
+
+    Attributes:
+        title: what it shows.
+        unit: what the upright axis counts.
+        note: how to read it, in a sentence.
+        curves: at least one of them was measured.
+        levels: what they are compared with.
+        is_log: whether the upright axis is logarithmic.
+        from_zero: whether the upright axis begins at 0.
+    """
+
+    title: str
+    unit: str
+    note: str
+    curves: tuple[Curve, ...]
+    levels: tuple[Level, ...] = field(default=())
+    is_log: bool = False
+    from_zero: bool = False
+
+    def points(self, curve: Curve, records: Records) -> tuple[list[float], list[float]]:
+        """Give the epochs and heights at which a value was measured."""
+        least = 0.0 if self.is_log else -math.inf  # a logarithmic axis has no place for less
+        measured = [r for r in records if r.get(curve.name) is not None and "epoch" in r]
+        known = [(r["epoch"], r[curve.name]) for r in measured]
+        return (
+            [epoch for epoch, value in known if value > least],
+            [curve.scale * value for _, value in known if value > least],
+        )
+
+    def drawn(self, records: Records) -> bool:
+        """Say whether there is anything to draw."""
+        return any(self.points(curve, records)[0] for curve in self.curves)
+
+    def in_words(self, records: Records) -> str:
+        """Say what the panel shows to those who do not see it."""
+        texts = []
+        for curve in self.curves:
+            epochs, heights = self.points(curve, records)
+            if epochs:
+                texts.append(
+                    f"{curve.label} {heights[0]:.4g} at epoch {epochs[0]:.3g}, "
+                    f"{heights[-1]:.4g} at epoch {epochs[-1]:.3g}"
+                )
+        for level in self.levels:
+            height = level.height(records)
+            if height is not None:
+                texts.append(f"{level.label} {height:.4g}")
+        return f"{self.title}, {self.unit}: {'; '.join(texts)}"
+
+
+def panels(*, redundancy_floor: float | None = None) -> list[Panel]:
+    """List what there is to draw of a run's log, most important first.
 
     Args:
-        records: of `train.log.read_log`; those with `loss`, `knn_top1` or a baseline count.
+        redundancy_floor: what the redundancy term costs by chance, where that is known.
+    """
+    floor = Level(label="floor of redundancy", colour=ORANGE, value=redundancy_floor)
+    return [
+        Panel(
+            title="Loss", unit="loss",
+            note="The floor is what chance correlations of one batch cost.",
+            curves=(
+                Curve(name="loss", label="loss", colour=INK),
+                Curve(name="loss_invariance", label="invariance", colour=BLUE),
+                Curve(name="loss_redundancy", label="redundancy", colour=ORANGE),
+            ),
+            levels=() if redundancy_floor is None else (floor,), is_log=True,
+        ),
+        Panel(
+            title="kNN accuracy", unit="top-1, %",
+            note="Held-out training images, classified by their 20 nearest.",
+            curves=(Curve(name="knn_top1", label="this encoder", colour=BLUE, scale=100),),
+            levels=(
+                Level(label="raw pixels", name="knn_pixels", scale=100),
+                Level(label="untrained encoder", name="knn_random", scale=100, colour=ORANGE),
+            ),
+        ),
+        Panel(
+            title="Rank", unit="directions filled (RankMe)",
+            note="Of one batch, so at most its size. A low one is dimensional collapse.",
+            curves=(
+                Curve(name="rankme", label="features", colour=BLUE),
+                Curve(name="z_rankme", label="embeddings", colour=ORANGE),
+            ),
+            levels=(
+                Level(label="most features", name="rankme_limit", colour=BLUE),
+                Level(label="most embeddings", name="z_rankme_limit", colour=ORANGE),
+            ),
+            from_zero=True,
+        ),
+        Panel(
+            title="Correlation matrix C", unit="correlation",
+            note="The diagonal should reach 1, the rest the floor of 1/√N.",
+            curves=(
+                Curve(name="loss_invariance_per_dim", label="invariance / D", colour=INK),
+                Curve(name="c_diagonal", label="diagonal, mean", colour=BLUE),
+                Curve(name="c_off_diagonal_rms", label="off-diagonal, RMS", colour=ORANGE),
+            ),
+            levels=(Level(label="floor", name="c_off_diagonal_floor", colour=ORANGE),),
+            from_zero=True,
+        ),
+        Panel(
+            title="Alignment", unit="squared distance",
+            note="Of two views of one image, on the unit sphere: 0 alike, 2 unrelated.",
+            curves=(Curve(name="z_alignment", label="embeddings", colour=ORANGE),),
+            from_zero=True,
+        ),
+        Panel(
+            title="Uniformity", unit="log mean exp(-2 distance²)",
+            note="Lower is more evenly spread over the sphere: -4 is even, 0 collapsed.",
+            curves=(Curve(name="z_uniformity", label="embeddings", colour=ORANGE),),
+        ),
+        Panel(
+            title="Spread and dead dimensions", unit="share",
+            note="Spread is 1 for noise and 0 when collapsed; no dimension should be dead.",
+            curves=(
+                Curve(name="spread", label="spread", colour=BLUE),
+                Curve(name="dead_share", label="dead features", colour=INK),
+                Curve(name="z_dead_share", label="dead embeddings", colour=ORANGE),
+            ),
+            from_zero=True,
+        ),
+        Panel(
+            title="Slope of the spectrum", unit="alpha (alpha-ReQ)",
+            note="Eigenvalues of the features fall as rank^-alpha; about 1 generalises best.",
+            curves=(Curve(name="alpha_req", label="features", colour=BLUE),),
+            levels=(Level(label="1", value=1.0),),
+        ),
+        Panel(
+            title="Learning rate", unit="learning rate",
+            note="Warm-up, then a cosine.",
+            curves=(Curve(name="lr", label="learning rate", colour=BLUE),),
+            from_zero=True,
+        ),
+        Panel(
+            title="Speed", unit="images/s",
+            note="Of the steps since the record before.",
+            curves=(Curve(name="images_per_s", label="images/s", colour=GREEN),),
+            from_zero=True,
+        ),
+    ]  # fmt: skip
+
+
+def plot_curves(records: Records, path: Path, *, title: str) -> None:
+    """Draw a run's log as one PNG.
+
+    Args:
+        records: of `train.log.read_log`.
         path: the picture; replaced whole.
         title: what stands above it.
     """
     figure = draw_curves(records, title=title)
     with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+        figure.savefig(temporary, format="png", dpi=110, facecolor=PAPER)
 
 
-def draw_curves(records: Sequence[dict[str, float]], *, title: str) -> Figure:
-    """Draw one panel, or two where kNN accuracy was measured; see `plot_curves`."""
-    accuracies = [record for record in records if record.get("knn_top1") is not None]
-    figure = Figure(figsize=(8, 6), layout="constrained")
+def draw_curves(records: Records, *, title: str) -> Figure:
+    """Draw every panel that has something to show; the loss alone where none has."""
+    shown = [panel for panel in panels() if panel.drawn(records)] or panels()[:1]
+    columns = min(COLUMNS, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    width, height = PANEL_INCHES
+    figure = Figure(figsize=(columns * width, rows * height + 0.4), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(2 if accuracies else 1, 1, sharex=True, squeeze=False)[:, 0]
-    panels[0].set_title(title)
-    _draw_losses(panels[0], [r for r in records if r.get("loss") is not None])
-    if accuracies:
-        _draw_accuracies(panels[1], accuracies, baselines=records[0])
-    for axes in panels:
-        axes.grid(alpha=0.3)
-    panels[-1].set_xlabel("epoch")
-    panels[-1].xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))
+    figure.suptitle(title, color=INK, fontsize=11, weight="bold")
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for panel, axes in zip(shown, grid[: len(shown)], strict=True):
+        draw_panel(axes, panel, records)
+        legend = axes.get_legend()
+        lines = 0 if legend is None else math.ceil(len(legend.get_texts()) / LEGEND_COLUMNS)
+        axes.set_title(panel.title, loc="left", fontsize=10, weight="bold", color=INK,
+                       pad=6 + LEGEND_LINE_POINTS * lines)  # fmt: skip
+    for axes in grid[len(shown) :]:
+        axes.set_axis_off()
     return figure
 
 
-def _draw_losses(axes: Axes, losses: Sequence[dict[str, float]]) -> None:
-    """Draw the loss and its parts; every record has a marker, so that a single one shows."""
-    epochs = [r["epoch"] for r in losses]
-    axes.plot(epochs, [r["loss"] for r in losses], ".-", label="loss")
-    for name in ("invariance", "redundancy"):
-        values = [r[f"loss_{name}"] for r in losses]
-        axes.plot(epochs, values, ".-", label=name, linewidth=0.8, markersize=3)
-    axes.set(ylabel="loss", yscale="log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+def draw_panel(axes: Axes, panel: Panel, records: Records) -> None:
+    """Draw one panel, but for its title."""
+    for curve in panel.curves:
+        epochs, heights = panel.points(curve, records)
+        if epochs:
+            marker = "." if len(epochs) < MANY_RECORDS else ""
+            axes.plot(epochs, heights, color=curve.colour, label=curve.label, linewidth=1.6,
+                      marker=marker, solid_joinstyle="round")  # fmt: skip
+    for level in panel.levels:
+        height = level.height(records)
+        if height is not None:
+            axes.axhline(height, color=level.colour, label=level.label, linewidth=1.1,
+                         linestyle=(0, (4, 3)))  # fmt: skip
+    if panel.is_log:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
+    axes.minorticks_off()
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.legend()
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
+    axes.set_xlim(left=0)
+    if panel.from_zero:
+        axes.set_ylim(bottom=0)
+    style_axes(axes, x="epoch", y=panel.unit)
+    if len(panel.curves) + len(panel.levels) > 1 and axes.lines:
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=LEGEND_COLUMNS,
+                    borderaxespad=0.2, frameon=False, fontsize=8, labelcolor=INK,
+                    handlelength=1.6)  # fmt: skip
 
 
-def _draw_accuracies(
-    axes: Axes, accuracies: Sequence[dict[str, float]], *, baselines: dict[str, float]
-) -> None:
-    """Draw the accuracies in per cent, and a line for each baseline."""
-    top1s = [100 * r["knn_top1"] for r in accuracies]
-    axes.plot([r["epoch"] for r in accuracies], top1s, "o-", label="this encoder")
-    for name, (label, colour) in BASELINES.items():
-        if baselines.get(name) is not None:
-            axes.axhline(100 * baselines[name], linestyle=":", color=colour, label=label)
-    axes.set_ylabel("held-out kNN top-1, %")
-    axes.legend()
+def style_axes(axes: Axes, *, x: str, y: str) -> None:
+    """Give axes the plain look that all diagrams share."""
+    axes.set_xlabel(x, color=MUTED, fontsize=9)
+    axes.set_ylabel(y, color=MUTED, fontsize=9)
+    axes.grid(color=GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=MUTED, labelsize=8, length=0)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(GRID)

@@ -8,9 +8,10 @@ import math
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from train import log as train_log
-from train.log import ProgressDisplay, RunLog, read_log
+from train.log import ProgressDisplay, RunLog, read_log, tensorboard_tag
 
 
 def test_records_are_json_lines_and_events(tmp_path: Path) -> None:
@@ -24,6 +25,19 @@ def test_records_are_json_lines_and_events(tmp_path: Path) -> None:
         {"step": 2, "loss": None},
     ]
     assert list((tmp_path / "events").glob("events.out.tfevents.*"))
+
+
+def test_tensorboard_groups_what_belongs_together(tmp_path: Path) -> None:
+    """Loss and parts, kNN, features, embeddings, C and progress each have a group."""
+    names = ["loss", "loss_invariance", "knn_top1", "spread", "z_rankme", "c_diagonal", "lr"]
+    with RunLog(tmp_path / "log.jsonl", tmp_path / "events", step=0) as log:
+        log.write(3, dict.fromkeys(names, 0.5))
+    events = EventAccumulator(str(tmp_path / "events")).Reload()
+    tags = ["loss/total", "loss/invariance", "knn/top1", "features/spread", "embeddings/rankme",
+            "correlation/diagonal", "progress/lr"]  # fmt: skip
+    assert [tensorboard_tag(name) for name in names] == tags
+    assert sorted(events.Tags()["scalars"]) == sorted(tags)
+    assert [(e.step, e.value) for e in events.Scalars("knn/top1")] == [(3, 0.5)]
 
 
 def test_a_resume_drops_what_lies_past_the_checkpoint(tmp_path: Path) -> None:
@@ -67,3 +81,18 @@ def test_progress_lines_are_rare(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="horace"), ProgressDisplay(100, 0) as display:
         display.show({"loss": 1.0})
     assert caplog.text == ""
+
+
+def test_the_rate_is_that_of_the_steps_since_the_last_record() -> None:
+    """Each window stands for itself, and pauses for other work are left out."""
+    now_s = 100.0
+    with ProgressDisplay(1000, 500, clock=lambda: now_s) as display:
+        assert display.images_per_s() == 0
+        display.advance(100)
+        now_s += 4
+        assert display.images_per_s() == 25
+        display.advance(60)
+        with display.paused():
+            now_s += 1000
+        now_s += 1
+        assert display.images_per_s() == 60

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 import numpy as np
 import torch
 
 from models.networks import BarlowTwins, ResNet
-from train.monitor import COLLAPSE_SPREAD, FEATURE_BATCH, embed, knn_accuracy, pixels, spread
+from train.diagnostics import embedding_diagnostics
+from train.monitor import FEATURE_BATCH, HealthWatch, embed, knn_accuracy, pixels
 from train.views import Normaliser
 
 
@@ -66,8 +69,69 @@ def test_pixels_are_rows_of_values() -> None:
     assert pixels(images, np.array([2])).tolist() == [[8, 9, 10, 11]]
 
 
-def test_spread_tells_noise_from_collapse() -> None:
-    """Isotropic features have 1, equal ones 0, whatever their scale."""
-    noise = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0))
-    assert abs(spread(100 * noise) - 1) < 0.02
-    assert spread(torch.ones(64, 8) + 1e-4 * noise[:64, :8]) < COLLAPSE_SPREAD
+HEALTHY = {"loss": 100.0, "spread": 0.6, "rankme": 40.0, "rankme_limit": 128.0}
+
+
+def watched(records: Iterable[Mapping[str, float | None]]) -> list[str]:
+    """All that a watch says of some records."""
+    watch = HealthWatch()
+    return [text for record in records for text in watch.warnings_in_words(record)]
+
+
+def test_a_healthy_training_is_left_in_peace() -> None:
+    """A falling loss, live features and records of other things give no word."""
+    records = [HEALTHY | {"loss": 100.0 / (i + 1)} for i in range(30)]
+    assert watched([{"knn_top1": 0.1}, *records, {"loss": None}]) == []
+
+
+def test_collapse_is_said_at_once_and_once() -> None:
+    """Features that are all alike give one line, with advice."""
+    features, z = torch.ones(32, 4), torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
+    record = {"loss": 5.0} | embedding_diagnostics(features, z, z)
+    first, *rest = watched([record] * 2)
+    assert first.startswith("the features of all images are nearly equal (spread 0.0000")
+    assert "the encoder has collapsed; lower --lr-peak or raise --batch-size" in first
+    assert rest == []
+
+
+def test_a_low_rank_is_said_when_it_stays() -> None:
+    """One step may pass through a low rank; three records in a row are dimensional collapse."""
+    low = HEALTHY | {"rankme": 3.0}
+    assert watched([low, low, HEALTHY, low, low]) == []
+    (text,) = watched([low] * 5)
+    assert text.startswith("the features fill about 3.0 of 128 directions (RankMe)")
+    assert "dimensional collapse; lower --lr-peak" in text
+    (text,) = watched([{"loss": 1.0, "z_rankme": 4.0, "z_rankme_limit": 128.0}] * 4)
+    assert text.startswith("the embeddings fill about 4.0 of 128 directions")
+    assert "raise --loss.lambd" in text
+
+
+def test_dead_dimensions_are_said() -> None:
+    """Their share, and of what."""
+    (text,) = watched([HEALTHY | {"dead_share": 0.25}] * 3)
+    assert text.startswith("25% of the dimensions of the features are the same for all images")
+    (text,) = watched([HEALTHY | {"z_dead_share": 0.5}] * 3)
+    assert text.startswith("50% of the dimensions of the embeddings")
+
+
+def test_a_loss_that_stands_is_said_after_twenty_records() -> None:
+    """Noise around one height is no fall; a shorter history is left its time."""
+    records = [{"loss": 100.0 + i % 5} for i in range(25)]
+    assert watched(records[:19]) == []
+    (text,) = watched(records)
+    assert text.startswith("the loss does not fall: 102 after 20 records, 102 at first; raise")
+
+
+def test_a_loss_that_rises_is_said() -> None:
+    """A loss that doubles after its lowest has diverged."""
+    losses = [100.0, 50, 30, *(20.0 for _ in range(17)), 30, 50, 60, 70, 80, 90]
+    (text,) = watched([{"loss": loss} for loss in losses])
+    assert text.startswith("the loss rises: ")
+    assert "the training diverges; lower --lr-peak" in text
+
+
+def test_what_was_said_before_a_resume_is_not_said_again() -> None:
+    """The records of earlier sittings are known."""
+    low = HEALTHY | {"rankme": 3.0}
+    assert HealthWatch([low] * 3).warnings_in_words(low) == []
+    assert len(HealthWatch([low] * 2).warnings_in_words(low)) == 1

@@ -1,4 +1,4 @@
-"""The picture of a run."""
+"""The curves of a run: each where it was measured, and beside what it is compared with."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
-from train.plot import draw_curves, plot_curves
+from train.plot import MANY_RECORDS, draw_curves, draw_panel, panels, plot_curves
 
 LOSS = {"step": 5, "epoch": 0.5, "loss": 9.0, "loss_invariance": 6.0, "loss_redundancy": 3.0}
 ALL = [
@@ -27,9 +28,23 @@ def test_any_log_makes_a_picture(records: list[dict[str, float]], tmp_path: Path
 
 
 def test_a_single_record_can_be_seen() -> None:
-    """One point makes no line, so every record has a marker; without kNN there is one panel."""
+    """One point makes no line, so few records have markers; many have none."""
     (losses,) = draw_curves([LOSS], title="run").axes
     assert [line.get_marker() for line in losses.lines] == [".", ".", "."]
+    many = [LOSS | {"epoch": float(i)} for i in range(MANY_RECORDS)]
+    (losses,) = draw_curves(many, title="run").axes
+    assert {line.get_marker() for line in losses.lines} == {""}
+
+
+def test_there_is_a_panel_for_what_was_measured() -> None:
+    """The log's values decide; a log without any has an empty loss."""
+    titles = [axes.get_title(loc="left") for axes in draw_curves(ALL, title="run").axes]
+    assert titles == ["Loss", "kNN accuracy"]
+    everything = {curve.name: 1.0 for panel in panels() for curve in panel.curves}
+    shown = [axes for axes in draw_curves([everything | {"epoch": 1.0}], title="run").axes
+             if axes.get_title(loc="left")]  # fmt: skip
+    assert len(shown) == len(panels())
+    assert len(draw_curves([], title="run").axes) == 1
 
 
 def test_both_baselines_are_drawn() -> None:
@@ -43,9 +58,27 @@ def test_both_baselines_are_drawn() -> None:
     }
 
 
+def test_the_loss_is_drawn_above_its_floor() -> None:
+    """The floor of the redundancy term is a line where it is known; zeros have no place."""
+    axes = Figure().add_subplot()
+    records = [LOSS, LOSS | {"epoch": 1.0, "loss_redundancy": 0.0}]
+    draw_panel(axes, panels(redundancy_floor=2.0)[0], records)
+    heights = {line.get_label(): np.asarray(line.get_ydata()).tolist() for line in axes.lines}
+    assert heights["floor of redundancy"] == [2.0, 2.0]
+    assert heights["redundancy"] == [3.0]
+
+
 def test_losses_have_plain_labels() -> None:
     """The axis is logarithmic and says 20, not 2 x 10^1."""
     records = [LOSS | {"epoch": float(i), "loss": 10.0 * (i + 1)} for i in range(3)]
     figure = draw_curves(records, title="run")
     figure.canvas.draw()
     assert {"5", "10", "20"} <= {text.get_text() for text in figure.axes[0].get_yticklabels()}
+
+
+def test_a_panel_has_words() -> None:
+    """Title, unit, first and last value of each curve, and what they are compared with."""
+    assert panels()[1].in_words(ALL) == (
+        "kNN accuracy, top-1, %: this encoder 80 at epoch 1, 80 at epoch 1; raw pixels 80; "
+        "untrained encoder 70"
+    )
