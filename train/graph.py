@@ -11,8 +11,9 @@ Shapes: N images of H x W pixels and C channels, D dimensions.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import onnx
@@ -20,13 +21,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from models.networks import ResNet
 from models.preprocess import PreprocessSpec
 from train.errors import ExportError
+from train.graph_names import BATCH_NAME, INPUT_NAME, OUTPUT_NAME
 
-INPUT_NAME = "images"
-OUTPUT_NAME = "embeddings"
-BATCH_NAME = "N"
+T = TypeVar("T")
+
 OPSET = 20
 """Recent enough for the exporter to need no conversion, old enough for TensorRT 10."""
 
@@ -40,7 +40,7 @@ class EncoderGraph(nn.Module):
     """Normalisation, backbone and readout, in eval mode.
 
     Args:
-        backbone: gives the maps of its stages.
+        backbone: gives the maps of its stages for normalised (N, C, H, W).
         readout: makes (N, D) vectors of the maps; has `dim`.
         channel_mean: per channel, of values in [0, 1].
         channel_std: per channel.
@@ -51,7 +51,7 @@ class EncoderGraph(nn.Module):
 
     def __init__(
         self,
-        backbone: ResNet,
+        backbone: nn.Module,
         readout: nn.Module,
         channel_mean: Sequence[float],
         channel_std: Sequence[float],
@@ -66,19 +66,35 @@ class EncoderGraph(nn.Module):
 
     def forward(self, images_NHWC: Tensor) -> Tensor:
         """Embed (N, H, W, C) uint8 as (N, D) float32."""
-        images_NCHW = images_NHWC.permute(0, 3, 1, 2).to(torch.float32)
-        vectors_ND: Tensor = self.readout(self.backbone(images_NCHW * self.scale + self.shift))
+        vectors_ND: Tensor = self.readout(self.maps(images_NHWC))
         return vectors_ND
+
+    def maps(self, images_NHWC: Tensor) -> tuple[Tensor, ...]:
+        """Give the stages' maps of (N, H, W, C) uint8, for other readouts than its own."""
+        # The cast comes first: TensorRT has uint8 at the graph's edge and nowhere else.
+        images_NCHW = images_NHWC.to(torch.float32).permute(0, 3, 1, 2)
+        maps: tuple[Tensor, ...] = self.backbone(images_NCHW * self.scale + self.shift)
+        return maps
 
 
 def embed_with_torch(graph: EncoderGraph, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Run the graph in torch: what the exported file is compared with."""
-    with torch.inference_mode():
-        blocks = [
-            graph(torch.from_numpy(images_NHWC[i : i + EMBED_BATCH]))
-            for i in range(0, len(images_NHWC), EMBED_BATCH)
-        ]
-        return torch.cat(blocks).numpy()
+    return torch.cat(list(run_in_batches(graph, graph, images_NHWC))).cpu().numpy()
+
+
+def run_in_batches(
+    graph: EncoderGraph,
+    function: Callable[[Tensor], T],
+    images_NHWC: NDArray[np.uint8],
+    rows: NDArray[np.int64] | None = None,
+) -> Iterator[T]:
+    """Apply a function of uint8 images to all of them, or to some rows, where the graph is."""
+    device = graph.scale.device
+    rows = np.arange(len(images_NHWC)) if rows is None else rows
+    for i in range(0, len(rows), EMBED_BATCH):
+        batch_NHWC = torch.from_numpy(images_NHWC[rows[i : i + EMBED_BATCH]])
+        with torch.inference_mode():
+            yield function(batch_NHWC.to(device))
 
 
 def write_onnx(graph: EncoderGraph, spec: PreprocessSpec, path: Path) -> None:
@@ -110,16 +126,17 @@ def write_onnx(graph: EncoderGraph, spec: PreprocessSpec, path: Path) -> None:
                 expected="a network that torch can export",
                 found=lines[0] if lines else type(error).__name__,
             ) from error
-    model = program.model_proto
+    save_graph(program.model_proto, path)
+
+
+def save_graph(model: onnx.ModelProto, path: Path) -> None:
+    """Write a model as one file; equal weights give equal bytes wherever it was made."""
     _forget_where_it_was_made(model)
     path.write_bytes(model.SerializeToString(deterministic=True))
 
 
 def _forget_where_it_was_made(model: onnx.ModelProto) -> None:
-    """Drop the exporter's notes: they hold stack traces, so paths of this machine.
-
-    Without them equal weights give equal bytes wherever they are exported.
-    """
+    """Drop the exporter's notes: they hold stack traces, so paths of this machine."""
     graph = model.graph
     for part in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
         part.ClearField("metadata_props")

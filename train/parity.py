@@ -37,12 +37,14 @@ class Parity:
 
     Attributes:
         images: how many were compared.
-        min_cosine: over the images.
+        min_cosine: least over the images.
+        mean_cosine: over the images.
         overlap: mean share of common neighbours among the `OVERLAP_NEIGHBOURS` nearest.
     """
 
     images: int
     min_cosine: float
+    mean_cosine: float
     overlap: float
 
 
@@ -56,7 +58,10 @@ def measure_parity(reference_ND: NDArray[np.float32], found_ND: NDArray[np.float
         for ours, theirs in zip(*neighbours, strict=True)
     ]
     return Parity(
-        images=len(reference_ND), min_cosine=float(cosines_N.min()), overlap=float(np.mean(shares))
+        images=len(reference_ND),
+        min_cosine=float(cosines_N.min()),
+        mean_cosine=float(cosines_N.mean()),
+        overlap=float(np.mean(shares)),
     )
 
 

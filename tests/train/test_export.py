@@ -6,31 +6,36 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from numpy.typing import NDArray
 from onnx import helper
 
 from models.bundle import ENCODER_FILE, Bundle, read_bundle
 from models.encoder import open_encoder
 from models.errors import BundleError, EncoderError
-from models.runtime import open_random_twin
+from models.runtime import open_bundle, open_random_twin
 from train.checkpoint import list_checkpoints
+from train.config import PretrainOptions
 from train.errors import ExportError, RunError
-from train.export import (
-    ExportOptions,
-    check_graph,
-    export_run,
-    graph_of,
-    last_checkpoint,
-    main,
-    read_images,
-)
-from train.graph import BATCH_NAME, INPUT_NAME, OUTPUT_NAME, embed_with_torch, write_onnx
+from train.export import main, summarise
+from train.export_bundle import export_run
+from train.export_data import load_run_images
+from train.export_graph import check_graph
+from train.export_options import ExportOptions, ReadoutOptions
+from train.graph import embed_with_torch, write_onnx
+from train.graph_names import BATCH_NAME, INPUT_NAME, OUTPUT_NAME
+from train.loop import pretrain
 from train.run import RunConfig, RunDirectory
+from train.run_graph import graph_of, last_checkpoint
+
+RunOptions = Callable[..., PretrainOptions]
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +53,26 @@ def config(run: RunDirectory) -> RunConfig:
 @pytest.fixture(scope="module")
 def images_NHWC(config: RunConfig) -> NDArray[np.uint8]:
     """Its images."""
-    return read_images(config)
+    data = load_run_images(config)
+    return data.read(np.arange(data.images), config.preprocessing)
 
 
 @pytest.fixture(scope="module")
 def bundle(run: RunDirectory, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Its bundle."""
     return export_run(run, tmp_path_factory.mktemp("bundles") / "mini", name="mini")
+
+
+@pytest.fixture(scope="module")
+def white(run: RunDirectory, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Its bundle with everything: two stages in cells, whitened, in every precision."""
+    return export_run(
+        run,
+        tmp_path_factory.mktemp("bundles") / "white",
+        name="white",
+        readout=ReadoutOptions(stages=(2, 3), grid=2, dim=24, shrinkage=1e-3),
+        precisions=("int8", "fp16"),
+    )
 
 
 def test_the_graph_takes_uint8_nhwc_and_gives_float32(bundle: Bundle) -> None:
@@ -111,7 +129,13 @@ def test_the_provenance_is_complete(bundle: Bundle, config: RunConfig) -> None:
     assert validation["split"] == "held out of the training images; no test image was seen"
     assert (validation["queries"], validation["bank"]) == (40, 360)
     assert {"knn_top1", "knn_pixels", "knn_random"} <= validation.keys()
-    assert provenance["parity"]["images"] == 400
+    assert provenance["parity"]["images"] == 360
+    assert provenance["readout"] == {"stages": [4], "grid": 1, "whitening": None}
+    plain = validation["readouts"]["trained"]["plain"]
+    assert plain == pytest.approx(validation["knn_top1"], abs=1e-6)
+    assert validation["readouts"]["untrained"]["plain"] == pytest.approx(
+        validation["knn_random"], abs=1e-6
+    )
     assert provenance["parity"]["min_cosine"] >= 0.9999
     assert {"python", "torch", "onnx", "onnxruntime", "horace"} <= provenance["versions"].keys()
 
@@ -140,7 +164,7 @@ def test_a_graph_that_depends_on_the_batch_fails(
     run: RunDirectory, config: RunConfig, images_NHWC: NDArray[np.uint8], tmp_path: Path
 ) -> None:
     """A graph that scales its output by a trace of the batch passes parity, and is refused."""
-    graph, _ = graph_of(last_checkpoint(run), config)
+    graph, _, _ = graph_of(last_checkpoint(run), config)
     file = tmp_path / ENCODER_FILE
     write_onnx(graph, config.preprocessing, file)
     model = onnx.load(file)
@@ -173,13 +197,15 @@ def test_a_graph_of_another_shape_fails(
         )
 
 
-def test_an_existing_bundle_is_replaced_only_on_request(run: RunDirectory, tmp_path: Path) -> None:
+def test_an_existing_bundle_is_replaced_only_on_request(
+    run: RunDirectory, bundle: Bundle, tmp_path: Path
+) -> None:
     """Without --replace it stays as it is."""
     out = tmp_path / "bundle"
-    export_run(run, out, name="first", with_random_twin=False)
+    shutil.copytree(bundle.path, out)
     with pytest.raises(BundleError, match="--replace"):
         export_run(run, out, name="second", with_random_twin=False)
-    assert read_bundle(out).name == "first"
+    assert read_bundle(out).name == "mini"
     export_run(run, out, name="second", with_random_twin=False, replace=True)
     assert read_bundle(out).name == "second"
 
@@ -198,20 +224,30 @@ def test_a_damaged_twin_or_target_ends_the_export_early(finished_run: Path, tmp_
         export_run(RunDirectory(path=finished_run), out, name="x")
 
 
-def test_the_summary_is_short_or_json(
+def test_the_command_writes_all_that_is_asked_for_and_says_so(
     finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """People read five lines; machines the same facts as JSON."""
-    out = tmp_path / "bundle"
-    options = ExportOptions(run=finished_run, out=out, random_twin=False)
-    main(options)
+    """Bundle, other precisions and a model for Triton from one command; a line about each."""
+    main(
+        ExportOptions(
+            run=finished_run, out=tmp_path / "mini", random_twin=False, int8=True, fp16=True,
+            triton_repository=tmp_path / "repository",
+        )
+    )  # fmt: skip
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["bundle", "dim", "size", "parity", "fingerprint"]
-    main(ExportOptions(run=finished_run, out=out, random_twin=False, replace=True, json=True))
-    summary = json.loads(capsys.readouterr().out)
-    assert summary["dim"] == 32
-    assert summary["name"] == "bundle"
-    assert summary["fingerprint"] == read_bundle(out).fingerprint
+    assert [line.split()[0] for line in lines] == [
+        "bundle", "dim", "size", "parity", "trained", "fp32", "int8", "fp16", "triton",
+        "fingerprint",
+    ]  # fmt: skip
+    assert (tmp_path / "repository/mini/1/model.onnx").is_file()
+
+
+def test_a_summary_for_machines_is_json(bundle: Bundle) -> None:
+    """It has the figures that the lines are made of."""
+    summary = json.loads(json.dumps(summarise(bundle)))
+    assert (summary["name"], summary["dim"], summary["precisions"]) == ("mini", 32, {})
+    assert summary["readouts"]["trained"]["whitened"] is None
+    assert summary["fingerprint"] == bundle.fingerprint
 
 
 def test_a_missing_run_is_one_line_and_status_1(tmp_path: Path) -> None:
@@ -243,3 +279,93 @@ def test_a_damaged_configuration_is_refused(content: str, tmp_path: Path) -> Non
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(RunError, match="expected the configuration of a run, schema 1, found"):
         RunDirectory(path=tmp_path).read_config()
+
+
+def test_whitening_is_fitted_fused_and_scored(
+    white: Bundle, config: RunConfig, images_NHWC: NDArray[np.uint8]
+) -> None:
+    """Vectors of training images are centred, uncorrelated, and fall in variance; so says JSON."""
+    train = load_run_images(config).train
+    with closing(open_bundle(white.path, threads=1)) as encoder:
+        vectors_ND = encoder.encode(images_NHWC[train]).astype(np.float64)
+    assert vectors_ND.shape == (360, 24)
+    covariance_DD = np.cov(vectors_ND.T, bias=True)
+    variances_D = np.diag(covariance_DD)
+    np.testing.assert_allclose(vectors_ND.mean(axis=0), 0, atol=1e-3)
+    np.testing.assert_allclose(covariance_DD, np.diag(variances_D), atol=1e-3)
+    assert variances_D[0] == pytest.approx(1 / 1.001, abs=1e-3)
+    assert (np.diff(variances_D) < 1e-3).all()
+    described = white.provenance["readout"]
+    assert (described["stages"], described["grid"]) == ([2, 3], 2)
+    assert described["whitening"]["images"] == 360
+    assert (described["whitening"]["dims_in"], described["whitening"]["dims_out"]) == (96, 24)
+
+
+def test_the_twin_has_the_same_readout_and_its_own_fit(
+    white: Bundle, config: RunConfig, images_NHWC: NDArray[np.uint8]
+) -> None:
+    """The untrained network's vectors are white, too; both are scored at every step."""
+    train = load_run_images(config).train
+    twin = open_random_twin(white.path, threads=1)
+    assert twin is not None
+    vectors_ND = twin.encode(images_NHWC[train]).astype(np.float64)
+    twin.close()
+    np.testing.assert_allclose(vectors_ND.mean(axis=0), 0, atol=1e-3)
+    assert vectors_ND[:, 0].var() == pytest.approx(1 / 1.001, abs=1e-3)
+    assert twin.fingerprint != white.fingerprint
+    readouts = white.provenance["validation"]["readouts"]
+    for name in ("trained", "untrained"):
+        assert list(readouts[name]) == ["plain", "pooled", "whitened"]
+        assert all(0 < score < 1 for score in readouts[name].values())
+
+
+def test_every_precision_is_written_scored_and_opened(
+    white: Bundle, images_NHWC: NDArray[np.uint8]
+) -> None:
+    """INT8 and FP16 have files, fingerprints and scores of their own, and open by their path."""
+    scores = white.provenance["precisions"]
+    assert list(scores) == ["fp32", "int8", "fp16"] == list(white.precisions)
+    assert len({score["fingerprint"] for score in scores.values()}) == 3
+    assert scores["fp32"]["parity"] is None
+    assert scores["int8"]["parity"]["mean_cosine"] > 0.9
+    assert scores["fp16"]["parity"]["min_cosine"] > 0.999
+    for precision, score in scores.items():
+        assert score["size_bytes"] == white.path_of(precision).stat().st_size
+        assert score["knn_delta"] == pytest.approx(score["knn_top1"] - scores["fp32"]["knn_top1"])
+        encoder = open_encoder(white.path_of(precision), threads=1)
+        assert encoder.fingerprint == score["fingerprint"]
+        assert encoder.encode(images_NHWC[:3]).shape == (3, 24)
+        encoder.close()
+
+
+def test_a_run_whose_images_have_changed_is_refused(finished_run: Path, tmp_path: Path) -> None:
+    """What was held out is no longer known, so nothing can be fitted or scored honestly."""
+    changed = tmp_path / "changed"
+    shutil.copytree(finished_run, changed)
+    config = json.loads((changed / "config.json").read_text())
+    config["data"]["sha256"] = "0" * 64
+    (changed / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RunError, match="expected the 400 that the run was trained on, found 400"):
+        export_run(RunDirectory(path=changed), tmp_path / "bundle", name="x")
+
+
+def test_a_run_without_labels_is_exported_without_scores(
+    run_options: RunOptions, tmp_path: Path
+) -> None:
+    """Whitening needs no label; there is nothing to score with."""
+    out = tmp_path / "unwatched"
+    pretrain(run_options(out, epochs=1, knn_every_epochs=0))
+    bundle = export_run(
+        RunDirectory(path=out), tmp_path / "bundle", name="x", precisions=("fp16",),
+        with_random_twin=False, readout=ReadoutOptions(dim=8),
+    )  # fmt: skip
+    assert bundle.provenance["validation"] is None
+    assert bundle.provenance["precisions"]["fp16"]["knn_top1"] is None
+    assert bundle.dim == 8
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_an_engine_without_a_gpu_is_refused_before_the_work(tmp_path: Path) -> None:
+    """The line says what is missing; no image is read for nothing."""
+    with pytest.raises(ExportError, match=r"found .*no CUDA device; run this on the machine that"):
+        main(ExportOptions(run=tmp_path / "none", tensorrt=True))

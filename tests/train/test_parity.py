@@ -49,7 +49,7 @@ def test_each_figure_that_falls_short_is_named(
 ) -> None:
     """The error has the figure, its threshold and what was found; NaN falls short, too."""
     with pytest.raises(ExportError) as error:
-        require_parity(Parity(images=9, min_cosine=min_cosine, overlap=overlap))
+        require_parity(Parity(images=9, min_cosine=min_cosine, mean_cosine=1.0, overlap=overlap))
     assert message in str(error.value)
 
 

@@ -1,0 +1,131 @@
+"""Other precisions: what is quantised, what stays float, and that batches do not matter."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from torch import nn
+from torchvision.models import mobilenet_v3_small
+
+from models.networks import ResNet
+from models.preprocess import PreprocessSpec
+from train.errors import ExportError
+from train.graph import EncoderGraph, write_onnx
+from train.parity import measure_parity, require_batch_invariance
+from train.quantise import write_fp16, write_int8
+from train.readout import PooledReadout, WhitenedReadout
+from train.whitening import FeatureMoments, Whitening
+
+SPEC = PreprocessSpec(height=32, width=32, channels=3, resize=32)
+IMAGES = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), dtype=np.uint8)
+
+
+def write_encoder(file: Path, backbone: nn.Module, stage_dims: tuple[int, ...]) -> None:
+    """Write a network with a whitened readout of its last stage."""
+    pooled = PooledReadout(stage_dims, grid=2)
+    graph = EncoderGraph(backbone, pooled, (0.5, 0.4, 0.3), (0.25, 0.2, 0.3))
+    moments = FeatureMoments(pooled.dim)
+    with torch.no_grad():
+        moments.add(graph(torch.from_numpy(IMAGES)))
+    graph.readout = WhitenedReadout(pooled, Whitening.fit(moments, dim=16, shrinkage=1e-2))
+    write_onnx(graph, SPEC, file)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small ResNet as ONNX."""
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("graphs") / "encoder.onnx"
+    backbone = ResNet(layout="resnet10", width=8, zero_init_residual=False)
+    write_encoder(file, backbone, backbone.stage_dims)
+    return file
+
+
+def run(file: Path, images: np.ndarray) -> np.ndarray:
+    """Run a graph on one thread."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, {"images": images})[0])
+
+
+def test_int8_quantises_the_backbone_and_nothing_else(encoder: Path, tmp_path: Path) -> None:
+    """Every convolution of the backbone has int8 weights; pooling and whitening stay float."""
+    file = tmp_path / "int8.onnx"
+    write_int8(encoder, file, IMAGES)
+    graph = onnx.load(file).graph
+    makers = {output: node.op_type for node in graph.node for output in node.output}
+    weights = [makers.get(node.input[1]) for node in graph.node if node.op_type == "Conv"]
+    # A stem, two a stage and three shortcuts; then the cells and the whitening.
+    assert weights[:12] == ["DequantizeLinear"] * 12
+    assert len(weights) == 14
+    assert "DequantizeLinear" not in weights[12:]
+    first = next(node for node in graph.node if node.op_type == "QuantizeLinear")
+    assert makers[first.input[0]] == "Add"  # mean and deviation come before it, in float
+    held = Counter(tensor.data_type for tensor in graph.initializer if len(tensor.dims) == 4)
+    assert held[onnx.TensorProto.INT8] == 12
+
+
+def test_int8_is_close_and_does_not_depend_on_the_batch(encoder: Path, tmp_path: Path) -> None:
+    """Vectors are near those of fp32, and an image has the same bits in any company."""
+    file = tmp_path / "int8.onnx"
+    write_int8(encoder, file, IMAGES)
+    parity = measure_parity(run(encoder, IMAGES), run(file, IMAGES))
+    assert parity.mean_cosine > 0.9
+    require_batch_invariance(lambda images: run(file, images), IMAGES[:16])
+
+
+def test_int8_weights_leave_room_for_cpus_that_saturate(encoder: Path, tmp_path: Path) -> None:
+    """Seven bits: two products of them and of bytes fit sixteen bits."""
+    file = tmp_path / "int8.onnx"
+    write_int8(encoder, file, IMAGES)
+    for tensor in onnx.load(file).graph.initializer:
+        if tensor.data_type == onnx.TensorProto.INT8:
+            assert np.abs(onnx.numpy_helper.to_array(tensor).astype(int)).max() <= 64
+
+
+def test_fp16_halves_the_file_and_keeps_its_edges(encoder: Path, tmp_path: Path) -> None:
+    """uint8 in and float32 out, as before; directions agree to half precision."""
+    file = tmp_path / "fp16.onnx"
+    write_fp16(encoder, file)
+    graph = onnx.load(file).graph
+    assert graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    assert graph.output[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    assert file.stat().st_size < 0.6 * encoder.stat().st_size
+    assert measure_parity(run(encoder, IMAGES), run(file, IMAGES)).min_cosine > 0.999
+
+
+def test_another_kind_of_network_can_be_written_in_every_precision(tmp_path: Path) -> None:
+    """Depthwise convolutions, hard swish and squeeze-and-excitation of torchvision's MobileNet."""
+
+    class FirstBlocks(nn.Module):
+        """The first blocks of a MobileNetV3."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.features = mobilenet_v3_small(weights=None).features[:5]
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return (self.features(x),)
+
+    torch.manual_seed(0)
+    file = tmp_path / "encoder.onnx"
+    write_encoder(file, FirstBlocks(), (40,))
+    write_int8(file, tmp_path / "int8.onnx", IMAGES)
+    write_fp16(file, tmp_path / "fp16.onnx")
+    for name in ("int8", "fp16"):
+        assert run(tmp_path / f"{name}.onnx", IMAGES[:2]).shape == (2, 16)
+
+
+def test_a_graph_that_cannot_be_quantised_is_one_line(tmp_path: Path) -> None:
+    """The export goes on without --int8."""
+    file = tmp_path / "encoder.onnx"
+    file.write_bytes(b"no graph")
+    with pytest.raises(ExportError, match=r"the INT8 graph: expected .*; export without --int8"):
+        write_int8(file, tmp_path / "int8.onnx", IMAGES)

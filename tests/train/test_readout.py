@@ -1,0 +1,119 @@
+"""Readouts: the cells they average, what they refuse, and that ONNX computes them alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from models.bundle import ENCODER_FILE, OutputSpec, write_bundle
+from models.errors import UsageError
+from models.networks import ResNet
+from models.preprocess import PreprocessSpec
+from models.runtime import open_bundle
+from train.export_options import Readout, ReadoutOptions
+from train.graph import EncoderGraph, embed_with_torch, write_onnx
+from train.parity import require_batch_invariance
+from train.readout import PooledReadout, WhitenedReadout, pool_to_grid
+from train.whitening import FeatureMoments, Whitening
+
+
+@given(
+    height=st.integers(4, 17),
+    width=st.integers(4, 17),
+    grid=st.sampled_from([1, 2, 4]),
+    channels=st.integers(1, 5),
+)
+@settings(max_examples=40, deadline=None)
+def test_cells_are_those_of_adaptive_pooling(
+    height: int, width: int, grid: int, channels: int
+) -> None:
+    """For every size, divisible or not, cell by cell."""
+    generator = torch.Generator().manual_seed(height * 100 + width)
+    map_NCHW = torch.randn(3, channels, height, width, generator=generator)
+    expected = nn.functional.adaptive_avg_pool2d(map_NCHW, grid).permute(0, 2, 3, 1).flatten(1)
+    torch.testing.assert_close(pool_to_grid(map_NCHW, grid), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_plain_pooling_reads_the_last_stage() -> None:
+    """Without a choice it is the mean of the last map."""
+    maps = (torch.rand(2, 3, 4, 4), torch.rand(2, 5, 2, 2))
+    readout = PooledReadout((3, 5))
+    assert readout.dim == 5
+    torch.testing.assert_close(readout(maps), maps[1].mean(dim=(2, 3)))
+
+
+def test_stages_lie_side_by_side_in_the_order_asked_for() -> None:
+    """The dimensions of the first stage come first."""
+    maps = (torch.rand(2, 3, 4, 4), torch.rand(2, 5, 2, 2))
+    readout = PooledReadout((3, 5), stages=(2, 1), grid=2)
+    assert readout.dim == 4 * 8
+    parts = [pool_to_grid(maps[1], 2), pool_to_grid(maps[0], 2)]
+    torch.testing.assert_close(readout(maps), torch.cat(parts, dim=1))
+
+
+@pytest.mark.parametrize("stages", [(5,), (0,), (1, 1)])
+def test_stages_that_are_not_there_are_refused(stages: tuple[int, ...]) -> None:
+    """The message has the numbers there are."""
+    with pytest.raises(UsageError, match="expected different numbers of 1 to 4"):
+        PooledReadout((1, 2, 3, 4), stages=stages)
+
+
+def test_a_grid_finer_than_the_map_is_refused() -> None:
+    """Cells without a pixel of their own would repeat what others have."""
+    with pytest.raises(UsageError, match=r"--readout.grid: expected at most 3, .* found 4"):
+        PooledReadout((2,), grid=4)((torch.rand(1, 2, 3, 5),))
+
+
+def test_a_whitened_readout_is_exported_to_the_bit_for_every_batch(tmp_path: Path) -> None:
+    """Maps of 7 x 7 and 4 x 4 in 4 x 4 cells: ONNX Runtime gives torch's vectors in any batch."""
+    torch.manual_seed(0)
+    spec = PreprocessSpec(height=28, width=28, channels=1, resize=28)
+    backbone = ResNet(layout="resnet10", width=4, in_channels=1, zero_init_residual=False)
+    images = np.random.default_rng(0).integers(0, 256, (64, 28, 28, 1), dtype=np.uint8)
+    pooled = PooledReadout(backbone.stage_dims, stages=(3, 4), grid=4)
+    graph = EncoderGraph(backbone, pooled, (0.5,), (0.25,))
+    features_ND = embed_with_torch(graph, images)
+    moments = FeatureMoments(pooled.dim)
+    moments.add(torch.from_numpy(features_ND))
+    whitening = Whitening.fit(moments, dim=32, shrinkage=1e-2)
+    graph.readout = WhitenedReadout(pooled, whitening)
+    write_onnx(graph, spec, tmp_path / ENCODER_FILE)
+    bundle = write_bundle(
+        tmp_path / "bundle", name="x", files={ENCODER_FILE: tmp_path / ENCODER_FILE},
+        preprocessing=spec, output=OutputSpec(dim=32), provenance={},
+    )  # fmt: skip
+    encoder = open_bundle(bundle.path, threads=1)
+    found_ND = encoder.encode(images)
+    np.testing.assert_allclose(found_ND, whitening(features_ND), atol=1e-3)
+    np.testing.assert_allclose(found_ND, embed_with_torch(graph, images), atol=1e-4)
+    require_batch_invariance(encoder.encode, images)
+    encoder.close()
+
+
+def test_what_is_not_given_is_the_presets() -> None:
+    """An unknown preset pools plainly; 0 dimensions stand for no whitening."""
+    assert ReadoutOptions().resolve("none of ours") == Readout()
+    asked = ReadoutOptions(stages=(3,), grid=2, dim=0, shrinkage=0.1, fit_images=10)
+    expected = Readout(stages=(3,), grid=2, dim=None, shrinkage=0.1, fit_images=10)
+    assert asked.resolve("folder") == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"dim": -1}, "--readout.dim: expected at least 0, found -1"),
+        ({"fit_images": 1}, "--readout.fit-images: expected at least 2, found 1"),
+        ({"shrinkage": 0.0}, "--readout.shrinkage: expected more than 0, found 0.0"),
+    ],
+)
+def test_values_that_cannot_be_meant_are_refused(fields: dict[str, float], message: str) -> None:
+    """Each option says what it takes."""
+    with pytest.raises(UsageError) as error:
+        ReadoutOptions(**fields)  # type: ignore[arg-type]  # one of them
+    assert str(error.value) == message

@@ -1,0 +1,161 @@
+"""A model for Triton: what is written, what is refused, and that a real server serves it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tritonclient.grpc
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2 as triton
+
+from models.bundle import Bundle
+from models.encoder import open_encoder
+from models.errors import UsageError
+from tests.train.tritonserver import SITE_PACKAGES, tritonserver
+from train.errors import ExportError
+from train.triton_repository import TritonOptions, write_model
+
+MakeBundle = Callable[..., Bundle]
+
+
+def read_config(model: Path) -> triton.ModelConfig:
+    """Parse a model's configuration as Triton does."""
+    return text_format.Parse((model / "config.pbtxt").read_text(), triton.ModelConfig())
+
+
+def test_a_model_has_a_configuration_and_its_graph(make_bundle: MakeBundle, tmp_path: Path) -> None:
+    """Input, output, batching, instances, and who the encoder is."""
+    bundle = make_bundle("cats", dim=16)
+    options = TritonOptions(
+        bundle=bundle.path, out=tmp_path / "repository", threads=2, instances=3,
+        max_batch_size=32, queue_delay_us=500,
+    )  # fmt: skip
+    model = write_model(options)
+    assert model == tmp_path / "repository" / "cats"
+    assert (model / "1/model.onnx").read_bytes() == bundle.encoder_path.read_bytes()
+    assert sorted(path.name for path in model.rglob("*")) == ["1", "config.pbtxt", "model.onnx"]
+    config = read_config(model)
+    assert (config.name, config.backend, config.max_batch_size) == ("cats", "onnxruntime", 32)
+    given, made = config.input[0], config.output[0]
+    assert (given.name, given.data_type, list(given.dims)) == (
+        "images", triton.TYPE_UINT8, [28, 28, 1],
+    )  # fmt: skip
+    assert (made.name, made.data_type, list(made.dims)) == ("embeddings", triton.TYPE_FP32, [16])
+    assert list(config.dynamic_batching.preferred_batch_size) == [32]
+    assert config.dynamic_batching.max_queue_delay_microseconds == 500
+    assert config.instance_group[0].count == 3
+    assert config.instance_group[0].kind == triton.ModelInstanceGroup.KIND_CPU
+    parameters = {key: value.string_value for key, value in config.parameters.items()}
+    assert parameters["fingerprint"] == bundle.fingerprint
+    assert parameters["intra_op_thread_count"] == "2"
+    assert '"resize":28' in parameters["preprocessing"]
+
+
+def test_tensorrt_is_asked_for_with_one_profile_and_a_warm_up(
+    make_bundle: MakeBundle, tmp_path: Path
+) -> None:
+    """The engine covers every batch, and is compiled before the first request."""
+    options = TritonOptions(
+        bundle=make_bundle("cats").path, out=tmp_path, device="gpu", tensorrt=True,
+        max_batch_size=16,
+    )  # fmt: skip
+    config = read_config(write_model(options))
+    assert config.instance_group[0].kind == triton.ModelInstanceGroup.KIND_GPU
+    (accelerator,) = config.optimization.execution_accelerators.gpu_execution_accelerator
+    assert accelerator.name == "tensorrt"
+    assert dict(accelerator.parameters) == {
+        "precision_mode": "FP16",
+        "trt_profile_min_shapes": "images:1x28x28x1",
+        "trt_profile_opt_shapes": "images:16x28x28x1",
+        "trt_profile_max_shapes": "images:16x28x28x1",
+    }
+    assert config.model_warmup[0].batch_size == 16
+
+
+def test_a_model_is_replaced_only_on_request(make_bundle: MakeBundle, tmp_path: Path) -> None:
+    """Models of a repository are left alone, and what is no model always."""
+    first, second = make_bundle("cats", seed=1), make_bundle("cats", seed=2)
+    write_model(TritonOptions(bundle=first.path, out=tmp_path / "r"))
+    with pytest.raises(ExportError, match="expected no model of that name, found one; choose"):
+        write_model(TritonOptions(bundle=second.path, out=tmp_path / "r"))
+    model = write_model(TritonOptions(bundle=second.path, out=tmp_path / "r", replace=True))
+    assert read_config(model).parameters["fingerprint"].string_value == second.fingerprint
+    (tmp_path / "r/dogs").mkdir()
+    with pytest.raises(ExportError, match="found something else"):
+        write_model(
+            TritonOptions(bundle=second.path, out=tmp_path / "r", name="dogs", replace=True)
+        )
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"instances": 0}, "--instances: expected at least 1, found 0"),
+        ({"queue_delay_us": -1}, "--queue-delay-us: expected at least 0, found -1"),
+        (
+            {"tensorrt": True},
+            "--tensorrt: expected --device gpu and --backend onnxruntime, found --device cpu and "
+            "--backend onnxruntime",
+        ),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused(
+    fields: dict[str, int], message: str, tmp_path: Path
+) -> None:
+    """Each says what it takes."""
+    with pytest.raises(UsageError) as error:
+        TritonOptions(bundle=tmp_path, out=tmp_path, **fields)  # type: ignore[arg-type]
+    assert str(error.value) == message
+
+
+def test_it_is_a_command_that_needs_no_torch(make_bundle: MakeBundle, tmp_path: Path) -> None:
+    """It lays out any bundle, and says how to serve it."""
+    code = (
+        "import sys; from train.triton_repository import TritonOptions, main; from pathlib import "
+        "Path; main(TritonOptions(bundle=Path(sys.argv[1]), out=Path(sys.argv[2]))); "
+        "assert 'torch' not in sys.modules"
+    )
+    argv = [sys.executable, "-c", code, str(make_bundle("cats").path), str(tmp_path / "r")]
+    done = subprocess.run(argv, check=True, capture_output=True, text=True)
+    assert done.stdout == (
+        f"{tmp_path}/r/cats\nserve it with: tritonserver --model-repository {tmp_path}/r\n"
+    )
+
+
+@pytest.mark.slow  # fetches 55 MB the first time
+def test_a_real_tritonserver_gives_the_encoders_bits(
+    make_bundle: MakeBundle, tmp_path: Path
+) -> None:
+    """Loaded by the Python backend and asked by Triton's own client, alone and in batches."""
+    bundle = make_bundle("cats", dim=16)
+    write_model(
+        TritonOptions(
+            bundle=bundle.path, out=tmp_path / "repository", backend="python", threads=1,
+            site_packages=SITE_PACKAGES,
+        )
+    )  # fmt: skip
+    images = np.random.default_rng(0).integers(0, 256, (9, 28, 28, 1), dtype=np.uint8)
+    with (
+        tritonserver(tmp_path / "repository", tmp_path) as address,
+        tritonclient.grpc.InferenceServerClient(address) as client,
+    ):
+        assert client.is_model_ready("cats")
+        config = client.get_model_config("cats").config
+        assert config.parameters["fingerprint"].string_value == bundle.fingerprint
+        found = [_infer(client, images[:1]), _infer(client, images[1:])]
+    encoder = open_encoder(bundle.path, threads=1)
+    assert np.concatenate(found).tobytes() == encoder.encode(images).tobytes()
+
+
+def _infer(client: tritonclient.grpc.InferenceServerClient, images: np.ndarray) -> np.ndarray:
+    """Embed images with Triton's client."""
+    given = tritonclient.grpc.InferInput("images", list(images.shape), "UINT8")
+    given.set_data_from_numpy(images)
+    made = client.infer("cats", [given]).as_numpy("embeddings")
+    assert made is not None
+    return made
