@@ -6,7 +6,8 @@ Rules:
     never loaded as other weights. `torch.load` reads over it.
     State dicts only, read back with `weights_only=True`: opening one runs no code.
     The step says where the sampler, the schedule and the views are, since each of them is
-    a function of seed and step; beside the weights only torch's own generator has a state.
+    a function of seed and step; beside weights and optimiser only torch's own generators and
+    the scaler of fp16 gradients have a state.
 """
 
 from __future__ import annotations
@@ -30,13 +31,18 @@ DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 class State(TypedDict):
-    """What a checkpoint holds; `initial.pt` has no optimiser and no generator."""
+    """What a checkpoint holds; `initial.pt` has but the network.
+
+    `scaler` is empty unless the network computes in fp16, `cuda_rng` absent without CUDA.
+    """
 
     step: int
     elapsed_s: float
     network: dict[str, Tensor]
     optimizer: NotRequired[dict[str, object]]
+    scaler: NotRequired[dict[str, float]]
     torch_rng: NotRequired[Tensor]
+    cuda_rng: NotRequired[Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,30 +58,38 @@ def save_checkpoint(
     progress: Progress,
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
     *,
     keep: int,
 ) -> Path:
     """Write the state after `progress.step` steps, then delete all but the last `keep`."""
     path = folder / f"step-{progress.step:08d}.pt"
-    save_weights(
-        path,
-        State(
-            step=progress.step,
-            elapsed_s=progress.elapsed_s,
-            network=network.state_dict(),
-            optimizer=optimizer.state_dict(),
-            torch_rng=torch.get_rng_state(),
-        ),
+    state = State(
+        step=progress.step,
+        elapsed_s=progress.elapsed_s,
+        network=network.state_dict(),
+        optimizer=optimizer.state_dict(),
+        scaler=scaler.state_dict(),
+        torch_rng=torch.get_rng_state(),
     )
+    if _is_on_cuda(network):
+        state["cuda_rng"] = torch.cuda.get_rng_state()
+    save_weights(path, state)
     for old in list_checkpoints(folder)[:-keep]:
         old.unlink(missing_ok=True)
     return path
 
 
 def restore_checkpoint(
-    path: Path, network: nn.Module, optimizer: torch.optim.Optimizer
+    path: Path,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
 ) -> Progress:
-    """Put network, optimiser and torch's generator where they were; say how far that is.
+    """Put network, optimiser, scaler and torch's generators where they were.
+
+    Returns:
+        How far that is.
 
     Raises:
         RunError: the file is damaged or belongs to another network.
@@ -84,7 +98,11 @@ def restore_checkpoint(
     try:
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
+        if scaler.is_enabled():
+            scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["torch_rng"])
+        if "cuda_rng" in state and _is_on_cuda(network):
+            torch.cuda.set_rng_state(state["cuda_rng"])
         return Progress(step=state["step"], elapsed_s=state["elapsed_s"])
     except (KeyError, RuntimeError, ValueError, TypeError) as error:
         raise _unusable(path, "weights of another network") from error
@@ -152,6 +170,11 @@ def load_weights(path: Path) -> State:
     if not isinstance(state, dict):
         raise _unusable(path, "a file of something else")
     return cast(State, state)
+
+
+def _is_on_cuda(network: nn.Module) -> bool:
+    """Say whether a network's random numbers, if it draws any, come from a GPU."""
+    return any(parameter.is_cuda for parameter in network.parameters())
 
 
 def _unusable(path: Path, found: str) -> RunError:

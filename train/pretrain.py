@@ -16,8 +16,9 @@ import tyro
 
 from models.command import run_command
 from models.errors import HoraceError, UsageError
-from train.config import PRESETS, PretrainOptions, options_from_json
+from train.config import PretrainOptions, options_from_json
 from train.errors import training_packages
+from train.presets import PRESETS
 from train.run import RunDirectory
 
 

@@ -28,7 +28,7 @@ from models.bundle import Json
 from models.cpu import cpu_budget
 from models.files import TEMPORARY_PREFIX, atomic_file
 from models.preprocess import PreprocessSpec
-from train.config import FREE_OPTIONS
+from train.config import FREE_OPTIONS, current_names
 from train.errors import RunError, writing
 
 SCHEMA_VERSION = 1
@@ -322,7 +322,7 @@ def _parse_config(document: dict[str, Json]) -> RunConfig:
     if document["schema_version"] != SCHEMA_VERSION:
         raise ValueError(f"schema version {document['schema_version']}")
     return RunConfig(
-        options=cast(dict[str, Json], document["options"]),
+        options=current_names(cast(dict[str, Json], document["options"])),
         data=cast(dict[str, Json], document["data"]),
         preprocessing=PreprocessSpec.from_json(cast(dict[str, Json], document["preprocessing"])),
         channel_mean=tuple(cast(list[float], document["channel_mean"])),

@@ -1,196 +1,225 @@
-"""What a training step is: network, optimiser, images, and how they meet.
+"""What a training step is: network, optimiser, views and loss, and how they meet.
 
 Rules:
-    Order, views and learning rate are functions of seed and step: beside weights, optimiser
-    and torch's generator there is no state to keep.
+    Order, views and learning rates are functions of seed and step: beside weights, optimiser,
+    scaler and torch's generator there is no state to keep.
     Each view passes through the network on its own, as in the authors' code: BatchNorm in
     the backbone sees the statistics of one view, and the loss standardises each with its own.
-    An incomplete last batch of an epoch is dropped: C of few samples is mostly noise.
+    Over W ranks every statistic and the loss are those of the whole batch, and the gradient
+    is the one that a single process would have: see `train.ranks`.
+    The network computes in the precision that was chosen; views, loss, gradients and weights
+    are float32.
 
 When to log, measure and save is decided in `train.loop`.
 
 Source: Zbontar et al., arXiv 2103.03230, algorithm 1.
 
-Shapes: N images, C channels, H x W pixels, D dimensions.
+Shapes: N images of this rank, C channels, H x W pixels, D dimensions.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from models.networks import BarlowTwins, ResNet
-from train import monitor
+from models.networks import BarlowTwins
+from train import backbones
+from train.batches import rank_slice
 from train.config import PretrainOptions, ViewOptions
-from train.data import ImageSet, Split, epoch_order, split_rows
-from train.errors import TrainError
-from train.loss import loss_terms
-from train.optim import lr_at, make_optimizer, set_lr
-from train.views import Normaliser, ViewRecipe, random_view
+from train.device import Compute, DeviceBatch
+from train.loss import LossTerms, loss_terms
+from train.optim import lr_at, make_optimizer, peak_rates, set_lr
+from train.ranks import Ranks, share_gradients
+from train.sync_norm import convert_batch_norm
+from train.views import Normaliser, ViewRecipe, apply_view, draw_parameters, finish_view
 
 LEAST_RECORDS = 20
 """Records of the loss that a run has, however short, so that there is a curve to see."""
 
-log = logging.getLogger("horace")
+
+LOGGED = (
+    "loss",
+    "loss_invariance",
+    "loss_redundancy",
+    "loss_invariance_per_dim",
+    "c_diagonal",
+    "c_off_diagonal_rms",
+)
+"""What every step gives for the log, of the whole batch; each as in `train.loss.LossTerms`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepOutcome:
-    """What one step gave, detached: losses are loss, invariance and redundancy."""
+    """What one step gave, detached.
 
-    losses_3: Tensor
+    Attributes:
+        logged: the values that `LOGGED` names, of the whole batch.
+        features_ND: of view 1 of this rank's images.
+        z1_ND, z2_ND: the embeddings of both views, as the loss took them.
+    """
+
+    logged: Tensor
     features_ND: Tensor
+    z1_ND: Tensor
+    z2_ND: Tensor
+
+
+class TwoViews(nn.Module):
+    """Both passes as one call, which is what DDP wraps and the compiler sees.
+
+    Args:
+        network: what is trained.
+        stop_gradient: whether the embedding of view 2 is a constant to the loss.
+    """
+
+    def __init__(self, network: BarlowTwins, *, stop_gradient: bool) -> None:
+        super().__init__()
+        self.network, self.stop_gradient = network, stop_gradient
+
+    def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Give the features of view 1 and the embeddings of both, as the loss takes them."""
+        features_ND, z1_ND = self.network(view1)
+        _, z2_ND = self.network(view2)
+        if self.stop_gradient:
+            z2_ND = z2_ND.detach()
+        return features_ND, self.network.predict(z1_ND), z2_ND
 
 
 class Trainer:
-    """A network, its optimiser and the images it learns from."""
+    """A network, its optimiser, and the step that they take.
+
+    Args:
+        options: of the run.
+        steps_per_epoch: of its source of batches.
+        normaliser: of the images, on the device.
+        compute: the device and the network's precision.
+        ranks: the processes that share each batch.
+    """
 
     def __init__(
         self,
         options: PretrainOptions,
-        data: ImageSet,
-        split: Split,
         *,
-        channel_mean: tuple[float, ...],
-        channel_std: tuple[float, ...],
+        steps_per_epoch: int,
+        normaliser: Normaliser,
+        compute: Compute,
+        ranks: Ranks,
     ) -> None:
-        self.options, self.data, self.split = options, data, split
-        self.steps_per_epoch = len(self.split.train) // options.batch_size
-        self.total_steps = self.steps_per_epoch * options.epochs
+        self.options, self.compute, self.ranks = options, compute, ranks
+        self.steps_per_epoch = steps_per_epoch
+        self.total_steps = steps_per_epoch * options.epochs
         self.log_every_steps = min(
             options.log_every_steps, max(1, self.total_steps // LEAST_RECORDS)
         )
-        warmup_steps = round(options.warmup_epochs * self.steps_per_epoch)
+        warmup_steps = round(options.warmup_epochs * steps_per_epoch)
         self.warmup_steps = min(warmup_steps, self.total_steps // 2)
-        self.normaliser = Normaliser(
-            mean=torch.tensor(channel_mean).view(-1, 1, 1),
-            std=torch.tensor(channel_std).view(-1, 1, 1),
-        )
+        self.normaliser = normaliser
         self.recipes = view_recipes(options.views)
         self.views_generator = torch.Generator()
+        self.rows = rank_slice(options.batch_size, ranks.rank, ranks.world)
         torch.manual_seed(options.seed)
-        self.network = build_network(options).to(memory_format=torch.channels_last)
+        network = build_network(options)
+        network.to(memory_format=torch.channels_last).to(compute.device)
+        self.network = network
+        convert_batch_norm(network, ranks.group)
         self.optimizer = make_optimizer(
-            self.network, options.optimizer, weight_decay=options.weight_decay
+            self.network,
+            options.optimizer,
+            weight_decay=options.weight_decay,
+            lars_eta=options.lars_eta,
+            lars_clip=options.lars_clip,
         )
+        self.rates = peak_rates(
+            options.optimizer,
+            options.batch_size,
+            lr_peak=options.lr_peak,
+            lr_biases=options.lr_biases,
+            is_linear=options.lr_scaling == "linear",
+        )
+        self.scaler = compute.grad_scaler()
+        two_views = TwoViews(self.network, stop_gradient=options.loss.stop_gradient)
+        if options.compile:
+            two_views.compile()
+        self.two_views = share_gradients(two_views, ranks, compute.device)
 
-    def step(self, step: int, rows: NDArray[np.int64]) -> StepOutcome:
+    def step(self, batch: DeviceBatch) -> StepOutcome:
         """Learn from one batch."""
-        images_NCHW = self.normaliser.to_unit(torch.from_numpy(self.data.batch(rows)))
-        self.views_generator.manual_seed(step_seed(self.options.seed, step))
-        view1, view2 = (
-            self.normaliser.normalise(random_view(images_NCHW, recipe, self.views_generator))
-            for recipe in self.recipes
+        view1, view2 = self.views(batch)
+        set_lr(self.optimizer, self.lr(batch.step), self.lr(batch.step, self.rates.biases))
+        with self.compute.autocast():
+            features_ND, z1_ND, z2_ND = self.two_views(view1, view2)
+        loss = self.options.loss
+        terms = loss_terms(
+            z1_ND,
+            z2_ND,
+            lambd=self.options.lambd,
+            objective=loss.objective,
+            form=loss.form,
+            terms=loss.terms,
+            normalise=loss.normalise,
+            temperature=loss.temperature,
+            group=self.ranks.group,
         )
-        set_lr(self.optimizer, self.lr(step))
-        features_ND, z1_ND = self.network(view1)
-        _, z2_ND = self.network(view2)
-        terms = loss_terms(z1_ND, z2_ND, lambd=self.options.lambd, objective=self.options.objective)
         self.optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(terms.loss)
-        self.optimizer.step()
-        losses_3 = torch.stack([terms.loss, terms.invariance, terms.redundancy]).detach()
-        return StepOutcome(losses_3=losses_3, features_ND=features_ND.detach())
+        torch.autograd.backward(self.scaler.scale(terms.loss))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return StepOutcome(
+            logged=_logged(terms),
+            features_ND=features_ND.detach(),
+            z1_ND=z1_ND.detach(),
+            z2_ND=z2_ND.detach(),
+        )
 
-    def lr(self, step: int) -> float:
-        """Give the learning rate of a step."""
+    def views(self, batch: DeviceBatch) -> tuple[Tensor, Tensor]:
+        """Make both views of every image, (N, C, H, W) normalised, channels last.
+
+        What is random is drawn for the whole batch and used for this rank's rows of it.
+        """
+        units = [self.normaliser.to_unit(pixels) for pixels in batch.pixels]
+        if self.options.views.views_in == "workers":
+            view1, view2 = (self.normaliser.normalise(unit) for unit in units)
+            return view1, view2
+        is_cropped, side_px = len(units) == 2, self.options.image_size_px
+        self.views_generator.manual_seed(step_seed(self.options.seed, batch.step))
+        make = finish_view if is_cropped else apply_view
+        view1, view2 = (
+            self.normaliser.normalise(
+                make(
+                    units[i if is_cropped else 0],
+                    draw_parameters(
+                        self.options.batch_size,
+                        recipe,
+                        self.views_generator,
+                        height=side_px,
+                        width=side_px,
+                    )[self.rows],
+                )
+            )
+            for i, recipe in enumerate(self.recipes)
+        )
+        return view1, view2
+
+    def lr(self, step: int, peak: float | None = None) -> float:
+        """Give the learning rate of a step: that of weights, or one of another peak."""
         return lr_at(
             step,
             total_steps=self.total_steps,
             warmup_steps=self.warmup_steps,
-            lr_peak=self.options.lr_peak,
+            lr_peak=self.rates.weights if peak is None else peak,
         )
 
-    def batches(self, first_step: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
-        """Yield (step, rows) from a step to the end of the run."""
-        for epoch in range(first_step // self.steps_per_epoch, self.options.epochs):
-            order = epoch_order(self.split.train, seed=self.options.seed, epoch=epoch)
-            start = epoch * self.steps_per_epoch
-            for step in range(max(start, first_step), start + self.steps_per_epoch):
-                offset = (step - start) * self.options.batch_size
-                yield step, order[offset : offset + self.options.batch_size]
-
-    @property
-    def is_watched(self) -> bool:
-        """Whether there are labelled images to measure kNN accuracy on."""
-        return len(self.split.val) > 0
-
-    def is_knn_due(self, steps_done: int) -> bool:
-        """Say whether kNN accuracy is measured after so many steps."""
-        epoch, rest = divmod(steps_done, self.steps_per_epoch)
-        if not self.is_watched or rest != 0:
-            return False
-        return epoch % self.options.knn_every_epochs == 0 or steps_done == self.total_steps
-
-    def baselines(self) -> dict[str, float]:
-        """Measure what a trained encoder has to beat: raw pixels and the untrained one."""
-        values = {"knn_pixels": self._knn(monitor.pixels), "knn_random": self.knn_top1()}
-        log.info(
-            "kNN on %d held-out training images, before training: raw pixels %.2f%%, "
-            "untrained encoder %.2f%%",
-            len(self.split.val), 100 * values["knn_pixels"], 100 * values["knn_random"],
-        )  # fmt: skip
-        return values
-
-    def knn_top1(self) -> float:
-        """Measure the backbone on the held-out images."""
-        to_input = self.normaliser.to_input
-        return self._knn(lambda images, rows: monitor.embed(self.network, images, rows, to_input))
-
-    def _knn(
-        self, vectors_of: Callable[[NDArray[np.uint8], NDArray[np.int64]], NDArray[np.float32]]
-    ) -> float:
-        """Classify the held-out images by their neighbours in the bank."""
-        images, labels = self.data.images_NHWC, self.data.labels_N
-        bank, val = self.split.bank, self.split.val
-        return monitor.knn_accuracy(
-            vectors_of(images, bank), labels[bank], vectors_of(images, val), labels[val]
-        )
-
-
-def split_data(options: PretrainOptions, data: ImageSet) -> Split:
-    """Split the images as the options say.
-
-    Raises:
-        TrainError: less than one batch is left to train on.
-    """
-    split = split_rows(
-        data.labels_N,
-        val_images=options.val_images if options.knn_every_epochs else 0,
-        bank_images=options.bank_images,
-        seed=options.seed,
-    )
-    if len(split.train) < options.batch_size:
-        raise TrainError(
-            "training images",
-            expected=f"at least one batch of {options.batch_size}",
-            found=str(len(split.train)),
-            mend="lower --batch-size or give more images",
-        )
-    return split
+    def to_input(self, images_NHWC: Tensor) -> Tensor:
+        """Bring uint8 images, unchanged, to what the network takes."""
+        return self.normaliser.to_input(images_NHWC.to(self.compute.device))
 
 
 def build_network(options: PretrainOptions) -> BarlowTwins:
-    """Build the untrained network from torch's generator."""
-    return BarlowTwins(build_backbone(options), options.network.projector_widths)
-
-
-def build_backbone(options: PretrainOptions) -> ResNet:
-    """Build the untrained backbone, the part that is exported, from torch's generator."""
-    network = options.network
-    return ResNet(
-        layout=network.layout,
-        width=network.width,
-        in_channels=options.channels,
-        stem=network.stem,
-        zero_init_residual=network.zero_init_residual,
-    )
+    """Build the untrained network of a run from torch's generator."""
+    return backbones.build_network(options.network, options.channels, options.image_size_px)
 
 
 def view_recipes(views: ViewOptions) -> tuple[ViewRecipe, ViewRecipe]:
@@ -198,6 +227,7 @@ def view_recipes(views: ViewOptions) -> tuple[ViewRecipe, ViewRecipe]:
     first, second = (
         ViewRecipe(
             crop_area=views.crop_area,
+            interpolation=views.interpolation,
             flip_probability=views.flip_probability,
             jitter_probability=views.jitter_probability,
             brightness=views.brightness,
@@ -217,3 +247,16 @@ def view_recipes(views: ViewOptions) -> tuple[ViewRecipe, ViewRecipe]:
 def step_seed(seed: int, step: int) -> int:
     """Mix seed and step to the 64 bits that the views of one step are drawn from."""
     return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0])
+
+
+def _logged(terms: LossTerms) -> Tensor:
+    """Put together the values that `LOGGED` names, float32, without waiting for them."""
+    values = (
+        terms.loss,
+        terms.invariance,
+        terms.redundancy,
+        terms.diagonal_error,
+        terms.diagonal_mean,
+        terms.off_diagonal_rms,
+    )
+    return torch.stack([value.detach().float() for value in values])

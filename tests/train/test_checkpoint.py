@@ -21,24 +21,29 @@ from train.checkpoint import (
 from train.errors import RunError
 from train.optim import make_optimizer, set_lr
 
+Parts = tuple[BarlowTwins, torch.optim.Optimizer, torch.amp.GradScaler]
 
-def make_network(width: int = 4) -> tuple[BarlowTwins, torch.optim.Optimizer]:
-    """A network and an optimiser that has state."""
+
+def make_network(width: int = 4) -> Parts:
+    """A network, an optimiser that has state, and a scaler that does something."""
     network = BarlowTwins(ResNet(layout="resnet10", width=width, in_channels=1), (8, 8))
     optimizer = make_optimizer(network, "adamw", weight_decay=0.1)
     set_lr(optimizer, 0.01)
     torch.autograd.backward(network(torch.rand(4, 1, 8, 8))[1].square().sum())
     optimizer.step()
-    return network, optimizer
+    return network, optimizer, torch.amp.GradScaler("cpu")
 
 
 def test_a_restored_run_is_the_saved_one(tmp_path: Path) -> None:
-    """Weights, BatchNorm statistics, optimiser, generator, step and seconds come back."""
-    network, optimizer = make_network()
-    path = save_checkpoint(tmp_path, Progress(step=7, elapsed_s=1.5), network, optimizer, keep=1)
+    """Weights, BatchNorm statistics, optimiser, scaler, generator, step and seconds come back."""
+    network, optimizer, scaler = make_network()
+    scaler.load_state_dict(scaler.state_dict() | {"scale": 128.0, "_growth_tracker": 5})
+    progress = Progress(step=7, elapsed_s=1.5)
+    path = save_checkpoint(tmp_path, progress, network, optimizer, scaler, keep=1)
     drawn = torch.rand(3)
-    other, other_optimizer = make_network()
-    assert restore_checkpoint(path, other, other_optimizer) == Progress(step=7, elapsed_s=1.5)
+    other, other_optimizer, other_scaler = make_network()
+    assert restore_checkpoint(path, other, other_optimizer, other_scaler) == progress
+    assert other_scaler.state_dict() == scaler.state_dict()
     assert torch.equal(torch.rand(3), drawn)
     for name, value in network.state_dict().items():
         assert torch.equal(value, other.state_dict()[name]), name
@@ -48,9 +53,9 @@ def test_a_restored_run_is_the_saved_one(tmp_path: Path) -> None:
 
 def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
     """Older ones go once a newer one is whole; what is unfinished is not listed."""
-    network, optimizer = make_network()
+    parts = make_network()
     for step in (9, 10, 100):
-        save_checkpoint(tmp_path, Progress(step=step), network, optimizer, keep=2)
+        save_checkpoint(tmp_path, Progress(step=step), *parts, keep=2)
     (tmp_path / ".tmp-step-00000200.pt.x").touch()
     names = [path.name for path in list_checkpoints(tmp_path)]
     assert names == ["step-00000010.pt", "step-00000100.pt"]
@@ -58,9 +63,9 @@ def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
 
 def test_a_backbone_comes_from_a_checkpoint_or_from_the_start(tmp_path: Path) -> None:
     """Both files give the backbone alone."""
-    network, optimizer = make_network()
+    network, optimizer, scaler = make_network()
     save_initial(tmp_path / "initial.pt", network)
-    path = save_checkpoint(tmp_path, Progress(step=3), network, optimizer, keep=1)
+    path = save_checkpoint(tmp_path, Progress(step=3), network, optimizer, scaler, keep=1)
     for file, step in ((tmp_path / "initial.pt", 0), (path, 3)):
         backbone = ResNet(layout="resnet10", width=4, in_channels=1)
         assert load_backbone(file, backbone).step == step

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,30 +15,17 @@ import torch
 from PIL import Image
 
 from models.errors import UsageError
+from train.books import mean_of_window
 from train.checkpoint import list_checkpoints, load_weights
-from train.config import PretrainOptions
+from train.config import LossOptions, PretrainOptions
 from train.errors import RunError, TrainError
 from train.log import read_log
-from train.loop import mean_losses, pretrain, warn_of_collapse
+from train.loop import pretrain
 from train.pretrain import main
-from train.trainer import step_seed
 
 RunOptions = Callable[..., PretrainOptions]
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 STEPS = 3 * (360 // 32)
-
-
-def command_line(options: PretrainOptions, *more: str) -> list[str]:
-    """Say the options of the `run_options` fixture as people would."""
-    return [
-        sys.executable, "-m", "train.pretrain", options.source, "--out", str(options.out),
-        "--image-size-px", "14", "--channels", "1", "--epochs", str(options.epochs),
-        "--batch-size", "32", "--lr-peak", "3e-3", "--checkpoint-every-steps", "4",
-        "--log-every-steps", "5", "--threads", "1", "--network.layout", "resnet10",
-        "--network.width", "4", "--network.stem", "small",
-        "--network.projector-widths", "32", "32", "--views.crop-area", ".4", "1",
-        "--views.blur-probability", "0", "0", "--views.solarise-probability", "0", "0", *more,
-    ]  # fmt: skip
 
 
 def final_state(run: Path) -> dict[str, bytes]:
@@ -92,33 +78,6 @@ def test_the_log_has_losses_and_knn(finished_run: Path) -> None:
     assert all(0.1 < top1 <= 1 for _, top1 in accuracies)
 
 
-def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, run_options: RunOptions) -> None:
-    """SIGKILL in mid-run, then --resume: weights and moments of an undisturbed run."""
-    killed = run_options(tmp_path / "killed", epochs=12)
-    process = subprocess.Popen(command_line(killed), stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "epoch 2: kNN" in line:
-            process.kill()
-            break
-    rest = process.stderr.read()
-    process.stderr.close()
-    assert process.wait() == -signal.SIGKILL, rest
-    reached = list_checkpoints(tmp_path / "killed/checkpoints")
-    assert reached, "killed before the first checkpoint"
-    assert reached[-1].name < f"step-{12 * 11:08d}.pt", "killed too late to matter"
-    resumed = subprocess.run(
-        command_line(killed, "--resume"), check=False, capture_output=True, text=True
-    )
-    assert resumed.returncode == 0, resumed.stderr
-    assert "resuming" in resumed.stderr
-    undisturbed = run_options(tmp_path / "undisturbed", epochs=12)
-    subprocess.run(command_line(undisturbed), check=True, capture_output=True)
-    assert final_state(tmp_path / "killed") == final_state(tmp_path / "undisturbed")
-    steps = [record["step"] for record in read_log(tmp_path / "killed/log.jsonl")]
-    assert steps == [r["step"] for r in read_log(tmp_path / "undisturbed/log.jsonl")]
-
-
 def test_a_finished_run_resumes_to_itself(
     tmp_path: Path, run_options: RunOptions, finished_run: Path
 ) -> None:
@@ -159,12 +118,12 @@ def test_resuming_nothing_is_refused(tmp_path: Path, run_options: RunOptions) ->
 def test_resuming_with_another_option_names_it(run_options: RunOptions, finished_run: Path) -> None:
     """The first option that differs, as it was and as it is."""
     with pytest.raises(RunError) as error:
-        pretrain(run_options(finished_run, resume=True, lambd=0.1))
+        pretrain(run_options(finished_run, resume=True, loss=LossOptions(lambd=0.1)))
     assert str(error.value) == (
-        f"resuming {finished_run}: lambd: expected 0.005, found 0.1; "
+        f"resuming {finished_run}: loss.lambd: expected None, found 0.1; "
         "leave it out, or start another run with another --out; only --checkpoint-every-s, "
-        "--checkpoint-every-steps, --keep-checkpoints, --knn-every-epochs, --log-every-steps "
-        "may change on the way"
+        "--checkpoint-every-steps, --keep-checkpoints, --knn-every-epochs, --log-every-steps, "
+        "--workers may change on the way"
     )
 
 
@@ -186,7 +145,7 @@ def test_a_flat_folder_of_photographs_is_enough(
     folder = make_photos(tmp_path / "photos", 24)
     options = run_options(
         tmp_path / "run", source=f"folder:{folder}", image_size_px=32, channels=3,
-        batch_size=8, epochs=1, optimizer="sgd", lr_peak=0.01, objective="hsic",
+        batch_size=8, epochs=1, optimizer="sgd", lr_peak=0.01, loss=LossOptions(objective="hsic"),
     )  # fmt: skip
     with caplog.at_level(logging.INFO, logger="horace"):
         pretrain(options)
@@ -225,20 +184,7 @@ def test_an_infinite_loss_ends_the_run(tmp_path: Path, run_options: RunOptions) 
 
 def test_the_mean_of_no_steps_is_empty() -> None:
     """A checkpoint right after a record has nothing to check."""
-    assert mean_losses([], 3) == {}
-
-
-def test_collapse_is_said_in_words(caplog: pytest.LogCaptureFixture) -> None:
-    """Features that are all alike give a warning with the step and advice."""
-    with caplog.at_level(logging.WARNING, logger="horace"):
-        assert warn_of_collapse(torch.ones(8, 4), 7) == 0
-    assert "step 7: the features of all images are nearly equal" in caplog.text
-    assert "the encoder has collapsed" in caplog.text
-
-
-def test_every_step_has_a_seed_of_its_own() -> None:
-    """Seeds of neighbouring steps and runs do not meet."""
-    assert len({step_seed(seed, step) for seed in range(10) for step in range(100)}) == 1000
+    assert mean_of_window([], 3) == {}
 
 
 def test_the_test_set_is_no_training_set() -> None:

@@ -45,7 +45,9 @@ def weights(run: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"]
+    ("number", "status"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)],
+    ids=["Ctrl-C", "SIGTERM", "SIGUSR1"],
 )
 def test_an_interrupted_run_keeps_all_of_its_steps(
     tmp_path: Path, run_options: RunOptions, number: signal.Signals, status: int
@@ -75,7 +77,7 @@ def test_a_run_shorter_than_the_steps_between_checkpoints_has_some_by_time(
 ) -> None:
     """After so many seconds one is due, whatever the steps."""
     clock = iter(range(0, 10**6, 20))
-    monkeypatch.setattr("train.loop.time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr("train.books.time.monotonic", lambda: float(next(clock)))
     options = run_options(
         tmp_path / "run", epochs=1, checkpoint_every_steps=500, keep_checkpoints=99
     )

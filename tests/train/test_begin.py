@@ -1,0 +1,135 @@
+"""How a run begins or goes on: what the machine decides, streams, other weights, views."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models.errors import UsageError
+from train.begin import say_if_others, settle
+from train.checkpoint import list_checkpoints, load_weights
+from train.config import PretrainOptions, ViewOptions
+from train.errors import RunError
+from train.log import read_log
+from train.loop import pretrain
+from train.ranks import Ranks
+from train.run import RunDirectory
+
+RunOptions = Callable[..., PretrainOptions]
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+def last_network(run: Path) -> dict[str, torch.Tensor]:
+    """The weights of the last checkpoint."""
+    return load_weights(list_checkpoints(run / "checkpoints")[-1])["network"]
+
+
+def test_a_run_keeps_what_the_machine_decided(finished_run: Path, run_options: RunOptions) -> None:
+    """What was `auto` at the start is what it was, on whatever machine the run goes on."""
+    kept = RunDirectory(path=finished_run).read_config()
+    options = run_options(finished_run, threads=None)
+    assert (options.device, options.precision, options.data_in) == ("auto", "auto", "auto")
+    settled, compute = settle(options, kept, Ranks())
+    for name in ("device", "precision", "data_in"):
+        assert getattr(settled, name) == kept.options[name] != "auto"
+    assert settled.threads == kept.options["threads"] == 1
+    assert (compute.name, compute.precision) == (settled.device, settled.precision)
+
+
+def test_another_precision_is_another_run(finished_run: Path, run_options: RunOptions) -> None:
+    """It would give other bits: refused by name."""
+    with pytest.raises(
+        RunError, match=r"precision: expected '(bf16|fp32)', found 'fp16'; leave it"
+    ):
+        pretrain(run_options(finished_run, resume=True, precision="fp16"))
+
+
+def test_ranks_of_a_machine_share_its_threads(tmp_path: Path, run_options: RunOptions) -> None:
+    """Each has at least one."""
+    options = run_options(tmp_path, threads=None)
+    settled, _ = settle(options, None, Ranks(world=32, local_world=32))
+    assert settled.threads == 1
+
+
+def test_other_ranks_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    """As many as before are not worth a word."""
+    say_if_others(2, 2)
+    assert not caplog.text
+    say_if_others(2, 1)
+    assert "was started with 2 ranks and goes on with 1" in caplog.text
+
+
+def test_views_made_by_workers_need_a_stream(tmp_path: Path, run_options: RunOptions) -> None:
+    """Where nothing is said the images are streamed; held in memory they cannot be."""
+    options = run_options(tmp_path, views=ViewOptions(views_in="workers"))
+    settled, _ = settle(options, None, Ranks())
+    assert settled.data_in == "stream"
+    with pytest.raises(UsageError) as error:
+        settle(replace(options, data_in="memory"), None, Ranks())
+    assert str(error.value) == (
+        "--views.views-in workers: expected images that are streamed, found --data-in memory; "
+        "give --data-in stream, or --views.views-in batch"
+    )
+
+
+@pytest.mark.parametrize("views_in", ["batch", "workers"])
+def test_a_streamed_run_goes_on_to_the_same_bits(
+    tmp_path: Path, run_options: RunOptions, views_in: str
+) -> None:
+    """From an earlier checkpoint, with another number of threads that decode."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    for i in range(24):
+        pixels = draw.integers(0, 256, (40 + i, 50, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:02d}.jpg")
+    (folder / "broken.jpg").write_bytes(b"no picture")
+    options = run_options(
+        tmp_path / "run", source=f"folder:{folder}", image_size_px=16, channels=3, batch_size=8,
+        epochs=3, data_in="stream", workers=2, checkpoint_every_steps=2, keep_checkpoints=9,
+        views=ViewOptions(views_in=views_in, blur_probability=(0.5, 0.5)),  # type: ignore[arg-type]
+    )  # fmt: skip
+    pretrain(options)
+    whole = last_network(options.run_path)
+    for path in list_checkpoints(options.run_path / "checkpoints")[2:]:
+        path.unlink()
+    pretrain(replace(options, resume=True, workers=1))
+    for name, value in last_network(options.run_path).items():
+        assert torch.equal(value, whole[name]), name
+    assert "broken.jpg" in (options.run_path / "rejects.jsonl").read_text()
+
+
+def test_a_run_starts_from_the_weights_of_another(
+    tmp_path: Path, run_options: RunOptions, finished_run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are said, scored before the first step, and no untrained baseline is claimed."""
+    options = run_options(tmp_path / "run", init_from=finished_run, epochs=1, lr_peak=1e-9)
+    with caplog.at_level(logging.INFO, logger="horace"):
+        pretrain(options)
+    assert ": took " in caplog.text
+    first = read_log(options.run_path / "log.jsonl")[0]
+    before = [r["knn_top1"] for r in read_log(finished_run / "log.jsonl") if "knn_top1" in r]
+    assert first["knn_start"] == pytest.approx(before[-1])
+    assert "knn_random" not in first
+    name = "backbone.conv1.weight"
+    given = last_network(finished_run)[name]
+    torch.testing.assert_close(last_network(options.run_path)[name], given)
+    initial = load_weights(options.run_path / "initial.pt")["network"]
+    assert not torch.allclose(initial[name], given), "the random twin of an export stays random"
+
+
+def test_a_picture_of_the_views_is_all_that_is_made(
+    tmp_path: Path, run_options: RunOptions
+) -> None:
+    """`--show-views` writes a PNG and starts no run."""
+    picture = tmp_path / "views.png"
+    pretrain(run_options(tmp_path / "run", show_views=picture))
+    assert picture.read_bytes().startswith(PNG_SIGNATURE)
+    assert not (tmp_path / "run").exists()

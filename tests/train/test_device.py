@@ -1,0 +1,97 @@
+"""Devices and precisions: what auto means, what autocast covers, how batches get there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from train.batches import Batch, MemorySource
+from train.device import Compute, Precision, has_native_bf16, on_device, resolve_compute
+from train.errors import TrainError
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("flags", "is_native"),
+    [("fpu avx2 avx512f", False), ("fpu avx512_bf16 x", True), ("amx_bf16", True), ("", False)],
+)
+def test_bf16_is_native_where_the_cpu_says_so(tmp_path: Path, flags: str, is_native: bool) -> None:
+    """Either of two instruction sets will do; no flag, no bf16."""
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor : 0\nflags\t\t: {flags}\nbogomips : 1\n")
+    assert has_native_bf16(CPU, cpuinfo) == is_native
+
+
+def test_a_machine_without_cpuinfo_has_no_bf16(tmp_path: Path) -> None:
+    """What cannot be known is not taken for granted."""
+    assert not has_native_bf16(CPU, tmp_path / "none")
+
+
+def test_auto_precision_is_what_the_machine_does_natively() -> None:
+    """A resolved precision is never `auto`, and a given one is kept."""
+    native: Precision = "bf16" if has_native_bf16(CPU) else "fp32"
+    assert resolve_compute("cpu", "auto") == Compute(device=CPU, precision=native)
+    assert resolve_compute("cpu", "fp16").precision == "fp16"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_missing_gpu_is_said_in_one_line() -> None:
+    """--device cuda without one names what is there and what to do."""
+    with pytest.raises(TrainError) as error:
+        resolve_compute("cuda", "auto", local_rank=1)
+    assert str(error.value) == (
+        "CUDA devices of this machine: expected at least 2, found 0; "
+        "start at most one rank a GPU, or give --device cpu"
+    )
+    assert resolve_compute("auto", "fp32").name == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)],
+)
+def test_autocast_computes_products_in_the_precision(
+    precision: Precision, dtype: torch.dtype
+) -> None:
+    """Weights stay float32; only fp16 has a scaler that scales."""
+    compute = Compute(device=CPU, precision=precision)
+    layer = torch.nn.Linear(4, 4)
+    with compute.autocast():
+        assert layer(torch.ones(2, 4)).dtype == dtype
+    assert layer.weight.dtype == torch.float32
+    assert compute.grad_scaler().is_enabled() == (precision == "fp16")
+
+
+def make_source() -> MemorySource:
+    """Five batches of two images."""
+    images_NHWC = np.arange(10 * 4, dtype=np.uint8).reshape(10, 2, 2, 1)
+    return MemorySource(images_NHWC, np.arange(10), batch_size=2, seed=0)
+
+
+def test_images_and_views_arrive_as_they_are() -> None:
+    """One tensor of images, or two of views, in the order of the steps."""
+    source = make_source()
+    arrived = list(on_device(source.batches(1, 5), CPU))
+    assert [batch.step for batch in arrived] == [1, 2, 3, 4]
+    for batch, sent in zip(arrived, source.batches(1, 5), strict=True):
+        (images,) = batch.pixels
+        np.testing.assert_array_equal(images.numpy(), sent.images_NHWC)
+    zeros, ones = np.zeros((1, 2, 2, 3), np.uint8), np.ones((1, 2, 2, 3), np.uint8)
+    two = Batch(step=0, image_rows=np.zeros(1, np.int64), views=(zeros, ones))
+    (batch,) = on_device(iter([two]), CPU)
+    assert [int(view.max()) for view in batch.pixels] == [0, 1]
+
+
+@pytest.mark.gpu
+def test_prefetched_batches_arrive_whole() -> None:
+    """Copies on a second stream are waited for: the GPU sees what was sent."""
+    device = torch.device("cuda", 0)
+    source = make_source()
+    arrived = [batch.pixels[0].clone() for batch in on_device(source.batches(0, 5), device)]
+    for images, sent in zip(arrived, source.batches(0, 5), strict=True):
+        assert images.device == device
+        np.testing.assert_array_equal(images.cpu().numpy(), sent.images_NHWC)

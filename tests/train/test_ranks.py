@@ -1,0 +1,47 @@
+"""What torchrun says to a process, and what the ranks do together."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from models.errors import UsageError
+from train.ranks import Ranks, find_ranks, joined, share_gradients
+
+
+def test_without_torchrun_there_is_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It leads, waits for nobody, and its network stays as it is."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    ranks = find_ranks()
+    assert ranks == Ranks()
+    assert ranks.is_lead
+    assert ranks.group is None
+    network = nn.Linear(2, 2)
+    with joined(ranks):
+        ranks.wait()
+        assert ranks.largest(15) == 15
+        assert share_gradients(network, ranks, torch.device("cpu")) is network
+
+
+def test_torchrun_says_who_this_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank, world and restarts come from its environment."""
+    said = {
+        "TORCHELASTIC_RUN_ID": "none", "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_RESTART_COUNT": "2",
+    }  # fmt: skip
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    ranks = find_ranks()
+    assert ranks == Ranks(rank=5, world=8, local_rank=1, local_world=4, restarts=2, is_managed=True)
+    assert not ranks.is_lead
+
+
+def test_a_batch_has_to_be_shared_equally() -> None:
+    """The error names the next size that can be."""
+    Ranks(world=4).check_batch(8)
+    with pytest.raises(UsageError) as error:
+        Ranks(world=4).check_batch(9)
+    assert str(error.value) == (
+        "--batch-size: expected a multiple of the 4 ranks, found 9; give 12"
+    )

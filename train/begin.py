@@ -1,0 +1,231 @@
+"""How a run begins or goes on: options settled, images opened, trainer made or restored.
+
+Rules:
+    What the machine decides (device, precision, threads, where the images are held) is
+    decided once for a run and kept with it: other values would give other last bits.
+    A run goes on with the options, images and preprocessing it began with, or not at all;
+    another number of ranks is allowed, and said.
+    What can differ is looked at as early as it is known: options before any image.
+    `config.json` is written last: before it there is no run, after it there is all of one.
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+from dataclasses import replace
+from typing import cast
+
+import torch
+
+from models.bundle import Json
+from models.cpu import cpu_budget
+from models.errors import UsageError
+from models.images import open_source
+from models.preprocess import PreprocessSpec
+from train.batches import BatchSource
+from train.checkpoint import Progress, list_checkpoints, restore_checkpoint, save_initial
+from train.config import PretrainOptions, options_from_json, options_json
+from train.crops import CutCrops
+from train.data import sample_images
+from train.device import Compute, resolve_compute
+from train.ranks import Ranks
+from train.run import RunConfig, RunDirectory, describe_environment
+from train.show_views import MAX_IMAGES, write_views_picture
+from train.stream import MakeViews
+from train.trainer import Trainer, view_recipes
+from train.training_data import TrainingData, open_training_data
+from train.views import Normaliser
+from train.weights import initialise_from
+from train.worker_views import FinishedCrops
+
+MACHINE_OPTIONS = ("device", "precision", "threads", "data_in")
+"""Options that the machine decides unless they are given, once for a run."""
+
+log = logging.getLogger("horace")
+
+
+def settle(
+    options: PretrainOptions, kept: RunConfig | None, ranks: Ranks
+) -> tuple[PretrainOptions, Compute]:
+    """Replace what the machine decides by what it is here, or by what the run began with.
+
+    Raises:
+        UsageError: the batch cannot be shared equally, or options exclude one another.
+        TrainError: the device is not there.
+    """
+    ranks.check_batch(options.batch_size)
+    if kept is not None:
+        before = options_from_json(kept.options)
+        unsaid = [name for name in MACHINE_OPTIONS if getattr(options, name) in (None, "auto")]
+        options = replace(options, **{name: getattr(before, name) for name in unsaid})
+    if options.views.views_in == "workers":
+        if options.data_in == "memory":
+            raise UsageError(
+                "--views.views-in workers",
+                expected="images that are streamed",
+                found="--data-in memory",
+                mend="give --data-in stream, or --views.views-in batch",
+            )
+        options = replace(options, data_in="stream")
+    compute = resolve_compute(options.device, options.precision, local_rank=ranks.local_rank)
+    threads = options.threads or max(1, cpu_budget() // ranks.local_world)
+    settled = replace(options, device=compute.name, precision=compute.precision, threads=threads)
+    return settled, compute
+
+
+def read_data(
+    options: PretrainOptions, run: RunDirectory, kept: RunConfig | None, ranks: Ranks
+) -> tuple[TrainingData, PretrainOptions, RunConfig]:
+    """Read or list the images, and refuse those of another run than the one that goes on.
+
+    Returns:
+        The images, the options with where they are held, and what `config.json` keeps.
+    """
+    source, spec = open_source(options.source), input_spec(options)
+    if kept is not None:
+        run.check_options(kept, options_json(options), spec, source.uri)
+    data = open_training_data(
+        source,
+        spec,
+        data_in=options.data_in,
+        limit_images=options.limit_images,
+        val_images=options.val_images if options.knn_every_epochs else 0,
+        bank_images=options.bank_images,
+        seed=options.seed,
+    )
+    options = replace(options, data_in=data.data_in)
+    config = describe_run(options, source.uri, spec, data, ranks)
+    if kept is not None:
+        run.check_data(kept, config.data)
+        say_if_others(cast(int, kept.environment.get("ranks", 1)), ranks.world)
+    return data, options, config
+
+
+def input_spec(options: PretrainOptions) -> PreprocessSpec:
+    """Say how images are brought to what the network sees."""
+    side_px = options.image_size_px
+    return PreprocessSpec(height=side_px, width=side_px, channels=options.channels, resize=side_px)
+
+
+def say_if_others(before: int, now: int) -> None:
+    """Say that a run goes on with another number of ranks."""
+    if before != now:
+        log.warning(
+            "the run was started with %d ranks and goes on with %d: it learns from the same "
+            "batches, but sums are rounded otherwise, so the last bits will differ",
+            before, now,
+        )  # fmt: skip
+
+
+def make_source(options: PretrainOptions, data: TrainingData, ranks: Ranks) -> BatchSource:
+    """Make this rank's source of batches."""
+    return data.batch_source(
+        make_worker_views(options),
+        batch_size=options.batch_size,
+        seed=options.seed,
+        workers=options.workers or options.threads or 1,
+        rank=ranks.rank,
+        world=ranks.world,
+    )
+
+
+def make_worker_views(options: PretrainOptions) -> MakeViews:
+    """Choose what the threads of a stream make of an image: two crops, or two whole views."""
+    views, side_px = options.views, options.image_size_px
+    crops = CutCrops(
+        (views.crop_area, views.crop_area),
+        height=side_px,
+        width=side_px,
+        channels=options.channels,
+        interpolation=views.interpolation,
+    )
+    return FinishedCrops(crops, view_recipes(views)) if views.views_in == "workers" else crops
+
+
+def make_trainer(
+    options: PretrainOptions,
+    config: RunConfig,
+    compute: Compute,
+    ranks: Ranks,
+    *,
+    steps_per_epoch: int,
+) -> Trainer:
+    """Make what learns, with the weights it begins with."""
+    mean, std = (
+        torch.tensor(values, device=compute.device).view(-1, 1, 1)
+        for values in (config.channel_mean, config.channel_std)
+    )
+    return Trainer(
+        options,
+        steps_per_epoch=steps_per_epoch,
+        normaliser=Normaliser(mean=mean, std=std),
+        compute=compute,
+        ranks=ranks,
+    )
+
+
+def start_or_resume(run: RunDirectory, config: RunConfig, trainer: Trainer) -> Progress:
+    """Fill the run directory, or bring the trainer to its last checkpoint."""
+    if not trainer.options.resume:
+        if trainer.ranks.is_lead:
+            save_initial(run.initial_file, trainer.network)
+        if trainer.options.init_from is not None:
+            report = initialise_from(trainer.options.init_from, trainer.network)
+            log.info("%s", report.summary())
+        if trainer.ranks.is_lead:
+            run.write_config(config)
+        return Progress()
+    checkpoints = list_checkpoints(run.checkpoints)
+    if not checkpoints:
+        log.info("%s has no checkpoint yet: starting at step 0", run.path)
+        return Progress()
+    progress = restore_checkpoint(
+        checkpoints[-1], trainer.network, trainer.optimizer, trainer.scaler
+    )
+    log.info("resuming %s after step %d of %d", run.path, progress.step, trainer.total_steps)
+    return progress
+
+
+def describe_run(
+    options: PretrainOptions, uri: str, spec: PreprocessSpec, data: TrainingData, ranks: Ranks
+) -> RunConfig:
+    """Put together what `config.json` keeps."""
+    facts: dict[str, Json] = {
+        "uri": uri,
+        "sha256": data.sha256,
+        "images": data.images,
+        "train_images": len(data.train),
+        "val_images": len(data.watched.val),
+        "bank_images": len(data.watched.bank),
+        "classes": list(data.class_names),
+        "skipped": {**data.rejects.faults()},
+    }
+    environment: dict[str, Json] = {**describe_environment(), "ranks": ranks.world}
+    if options.device == "cuda":
+        environment["gpu"] = torch.cuda.get_device_name()
+    return RunConfig(
+        options=options_json(options),
+        data=facts,
+        preprocessing=spec,
+        channel_mean=data.channel_mean,
+        channel_std=data.channel_std,
+        command=shlex.join(["python", "-m", "train.pretrain", *sys.argv[1:]]),
+        environment=environment,
+    )
+
+
+def show_views(options: PretrainOptions) -> None:
+    """Write the picture that `--show-views` asks for, of images from all over the source.
+
+    Raises:
+        HoraceError: the source cannot be used, or the file not be written.
+    """
+    assert options.show_views is not None
+    images_NHWC = sample_images(
+        open_source(options.source), input_spec(options), MAX_IMAGES, limit=options.limit_images
+    )
+    recipes = view_recipes(options.views)
+    write_views_picture(images_NHWC, recipes, options.show_views, options.seed)
+    log.info("views of %d images: %s", len(images_NHWC), options.show_views)

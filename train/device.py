@@ -1,0 +1,173 @@
+"""Where a training computes, in which arithmetic, and how batches get there.
+
+Rules:
+    What `auto` means is resolved once, when a run starts, and kept in its configuration: a
+    run that goes on computes as it began, since other arithmetic gives other bits.
+    Autocast covers the network's passes alone. Weights, their gradients and moments stay
+    float32, and so does the loss.
+    On the CPU equal seeds and threads give equal bits. On CUDA cuDNN is held to its
+    deterministic algorithms and chooses none by timing, so that its convolutions repeat,
+    too; kernels of others that add atomically may differ in the last bits.
+    `fp32` on CUDA means float32: no TF32.
+
+Source: Micikevicius et al., arXiv 1710.03740 (mixed precision, loss scaling); the CUDA notes
+of PyTorch on pinned memory and streams.
+
+Shapes: N images, H x W pixels, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from train.batches import Batch
+from train.errors import TrainError
+
+DeviceName = Literal["cpu", "cuda"]
+Precision = Literal["fp32", "bf16", "fp16"]
+
+AUTOCAST: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+CPU_BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
+"""Linux's names of instructions that multiply bfloat16; without one it is emulated, slowly."""
+
+CUDA_BF16_CAPABILITY = 8
+"""The first compute capability (Ampere) that multiplies bfloat16."""
+
+CPUINFO = Path("/proc/cpuinfo")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """A device and the arithmetic of the network on it, both resolved."""
+
+    device: torch.device
+    precision: Precision
+
+    @property
+    def name(self) -> DeviceName:
+        """What `--device` calls it."""
+        return "cuda" if self.device.type == "cuda" else "cpu"
+
+    def autocast(self) -> torch.autocast:
+        """Give the context of the network's passes."""
+        dtype = AUTOCAST.get(self.precision)
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def grad_scaler(self) -> torch.amp.GradScaler:
+        """Make the scaler that keeps fp16 gradients from vanishing; else one that does nothing."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceBatch:
+    """A batch on the device: one (N, H, W, C) uint8 tensor of images, or two of views."""
+
+    step: int
+    pixels: tuple[Tensor, ...]
+
+
+def resolve_compute(
+    device: DeviceName | Literal["auto"],
+    precision: Precision | Literal["auto"],
+    *,
+    local_rank: int = 0,
+) -> Compute:
+    """Find out what `auto` means here, and refuse a device that is not there.
+
+    Args:
+        device: `auto`, `cpu` or `cuda`.
+        precision: `auto`, `fp32`, `bf16` or `fp16`.
+        local_rank: which of the machine's GPUs.
+
+    Raises:
+        TrainError: there is no such CUDA device.
+    """
+    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+        found = torch.cuda.device_count()
+        if local_rank >= found:
+            raise TrainError(
+                "CUDA devices of this machine",
+                expected=f"at least {local_rank + 1}",
+                found=str(found),
+                mend="start at most one rank a GPU, or give --device cpu",
+            )
+        place = torch.device("cuda", local_rank)
+    else:
+        place = torch.device("cpu")
+    if precision == "auto":
+        precision = "bf16" if has_native_bf16(place) else "fp32"
+    return Compute(device=place, precision=precision)
+
+
+def has_native_bf16(device: torch.device, cpuinfo: Path = CPUINFO) -> bool:
+    """Say whether the device multiplies bfloat16 itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= CUDA_BF16_CAPABILITY
+    try:
+        text = cpuinfo.read_text()
+    except OSError:
+        return False
+    flags = next((x.partition(":")[2] for x in text.splitlines() if x.startswith("flags")), "")
+    return not CPU_BF16_FLAGS.isdisjoint(flags.split())
+
+
+def prepare_device(compute: Compute, *, threads: int) -> None:
+    """Set what torch keeps for the whole process: threads, the GPU, and how it computes."""
+    torch.set_num_threads(threads)
+    if compute.device.type == "cuda":
+        torch.cuda.set_device(compute.device)
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[DeviceBatch]:
+    """Bring batches to the device; to a GPU one ahead, while it computes on the one before.
+
+    On the CPU nothing is copied and nothing is read ahead.
+    """
+    if device.type != "cuda":
+        for batch in batches:
+            yield DeviceBatch(step=batch.step, pixels=_tensors(batch))
+        return
+    copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no types
+    ahead: DeviceBatch | None = None
+    for batch in batches:
+        with torch.cuda.stream(copying):
+            pinned = [tensor.pin_memory() for tensor in _tensors(batch)]
+            pixels = tuple(tensor.to(device, non_blocking=True) for tensor in pinned)
+        if ahead is not None:
+            yield ahead
+        ahead = DeviceBatch(step=batch.step, pixels=pixels)
+        _hand_over(pixels, copying, device)
+    if ahead is not None:
+        yield ahead
+
+
+def _tensors(batch: Batch) -> tuple[Tensor, ...]:
+    """Give the images, or both views, as tensors that share their memory."""
+    arrays: tuple[NDArray[np.uint8], ...] | None = batch.views
+    if arrays is None:
+        assert batch.images_NHWC is not None
+        arrays = (batch.images_NHWC,)
+    return tuple(torch.from_numpy(array) for array in arrays)
+
+
+def _hand_over(
+    pixels: tuple[Tensor, ...], copying: torch.cuda.Stream, device: torch.device
+) -> None:
+    """Let the computing stream wait for the copy, and keep the memory until it is through."""
+    computing = torch.cuda.current_stream(device)
+    computing.wait_stream(copying)
+    for tensor in pixels:
+        tensor.record_stream(computing)
