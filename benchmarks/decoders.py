@@ -37,6 +37,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, features
 
 from models.command import progress, run_command
+from models.cpu import cpu_name
 from models.errors import SourceError
 from models.jpeg import reduction
 from models.preprocess import PreprocessSpec, preprocess
@@ -316,13 +317,6 @@ def decodes(decode: Callable[[bytes], Pixels]) -> Callable[[bytes], bool]:
             return False
 
     return accepts
-
-
-def cpu_name() -> str:
-    """Say which processor this is."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def main(options: Options) -> None:

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from models.command import progress, run_command
-from models.cpu import cpu_budget
+from models.cpu import cpu_budget, cpu_name
 from train.loss import barlow_twins_loss
 from train.loss_forms import memory_bytes
 
@@ -271,14 +271,6 @@ def package_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return versions
-
-
-def cpu_name() -> str:
-    """Say which processor this is."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    family = next(line.split()[-1] for line in lines if line.startswith("cpu family"))
-    return f"{names[0]} (family {family})"
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ import tyro
 
 from benchmarks.photographs import DEBIAN_PHOTOS, make_jpegs
 from models.command import progress, run_command
-from models.cpu import cpu_budget
+from models.cpu import cpu_budget, cpu_name
 from train.config import PretrainOptions
 from train.presets import PRESETS
 
@@ -338,12 +338,6 @@ def spread(values: list[float]) -> dict[str, float]:
         "median": round(statistics.median(values), 2),
         "max": round(max(values), 2),
     }
-
-
-def cpu_name() -> str:
-    """Say which processor this is."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
 from models.command import progress, run_command
-from models.cpu import cpu_budget
+from models.cpu import cpu_budget, cpu_name
 from models.files import atomic_file
 from train.view_parameters import CROP_LOG_RATIO, ViewRecipe
 from train.views import Normaliser, random_view
@@ -171,12 +171,6 @@ def spread(values: list[float]) -> dict[str, float]:
     """Give the least, the median and the most, to three digits."""
     named = {"min": min(values), "median": statistics.median(values), "max": max(values)}
     return {name: float(f"{value:.4g}") for name, value in named.items()}
-
-
-def cpu_name() -> str:
-    """Name the processor as Linux has it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
 
 
 def ours(images: Images) -> Step:

@@ -11,8 +11,9 @@ Shapes: N images, H, W, C of the encoder's input, P pixels a reduced image, D di
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from index.embed import Reject, decode_batches, embed
 from index.errors import EvaluationError
 from index.knn import MISSING, knn_search, merge_neighbours
+from models.bundle import Json
 from models.command import progress
 from models.encoder import Encoder
 from models.images import ImageData, ImageRecord, ImageSource
@@ -234,6 +236,27 @@ class Whitening:
         return finish_vectors(
             np.subtract(pixels_NP, self.mean_P, dtype=np.float32) @ self.weights_PD
         )
+
+
+def twin_note(provenance: Mapping[str, Json]) -> str:
+    """Say what the untrained twin of a bundle is, by what `train.export` kept in its provenance.
+
+    What it does without the readout was measured then, on other images, so it is a note and
+    no row; bundles that were written without it say nothing of it.
+    """
+    readout = cast(dict[str, Json], provenance.get("readout") or {})
+    note = "the same network and readout, untrained"
+    if readout.get("whitening"):
+        note += ", whitened by a fit of its own"
+    validation = cast(dict[str, Json], provenance.get("validation") or {})
+    readouts = cast(dict[str, dict[str, float]], validation.get("readouts") or {})
+    if "untrained" in readouts:
+        plain = readouts["untrained"]["plain"]
+        note += (
+            f"; its last stage pooled plainly had {plain:.2%} when it was exported (k = "
+            f"{validation['k']}, {validation['queries']:,} held-out training images)"
+        )
+    return note
 
 
 def _factor(side_px: int) -> int:

@@ -53,7 +53,7 @@ from models.encoder import Encoder
 from models.errors import SourceError, UsageError
 from models.files import atomic_file
 from models.images import ImageSource, open_source
-from models.runtime import open_random_twin
+from models.runtime import OnnxEncoder, open_random_twin
 
 HEADLINE_K = 20
 RECALL_K = 10
@@ -142,7 +142,7 @@ def _report(
     options: KnnOptions,
     collection: Collection,
     encoder: Encoder,
-    twin: Encoder | None,
+    twin: OnnxEncoder | None,
     queries: Seen,
     bank_sources: Sequence[ImageSource],
     task: Task,
@@ -242,7 +242,10 @@ def _open_bank(collection: Collection) -> list[ImageSource]:
 
 
 def _see_bank(
-    collection: Collection, sources: Sequence[ImageSource], encoder: Encoder, twin: Encoder | None
+    collection: Collection,
+    sources: Sequence[ImageSource],
+    encoder: Encoder,
+    twin: OnnxEncoder | None,
 ) -> Seen:
     """Go over the collection's own images again, for pixels and for the untrained encoder."""
     bank = see_images(
@@ -257,7 +260,7 @@ def _see_bank(
 
 
 def _baseline_rows(
-    task: Task, queries: Seen, bank: Seen, twin: Encoder | None, encoder: Encoder
+    task: Task, queries: Seen, bank: Seen, twin: OnnxEncoder | None, encoder: Encoder
 ) -> list[BaselineRow]:
     """Measure whitened pixels, raw pixels and the untrained encoder."""
     assert queries.pixels_NP is not None, "pixels were asked for"
@@ -279,14 +282,14 @@ def _baseline_rows(
         note = "none: the bundle has no random.onnx, or the encoder is a server's"
         return [*rows, BaselineRow(name="random encoder", dim=None, by_k=None, note=note)]
     found = knn_search(queries.vectors_ND[1], bank.vectors_ND[0], k_max)
-    note = "the same network, untrained"
+    note = baselines.twin_note(twin.bundle.provenance)
     return [
         *rows,
         BaselineRow(name="random encoder", dim=twin.dim, by_k=task.score(*found), note=note),
     ]
 
 
-def _open_twin(collection: Collection, options: KnnOptions) -> Encoder | None:
+def _open_twin(collection: Collection, options: KnnOptions) -> OnnxEncoder | None:
     """Open the untrained twin; a remote encoder shows none."""
     uri = options.encoder or collection.manifest.encoder
     return None if "://" in uri else open_random_twin(Path(uri))

@@ -195,18 +195,19 @@ def record_evaluation(path: Path, name: str, result: Json) -> None:
     The fingerprint does not change: what was measured of an encoder decides no vector.
 
     Args:
-        path: the bundle's directory, or the file of one of its encoders.
+        path: the bundle's directory, or the file of one of its encoders; of another precision
+            than fp32 it is kept beside that of fp32, such as `knn.int8`.
         name: which evaluation it was, such as `knn`.
         result: what was measured, on which data, and by which command.
 
     Raises:
         BundleError: there is no sound bundle.
     """
-    path = read_bundle(path, verify=False).path
+    path, precision = read_bundle(path, verify=False).path, split_precision(path)[1]
     document = _read_document(path)
     provenance = cast(dict[str, Json], document["provenance"])
     evaluations = cast(dict[str, Json], provenance.setdefault("evaluations", {}))
-    evaluations[name] = result
+    evaluations[name if precision == "fp32" else f"{name}.{precision}"] = result
     with atomic_file(path / BUNDLE_FILE) as temporary:
         temporary.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n")
 

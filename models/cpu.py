@@ -1,4 +1,4 @@
-"""How many CPUs this process may really use, and how its work shares them.
+"""How many CPUs this process may really use, how its work shares them, and what they are.
 
 A container's CPU limit is not what `os.cpu_count` says: ONNX Runtime, faiss and Python
 size their pools to the host and are then throttled (onnxruntime#29510). Every pool of
@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 SELF_CGROUP = Path("/proc/self/cgroup")
+CPUINFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,20 @@ def share_cpus(budget: int) -> CpuShares:
     several models are served they share the inference threads, each with at least one.
     """
     return CpuShares(decode_threads=max(1, budget // 2), inference_threads=budget)
+
+
+def cpu_name(cpuinfo: Path = CPUINFO) -> str:
+    """Give the processor's name and family as Linux has them, or its architecture.
+
+    The family tells apart what clouds call by one name, such as `AMD EPYC`.
+    """
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    fields = {name.strip(): value.strip() for name, _, value in (x.partition(":") for x in lines)}
+    name, family = fields.get("model name", platform.machine()), fields.get("cpu family")
+    return name if family is None else f"{name} (family {family})"
 
 
 def _cgroup_folders(root: Path, self_cgroup: Path) -> list[Path]:

@@ -67,9 +67,9 @@ class BasicBlock(nn.Module):
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Give relu(branch + shortcut), (N, width, H / stride, W / stride)."""
-        branch = torch.relu(self.bn1(self.conv1(x_NCHW)))
+        branch = torch.relu_(self.bn1(self.conv1(x_NCHW)))
         branch = self.bn2(self.conv2(branch))
-        return torch.relu(branch + self.downsample(x_NCHW))
+        return torch.relu_(branch.add_(self.downsample(x_NCHW)))
 
 
 class BottleneckBlock(nn.Module):
@@ -90,10 +90,10 @@ class BottleneckBlock(nn.Module):
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Give relu(branch + shortcut), (N, 4 * width, H / stride, W / stride)."""
-        branch = torch.relu(self.bn1(self.conv1(x_NCHW)))
-        branch = torch.relu(self.bn2(self.conv2(branch)))
+        branch = torch.relu_(self.bn1(self.conv1(x_NCHW)))
+        branch = torch.relu_(self.bn2(self.conv2(branch)))
         branch = self.bn3(self.conv3(branch))
-        return torch.relu(branch + self.downsample(x_NCHW))
+        return torch.relu_(branch.add_(self.downsample(x_NCHW)))
 
 
 class ResNet(Backbone):
@@ -149,7 +149,7 @@ class ResNet(Backbone):
 
     def forward(self, images_NCHW: Tensor) -> tuple[Tensor, ...]:
         """Give the map of each stage, shallow to deep: (N, stage_dims[i], H_i, W_i)."""
-        x = self.maxpool(torch.relu(self.bn1(self.conv1(images_NCHW))))
+        x = self.maxpool(torch.relu_(self.bn1(self.conv1(images_NCHW))))
         maps = []
         for i in range(len(self.stage_dims)):
             x = self.get_submodule(f"layer{i + 1}")(x)

@@ -27,6 +27,7 @@ class OnnxEncoder:
     """A bundle's graph in one ONNX Runtime session; `encode` may run in several threads.
 
     Attributes:
+        bundle: what the graph belongs to.
         fingerprint: of the encoder that the graph is.
         threads: CPU threads of the session.
     """
@@ -39,7 +40,7 @@ class OnnxEncoder:
             EncoderError: ONNX Runtime refuses the file, or its input and output are not
                 the ones that the bundle describes.
         """
-        self._bundle = bundle
+        self.bundle = bundle
         self.fingerprint = bundle.fingerprint_of(graph.name)
         self.threads = threads or cpu_budget()
         self._session = _load_session(graph, _read_checked(bundle, graph), self.threads)
@@ -54,17 +55,17 @@ class OnnxEncoder:
     @property
     def name(self) -> str:
         """The bundle's name."""
-        return self._bundle.name
+        return self.bundle.name
 
     @property
     def dim(self) -> int:
         """Length of a vector."""
-        return self._bundle.dim
+        return self.bundle.dim
 
     @property
     def preprocessing(self) -> PreprocessSpec:
         """How bytes become the graph's input."""
-        return self._bundle.preprocessing
+        return self.bundle.preprocessing
 
     def preprocess(self, data: bytes | NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Decode and fit one image to (H, W, C) uint8.
@@ -72,7 +73,7 @@ class OnnxEncoder:
         Raises:
             ImageError: this image cannot be used.
         """
-        return preprocess(data, self._bundle.preprocessing)
+        return preprocess(data, self.bundle.preprocessing)
 
     def encode(self, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Embed (N, H, W, C) uint8 as (N, D) float32; N may be 0.
@@ -80,7 +81,7 @@ class OnnxEncoder:
         Raises:
             EncoderError: the shape or dtype is wrong, or ONNX Runtime failed.
         """
-        check_batch(images_NHWC, self._bundle.preprocessing)
+        check_batch(images_NHWC, self.bundle.preprocessing)
         if len(images_NHWC) == 0:
             return np.empty((0, self.dim), np.float32)
         try:

@@ -22,7 +22,7 @@ import torch
 from models.bundle import Json
 from models.cpu import cpu_budget
 from models.errors import UsageError
-from models.images import open_source
+from models.images import ImageSource, open_source
 from models.preprocess import PreprocessSpec
 from train.batches import BatchSource
 from train.checkpoint import Progress, list_checkpoints, restore_checkpoint, save_initial
@@ -35,7 +35,7 @@ from train.run import RunConfig, RunDirectory, describe_environment
 from train.show_views import MAX_IMAGES, write_views_picture
 from train.stream import MakeViews
 from train.trainer import Trainer, view_recipes
-from train.training_data import TrainingData, open_training_data
+from train.training_data import DataIn, TrainingData, choose_data_in, open_training_data
 from train.views import Normaliser
 from train.weights import initialise_from
 from train.worker_views import FinishedCrops
@@ -44,6 +44,16 @@ MACHINE_OPTIONS = ("device", "precision", "threads", "data_in")
 """Options that the machine decides unless they are given, once for a run."""
 
 log = logging.getLogger("horace")
+
+
+def goes_on(options: PretrainOptions, run: RunDirectory, ranks: Ranks) -> bool:
+    """Say whether a run is resumed: it was asked for, or torchrun restarts what it began.
+
+    A run of another's is not: torchrun also starts ranks anew that were refused for it.
+    """
+    if options.resume or ranks.restarts == 0 or not run.config_file.exists():
+        return options.resume
+    return run.read_config().environment.get("torchrun") == ranks.job
 
 
 def settle(
@@ -89,7 +99,7 @@ def read_data(
     data = open_training_data(
         source,
         spec,
-        data_in=options.data_in,
+        data_in=agree_data_in(options, source, spec, ranks),
         limit_images=options.limit_images,
         val_images=options.val_images if options.knn_every_epochs else 0,
         bank_images=options.bank_images,
@@ -101,6 +111,20 @@ def read_data(
         run.check_data(kept, config.data)
         say_if_others(cast(int, kept.environment.get("ranks", 1)), ranks.world)
     return data, options, config
+
+
+def agree_data_in(
+    options: PretrainOptions, source: ImageSource, spec: PreprocessSpec, ranks: Ranks
+) -> DataIn:
+    """Say where the images are held: on all ranks alike, whatever memory each finds free.
+
+    A rank that streams crops whole photographs and one that holds them does not: they would
+    learn from different pixels, and no error would say so.
+    """
+    if options.data_in != "auto":
+        return options.data_in
+    own = choose_data_in(source, spec, options.limit_images, processes=ranks.local_world)
+    return "stream" if ranks.largest(own == "stream") else "memory"
 
 
 def input_spec(options: PretrainOptions) -> PreprocessSpec:
@@ -203,6 +227,8 @@ def describe_run(
         "skipped": {**data.rejects.faults()},
     }
     environment: dict[str, Json] = {**describe_environment(), "ranks": ranks.world}
+    if ranks.is_managed:
+        environment["torchrun"] = ranks.job
     if options.device == "cuda":
         environment["gpu"] = torch.cuda.get_device_name()
     return RunConfig(

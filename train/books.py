@@ -94,7 +94,7 @@ class Books:
             "epoch": done / trainer.steps_per_epoch,
             "lr": trainer.lr(done - 1),
             **embedding_diagnostics(outcome.features_ND, outcome.z1_ND, outcome.z2_ND),
-            **means,  # of C, too: over whole batches, and all of the window
+            **means,
             "c_off_diagonal_floor": trainer.options.batch_size**-0.5,
             "images_per_s": self._display.images_per_s(),
         }

@@ -111,7 +111,7 @@ class PretrainOptions:
     in the paper, else that of the weights."""
 
     lr_scaling: Literal["none", "linear"] = "none"
-    """Take the given learning rates as they are, or times batch/256."""
+    """Take the learning rates that are given, and adamw's own, as they are or times batch/256."""
 
     lars_eta: float = 1e-3
     """Of lars: a weight's step over its norm, before the learning rate."""

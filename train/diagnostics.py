@@ -44,12 +44,10 @@ def embedding_diagnostics(features_ND: Tensor, z1_ND: Tensor, z2_ND: Tensor) -> 
     Returns:
         Of the features: `spread`, `rankme`, `rankme_limit` (what it can reach), `alpha_req`,
         `dead_share`. Of the embeddings: `z_rankme`, `z_rankme_limit`, `z_dead_share`,
-        `z_alignment`, `z_uniformity`. Of C: `c_diagonal`, `c_off_diagonal_rms`,
-        `c_off_diagonal_floor` (that RMS for independent dimensions). The first `MAX_ROWS` rows
-        count; values are NaN where an input is not finite.
+        `z_alignment`, `z_uniformity`. The first `MAX_ROWS` rows count; values are NaN where an
+        input is not finite. Of C the loss itself knows more: see `train.loss.LossTerms`.
     """
     features_ND, z1_ND, z2_ND = (x[:MAX_ROWS].detach() for x in (features_ND, z1_ND, z2_ND))
-    diagonal, off_diagonal_rms = correlation_summary(z1_ND, z2_ND)
     return {
         "spread": spread(features_ND),
         "rankme": rankme(features_ND),
@@ -61,9 +59,6 @@ def embedding_diagnostics(features_ND: Tensor, z1_ND: Tensor, z2_ND: Tensor) -> 
         "z_dead_share": dead_share(z1_ND),
         "z_alignment": alignment(z1_ND, z2_ND),
         "z_uniformity": uniformity(z1_ND),
-        "c_diagonal": diagonal,
-        "c_off_diagonal_rms": off_diagonal_rms,
-        "c_off_diagonal_floor": off_diagonal_floor(len(z1_ND)),
     }
 
 
@@ -170,11 +165,6 @@ def correlation_summary(z1_ND: Tensor, z2_ND: Tensor) -> tuple[float, float]:
     off_squares = float(squares - diagonal_D.square().sum())
     rms = math.sqrt(max(off_squares, 0.0) / max(dim * (dim - 1), 1))
     return float(diagonal_D.mean()), rms if math.isfinite(off_squares) else math.nan
-
-
-def off_diagonal_floor(n: int) -> float:
-    """Give the RMS that C's off-diagonal has by chance, for independent dimensions."""
-    return 1 / math.sqrt(n)
 
 
 def standardise(z_ND: Tensor) -> Tensor:

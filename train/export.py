@@ -23,13 +23,18 @@ from train.errors import training_packages
 from train.export_options import ExportOptions
 from train.run import RunDirectory
 from train.tensorrt import DEFAULT_OUT, build_engine, require_tensorrt
-from train.triton_repository import TritonOptions, write_model
+from train.triton_repository import TritonOptions, check_model_target, write_model
 
 
 def main(options: ExportOptions) -> None:
     """Export, check, write, and print what came of it."""
+    name = options.name or options.bundle_path.resolve().name
+    if options.triton_repository is not None:  # all that can be refused, before the work
+        check_model_target(options.triton_repository, name, replace=options.replace)
     if options.tensorrt:
-        require_tensorrt()  # before the work
+        require_tensorrt()
+    run = RunDirectory(path=options.run)
+    run.read_config()
     with training_packages():
         import torch
 
@@ -37,9 +42,9 @@ def main(options: ExportOptions) -> None:
 
         torch.set_num_threads(cpu_budget())
         bundle = export_run(
-            RunDirectory(path=options.run),
+            run,
             options.bundle_path,
-            name=options.name or options.bundle_path.resolve().name,
+            name=name,
             readout=options.readout,
             precisions=options.precisions,
             with_random_twin=options.random_twin,

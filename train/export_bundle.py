@@ -27,7 +27,7 @@ from models.errors import BundleError
 from train.errors import writing
 from train.export_data import load_run_images, spread_rows
 from train.export_graph import PARITY_IMAGES, WrittenGraph, write_graph
-from train.export_options import Readout, ReadoutOptions
+from train.export_options import ReadoutOptions
 from train.precisions import CALIBRATION_IMAGES, score_precisions, write_precisions
 from train.provenance import describe_readout, describe_run, describe_validation
 from train.run import RunConfig, RunDirectory
@@ -89,7 +89,7 @@ def export_run(
                 preprocessing=config.preprocessing,
                 output=OutputSpec(dim=graphs[ENCODER_FILE].fitted.dim),
                 provenance={
-                    **describe_export(run, config, checkpoint, chosen, graphs),
+                    **describe_export(run, config, checkpoint, graphs),
                     "precisions": scores,
                 },
                 replace=replace,
@@ -128,14 +128,13 @@ def describe_export(
     run: RunDirectory,
     config: RunConfig,
     checkpoint: Path,
-    readout: Readout,
     graphs: Mapping[str, WrittenGraph],
 ) -> dict[str, Json]:
     """Say where the graphs come from, how they read the maps out, and how good they look."""
     trained, untrained = graphs[ENCODER_FILE], graphs.get(RANDOM_FILE)
     return {
         **describe_run(run, config, checkpoint.name, trained.progress),
-        "readout": describe_readout(readout, trained.stages, trained.fitted),
+        "readout": describe_readout(trained.fitted),
         "validation": describe_validation(
             run, config, trained.progress, trained.fitted, untrained.fitted if untrained else None
         ),

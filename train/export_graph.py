@@ -43,14 +43,12 @@ class WrittenGraph:
     Attributes:
         file: where it lies.
         progress: how far the run was with these weights.
-        stages: how many the backbone has.
         fitted: its readout.
         parity: with torch.
     """
 
     file: Path
     progress: Progress
-    stages: int
     fitted: FittedReadout
     parity: Parity
 
@@ -74,7 +72,6 @@ def write_graph(
     return WrittenGraph(
         file=file,
         progress=progress,
-        stages=len(stage_dims),
         fitted=fitted,
         parity=check_graph(file, graph, config, images_NHWC),
     )

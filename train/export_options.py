@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
@@ -23,14 +23,14 @@ class Readout:
     Attributes:
         stages: numbers of stages, from 1, whose pooled maps are laid side by side; the last
             one where empty.
-        grid: cells a side that each map is averaged over.
+        grid: cells a side that maps are averaged over; one number for all, or one a stage.
         dim: dimensions of the PCA-whitening that comes last; None for no whitening.
         shrinkage: share of the largest variance that whitening adds to each.
         fit_images: training images that whitening is fitted on, at most.
     """
 
     stages: tuple[int, ...] = ()
-    grid: int = 1
+    grid: tuple[int, ...] = (1,)
     dim: int | None = None
     shrinkage: float = 1e-3
     fit_images: int = 20_000
@@ -47,8 +47,9 @@ class ReadoutOptions:
     stages: tuple[int, ...] | None = None
     """Stages whose maps are read, from 1; several are laid side by side."""
 
-    grid: Literal[1, 2, 4] | None = None
-    """Cells a side that each map is averaged over; 1 pools it whole."""
+    grid: tuple[int, ...] | None = None
+    """Cells a side that each map is averaged over, one number for all stages or one for each;
+    1 pools a map whole."""
 
     dim: int | None = None
     """Dimensions that PCA-whitening leaves, ordered by variance; 0 for no whitening."""
@@ -67,15 +68,29 @@ class ReadoutOptions:
             option = f"--readout.{name.replace('_', '-')}"
             if value is not None and value < least:
                 raise UsageError(option, expected=f"at least {least}", found=str(value))
+        if self.grid is not None and (not self.grid or min(self.grid) < 1):
+            found = " ".join(map(str, self.grid)) or "none"
+            raise UsageError("--readout.grid", expected="numbers of at least 1", found=found)
         if self.shrinkage is not None and not self.shrinkage > 0:
             raise UsageError(
                 "--readout.shrinkage", expected="more than 0", found=str(self.shrinkage)
             )
 
     def resolve(self, preset: str) -> Readout:
-        """Fill what was not given from the preset's readout."""
+        """Fill what was not given from the preset's readout.
+
+        Raises:
+            UsageError: there is no whitening that shrinkage and images would be for.
+        """
         default = PRESET_READOUTS.get(preset, Readout())
         dim = default.dim if self.dim is None else self.dim
+        if not dim and (self.shrinkage, self.fit_images) != (None, None):
+            raise UsageError(
+                "--readout.shrinkage and --readout.fit-images",
+                expected="none without whitening",
+                found="one of them",
+                mend="say how many dimensions whitening leaves, with --readout.dim",
+            )
         return Readout(
             stages=default.stages if self.stages is None else self.stages,
             grid=default.grid if self.grid is None else self.grid,

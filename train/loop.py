@@ -6,7 +6,8 @@ Rules:
     With several ranks all do every step; the first alone keeps the books (`train.books`).
     After a signal the step is finished, a checkpoint made, and all ranks leave after the
     same step.
-    When torchrun starts the ranks anew, they go on from the last checkpoint unasked.
+    When torchrun starts the ranks anew, a run that it began goes on from the last checkpoint
+    unasked.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from train.batches import BatchSource
 from train.begin import (
+    goes_on,
     make_source,
     make_trainer,
     read_data,
@@ -60,8 +62,7 @@ def pretrain(options: PretrainOptions) -> None:
     if not ranks.is_lead:
         log.setLevel(logging.ERROR)
     with joined(ranks), ExitStack() as held:
-        goes_on = options.resume or (ranks.restarts > 0 and run.config_file.exists())
-        options = replace(options, resume=bool(ranks.largest(goes_on)))
+        options = replace(options, resume=bool(ranks.largest(goes_on(options, run, ranks))))
         if ranks.is_lead:
             held.enter_context(run.held(resume=options.resume))
         ranks.wait()

@@ -75,7 +75,8 @@ def peak_rates(
     Args:
         kind: `adamw`, `sgd` or `lars`.
         batch_size: images a step over all processes.
-        lr_peak: of weights; None for the optimiser's own rate at this batch.
+        lr_peak: of weights; None for the optimiser's own rate at this batch, which for
+            `adamw` scales like one that is given.
         lr_biases: of biases and normalisation; None for the paper's under LARS, else that of
             the weights.
         is_linear: whether the rates that are given are for 256 images, and scale.
@@ -83,7 +84,7 @@ def peak_rates(
     times = batch_size / REFERENCE_BATCH
     given = times if is_linear else 1.0
     own = {
-        "adamw": ADAMW_RATE,
+        "adamw": ADAMW_RATE * given,
         "sgd": SGD_RATE * batch_size / 128,
         "lars": lars_rate(batch_size) * times,
     }
@@ -193,7 +194,7 @@ def make_optimizer(
         groups = [weights | {"is_adapted": True}, biases | {"is_adapted": False}]
         return Lars(groups, eta=lars_eta, clips=lars_clip)
     if kind == "adamw":
-        return torch.optim.AdamW([weights, biases], lr=0.0)
+        return torch.optim.AdamW([weights, biases], lr=0.0, fused=True)
     assert kind == "sgd", kind
     return torch.optim.SGD([weights, biases], lr=0.0, momentum=MOMENTUM)
 

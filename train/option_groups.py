@@ -152,8 +152,8 @@ class ViewOptions:
     """How often values above the middle are inverted; the paper has 0 and .2."""
 
     views_in: Literal["batch", "workers"] = "batch"
-    """Make the views of a whole batch at once, on the device, or image by image in worker
-    processes."""
+    """Make the views of a whole batch at once, on the device, or image by image in the threads
+    that decode."""
 
     def __post_init__(self) -> None:
         low, high = self.crop_area

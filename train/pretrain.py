@@ -39,8 +39,12 @@ def choose_defaults(argv: Sequence[str]) -> PretrainOptions:
     except (HoraceError, SystemExit):
         return folder
     is_fashion = given.source.partition(":")[0] == "fashion-mnist"
-    is_named = any(arg.partition("=")[0] == "--preset" for arg in args)
-    return PRESETS["fashion-mnist" if is_fashion and not is_named else given.preset]
+    named = {arg.partition("=")[0] for arg in args}
+    preset = PRESETS["fashion-mnist" if is_fashion and "--preset" not in named else given.preset]
+    if "--optimizer" in named and given.optimizer != preset.optimizer:
+        # The preset's rates are for its own optimiser: of another they would make nonsense.
+        return dataclasses.replace(preset, lr_peak=None, lr_biases=None)
+    return preset
 
 
 def main(options: PretrainOptions) -> None:
@@ -59,10 +63,11 @@ def main(options: PretrainOptions) -> None:
             found=options.source,
             mend="train on fashion-mnist; the test images are for `python -m index.evaluate`",
         )
-    # OpenMP reads this once, when torch loads. By default a waiting thread spins for long,
-    # which on cores that others use, too, keeps off the very thread it waits for: training
-    # the default network on two such cores fell from 500 to 100 views/s. A short spin keeps
-    # the full speed of a quiet machine; sleeping at once (OMP_WAIT_POLICY=passive) does not.
+    # OpenMP reads this once, when torch loads, which nothing has done yet. By default a waiting
+    # thread spins for long, on cores that others use, too, in place of the very thread it
+    # waits for. A short spin keeps the full speed of a quiet machine; sleeping at once
+    # (OMP_WAIT_POLICY=passive) does not. No value helps where a thread has to wait for its
+    # core at every operation: there `--threads 1` is many times as fast as two.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     with training_packages():
         from train.loop import pretrain

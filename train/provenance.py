@@ -9,7 +9,6 @@ from typing import cast
 
 from models.bundle import Json
 from train.checkpoint import Progress
-from train.export_options import Readout
 from train.log import read_log
 from train.monitor import KNN_K, KNN_TEMPERATURE
 from train.readout_fit import FittedReadout
@@ -34,6 +33,7 @@ def describe_run(
     }
     return {
         "command": config.command,
+        "run": str(run.path),
         "export_command": shlex.join(["python", "-m", "train.export", *sys.argv[1:]]),
         "seed": options["seed"],
         "data": dict(data),
@@ -43,11 +43,11 @@ def describe_run(
     }
 
 
-def describe_readout(readout: Readout, stages: int, fitted: FittedReadout) -> dict[str, Json]:
-    """Say how vectors are made of the maps of so many stages, and how that was fitted."""
+def describe_readout(fitted: FittedReadout) -> dict[str, Json]:
+    """Say how vectors are made of the stages' maps, and how that was fitted."""
     return {
-        "stages": list(readout.stages or (stages,)),
-        "grid": readout.grid,
+        "stages": list(fitted.pooled.stages),
+        "grids": list(fitted.pooled.grids),
         "whitening": None if fitted.whitening is None else fitted.whitening.describe(),
     }
 

@@ -38,6 +38,7 @@ from onnxruntime.quantization import (
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
+from models.bundle import Precision
 from train.errors import ExportError
 from train.graph import save_graph
 from train.graph_names import BACKBONE_PREFIX, INPUT_NAME
@@ -72,36 +73,32 @@ def write_int8(encoder: Path, out: Path, images_NHWC: NDArray[np.uint8]) -> None
     Raises:
         ExportError: ONNX Runtime cannot quantise the graph.
     """
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, _quiet(), _translated("int8"):
         prepared, quantised = Path(folder) / "prepared.onnx", Path(folder) / "int8.onnx"
-        try:
-            quant_pre_process(str(encoder), str(prepared), skip_symbolic_shape=True)
-            quantize_static(
-                str(prepared),
-                str(quantised),
-                CalibrationImages(images_NHWC),
-                quant_format=QuantFormat.QDQ,
-                per_channel=True,
-                reduce_range=True,
-                activation_type=QuantType.QUInt8,
-                weight_type=QuantType.QInt8,
-                nodes_to_exclude=nodes_outside_backbone(onnx.load(prepared).graph),
-                calibrate_method=CalibrationMethod.MinMax,
-            )
-        except Exception as error:  # ONNX, its runtime and protobuf raise classes of their own
-            raise ExportError(
-                "the INT8 graph",
-                expected="a network that ONNX Runtime can quantise",
-                found=(str(error).splitlines() or [type(error).__name__])[0],
-                mend="export without --int8",
-            ) from error
-        save_graph(onnx.load(quantised), out)
+        quant_pre_process(str(encoder), str(prepared), skip_symbolic_shape=True)
+        quantize_static(
+            str(prepared),
+            str(quantised),
+            CalibrationImages(images_NHWC),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            reduce_range=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            nodes_to_exclude=nodes_outside_backbone(onnx.load(prepared).graph),
+            calibrate_method=CalibrationMethod.MinMax,
+        )
+        model = onnx.load(quantised)
+    save_graph(model, out)
 
 
 def write_fp16(encoder: Path, out: Path) -> None:
-    """Write a float32 encoder in half precision, with the same input and output."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of weights below the least half, which become it
+    """Write a float32 encoder in half precision, with the same input and output.
+
+    Raises:
+        ExportError: ONNX Runtime cannot convert the graph.
+    """
+    with _quiet(), _translated("fp16"):  # quiet of weights below the least half, which become it
         model = convert_float_to_float16(onnx.load(encoder), keep_io_types=True)
     save_graph(model, out)
 
@@ -121,6 +118,20 @@ def nodes_outside_backbone(graph: onnx.GraphProto) -> list[str]:
         if not is_inside or (has_weight and not is_backbone):
             names.append(node.name)
     return names
+
+
+@contextmanager
+def _translated(precision: Precision) -> Iterator[None]:
+    """Turn what ONNX, its runtime and protobuf raise, which are classes of their own."""
+    try:
+        yield
+    except Exception as error:
+        raise ExportError(
+            f"the {precision.upper()} graph",
+            expected="a network that ONNX Runtime can convert",
+            found=(str(error).splitlines() or [type(error).__name__])[0],
+            mend=f"export without --{precision}",
+        ) from error
 
 
 @contextmanager

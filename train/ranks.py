@@ -12,13 +12,14 @@ Rules:
 
 The run directory and the images must be where every rank can read them.
 
-torchrun restarts all ranks when one dies (`--max-restarts`); how often it did is known here,
-and `train.loop` then goes on from the last checkpoint.
+torchrun restarts all ranks when one dies (`--max-restarts`), and a run that it began goes on
+from the last checkpoint. Ranks that join or leave a torchrun at work are not provided for.
 """
 
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ class Ranks:
         rank, world: which of how many, over all machines.
         local_rank, local_world: the same on this machine.
         restarts: how often torchrun has started all of them anew.
-        is_managed: whether torchrun started it, which passes signals on.
+        job: which torchrun started it, the same over its restarts; empty for none.
     """
 
     rank: int = 0
@@ -50,7 +51,12 @@ class Ranks:
     local_rank: int = 0
     local_world: int = 1
     restarts: int = 0
-    is_managed: bool = False
+    job: str = ""
+
+    @property
+    def is_managed(self) -> bool:
+        """Whether torchrun started it, which passes signals on."""
+        return bool(self.job)
 
     @property
     def is_lead(self) -> bool:
@@ -103,13 +109,16 @@ def find_ranks() -> Ranks:
     """Read from the environment what torchrun has said to this process."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return Ranks()
+    job = os.environ["TORCHELASTIC_RUN_ID"]
+    if job == "none":  # nobody named it: torchrun itself, this process's parent, stands for it
+        job = f"{socket.gethostname()}-{os.getppid()}"
     return Ranks(
         rank=int(os.environ["RANK"]),
         world=int(os.environ["WORLD_SIZE"]),
         local_rank=int(os.environ["LOCAL_RANK"]),
         local_world=int(os.environ["LOCAL_WORLD_SIZE"]),
         restarts=int(os.environ["TORCHELASTIC_RESTART_COUNT"]),
-        is_managed=True,
+        job=job,
     )
 
 

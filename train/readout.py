@@ -25,8 +25,6 @@ from torch import Tensor, nn
 from models.errors import UsageError
 from train.whitening import Whitening
 
-GRIDS = (1, 2, 4)
-
 
 class PooledReadout(nn.Module):
     """The maps of some stages, each averaged over grid x grid cells, side by side.
@@ -34,14 +32,22 @@ class PooledReadout(nn.Module):
     Args:
         stage_dims: channels of every stage of the backbone.
         stages: numbers of stages, from 1; the last where empty.
-        grid: cells a side.
+        grid: cells a side; one number for all stages, or one for each.
+
+    Attributes:
+        stages, grids: what was chosen, a number a stage.
+        dim: length of a vector.
 
     Raises:
-        UsageError: there is no such stage, or it is given twice.
+        UsageError: there is no such stage, or it is given twice, or grids are not as many.
     """
 
     def __init__(
-        self, stage_dims: Sequence[int], *, stages: Sequence[int] = (), grid: int = 1
+        self,
+        stage_dims: Sequence[int],
+        *,
+        stages: Sequence[int] = (),
+        grid: int | Sequence[int] = 1,
     ) -> None:
         super().__init__()
         stages = tuple(stages) or (len(stage_dims),)
@@ -52,8 +58,19 @@ class PooledReadout(nn.Module):
                 expected=f"different numbers of 1 to {len(stage_dims)}",
                 found=" ".join(map(str, stages)),
             )
-        self.stages, self.grid = stages, grid
-        self.dim = grid * grid * sum(stage_dims[stage - 1] for stage in stages)
+        grids = (grid,) if isinstance(grid, int) else tuple(grid)
+        if len(grids) not in (1, len(stages)):
+            raise UsageError(
+                "--readout.grid",
+                expected=f"one number, or one for each of {len(stages)} stages",
+                found=" ".join(map(str, grids)) or "none",
+            )
+        self.stages = stages
+        self.grids = grids if len(grids) == len(stages) else grids * len(stages)
+        self.dim = sum(
+            grid * grid * stage_dims[stage - 1]
+            for stage, grid in zip(stages, self.grids, strict=True)
+        )
 
     def forward(self, maps: tuple[Tensor, ...]) -> Tensor:
         """Pool the maps to (N, dim); of each stage cell by cell.
@@ -61,7 +78,10 @@ class PooledReadout(nn.Module):
         Raises:
             UsageError: a map has fewer pixels a side than the grid has cells.
         """
-        pooled = [pool_to_grid(maps[stage - 1], self.grid) for stage in self.stages]
+        pooled = [
+            pool_to_grid(maps[stage - 1], grid)
+            for stage, grid in zip(self.stages, self.grids, strict=True)
+        ]
         return pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1)
 
 

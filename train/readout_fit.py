@@ -51,12 +51,14 @@ class FittedReadout:
     Attributes:
         module: from the stages' maps to vectors.
         dim: length of a vector.
+        pooled: the part of it that comes first.
         whitening: what was fitted; None where nothing was.
         scores: None where the run held no labelled images out.
     """
 
     module: nn.Module
     dim: int
+    pooled: PooledReadout
     whitening: Whitening | None
     scores: ReadoutScores | None
 
@@ -82,12 +84,16 @@ def fit_readout(
         ExportError: the features do not vary.
     """
     pooled = PooledReadout(stage_dims, stages=readout.stages, grid=readout.grid)
+    blank_NHWC = np.zeros((1, spec.height, spec.width, spec.channels), np.uint8)
+    next(run_in_batches(graph, lambda x: pooled(graph.maps(x)), blank_NHWC))  # are maps that large?
     whitening = None
     if readout.dim is not None:
         whitening = fit_whitening(graph, pooled, readout, data, spec)
     scores = score_readouts(graph, PooledReadout(stage_dims), pooled, whitening, data.watched)
     module = pooled if whitening is None else WhitenedReadout(pooled, whitening)
-    return FittedReadout(module=module, dim=module.dim, whitening=whitening, scores=scores)
+    return FittedReadout(
+        module=module, dim=module.dim, pooled=pooled, whitening=whitening, scores=scores
+    )
 
 
 def fit_whitening(

@@ -25,14 +25,14 @@ from pathlib import Path
 from typing import cast
 
 from models.bundle import Json
-from models.cpu import cpu_budget
+from models.cpu import cpu_budget, cpu_name
 from models.files import TEMPORARY_PREFIX, atomic_file
 from models.preprocess import PreprocessSpec
 from train.config import FREE_OPTIONS, current_names
 from train.errors import RunError, writing
 
 SCHEMA_VERSION = 1
-DISTRIBUTIONS = ("torch", "numpy", "onnx", "onnxscript", "onnxruntime")
+DISTRIBUTIONS = ("torch", "torchvision", "timm", "numpy", "onnx", "onnxscript", "onnxruntime")
 """Packages whose version decides what a run or an export gives."""
 
 
@@ -280,7 +280,7 @@ def describe_environment() -> dict[str, Json]:
             versions[distribution] = importlib.metadata.version(distribution)
         except importlib.metadata.PackageNotFoundError:
             versions[distribution] = None
-    hardware = f"{_cpu_name()}, {cpu_budget()} CPUs"
+    hardware = f"{cpu_name()}, {cpu_budget()} CPUs"
     return {"versions": versions, "hardware": hardware, "system": platform.platform()}
 
 
@@ -305,16 +305,6 @@ def _mend_of(name: str) -> str:
     return (
         f"leave it out, or start another run with another --out; only {free} may change on the way"
     )
-
-
-def _cpu_name() -> str:
-    """Give the processor's name as Linux has it, or its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _parse_config(document: dict[str, Json]) -> RunConfig:

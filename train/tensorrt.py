@@ -77,7 +77,7 @@ def build_engine(path: Path, out: Path, *, batches: tuple[int, int, int] = DEFAU
     """
     check_batches(batches)
     bundle, precision = read_bundle(path), split_precision(path)[1]
-    _refuse_int8(precision)
+    refuse_int8(precision)
     gpu = require_tensorrt()
     import tensorrt as trt  # an extra, and only where there is a GPU
 
@@ -170,8 +170,12 @@ def _profile(
     return profile
 
 
-def _refuse_int8(precision: Precision) -> None:
-    """Refuse what is quantised for CPUs: TensorRT takes symmetric ranges alone."""
+def refuse_int8(precision: Precision) -> None:
+    """Refuse what is quantised for CPUs: TensorRT takes symmetric ranges alone.
+
+    Raises:
+        UsageError: it is INT8.
+    """
     if precision == "int8":
         raise UsageError(
             "an engine of the INT8 encoder",

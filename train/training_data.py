@@ -35,6 +35,7 @@ from train.data import (
     ImageSet,
     Split,
     channel_statistics,
+    epoch_order,
     fit_record,
     images_that_fit,
     load_images,
@@ -55,9 +56,6 @@ MONITOR_VAL_SHARE = 1 / 3
 STATISTICS_IMAGES = 2_000
 """Images of a stream whose channels are measured: the error of a mean is then about .005 of
 [0, 1] for photographs, whose own means differ by .2."""
-
-STATISTICS_SEED = 1
-"""Beside the run's own seed, so that the sample is not that of any epoch."""
 
 log = logging.getLogger("horace")
 
@@ -189,14 +187,22 @@ def open_training_data(
     return _stream(list_images(source, limit=limit_images), source.uri, spec, **held_out)
 
 
-def choose_data_in(source: ImageSource, spec: PreprocessSpec, limit: int | None) -> DataIn:
+def choose_data_in(
+    source: ImageSource, spec: PreprocessSpec, limit: int | None, *, processes: int = 1
+) -> DataIn:
     """Stream what does not fit in memory, and say so.
 
     What cannot be counted is taken for small: reading it will show.
+
+    Args:
+        source: where the images are.
+        spec: the size and channels of what the network sees.
+        limit: take only the first so many.
+        processes: how many on this machine hold the images, each for itself.
     """
     count = source.count()
     total = count if count is None or limit is None else min(count, limit)
-    if total is None or total <= images_that_fit(spec):
+    if total is None or total * processes <= images_that_fit(spec):
         return "memory"
     log.info("%s: %d images do not fit in memory; they are streamed", source.uri, total)
     return "stream"
@@ -245,8 +251,7 @@ def _stream(
         catalogue.labels_N, val_images=val_images, bank_images=bank_images, seed=seed
     )
     rejects = Rejects(uri, len(catalogue.records))
-    drawn = np.random.default_rng((seed, STATISTICS_SEED)).permutation(split.train)
-    sample = np.sort(drawn[:STATISTICS_IMAGES])
+    sample = np.sort(epoch_order(split.train, seed=seed, epoch=0)[:STATISTICS_IMAGES])
     sample_NHWC, _ = read_rows(catalogue, sample, spec, rejects)
     mean, std = channel_statistics(sample_NHWC, np.arange(len(sample_NHWC)))
     return TrainingData(

@@ -32,6 +32,7 @@ from models.errors import UsageError
 from models.files import atomic_directory, canonical_json
 from train.errors import ExportError, writing
 from train.graph_names import INPUT_NAME, OUTPUT_NAME
+from train.tensorrt import refuse_int8
 
 CONFIG_FILE = "config.pbtxt"
 GRAPH_FILE = "model.onnx"
@@ -110,18 +111,14 @@ def write_model(options: TritonOptions) -> Path:
     Raises:
         BundleError: the bundle is missing or damaged.
         ExportError: there is a model of that name.
+        UsageError: the name is none for a directory, or TensorRT is given the INT8 encoder.
         RunError: the repository cannot be written.
     """
     bundle, precision = read_bundle(options.bundle), split_precision(options.bundle)[1]
+    if options.tensorrt:
+        refuse_int8(precision)
     name = options.name or bundle.name
-    target = options.out / name
-    if target.exists() and not ((target / CONFIG_FILE).is_file() and options.replace):
-        raise ExportError(
-            str(target),
-            expected="no model of that name",
-            found="one" if (target / CONFIG_FILE).is_file() else "something else",
-            mend="choose another --name, or replace a model with --replace",
-        )
+    target = check_model_target(options.out, name, replace=options.replace)
     config = model_config(bundle, precision, name, options)
     with (
         writing(options.out, mend="make room or choose another --out"),
@@ -136,6 +133,29 @@ def write_model(options: TritonOptions) -> Path:
             if options.site_packages is not None:
                 link = version / SITE_PACKAGES
                 link.symlink_to(options.site_packages.resolve(), target_is_directory=True)
+    return target
+
+
+def check_model_target(repository: Path, name: str, *, replace: bool) -> Path:
+    """Give the directory of a model, where it may be written.
+
+    Raises:
+        UsageError: the name is none for a directory in the repository.
+        ExportError: there is a model of that name that may not be replaced, or something else.
+    """
+    if name in ("", "..") or Path(name).name != name:
+        raise UsageError(
+            "the model's --name", expected="one that a directory can have", found=repr(name)
+        )
+    target = repository / name
+    is_model = (target / CONFIG_FILE).is_file()
+    if target.exists() and not (is_model and replace):
+        raise ExportError(
+            str(target),
+            expected="no model of that name",
+            found="one" if is_model else "something else",
+            mend="choose another --name, or replace a model with --replace",
+        )
     return target
 
 

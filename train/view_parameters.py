@@ -6,7 +6,7 @@ Rules:
     draws of another.
     Parameters lie on the host, where choosing the images that an operation is for costs
     an accelerator no synchronisation.
-    No torch: decoding threads and worker processes draw by the same functions.
+    No torch: the threads that decode draw by the same functions.
 
 Source: arXiv 2103.03230, section 2.2; the crop's geometry and the ranges of the colour
 operations are those of torchvision's `RandomResizedCrop` and `ColorJitter`.

@@ -11,13 +11,11 @@ Rules:
 from __future__ import annotations
 
 import pickle
-import shlex
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
 import torch
-import tyro
 from torch import Tensor
 
 from models.bundle import BUNDLE_FILE, Json, read_bundle
@@ -25,7 +23,6 @@ from models.errors import HoraceError
 from train.checkpoint import FILE_NAME, list_checkpoints, load_weights
 from train.config import current_names
 from train.errors import RunError, TrainError
-from train.export_options import ExportOptions
 from train.run import RunDirectory
 
 STATE_KEYS = ("state_dict", "model", "network", "model_state_dict", "backbone")
@@ -87,8 +84,7 @@ def _checkpoint_of_bundle(path: Path) -> Path:
     """
     provenance = read_bundle(path, verify=False).provenance
     try:
-        args = shlex.split(cast(str, provenance["export_command"]))[3:]  # python -m train.export
-        run = tyro.cli(ExportOptions, args=args, console_outputs=False).run
+        run = Path(cast(str, provenance["run"]))
         config = RunDirectory(path=run).read_config()
         options = current_names(cast(Mapping[str, Json], provenance["options"]))
         training = cast(Mapping[str, str], provenance["training"])
@@ -108,7 +104,7 @@ def _run_is_gone(path: Path, found: str) -> TrainError:
     """Make the error for a bundle whose run cannot be gone on from."""
     return TrainError(
         f"weights of the bundle {path}",
-        expected="the run that it was exported from, where its export_command says",
+        expected="the run that it was exported from, where it was then",
         found=found,
         mend="give the run's directory or a checkpoint itself",
     )

@@ -33,6 +33,9 @@ from models.bundle import Json
 from models.errors import UsageError
 from train.errors import ExportError
 
+LEAST_SPREAD = 1e-5
+"""Of the length of the mean feature: less than that varies by no more than rounding."""
+
 MAX_FEATURE_DIMS = 8192
 """The covariance is then 512 MB, and its axes take minutes on two cores."""
 
@@ -111,7 +114,8 @@ class Whitening:
 
         Raises:
             UsageError: `dim` is more than the features have.
-            ExportError: the features do not vary, as those of a collapsed network.
+            ExportError: the features do not vary, as those of a collapsed network, or are
+                not finite, as those of one that diverged.
         """
         mean_D = moments.mean_D
         if dim > len(mean_D):
@@ -121,14 +125,13 @@ class Whitening:
                 found=str(dim),
                 mend="choose a larger --readout.grid or more --readout.stages",
             )
+        _require(bool(np.isfinite(mean_D).all()), expected="finite numbers", found="others")
         variances_D, axes_DD = moments.principal_axes()
-        if not variances_D[0] > 0:  # NaN, too, is refused
-            raise ExportError(
-                "features of the training images",
-                expected="some that vary",
-                found="the same for every image: the network has collapsed",
-                mend="look at the run's curves, and train it again with other options",
-            )
+        _require(
+            variances_D[0] > LEAST_SPREAD**2 * np.square(mean_D).sum(),
+            expected="some that vary",
+            found="the same for every image: the network has collapsed",
+        )
         scale_K = 1 / np.sqrt(variances_D[:dim] + shrinkage * variances_D[0])
         return cls(
             mean_D=mean_D,
@@ -158,3 +161,14 @@ class Whitening:
             "variance_kept": float(shares_D[:kept].sum()),
             "effective_dims": float(np.exp(entropy)),
         }
+
+
+def _require(is_so: bool, *, expected: str, found: str) -> None:
+    """Refuse features that nothing can be fitted to."""
+    if not is_so:
+        raise ExportError(
+            "features of the training images",
+            expected=expected,
+            found=found,
+            mend="look at the run's curves, and train it again with other options",
+        )

@@ -2,7 +2,14 @@ import numpy as np
 import pytest
 
 from index import baselines
-from index.baselines import Whitening, pixel_neighbours, reduce_pixels, reduced_side, unit_pixels
+from index.baselines import (
+    Whitening,
+    pixel_neighbours,
+    reduce_pixels,
+    reduced_side,
+    twin_note,
+    unit_pixels,
+)
 from index.knn import knn_search
 
 
@@ -59,3 +66,18 @@ def test_a_bank_in_blocks_is_one_bank(pixels, monkeypatch):
     np.testing.assert_array_equal(rows, expected_rows)
     np.testing.assert_allclose(scores, expected_scores, atol=1e-6)
     assert (rows[:, 0] == np.arange(9)).all()
+
+
+def test_the_untrained_twin_is_described_by_what_export_kept():
+    """The same readout, its own whitening, and what it does without either."""
+    validation = {
+        "k": 20,
+        "queries": 5000,
+        "readouts": {"untrained": {"plain": 0.7133, "pooled": 0.76, "whitened": 0.7967}},
+    }
+    assert twin_note({"readout": {"whitening": {"images": 9}}, "validation": validation}) == (
+        "the same network and readout, untrained, whitened by a fit of its own; its last stage "
+        "pooled plainly had 71.33% when it was exported (k = 20, 5,000 held-out training images)"
+    )
+    unscored = {"readout": {"whitening": None}, "validation": None}
+    assert twin_note(unscored) == "the same network and readout, untrained"

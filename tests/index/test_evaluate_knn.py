@@ -126,6 +126,7 @@ def test_baselines_stand_beside_the_encoder(mini):
     for row in report.baselines:
         assert row.by_k is not None
         assert row.by_k[20].top1 > 0.5
+    assert report.baselines[-1].note == "the same network and readout, untrained"
     assert report.index is None
     assert report.duplicates == 0
 

@@ -199,6 +199,15 @@ def test_an_evaluation_is_kept_and_changes_no_fingerprint(make_bundle):
     assert again.fingerprint == bundle.fingerprint
 
 
+def test_an_evaluation_of_another_precision_stands_beside_that_of_fp32(make_bundle):
+    """Neither takes the other's place."""
+    bundle = make_bundle()
+    for file_name, top1 in (("encoder.onnx", 0.5), ("encoder.int8.onnx", 0.25)):
+        record_evaluation(bundle.path / file_name, "knn", {"top1": top1})
+    kept = read_bundle(bundle.path).provenance["evaluations"]
+    assert kept == {"knn": {"top1": 0.5}, "knn.int8": {"top1": 0.25}}
+
+
 def test_a_bundle_without_its_encoder_is_not_written(tmp_path):
     """The encoder's file is not optional."""
     with pytest.raises(BundleError, match=r"expected encoder\.onnx, found none"):

@@ -1,8 +1,9 @@
 import os
+import platform
 
 import pytest
 
-from models.cpu import cpu_budget, share_cpus
+from models.cpu import cpu_budget, cpu_name, share_cpus
 
 HOST = len(os.sched_getaffinity(0))
 
@@ -61,3 +62,19 @@ def test_shares(budget, decode, inference):
     """Inference may use the budget, decoding half of it, neither less than one thread."""
     shares = share_cpus(budget)
     assert (shares.decode_threads, shares.inference_threads) == (decode, inference)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("cpu family\t: 26\nmodel name\t: AMD EPYC\nflags : a\n", "AMD EPYC (family 26)"),
+        ("model name : Cortex: A76\n", "Cortex: A76"),
+        ("processor : 0\n", platform.machine()),
+        (None, platform.machine()),
+    ],
+)
+def test_the_processor_is_named_as_far_as_it_is_known(tmp_path, text, name):
+    """With its family, which tells apart what clouds call alike; else the architecture."""
+    if text is not None:
+        (tmp_path / "cpuinfo").write_text(text)
+    assert cpu_name(tmp_path / "cpuinfo") == name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from models.errors import UsageError
-from train.begin import say_if_others, settle
+from models.images import open_source
+from train.begin import agree_data_in, goes_on, input_spec, say_if_others, settle
 from train.checkpoint import list_checkpoints, load_weights
 from train.config import PretrainOptions, ViewOptions
 from train.errors import RunError
@@ -56,6 +57,44 @@ def test_ranks_of_a_machine_share_its_threads(tmp_path: Path, run_options: RunOp
     options = run_options(tmp_path, threads=None)
     settled, _ = settle(options, None, Ranks(world=32, local_world=32))
     assert settled.threads == 1
+
+
+def test_a_restart_goes_on_with_its_own_run_alone(
+    tmp_path: Path, run_options: RunOptions, finished_run: Path
+) -> None:
+    """Torchrun also restarts ranks that were refused for a directory that holds a run."""
+    options, run = run_options(tmp_path), RunDirectory(path=tmp_path / "run")
+    again = Ranks(restarts=1, job="mine")
+    assert not goes_on(options, run, again), "no run was begun"
+    config = RunDirectory(path=finished_run).read_config()
+    run.write_config(config)
+    assert not goes_on(options, run, again), "a run without torchrun"
+    run.write_config(replace(config, environment={**config.environment, "torchrun": "other"}))
+    assert not goes_on(options, run, again)
+    run.write_config(replace(config, environment={**config.environment, "torchrun": "mine"}))
+    assert goes_on(options, run, again)
+    assert not goes_on(options, run, replace(again, restarts=0)), "a start is no restart"
+    assert goes_on(replace(options, resume=True), run, Ranks())
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankBesideAStream(Ranks):
+    """One of two ranks on one machine, the other of which says that it has to stream."""
+
+    def largest(self, value: int) -> int:
+        """The other rank has 1 to say."""
+        return max(value, 1)
+
+
+def test_ranks_agree_on_where_the_images_are(tmp_path: Path, run_options: RunOptions) -> None:
+    """Each finds another amount of memory free; one that has to stream is enough for all."""
+    options = run_options(tmp_path / "run")
+    source, spec = open_source(options.source), input_spec(options)
+    assert agree_data_in(options, source, spec, Ranks()) == "memory"
+    both = RankBesideAStream(world=2, local_world=2)
+    assert agree_data_in(options, source, spec, both) == "stream"
+    asked = replace(options, data_in="memory")
+    assert agree_data_in(asked, source, spec, both) == "memory"
 
 
 def test_other_ranks_are_said(caplog: pytest.LogCaptureFixture) -> None:

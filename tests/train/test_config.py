@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import tyro
 
 from models.errors import UsageError
 from train.config import (
@@ -40,6 +41,26 @@ from train.pretrain import choose_defaults
 def test_the_preset_follows_the_source_unless_named(argv: list[str], preset: str) -> None:
     """`--preset` wins, then the source alone; what does not parse is left to the parser."""
     assert choose_defaults(argv).preset == preset
+
+
+@pytest.mark.parametrize(
+    ("argv", "rates"),
+    [
+        (["fashion-mnist"], (3e-3, None)),
+        (["fashion-mnist", "--optimizer", "adamw"], (3e-3, None)),
+        (["fashion-mnist", "--optimizer", "lars"], (None, None)),
+        (["folder:x", "--preset", "cifar10-resnet18", "--optimizer=adamw"], (None, None)),
+        (["folder:x", "--preset", "cifar10-resnet18", "--optimizer=lars"], (0.03, 0.03)),
+    ],
+)
+def test_a_presets_rates_are_for_its_own_optimizer(
+    argv: list[str], rates: tuple[float | None, float | None]
+) -> None:
+    """Another one starts from its own rule; a rate that is given counts as ever."""
+    defaults = choose_defaults(argv)
+    assert (defaults.lr_peak, defaults.lr_biases) == rates
+    given = tyro.cli(PretrainOptions, args=[*argv, "--lr-peak", ".2"], default=defaults)
+    assert given.lr_peak == 0.2
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from onnx import helper
 
 from models.bundle import ENCODER_FILE, Bundle, read_bundle
 from models.encoder import open_encoder
-from models.errors import BundleError, EncoderError
+from models.errors import BundleError, EncoderError, UsageError
 from models.runtime import open_bundle, open_random_twin
 from train.checkpoint import list_checkpoints
 from train.config import PretrainOptions
@@ -29,7 +29,7 @@ from train.export_bundle import export_run
 from train.export_data import load_run_images
 from train.export_graph import check_graph
 from train.export_options import ExportOptions, ReadoutOptions
-from train.graph import embed_with_torch, write_onnx
+from train.graph import embed_with_torch
 from train.graph_names import BATCH_NAME, INPUT_NAME, OUTPUT_NAME
 from train.loop import pretrain
 from train.run import RunConfig, RunDirectory
@@ -64,13 +64,21 @@ def bundle(run: RunDirectory, tmp_path_factory: pytest.TempPathFactory) -> Bundl
 
 
 @pytest.fixture(scope="module")
+def unwatched(run_options: RunOptions, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """A run that looks at no label."""
+    out = tmp_path_factory.mktemp("runs") / "unwatched"
+    pretrain(run_options(out, epochs=1, knn_every_epochs=0))
+    return RunDirectory(path=out)
+
+
+@pytest.fixture(scope="module")
 def white(run: RunDirectory, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Its bundle with everything: two stages in cells, whitened, in every precision."""
     return export_run(
         run,
         tmp_path_factory.mktemp("bundles") / "white",
         name="white",
-        readout=ReadoutOptions(stages=(2, 3), grid=2, dim=24, shrinkage=1e-3),
+        readout=ReadoutOptions(stages=(2, 3), grid=(2, 1), dim=24, shrinkage=1e-3),
         precisions=("int8", "fp16"),
     )
 
@@ -130,7 +138,7 @@ def test_the_provenance_is_complete(bundle: Bundle, config: RunConfig) -> None:
     assert (validation["queries"], validation["bank"]) == (40, 360)
     assert {"knn_top1", "knn_pixels", "knn_random"} <= validation.keys()
     assert provenance["parity"]["images"] == 360
-    assert provenance["readout"] == {"stages": [4], "grid": 1, "whitening": None}
+    assert provenance["readout"] == {"stages": [4], "grids": [1], "whitening": None}
     plain = validation["readouts"]["trained"]["plain"]
     assert plain == pytest.approx(validation["knn_top1"], abs=1e-6)
     assert validation["readouts"]["untrained"]["plain"] == pytest.approx(
@@ -140,34 +148,24 @@ def test_the_provenance_is_complete(bundle: Bundle, config: RunConfig) -> None:
     assert {"python", "torch", "onnx", "onnxruntime", "horace"} <= provenance["versions"].keys()
 
 
-def test_equal_runs_give_equal_fingerprints(
-    run: RunDirectory, bundle: Bundle, tmp_path: Path
-) -> None:
-    """Exporting twice gives the same bytes, so the same name for the encoder."""
-    again = export_run(run, tmp_path / "again", name="again", with_random_twin=False)
-    assert again.fingerprint == bundle.fingerprint
-    assert again.random_path is None
-
-
 def test_a_graph_of_other_weights_fails(
-    run: RunDirectory, config: RunConfig, images_NHWC: NDArray[np.uint8], tmp_path: Path
+    bundle: Bundle, run: RunDirectory, config: RunConfig, images_NHWC: NDArray[np.uint8]
 ) -> None:
     """A graph that is not the network is refused by its least cosine."""
-    write_onnx(graph_of(run.initial_file, config)[0], config.preprocessing, tmp_path / ENCODER_FILE)
+    assert bundle.random_path is not None
+    graph, _, _ = graph_of(last_checkpoint(run), config)
     with pytest.raises(ExportError, match=r"least cosine to torch, over 400 images: expected at"):
-        check_graph(
-            tmp_path / ENCODER_FILE, graph_of(last_checkpoint(run), config)[0], config, images_NHWC
-        )
+        check_graph(bundle.random_path, graph, config, images_NHWC)
 
 
 def test_a_graph_that_depends_on_the_batch_fails(
-    run: RunDirectory, config: RunConfig, images_NHWC: NDArray[np.uint8], tmp_path: Path
-) -> None:
+    bundle: Bundle, run: RunDirectory, config: RunConfig, images_NHWC: NDArray[np.uint8],
+    tmp_path: Path,
+) -> None:  # fmt: skip
     """A graph that scales its output by a trace of the batch passes parity, and is refused."""
     graph, _, _ = graph_of(last_checkpoint(run), config)
     file = tmp_path / ENCODER_FILE
-    write_onnx(graph, config.preprocessing, file)
-    model = onnx.load(file)
+    model = onnx.load(bundle.encoder_path)
     for node in model.graph.node:
         node.output[:] = ["own" if name == OUTPUT_NAME else name for name in node.output]
     one = helper.make_tensor("share", onnx.TensorProto.FLOAT, [], [1e-3])
@@ -181,7 +179,7 @@ def test_a_graph_that_depends_on_the_batch_fails(
         ]
     )
     onnx.save(model, file)
-    with pytest.raises(ExportError, match="vectors in batches of 2: expected the bits that each"):
+    with pytest.raises(ExportError, match="vectors in batches of 2: expected those that each"):
         check_graph(file, graph, config, images_NHWC)
 
 
@@ -200,14 +198,16 @@ def test_a_graph_of_another_shape_fails(
 def test_an_existing_bundle_is_replaced_only_on_request(
     run: RunDirectory, bundle: Bundle, tmp_path: Path
 ) -> None:
-    """Without --replace it stays as it is."""
+    """Without --replace it stays as it is; with it, the same run gives the same bytes."""
     out = tmp_path / "bundle"
     shutil.copytree(bundle.path, out)
     with pytest.raises(BundleError, match="--replace"):
         export_run(run, out, name="second", with_random_twin=False)
     assert read_bundle(out).name == "mini"
     export_run(run, out, name="second", with_random_twin=False, replace=True)
-    assert read_bundle(out).name == "second"
+    second = read_bundle(out)
+    assert (second.name, second.fingerprint) == ("second", bundle.fingerprint)
+    assert second.random_path is None
 
 
 def test_a_damaged_twin_or_target_ends_the_export_early(finished_run: Path, tmp_path: Path) -> None:
@@ -296,9 +296,9 @@ def test_whitening_is_fitted_fused_and_scored(
     assert variances_D[0] == pytest.approx(1 / 1.001, abs=1e-3)
     assert (np.diff(variances_D) < 1e-3).all()
     described = white.provenance["readout"]
-    assert (described["stages"], described["grid"]) == ([2, 3], 2)
+    assert (described["stages"], described["grids"]) == ([2, 3], [2, 1])
     assert described["whitening"]["images"] == 360
-    assert (described["whitening"]["dims_in"], described["whitening"]["dims_out"]) == (96, 24)
+    assert (described["whitening"]["dims_in"], described["whitening"]["dims_out"]) == (48, 24)
 
 
 def test_the_twin_has_the_same_readout_and_its_own_fit(
@@ -350,18 +350,51 @@ def test_a_run_whose_images_have_changed_is_refused(finished_run: Path, tmp_path
 
 
 def test_a_run_without_labels_is_exported_without_scores(
-    run_options: RunOptions, tmp_path: Path
+    unwatched: RunDirectory, tmp_path: Path
 ) -> None:
     """Whitening needs no label; there is nothing to score with."""
-    out = tmp_path / "unwatched"
-    pretrain(run_options(out, epochs=1, knn_every_epochs=0))
     bundle = export_run(
-        RunDirectory(path=out), tmp_path / "bundle", name="x", precisions=("fp16",),
+        unwatched, tmp_path / "bundle", name="x", precisions=("fp16",),
         with_random_twin=False, readout=ReadoutOptions(dim=8),
     )  # fmt: skip
     assert bundle.provenance["validation"] is None
     assert bundle.provenance["precisions"]["fp16"]["knn_top1"] is None
     assert bundle.dim == 8
+
+
+def test_a_run_of_a_stream_is_exported_like_another(
+    run_options: RunOptions, tmp_path: Path
+) -> None:
+    """Whitening, scores and precisions come of images that are decoded for them."""
+    out = tmp_path / "streamed"
+    pretrain(run_options(out, epochs=1, data_in="stream", workers=1))
+    bundle = export_run(
+        RunDirectory(path=out), tmp_path / "bundle", name="x", precisions=("int8",),
+        with_random_twin=False, readout=ReadoutOptions(dim=8, fit_images=100),
+    )  # fmt: skip
+    assert bundle.provenance["readout"]["whitening"]["images"] == 100
+    validation = bundle.provenance["validation"]
+    plain = validation["readouts"]["trained"]["plain"]
+    assert plain == pytest.approx(validation["knn_top1"], abs=1e-6)
+    assert bundle.provenance["precisions"]["int8"]["knn_top1"] > 0
+
+
+def test_a_grid_that_no_map_has_is_refused_as_such(unwatched: RunDirectory, tmp_path: Path) -> None:
+    """Also where nothing is fitted or scored, so that the exporter would be the first to see."""
+    with pytest.raises(UsageError, match=r"--readout.grid: expected at most 2, the pixels of"):
+        export_run(unwatched, tmp_path / "b", name="x", readout=ReadoutOptions(grid=(3,)))
+
+
+def test_a_model_of_triton_that_may_not_be_written_is_refused_before_the_work(
+    tmp_path: Path,
+) -> None:
+    """There is no run here, and nobody has looked for it."""
+    (tmp_path / "repository/cats").mkdir(parents=True)
+    options = ExportOptions(
+        run=tmp_path / "none", name="cats", triton_repository=tmp_path / "repository"
+    )
+    with pytest.raises(ExportError, match="expected no model of that name, found something else"):
+        main(options)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -175,6 +175,7 @@ def test_rates_that_are_given_stay_or_scale() -> None:
     assert peak_rates("sgd", 256).weights == pytest.approx(0.12)
     given_rates = peak_rates("adamw", 1024, lr_peak=2e-3)
     assert (given_rates.weights, given_rates.biases) == (2e-3, 2e-3)
+    assert peak_rates("adamw", 1024, is_linear=True).weights == pytest.approx(4e-3)
     scaled = peak_rates("sgd", 1024, lr_peak=0.1, lr_biases=0.01, is_linear=True)
     assert (scaled.weights, scaled.biases) == pytest.approx((0.4, 0.04))
     lars = peak_rates("lars", 1024, lr_peak=0.25, is_linear=True)

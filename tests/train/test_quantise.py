@@ -78,7 +78,7 @@ def test_int8_is_close_and_does_not_depend_on_the_batch(encoder: Path, tmp_path:
     write_int8(encoder, file, IMAGES)
     parity = measure_parity(run(encoder, IMAGES), run(file, IMAGES))
     assert parity.mean_cosine > 0.9
-    require_batch_invariance(lambda images: run(file, images), IMAGES[:16])
+    assert require_batch_invariance(lambda images: run(file, images), IMAGES[:16]) == 0
 
 
 def test_int8_weights_leave_room_for_cpus_that_saturate(encoder: Path, tmp_path: Path) -> None:
@@ -124,8 +124,10 @@ def test_another_kind_of_network_can_be_written_in_every_precision(tmp_path: Pat
 
 
 def test_a_graph_that_cannot_be_quantised_is_one_line(tmp_path: Path) -> None:
-    """The export goes on without --int8."""
+    """The export goes on without the precision."""
     file = tmp_path / "encoder.onnx"
     file.write_bytes(b"no graph")
     with pytest.raises(ExportError, match=r"the INT8 graph: expected .*; export without --int8"):
         write_int8(file, tmp_path / "int8.onnx", IMAGES)
+    with pytest.raises(ExportError, match=r"the FP16 graph: expected .*; export without --fp16"):
+        write_fp16(file, tmp_path / "fp16.onnx")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from torch import nn
@@ -27,14 +29,17 @@ def test_without_torchrun_there_is_one_rank(monkeypatch: pytest.MonkeyPatch) -> 
 def test_torchrun_says_who_this_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank, world and restarts come from its environment."""
     said = {
-        "TORCHELASTIC_RUN_ID": "none", "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1",
+        "TORCHELASTIC_RUN_ID": "a7", "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1",
         "LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_RESTART_COUNT": "2",
     }  # fmt: skip
     for name, value in said.items():
         monkeypatch.setenv(name, value)
     ranks = find_ranks()
-    assert ranks == Ranks(rank=5, world=8, local_rank=1, local_world=4, restarts=2, is_managed=True)
+    assert ranks == Ranks(rank=5, world=8, local_rank=1, local_world=4, restarts=2, job="a7")
+    assert ranks.is_managed
     assert not ranks.is_lead
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert find_ranks().job.endswith(f"-{os.getppid()}"), "the torchrun that was given no name"
 
 
 def test_a_batch_has_to_be_shared_equally() -> None:

@@ -26,7 +26,7 @@ from train.whitening import FeatureMoments, Whitening
 @given(
     height=st.integers(4, 17),
     width=st.integers(4, 17),
-    grid=st.sampled_from([1, 2, 4]),
+    grid=st.integers(1, 4),
     channels=st.integers(1, 5),
 )
 @settings(max_examples=40, deadline=None)
@@ -57,6 +57,17 @@ def test_stages_lie_side_by_side_in_the_order_asked_for() -> None:
     torch.testing.assert_close(readout(maps), torch.cat(parts, dim=1))
 
 
+def test_each_stage_may_have_a_grid_of_its_own() -> None:
+    """Numbers go with the stages as they were asked for; there must be one, or as many."""
+    maps = (torch.rand(2, 3, 4, 4), torch.rand(2, 5, 2, 2))
+    readout = PooledReadout((3, 5), stages=(2, 1), grid=(1, 3))
+    assert (readout.stages, readout.grids, readout.dim) == ((2, 1), (1, 3), 5 + 9 * 3)
+    parts = [pool_to_grid(maps[1], 1), pool_to_grid(maps[0], 3)]
+    torch.testing.assert_close(readout(maps), torch.cat(parts, dim=1))
+    with pytest.raises(UsageError, match="one for each of 1 stages, found 1 2"):
+        PooledReadout((3, 5), grid=(1, 2))
+
+
 @pytest.mark.parametrize("stages", [(5,), (0,), (1, 1)])
 def test_stages_that_are_not_there_are_refused(stages: tuple[int, ...]) -> None:
     """The message has the numbers there are."""
@@ -71,12 +82,12 @@ def test_a_grid_finer_than_the_map_is_refused() -> None:
 
 
 def test_a_whitened_readout_is_exported_to_the_bit_for_every_batch(tmp_path: Path) -> None:
-    """Maps of 7 x 7 and 4 x 4 in 4 x 4 cells: ONNX Runtime gives torch's vectors in any batch."""
+    """A map of 7 x 7 in 4 x 4 cells, one of 4 x 4 in 3 x 3: as torch has them, in any batch."""
     torch.manual_seed(0)
     spec = PreprocessSpec(height=28, width=28, channels=1, resize=28)
     backbone = ResNet(layout="resnet10", width=4, in_channels=1, zero_init_residual=False)
     images = np.random.default_rng(0).integers(0, 256, (64, 28, 28, 1), dtype=np.uint8)
-    pooled = PooledReadout(backbone.stage_dims, stages=(3, 4), grid=4)
+    pooled = PooledReadout(backbone.stage_dims, stages=(3, 4), grid=(4, 3))
     graph = EncoderGraph(backbone, pooled, (0.5,), (0.25,))
     features_ND = embed_with_torch(graph, images)
     moments = FeatureMoments(pooled.dim)
@@ -92,27 +103,37 @@ def test_a_whitened_readout_is_exported_to_the_bit_for_every_batch(tmp_path: Pat
     found_ND = encoder.encode(images)
     np.testing.assert_allclose(found_ND, whitening(features_ND), atol=1e-3)
     np.testing.assert_allclose(found_ND, embed_with_torch(graph, images), atol=1e-4)
-    require_batch_invariance(encoder.encode, images)
+    assert require_batch_invariance(encoder.encode, images) == 0
     encoder.close()
 
 
 def test_what_is_not_given_is_the_presets() -> None:
     """An unknown preset pools plainly; 0 dimensions stand for no whitening."""
     assert ReadoutOptions().resolve("none of ours") == Readout()
-    asked = ReadoutOptions(stages=(3,), grid=2, dim=0, shrinkage=0.1, fit_images=10)
-    expected = Readout(stages=(3,), grid=2, dim=None, shrinkage=0.1, fit_images=10)
+    asked = ReadoutOptions(stages=(3,), grid=(2,), dim=8, shrinkage=0.1, fit_images=10)
+    expected = Readout(stages=(3,), grid=(2,), dim=8, shrinkage=0.1, fit_images=10)
     assert asked.resolve("folder") == expected
+    assert ReadoutOptions(dim=0).resolve("folder").dim is None
+
+
+@pytest.mark.parametrize("fields", [{"shrinkage": 0.1}, {"fit_images": 10, "dim": 0}])
+def test_options_of_a_whitening_that_there_is_not_are_refused(fields: dict[str, float]) -> None:
+    """They would do nothing."""
+    with pytest.raises(UsageError, match=r"expected none without whitening, .* --readout.dim"):
+        ReadoutOptions(**fields).resolve("none of ours")  # type: ignore[arg-type]  # one of them
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"grid": (2, 0)}, "--readout.grid: expected numbers of at least 1, found 2 0"),
+        ({"grid": ()}, "--readout.grid: expected numbers of at least 1, found none"),
         ({"dim": -1}, "--readout.dim: expected at least 0, found -1"),
         ({"fit_images": 1}, "--readout.fit-images: expected at least 2, found 1"),
         ({"shrinkage": 0.0}, "--readout.shrinkage: expected more than 0, found 0.0"),
     ],
 )
-def test_values_that_cannot_be_meant_are_refused(fields: dict[str, float], message: str) -> None:
+def test_values_that_cannot_be_meant_are_refused(fields: dict[str, object], message: str) -> None:
     """Each option says what it takes."""
     with pytest.raises(UsageError) as error:
         ReadoutOptions(**fields)  # type: ignore[arg-type]  # one of them

@@ -44,21 +44,37 @@ def weights(run: Path) -> dict[str, bytes]:
     return {name: tensor.numpy().tobytes() for name, tensor in state["network"].items()}
 
 
+LONG_RUN = {"epochs": 8}
+"""A run that is still at work when a test has read of its first epoch."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(run_options: RunOptions, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train that long without an interruption."""
+    options = run_options(tmp_path_factory.mktemp("runs") / "long", **LONG_RUN)
+    pretrain(options)
+    return options.run_path
+
+
 @pytest.mark.parametrize(
     ("number", "status"),
     [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)],
     ids=["Ctrl-C", "SIGTERM", "SIGUSR1"],
 )
 def test_an_interrupted_run_keeps_all_of_its_steps(
-    tmp_path: Path, run_options: RunOptions, number: signal.Signals, status: int
+    tmp_path: Path,
+    run_options: RunOptions,
+    undisturbed: Path,
+    number: signal.Signals,
+    status: int,
 ) -> None:
     """A checkpoint is made, the way on is said, and the end is that of an undisturbed run."""
-    options = run_options(tmp_path / "stopped", epochs=12)
+    options = run_options(tmp_path / "stopped", **LONG_RUN)
     argv = arguments(options)
     with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
-            if "epoch 2: kNN" in line:
+            if "epoch 1: kNN" in line:
                 process.send_signal(number)
                 break
         rest = process.stderr.read()
@@ -68,8 +84,7 @@ def test_an_interrupted_run_keeps_all_of_its_steps(
     assert len(list_checkpoints(tmp_path / "stopped/checkpoints")) == 1
     kept = choose_defaults(["--resume", "--out", str(options.out)])
     pretrain(replace(kept, out=options.out, resume=True))
-    pretrain(run_options(tmp_path / "undisturbed", epochs=12))
-    assert weights(tmp_path / "stopped") == weights(tmp_path / "undisturbed")
+    assert weights(tmp_path / "stopped") == weights(undisturbed)
 
 
 def test_a_run_shorter_than_the_steps_between_checkpoints_has_some_by_time(
@@ -190,10 +205,12 @@ def test_a_place_that_cannot_be_written_is_found_before_the_images_are_read(
     assert "reading" not in caplog.text
 
 
-@pytest.mark.parametrize("command", ["pretrain fashion-mnist --out {}", "export {}"])
-def test_without_torch_the_installation_is_named(command: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["pretrain fashion-mnist --out {new}", "export {run}"])
+def test_without_torch_the_installation_is_named(
+    command: str, tmp_path: Path, finished_run: Path
+) -> None:
     """In an installation for serving both commands say what to install."""
-    name, *rest = command.format(tmp_path / "run").split()
+    name, *rest = command.format(new=tmp_path / "run", run=finished_run).split()
     code = (
         "import runpy, sys\n"
         "class NoTorch:\n"

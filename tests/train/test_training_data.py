@@ -18,7 +18,12 @@ from train import training_data
 from train.config import PretrainOptions
 from train.crops import CutCrops
 from train.errors import TrainError
-from train.training_data import TrainingData, open_training_data, watched_counts
+from train.training_data import (
+    TrainingData,
+    choose_data_in,
+    open_training_data,
+    watched_counts,
+)
 
 SPEC = PreprocessSpec(height=12, width=12, channels=3, resize=12)
 CROPS = CutCrops(((0.5, 1.0), (0.5, 1.0)), height=12, width=12, channels=3)
@@ -53,6 +58,8 @@ def test_what_fits_is_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(data_module, "free_memory_bytes", lambda: 20 * 12 * 12 * 3)
     assert opened(tmp_path).data_in == "stream"
     assert opened(tmp_path, limit_images=8).data_in == "memory"
+    source = open_source(f"folder:{tmp_path}")
+    assert choose_data_in(source, SPEC, 8, processes=2) == "stream", "each holds its own"
     with pytest.raises(TrainError, match="found 60 or more; choose --data-in stream, or lower"):
         opened(tmp_path, data_in="memory")
 

@@ -18,7 +18,7 @@ from models.encoder import open_encoder
 from models.errors import UsageError
 from tests.train.tritonserver import SITE_PACKAGES, tritonserver
 from train.errors import ExportError
-from train.triton_repository import TritonOptions, write_model
+from train.triton_repository import TritonOptions, check_model_target, write_model
 
 MakeBundle = Callable[..., Bundle]
 
@@ -111,6 +111,23 @@ def test_options_that_cannot_be_meant_are_refused(
     with pytest.raises(UsageError) as error:
         TritonOptions(bundle=tmp_path, out=tmp_path, **fields)  # type: ignore[arg-type]
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("name", ["../cats", "a/b", "..", ""])
+def test_a_name_that_leads_elsewhere_is_refused(name: str, tmp_path: Path) -> None:
+    """A model is a directory of its repository."""
+    with pytest.raises(UsageError, match="--name: expected one that a directory can have, found"):
+        check_model_target(tmp_path, name, replace=False)
+
+
+def test_tensorrt_is_not_given_what_is_quantised_for_cpus(
+    make_bundle: MakeBundle, tmp_path: Path
+) -> None:
+    """It would fail in the server, long after."""
+    int8 = make_bundle("cats").path / "encoder.int8.onnx"
+    options = TritonOptions(bundle=int8, out=tmp_path, device="gpu", tensorrt=True)
+    with pytest.raises(UsageError, match="expected the fp32 or the fp16 encoder, found int8"):
+        write_model(options)
 
 
 def test_it_is_a_command_that_needs_no_torch(make_bundle: MakeBundle, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
 from collections import OrderedDict
 from pathlib import Path
@@ -277,9 +276,7 @@ def make_bundle(path: Path, run: Path, *, export_of: Path, checkpoint: str) -> P
     graph = path.with_suffix(".onnx")
     graph.write_bytes(b"graph")
     provenance = {
-        "export_command": shlex.join(
-            ["python", "-m", "train.export", "--out", str(path), str(export_of)]
-        ),
+        "run": str(export_of),
         "options": dict(config.options),
         "data": dict(config.data),
         "training": {"checkpoint": checkpoint},

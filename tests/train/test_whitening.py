@@ -73,10 +73,20 @@ def test_more_dimensions_than_features_are_refused() -> None:
         Whitening.fit(moments_of(features()), dim=13, shrinkage=1e-3)
 
 
-def test_features_that_do_not_vary_are_refused() -> None:
-    """A collapsed network has no axes."""
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.1])
+def test_features_that_do_not_vary_are_refused(value: float) -> None:
+    """A collapsed network has no axes, and what rounding leaves of its variance is none."""
+    rounding_ND = 1e-7 * np.random.default_rng(0).normal(size=(9, 3))
+    features_ND = (value * (1 + rounding_ND)).astype(np.float32)
     with pytest.raises(ExportError, match="the same for every image: the network has collapsed"):
-        Whitening.fit(moments_of(np.ones((9, 3), np.float32)), dim=2, shrinkage=1e-3)
+        Whitening.fit(moments_of(features_ND), dim=2, shrinkage=1e-3)
+
+
+def test_features_that_are_no_numbers_are_refused() -> None:
+    """Those of a network that diverged."""
+    features_ND = np.full((9, 3), np.nan, np.float32)
+    with pytest.raises(ExportError, match=r"expected finite numbers, found others; look at the"):
+        Whitening.fit(moments_of(features_ND), dim=2, shrinkage=1e-3)
 
 
 def test_features_whose_covariance_would_fill_the_memory_are_refused() -> None:
