@@ -3,7 +3,7 @@
 Rules:
     Every precision that is written is scored against fp32 on the run's own images: cosine,
     neighbour overlap, and kNN accuracy on held-out ones where the run has any.
-    Each must give an image the same bits in every batch, as fp32 does.
+    Each is held to the batch invariance that fp32 is held to.
     A precision that costs more than `MOST_KNN_LOST` is written with a warning: whether its
     speed is worth that is for its user to say.
 
