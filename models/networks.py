@@ -107,6 +107,7 @@ class ResNet(Backbone):
         stem: `small` is one 3x3 convolution at full resolution, for images up to about 64
             pixels; `large` is the published 7x7 convolution and max-pooling, together a
             quarter of the resolution.
+        stages: how many stages there are; fewer than four leave out the last ones.
         zero_init_residual: whether every residual branch starts at zero, as published. The
             untrained network is then little more than its shortcuts.
 
@@ -114,7 +115,7 @@ class ResNet(Backbone):
         stage_dims: channels of each stage's map.
 
     Raises:
-        UsageError: a layout or stem of another name.
+        UsageError: a layout or stem of another name, or another number of stages.
     """
 
     def __init__(
@@ -124,6 +125,7 @@ class ResNet(Backbone):
         width: int = 64,
         in_channels: int = 3,
         stem: str = "small",
+        stages: int = 4,
         zero_init_residual: bool = True,
     ) -> None:
         super().__init__()
@@ -131,7 +133,11 @@ class ResNet(Backbone):
             raise UsageError("network layout", expected=" or ".join(LAYOUTS), found=repr(layout))
         if stem not in STEMS:
             raise UsageError("network stem", expected=" or ".join(STEMS), found=repr(stem))
-        kind, depths = LAYOUTS[layout]
+        kind, all_depths = LAYOUTS[layout]
+        if not 1 <= stages <= len(all_depths):
+            expected = f"1 to {len(all_depths)}"
+            raise UsageError("network stages", expected=expected, found=str(stages))
+        depths = all_depths[:stages]
         block = BasicBlock if kind == "basic" else BottleneckBlock
         kernel, stride = (3, 1) if stem == "small" else (7, 2)
         self.conv1 = nn.Conv2d(in_channels, width, kernel, stride, padding=kernel // 2, bias=False)

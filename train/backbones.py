@@ -121,7 +121,7 @@ def build_backbone(network: NetworkOptions, in_channels: int, image_size_px: int
     """Build the untrained backbone, the part that is exported, from torch's generator.
 
     Args:
-        network: names it; width, stem and zero-init residual are of our ResNets only.
+        network: names it; width, stem, stages and zero-init residual are of our ResNets only.
         in_channels: channels of the images.
         image_size_px: side of the square images.
 
@@ -139,6 +139,7 @@ def build_backbone(network: NetworkOptions, in_channels: int, image_size_px: int
         width=network.width,
         in_channels=in_channels,
         stem=network.stem,
+        stages=network.stages,
         zero_init_residual=network.zero_init_residual,
     )
 

@@ -54,6 +54,10 @@ class NetworkOptions:
     """`small` keeps the full resolution, for images up to about 64 pixels; `large` is the
     published stem, which quarters it."""
 
+    stages: int = 4
+    """Stages of an own ResNet; what is exported may well come before the last, and a smaller
+    network trains faster."""
+
     zero_init_residual: bool = True
     """Start every residual branch at zero, as published."""
 
@@ -69,6 +73,7 @@ class NetworkOptions:
     def __post_init__(self) -> None:
         _check_layout(self.layout)
         require(self.width >= 1, "--network.width", "at least 1", self.width)
+        require(1 <= self.stages <= 4, "--network.stages", "1 to 4", self.stages)
         widths_are_sound = bool(self.projector_widths) and min(self.projector_widths) >= 1
         require(
             widths_are_sound, "--network.projector-widths", "one or more widths, each at least 1",

@@ -30,6 +30,23 @@ def test_every_stage_gives_its_map(layout: str, stem: str, shrink: int, in_chann
     assert [tuple(x.shape) for x in maps] == expected
 
 
+def test_the_last_stages_can_be_left_out() -> None:
+    """With fewer stages the maps are those of the whole network's first ones; 0 or 5 is refused."""
+    torch.manual_seed(0)
+    whole = ResNet(layout="resnet10", width=4).eval()
+    short = ResNet(layout="resnet10", width=4, stages=3).eval()
+    assert short.stage_dims == whole.stage_dims[:3]
+    own = {k: v for k, v in whole.state_dict().items() if not k.startswith("layer4.")}
+    short.load_state_dict(own)
+    images_NCHW = torch.rand(2, 3, 16, 16)
+    with torch.inference_mode():
+        for found, expected in zip(short(images_NCHW), whole(images_NCHW)[:3], strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    for stages in (0, 5):
+        with pytest.raises(UsageError, match=f"network stages: expected 1 to 4, found {stages}"):
+            ResNet(layout="resnet10", stages=stages)
+
+
 @pytest.mark.parametrize("layout", ["resnet18", "resnet34", "resnet50"])
 def test_published_weights_fit_by_name(layout: str) -> None:
     """At width 64 with the large stem, torchvision's weights load and give its output."""
