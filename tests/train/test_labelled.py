@@ -1,0 +1,151 @@
+"""Labelled images: what is read, hashed and left out, and how subsets are drawn."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from models.bundle import Bundle
+from models.encoder import Encoder
+from models.images import open_source
+from models.runtime import open_bundle
+from train.errors import TrainError
+from train.labelled import choose_labels, hold_out, read_labelled, record_classes
+
+Labels = st.lists(st.integers(0, 4), min_size=1, max_size=200).map(np.array)
+
+
+@pytest.fixture
+def encoder(make_bundle: Callable[..., Bundle]) -> Encoder:
+    """A tiny encoder of 28 x 28 grey images."""
+    return open_bundle(make_bundle().path, threads=1)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Nine pictures of two classes, one that is none, and three without a label."""
+    rng = np.random.default_rng(0)
+    for n in range(9):
+        path = tmp_path / "images" / "ab"[n % 2] / f"{n}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (30, 30), np.uint8)).save(path)
+    (tmp_path / "images/a/broken.png").write_bytes(b"no image")
+    for n in range(3):
+        Image.fromarray(rng.integers(0, 256, (30, 30), np.uint8)).save(
+            tmp_path / "images" / f"{n}.png"
+        )
+    return tmp_path / "images"
+
+
+def test_everything_is_taken_in_one_pass(encoder: Encoder, folder: Path) -> None:
+    """Features, pixels and images agree; what has no label or is no image is counted."""
+    read = read_labelled(
+        open_source(str(folder)),
+        [encoder, encoder],
+        preprocess_for=encoder,
+        what="images",
+        with_pixels=True,
+        with_images=True,
+    )
+    assert (len(read), read.n_rejects, read.n_unlabelled) == (9, 1, 3)
+    assert read.class_names == ("a", "b")
+    assert read.images_NHWC is not None
+    assert read.pixels_NP is not None
+    assert read.pixels_NP.shape == (9, 784)
+    np.testing.assert_array_equal(read.features[0], encoder.encode(read.images_NHWC))
+    np.testing.assert_array_equal(read.features[0], read.features[1])
+    assert len(set(read.digests)) == 9
+
+
+def test_rows_are_numbers_of_labelled_records(encoder: Encoder, folder: Path) -> None:
+    """A part that is read is that part of the whole, also around an image that is none."""
+    source = open_source(str(folder))
+    whole = read_labelled(source, [encoder], preprocess_for=encoder, what="images")
+    class_names, labels_N = record_classes(source)
+    assert class_names == ["a", "b"]
+    assert len(labels_N) == 10
+    np.testing.assert_array_equal(labels_N[whole.rows_N], whole.labels_N)
+    wanted = np.array([0, 5, 7, 9])
+    part = read_labelled(source, [encoder], preprocess_for=encoder, what="images", rows=wanted)
+    places = np.searchsorted(whole.rows_N, part.rows_N)
+    assert set(part.rows_N) <= set(wanted)
+    np.testing.assert_array_equal(part.features[0], whole.features[0][places])
+
+
+def test_the_hash_is_of_pixels_and_labels(
+    encoder: Encoder, folder: Path, make_bundle: Callable[..., Bundle]
+) -> None:
+    """The same images give the same hash; another label, pixel or size gives another."""
+
+    def hash_of(encoder: Encoder) -> str:
+        return read_labelled(
+            open_source(str(folder)), [], preprocess_for=encoder, what="images"
+        ).sha256
+
+    first = hash_of(encoder)
+    assert hash_of(encoder) == first
+    small = open_bundle(make_bundle("small", size=20).path, threads=1)
+    assert hash_of(small) != first
+    (folder / "a/0.png").rename(folder / "b/00.png")
+    second = hash_of(encoder)
+    assert second != first
+    Image.new("L", (30, 30), 3).save(folder / "b/00.png")
+    assert hash_of(encoder) not in (first, second)
+
+
+def test_labels_that_training_lacks_are_no_class(encoder: Encoder, folder: Path) -> None:
+    """With given classes every other label is -1."""
+    read = read_labelled(
+        open_source(str(folder)), [], preprocess_for=encoder, what="images", class_names=("b", "c")
+    )
+    assert Counter(read.labels_N.tolist()) == {-1: 5, 0: 4}
+
+
+def test_a_source_without_labels_is_refused(encoder: Encoder, tmp_path: Path) -> None:
+    """Nothing to learn from, said before any image is decoded."""
+    Image.new("L", (30, 30)).save(tmp_path / "0.png")
+    source = open_source(str(tmp_path))
+    with pytest.raises(TrainError, match="expected labelled images that can be decoded, found no"):
+        read_labelled(source, [], preprocess_for=encoder, what="images")
+    with pytest.raises(TrainError, match=r"labels of .*: expected two classes or more, found none"):
+        record_classes(source)
+
+
+@given(labels_N=Labels, share=st.floats(0.01, 0.99), seed=st.integers(0, 2**31))
+def test_every_class_gives_its_share(labels_N: np.ndarray, share: float, seed: int) -> None:
+    """Held out and kept part the rows; no class is lost to the held-out side."""
+    kept, held = hold_out(labels_N, share=share, seed=seed)
+    np.testing.assert_array_equal(np.sort(np.concatenate([kept, held])), np.arange(len(labels_N)))
+    for number in np.unique(labels_N):
+        n, n_held = int((labels_N == number).sum()), int((labels_N[held] == number).sum())
+        assert n_held == min(max(1, round(share * n)), n - 1)
+    again, _ = hold_out(labels_N, share=share, seed=seed)
+    np.testing.assert_array_equal(kept, again)
+
+
+@given(labels_N=Labels, data=st.data(), balanced=st.booleans(), seed=st.integers(0, 2**31))
+def test_chosen_labels_are_balanced_where_asked(
+    labels_N: np.ndarray, data: st.DataObject, balanced: bool, seed: int
+) -> None:
+    """So many rows, each once, of those that may be chosen; classes differ by one at most."""
+    rows = np.flatnonzero(np.random.default_rng(seed).random(len(labels_N)) < 0.8)
+    n = data.draw(st.integers(0, len(labels_N)))
+    chosen = choose_labels(labels_N, rows, n=n, balanced=balanced, seed=seed)
+    assert len(chosen) == len(np.unique(chosen)) == min(n, len(rows))
+    assert set(chosen) <= set(rows)
+    if balanced and len(chosen):
+        available = np.bincount(labels_N[rows], minlength=5)
+        counts = np.bincount(labels_N[chosen], minlength=5)
+        assert all(
+            count == have or count >= counts.max() - 1
+            for count, have in zip(counts, available, strict=True)
+        )
+    again = choose_labels(labels_N, rows, n=n, balanced=balanced, seed=seed)
+    np.testing.assert_array_equal(chosen, again)

@@ -1,0 +1,387 @@
+"""The probes end to end on 400 real images: rules that hold, figures that stand beside."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from models.bundle import Bundle, read_bundle
+from models.errors import UsageError
+from models.images import ImageData, ImageRecord, ImageSource, open_source
+from train import arms, linear_layers, probe_finetune, probe_linear, probe_transfer
+from train.device import Compute
+from train.errors import RunError, TrainError
+from train.export_bundle import export_run
+from train.probe import run as run_probe
+from train.probe_options import (
+    FinetuneOptions,
+    LinearOptions,
+    RecipeOptions,
+    SgdOptions,
+    TransferOptions,
+)
+from train.probe_report import ProbeReport, as_text
+from train.probed import Probed, RunEncoder, open_probed
+from train.run import RunDirectory
+
+ROOT = Path(__file__).parents[2]
+MINI = ROOT / "tests/data/fashion-mnist-mini"
+CPU = Compute(device=torch.device("cpu"), precision="fp32")
+QUICK = RecipeOptions(
+    epochs=(2,), lr_head=(3e-3,), lr_backbone=(1e-3, 1e-4), scratch_epochs=(2,),
+    scratch_lr=(1e-3, 3e-3), batch_size=16,
+    smallest_crop=(0.8,),
+)  # fmt: skip
+
+Events = list[str]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Commands set torch's threads; so small networks are faster on one, on shared cores far."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def test_source() -> str:
+    """200 test images of Fashion-MNIST, with labels."""
+    return f"idx:{MINI / 't10k-images-idx3-ubyte.gz'},{MINI / 't10k-labels-idx1-ubyte.gz'}"
+
+
+@pytest.fixture(scope="module")
+def bundle(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The finished run's bundle."""
+    return export_run(RunDirectory(path=finished_run), tmp_path_factory.mktemp("b") / "mini",
+                      name="mini")  # fmt: skip
+
+
+def opened(where: Path, **options: object) -> Probed:
+    """Open a run or a bundle on one thread."""
+    return open_probed(str(where), device=CPU.device, threads=1, **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def run(finished_run: Path) -> Iterator[Probed]:
+    """The finished run, opened."""
+    with closing(opened(finished_run)) as probed:
+        yield probed
+
+
+@pytest.fixture
+def linear(finished_run: Path, mini_source: str, test_source: str) -> LinearOptions:
+    """Options of a linear probe of the run."""
+    return LinearOptions(encoder=str(finished_run), images=mini_source, test=test_source)
+
+
+@pytest.fixture
+def finetune(finished_run: Path, mini_source: str, test_source: str) -> FinetuneOptions:
+    """Options of fine-tuning the run on a quarter of its labels, in seconds."""
+    return FinetuneOptions(
+        run=finished_run, images=mini_source, test=test_source, labels=0.25, seeds=(0, 1),
+        recipe=QUICK,
+    )  # fmt: skip
+
+
+class WatchedSource:
+    """A source that notes when one of its images is read."""
+
+    def __init__(self, source: ImageSource, events: Events) -> None:
+        self._source, self._events = source, events
+        self.uri = source.uri
+
+    def count(self) -> int | None:
+        """Count."""
+        return self._source.count()
+
+    def load(self, key: str) -> ImageData:
+        """Load."""
+        return self._source.load(key)
+
+    def records(self, start: int = 0) -> Iterator[ImageRecord]:
+        """Yield, and note every reading."""
+        for record in self._source.records(start):
+
+            def read(record: ImageRecord = record) -> ImageData:
+                self._events.append("test image")
+                return record.read()
+
+            yield ImageRecord(record.key, record.label, read)
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch, test_source: str) -> Events:
+    """What was read and fitted, in its order; test images come from a watched source."""
+    found: Events = []
+
+    def watched(uri: str) -> ImageSource:
+        source = open_source(uri)
+        return WatchedSource(source, found) if uri == test_source else source
+
+    for module in (probe_linear, probe_finetune, probe_transfer):
+        monkeypatch.setattr(module, "open_source", watched)
+    fit = linear_layers.fit
+
+    def noted_fit(*arguments: object) -> object:
+        made = fit(*arguments)  # type: ignore[arg-type]  # passed on
+        found.append("layer fitted")
+        return made
+
+    monkeypatch.setattr(linear_layers, "fit", noted_fit)
+    train_arm = arms.train_arm
+
+    def noted_arm(*arguments: object) -> object:
+        made = train_arm(*arguments)
+        found.append("arm trained")
+        return made
+
+    monkeypatch.setattr(arms, "train_arm", noted_arm)
+    return found
+
+
+def top1(report: ProbeReport, name: str) -> float:
+    """Find the figure of a row."""
+    spread = next(row.top1 for row in report.rows if row.name == name)
+    assert spread is not None
+    return spread.mean
+
+
+def test_a_linear_probe_stands_beside_its_baselines(linear: LinearOptions, run: Probed) -> None:
+    """Encoder, untrained twin and pixels, each above chance, at the optimum of its own C."""
+    report = probe_linear.evaluate_linear(linear, run)
+    assert [row.name for row in report.rows] == [
+        "encoder", "random encoder", "whitened pixels", "raw pixels"
+    ]  # fmt: skip
+    assert [row.dim for row in report.rows] == [32, 32, 196, 196]
+    for row in report.rows:
+        assert row.top1 is not None
+        assert row.top5 is not None
+        assert 0.25 < row.top1.mean < row.top5.mean <= 1, row.name
+        assert isinstance(row.chosen["gradient"], float)
+        assert row.chosen["gradient"] <= 1e-4, row.name
+    assert sum(one.n for one in report.per_class) == 200
+    assert (report.split["fitted_on"], report.split["held_out"]) == (360, 40)
+    assert report.images["images"] == 400
+    assert report.images["sha256"] != report.test["sha256"]
+    assert report.notes == ["0 test images are training images pixel for pixel"]
+    json.dumps(report.to_json(), allow_nan=False)
+    text = as_text(report)
+    assert text.startswith(f"linear: {100 * top1(report, 'encoder'):.2f}% top-1 on 200 images")
+    assert "random encoder: the same network and readout, untrained" in text
+
+
+def test_a_bundle_gives_what_its_run_gives(
+    linear: LinearOptions, run: Probed, bundle: Bundle
+) -> None:
+    """The same features under ONNX Runtime and under torch lead to the same figures."""
+    options = replace(linear, baselines=False)
+    of_run = probe_linear.evaluate_linear(options, run)
+    graph = RunDirectory(path=Path(linear.encoder)).read_config()
+    with closing(opened(bundle.path)) as probed:
+        if probed.encoder.dim != run.encoder.dim:
+            pytest.skip(f"the bundle of {graph.options['preset']} has another readout")
+        of_bundle = probe_linear.evaluate_linear(options, probed)
+    assert top1(of_bundle, "encoder") == pytest.approx(top1(of_run, "encoder"), abs=0.02)
+    assert of_bundle.images == of_run.images
+    assert of_bundle.encoder["fingerprint"] == bundle.fingerprint
+
+
+def test_the_frozen_encoder_stays_as_it_was(linear: LinearOptions, finished_run: Path) -> None:
+    """Weights and BatchNorm's statistics are the same to the bit, also with augmentation."""
+    options = replace(linear, solver="sgd", augment=True, sgd=SgdOptions(epochs=2), baselines=False)
+    with closing(opened(finished_run)) as probed:
+        assert isinstance(probed.encoder, RunEncoder)
+        graph = probed.encoder.graph
+        before = {name: value.clone() for name, value in graph.state_dict().items()}
+        report = probe_linear.evaluate_linear(options, probed)
+        assert not graph.training
+        assert all(torch.equal(value, before[name]) for name, value in graph.state_dict().items())
+    assert any("running_mean" in name for name in before)
+    assert report.settings["augmentation"] == "crops and flips"
+    assert top1(report, "encoder") > 0.15
+
+
+def test_the_readout_of_a_run_is_a_choice(linear: LinearOptions, finished_run: Path) -> None:
+    """Several stages on a grid give their dimensions, to the twin, too."""
+    with closing(opened(finished_run, stages=(2, 4), grid=2)) as probed:
+        assert probed.twin is not None
+        assert probed.encoder.dim == probed.twin.dim == (8 + 32) * 4
+    with pytest.raises(UsageError, match="expected different numbers of 1 to 4, found 5"):
+        opened(finished_run, stages=(5,))
+
+
+def test_no_test_image_is_read_before_all_is_chosen(
+    linear: LinearOptions, finetune: FinetuneOptions, run: Probed, events: Events
+) -> None:
+    """Layers and arms come first; then every test image is read, each once."""
+    probe_linear.evaluate_linear(linear, run)
+    assert events == ["layer fitted"] * 4 + ["test image"] * 200
+    events.clear()
+    probe_finetune.evaluate_finetune(finetune, run, CPU)
+    assert events == ["arm trained"] * 2 + ["test image"] * 200
+    events.clear()
+    transfer = TransferOptions(
+        encoder=str(finetune.run), images=finetune.images, test=finetune.test, labels=0.25,
+        recipe=QUICK,
+    )  # fmt: skip
+    report = probe_transfer.evaluate_transfer(transfer, run, CPU)
+    assert events == ["layer fitted"] * 4 + ["arm trained"] * 2 + ["test image"] * 200
+    assert [row.name for row in report.rows] == [
+        "fine-tuned", "from scratch", "linear, encoder", "linear, random encoder",
+        "linear, whitened pixels", "linear, raw pixels",
+    ]  # fmt: skip
+    assert report.images["images"] == 100
+
+
+def test_a_test_set_that_is_not_there_ends_it_at_once(
+    linear: LinearOptions, run: Probed, events: Events
+) -> None:
+    """A misspelt name is found before anything is computed."""
+    with pytest.raises(Exception, match="nothing of that name"):
+        probe_linear.evaluate_linear(replace(linear, test="fashoin-mnist"), run)
+    assert events == []
+
+
+@pytest.mark.parametrize("validation", ["labels", "train"])
+def test_fine_tuning_stands_beside_the_same_network_from_scratch(
+    finetune: FinetuneOptions, run: Probed, validation: str
+) -> None:
+    """Both arms have the same labels and held-out images, and say what they chose from what."""
+    options = replace(finetune, validation=validation, val_images=50)
+    report = probe_finetune.evaluate_finetune(options, run, CPU)
+    tuned, scratch = report.rows
+    assert (tuned.name, scratch.name) == ("fine-tuned", "from scratch")
+    for row, names in ((tuned, {"lr_backbone"}), (scratch, {"lr_head", "lr_backbone"})):
+        tried = row.chosen["tried"]
+        assert isinstance(tried, list)
+        assert len(tried) == 2
+        assert all(isinstance(one, dict) and one.keys() == {*names, "val_top1"} for one in tried)
+        assert row.top1 is not None
+        assert len(row.top1.values) == 2
+    assert report.difference is not None
+    assert report.difference.mean == pytest.approx(tuned.top1.mean - scratch.top1.mean)
+    assert report.images["labels_by_seed"] == {"0": 100, "1": 100}
+    if validation == "labels":
+        assert (report.split["fitted_on"], report.split["held_out"]) == (80, 20)
+    else:
+        assert (report.split["fitted_on"], report.split["held_out"]) == (100, 50)
+    assert "points of top-1 above from scratch, seeds 0, 1" in as_text(report)
+
+
+def test_fine_tuning_twice_gives_the_same_figures(finetune: FinetuneOptions, run: Probed) -> None:
+    """Labels, initial weights, order and views are functions of the seed."""
+    one, other = (
+        probe_finetune.evaluate_finetune(replace(finetune, seeds=(3,)), run, CPU) for _ in range(2)
+    )
+    assert [row.top1 for row in one.rows] == [row.top1 for row in other.rows]
+    assert [row.chosen for row in one.rows] == [row.chosen for row in other.rows]
+
+
+def test_too_few_labels_are_refused(finetune: FinetuneOptions, run: Probed) -> None:
+    """Each class needs two: one to learn from, one to choose by."""
+    with pytest.raises(TrainError, match=r"each of 10 classes two labels .* found 0.01, which is"):
+        probe_finetune.evaluate_finetune(replace(finetune, labels=0.01), run, CPU)
+
+
+def test_a_bundle_cannot_be_trained_further(
+    finetune: FinetuneOptions, bundle: Bundle, linear: LinearOptions
+) -> None:
+    """Fine-tuning says what to give instead; transfer leaves the networks out and says so."""
+    with pytest.raises(RunError, match="whose weights can be trained further, found a bundle; gi"):
+        probe_finetune.main(replace(finetune, run=bundle.path))
+    options = TransferOptions(
+        encoder=str(bundle.path), images=linear.images, test=linear.test, baselines=False
+    )
+    with closing(opened(bundle.path)) as probed:
+        report = probe_transfer.evaluate_transfer(options, probed, CPU)
+    assert [row.name for row in report.rows] == ["linear, encoder"]
+    assert "only a run can be trained further" in report.notes[-1]
+
+
+def test_a_report_is_kept_with_its_bundle(
+    linear: LinearOptions, make_bundle: Callable[..., Bundle], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """`--record` puts it into bundle.json, `--out` into a file, `--json` on the screen."""
+    bundle = make_bundle()
+    out = tmp_path / "report.json"
+    command = ["linear", str(bundle.path), "--images", linear.images, "--test", linear.test]
+    flags = ["--record", "--json", "--out", str(out), "--threads", "1", "--c", "0.01", "1"]
+    assert run_probe([*command, *flags]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert json.loads(out.read_text()) == shown
+    kept = read_bundle(bundle.path).provenance["evaluations"]
+    assert isinstance(kept, dict)
+    assert kept["linear"] == shown
+    assert shown["rows"][-1]["name"] == "random encoder"
+    assert shown["rows"][-1]["top1"] is None
+    assert "no random.onnx" in shown["rows"][-1]["note"]
+    assert read_bundle(bundle.path).fingerprint == bundle.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "line"),
+    [
+        ("", 2, "kind of probe: expected linear, finetune or transfer, found none; see"),
+        ("best", 2, "found 'best'; see python -m train.probe --help"),
+        ("linear {run} --images a --test b --c 0", 2, "--c: expected numbers above 0, found (0.0"),
+        ("linear {run} --images a --test b --augment", 2, "--augment: expected --solver sgd, foun"),
+        ("linear {run} --images a --test b --record", 2, "--record: expected an encoder that is"),
+        ("linear {none} --images a --test b", 1, "expected a bundle directory, found no such"),
+        ("finetune {none} --images a --test b", 1, "expected a run directory, found no such dir"),
+        ("finetune {run} --images a --test b --labels 2", 2, "--labels: expected more than 0, at"),
+        ("finetune {run} --images a --test b --seeds 1 1", 2, "--seeds: expected different num"),
+        (
+            "finetune {run} --images a --test b --recipe.epochs 0",
+            2,
+            "--recipe.epochs: expected at least 1, found (0,)",
+        ),
+    ],
+)
+def test_bad_input_is_one_line(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    command: str, status: int, line: str,
+) -> None:  # fmt: skip
+    """What was wrong, what was expected, what was found; 2 for bad use, 1 for failed work."""
+    argv = command.format(run=finished_run, none=tmp_path / "none").split()
+    assert run_probe(argv) == status
+    captured = capsys.readouterr()
+    assert line in captured.err.splitlines()[-1]
+    assert captured.out == ""
+
+
+def test_help_loads_no_torch() -> None:
+    """Options are shown at once; torch takes seconds to load."""
+    code = (
+        "import sys, contextlib, train.probe\n"
+        "with contextlib.suppress(SystemExit): train.probe.run(['finetune', '--help'])\n"
+        "assert 'torch' not in sys.modules"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "--recipe.lr-backbone" in shown.stdout
+
+
+def test_the_paper_recipe_is_the_papers() -> None:
+    """20 epochs, .5 for the layer, .002 for the backbone, a fifth at epochs 12 and 16, no decay."""
+    from train.classifier import lr_share
+    from train.few_labels import finetune_recipes, resolve
+
+    options = FinetuneOptions(run=Path("r"), images="a", test="b", preset="paper")
+    (recipe,) = finetune_recipes(resolve(options))
+    assert (recipe.epochs, recipe.lr_head, recipe.lr_backbone) == (20, 0.5, 0.002)
+    assert (recipe.weight_decay, recipe.head_c, recipe.label_smoothing) == (0, None, 0)
+    shares = [lr_share(recipe, step, 20) for step in range(20)]
+    np.testing.assert_allclose(shares, [1.0] * 12 + [0.2] * 4 + [0.04] * 4)
