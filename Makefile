@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 EXTRAS ?= cpu,train,test
 DEMO := artifacts/demo
 DEMO_EPOCHS ?= 3
+RESULTS := benchmarks/results
 DEBIAN_DATA := /usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz
 
 .DEFAULT_GOAL := help
@@ -39,12 +40,17 @@ format: $(VENV)/.installed ## Mend format and what lint can mend
 protos: $(VENV)/.installed ## Generate the code of protos/horace.proto
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. protos/horace.proto
 
-bench: $(VENV)/.installed ## Run the benchmarks (photographs: apt-get install mate-backgrounds)
+bench: $(VENV)/.installed data ## Run the benchmarks: hours, on a quiet machine (photographs: apt-get install mate-backgrounds)
 	$(BIN)/pip install --quiet -e '.[bench]'
-	$(BIN)/python -m benchmarks.decoders --out benchmarks/results/decoders.json
+	$(BIN)/python -m benchmarks.decoders --out $(RESULTS)/decoders.json
 	test -d artifacts/bench/collection || $(BIN)/python -m index.build --images fashion-mnist \
 	  --encoder models/shipped/fashion-mnist --out artifacts/bench/collection
-	$(BIN)/python -m benchmarks.vector_dtypes artifacts/bench/collection --out benchmarks/results/vector_dtypes.json
+	$(BIN)/python -m benchmarks.vector_dtypes artifacts/bench/collection --out $(RESULTS)/vector_dtypes.json
+	$(BIN)/python -m benchmarks.loss --out $(RESULTS)/loss.json
+	$(BIN)/python -m benchmarks.views --out $(RESULTS)/views.json
+	$(BIN)/python -m benchmarks.train_throughput --out $(RESULTS)/train_throughput.json
+	$(BIN)/python -m benchmarks.int8 --out $(RESULTS)/int8.json
+	$(BIN)/python -m benchmarks.ablations --out $(RESULTS)/ablations.json
 
 data: ## Fashion-MNIST from Debian, where that is possible; the commands download it otherwise
 	@test -e $(DEBIAN_DATA) || ! command -v apt-get >/dev/null || [ "$$(id -u)" != 0 ] \
