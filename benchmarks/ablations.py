@@ -33,7 +33,7 @@ import numpy as np
 
 from models.bundle import Json
 from models.command import run_command
-from train.config import PretrainOptions
+from train.config import NetworkOptions, PretrainOptions
 from train.errors import TrainError
 from train.log import read_log
 from train.loop import pretrain
@@ -41,6 +41,10 @@ from train.presets import PRESETS
 from train.run import RunDirectory, describe_environment
 
 HIDDEN_WIDTHS = (512, 512)
+NETWORK = NetworkOptions(
+    layout="resnet10", width=16, zero_init_residual=False, projector_widths=(*HIDDEN_WIDTHS, 512)
+)
+"""Small, so that sixty runs take an hour or two."""
 BASELINE = "Barlow Twins"
 
 
@@ -156,7 +160,7 @@ def run_options(row: Row, options: AblationOptions, seed: int) -> PretrainOption
         base,
         **groups[""],  # type: ignore[arg-type]  # the rows name options of the right types
         loss=dataclasses.replace(base.loss, **groups["loss"]),  # type: ignore[arg-type]  # same
-        network=dataclasses.replace(base.network, **groups["network"]),  # type: ignore[arg-type]  # same
+        network=dataclasses.replace(NETWORK, **groups["network"]),  # type: ignore[arg-type]  # same
         lr_peak=base.lr_peak * math.sqrt(batch_size / base.batch_size),
         epochs=options.epochs,
         warmup_epochs=min(1.0, options.epochs / 4),
