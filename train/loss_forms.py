@@ -25,8 +25,8 @@ Chosen = Literal["direct", "gram", "tiled"]
 GRAM_BELOW_N_PER_D = 0.75
 """The Gram form costs 8 N^2 D flop forward and backward, the others 6 N D^2.
 
-Measured (one thread, AMD EPYC, D = 512 to 2048): 1.5 times as fast at N = D / 2, 1.03 to 1.18
-at .75 D, .7 to .8 at D.
+`benchmarks/results/loss.json` (2 threads, AMD EPYC): 1.5 times as fast as direct at N = D / 2,
+.5 times at N = 2 D.
 """
 
 TILE_BYTES = 64 * 2**20

@@ -6,8 +6,8 @@ Rules:
     An image that cannot be used is counted, and its place is taken by the next usable one in
     the order of the source, so that batches stay full; with views of its own.
     So many batches are worked on ahead, and no more, as `PREFETCH_BATCHES` says.
-    Threads, not processes: libjpeg-turbo and Pillow let go of the GIL, so that on two cores
-    neither is faster, and nothing is pickled or copied between address spaces.
+    Threads, not processes: libjpeg-turbo and Pillow let go of the GIL, and
+    nothing is pickled or copied between address spaces.
 
 How an image becomes two views is the matter of a `MakeViews`, such as `train.crops`.
 

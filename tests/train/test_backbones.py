@@ -37,8 +37,6 @@ def test_a_backbone_by_name_gives_its_maps(
     layout: str, in_channels: int, size_px: int, stages: list[tuple[int, int]]
 ) -> None:
     """Any channels; maps as (N, C, H, W); no parameter that the maps do not depend on."""
-    if layout.startswith("timm:"):
-        pytest.importorskip("timm")
     backbone = build_backbone(NetworkOptions(layout=layout), in_channels, size_px)
     maps = backbone(torch.rand(2, in_channels, size_px, size_px))
     assert [tuple(x.shape) for x in maps] == [(2, dim, side, side) for dim, side in stages]
@@ -62,7 +60,8 @@ def test_torchvisions_last_map_is_what_it_pools() -> None:
 
 def test_timms_last_map_is_what_it_pools() -> None:
     """Transformers pass their last norm, and so do the maps."""
-    timm = pytest.importorskip("timm")
+    import timm
+
     torch.manual_seed(0)
     published = timm.create_model("test_vit", img_size=32, num_classes=0)
     torch.manual_seed(0)
@@ -77,8 +76,6 @@ def test_timms_last_map_is_what_it_pools() -> None:
 @pytest.mark.parametrize("layout", ["torchvision:squeezenet1_1", "timm:test_convnext"])
 def test_a_librarys_backbone_can_be_exported(layout: str, tmp_path: Path) -> None:
     """ONNX Runtime gives what torch gives, at another batch than the traced one."""
-    if layout.startswith("timm:"):
-        pytest.importorskip("timm")
     backbone = build_backbone(NetworkOptions(layout=layout), 1, 32)
     readout = GlobalPoolReadout(backbone.stage_dims)
     graph = EncoderGraph(backbone, readout, (0.5,), (0.25,))
@@ -131,8 +128,6 @@ def test_our_own_networks_are_built_with_their_options() -> None:
 )
 def test_a_backbone_that_cannot_be_is_one_line(layout: str, message: str) -> None:
     """Misspelt names come with close ones; a library's own errors are translated."""
-    if layout.startswith("timm:"):
-        pytest.importorskip("timm")
     size_px = 20 if layout == "torchvision:vit_b_32" else 32
     with pytest.raises(UsageError, match=message) as error:
         build_backbone(NetworkOptions(layout=layout), 3, size_px)
