@@ -22,6 +22,7 @@ import dataclasses
 import json
 import logging
 import math
+import operator
 import shutil
 import statistics
 import sys
@@ -148,19 +149,22 @@ def main(options: AblationOptions) -> None:
 
 def run_options(row: Row, options: AblationOptions, seed: int) -> PretrainOptions:
     """Give the preset with one thing changed; rows of equal options share a run."""
-    base = PRESETS["fashion-mnist"]
+    base = dataclasses.replace(PRESETS["fashion-mnist"], network=NETWORK)
     batch_size = row.change.get("batch_size", base.batch_size)
     assert isinstance(batch_size, int)
     assert base.lr_peak is not None
     groups: dict[str, dict[str, object]] = {"": {}, "loss": {}, "network": {}}
+    slug = f"{options.epochs}-{seed}"
     for dotted, value in row.change.items():
-        group, _, name = dotted.rpartition(".")
-        groups[group][name] = value
+        if operator.attrgetter(dotted)(base) != value:
+            group, _, name = dotted.rpartition(".")
+            groups[group][name] = value
+            slug += f"-{name}-{value}"
     changed = dataclasses.replace(
         base,
         **groups[""],  # type: ignore[arg-type]  # the rows name options of the right types
         loss=dataclasses.replace(base.loss, **groups["loss"]),  # type: ignore[arg-type]  # same
-        network=dataclasses.replace(NETWORK, **groups["network"]),  # type: ignore[arg-type]  # same
+        network=dataclasses.replace(base.network, **groups["network"]),  # type: ignore[arg-type]  # same
         lr_peak=base.lr_peak * math.sqrt(batch_size / base.batch_size),
         epochs=options.epochs,
         warmup_epochs=min(1.0, options.epochs / 4),
@@ -169,9 +173,8 @@ def run_options(row: Row, options: AblationOptions, seed: int) -> PretrainOption
         knn_every_epochs=options.epochs,
         seed=seed,
     )
-    slug = "".join(c if c.isalnum() else "-" for c in f"{row.table}-{row.name}")
-    name = "baseline" if not row.change else slug
-    return dataclasses.replace(changed, out=options.runs / f"{name}-{options.epochs}-{seed}")
+    path = options.runs / "".join(c if c.isalnum() else "-" for c in slug)
+    return dataclasses.replace(changed, out=path)
 
 
 def measure(row: Row, options: AblationOptions, seed: int) -> float | None:

@@ -254,10 +254,10 @@ def table(size: str, rows: dict[str, dict[str, object]]) -> str:
         f"\n{size:12} {'wall ms':>10} {'CPU ms':>10} {'speed':>8} {'extra MB':>9} {'error':>9}"
     ]
     for name, row in rows.items():
-        wall, cpu = (row[kind]["median"] * 1e3 for kind in ("wall_s", "cpu_s"))  # type: ignore[index]
-        ratio = row.get("times_as_fast_as_official", {"median": float("nan")})["median"]  # type: ignore[index]
-        error = row.get("relative_error", {"gradient": float("nan")})["gradient"]  # type: ignore[index]
-        extra = row["peak_extra_bytes"] / MIB  # type: ignore[operator]
+        wall, cpu = (row[kind]["median"] * 1e3 for kind in ("wall_s", "cpu_s"))  # type: ignore[index]  # JSON
+        ratio = row.get("times_as_fast_as_official", {"median": float("nan")})["median"]  # type: ignore[index]  # JSON
+        error = row.get("relative_error", {"gradient": float("nan")})["gradient"]  # type: ignore[index]  # JSON
+        extra = row["peak_extra_bytes"] / MIB  # type: ignore[operator]  # JSON
         lines.append(f"{name:12} {wall:10.1f} {cpu:10.1f} {ratio:7.1f}x {extra:9.1f} {error:9.1e}")
     return "\n".join(lines)
 

@@ -36,7 +36,9 @@ class Readout:
     fit_images: int = 20_000
 
 
-PRESET_READOUTS: Mapping[str, Readout] = {}
+PRESET_READOUTS: Mapping[str, Readout] = {
+    "fashion-mnist": Readout(stages=(3,), grid=(4,), dim=512, fit_images=60_000),
+}
 """The readout of the runs of a preset, where it is not plain pooling of the last stage."""
 
 

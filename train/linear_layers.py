@@ -153,7 +153,7 @@ def candidates(
             Candidate(
                 name=name,
                 dim=encoder.dim,
-                features=lambda images, i=i: images.features[i],  # type: ignore[misc]
+                features=lambda images, i=i: images.features[i],  # type: ignore[misc]  # bound now
                 augmented=augmented,
                 note=notes[i],
             )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-HAS_ONEDNN: bool = torch.backends.mkldnn.is_available() and (  # type: ignore[no-untyped-call]
+HAS_ONEDNN: bool = torch.backends.mkldnn.is_available() and (  # type: ignore[no-untyped-call]  # torch
     hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )
 

@@ -74,7 +74,7 @@ def convert_batch_norm(module: nn.Module, group: Group = "world") -> nn.Module:
     if ranks is None:
         return module
     if any(parameter.is_cuda for parameter in module.parameters()):
-        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module, ranks)  # type: ignore[no-untyped-call]
+        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module, ranks)  # type: ignore[no-untyped-call]  # torch
         return converted
     return replaced(module, group)
 

@@ -133,7 +133,7 @@ def test_a_streamed_run_goes_on_to_the_same_bits(
     options = run_options(
         tmp_path / "run", source=f"folder:{folder}", image_size_px=16, channels=3, batch_size=8,
         epochs=3, data_in="stream", workers=2, checkpoint_every_steps=2, keep_checkpoints=9,
-        views=ViewOptions(views_in=views_in, blur_probability=(0.5, 0.5)),  # type: ignore[arg-type]
+        views=ViewOptions(views_in=views_in, blur_probability=(0.5, 0.5)),  # type: ignore[arg-type]  # cases
     )  # fmt: skip
     pretrain(options)
     whole = last_network(options.run_path)

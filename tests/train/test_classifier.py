@@ -133,7 +133,7 @@ def test_learning_rates_are_functions_of_the_step() -> None:
 @pytest.mark.parametrize("preset", ["small", "paper"])
 def test_both_arms_share_all_but_what_they_may_choose(preset: str) -> None:
     """Batch, optimiser, decay, schedule, augmentation and smoothing are one for both."""
-    options = FinetuneOptions(run=Path("r"), images="a", test="b", preset=preset)  # type: ignore[arg-type]
+    options = FinetuneOptions(run=Path("r"), images="a", test="b", preset=preset)  # type: ignore[arg-type]  # cases
     recipe = resolve(options)
     tuned, scratch = finetune_recipes(recipe), scratch_recipes(recipe)
     own = {"epochs", "lr_head", "lr_backbone", "head_c", "freezes_batch_norm", "smallest_crop"}

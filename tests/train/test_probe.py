@@ -69,7 +69,7 @@ def bundle(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Bund
 
 def opened(where: Path, **options: object) -> Probed:
     """Open a run or a bundle on one thread."""
-    return open_probed(str(where), device=CPU.device, threads=1, **options)  # type: ignore[arg-type]
+    return open_probed(str(where), device=CPU.device, threads=1, **options)  # type: ignore[arg-type]  # cases
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ def opened(folder: Path, **changes: object) -> TrainingData:
         "data_in": "auto", "limit_images": None, "val_images": 5, "bank_images": 20, "seed": 1
     }  # fmt: skip
     source = open_source(f"folder:{folder}")
-    return open_training_data(source, SPEC, **(values | changes))  # type: ignore[arg-type]
+    return open_training_data(source, SPEC, **(values | changes))  # type: ignore[arg-type]  # cases
 
 
 def test_what_fits_is_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

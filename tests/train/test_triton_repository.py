@@ -109,7 +109,7 @@ def test_options_that_cannot_be_meant_are_refused(
 ) -> None:
     """Each says what it takes."""
     with pytest.raises(UsageError) as error:
-        TritonOptions(bundle=tmp_path, out=tmp_path, **fields)  # type: ignore[arg-type]
+        TritonOptions(bundle=tmp_path, out=tmp_path, **fields)  # type: ignore[arg-type]  # cases
     assert str(error.value) == message
 
 
