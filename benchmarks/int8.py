@@ -39,11 +39,11 @@ from models.images import as_arrays, open_source
 from models.networks import ResNet
 from models.preprocess import PreprocessSpec
 from models.runtime import open_bundle
-from train.graph import EncoderGraph, write_onnx
+from train.export.graph import EncoderGraph, write_onnx
+from train.export.parity import measure_parity
+from train.export.quantise import write_int8
+from train.export.readout import PooledReadout
 from train.monitor import KNN_K, KNN_TEMPERATURE, knn_accuracy
-from train.parity import measure_parity
-from train.quantise import write_int8
-from train.readout import PooledReadout
 from train.run import describe_environment
 
 SIDE_PX = 224

@@ -32,16 +32,16 @@ from models.bundle import Json
 from models.command import run_command
 from models.cpu import cpu_budget
 from models.images import open_source
-from train.labelled import read_labelled
 from train.option_groups import require
-from train.probe_options import FinetuneOptions, RecipeOptions
-from train.probe_report import ProbeRow, Spread, command_line
+from train.probe.labelled import read_labelled
+from train.probe.options import FinetuneOptions, RecipeOptions
+from train.probe.report import ProbeRow, Spread, command_line
 from train.run import describe_environment
 
 if TYPE_CHECKING:
-    from train.arms import Arm, TrainedArm
     from train.device import Compute
-    from train.probed import Probed
+    from train.probe.arms import Arm, TrainedArm
+    from train.probe.probed import Probed
 
 STAGES, GRID = (1, 2, 3, 4), 4
 """Of the readouts tried on frozen features of 600 labelled images, the best: 83.8% on 5,000
@@ -68,7 +68,7 @@ RECIPES = {
         smallest_crop=(0.8,),
     ),
 }
-"""What differs from `train.probe_options`'s preset `small`, by share of the labels."""
+"""What differs from `train.probe.options`'s preset `small`, by share of the labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,7 @@ class Contest:
 def main(options: Options) -> None:
     """Train everything, then measure, print and write."""
     from train.device import prepare_device, resolve_compute
-    from train.probed import open_probed
+    from train.probe.probed import open_probed
 
     start_s = time.monotonic()
     compute = resolve_compute("auto", "auto")
@@ -134,8 +134,8 @@ def main(options: Options) -> None:
             class_names=contests[0].class_names,
             with_images=True,
         )
-    from train.arms import score_arms
-    from train.probe_finetune import labelled_images
+    from train.probe.arms import score_arms
+    from train.probe.finetune import labelled_images
 
     shares: list[Json] = []
     for contest in contests:
@@ -160,8 +160,8 @@ def main(options: Options) -> None:
 
 def train_all(options: Options, share: float, probed: Probed, compute: Compute) -> Contest:
     """Let every row choose, and train it on every seed."""
-    from train.arms import train_arm
-    from train.few_labels import describe_recipe, read_budget
+    from train.probe.arms import train_arm
+    from train.probe.few_labels import describe_recipe, read_budget
 
     told = FinetuneOptions(
         run=options.run,
@@ -193,7 +193,7 @@ def train_all(options: Options, share: float, probed: Probed, compute: Compute) 
 
 def arms_of(told: FinetuneOptions, probed: Probed, n_classes: int) -> list[Arm]:
     """List the rows: fine-tuned, its layer alone, and from scratch with both readouts."""
-    from train.few_labels import make_arms
+    from train.probe.few_labels import make_arms
 
     assert probed.run is not None, "only a run can be fine-tuned"
     tuned, scratch = make_arms(told, probed.run, n_classes)
@@ -233,7 +233,7 @@ def best_scratch(rows: Sequence[ProbeRow]) -> ProbeRow:
 
 def describe(contest: Contest, rows: Sequence[ProbeRow]) -> dict[str, Json]:
     """Give a share's result as JSON has it."""
-    from train.arms import difference
+    from train.probe.arms import difference
 
     against = best_scratch(rows)
     return {
@@ -247,7 +247,7 @@ def describe(contest: Contest, rows: Sequence[ProbeRow]) -> dict[str, Json]:
 
 def table(share: float, rows: Sequence[ProbeRow]) -> str:
     """Lay one share out for people."""
-    from train.arms import difference
+    from train.probe.arms import difference
 
     lines = [f"{100 * share:g}% of the labels   top-1 %: mean (least to largest)"]
     for row in rows:

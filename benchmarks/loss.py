@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from models.command import progress, run_command
 from models.cpu import cpu_budget, cpu_name
 from train.loss import barlow_twins_loss
-from train.loss_forms import memory_bytes
+from train.loss.forms import memory_bytes
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

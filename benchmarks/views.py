@@ -5,7 +5,7 @@ float32 batches of the paper's views: bicubic crop, flip, jitter, grey, blur and
 with the asymmetric probabilities; for one channel without saturation, hue and grey.
 
 ours            `train.views`, the whole batch at once
-ours, threads   `train.worker_views`, image by image in as many threads as there are CPUs
+ours, threads   `train.views.workers`, image by image in as many threads as there are CPUs
 kornia          its augmentations for batches, with parameters of each image's own
 v2 Pillow       torchvision's `transforms.v2` on Pillow images, in DataLoader workers
 v2 tensors      the same on uint8 tensors
@@ -47,9 +47,9 @@ from torchvision.transforms import InterpolationMode, v2
 from models.command import progress, run_command
 from models.cpu import cpu_budget, cpu_name
 from models.files import atomic_file
-from train.view_parameters import CROP_LOG_RATIO, ViewRecipe
 from train.views import Normaliser, random_view
-from train.worker_views import sample_views
+from train.views.parameters import CROP_LOG_RATIO, ViewRecipe
+from train.views.workers import sample_views
 
 BATCH = 128
 SHAPES = ((28, 28, 1), (96, 96, 3), (224, 224, 3))

@@ -24,21 +24,21 @@ from models.cpu import cpu_budget
 from models.errors import UsageError
 from models.images import ImageSource, open_source
 from models.preprocess import PreprocessSpec
-from train.batches import BatchSource
 from train.checkpoint import Progress, list_checkpoints, restore_checkpoint, save_initial
 from train.config import PretrainOptions, options_from_json, options_json
-from train.crops import CutCrops
-from train.data import sample_images
+from train.data.batches import BatchSource
+from train.data.memory import sample_images
+from train.data.stream import MakeViews
+from train.data.training_data import DataIn, TrainingData, choose_data_in, open_training_data
 from train.device import Compute, resolve_compute
 from train.ranks import Ranks
 from train.run import RunConfig, RunDirectory, describe_environment
-from train.show_views import MAX_IMAGES, write_views_picture
-from train.stream import MakeViews
 from train.trainer import Trainer, view_recipes
-from train.training_data import DataIn, TrainingData, choose_data_in, open_training_data
 from train.views import Normaliser
+from train.views.crops import CutCrops
+from train.views.picture import MAX_IMAGES, write_views_picture
+from train.views.workers import FinishedCrops
 from train.weights import initialise_from
-from train.worker_views import FinishedCrops
 
 MACHINE_OPTIONS = ("device", "precision", "threads", "data_in")
 """Options that the machine decides unless they are given, once for a run."""

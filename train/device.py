@@ -29,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from train.batches import Batch
+from train.data.batches import Batch
 from train.errors import TrainError
 
 DeviceName = Literal["cpu", "cuda"]

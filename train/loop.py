@@ -19,7 +19,6 @@ from dataclasses import replace
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from train.batches import BatchSource
 from train.begin import (
     goes_on,
     make_source,
@@ -32,15 +31,16 @@ from train.begin import (
 from train.books import Books
 from train.checkpoint import Progress
 from train.config import PretrainOptions
+from train.data.batches import BatchSource
+from train.data.rejects import write_rejects
+from train.data.training_data import TrainingData
 from train.device import on_device, prepare_device
 from train.log import ProgressDisplay, RunLog, read_log
 from train.plot import plot_curves
 from train.ranks import Ranks, find_ranks, joined, together
-from train.rejects import write_rejects
 from train.run import RunDirectory
 from train.stop import StopRequest, end_process
 from train.trainer import Trainer
-from train.training_data import TrainingData
 from train.watch import Watch
 
 log = logging.getLogger("horace")

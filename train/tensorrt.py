@@ -27,7 +27,7 @@ from models.command import run_command
 from models.errors import UsageError
 from models.files import atomic_file
 from train.errors import ExportError, training_packages, writing
-from train.graph_names import INPUT_NAME
+from train.export.graph_names import INPUT_NAME
 
 if TYPE_CHECKING:
     import tensorrt

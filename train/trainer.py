@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from models.networks import BarlowTwins
 from train import backbones
-from train.batches import rank_slice
 from train.config import PretrainOptions, ViewOptions
+from train.data.batches import rank_slice
 from train.device import Compute, DeviceBatch
 from train.loss import LossTerms, loss_terms
 from train.optim import lr_at, make_optimizer, peak_rates, set_lr

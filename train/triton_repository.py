@@ -31,7 +31,7 @@ from models.cpu import cpu_budget
 from models.errors import UsageError
 from models.files import atomic_directory, canonical_json
 from train.errors import ExportError, writing
-from train.graph_names import INPUT_NAME, OUTPUT_NAME
+from train.export.graph_names import INPUT_NAME, OUTPUT_NAME
 from train.tensorrt import refuse_int8
 
 CONFIG_FILE = "config.pbtxt"

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from train import monitor
-from train.training_data import WatchedImages
+from train.data.training_data import WatchedImages
 
 log = logging.getLogger("horace")
 

@@ -17,7 +17,7 @@ from models.networks import GlobalPoolReadout, ResNet
 from models.preprocess import PreprocessSpec
 from train.backbones import build_backbone, build_network
 from train.errors import TrainError
-from train.graph import EncoderGraph, embed_with_torch, write_onnx
+from train.export.graph import EncoderGraph, embed_with_torch, write_onnx
 from train.option_groups import NetworkOptions
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.batches import MemorySource, rank_slice
+from train.data.batches import MemorySource, rank_slice
 
 IMAGES_NHWC = np.arange(23 * 4, dtype=np.uint8).reshape(23, 2, 2, 1)
 ROWS = np.arange(1, 23)

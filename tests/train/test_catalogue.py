@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from models.images import open_source
-from train.catalogue import Catalogue, list_images
+from train.data.catalogue import Catalogue, list_images
 from train.errors import TrainError
 
 

@@ -11,15 +11,15 @@ import torch
 from numpy.typing import NDArray
 
 from models.networks import ResNet
-from train.arms import Arm, LabelBudget, LabelledImages, choose_recipe, train_arm, varied
-from train.classifier import Classifier, Recipe, lr_share, predict, train_classifier
 from train.device import Compute
 from train.errors import TrainError
-from train.few_labels import finetune_recipes, resolve, scratch_recipes
-from train.graph import EncoderGraph
-from train.probe_options import RECIPES, FinetuneOptions, RecipeOptions
-from train.readout import PooledReadout
-from train.softmax import fit_softmax
+from train.export.graph import EncoderGraph
+from train.export.readout import PooledReadout
+from train.probe.arms import Arm, LabelBudget, LabelledImages, choose_recipe, train_arm, varied
+from train.probe.classifier import Classifier, Recipe, lr_share, predict, train_classifier
+from train.probe.few_labels import finetune_recipes, resolve, scratch_recipes
+from train.probe.options import RECIPES, FinetuneOptions, RecipeOptions
+from train.probe.softmax import fit_softmax
 
 CPU = Compute(device=torch.device("cpu"), precision="fp32")
 RECIPE = Recipe(

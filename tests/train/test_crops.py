@@ -15,8 +15,8 @@ from models.errors import ImageError
 from models.jpeg import decode_jpeg
 from models.picture import DEFAULT_LIMITS, Pixels
 from models.preprocess import PreprocessSpec, preprocess
-from train import crops
-from train.crops import Box, CutCrops, cut_crops
+from train.views import crops
+from train.views.crops import Box, CutCrops, cut_crops
 
 
 def scene(height: int, width: int) -> Pixels:

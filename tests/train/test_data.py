@@ -11,8 +11,8 @@ from PIL import Image
 
 from models.images import open_source
 from models.preprocess import PreprocessSpec
-from train import data
-from train.data import (
+from train.data import memory
+from train.data.memory import (
     CHUNK_IMAGES,
     channel_statistics,
     epoch_order,
@@ -80,7 +80,7 @@ def test_what_does_not_fit_is_refused_before_it_is_read(
     mini_source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The error says how many images fit, how many there are, and what to change."""
-    monkeypatch.setattr(data, "free_memory_bytes", lambda: 100 * 144)
+    monkeypatch.setattr(memory, "free_memory_bytes", lambda: 100 * 144)
     with pytest.raises(TrainError) as error:
         load_images(open_source(mini_source), SPEC)
     assert str(error.value).endswith(
@@ -93,7 +93,7 @@ def test_free_memory_obeys_the_cgroup(tmp_path: Path, monkeypatch: pytest.Monkey
     """A container's limit counts where it is below what the kernel has; `max` is none."""
     for text, is_limit in (("1000\n", True), ("max\n", False)):
         (tmp_path / "memory.max").write_text(text)
-        monkeypatch.setattr(data, "CGROUP_LIMIT", tmp_path / "memory.max")
+        monkeypatch.setattr(memory, "CGROUP_LIMIT", tmp_path / "memory.max")
         assert (free_memory_bytes() == 1000) is is_limit
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from train.batches import Batch, MemorySource
+from train.data.batches import Batch, MemorySource
 from train.device import Compute, Precision, has_native_bf16, on_device, resolve_compute
 from train.errors import TrainError
 

@@ -24,16 +24,16 @@ from models.runtime import open_bundle, open_random_twin
 from train.checkpoint import list_checkpoints
 from train.config import PretrainOptions
 from train.errors import ExportError, RunError
-from train.export import main, summarise
-from train.export_bundle import export_run
-from train.export_data import load_run_images
-from train.export_graph import check_graph
-from train.export_options import ExportOptions, ReadoutOptions
-from train.graph import embed_with_torch
-from train.graph_names import BATCH_NAME, INPUT_NAME, OUTPUT_NAME
+from train.export.__main__ import main, summarise
+from train.export.bundle import export_run
+from train.export.graph import embed_with_torch
+from train.export.graph_names import BATCH_NAME, INPUT_NAME, OUTPUT_NAME
+from train.export.images import load_run_images
+from train.export.options import ExportOptions, ReadoutOptions
+from train.export.run_graph import graph_of, last_checkpoint
+from train.export.write_graph import check_graph
 from train.loop import pretrain
 from train.run import RunConfig, RunDirectory
-from train.run_graph import graph_of, last_checkpoint
 
 RunOptions = Callable[..., PretrainOptions]
 

@@ -17,7 +17,7 @@ from models.encoder import Encoder
 from models.images import open_source
 from models.runtime import open_bundle
 from train.errors import TrainError
-from train.labelled import choose_labels, hold_out, read_labelled, record_classes
+from train.probe.labelled import choose_labels, hold_out, read_labelled, record_classes
 
 Labels = st.lists(st.integers(0, 4), min_size=1, max_size=200).map(np.array)
 

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from train import loss_forms
 from train.errors import TrainError
 from train.loss import (
     STANDARDISE_EPS,
@@ -22,6 +21,7 @@ from train.loss import (
     Objective,
     Terms,
     barlow_twins_loss,
+    forms,
     loss_terms,
 )
 
@@ -282,7 +282,7 @@ def test_tiles_that_do_not_divide_d_change_nothing(
     form: Form, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three rows of C at a time, of ten."""
-    monkeypatch.setattr(loss_forms, "TILE_BYTES", 3 * 10 * 8)
+    monkeypatch.setattr(forms, "TILE_BYTES", 3 * 10 * 8)
     z1, z2 = correlated_views(24, 10, 9, torch.float64)
     expected = value_and_gradients(lambda a, b: paper_pseudocode(a, b, 0.2), z1, z2)
     found = value_and_gradients(lambda a, b: barlow_twins_loss(a, b, lambd=0.2, form=form), z1, z2)
@@ -449,7 +449,7 @@ def test_no_form_makes_anything_larger_than_it_says(
     form: Form, n: int, d: int, bound: int, objective: Objective, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Gram: nothing beyond the embeddings; tiled: beyond a tile; direct: beyond C."""
-    monkeypatch.setattr(loss_forms, "TILE_BYTES", 32 * d * 4)
+    monkeypatch.setattr(forms, "TILE_BYTES", 32 * d * 4)
     z1, z2 = correlated_views(n, d, 17, torch.float32)
     with LargestTensor() as largest:
         value_and_gradients(

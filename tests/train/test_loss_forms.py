@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.loss_forms import TILE_BYTES, choose_form, memory_bytes, tile_rows
+from train.loss.forms import TILE_BYTES, choose_form, memory_bytes, tile_rows
 
 GIB = 2**30
 

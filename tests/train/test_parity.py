@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from train.errors import ExportError
-from train.parity import Parity, measure_parity, require_batch_invariance, require_parity
+from train.export.parity import Parity, measure_parity, require_batch_invariance, require_parity
 
 
 def vectors(seed: int) -> NDArray[np.float32]:

@@ -17,20 +17,23 @@ import torch
 from models.bundle import Bundle, read_bundle
 from models.errors import UsageError
 from models.images import ImageData, ImageRecord, ImageSource, open_source
-from train import arms, linear_layers, probe_finetune, probe_linear, probe_transfer
 from train.device import Compute
 from train.errors import RunError, TrainError
-from train.export_bundle import export_run
-from train.probe import run as run_probe
-from train.probe_options import (
+from train.export.bundle import export_run
+from train.probe import arms, linear_layers
+from train.probe import finetune as finetune_probe
+from train.probe import linear as linear_probe
+from train.probe import transfer as transfer_probe
+from train.probe.__main__ import run as run_probe
+from train.probe.options import (
     FinetuneOptions,
     LinearOptions,
     RecipeOptions,
     SgdOptions,
     TransferOptions,
 )
-from train.probe_report import ProbeReport, as_text
-from train.probed import Probed, RunEncoder, open_probed
+from train.probe.probed import Probed, RunEncoder, open_probed
+from train.probe.report import ProbeReport, as_text
 from train.run import RunDirectory
 
 ROOT = Path(__file__).parents[2]
@@ -129,7 +132,7 @@ def events(monkeypatch: pytest.MonkeyPatch, test_source: str) -> Events:
         source = open_source(uri)
         return WatchedSource(source, found) if uri == test_source else source
 
-    for module in (probe_linear, probe_finetune, probe_transfer):
+    for module in (linear_probe, finetune_probe, transfer_probe):
         monkeypatch.setattr(module, "open_source", watched)
     fit = linear_layers.fit
 
@@ -159,7 +162,7 @@ def top1(report: ProbeReport, name: str) -> float:
 
 def test_a_linear_probe_stands_beside_its_baselines(linear: LinearOptions, run: Probed) -> None:
     """Encoder, untrained twin and pixels, each above chance, at the optimum of its own C."""
-    report = probe_linear.evaluate_linear(linear, run)
+    report = linear_probe.evaluate_linear(linear, run)
     assert [row.name for row in report.rows] == [
         "encoder", "random encoder", "whitened pixels", "raw pixels"
     ]  # fmt: skip
@@ -186,9 +189,9 @@ def test_a_bundle_gives_what_its_run_gives(
 ) -> None:
     """The same features under ONNX Runtime and under torch lead to the same figures."""
     options = replace(linear, baselines=False)
-    of_run = probe_linear.evaluate_linear(options, run)
+    of_run = linear_probe.evaluate_linear(options, run)
     with closing(opened(bundle.path)) as probed:
-        of_bundle = probe_linear.evaluate_linear(options, probed)
+        of_bundle = linear_probe.evaluate_linear(options, probed)
     assert top1(of_bundle, "encoder") == pytest.approx(top1(of_run, "encoder"), abs=0.02)
     assert of_bundle.images == of_run.images
     assert of_bundle.encoder["fingerprint"] == bundle.fingerprint
@@ -201,7 +204,7 @@ def test_the_frozen_encoder_stays_as_it_was(linear: LinearOptions, finished_run:
         assert isinstance(probed.encoder, RunEncoder)
         graph = probed.encoder.graph
         before = {name: value.clone() for name, value in graph.state_dict().items()}
-        report = probe_linear.evaluate_linear(options, probed)
+        report = linear_probe.evaluate_linear(options, probed)
         assert not graph.training
         assert all(torch.equal(value, before[name]) for name, value in graph.state_dict().items())
     assert any("running_mean" in name for name in before)
@@ -222,17 +225,17 @@ def test_no_test_image_is_read_before_all_is_chosen(
     linear: LinearOptions, finetune: FinetuneOptions, run: Probed, events: Events
 ) -> None:
     """Layers and arms come first; then every test image is read, each once."""
-    probe_linear.evaluate_linear(linear, run)
+    linear_probe.evaluate_linear(linear, run)
     assert events == ["layer fitted"] * 4 + ["test image"] * 200
     events.clear()
-    probe_finetune.evaluate_finetune(finetune, run, CPU)
+    finetune_probe.evaluate_finetune(finetune, run, CPU)
     assert events == ["arm trained"] * 2 + ["test image"] * 200
     events.clear()
     transfer = TransferOptions(
         encoder=str(finetune.run), images=finetune.images, test=finetune.test, labels=0.25,
         recipe=QUICK,
     )  # fmt: skip
-    report = probe_transfer.evaluate_transfer(transfer, run, CPU)
+    report = transfer_probe.evaluate_transfer(transfer, run, CPU)
     assert events == ["layer fitted"] * 4 + ["arm trained"] * 2 + ["test image"] * 200
     assert [row.name for row in report.rows] == [
         "fine-tuned", "from scratch", "linear, encoder", "linear, random encoder",
@@ -246,7 +249,7 @@ def test_a_test_set_that_is_not_there_ends_it_at_once(
 ) -> None:
     """A misspelt name is found before anything is computed."""
     with pytest.raises(Exception, match="nothing of that name"):
-        probe_linear.evaluate_linear(replace(linear, test="fashoin-mnist"), run)
+        linear_probe.evaluate_linear(replace(linear, test="fashoin-mnist"), run)
     assert events == []
 
 
@@ -256,7 +259,7 @@ def test_fine_tuning_stands_beside_the_same_network_from_scratch(
 ) -> None:
     """Both arms have the same labels and held-out images, and say what they chose from what."""
     options = replace(finetune, validation=validation, val_images=50)
-    report = probe_finetune.evaluate_finetune(options, run, CPU)
+    report = finetune_probe.evaluate_finetune(options, run, CPU)
     tuned, scratch = report.rows
     assert (tuned.name, scratch.name) == ("fine-tuned", "from scratch")
     for row, names in ((tuned, {"lr_backbone"}), (scratch, {"lr_head", "lr_backbone"})):
@@ -279,7 +282,7 @@ def test_fine_tuning_stands_beside_the_same_network_from_scratch(
 def test_fine_tuning_twice_gives_the_same_figures(finetune: FinetuneOptions, run: Probed) -> None:
     """Labels, initial weights, order and views are functions of the seed."""
     one, other = (
-        probe_finetune.evaluate_finetune(replace(finetune, seeds=(3,)), run, CPU) for _ in range(2)
+        finetune_probe.evaluate_finetune(replace(finetune, seeds=(3,)), run, CPU) for _ in range(2)
     )
     assert [row.top1 for row in one.rows] == [row.top1 for row in other.rows]
     assert [row.chosen for row in one.rows] == [row.chosen for row in other.rows]
@@ -288,7 +291,7 @@ def test_fine_tuning_twice_gives_the_same_figures(finetune: FinetuneOptions, run
 def test_too_few_labels_are_refused(finetune: FinetuneOptions, run: Probed) -> None:
     """Each class needs two: one to learn from, one to choose by."""
     with pytest.raises(TrainError, match=r"each of 10 classes two labels .* found 0.01, which is"):
-        probe_finetune.evaluate_finetune(replace(finetune, labels=0.01), run, CPU)
+        finetune_probe.evaluate_finetune(replace(finetune, labels=0.01), run, CPU)
 
 
 def test_a_bundle_cannot_be_trained_further(
@@ -296,12 +299,12 @@ def test_a_bundle_cannot_be_trained_further(
 ) -> None:
     """Fine-tuning says what to give instead; transfer leaves the networks out and says so."""
     with pytest.raises(RunError, match="whose weights can be trained further, found a bundle; gi"):
-        probe_finetune.main(replace(finetune, run=bundle.path))
+        finetune_probe.main(replace(finetune, run=bundle.path))
     options = TransferOptions(
         encoder=str(bundle.path), images=linear.images, test=linear.test, baselines=False
     )
     with closing(opened(bundle.path)) as probed:
-        report = probe_transfer.evaluate_transfer(options, probed, CPU)
+        report = transfer_probe.evaluate_transfer(options, probed, CPU)
     assert [row.name for row in report.rows] == ["linear, encoder"]
     assert "only a run can be trained further" in report.notes[-1]
 
@@ -361,8 +364,8 @@ def test_bad_input_is_one_line(
 def test_help_loads_no_torch() -> None:
     """Options are shown at once; torch takes seconds to load."""
     code = (
-        "import sys, contextlib, train.probe\n"
-        "with contextlib.suppress(SystemExit): train.probe.run(['finetune', '--help'])\n"
+        "import sys, contextlib, train.probe.__main__\n"
+        "with contextlib.suppress(SystemExit): train.probe.__main__.run(['finetune', '--help'])\n"
         "assert 'torch' not in sys.modules"
     )
     shown = subprocess.run(
@@ -373,8 +376,8 @@ def test_help_loads_no_torch() -> None:
 
 def test_the_paper_recipe_is_the_papers() -> None:
     """20 epochs, .5 for the layer, .002 for the backbone, a fifth at epochs 12 and 16, no decay."""
-    from train.classifier import lr_share
-    from train.few_labels import finetune_recipes, resolve
+    from train.probe.classifier import lr_share
+    from train.probe.few_labels import finetune_recipes, resolve
 
     options = FinetuneOptions(run=Path("r"), images="a", test="b", preset="paper")
     (recipe,) = finetune_recipes(resolve(options))

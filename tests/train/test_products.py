@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train import products
-from train.products import times_transposed
+from train.loss import products
+from train.loss.products import times_transposed
 
 SIZES = st.integers(1, 70)
 

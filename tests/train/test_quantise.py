@@ -16,11 +16,11 @@ from torchvision.models import mobilenet_v3_small
 from models.networks import ResNet
 from models.preprocess import PreprocessSpec
 from train.errors import ExportError
-from train.graph import EncoderGraph, write_onnx
-from train.parity import measure_parity, require_batch_invariance
-from train.quantise import write_fp16, write_int8
-from train.readout import PooledReadout, WhitenedReadout
-from train.whitening import FeatureMoments, Whitening
+from train.export.graph import EncoderGraph, write_onnx
+from train.export.parity import measure_parity, require_batch_invariance
+from train.export.quantise import write_fp16, write_int8
+from train.export.readout import PooledReadout, WhitenedReadout
+from train.export.whitening import FeatureMoments, Whitening
 
 SPEC = PreprocessSpec(height=32, width=32, channels=3, resize=32)
 IMAGES = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), dtype=np.uint8)

@@ -16,11 +16,11 @@ from models.errors import UsageError
 from models.networks import ResNet
 from models.preprocess import PreprocessSpec
 from models.runtime import open_bundle
-from train.export_options import Readout, ReadoutOptions
-from train.graph import EncoderGraph, embed_with_torch, write_onnx
-from train.parity import require_batch_invariance
-from train.readout import PooledReadout, WhitenedReadout, pool_to_grid
-from train.whitening import FeatureMoments, Whitening
+from train.export.graph import EncoderGraph, embed_with_torch, write_onnx
+from train.export.options import Readout, ReadoutOptions
+from train.export.parity import require_batch_invariance
+from train.export.readout import PooledReadout, WhitenedReadout, pool_to_grid
+from train.export.whitening import FeatureMoments, Whitening
 
 
 @given(

@@ -11,8 +11,8 @@ import pytest
 from index.embed import Reject
 from models.errors import ImageError, ImageFault
 from models.images import ImageRecord
+from train.data.rejects import Rejects, read_rejects, reject_of, write_rejects
 from train.errors import TrainError
-from train.rejects import Rejects, read_rejects, reject_of, write_rejects
 
 
 def reject(key: str, fault: str = "corrupt") -> Reject:

@@ -15,9 +15,9 @@ from PIL import Image
 
 from models.command import run_command
 from models.errors import UsageError
-from train.report import ReportOptions, main
-from train.report_facts import duration, number, read_facts
-from train.report_page import VOID
+from train.report.__main__ import ReportOptions, main
+from train.report.facts import duration, number, read_facts
+from train.report.page import VOID
 from train.run import RunDirectory
 
 SECTIONS = (

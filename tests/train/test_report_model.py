@@ -10,8 +10,8 @@ from models.images import ImageData, ImageRecord
 from models.preprocess import PreprocessSpec
 from train.diagnostics import standardise
 from train.errors import TrainError
-from train.report_figures import correlation_colours
-from train.report_model import (
+from train.report.figures import correlation_colours
+from train.report.model import (
     N_NEIGHBOURS,
     N_QUERIES,
     WHOLE_PX,

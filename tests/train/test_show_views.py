@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from train.errors import RunError
-from train.show_views import describe_recipe, write_views_picture
-from train.view_parameters import ViewRecipe
+from train.views.parameters import ViewRecipe
+from train.views.picture import describe_recipe, write_views_picture
 
 PAPER = ViewRecipe(
     crop_area=(0.08, 1.0),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from train.errors import TrainError
-from train.softmax import (
+from train.probe.softmax import (
     GRADIENT_TOLERANCE,
     SoftmaxModel,
     choose_c,
@@ -18,7 +18,7 @@ from train.softmax import (
     loss_and_gradient,
     standardisation,
 )
-from train.softmax_sgd import fit_sgd
+from train.probe.softmax_sgd import fit_sgd
 
 
 def some_data(n: int, dim: int, n_classes: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -12,12 +12,12 @@ from PIL import Image
 
 from models.errors import ImageError, ImageFault
 from models.images import ImageData, ImageRecord, open_source
-from train.batches import Batch, Pixels
-from train.catalogue import Catalogue, list_images
-from train.crops import CutCrops
+from train.data.batches import Batch, Pixels
+from train.data.catalogue import Catalogue, list_images
+from train.data.rejects import Rejects
+from train.data.stream import PREFETCH_BATCHES, MakeViews, StreamSource
 from train.errors import TrainError
-from train.rejects import Rejects
-from train.stream import PREFETCH_BATCHES, MakeViews, StreamSource
+from train.views.crops import CutCrops
 
 CROPS = CutCrops(((0.3, 1.0), (0.3, 1.0)), height=8, width=8, channels=3)
 

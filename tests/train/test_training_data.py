@@ -13,17 +13,16 @@ from PIL import Image
 
 from models.images import open_source
 from models.preprocess import PreprocessSpec, preprocess
-from train import data as data_module
-from train import training_data
 from train.config import PretrainOptions
-from train.crops import CutCrops
-from train.errors import TrainError
-from train.training_data import (
+from train.data import memory, training_data
+from train.data.training_data import (
     TrainingData,
     choose_data_in,
     open_training_data,
     watched_counts,
 )
+from train.errors import TrainError
+from train.views.crops import CutCrops
 
 SPEC = PreprocessSpec(height=12, width=12, channels=3, resize=12)
 CROPS = CutCrops(((0.5, 1.0), (0.5, 1.0)), height=12, width=12, channels=3)
@@ -55,7 +54,7 @@ def test_what_fits_is_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """And what does not is streamed, where it is left to Horace."""
     write_photographs(tmp_path)
     assert opened(tmp_path).data_in == "memory"
-    monkeypatch.setattr(data_module, "free_memory_bytes", lambda: 20 * 12 * 12 * 3)
+    monkeypatch.setattr(memory, "free_memory_bytes", lambda: 20 * 12 * 12 * 3)
     assert opened(tmp_path).data_in == "stream"
     assert opened(tmp_path, limit_images=8).data_in == "memory"
     source = open_source(f"folder:{tmp_path}")

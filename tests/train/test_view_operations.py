@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode, functional
 
-from train.view_operations import (
+from train.views.operations import (
     blur_,
     brighten_,
     crop_and_resize,
@@ -24,7 +24,7 @@ from train.view_operations import (
     to_grey_,
     turn_hue_,
 )
-from train.view_parameters import CropBoxes, Interpolation, gaussian_weights
+from train.views.parameters import CropBoxes, Interpolation, gaussian_weights
 
 
 def noise(n: int, channels: int, size: int = 24) -> Tensor:

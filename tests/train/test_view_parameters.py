@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torchvision.transforms.v2 import RandomResizedCrop
 
-from train.view_parameters import (
+from train.views.parameters import (
     BOX_UNITS,
     JITTERS,
     UNITS,
@@ -214,5 +214,5 @@ def test_no_option_moves_the_draws_of_another() -> None:
 
 def test_decoding_threads_and_workers_draw_without_torch() -> None:
     """The module is imported by processes that never need torch."""
-    code = "import sys, train.view_parameters; assert 'torch' not in sys.modules"
+    code = "import sys, train.views.parameters; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from train import views as views_module
-from train.view_operations import brighten_, stretch_contrast_
 from train.views import (
     Normaliser,
     ViewParameters,
@@ -22,6 +21,7 @@ from train.views import (
     finish_view,
     random_view,
 )
+from train.views.operations import brighten_, stretch_contrast_
 
 FULL_RECIPE = ViewRecipe(
     crop_area=(0.2, 1.0),

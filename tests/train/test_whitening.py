@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from models.errors import UsageError
 from train.errors import ExportError
-from train.whitening import MAX_FEATURE_DIMS, FeatureMoments, Whitening
+from train.export.whitening import MAX_FEATURE_DIMS, FeatureMoments, Whitening
 
 
 def features(n: int = 500, dim: int = 12, seed: int = 0) -> NDArray[np.float32]:

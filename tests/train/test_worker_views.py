@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from models.images import ImageData
-from train.view_parameters import UNITS, ViewRecipe, view_parameters
 from train.views import apply_view
-from train.worker_views import FinishedCrops, finish_sample, sample_views
+from train.views.parameters import UNITS, ViewRecipe, view_parameters
+from train.views.workers import FinishedCrops, finish_sample, sample_views
 
 RECIPE = ViewRecipe(
     crop_area=(0.2, 1.0),

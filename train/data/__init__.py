@@ -1,0 +1,1 @@
+"""The images that a run learns from, in memory or streamed."""

@@ -1,0 +1,1 @@
+"""From a run to a bundle: readout, ONNX graphs, precisions, provenance."""

@@ -1,0 +1,68 @@
+"""The images that an export needs of a run: the same, split as the run had them.
+
+Whatever the number of images, at most `CHUNK_BYTES` of them are decoded at a time, beside
+what the run's own data holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.images import open_source
+from models.preprocess import PreprocessSpec
+from train.config import options_from_json
+from train.data.training_data import TrainingData, open_training_data
+from train.errors import RunError
+from train.run import RunConfig
+
+CHUNK_BYTES = 256 << 20
+
+
+def load_run_images(config: RunConfig) -> TrainingData:
+    """Open a run's images, and tell those it learned from and those it held out.
+
+    Raises:
+        SourceError: the images are not where they were.
+        RunError: they are others than the run has seen: what was held out is not known.
+        TrainError: they do not fit in memory, as they did.
+    """
+    options = options_from_json(config.options)
+    uri = cast(str, config.data["uri"])
+    data = open_training_data(
+        open_source(uri),
+        config.preprocessing,
+        data_in=options.data_in,
+        limit_images=options.limit_images,
+        val_images=options.val_images if options.knn_every_epochs else 0,
+        bank_images=options.bank_images,
+        seed=options.seed,
+    )
+    if data.sha256 != config.data["sha256"]:
+        raise RunError(
+            f"the images of {uri}",
+            expected=f"the {config.data['images']} that the run was trained on",
+            found=f"{data.images}, or others",
+            mend="bring the old ones back: whitening is fitted on them, and scores are taken "
+            "on those that were held out",
+        )
+    return data
+
+
+def read_in_chunks(
+    data: TrainingData, rows: NDArray[np.int64], spec: PreprocessSpec
+) -> Iterator[NDArray[np.uint8]]:
+    """Yield some images, (n, H, W, C) uint8, in chunks that fit in memory."""
+    step = max(1, CHUNK_BYTES // (spec.height * spec.width * spec.channels))
+    for start in range(0, len(rows), step):
+        yield data.read(rows[start : start + step], spec)
+
+
+def spread_rows(rows: NDArray[np.int64], n: int) -> NDArray[np.int64]:
+    """Choose at most `n` rows, evenly spread over all, so over the classes of a sorted set."""
+    if len(rows) <= n:
+        return rows
+    return rows[np.linspace(0, len(rows) - 1, n).round().astype(np.int64)]

@@ -1,0 +1,153 @@
+"""An encoder's other precisions: writes those that are asked for, and scores each.
+
+Rules:
+    Every precision that is written is scored against fp32 on the run's own images: cosine,
+    neighbour overlap, and kNN accuracy on held-out ones where the run has any.
+    Each is held to the batch invariance that fp32 is held to.
+    A precision that costs more than `MOST_KNN_LOST` is written with a warning: whether its
+    speed is worth that is for its user to say.
+
+Shapes: N images, D dimensions.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.bundle import PRECISION_FILES, Bundle, Json, Precision
+from models.command import progress
+from models.encoder import Encoder
+from models.runtime import open_bundle
+from train.data.training_data import WatchedImages
+from train.export.parity import Parity, measure_parity, require_batch_invariance
+from train.export.quantise import write_fp16, write_int8
+from train.export.write_graph import INVARIANCE_IMAGES
+from train.monitor import knn_accuracy
+
+CALIBRATION_IMAGES = 256
+"""Training images that INT8 is calibrated on."""
+
+ENCODE_BATCH = 64
+
+MOST_KNN_LOST = 0.005
+"""Half a point of kNN accuracy: what a precision may cost before it is warned of."""
+
+log = logging.getLogger("horace")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionScores:
+    """How an encoder does in one precision.
+
+    Attributes:
+        fingerprint: of the encoder in this precision.
+        size_bytes: of its file.
+        parity: with fp32, over the same images; None for fp32 itself.
+        knn_top1: on held-out training images, 0 to 1; None where the run held none out.
+        knn_delta: what that is more than fp32's.
+    """
+
+    fingerprint: str
+    size_bytes: int
+    parity: Parity | None
+    knn_top1: float | None
+    knn_delta: float | None
+
+    def to_json(self) -> dict[str, Json]:
+        """Give the values as they stand in a bundle's provenance."""
+        return asdict(self)
+
+
+def write_precisions(
+    encoder: Path, precisions: Sequence[Precision], calibration_NHWC: NDArray[np.uint8]
+) -> dict[str, Path]:
+    """Write a float32 encoder in other precisions, beside it.
+
+    Returns:
+        The files by their name in a bundle.
+
+    Raises:
+        ExportError: ONNX Runtime cannot quantise the graph.
+    """
+    files = {name: encoder.with_name(PRECISION_FILES[name]) for name in precisions}
+    for precision, file in files.items():
+        log.info("writing %s", file.name)
+        if precision == "int8":
+            write_int8(encoder, file, calibration_NHWC)
+        else:
+            write_fp16(encoder, file)
+    return {file.name: file for file in files.values()}
+
+
+def score_precisions(
+    draft: Bundle, watched: WatchedImages, images_NHWC: NDArray[np.uint8]
+) -> dict[str, Json]:
+    """Score every precision of a bundle.
+
+    Args:
+        draft: has the files.
+        watched: held-out images and their bank; may be empty.
+        images_NHWC: what to compare with fp32 on.
+
+    Raises:
+        ExportError: a precision gives an image other bits in other batches.
+        EncoderError: ONNX Runtime refuses a file.
+    """
+    reference_ND = np.empty((0, draft.dim), np.float32)
+    reference_knn: float | None = None
+    scores: dict[str, Json] = {}
+    for precision in draft.precisions:
+        with ExitStack() as stack:
+            encoder = stack.enter_context(closing(open_bundle(draft.path, precision=precision)))
+            require_batch_invariance(encoder.encode, images_NHWC[:INVARIANCE_IMAGES])
+            vectors_ND = encode_all(encoder, images_NHWC, precision)
+            knn = knn_of(encoder, watched, precision)
+        if precision == "fp32":
+            reference_ND, reference_knn = vectors_ND, knn
+        delta = None if knn is None or reference_knn is None else knn - reference_knn
+        parity = None if precision == "fp32" else measure_parity(reference_ND, vectors_ND)
+        _warn_if_dear(precision, delta)
+        scores[precision] = PrecisionScores(
+            fingerprint=encoder.fingerprint,
+            size_bytes=draft.path_of(precision).stat().st_size,
+            parity=parity,
+            knn_top1=knn,
+            knn_delta=delta,
+        ).to_json()
+    return scores
+
+
+def knn_of(encoder: Encoder, watched: WatchedImages, what: str) -> float | None:
+    """Measure an encoder's kNN accuracy on held-out images; None where there are none."""
+    if len(watched.val) == 0:
+        return None
+    bank_ND, queries_ND = (
+        encode_all(encoder, watched.images_NHWC[rows], what) for rows in (watched.bank, watched.val)
+    )
+    labels_N = watched.labels_N
+    return knn_accuracy(bank_ND, labels_N[watched.bank], queries_ND, labels_N[watched.val])
+
+
+def encode_all(encoder: Encoder, images_NHWC: NDArray[np.uint8], what: str) -> NDArray[np.float32]:
+    """Embed images batch by batch, (N, D) float32."""
+    steps = range(0, len(images_NHWC), ENCODE_BATCH)
+    batches = (encoder.encode(images_NHWC[i : i + ENCODE_BATCH]) for i in steps)
+    shown = progress(batches, what=f"scoring {what}", total=len(images_NHWC), size=len)
+    return np.concatenate(list(shown))
+
+
+def _warn_if_dear(precision: str, delta: float | None) -> None:
+    """Say so where a precision costs too much."""
+    if delta is not None and delta < -MOST_KNN_LOST:
+        log.warning(
+            "%s loses %.2f points of kNN accuracy on held-out images: prefer fp32, or calibrate "
+            "on images that are more like those to come",
+            precision, -100 * delta,
+        )  # fmt: skip

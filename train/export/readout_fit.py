@@ -1,0 +1,155 @@
+"""Makes the readout of one network: pools, fits the whitening, scores what each step gains.
+
+Rules:
+    Whitening is fitted on training images, never on the held-out ones that it is scored on,
+    and without labels.
+    The untrained twin has its own fit: it is a baseline only with the same readout.
+    Scores are kNN on the run's own held-out images against its own bank, as its log has them.
+
+Shapes: N images, D features, Q held-out images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from models.command import progress
+from models.preprocess import PreprocessSpec
+from train.data.training_data import TrainingData, WatchedImages
+from train.export.graph import EncoderGraph, run_in_batches
+from train.export.images import read_in_chunks, spread_rows
+from train.export.options import Readout
+from train.export.readout import PooledReadout, WhitenedReadout
+from train.export.whitening import FeatureMoments, Whitening
+from train.monitor import knn_accuracy
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadoutScores:
+    """kNN accuracy on held-out training images, 0 to 1.
+
+    Attributes:
+        plain: of the last stage, pooled whole.
+        pooled: of the chosen stages and grid.
+        whitened: of the same, whitened; None where nothing was.
+    """
+
+    plain: float
+    pooled: float
+    whitened: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittedReadout:
+    """A readout that is ready to be exported, and how it does.
+
+    Attributes:
+        module: from the stages' maps to vectors.
+        dim: length of a vector.
+        pooled: the part of it that comes first.
+        whitening: what was fitted; None where nothing was.
+        scores: None where the run held no labelled images out.
+    """
+
+    module: nn.Module
+    dim: int
+    pooled: PooledReadout
+    whitening: Whitening | None
+    scores: ReadoutScores | None
+
+
+def fit_readout(
+    graph: EncoderGraph,
+    readout: Readout,
+    stage_dims: tuple[int, ...],
+    data: TrainingData,
+    spec: PreprocessSpec,
+) -> FittedReadout:
+    """Make and score a readout of a network, on the device that the network is on.
+
+    Args:
+        graph: the network, with any readout; its own is not used.
+        readout: what to make.
+        stage_dims: channels of each stage.
+        data: the run's images, to fit on and to score with.
+        spec: how images become the graph's input.
+
+    Raises:
+        UsageError: the network has no such stage, map or number of dimensions.
+        ExportError: the features do not vary.
+    """
+    pooled = PooledReadout(stage_dims, stages=readout.stages, grid=readout.grid)
+    blank_NHWC = np.zeros((1, spec.height, spec.width, spec.channels), np.uint8)
+    next(run_in_batches(graph, lambda x: pooled(graph.maps(x)), blank_NHWC))  # are maps that large?
+    whitening = None
+    if readout.dim is not None:
+        whitening = fit_whitening(graph, pooled, readout, data, spec)
+    scores = score_readouts(graph, PooledReadout(stage_dims), pooled, whitening, data.watched)
+    module = pooled if whitening is None else WhitenedReadout(pooled, whitening)
+    return FittedReadout(
+        module=module, dim=module.dim, pooled=pooled, whitening=whitening, scores=scores
+    )
+
+
+def fit_whitening(
+    graph: EncoderGraph,
+    pooled: PooledReadout,
+    readout: Readout,
+    data: TrainingData,
+    spec: PreprocessSpec,
+) -> Whitening:
+    """Fit the whitening of training images' pooled features, batch by batch.
+
+    Raises:
+        UsageError: there are too many features, or fewer than dimensions wanted.
+        ExportError: the features do not vary.
+    """
+    assert readout.dim is not None
+    moments = FeatureMoments(pooled.dim)
+    rows = spread_rows(data.train, readout.fit_images)
+    batches = (
+        features_ND
+        for images_NHWC in read_in_chunks(data, rows, spec)
+        for features_ND in run_in_batches(graph, lambda x: pooled(graph.maps(x)), images_NHWC)
+    )
+    for features_ND in progress(batches, what="whitening", total=len(rows), size=len):
+        moments.add(features_ND)
+    return Whitening.fit(moments, dim=readout.dim, shrinkage=readout.shrinkage)
+
+
+def score_readouts(
+    graph: EncoderGraph,
+    plain: PooledReadout,
+    pooled: PooledReadout,
+    whitening: Whitening | None,
+    watched: WatchedImages,
+) -> ReadoutScores | None:
+    """Score plain pooling, the chosen pooling and its whitening; None without labels."""
+    if len(watched.val) == 0:
+        return None
+
+    def both(images_NHWC: Tensor) -> tuple[Tensor, Tensor]:
+        maps = graph.maps(images_NHWC)
+        return plain(maps).cpu(), pooled(maps).cpu()
+
+    def embed(rows: NDArray[np.int64], what: str) -> list[NDArray[np.float32]]:
+        batches = run_in_batches(graph, both, watched.images_NHWC, rows)
+        shown = progress(batches, what=what, total=len(rows), size=lambda pair: len(pair[0]))
+        return [torch.cat(parts).numpy() for parts in zip(*shown, strict=True)]
+
+    bank, queries = embed(watched.bank, "bank"), embed(watched.val, "held-out images")
+    bank_labels, labels = (watched.labels_N[rows] for rows in (watched.bank, watched.val))
+
+    def score(bank_ND: NDArray[np.float32], queries_QD: NDArray[np.float32]) -> float:
+        return knn_accuracy(bank_ND, bank_labels, queries_QD, labels)
+
+    return ReadoutScores(
+        plain=score(bank[0], queries[0]),
+        pooled=score(bank[1], queries[1]),
+        whitened=None if whitening is None else score(whitening(bank[1]), whitening(queries[1])),
+    )

@@ -1,0 +1,51 @@
+"""The network of a run, trained or untrained, as the graph that is exported and probed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from train.backbones import build_backbone
+from train.checkpoint import Progress, list_checkpoints, load_backbone
+from train.config import options_from_json
+from train.errors import RunError
+from train.export.graph import EncoderGraph
+from train.export.readout import PooledReadout
+from train.run import RunConfig, RunDirectory
+
+
+def last_checkpoint(run: RunDirectory) -> Path:
+    """Find a run's last checkpoint.
+
+    Raises:
+        RunError: there is none.
+    """
+    checkpoints = list_checkpoints(run.checkpoints)
+    if not checkpoints:
+        raise RunError(
+            str(run.path),
+            expected="a run with a checkpoint",
+            found="none yet",
+            mend=f"let it train on with `python -m train.pretrain --resume --out {run.path}`",
+        )
+    return checkpoints[-1]
+
+
+def graph_of(file: Path, config: RunConfig) -> tuple[EncoderGraph, tuple[int, ...], Progress]:
+    """Build the plainly pooled graph of a run with the weights of one of its files.
+
+    Returns:
+        The graph, the channels of its backbone's stages, and how far the run was.
+
+    Raises:
+        RunError: the file is missing or damaged.
+    """
+    options = options_from_json(config.options)
+    backbone = build_backbone(options.network, options.channels, options.image_size_px)
+    progress = load_backbone(file, backbone)
+    stage_dims = tuple(backbone.stage_dims)
+    graph = EncoderGraph(
+        backbone, PooledReadout(stage_dims), config.channel_mean, config.channel_std
+    )
+    return graph.to(memory_format=torch.channels_last), stage_dims, progress

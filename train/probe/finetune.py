@@ -1,0 +1,156 @@
+"""`python -m train.probe finetune`: few labels, pretrained against from scratch.
+
+Rules:
+    Each arm has chosen its settings, and every seed is trained, before a test image is read.
+
+Source: Zbontar et al., arXiv 2103.03230, section 3.2, whose recipe is `--preset paper`.
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from models.bundle import Json
+from models.cpu import cpu_budget
+from models.images import ImageSource, open_source
+from train.errors import training_packages
+from train.probe.labelled import LabelledSet, read_labelled
+from train.probe.options import FewLabelsOptions, FinetuneOptions
+from train.probe.report import ProbeReport, command_line, notes_of, score_classes, show
+from train.run import describe_environment
+
+if TYPE_CHECKING:
+    from train.device import Compute
+    from train.probe.arms import LabelBudget, LabelledImages, TrainedArm
+    from train.probe.few_labels import LabelDraw
+    from train.probe.probed import Probed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """All that there is before a test image is read."""
+
+    arms: list[TrainedArm]
+    budget: LabelBudget
+    images: LabelledSet
+    draw: LabelDraw
+
+
+def main(options: FinetuneOptions) -> None:
+    """Train both arms, measure, print and write."""
+    with training_packages():
+        from train.device import prepare_device, resolve_compute
+        from train.probe.probed import open_probed, require_run
+
+        threads = options.threads or cpu_budget()
+        compute = resolve_compute(options.device, options.precision)
+        prepare_device(compute, threads=threads)
+        require_run(options.run)
+        probed = open_probed(
+            str(options.run),
+            stages=options.stages,
+            grid=options.grid,
+            device=compute.device,
+            threads=threads,
+        )
+    with closing(probed):
+        report = evaluate_finetune(options, probed, compute)
+    show(report, as_json=options.json, out=options.out)
+
+
+def evaluate_finetune(options: FinetuneOptions, probed: Probed, compute: Compute) -> ProbeReport:
+    """Choose and train; then read the test images, and count.
+
+    Raises:
+        SourceError: a source is missing or damaged.
+        TrainError: there are too few labels, or nothing trains.
+    """
+    from train.probe.arms import difference, score_arms
+
+    test_source = open_source(options.test)  # a misspelt name ends it now, not at the end
+    trained = train_arms(options, probed, compute)
+    test = read_test(test_source, probed, trained.images)
+    rows, scores_NC = score_arms(trained.arms, labelled_images(test), compute)
+    return ProbeReport(
+        kind="finetune",
+        command=command_line(),
+        encoder=probed.description,
+        images=describe_images(trained),
+        test={**test.describe()},
+        split=describe_split(options, trained),
+        settings=describe_settings(options, compute),
+        seeds=options.seeds,
+        rows=rows,
+        difference=difference(rows[0], rows[1]) if len(rows) > 1 else None,
+        against=rows[1].name if len(rows) > 1 else None,
+        per_class=score_classes(scores_NC, test.labels_N, test.class_names),
+        notes=notes_of(trained.images, test),
+        environment=describe_environment(),
+    )
+
+
+def train_arms(options: FewLabelsOptions, probed: Probed, compute: Compute) -> Trained:
+    """Draw the labels, let each arm choose, and train it on every seed.
+
+    Raises:
+        SourceError: the source is missing or damaged.
+        TrainError: there are too few labels, or nothing trains.
+    """
+    from train.probe.arms import train_arm
+    from train.probe.few_labels import make_arms, read_budget
+
+    assert probed.run is not None, "only a run has weights to train"
+    budget, images, draw = read_budget(options, probed.encoder)
+    arms = make_arms(options, probed.run, len(images.class_names))
+    trained = [train_arm(arm, budget, compute) for arm in arms]
+    return Trained(arms=trained, budget=budget, images=images, draw=draw)
+
+
+def read_test(source: ImageSource, probed: Probed, train: LabelledSet) -> LabelledSet:
+    """Read the test images; not before everything is trained."""
+    return read_labelled(
+        source,
+        [],
+        preprocess_for=probed.encoder,
+        what="test images",
+        class_names=train.class_names,
+        with_images=True,
+    )
+
+
+def describe_images(trained: Trained) -> dict[str, Json]:
+    """Say which training images were read, and how many of them taught."""
+    counts = {str(seed): len(images) for seed, images in trained.budget.by_seed.items()}
+    return {**trained.images.describe(), "labels_by_seed": {**counts}}
+
+
+def describe_split(options: FewLabelsOptions, trained: Trained) -> dict[str, Json]:
+    """Say what settings were chosen on."""
+    return {
+        "how": trained.draw.how,
+        "validation": options.validation,
+        "seed": options.seeds[0],
+        "fitted_on": len(trained.budget.fitted),
+        "held_out": len(trained.budget.held_out),
+    }
+
+
+def describe_settings(options: FewLabelsOptions, compute: Compute) -> dict[str, Json]:
+    """Say how all arms were trained, and in which arithmetic."""
+    from train.probe.few_labels import describe_recipe
+
+    return {
+        **describe_recipe(options),
+        "device": str(compute.device),
+        "precision": compute.precision,
+    }
+
+
+def labelled_images(images: LabelledSet) -> LabelledImages:
+    """Give images and labels alone."""
+    from train.probe.arms import LabelledImages
+
+    assert images.images_NHWC is not None, "images were asked for"
+    return LabelledImages(images_NHWC=images.images_NHWC, labels_N=images.labels_N)

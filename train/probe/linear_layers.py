@@ -1,0 +1,264 @@
+"""Linear layers on frozen features: the encoder's, its untrained twin's, and those of pixels.
+
+Rules:
+    The encoder is frozen and in eval mode; its features are computed once.
+    C is chosen on images held out of the training images, then the layer is fitted on all of
+    them; every candidate has a C of its own. Test images are read by `read_test`, which the
+    caller calls when all layers are fitted.
+
+Shapes: N images, D dimensions, C classes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from index.baselines import Whitening
+from models.bundle import Json
+from models.encoder import Encoder
+from models.errors import UsageError
+from models.images import ImageSource, open_source
+from train.probe.augment import augmented_features
+from train.probe.labelled import LabelledSet, hold_out, read_labelled, require_classes
+from train.probe.options import LinearOptions
+from train.probe.probed import Probed, RunEncoder
+from train.probe.report import ProbeRow, Spread, score
+from train.probe.softmax import CChoice, SoftmaxModel, choose_c, fit_softmax
+from train.probe.softmax_sgd import fit_sgd
+
+RANDOM_ROW = "random encoder"
+
+AUGMENTED_AREA = (0.08, 1.0)
+"""Of the crops that `--augment` makes: the paper's, which are torchvision's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """Something to put a linear layer on.
+
+    Attributes:
+        name: of the row.
+        dim: of the features.
+        features: of a set of images, (N, D) float32.
+        augmented: features of an epoch's random views of the training images; None where
+            they are the same in every epoch.
+        note: of the row.
+    """
+
+    name: str
+    dim: int
+    features: Callable[[LabelledSet], NDArray[np.float32]]
+    augmented: Callable[[int], Tensor] | None
+    note: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """A candidate with its layer."""
+
+    candidate: Candidate
+    model: SoftmaxModel
+    choice: CChoice | None
+    fit_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layers:
+    """The layers of all candidates, and the images they learned from."""
+
+    train: LabelledSet
+    fitted: list[Fitted]
+
+
+def fit_layers(
+    options: LinearOptions, probed: Probed, rows: NDArray[np.int64] | None = None
+) -> Layers:
+    """Read the training images, all or some rows of them, and fit every candidate's layer.
+
+    Raises:
+        SourceError: the source is missing or damaged.
+        TrainError: there are no labels, or features are not finite.
+    """
+    train = read_labelled(
+        open_source(options.images),
+        _encoders(options, probed),
+        preprocess_for=probed.encoder,
+        what="training images",
+        rows=rows,
+        with_pixels=options.baselines,
+        with_images=options.augment,
+    )
+    require_classes(options.images, train.class_names)
+    found = candidates(options, _encoders(options, probed), train)
+    return Layers(train=train, fitted=[fit(candidate, train, options) for candidate in found])
+
+
+def read_test(
+    options: LinearOptions,
+    probed: Probed,
+    layers: Layers,
+    source: ImageSource,
+    *,
+    with_images: bool = False,
+) -> LabelledSet:
+    """Read the test images; not before every layer is fitted."""
+    return read_labelled(
+        source,
+        _encoders(options, probed),
+        preprocess_for=probed.encoder,
+        what="test images",
+        class_names=layers.train.class_names,
+        with_pixels=options.baselines,
+        with_images=with_images,
+    )
+
+
+def measure(
+    options: LinearOptions, layers: Layers, test: LabelledSet
+) -> tuple[list[ProbeRow], NDArray[np.float64]]:
+    """Count what each layer gets right.
+
+    Returns:
+        The rows, and the (N, C) scores of the first.
+    """
+    rows, first = [], None
+    for one in layers.fitted:
+        features_ND = torch.from_numpy(np.ascontiguousarray(one.candidate.features(test)))
+        scores_NC = np.asarray(one.model.scores(features_ND).numpy())
+        first = scores_NC if first is None else first
+        rows.append(_row(one, scores_NC, test))
+    if options.baselines and all(row.name != RANDOM_ROW for row in rows):
+        note = "none: the bundle has no random.onnx, or the encoder is a server's"
+        rows.append(ProbeRow(name=RANDOM_ROW, dim=None, top1=None, top5=None, chosen={}, note=note))
+    assert first is not None, "the encoder is always a candidate"
+    return rows, first
+
+
+def candidates(
+    options: LinearOptions, encoders: list[Encoder], train: LabelledSet
+) -> list[Candidate]:
+    """List what is measured: the encoder, and the baselines on request."""
+    notes = ("", "the same network and readout, untrained")
+    found = []
+    for i, (encoder, name) in enumerate(zip(encoders, ("encoder", RANDOM_ROW), strict=False)):
+        augmented = _augmented(encoder, train, options.seed) if options.augment else None
+        found.append(
+            Candidate(
+                name=name,
+                dim=encoder.dim,
+                features=lambda images, i=i: images.features[i],  # type: ignore[misc]  # bound now
+                augmented=augmented,
+                note=notes[i],
+            )
+        )
+    if not options.baselines:
+        return found
+    assert train.pixels_NP is not None, "pixels were asked for"
+    whitening = Whitening.fit(train.pixels_NP)
+    return [
+        *found,
+        Candidate(
+            name="whitened pixels",
+            dim=whitening.weights_PD.shape[1],
+            features=lambda images: whitening(_pixels(images)),
+            augmented=None,
+            note="PCA, fitted on the training images without their labels",
+        ),
+        Candidate(
+            name="raw pixels",
+            dim=train.pixels_NP.shape[1],
+            features=lambda images: _pixels(images).astype(np.float32),
+            augmented=None,
+            note="",
+        ),
+    ]
+
+
+def fit(candidate: Candidate, train: LabelledSet, options: LinearOptions) -> Fitted:
+    """Choose C on held-out images, and fit on all; or follow the paper's recipe."""
+    start_s = time.monotonic()
+    features_ND = torch.from_numpy(np.ascontiguousarray(candidate.features(train)))
+    labels_N = torch.from_numpy(train.labels_N)
+    n_classes = len(train.class_names)
+    choice = None
+    if options.solver == "lbfgs":
+        kept, held = (torch.from_numpy(rows) for rows in split_of(options, train))
+        choice = choose_c(
+            features_ND[kept],
+            labels_N[kept],
+            features_ND[held],
+            labels_N[held],
+            n_classes=n_classes,
+            grid=options.c,
+        )
+        model = fit_softmax(features_ND, labels_N, n_classes=n_classes, c=choice.c)
+    else:
+        model = fit_sgd(
+            candidate.augmented or (lambda epoch: features_ND),
+            labels_N,
+            n_classes=n_classes,
+            epochs=options.sgd.epochs,
+            lr=options.sgd.lr,
+            batch_size=options.sgd.batch_size,
+            weight_decay=options.sgd.weight_decay,
+            seed=options.seed,
+        )
+    return Fitted(candidate=candidate, model=model, choice=choice, fit_s=time.monotonic() - start_s)
+
+
+def split_of(
+    options: LinearOptions, train: LabelledSet
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Split the training images into those fitted on while C is chosen, and those held out."""
+    return hold_out(train.labels_N, share=options.val_share, seed=options.seed)
+
+
+def _augmented(encoder: Encoder, train: LabelledSet, seed: int) -> Callable[[int], Tensor]:
+    """Give a function from an epoch to the features of that epoch's crops and flips.
+
+    Raises:
+        UsageError: the encoder is not a run's.
+    """
+    if not isinstance(encoder, RunEncoder):
+        raise UsageError("--augment", expected="a run", found=f"encoder {encoder.name}")
+    assert train.images_NHWC is not None, "images were asked for"
+    return augmented_features(encoder, train.images_NHWC, crop_area=AUGMENTED_AREA, seed=seed)
+
+
+def _pixels(images: LabelledSet) -> NDArray[np.uint8]:
+    """Give the reduced pixels."""
+    assert images.pixels_NP is not None, "pixels were asked for"
+    return images.pixels_NP
+
+
+def _encoders(options: LinearOptions, probed: Probed) -> list[Encoder]:
+    """List what embeds the images: the encoder, and its twin where there is one."""
+    if not options.baselines or probed.twin is None:
+        return [probed.encoder]
+    return [probed.encoder, probed.twin]
+
+
+def _row(one: Fitted, scores_NC: NDArray[np.float64], test: LabelledSet) -> ProbeRow:
+    """Make a row of the table."""
+    found = score(scores_NC, test.labels_N)
+    chosen: dict[str, Json] = {}
+    if one.choice is not None:
+        tried: list[Json] = [[c, top1] for c, top1 in one.choice.tried]
+        chosen = {"C": one.choice.c, "val_top1": one.choice.top1, "tried": tried}
+        chosen |= {"gradient": one.model.gradient_max}
+    chosen |= {"iterations": one.model.iterations, "fit_s": round(one.fit_s, 1)}
+    return ProbeRow(
+        name=one.candidate.name,
+        dim=one.candidate.dim,
+        top1=Spread.of([found.top1]),
+        top5=Spread.of([found.top5]),
+        chosen=chosen,
+        note=one.candidate.note,
+    )

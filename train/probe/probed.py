@@ -1,0 +1,209 @@
+"""Opens what a probe judges: a bundle, a run, or a served encoder, and its untrained twin.
+
+Rules:
+    Whatever is opened is frozen: in eval mode, so that BatchNorm's statistics neither drift
+    nor depend on the batch.
+    The twin has the same network and readout, with the weights before the first step.
+
+A bundle's readout is part of its graph. Of a run it is chosen here, without whitening:
+standardised features and a linear layer can undo any scale.
+
+Shapes: N images, H x W pixels, C channels, D dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from models.bundle import BUNDLE_FILE, Json
+from models.encoder import Encoder, check_batch, open_encoder
+from models.files import sha256_file
+from models.preprocess import PreprocessSpec, preprocess
+from models.runtime import open_random_twin
+from train.errors import RunError
+from train.export.graph import EncoderGraph
+from train.export.readout import PooledReadout
+from train.export.run_graph import graph_of, last_checkpoint
+from train.run import RunConfig, RunDirectory
+
+EMBED_BATCH = 256
+
+
+class RunEncoder:
+    """A run's network as an `Encoder`, frozen, on a device.
+
+    Attributes:
+        graph: normalisation, backbone and readout.
+        fingerprint: SHA-256 of the file of weights; that of a bundle says more.
+    """
+
+    def __init__(
+        self,
+        graph: EncoderGraph,
+        *,
+        name: str,
+        fingerprint: str,
+        preprocessing: PreprocessSpec,
+        device: torch.device,
+    ) -> None:
+        self.graph = graph.to(device).eval()
+        self.name, self.fingerprint, self.preprocessing = name, fingerprint, preprocessing
+        self.device = device
+
+    @property
+    def dim(self) -> int:
+        """Length of a vector."""
+        return cast(int, self.graph.readout.dim)
+
+    def preprocess(self, data: bytes | NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Decode and fit one image to (H, W, C) uint8.
+
+        Raises:
+            ImageError: this image cannot be used.
+        """
+        return preprocess(data, self.preprocessing)
+
+    def encode(self, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Embed (N, H, W, C) uint8 as (N, D) float32; N may be 0.
+
+        Raises:
+            EncoderError: the shape or dtype is wrong.
+        """
+        check_batch(images_NHWC, self.preprocessing)
+        blocks = [np.empty((0, self.dim), np.float32)]
+        with torch.inference_mode():
+            for start in range(0, len(images_NHWC), EMBED_BATCH):
+                block = torch.from_numpy(images_NHWC[start : start + EMBED_BATCH])
+                blocks.append(self.graph(block.to(self.device)).float().cpu().numpy())
+        return np.concatenate(blocks)
+
+    def close(self) -> None:
+        """Drop the network."""
+        del self.graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probed:
+    """What is judged.
+
+    Attributes:
+        encoder: the trained one.
+        twin: the untrained one; None where there is none.
+        bundle: its directory, where it is one.
+        run: the same, of a run.
+        description: what it is, for a report.
+    """
+
+    encoder: Encoder
+    twin: Encoder | None
+    bundle: Path | None
+    run: RunDirectory | None
+    description: dict[str, Json]
+
+    def close(self) -> None:
+        """Close both."""
+        self.encoder.close()
+        if self.twin is not None:
+            self.twin.close()
+
+
+def is_run(where: str) -> bool:
+    """Say whether this names a run directory, and not a bundle or a server."""
+    return "://" not in where and RunDirectory(path=Path(where)).config_file.is_file()
+
+
+def open_probed(
+    where: str, *, stages: Sequence[int] = (), grid: int = 1, device: torch.device, threads: int
+) -> Probed:
+    """Open a bundle's directory, a run's, or a URI.
+
+    Args:
+        where: any of them.
+        stages: of a run's network, from 1; the last where empty.
+        grid: cells a side that each stage's map of a run is pooled to.
+        device: where a run's network computes.
+        threads: of ONNX Runtime.
+
+    Raises:
+        BundleError, EncoderError: no sound bundle, or no answer.
+        RunError: the run has no checkpoint, or is damaged.
+        UsageError: the run's network has no such stage.
+    """
+    if is_run(where):
+        return _open_run(RunDirectory(path=Path(where)), stages, grid, device)
+    is_remote = "://" in where
+    encoder = open_encoder(where, threads=threads)
+    twin = None if is_remote else open_random_twin(Path(where), threads=threads)
+    bundle = None if is_remote else Path(where)
+    description: dict[str, Json] = {
+        "kind": "server" if is_remote else "bundle",
+        "name": encoder.name,
+        "fingerprint": encoder.fingerprint,
+        "dim": encoder.dim,
+    }
+    return Probed(encoder=encoder, twin=twin, bundle=bundle, run=None, description=description)
+
+
+def require_run(where: Path) -> None:
+    """Refuse what has no weights that could be trained further.
+
+    Raises:
+        RunError: it is no run.
+    """
+    if (where / BUNDLE_FILE).is_file():
+        raise RunError(
+            str(where),
+            expected="a run directory, whose weights can be trained further",
+            found="a bundle",
+            mend="give the run that it was exported from",
+        )
+    RunDirectory(path=where).read_config()
+
+
+def _open_run(run: RunDirectory, stages: Sequence[int], grid: int, device: torch.device) -> Probed:
+    """Open a run's last checkpoint, and its initial weights as the twin."""
+    config, checkpoint = run.read_config(), last_checkpoint(run)
+    opened = []
+    for file in (checkpoint, run.initial_file):
+        graph = load_graph(file, config, stages=stages, grid=grid)
+        opened.append(
+            RunEncoder(
+                graph,
+                name=run.path.resolve().name,
+                fingerprint=sha256_file(file),
+                preprocessing=config.preprocessing,
+                device=device,
+            )
+        )
+    encoder, twin = opened
+    description: dict[str, Json] = {
+        "kind": "run",
+        "name": encoder.name,
+        "fingerprint": encoder.fingerprint,
+        "checkpoint": checkpoint.name,
+        "stages": list(stages),
+        "grid": grid,
+        "dim": encoder.dim,
+    }
+    return Probed(encoder=encoder, twin=twin, bundle=None, run=run, description=description)
+
+
+def load_graph(
+    file: Path, config: RunConfig, *, stages: Sequence[int] = (), grid: int = 1
+) -> EncoderGraph:
+    """Build a run's graph with the weights of a file and a pooled readout.
+
+    Raises:
+        RunError: the file is missing or damaged.
+        UsageError: the network has no such stage.
+    """
+    graph, stage_dims, _ = graph_of(file, config)
+    graph.readout = PooledReadout(stage_dims, stages=stages, grid=grid)
+    return graph

@@ -1,0 +1,125 @@
+"""`python -m train.probe transfer`: an encoder on labelled images that it was not made for.
+
+The linear layer on frozen features and the fine-tuned network in one table, with the
+untrained encoder, pixels, and the network trained from scratch. Images of any size and
+colour pass through the encoder's own preprocessing.
+
+Rules:
+    Everything is chosen and trained before a test image is read; the test images are read
+    once for the linear rows and once for the trained networks.
+
+Source: Zbontar et al., arXiv 2103.03230, section 3.3.
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING
+
+from models.bundle import Json
+from models.cpu import cpu_budget
+from models.images import open_source
+from train.errors import training_packages
+from train.probe import linear as linear_probe
+from train.probe.finetune import (
+    Trained,
+    describe_settings,
+    describe_split,
+    labelled_images,
+    train_arms,
+)
+from train.probe.options import CommonOptions, LinearOptions, TransferOptions
+from train.probe.report import ProbeReport, command_line, notes_of, score_classes, show
+from train.run import describe_environment
+
+if TYPE_CHECKING:
+    from train.device import Compute
+    from train.probe.linear_layers import Layers
+    from train.probe.probed import Probed
+
+
+def main(options: TransferOptions) -> None:
+    """Measure, print and write."""
+    with training_packages():
+        from train.device import prepare_device, resolve_compute
+        from train.probe.probed import open_probed
+
+        threads = options.threads or cpu_budget()
+        compute = resolve_compute(options.device, options.precision)
+        prepare_device(compute, threads=threads)
+        probed = open_probed(
+            options.encoder,
+            stages=options.stages,
+            grid=options.grid,
+            device=compute.device,
+            threads=threads,
+        )
+    with closing(probed):
+        report = evaluate_transfer(options, probed, compute)
+    show(report, as_json=options.json, out=options.out)
+
+
+def evaluate_transfer(options: TransferOptions, probed: Probed, compute: Compute) -> ProbeReport:
+    """Fit the linear layers and train the networks; then read the test images, and count.
+
+    Raises:
+        SourceError: a source is missing or damaged.
+        TrainError: there are too few labels, or nothing trains.
+    """
+    from train.probe.arms import difference, score_arms
+    from train.probe.few_labels import draw_labels
+    from train.probe.labelled import record_classes
+    from train.probe.linear_layers import fit_layers, measure, read_test
+
+    test_source = open_source(options.test)  # a misspelt name ends it now, not at the end
+    linear = _linear_options(options)
+    _, labels_N = record_classes(open_source(options.images))
+    draw = draw_labels(labels_N, options)
+    layers = fit_layers(linear, probed, draw.by_seed[options.seeds[0]])
+    trained = None if probed.run is None else train_arms(options, probed, compute)
+    test = read_test(linear, probed, layers, test_source, with_images=True)
+    rows, scores_NC = measure(linear, layers, test)
+    rows = [replace(row, name=f"linear, {row.name}") for row in rows]
+    gain, notes = None, notes_of(layers.train, test)
+    if trained is None:
+        notes.append("only a run can be trained further: of a bundle there is the linear layer")
+    else:
+        arms, scores_NC = score_arms(trained.arms, labelled_images(test), compute)
+        gain = difference(*arms) if len(arms) == 2 else None
+        rows = [*arms, *rows]
+    return ProbeReport(
+        kind="transfer",
+        command=command_line(),
+        encoder=probed.description,
+        images={**layers.train.describe()},
+        test={**test.describe()},
+        split=_describe_split(options, linear, layers, trained),
+        settings={**linear_probe.describe_settings(linear), **describe_settings(options, compute)},
+        seeds=options.seeds,
+        rows=rows,
+        difference=gain,
+        against=None if gain is None else rows[1].name,
+        per_class=score_classes(scores_NC, test.labels_N, test.class_names),
+        notes=notes,
+        environment=describe_environment(),
+    )
+
+
+def _linear_options(options: TransferOptions) -> LinearOptions:
+    """Give the linear probe what it shares with the transfer."""
+    shared = {field.name: getattr(options, field.name) for field in fields(CommonOptions)}
+    return LinearOptions(encoder=options.encoder, seed=options.seeds[0], **shared)
+
+
+def _describe_split(
+    options: TransferOptions, linear: LinearOptions, layers: Layers,
+    trained: Trained | None,
+) -> dict[str, Json]:  # fmt: skip
+    """Say what C, and the settings of the trained networks, were chosen on."""
+    of_layers = linear_probe.describe_split(linear, layers.train)
+    if trained is None:
+        return of_layers
+    of_arms = describe_split(options, trained)
+    how = f"{of_arms['how']}, and C {of_layers['how']}"
+    return {"how": how, "linear": of_layers, "trained": of_arms}
