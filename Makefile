@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS ?= cpu,train,test
 DEMO := artifacts/demo
-DEMO_EPOCHS ?= 3
+DEMO_EPOCHS ?= 2
 RESULTS := benchmarks/results
 DEBIAN_DATA := /usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz
 

@@ -5,7 +5,7 @@ set -euo pipefail
 
 BIN=${BIN:-.venv/bin}
 OUT=${OUT:-artifacts/demo}
-EPOCHS=${EPOCHS:-3}
+EPOCHS=${EPOCHS:-2}
 
 step() {
   printf '\n== %s\n' "$1"
@@ -45,6 +45,7 @@ $(cd "$OUT" && find . -maxdepth 1 -name '*.png' | sort | sed 's|^\./|  |')
 
 Try next:
   python -m index.search $OUT/collection --help
+  python -m train.report $OUT/run
   python -m serve --bundle $OUT/bundle --collection $OUT/collection
   python -m train.pretrain folder:YOUR_IMAGES
 (with $BIN/python, or after: source $BIN/activate)

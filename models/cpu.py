@@ -32,9 +32,26 @@ class CpuShares:
 def cpu_budget(root: Path = CGROUP_ROOT, self_cgroup: Path = SELF_CGROUP) -> int:
     """Count the CPUs that affinity and cgroup limits leave to this process, at least 1."""
     allowed = len(os.sched_getaffinity(0))
-    limits = [_quota_cpus(folder) for folder in _cgroup_folders(root, self_cgroup)]
+    limits = [_quota_cpus(folder) for folder in cgroup_folders(root, self_cgroup, "cpu")]
     quota = min((limit for limit in limits if limit is not None), default=math.inf)
     return max(1, min(allowed, math.ceil(quota) if quota < math.inf else allowed))
+
+
+def cgroup_folders(root: Path, self_cgroup: Path, controller: str) -> list[Path]:
+    """List the folders whose limits hold for this process: its own and all above it."""
+    folders = [root, root / controller]
+    try:
+        lines = self_cgroup.read_text().splitlines()
+    except OSError:
+        return folders
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        base = root / controllers if controllers else root
+        parts = Path(path.lstrip("/")).parts
+        folders += [base.joinpath(*parts[: n + 1]) for n in range(len(parts))]
+    return folders
 
 
 def share_cpus(budget: int) -> CpuShares:
@@ -60,23 +77,6 @@ def cpu_name(cpuinfo: Path = CPUINFO) -> str:
     fields = {name.strip(): value.strip() for name, _, value in (x.partition(":") for x in lines)}
     name, family = fields.get("model name", platform.machine()), fields.get("cpu family")
     return name if family is None else f"{name} (family {family})"
-
-
-def _cgroup_folders(root: Path, self_cgroup: Path) -> list[Path]:
-    """List the folders whose limits hold for this process: its own and all above it."""
-    folders = [root, root / "cpu"]
-    try:
-        lines = self_cgroup.read_text().splitlines()
-    except OSError:
-        return folders
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        base = root / controllers if controllers else root
-        parts = Path(path.lstrip("/")).parts
-        folders += [base.joinpath(*parts[: n + 1]) for n in range(len(parts))]
-    return folders
 
 
 def _quota_cpus(folder: Path) -> float | None:

@@ -63,6 +63,9 @@ def place(tmp_path, make_bundle) -> Place:
     }
 
 
+KINDS = ("knn", "linear", "finetune", "transfer")
+"""Second words of commands that are named in their errors."""
+
 CASES = [
     ("train.pretrain {nothing}", 1, "expected .*folder:PATH.* found nothing of that name; "),
     ("train.pretrain folder:{nothing}", 1, "expected a folder, found nothing.*; "),
@@ -75,6 +78,10 @@ CASES = [
     ("train.pretrain {photos} --epochs 0", 2, "--epochs: expected at least 1, found 0"),
     ("train.export {nothing} --out {new}", 1, "expected a run.*, found .*; "),
     ("train.export {empty} --out {new}", 1, "expected a run.*, found .*; "),
+    ("train.report {nothing}", 1, "expected a run directory, found no such directory; make one"),
+    ("train.probe linear {nothing} --images {photos} --test {photos}", 1, "expected a bundle dir"),
+    ("train.probe finetune {empty} --images {photos} --test {photos}", 1, "expected a run.*; "),
+    ("train.probe guess", 2, "kind of probe: expected linear, finetune or transfer, found 'guess'"),
     ("index.build --images {nothing} --encoder {sound} --out {new}", 1, "expected .*, found .*; "),
     ("index.build --images {photos} --encoder {nothing} --out {new}", 1, "no such directory; make"),
     ("index.build --images {photos} --encoder {empty} --out {new}", 1, r"no bundle\.json in it; "),
@@ -117,7 +124,7 @@ def run(command: str, place: Place) -> subprocess.CompletedProcess[str]:
 def check(outcome: subprocess.CompletedProcess[str], command: str, status: int, line: str) -> None:
     """Hold status, message and the absence of anything else against what is promised."""
     last = outcome.stderr.splitlines()[-1]
-    kind = " knn" if command.startswith("index.evaluate knn") else ""
+    kind = next((f" {word}" for word in command.split()[1:2] if word in KINDS), "")
     assert last.startswith(f"python -m {command.split()[0]}{kind}: "), outcome.stderr
     assert re.search(line, last), last
     assert outcome.returncode == status

@@ -16,7 +16,6 @@ from train.data.memory import (
     CHUNK_IMAGES,
     channel_statistics,
     epoch_order,
-    free_memory_bytes,
     load_images,
     sample_images,
     split_rows,
@@ -87,14 +86,6 @@ def test_what_does_not_fit_is_refused_before_it_is_read(
         "in memory: expected at most 40 images of 12x12 here, found 400 or more; "
         "choose --data-in stream, or lower --image-size-px or --limit-images"
     )
-
-
-def test_free_memory_obeys_the_cgroup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A container's limit counts where it is below what the kernel has; `max` is none."""
-    for text, is_limit in (("1000\n", True), ("max\n", False)):
-        (tmp_path / "memory.max").write_text(text)
-        monkeypatch.setattr(memory, "CGROUP_LIMIT", tmp_path / "memory.max")
-        assert (free_memory_bytes() == 1000) is is_limit
 
 
 def test_the_hash_knows_pixels_and_labels(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.loss.forms import TILE_BYTES, choose_form, memory_bytes, tile_rows
+from train.loss.forms import TILE_BYTES, choose_form, device_memory_bytes, tile_rows
 
 GIB = 2**30
 
@@ -51,5 +51,5 @@ def test_a_tile_is_bounded_and_never_empty(dim: int, item_bytes: int) -> None:
 def test_memory_is_what_the_machine_has() -> None:
     """All of it, so that a form does not depend on what else runs."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert 0 < memory_bytes(torch.device("cpu")) <= physical
-    assert memory_bytes(torch.device("cpu")) == memory_bytes(torch.device("cpu"))
+    assert 0 < device_memory_bytes(torch.device("cpu")) <= physical
+    assert device_memory_bytes(torch.device("cpu")) == device_memory_bytes(torch.device("cpu"))

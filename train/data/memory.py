@@ -21,7 +21,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +31,7 @@ from models.command import progress
 from models.cpu import cpu_budget
 from models.errors import ImageError
 from models.images import ImageRecord, ImageSource
+from models.memory import free_memory_bytes
 from models.preprocess import PreprocessSpec, preprocess
 from train.data.rejects import reject_of
 from train.errors import TrainError
@@ -44,9 +44,6 @@ MEMORY_SHARE = 0.4
 
 LARGEST_VAL_SHARE = 0.1
 """Of the labelled images that may be held out from training."""
-
-MEMINFO = Path("/proc/meminfo")
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 log = logging.getLogger("horace")
 
@@ -219,19 +216,6 @@ def images_that_fit(spec: PreprocessSpec) -> int:
     """Count the images of that size that the free memory may hold."""
     image_bytes = spec.height * spec.width * spec.channels
     return int(free_memory_bytes() * MEMORY_SHARE) // image_bytes
-
-
-def free_memory_bytes() -> int:
-    """Give the memory that is left to this process, by the kernel and its cgroup."""
-    free = next(
-        int(line.split()[1]) * 1024
-        for line in MEMINFO.read_text().splitlines()
-        if line.startswith("MemAvailable:")
-    )
-    try:
-        return min(free, int(CGROUP_LIMIT.read_text()))
-    except (OSError, ValueError):  # no cgroup v2, or its limit is `max`
-        return free
 
 
 def fit_record(record: ImageRecord, spec: PreprocessSpec) -> NDArray[np.uint8] | Reject:

@@ -47,7 +47,7 @@ from train.loss.ablation import (
     quadratic_parts,
 )
 from train.loss.exact import Quadratic, quadratic_loss, quadratic_terms
-from train.loss.forms import Form, choose_form, memory_bytes, tile_rows
+from train.loss.forms import Form, choose_form, device_memory_bytes, tile_rows
 
 Objective = Literal["barlow", "hsic", "cross-entropy"]
 Terms = Literal["both", "invariance", "redundancy"]
@@ -185,7 +185,7 @@ def _exact_terms(
     if form == "auto":
         form = choose_form(
             n_global, dim, world=world, item_bytes=item_bytes,
-            memory_bytes=memory_bytes(z1_ND.device),
+            memory_bytes=device_memory_bytes(z1_ND.device),
         )  # fmt: skip
     rows = tile_rows(form, dim, item_bytes=item_bytes)
     loss, c_D, square_sum, total = quadratic_loss(

@@ -11,12 +11,11 @@ Shapes: N pairs of embeddings over all ranks, D dimensions.
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Literal
 
 import torch
 
+from models.memory import memory_bytes
 from train.collectives import cheaper_collective
 
 Form = Literal["auto", "direct", "gram", "tiled"]
@@ -34,11 +33,6 @@ TILE_BYTES = 64 * 2**20
 
 MEMORY_SHARE = 0.25
 """Most of the machine's memory that the two Gram matrices may take."""
-
-CGROUP_LIMITS = (
-    Path("/sys/fs/cgroup/memory.max"),
-    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-)
 
 
 def choose_form(
@@ -67,12 +61,8 @@ def tile_rows(form: Chosen, dim: int, *, item_bytes: int) -> int | None:
     return dim if form == "direct" else min(dim, max(1, TILE_BYTES // (dim * item_bytes)))
 
 
-def memory_bytes(device: torch.device) -> int:
+def device_memory_bytes(device: torch.device) -> int:
     """Give all the memory that a device, or this machine and its container, has."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    amounts = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for path in CGROUP_LIMITS:
-        if path.exists() and (limit := path.read_text().strip()).isdigit():
-            amounts.append(int(limit))
-    return min(amounts)
+    return memory_bytes()

@@ -1,0 +1,55 @@
+"""Memory as a container has it: its limit, what it holds, and the machine's own."""
+
+from pathlib import Path
+
+from models.memory import free_memory_bytes, memory_bytes
+
+MEMINFO = "MemTotal: 4000 kB\nMemFree: 1 kB\nMemAvailable: 3000 kB\n"
+PLENTY = "9223372036854771712"
+
+
+def lay_out(root: Path, files: dict[str, str]) -> tuple[Path, Path, Path]:
+    """Write files below a cgroup root; give it, `/proc/self/cgroup` and `/proc/meminfo`."""
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    own, meminfo = root / "self", root / "meminfo"
+    own.write_text("3:memory:/docker/a\n0::/slice/a\n")
+    meminfo.write_text(MEMINFO)
+    return root, own, meminfo
+
+
+def test_without_a_limit_it_is_the_kernels(tmp_path: Path) -> None:
+    """`max`, no file, and the huge figure of version 1 are no limits."""
+    root, own, meminfo = lay_out(
+        tmp_path, {"memory.max": "max\n", "memory/memory.limit_in_bytes": PLENTY}
+    )
+    assert free_memory_bytes(root, own, meminfo) == 3000 * 1024
+    assert memory_bytes(root, own) > 2**28
+
+
+def test_what_a_container_holds_is_not_free_but_its_files_are(tmp_path: Path) -> None:
+    """The tightest cgroup above this process counts, less its anonymous memory."""
+    root, own, meminfo = lay_out(
+        tmp_path,
+        {
+            "slice/memory.max": "9000\n",
+            "slice/a/memory.max": "5000\n",
+            "slice/a/memory.stat": "anon 1500\nfile 3000\n",
+        },
+    )
+    assert memory_bytes(root, own) == 5000
+    assert free_memory_bytes(root, own, meminfo) == 3500
+
+
+def test_version_1_counts_too(tmp_path: Path) -> None:
+    """The controller's own hierarchy, with `total_rss` for what is held."""
+    root, own, meminfo = lay_out(
+        tmp_path,
+        {
+            "memory/docker/a/memory.limit_in_bytes": "7000",
+            "memory/docker/a/memory.stat": "cache 10\ntotal_rss 8000\n",
+        },
+    )
+    assert memory_bytes(root, own) == 7000
+    assert free_memory_bytes(root, own, meminfo) == 0
