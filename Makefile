@@ -6,10 +6,12 @@ EXTRAS ?= cpu,train,test
 DEMO := artifacts/demo
 DEMO_EPOCHS ?= 2
 RESULTS := benchmarks/results
+SHIPPED := models/shipped/fashion-mnist
+SHIPPED_RUN := artifacts/runs/fashion-mnist
 DEBIAN_DATA := /usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow coverage check format protos bench data clean
+.PHONY: help demo test test-slow coverage check format protos shipped bench data clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,15 +42,28 @@ format: $(VENV)/.installed ## Mend format and what lint can mend
 protos: $(VENV)/.installed ## Generate the code of protos/horace.proto
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. protos/horace.proto
 
+shipped: $(VENV)/.installed data ## Make and judge the encoder that ships: over an hour on two cores
+	$(BIN)/python -m train.pretrain fashion-mnist --out $(SHIPPED_RUN)
+	$(BIN)/python -m train.export $(SHIPPED_RUN) --out $(SHIPPED) --int8 --replace
+	$(BIN)/python -m index.build --images fashion-mnist --encoder $(SHIPPED) --out artifacts/fashion-mnist --replace
+	$(BIN)/python -m index.evaluate knn --collection artifacts/fashion-mnist --images fashion-mnist:test \
+	  --out artifacts/fashion-mnist-knn --record
+	$(BIN)/python -m train.probe linear $(SHIPPED) --images fashion-mnist --test fashion-mnist:test --record
+
 bench: $(VENV)/.installed data ## Run the benchmarks: hours, on a quiet machine (photographs: apt-get install mate-backgrounds)
 	$(BIN)/pip install --quiet -e '.[bench]'
 	$(BIN)/python -m benchmarks.decoders --out $(RESULTS)/decoders.json
 	test -d artifacts/bench/collection || $(BIN)/python -m index.build --images fashion-mnist \
-	  --encoder models/shipped/fashion-mnist --out artifacts/bench/collection
+	  --encoder $(SHIPPED) --out artifacts/bench/collection
 	$(BIN)/python -m benchmarks.vector_dtypes artifacts/bench/collection --out $(RESULTS)/vector_dtypes.json
 	$(BIN)/python -m benchmarks.loss --out $(RESULTS)/loss.json
 	$(BIN)/python -m benchmarks.views --out $(RESULTS)/views.json
 	$(BIN)/python -m benchmarks.train_throughput --out $(RESULTS)/train_throughput.json
+	$(BIN)/python -m benchmarks.ranks --out $(RESULTS)/ranks.json
+	$(BIN)/python -m benchmarks.restart --out $(RESULTS)/restart.json
+	test -d $(SHIPPED_RUN) || $(BIN)/python -m train.pretrain fashion-mnist --out $(SHIPPED_RUN)
+	$(BIN)/python -m benchmarks.fashion_mnist $(SHIPPED_RUN) $(SHIPPED) --out $(RESULTS)/fashion_mnist.json
+	$(BIN)/python -m benchmarks.labels $(SHIPPED_RUN) --out $(RESULTS)/labels.json
 	$(BIN)/python -m benchmarks.int8 --out $(RESULTS)/int8.json
 	$(BIN)/python -m benchmarks.ablations --out $(RESULTS)/ablations.json
 

@@ -23,6 +23,7 @@ import json
 import logging
 import math
 import operator
+import shlex
 import shutil
 import statistics
 import sys
@@ -34,7 +35,7 @@ import numpy as np
 
 from models.bundle import Json
 from models.command import run_command
-from train.config import NetworkOptions, PretrainOptions
+from train.config import NetworkOptions, PretrainOptions, options_json
 from train.errors import TrainError
 from train.log import read_log
 from train.loop import pretrain
@@ -132,6 +133,7 @@ def main(options: AblationOptions) -> None:
         results.append(describe(row, top1s))
         print(_line(results[-1]), flush=True)
     report: dict[str, Json] = {
+        "command": shlex.join(["python", "-m", "benchmarks.ablations", *sys.argv[1:]]),
         "measure": "kNN top-1 (k=20, T=.07) of pooled features, 5,000 held-out training images",
         "epochs": options.epochs,
         "seeds": options.seeds,
@@ -139,9 +141,11 @@ def main(options: AblationOptions) -> None:
         "environment": describe_environment(),
         "baselines": baselines(options),
         "rank_correlation_with_paper": agreement(results),
+        "claims_of_paper": claims(results),
         "rows": list[Json](results),
     }
-    print(json.dumps(report["rank_correlation_with_paper"], indent=2))
+    for name in ("rank_correlation_with_paper", "claims_of_paper"):
+        print(json.dumps({name: report[name]}, indent=2))
     if options.out is not None:
         options.out.write_text(json.dumps(report, indent=2) + "\n")
         plot(results, options.out.with_suffix(".png"))
@@ -182,7 +186,7 @@ def measure(row: Row, options: AblationOptions, seed: int) -> float | None:
     run_of = run_options(row, options, seed)
     run = RunDirectory(path=run_of.run_path)
     values = _knn_values(run)
-    if "knn_top1" not in values:
+    if "knn_top1" not in values or not _is_of(run, run_of):
         shutil.rmtree(run.path, ignore_errors=True)
         try:
             pretrain(run_of)
@@ -234,6 +238,32 @@ def agreement(results: list[dict[str, Json]]) -> dict[str, Json]:
     return found
 
 
+def claims(results: list[dict[str, Json]]) -> dict[str, Json]:
+    """Give our figures for what the papers say without a table.
+
+    arXiv 2103.03230: the wider the projector, the better (figure 4); lambda hardly matters
+    around .005. arXiv 2104.13712: HSIC is as good as Barlow Twins.
+    """
+    top1 = {(r["table"], r["name"]): r["knn_top1"] for r in results}
+    widths = [
+        (float(str(name)), value)
+        for (table, name), value in top1.items()
+        if table == "projector width" and value is not None
+    ]
+    ranks = np.argsort(np.argsort(np.array(widths, dtype=float), axis=0), axis=0)
+    return {
+        "rank correlation of accuracy with projector width": round(
+            float(np.corrcoef(ranks.T)[0, 1]), 2
+        ),
+        "top-1 for lambda": {
+            str(name): value for (table, name), value in top1.items() if table == "lambda"
+        },
+        "top-1 of HSIC and of Barlow Twins": {
+            name: top1["loss", name] for name in (BASELINE, "HSIC, lambda 1/D", "HSIC, same lambda")
+        },
+    }
+
+
 def plot(results: list[dict[str, Json]], path: Path) -> None:
     """Draw one panel a table: bars for the loss and its asymmetries, curves for the rest."""
     tables = list(dict.fromkeys(str(r["table"]) for r in results))
@@ -251,6 +281,13 @@ def plot(results: list[dict[str, Json]], path: Path) -> None:
     axes[0].set_ylabel("kNN top-1 [%], held-out training images")
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _is_of(run: RunDirectory, options: PretrainOptions) -> bool:
+    """Say whether a run was made with these options, not with those of an earlier preset."""
+    kept, asked = run.read_config().options, options_json(options)
+    settled = (None, "auto")  # by the run itself
+    return all(kept.get(name) == value for name, value in asked.items() if value not in settled)
 
 
 def _knn_values(run: RunDirectory) -> dict[str, float]:

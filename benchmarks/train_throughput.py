@@ -27,6 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import chain, repeat
@@ -181,7 +182,7 @@ def measure_horace(options: PretrainOptions, seconds: float) -> dict[str, float]
     ranks = Ranks()
     data, options, config = read_data(options, RunDirectory(path=Path("unused")), None, ranks)
     batch_size = options.batch_size
-    with make_source(options, data, ranks) as source:
+    with closing(make_source(options, data, ranks)) as source:
         trainer = make_trainer(
             options, config, compute, ranks, steps_per_epoch=source.steps_per_epoch
         )
@@ -213,14 +214,15 @@ def lightly_step(options: PretrainOptions, workers: int, *, is_tuned: bool) -> S
     import torch
     from lightly.loss import BarlowTwinsLoss
 
+    from train.backbones import build_network
     from train.device import has_native_bf16
     from train.optim import make_optimizer
-    from train.trainer import build_network
 
     torch.set_num_threads(cpu_budget())
     torch.manual_seed(options.seed)
     layout = torch.channels_last if is_tuned else torch.contiguous_format
-    network = build_network(options).to(memory_format=layout)
+    network = build_network(options.network, options.channels, options.image_size_px)
+    network.to(memory_format=layout)
     optimizer = make_optimizer(network, options.optimizer, weight_decay=options.weight_decay)
     criterion = BarlowTwinsLoss(lambda_param=options.lambd)
     is_bf16 = is_tuned and has_native_bf16(torch.device("cpu"))

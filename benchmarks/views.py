@@ -5,7 +5,8 @@ float32 batches of the paper's views: bicubic crop, flip, jitter, grey, blur and
 with the asymmetric probabilities; for one channel without saturation, hue and grey.
 
 ours            `train.views`, the whole batch at once
-ours, threads   `train.views.workers`, image by image in as many threads as there are CPUs
+ours, threads   `train.views.crops` and `.workers`, as a stream makes whole views: image by
+                image, in as many threads as there are CPUs
 kornia          its augmentations for batches, with parameters of each image's own
 v2 Pillow       torchvision's `transforms.v2` on Pillow images, in DataLoader workers
 v2 tensors      the same on uint8 tensors
@@ -48,8 +49,9 @@ from models.command import progress, run_command
 from models.cpu import cpu_budget, cpu_name
 from models.files import atomic_file
 from train.views import Normaliser, random_view
+from train.views.crops import CutCrops
 from train.views.parameters import CROP_LOG_RATIO, ViewRecipe
-from train.views.workers import sample_views
+from train.views.workers import FinishedCrops
 
 BATCH = 128
 SHAPES = ((28, 28, 1), (96, 96, 3), (224, 224, 3))
@@ -193,11 +195,19 @@ def ours(images: Images) -> Step:
 
 def ours_in_threads(images: Images) -> Step:
     """Make the views of one image after the other, in threads."""
-    pool, size_px = ThreadPoolExecutor(cpu_budget()), images.shape[1]
-    seeds = iter(range(1 << 40))
+    _, height, width, channels = images.shape
+    crops = CutCrops(
+        (PAPER.crop_area, PAPER.crop_area),
+        height=height,
+        width=width,
+        channels=channels,
+        interpolation=PAPER.interpolation,
+    )
+    make_views = FinishedCrops(crops, RECIPES)
+    pool, seeds = ThreadPoolExecutor(cpu_budget()), iter(range(1 << 40))
 
     def one(item: tuple[Images, int]) -> tuple[Images, Images]:
-        return sample_views(item[0], RECIPES, item[1], size_px=size_px)
+        return make_views(item[0], np.random.default_rng(item[1]))
 
     def step() -> tuple[Tensor, Tensor]:
         pairs = list(pool.map(one, ((image, next(seeds)) for image in images)))

@@ -31,6 +31,7 @@ from train.data.memory import sample_images
 from train.data.stream import MakeViews
 from train.data.training_data import DataIn, TrainingData, choose_data_in, open_training_data
 from train.device import Compute, resolve_compute
+from train.errors import TrainError
 from train.ranks import Ranks
 from train.run import RunConfig, RunDirectory, describe_environment
 from train.trainer import Trainer, view_recipes
@@ -105,12 +106,29 @@ def read_data(
         bank_images=options.bank_images,
         seed=options.seed,
     )
+    require_same_images(data.sha256, source.uri, ranks)
     options = replace(options, data_in=data.data_in)
     config = describe_run(options, source.uri, spec, data, ranks)
     if kept is not None:
         run.check_data(kept, config.data)
         say_if_others(cast(int, kept.environment.get("ranks", 1)), ranks.world)
     return data, options, config
+
+
+def require_same_images(sha256: str, uri: str, ranks: Ranks) -> None:
+    """Refuse ranks that found other images: they would learn from other batches than one process.
+
+    Raises:
+        TrainError: on every rank.
+    """
+    short = int(sha256[:15], 16)
+    if ranks.largest(short) != -ranks.largest(-short):
+        raise TrainError(
+            f"the images of {uri}",
+            expected="the same on all ranks",
+            found=f"others here (SHA-256 {sha256[:15]}) or elsewhere",
+            mend="give all nodes the same files",
+        )
 
 
 def agree_data_in(

@@ -95,7 +95,7 @@ class Books:
             "lr": trainer.lr(done - 1),
             **embedding_diagnostics(outcome.features_ND, outcome.z1_ND, outcome.z2_ND),
             **means,
-            "c_off_diagonal_floor": trainer.options.batch_size**-0.5,
+            "c_off_diagonal_floor": outcome.off_diagonal_floor,
             "images_per_s": self._display.images_per_s(),
         }
         self._run_log.write(done, values)

@@ -144,9 +144,10 @@ def save_weights(path: Path, state: State) -> None:
     """
     buffer = io.BytesIO()  # torch's own file writer has a RuntimeError for a full disk
     torch.save(dict(state), buffer)
-    content = buffer.getvalue()
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(content + hashlib.sha256(content).digest())
+    content = buffer.getbuffer()  # no copy: a checkpoint may have gigabytes
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        file.write(content)
+        file.write(hashlib.sha256(content).digest())
 
 
 def load_weights(path: Path) -> State:

@@ -5,7 +5,8 @@ Rules:
     draws a random number or changes what it is given.
     No D x D matrix is built: spectra and sums over C come from Gram matrices of the smaller
     side, so that 128 embeddings of 8,192 dimensions cost tens of milliseconds.
-    A measure that its input does not define (the slope of one eigenvalue) is NaN.
+    A measure that its input does not define (the slope of one eigenvalue, the spread or the
+    uniformity of one embedding) is NaN.
 
 What the numbers mean for a training is said in words by `train.monitor`.
 
@@ -122,7 +123,10 @@ def spread(z_ND: Tensor) -> float:
     """Measure how far embeddings of unit length vary over a batch: 1 for noise, 0 collapsed.
 
     It is the mean deviation of a dimension, times sqrt(D), which isotropic vectors have as 1.
+    NaN below two rows.
     """
+    if len(z_ND) < 2:
+        return math.nan
     return float(_unit(z_ND).std(dim=0).mean() * z_ND.shape[1] ** 0.5)
 
 
@@ -141,9 +145,14 @@ def alignment(z1_ND: Tensor, z2_ND: Tensor) -> float:
 
 
 def uniformity(z_ND: Tensor) -> float:
-    """Give log E exp(-2 |u - v|^2) over pairs on the unit sphere: 0 collapsed, about -4 even."""
+    """Give log E exp(-2 |u - v|^2) over pairs on the unit sphere: 0 collapsed, about -4 even.
+
+    NaN below two rows, which are no pair.
+    """
     unit_ND = _unit(z_ND)
     n = len(unit_ND)
+    if n < 2:
+        return math.nan
     distances_NN = (2 - 2 * unit_ND @ unit_ND.T).clamp(min=0)
     distances_P = distances_NN[torch.triu_indices(n, n, offset=1, device=z_ND.device).unbind()]
     return float(torch.logsumexp(-UNIFORMITY_T * distances_P, dim=0) - math.log(len(distances_P)))

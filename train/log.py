@@ -18,8 +18,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -49,7 +47,7 @@ def tensorboard_tag(name: str) -> str:
 
 
 class RunLog:
-    """The log of one run; a context manager that closes its files.
+    """The log of one run; whoever opens it closes it.
 
     Args:
         jsonl: the file of JSON lines.
@@ -64,15 +62,8 @@ class RunLog:
         self._file = jsonl.open("a")
         self._events = SummaryWriter(str(tensorboard), purge_step=step + 1 if step else 0)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Close both files."""
         self._file.close()
         self._events.close()
 
@@ -99,7 +90,7 @@ def read_log(jsonl: Path) -> list[dict[str, float]]:
 
 
 class ProgressDisplay:
-    """How far a training is, how fast, when it ends, and with what loss; a context manager.
+    """How far a training is, how fast, when it ends, and with what loss; to be closed.
 
     Args:
         total_images: of all epochs.
@@ -160,13 +151,6 @@ class ProgressDisplay:
         finally:
             self._window_s += self._clock() - start_s
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Leave the bar as it stands."""
         self._bar.close()

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -70,7 +70,7 @@ def pretrain(options: PretrainOptions) -> None:
         options, compute = settle(options, kept, ranks)
         prepare_device(compute, threads=options.threads or 1)
         data, options, config = read_data(options, run, kept, ranks)
-        with make_source(options, data, ranks) as source, run.writing():
+        with closing(make_source(options, data, ranks)) as source, run.writing():
             trainer = make_trainer(
                 options, config, compute, ranks, steps_per_epoch=source.steps_per_epoch
             )
@@ -100,7 +100,8 @@ def train(
             if books is not None:
                 books.after_step(outcome, done, must_save=signal != 0)
             if signal and done < total_steps:
-                ranks.wait()  # for the checkpoint: torchrun ends all when one has left
+                keep_rejects(run, data, ranks)  # also waits for the checkpoint: torchrun ends
+                # all ranks when one has left
                 log.warning(
                     "stopped after step %d of %d; go on with `python -m train.pretrain "
                     "--resume --out %s`",
@@ -120,11 +121,12 @@ def open_books(
     watch = Watch(data.watched, trainer.to_input, every_epochs=options.knn_every_epochs)
     describe_training(trainer, len(data.train), is_watched=bool(watch))
     run_log = RunLog(run.log_file, run.tensorboard, step=start.step)
+    files.callback(run_log.close)
     display = ProgressDisplay(
         trainer.total_steps * options.batch_size, start.step * options.batch_size
     )
-    for context in (run_log, display, logging_redirect_tqdm()):
-        files.enter_context(context)
+    files.callback(display.close)
+    files.enter_context(logging_redirect_tqdm())
     books = Books(trainer, watch, run, run_log, display, start)
     books.open()
     return books

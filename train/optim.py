@@ -121,8 +121,8 @@ class Lars(torch.optim.Optimizer):
         groups: dictionaries with `params` and `is_adapted`; the groups that are adapted
             may have a `weight_decay`.
         eta: step over norm, before the learning rate.
-        clips: whether q * lr is held to at most lr, as in LARC and solo-learn; the paper
-            does not.
+        clips: whether a weight's rate is min(q, lr) and not q * lr, by min(q / lr, 1) in place
+            of q, as in LARC and solo-learn; the paper does not.
 
     The learning rate is set before each step by `set_lr`. Nothing here waits for a GPU.
 

@@ -3,7 +3,8 @@
 Rules:
     W ranks learn what one process would, to rounding: each takes its slice of every batch,
     and what belongs to a batch (BatchNorm's statistics, the loss, the gradient) is of all
-    slices together.
+    slices together. Networks with dropout or stochastic depth are the exception: all ranks are
+    seeded alike, so each draws for its slice the masks that the others draw for theirs.
     The first rank alone writes: log, checkpoints, configuration, kNN accuracy. The others
     wait for it at the next thing that they have to do together.
     What can differ between ranks, a signal above all, is agreed on before any acts on it, so

@@ -10,7 +10,7 @@ Rules:
     The network computes in the precision that was chosen; views, loss, gradients and weights
     are float32.
 
-When to log, measure and save is decided in `train.loop`.
+When to log, measure and save is decided in `train.books`.
 
 Source: Zbontar et al., arXiv 2103.03230, algorithm 1.
 
@@ -19,14 +19,14 @@ Shapes: N images of this rank, C channels, H x W pixels, D dimensions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from models.networks import BarlowTwins
-from train import backbones
+from train.backbones import build_network
 from train.config import PretrainOptions, ViewOptions
 from train.data.batches import rank_slice
 from train.device import Compute, DeviceBatch
@@ -57,11 +57,13 @@ class StepOutcome:
 
     Attributes:
         logged: the values that `LOGGED` names, of the whole batch.
+        off_diagonal_floor: as in `train.loss.LossTerms`.
         features_ND: of view 1 of this rank's images.
         z1_ND, z2_ND: the embeddings of both views, as the loss took them.
     """
 
     logged: Tensor
+    off_diagonal_floor: float
     features_ND: Tensor
     z1_ND: Tensor
     z2_ND: Tensor
@@ -121,10 +123,11 @@ class Trainer:
         self.views_generator = torch.Generator()
         self.rows = rank_slice(options.batch_size, ranks.rank, ranks.world)
         torch.manual_seed(options.seed)
-        network = build_network(options)
+        network = build_network(options.network, options.channels, options.image_size_px)
         network.to(memory_format=torch.channels_last).to(compute.device)
-        self.network = network
-        convert_batch_norm(network, ranks.group)
+        converted = convert_batch_norm(network, ranks.group)
+        assert isinstance(converted, BarlowTwins)  # only what is inside has changed
+        self.network = converted
         self.optimizer = make_optimizer(
             self.network,
             options.optimizer,
@@ -169,6 +172,7 @@ class Trainer:
         self.scaler.update()
         return StepOutcome(
             logged=_logged(terms),
+            off_diagonal_floor=terms.off_diagonal_floor,
             features_ND=features_ND.detach(),
             z1_ND=z1_ND.detach(),
             z2_ND=z2_ND.detach(),
@@ -217,26 +221,15 @@ class Trainer:
         return self.normaliser.to_input(images_NHWC.to(self.compute.device))
 
 
-def build_network(options: PretrainOptions) -> BarlowTwins:
-    """Build the untrained network of a run from torch's generator."""
-    return backbones.build_network(options.network, options.channels, options.image_size_px)
-
-
 def view_recipes(views: ViewOptions) -> tuple[ViewRecipe, ViewRecipe]:
-    """Give each view its own half of the asymmetric probabilities."""
+    """Give each view its own half of the asymmetric probabilities, and all else to both."""
+    shared = asdict(views)
+    for name in ("views_in", "blur_probability", "solarise_probability"):
+        del shared[name]
     first, second = (
         ViewRecipe(
-            crop_area=views.crop_area,
-            interpolation=views.interpolation,
-            flip_probability=views.flip_probability,
-            jitter_probability=views.jitter_probability,
-            brightness=views.brightness,
-            contrast=views.contrast,
-            saturation=views.saturation,
-            hue=views.hue,
-            grey_probability=views.grey_probability,
+            **shared,
             blur_probability=views.blur_probability[i],
-            blur_sigma_px=views.blur_sigma_px,
             solarise_probability=views.solarise_probability[i],
         )
         for i in (0, 1)

@@ -14,10 +14,17 @@ from PIL import Image
 
 from models.errors import UsageError
 from models.images import open_source
-from train.begin import agree_data_in, goes_on, input_spec, say_if_others, settle
+from train.begin import (
+    agree_data_in,
+    goes_on,
+    input_spec,
+    require_same_images,
+    say_if_others,
+    settle,
+)
 from train.checkpoint import list_checkpoints, load_weights
 from train.config import PretrainOptions, ViewOptions
-from train.errors import RunError
+from train.errors import RunError, TrainError
 from train.log import read_log
 from train.loop import pretrain
 from train.ranks import Ranks
@@ -30,6 +37,26 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 def last_network(run: Path) -> dict[str, torch.Tensor]:
     """The weights of the last checkpoint."""
     return load_weights(list_checkpoints(run / "checkpoints")[-1])["network"]
+
+
+@dataclass(frozen=True)
+class BesideAnother(Ranks):
+    """Ranks of which another one gives a value of its own."""
+
+    other: int = 0
+
+    def largest(self, value: int) -> int:
+        """Give the larger of both; what is asked for by its negative is the smaller."""
+        return max(value, self.other if value >= 0 else -self.other)
+
+
+def test_ranks_with_other_images_are_refused() -> None:
+    """By hash, on every rank, whichever has the larger one."""
+    sha256 = "5" * 64
+    require_same_images(sha256, "folder:photos", BesideAnother(other=int(sha256[:15], 16)))
+    for other in ("4", "6"):
+        with pytest.raises(TrainError, match=r"photos: expected the same on all ranks, found oth"):
+            require_same_images(sha256, "folder:photos", BesideAnother(other=int(other * 15, 16)))
 
 
 def test_a_run_keeps_what_the_machine_decided(finished_run: Path, run_options: RunOptions) -> None:

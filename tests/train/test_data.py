@@ -43,7 +43,7 @@ def test_a_source_becomes_one_array(mini_source: str) -> None:
     assert images.images_NHWC.dtype == np.uint8
     assert images.class_names == tuple("0123456789")
     assert np.bincount(images.labels_N).tolist() == [40] * 10
-    assert images.faults == {}
+    assert images.rejects == ()
 
 
 def test_limit_takes_the_first_images(mini_source: str) -> None:
@@ -62,7 +62,6 @@ def test_broken_images_are_counted_and_skipped(
         images = load_images(open_source(f"folder:{folder}"), SPEC)
     assert len(images.images_NHWC) == 6
     assert images.class_names == ("cat", "dog")
-    assert sum(images.faults.values()) == 2
     assert "skipped 2 images (2 " in caplog.text
     assert "the first: cat/broken0.jpg" in caplog.text
     assert [reject.key for reject in images.rejects] == ["cat/broken0.jpg", "cat/broken1.jpg"]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from train.data.batches import Batch, MemorySource
+from train.data.batches import Batch, MemorySource, Plan
 from train.device import Compute, Precision, has_native_bf16, on_device, resolve_compute
 from train.errors import TrainError
 
@@ -71,7 +71,7 @@ def test_autocast_computes_products_in_the_precision(
 def make_source() -> MemorySource:
     """Five batches of two images."""
     images_NHWC = np.arange(10 * 4, dtype=np.uint8).reshape(10, 2, 2, 1)
-    return MemorySource(images_NHWC, np.arange(10), batch_size=2, seed=0)
+    return MemorySource(images_NHWC, Plan(rows=np.arange(10), batch_size=2, seed=0))
 
 
 def test_images_and_views_arrive_as_they_are() -> None:
@@ -83,7 +83,7 @@ def test_images_and_views_arrive_as_they_are() -> None:
         (images,) = batch.pixels
         np.testing.assert_array_equal(images.numpy(), sent.images_NHWC)
     zeros, ones = np.zeros((1, 2, 2, 3), np.uint8), np.ones((1, 2, 2, 3), np.uint8)
-    two = Batch(step=0, image_rows=np.zeros(1, np.int64), views=(zeros, ones))
+    two = Batch(step=0, views=(zeros, ones))
     (batch,) = on_device(iter([two]), CPU)
     assert [int(view.max()) for view in batch.pixels] == [0, 1]
 

@@ -109,6 +109,15 @@ def test_uniformity_of_known_pairs() -> None:
     assert uniformity(noise(1500, 512)) == pytest.approx(-4 + 8 / 512, abs=0.002)
 
 
+def test_one_embedding_has_neither_spread_nor_uniformity() -> None:
+    """A rank may have one row of a batch: its record says NaN there, and the rest."""
+    found = embedding_diagnostics(noise(1, 8), noise(1, 4), noise(1, 4, seed=1))
+    assert {name for name, value in found.items() if math.isnan(value)} == {
+        "spread", "alpha_req", "z_uniformity",
+    }  # fmt: skip
+    assert math.isnan(uniformity(noise(0, 4)))
+
+
 @pytest.mark.parametrize(("n", "dim"), [(12, 30), (40, 6)])
 def test_correlations_are_those_of_the_whole_matrix(n: int, dim: int) -> None:
     """Mean of the diagonal and RMS of the rest agree with C written out in float64."""

@@ -39,9 +39,7 @@ def test_every_precision_trains_and_resumes(
     changes = {"device": "cuda", "precision": precision, "keep_checkpoints": 99}
     options = run_options(tmp_path / "run", **changes)
     pretrain(options)
-    losses = [
-        record["loss"] for record in read_log(options.run_path / "log.jsonl") if "loss" in record
-    ]
+    losses = losses_of(options.run_path)
     assert losses[-1] < losses[0]
     assert all(map(math.isfinite, losses))
     whole = last_weights(options.run_path)
@@ -56,9 +54,7 @@ def test_a_compiled_network_trains(tmp_path: Path, run_options: RunOptions) -> N
     """torch.compile sees both passes as one graph."""
     options = run_options(tmp_path / "run", device="cuda", precision="bf16", compile=True)
     pretrain(options)
-    losses = [
-        record["loss"] for record in read_log(options.run_path / "log.jsonl") if "loss" in record
-    ]
+    losses = losses_of(options.run_path)
     assert losses[-1] < losses[0]
 
 
@@ -73,7 +69,8 @@ def test_two_gpus_do_what_one_does(tmp_path: Path, run_options: RunOptions) -> N
         "--precision", "fp32", "--optimizer", "sgd", "--image-size-px", "14", "--channels", "1",
         "--epochs", "3", "--batch-size", "32", "--lr-peak", "3e-3", "--threads", "1",
         "--network.layout", "resnet10", "--network.width", "4", "--network.stem", "small",
-        "--network.projector-widths", "32", "32", "--views.crop-area", ".4", "1",
+        "--network.zero-init-residual", "--network.projector-widths", "32", "32",
+        "--views.crop-area", ".4", "1",
         "--views.blur-probability", "0", "0", "--views.solarise-probability", "0", "0",
     ]  # fmt: skip
     done = subprocess.run(command, check=False, capture_output=True, text=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -51,5 +52,8 @@ def test_a_tile_is_bounded_and_never_empty(dim: int, item_bytes: int) -> None:
 def test_memory_is_what_the_machine_has() -> None:
     """All of it, so that a form does not depend on what else runs."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert 0 < device_memory_bytes(torch.device("cpu")) <= physical
-    assert device_memory_bytes(torch.device("cpu")) == device_memory_bytes(torch.device("cpu"))
+    before = device_memory_bytes(torch.device("cpu"))
+    assert 0 < before <= physical
+    taken = np.ones(64 << 20, np.uint8)
+    assert device_memory_bytes(torch.device("cpu")) == before, "64 MiB less are free"
+    del taken

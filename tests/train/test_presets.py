@@ -61,6 +61,12 @@ def test_the_papers_preset_has_its_rate_for_each_batch(batch_size: int, rate: fl
     assert rates.biases == pytest.approx(0.0048 * batch_size / 256)
 
 
+def test_the_papers_preset_writes_its_checkpoints_seldom() -> None:
+    """Each has 1.4 GB; by the clock and by the steps of the paper's pace, every half hour."""
+    options = PRESETS["imagenet-resnet50"]
+    assert (options.checkpoint_every_s, options.checkpoint_every_steps) == (1800, 2500)
+
+
 def test_the_cifar_preset_takes_the_steps_of_solo_learn() -> None:
     """A loss times .1 moves weights as rates times .1 and a decay over .1 do."""
     options, scale_loss = PRESETS["cifar10-resnet18"], 0.1

@@ -213,6 +213,7 @@ def test_bad_use_is_one_line_and_status_2(tmp_path: Path) -> None:
         [*base, "fashion-mnist", "--epochs", "0"], check=False, capture_output=True, text=True
     )
     assert bad.returncode == 2
+    assert bad.stderr == "python -m train.pretrain: --epochs: expected at least 1, found 0\n"
     missing = subprocess.run(
         [*base, f"folder:{tmp_path / 'none'}", "--out", str(tmp_path / "run")],
         check=False, capture_output=True, text=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from models.bundle import Bundle, read_bundle
-from models.errors import UsageError
+from models.errors import SourceError, UsageError
 from models.images import ImageData, ImageRecord, ImageSource, open_source
 from train.device import Compute
 from train.errors import RunError, TrainError
@@ -33,7 +34,7 @@ from train.probe.options import (
     TransferOptions,
 )
 from train.probe.probed import Probed, RunEncoder, open_probed
-from train.probe.report import ProbeReport, as_text
+from train.probe.report import ProbeReport, as_text, score
 from train.run import RunDirectory
 
 ROOT = Path(__file__).parents[2]
@@ -181,6 +182,7 @@ def test_a_linear_probe_stands_beside_its_baselines(linear: LinearOptions, run: 
     json.dumps(report.to_json(), allow_nan=False)
     text = as_text(report)
     assert text.startswith(f"linear: {100 * top1(report, 'encoder'):.2f}% top-1 on 200 images")
+    assert f"\n  trained on 400 labelled images of {linear.images}\n" in text
     assert "random encoder: the same network and readout, untrained" in text
 
 
@@ -229,7 +231,7 @@ def test_no_test_image_is_read_before_all_is_chosen(
     assert events == ["layer fitted"] * 4 + ["test image"] * 200
     events.clear()
     finetune_probe.evaluate_finetune(finetune, run, CPU)
-    assert events == ["arm trained"] * 2 + ["test image"] * 200
+    assert events == ["arm trained"] * 4 + ["test image"] * 200
     events.clear()
     transfer = TransferOptions(
         encoder=str(finetune.run), images=finetune.images, test=finetune.test, labels=0.25,
@@ -242,13 +244,22 @@ def test_no_test_image_is_read_before_all_is_chosen(
         "linear, whitened pixels", "linear, raw pixels",
     ]  # fmt: skip
     assert report.images["images"] == 100
+    assert {"c_grid", "labels", "epochs", "precision"} <= report.settings.keys()
+
+
+def test_a_network_that_diverged_is_right_about_nothing() -> None:
+    """Scores that are not numbers count as wrong, not as ties."""
+    scores_NC = np.full((4, 3), np.nan)
+    scores_NC[0] = (0.1, 0.9, 0.0)
+    found = score(scores_NC, np.array([1, 0, 1, 2]))
+    assert (found.top1, found.top5) == (0.25, 0.25)
 
 
 def test_a_test_set_that_is_not_there_ends_it_at_once(
     linear: LinearOptions, run: Probed, events: Events
 ) -> None:
     """A misspelt name is found before anything is computed."""
-    with pytest.raises(Exception, match="nothing of that name"):
+    with pytest.raises(SourceError, match=r"images 'fashoin-mnist': .* nothing of that name; ch"):
         linear_probe.evaluate_linear(replace(linear, test="fashoin-mnist"), run)
     assert events == []
 
@@ -260,8 +271,9 @@ def test_fine_tuning_stands_beside_the_same_network_from_scratch(
     """Both arms have the same labels and held-out images, and say what they chose from what."""
     options = replace(finetune, validation=validation, val_images=50)
     report = finetune_probe.evaluate_finetune(options, run, CPU)
-    tuned, scratch = report.rows
+    tuned, scratch, *layers = report.rows
     assert (tuned.name, scratch.name) == ("fine-tuned", "from scratch")
+    assert [row.name for row in layers] == ["frozen, linear layer", "random, linear layer"]
     for row, names in ((tuned, {"lr_backbone"}), (scratch, {"lr_head", "lr_backbone"})):
         tried = row.chosen["tried"]
         assert isinstance(tried, list)
@@ -272,11 +284,19 @@ def test_fine_tuning_stands_beside_the_same_network_from_scratch(
     assert report.difference is not None
     assert report.difference.mean == pytest.approx(tuned.top1.mean - scratch.top1.mean)
     assert report.images["labels_by_seed"] == {"0": 100, "1": 100}
+    read = report.images["images"]
+    assert isinstance(read, int)
     if validation == "labels":
         assert (report.split["fitted_on"], report.split["held_out"]) == (80, 20)
+        assert 100 < read <= 200
     else:
         assert (report.split["fitted_on"], report.split["held_out"]) == (100, 50)
-    assert "points of top-1 above from scratch, seeds 0, 1" in as_text(report)
+        assert 150 < read <= 250
+    text = as_text(report)
+    assert f"trained on 100 labelled images a seed ({read} read) of {finetune.images}\n" in text
+    assert "points of top-1 above from scratch, seeds 0, 1" in text
+    fewer = replace(report, images={**report.images, "labels_by_seed": {"0": 100, "1": 98}})
+    assert "trained on 98 to 100 labelled images a seed" in as_text(fewer)
 
 
 def test_fine_tuning_twice_gives_the_same_figures(finetune: FinetuneOptions, run: Probed) -> None:
@@ -307,6 +327,7 @@ def test_a_bundle_cannot_be_trained_further(
         report = transfer_probe.evaluate_transfer(options, probed, CPU)
     assert [row.name for row in report.rows] == ["linear, encoder"]
     assert "only a run can be trained further" in report.notes[-1]
+    assert report.settings.keys() == {"solver", "features", "c_grid", "labels", "balanced"}
 
 
 def test_a_report_is_kept_with_its_bundle(
@@ -328,6 +349,25 @@ def test_a_report_is_kept_with_its_bundle(
     assert shown["rows"][-1]["top1"] is None
     assert "no random.onnx" in shown["rows"][-1]["note"]
     assert read_bundle(bundle.path).fingerprint == bundle.fingerprint
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))  # stops root, too
+    try:
+        status = run_probe([*command, "--record", "--no-baselines", "--threads", "1", "--c", "1"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    captured = capsys.readouterr()
+    assert status == 1
+    assert captured.out.startswith("linear: ")
+    assert captured.err.splitlines()[-1] == (
+        f"python -m train.probe linear: {bundle.path}: expected a directory that can be written, "
+        "with room for what comes, found File too large; make it writable, or keep the report "
+        "elsewhere with --out"
+    )
+    assert run_probe([*command, "--no-baselines", "--c", "1", "--out", "/dev/null/x"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.startswith("linear: ")
+    assert "--out /dev/null/x: expected a file that can be written, found" in captured.err
+    assert read_bundle(bundle.path).provenance["evaluations"] == kept
 
 
 @pytest.mark.parametrize(
@@ -340,6 +380,7 @@ def test_a_report_is_kept_with_its_bundle(
         ("linear {run} --images a --test b --record", 2, "--record: expected an encoder that is"),
         ("linear {none} --images a --test b", 1, "expected a bundle directory, found no such"),
         ("finetune {none} --images a --test b", 1, "expected a run directory, found no such dir"),
+        ("transfer {none} --images a --test b", 1, "expected a bundle directory, found no such"),
         ("finetune {run} --images a --test b --labels 2", 2, "--labels: expected more than 0, at"),
         ("finetune {run} --images a --test b --seeds 1 1", 2, "--seeds: expected different num"),
         (

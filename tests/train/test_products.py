@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.loss import products
-from train.loss.products import times_transposed
+from train.loss import barlow_twins_loss, products
+from train.loss.forms import Form
+from train.loss.products import full_precision, times_transposed
 
 SIZES = st.integers(1, 70)
 
@@ -35,3 +39,68 @@ def test_other_strides_and_dtypes_take_the_plain_way(
     torch.testing.assert_close(times_transposed(x[:, 2:7], x[:, 2:7]), x[:, 2:7] @ x[:, 2:7].T)
     monkeypatch.setattr(products, "HAS_ONEDNN", False)
     assert torch.equal(times_transposed(x, x), x @ x.T)
+
+
+@contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+    """Let torch multiply float32 as a caller may have asked for."""
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("has_onednn", [True, False], ids=["fast", "plain"])
+def test_a_product_is_float32_whatever_the_caller_allows(
+    has_onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, also on a CPU that multiplies in bfloat16; the setting stays the caller's."""
+    monkeypatch.setattr(products, "HAS_ONEDNN", products.HAS_ONEDNN and has_onednn)
+    x = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    expected = times_transposed(x, x)
+    with matmul_precision("medium"):
+        assert torch.equal(times_transposed(x, x), expected)
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+
+
+@pytest.mark.parametrize("form", ["gram", "direct", "tiled"])
+def test_the_loss_does_not_depend_on_the_callers_precision(form: Form) -> None:
+    """Value and gradient, to the bit."""
+
+    def value_and_gradient() -> tuple[torch.Tensor, torch.Tensor]:
+        z = torch.randn(2, 64, 96, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        loss = barlow_twins_loss(z[0], z[1], lambd=0.005, form=form)
+        return loss.detach(), torch.autograd.grad(loss, z)[0]
+
+    expected = value_and_gradient()
+    with matmul_precision("medium"):
+        found = value_and_gradient()
+    assert all(map(torch.equal, found, expected))
+
+
+def test_a_setting_of_all_backends_is_followed_as_before() -> None:
+    """It is not written into the backend's own, where a later change would not reach it."""
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "none"
+    try:
+        with torch.backends.flags(fp32_precision="bf16"):
+            with full_precision(torch.device("cpu")):
+                assert matmul.fp32_precision == "ieee"
+            assert matmul.fp32_precision == "bf16"
+        assert matmul.fp32_precision == "none"
+    finally:
+        matmul.fp32_precision = before
+
+
+@pytest.mark.gpu
+def test_a_product_on_a_gpu_is_not_in_tf32() -> None:
+    """TF32, which the caller may allow, has 10 bits of a significand."""
+    x = torch.randn(256, 1024, generator=torch.Generator().manual_seed(0))
+    exact, given = x.double() @ x.double().T, x.cuda()
+    with matmul_precision("high"):
+        found = times_transposed(given, given).cpu()
+        assert torch.get_float32_matmul_precision() == "high"
+    assert (found - exact).norm() <= 1e-6 * exact.norm()

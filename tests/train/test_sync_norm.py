@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from timm.layers import BatchNormAct2d
 from torch import nn
 
+from models.errors import UsageError
 from train.sync_norm import GlobalBatchNorm, convert_batch_norm, replaced
 
 
@@ -61,3 +65,25 @@ def test_half_precision_is_normalised_in_float32() -> None:
     y = norm((torch.randn(64, 4) + 100).bfloat16())
     assert y.dtype == torch.bfloat16
     assert abs(y.float().mean()) < 0.05
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_activation_inside_of_a_norm_of_timm_stays(training: bool) -> None:
+    """Its output, and its state dict, are those of what it replaces."""
+    theirs = BatchNormAct2d(3, act_layer=nn.SiLU).train(training)
+    ours = replaced(copy.deepcopy(theirs), None)
+    assert isinstance(ours, GlobalBatchNorm)
+    x = torch.randn(6, 3, 4, 4)
+    torch.testing.assert_close(ours(x), theirs(x))
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+
+
+def test_a_norm_that_computes_something_else_is_refused() -> None:
+    """What it adds would be lost without a word."""
+
+    class Doubled(nn.BatchNorm2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    with pytest.raises(UsageError, match=r"expected torch's BatchNorm, or timm's.*Doubled; choose"):
+        replaced(nn.Sequential(Doubled(3)), None)

@@ -13,7 +13,7 @@ from models.bundle import PRECISION_FILES, Bundle, write_bundle
 from models.encoder import open_encoder
 from models.errors import UsageError
 from train.errors import ExportError
-from train.tensorrt import TensorrtOptions, build_engine, engine_name
+from train.export.tensorrt import TensorrtOptions, build_engine, engine_name
 
 MakeBundle = Callable[..., Bundle]
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from train.backbones import build_network
 from train.config import LossOptions, NetworkOptions, PretrainOptions, ViewOptions
 from train.device import Compute, DeviceBatch
 from train.loss import loss_terms
 from train.ranks import Ranks
-from train.trainer import LOGGED, Trainer, TwoViews, build_network, step_seed, view_recipes
+from train.trainer import LOGGED, Trainer, TwoViews, step_seed, view_recipes
 from train.views import Normaliser
 
 RunOptions = Callable[..., PretrainOptions]
@@ -29,15 +30,15 @@ def options(run_options: RunOptions, tmp_path: Path) -> PretrainOptions:
     )  # fmt: skip
 
 
-def make_trainer(options: PretrainOptions, ranks: Ranks | None = None) -> Trainer:
-    """A trainer in float32 on the CPU; more ranks than one are not joined."""
+def make_trainer(options: PretrainOptions) -> Trainer:
+    """A trainer of one rank in float32 on the CPU."""
     ones = torch.ones(3, 1, 1)
     return Trainer(
         options,
         steps_per_epoch=5,
         normaliser=Normaliser(mean=0.5 * ones, std=0.25 * ones),
         compute=Compute(device=CPU, precision="fp32"),
-        ranks=ranks or Ranks(),
+        ranks=Ranks(),
     )
 
 
@@ -116,7 +117,7 @@ def test_stop_gradient_and_predictor_break_the_symmetry(options: PretrainOptions
     network = NetworkOptions(
         layout="resnet10", width=4, projector_widths=(16, 16), predictor_width=8
     )
-    built = build_network(replace(options, network=network))
+    built = build_network(network, options.channels, options.image_size_px)
     view = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     _, z1_ND, z2_ND = TwoViews(built, stop_gradient=True)(view, view)
     assert z1_ND.requires_grad

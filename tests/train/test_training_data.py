@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from models.images import open_source
+from models.images import ImageData, open_source
 from models.preprocess import PreprocessSpec, preprocess
 from train.config import PretrainOptions
 from train.data import memory, training_data
+from train.data.batches import Pixels
 from train.data.training_data import (
     TrainingData,
     choose_data_in,
@@ -84,23 +86,28 @@ def test_both_ways_split_and_watch_alike(tmp_path: Path) -> None:
 
 
 def test_each_gives_its_batches(tmp_path: Path) -> None:
-    """Images in memory, crops from a stream; of the same rows."""
+    """Images in memory, views from a stream; of the same rows."""
+
+    def whole(data: ImageData, generator: np.random.Generator) -> tuple[Pixels, Pixels]:
+        fitted = preprocess(data, SPEC)
+        return fitted, 255 - fitted
+
     write_photographs(tmp_path)
     batches = []
     for where in ("memory", "stream"):
         source = opened(tmp_path, data_in=where).batch_source(
-            CROPS, batch_size=10, seed=4, workers=2
+            whole, batch_size=10, seed=4, workers=2
         )
-        with source:
+        with closing(source):
             assert source.steps_per_epoch == 5
             (batch,) = source.batches(7, 8)
             batches.append(batch)
     memory, stream = batches
-    assert np.array_equal(memory.image_rows, stream.image_rows)
     assert memory.images_NHWC is not None
     assert memory.images_NHWC.shape == (10, 12, 12, 3)
     assert stream.views is not None
-    assert [view.shape for view in stream.views] == [(10, 12, 12, 3)] * 2
+    assert np.array_equal(stream.views[0], memory.images_NHWC)
+    assert np.array_equal(stream.views[1], 255 - memory.images_NHWC)
 
 
 def test_less_than_a_batch_is_refused(tmp_path: Path) -> None:
@@ -127,14 +134,19 @@ def test_damaged_images_are_not_watched(tmp_path: Path) -> None:
         assert pictures[image.tobytes()] == data.class_names[label]
 
 
-@pytest.mark.parametrize(("broken", "text"), [(60, "found"), (45, "that are not; the last: ")])
+@pytest.mark.parametrize(("broken", "last"), [(60, "cat/59.png"), (45, "dog/12.png")])
 def test_a_source_of_damaged_images_is_refused_at_the_start(
-    tmp_path: Path, broken: int, text: str
+    tmp_path: Path, broken: int, last: str
 ) -> None:
-    """Before anything is trained, by the sample that the statistics are taken of."""
+    """As soon as more than half are known, by the sample that the statistics are taken of."""
     write_photographs(tmp_path, broken=broken)
-    with pytest.raises(TrainError, match=text):
+    with pytest.raises(TrainError) as error:
         opened(tmp_path, data_in="stream")
+    assert str(error.value).startswith(
+        f"folder:{tmp_path}: expected at least half of its images to be usable, "
+        f"found 28 of 55 that are not; the last: {last}: PNG image: expected a whole one, found "
+    )
+    assert str(error.value).endswith("; check that the path names whole images")
 
 
 def test_one_image_is_no_data_set(tmp_path: Path) -> None:

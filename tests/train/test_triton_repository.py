@@ -13,12 +13,12 @@ import tritonclient.grpc
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as triton
 
-from models.bundle import Bundle
+from models.bundle import PRECISION_FILES, Bundle, write_bundle
 from models.encoder import open_encoder
 from models.errors import UsageError
 from tests.train.tritonserver import SITE_PACKAGES, tritonserver
 from train.errors import ExportError
-from train.triton_repository import TritonOptions, check_model_target, write_model
+from train.export.triton import TritonOptions, check_model_target, write_model
 
 MakeBundle = Callable[..., Bundle]
 
@@ -69,12 +69,35 @@ def test_tensorrt_is_asked_for_with_one_profile_and_a_warm_up(
     (accelerator,) = config.optimization.execution_accelerators.gpu_execution_accelerator
     assert accelerator.name == "tensorrt"
     assert dict(accelerator.parameters) == {
-        "precision_mode": "FP16",
         "trt_profile_min_shapes": "images:1x28x28x1",
         "trt_profile_opt_shapes": "images:16x28x28x1",
         "trt_profile_max_shapes": "images:16x28x28x1",
     }
     assert config.model_warmup[0].batch_size == 16
+
+
+def test_tensorrt_computes_in_the_precision_of_the_fingerprint(
+    make_bundle: MakeBundle, tmp_path: Path
+) -> None:
+    """Half precision for the FP16 encoder alone: a client takes the fingerprint's word for it."""
+    tiny, fp16 = make_bundle(), PRECISION_FILES["fp16"]
+    bundle = write_bundle(
+        tmp_path / "both",
+        name="both",
+        files={"encoder.onnx": tiny.encoder_path, fp16: tiny.encoder_path},
+        preprocessing=tiny.preprocessing,
+        output=tiny.output,
+        provenance={},
+    )
+    for given, mode in ((bundle.path, None), (bundle.path / fp16, "FP16")):
+        options = TritonOptions(
+            bundle=given, out=tmp_path / "r", device="gpu", tensorrt=True, replace=True
+        )
+        config = read_config(write_model(options))
+        (accelerator,) = config.optimization.execution_accelerators.gpu_execution_accelerator
+        assert accelerator.parameters.get("precision_mode") == mode
+        expected = bundle.fingerprint_of(fp16 if mode else "encoder.onnx")
+        assert config.parameters["fingerprint"].string_value == expected
 
 
 def test_a_model_is_replaced_only_on_request(make_bundle: MakeBundle, tmp_path: Path) -> None:
@@ -133,7 +156,7 @@ def test_tensorrt_is_not_given_what_is_quantised_for_cpus(
 def test_it_is_a_command_that_needs_no_torch(make_bundle: MakeBundle, tmp_path: Path) -> None:
     """It lays out any bundle, and says how to serve it."""
     code = (
-        "import sys; from train.triton_repository import TritonOptions, main; from pathlib import "
+        "import sys; from train.export.triton import TritonOptions, main; from pathlib import "
         "Path; main(TritonOptions(bundle=Path(sys.argv[1]), out=Path(sys.argv[2]))); "
         "assert 'torch' not in sys.modules"
     )

@@ -227,6 +227,8 @@ def test_code_in_a_file_is_never_run(tmp_path: Path) -> None:
     ("content", "found"),
     [
         (b"no weights", "a file that torch cannot read safely"),
+        (b"\x80\x02.", "a file that torch cannot read safely"),
+        (b"\x80\x02]K\x01s.", "a file that torch cannot read safely"),
         (None, "nothing of that name"),
         ({"epoch": 3}, "no named tensors"),
         ([torch.ones(2)], "no named tensors"),

@@ -11,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from models.images import ImageData
-from train.views import apply_view
-from train.views.parameters import UNITS, ViewRecipe, view_parameters
-from train.views.workers import FinishedCrops, finish_sample, sample_views
+from train.views import apply_view, finish_view
+from train.views.crops import Box, CutCrops, cut_crops
+from train.views.parameters import UNITS, ViewRecipe, crop_box, view_parameters
+from train.views.workers import FinishedCrops, finish_sample
 
 RECIPE = ViewRecipe(
     crop_area=(0.2, 1.0),
@@ -36,28 +37,44 @@ def picture(channels: int = 3, height: int = 40, width: int = 40) -> NDArray[np.
     return (127 + 50 * waves).astype(np.uint8)
 
 
+def make_views(seed: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Make both views of the picture as a stream does, 24 x 24."""
+    crops = CutCrops((RECIPE.crop_area, RECIPE.crop_area), height=24, width=24, channels=3)
+    return FinishedCrops(crops, (RECIPE, RECIPE))(picture(), np.random.default_rng(seed))
+
+
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
-def test_views_have_the_asked_size_and_the_images_channels(channels: int) -> None:
-    """Whatever the image's size, both views are squares of uint8."""
-    for view in sample_views(picture(channels, 50, 70), (RECIPE, RECIPE), 3, size_px=32):
-        assert view.shape == (32, 32, channels)
+def test_a_view_has_the_size_and_channels_of_its_crop(channels: int) -> None:
+    """Whatever is done to it, and it stays uint8."""
+    for seed in range(8):
+        crop = picture(channels, 20, 30)
+        view = finish_sample(crop, RECIPE, np.random.default_rng(seed))
+        assert view.shape == (20, 30, channels)
         assert view.dtype == np.uint8
 
 
 def test_views_are_a_function_of_the_seed_in_any_thread() -> None:
     """Threads draw from generators of their own."""
-    alone = [sample_views(picture(), (RECIPE, RECIPE), seed, size_px=24) for seed in range(12)]
+    alone = [make_views(seed) for seed in range(12)]
     with ThreadPoolExecutor(4) as pool:
-        together = list(
-            pool.map(lambda s: sample_views(picture(), (RECIPE, RECIPE), s, size_px=24), range(12))
-        )
+        together = list(pool.map(make_views, range(12)))
     np.testing.assert_array_equal(alone, together)
     assert not np.array_equal(alone[0], alone[1])
     assert not np.array_equal(alone[0][0], alone[0][1])
 
 
+def as_batch(image: NDArray[np.uint8]) -> torch.Tensor:
+    """A batch of one, (1, C, H, W) in [0, 1]."""
+    return torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
+
+
+def difference(batch: torch.Tensor, view: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """How far a batch of one is from a view; not at borders: some reflect there, some repeat."""
+    pixels = 255 * batch[0].permute(1, 2, 0).numpy()
+    return np.abs(pixels - view)[3:-3, 3:-3]
+
+
 SINGLE = {
-    "crop": ViewRecipe(crop_area=(0.3, 0.9), interpolation="bicubic"),
     "flip": ViewRecipe(flip_probability=1.0),
     "brightness": ViewRecipe(jitter_probability=1.0, brightness=0.4),
     "contrast": ViewRecipe(jitter_probability=1.0, contrast=0.4),
@@ -77,14 +94,32 @@ def test_a_worker_makes_the_view_of_a_batch(recipe: ViewRecipe) -> None:
     """
     image = picture()
     for seed in range(5):
-        view, _ = sample_views(image, (recipe, recipe), seed, size_px=40)
+        view = finish_sample(image, recipe, np.random.default_rng(seed))
         units = np.random.default_rng(seed).random((1, UNITS))
-        batch = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
-        expected = apply_view(batch, view_parameters(units, recipe, height=40, width=40))
-        pixels = 255 * expected[0].permute(1, 2, 0).numpy()
-        inner = np.abs(pixels - view)[3:-3, 3:-3]  # borders are reflected here, repeated there
+        expected = finish_view(as_batch(image), view_parameters(units, recipe, height=40, width=40))
+        inner = difference(expected, view)
         assert inner.mean() < 1.2
         assert inner.max() <= (8 if recipe.hue > 0 else 4)
+
+
+def test_a_worker_cuts_the_crop_of_a_batch() -> None:
+    """The same numbers are the same part of the image, on average within 1.2 of 255, 4 at most."""
+    image, recipe = picture(), ViewRecipe(crop_area=(0.3, 0.9), interpolation="bicubic")
+    for seed in range(5):
+        units = np.random.default_rng(seed).random((1, UNITS))
+        box = Box(*crop_box(np.random.default_rng(seed), 40, 40, recipe.crop_area))
+        (crop,) = cut_crops(
+            image,
+            lambda *_, box=box: [box],
+            height=40,
+            width=40,
+            channels=3,
+            interpolation=recipe.interpolation,
+        )
+        expected = apply_view(as_batch(image), view_parameters(units, recipe, height=40, width=40))
+        inner = difference(expected, crop)
+        assert inner.mean() < 1.2
+        assert inner.max() <= 4
 
 
 def test_a_stream_finishes_crops_where_it_decodes() -> None:

@@ -9,15 +9,14 @@ Rules:
 
 Nothing here knows of torch, devices or random views.
 
-Shapes: N images of this rank's slice, H x W pixels, C channels.
+Shapes: R images to learn from, N of this rank's slice, H x W pixels, C channels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,19 +35,57 @@ class Batch:
 
     Attributes:
         step: counted from 0.
-        image_rows: (N,) int64, which images these are.
         images_NHWC: (N, H, W, C) uint8, or None.
         views: two of (N, H, W, C) uint8, cropped and not yet flipped or coloured, or None.
     """
 
     step: int
-    image_rows: NDArray[np.int64]
     images_NHWC: Pixels | None = None
     views: tuple[Pixels, Pixels] | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Which images make up the batches of one rank.
+
+    Attributes:
+        rows: (R,) int64, the images to learn from.
+        batch_size: images of a step, over all ranks; a multiple of `world`, and at most R.
+        seed: decides the order of every epoch.
+        rank: whose slice of each batch this is.
+        world: how many ranks there are.
+    """
+
+    rows: NDArray[np.int64]
+    batch_size: int
+    seed: int
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.rank < self.world
+        assert self.batch_size % self.world == 0
+        assert self.steps_per_epoch > 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Full batches in one pass over the images."""
+        return len(self.rows) // self.batch_size
+
+    def steps(self, first_step: int, total_steps: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """Yield each step from `first_step` to before `total_steps` with its (N,) rows."""
+        share = rank_slice(self.batch_size, self.rank, self.world)
+        epoch, order = -1, self.rows
+        for step in range(first_step, total_steps):
+            if step // self.steps_per_epoch != epoch:
+                epoch = step // self.steps_per_epoch
+                order = epoch_order(self.rows, seed=self.seed, epoch=epoch)
+            start = step % self.steps_per_epoch * self.batch_size
+            yield step, order[start : start + self.batch_size][share]
+
+
 class BatchSource(Protocol):
-    """Gives the batches of a run from any step on; a context manager that ends its threads.
+    """Gives the batches of a run from any step on; whoever opens it closes it.
 
     Attributes:
         steps_per_epoch: full batches in one pass over the training images, at least 1.
@@ -60,15 +97,8 @@ class BatchSource(Protocol):
         """Yield the batches of the steps from `first_step` to before `total_steps`."""
         ...
 
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Stop working ahead."""
+    def close(self) -> None:
+        """Stop working ahead, and end the threads."""
         ...
 
 
@@ -77,50 +107,19 @@ class MemorySource:
 
     Args:
         images_NHWC: all images, uint8.
-        rows: those to learn from.
-        batch_size: images of a step, over all ranks; a multiple of `world`, and at most as
-            many as there are rows.
-        seed: decides the order of every epoch.
-        rank, world: which slice of each batch to give, of how many.
+        plan: which of them to give, and when.
     """
 
-    def __init__(
-        self,
-        images_NHWC: Pixels,
-        rows: NDArray[np.int64],
-        *,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
-        assert 0 <= rank < world
-        assert batch_size % world == 0
-        self.steps_per_epoch = len(rows) // batch_size
-        assert self.steps_per_epoch > 0
-        self._images_NHWC, self._rows, self._seed = images_NHWC, rows, seed
-        self._batch_size, self._slice = batch_size, rank_slice(batch_size, rank, world)
+    def __init__(self, images_NHWC: Pixels, plan: Plan) -> None:
+        self.steps_per_epoch = plan.steps_per_epoch
+        self._images_NHWC, self._plan = images_NHWC, plan
 
     def batches(self, first_step: int, total_steps: int) -> Iterator[Batch]:
         """Yield the batches of the steps from `first_step` to before `total_steps`."""
-        epoch, order = -1, self._rows
-        for step in range(first_step, total_steps):
-            if step // self.steps_per_epoch != epoch:
-                epoch = step // self.steps_per_epoch
-                order = epoch_order(self._rows, seed=self._seed, epoch=epoch)
-            start = step % self.steps_per_epoch * self._batch_size
-            rows = order[start : start + self._batch_size][self._slice]
-            yield Batch(step=step, image_rows=rows, images_NHWC=self._images_NHWC[rows])
+        for step, rows in self._plan.steps(first_step, total_steps):
+            yield Batch(step=step, images_NHWC=self._images_NHWC[rows])
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         """There are no threads to end."""
 
 

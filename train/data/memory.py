@@ -66,15 +66,6 @@ class ImageSet:
     rejects: tuple[Reject, ...]
     sha256: str
 
-    @property
-    def faults(self) -> dict[str, int]:
-        """How many images were skipped, by fault."""
-        return dict(Counter(reject.fault for reject in self.rejects))
-
-    def batch(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Give some of the images, (len(rows), H, W, C) uint8."""
-        return self.images_NHWC[rows]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Split:

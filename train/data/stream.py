@@ -19,17 +19,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
-from typing import Self, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from models.errors import ImageError
 from models.images import ImageData
-from train.data.batches import Batch, Pixels, rank_slice
+from train.data.batches import Batch, Pixels, Plan
 from train.data.catalogue import Catalogue
-from train.data.memory import epoch_order
 from train.data.rejects import Rejects, reject_of
 
 PREFETCH_BATCHES = 3
@@ -44,37 +41,24 @@ class StreamSource:
 
     Args:
         catalogue: where the images are.
-        rows: those to learn from, sorted.
+        plan: which of them to give, and when; its rows are sorted, its seed decides the views.
         make_views: makes the two views of an image; called from many threads.
         rejects: counts the images that cannot be used.
-        batch_size: images of a step, over all ranks; a multiple of `world`, and at most as
-            many as there are rows.
-        seed: decides the order of every epoch and the views.
         workers: threads that decode.
-        rank: whose slice of each batch to give.
-        world: how many ranks there are.
     """
 
     def __init__(
         self,
         catalogue: Catalogue,
-        rows: NDArray[np.int64],
+        plan: Plan,
         make_views: MakeViews,
         rejects: Rejects,
         *,
-        batch_size: int,
-        seed: int,
         workers: int,
-        rank: int = 0,
-        world: int = 1,
     ) -> None:
-        assert 0 <= rank < world
-        assert batch_size % world == 0
-        self.steps_per_epoch = len(rows) // batch_size
-        assert self.steps_per_epoch > 0
-        self._catalogue, self._rows, self._seed = catalogue, rows, seed
+        self.steps_per_epoch = plan.steps_per_epoch
+        self._catalogue, self._plan = catalogue, plan
         self._make_views, self._rejects = make_views, rejects
-        self._batch_size, self._slice = batch_size, rank_slice(batch_size, rank, world)
         self._pool = ThreadPoolExecutor(workers, "decode")
 
     def batches(self, first_step: int, total_steps: int) -> Iterator[Batch]:
@@ -85,8 +69,9 @@ class StreamSource:
         """
         ahead: deque[tuple[int, list[Future[_Views]]]] = deque()
         try:
-            for step, rows in self._plan(first_step, total_steps):
-                ahead.append((step, [self._pool.submit(self._views, step, row) for row in rows]))
+            for step, rows in self._plan.steps(first_step, total_steps):
+                views = [self._pool.submit(self._views, step, row) for row in rows.tolist()]
+                ahead.append((step, views))
                 if len(ahead) > PREFETCH_BATCHES:
                     yield _gather(*ahead.popleft())
             while ahead:
@@ -96,54 +81,33 @@ class StreamSource:
                 for future in futures:
                     future.cancel()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         """Stop working ahead: what is decoded at this moment is waited for."""
         self._pool.shutdown(cancel_futures=True)
 
-    def _plan(self, first_step: int, total_steps: int) -> Iterator[tuple[int, list[int]]]:
-        """Yield each step with the rows of this rank's slice."""
-        epoch, order = -1, self._rows
-        for step in range(first_step, total_steps):
-            if step // self.steps_per_epoch != epoch:
-                epoch = step // self.steps_per_epoch
-                order = epoch_order(self._rows, seed=self._seed, epoch=epoch)
-            start = step % self.steps_per_epoch * self._batch_size
-            yield step, order[start : start + self._batch_size][self._slice].tolist()
-
     def _views(self, step: int, wanted_row: int) -> _Views:
         """Give the views of a row, or of the next one that can be used."""
-        place = int(np.searchsorted(self._rows, wanted_row))
-        for offset in range(len(self._rows)):
-            row = int(self._rows[(place + offset) % len(self._rows)])
+        rows = self._plan.rows
+        place = int(np.searchsorted(rows, wanted_row))
+        for offset in range(len(rows)):
+            row = int(rows[(place + offset) % len(rows)])
             record = self._catalogue.records[row]
             if record.key in self._rejects:
                 continue
             # By the row that is wanted: one that stands in, too, has views of its own.
-            generator = np.random.default_rng((self._seed, step, wanted_row))
+            generator = np.random.default_rng((self._plan.seed, step, wanted_row))
             try:
-                return row, *self._make_views(record.read(), generator)
+                return self._make_views(record.read(), generator)
             except ImageError as error:
                 self._rejects.add(reject_of(record, error))
         raise AssertionError("`Rejects` refuses a source of which half is unusable")
 
 
-_Views: TypeAlias = tuple[int, Pixels, Pixels]
-"""The row that was used, and its two views."""
+_Views: TypeAlias = tuple[Pixels, Pixels]
+"""Both views of one image."""
 
 
 def _gather(step: int, futures: list[Future[_Views]]) -> Batch:
     """Wait for the images of a batch and stack them."""
-    rows, first, second = zip(*(future.result() for future in futures), strict=True)
-    return Batch(
-        step=step,
-        image_rows=np.array(rows, np.int64),
-        views=(np.stack(first), np.stack(second)),
-    )
+    first, second = zip(*(future.result() for future in futures), strict=True)
+    return Batch(step=step, views=(np.stack(first), np.stack(second)))

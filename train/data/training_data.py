@@ -29,7 +29,7 @@ from models.command import progress
 from models.cpu import cpu_budget
 from models.images import ImageSource
 from models.preprocess import PreprocessSpec
-from train.data.batches import BatchSource, MemorySource, Pixels
+from train.data.batches import BatchSource, MemorySource, Pixels, Plan
 from train.data.catalogue import Catalogue, list_images
 from train.data.memory import (
     ImageSet,
@@ -146,12 +146,10 @@ class TrainingData:
                 found=str(len(self.train)),
                 mend="lower --batch-size or give more images",
             )
-        plan = {"batch_size": batch_size, "seed": seed, "rank": rank, "world": world}
+        plan = Plan(rows=self.train, batch_size=batch_size, seed=seed, rank=rank, world=world)
         if not isinstance(self._images, Catalogue):
-            return MemorySource(self._images, self.train, **plan)
-        return StreamSource(
-            self._images, self.train, make_views, self.rejects, workers=workers, **plan
-        )
+            return MemorySource(self._images, plan)
+        return StreamSource(self._images, plan, make_views, self.rejects, workers=workers)
 
 
 def open_training_data(

@@ -21,9 +21,9 @@ from models.command import run_command
 from models.cpu import cpu_budget
 from train.errors import training_packages
 from train.export.options import ExportOptions
+from train.export.tensorrt import DEFAULT_OUT, build_engine, require_tensorrt
+from train.export.triton import TritonOptions, check_model_target, write_model
 from train.run import RunDirectory
-from train.tensorrt import DEFAULT_OUT, build_engine, require_tensorrt
-from train.triton_repository import TritonOptions, check_model_target, write_model
 
 
 def main(options: ExportOptions) -> None:

@@ -126,11 +126,11 @@ class ExportOptions:
 
     triton_repository: Path | None = None
     """Also lay the encoder out as a model in this repository of Triton; for more than the
-    defaults `python -m train.triton_repository` takes the bundle."""
+    defaults `python -m train.export.triton` takes the bundle."""
 
     tensorrt: bool = False
     """Also compile an engine for this machine's GPU, in half precision with --fp16; for more
-    than the defaults `python -m train.tensorrt` takes the bundle."""
+    than the defaults `python -m train.export.tensorrt` takes the bundle."""
 
     replace: bool = False
     """Replace an existing bundle, and model of Triton."""

@@ -3,7 +3,8 @@
 Rules:
     The embeddings are gathered from all ranks, and every rank computes the same loss: the
     adjoint of the gather makes the mean of the gradients over the ranks the true one.
-    Nothing here is fast, and C is D x D.
+    Nothing here is fast, and C is D x D. Products obey the caller's float32 precision, unlike
+    those of `train.loss.products`; a training has it whole.
 
 Where the paper leaves something open, this is what was taken:
     `features`: the paper standardises over the batch, then brings each sample to the unit

@@ -1,5 +1,10 @@
 """The matrix product of the loss, by the fastest exact float32 kernel of the machine.
 
+Rules:
+    Products of float32 are float32 whatever the caller allows elsewhere, by
+    `torch.set_float32_matmul_precision`, `allow_tf32` or `fp32_precision`: neither TF32 nor
+    bfloat16. What the caller had set is as it was afterwards.
+
 On a CPU torch multiplies float32 matrices by MKL, which on AMD's processors stays with AVX2
 where oneDNN, the other library that torch carries, uses AVX-512: 256 x 8192 by its own
 transpose takes 13 ms on one core of an EPYC (family 26) against 6. Both add in float32.
@@ -8,6 +13,9 @@ Where that is not there, and on any other device or dtype, this is `x @ w.T`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -32,7 +40,28 @@ def times_transposed(x_PK: Tensor, w_QK: Tensor) -> Tensor:
         and x_PK.is_contiguous()
         and (w_QK.is_contiguous() or w_QK.T.is_contiguous())
     )
-    if not is_fast:
-        return x_PK @ w_QK.T
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x_PK, w_QK, None, "none", [], "")
-    return product
+    with full_precision(x_PK.device):
+        if not is_fast:
+            return x_PK @ w_QK.T
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x_PK, w_QK, None, "none", [], "")
+        return product
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Hold float32 products on a CPU or a GPU of CUDA to float32; takes some microseconds.
+
+    The setting is one of the whole process, so that other threads multiply exactly meanwhile.
+    It is the backend's own, which the kernels ask: torch's older ones only set it, and refuse
+    to be read where it was set by itself.
+    """
+    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    before = backend.matmul.fp32_precision
+    backend.matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        # What was read may be the setting of all backends, which "none" goes on following.
+        backend.matmul.fp32_precision = "none"
+        if backend.matmul.fp32_precision != before:
+            backend.matmul.fp32_precision = before

@@ -48,6 +48,9 @@ VALIDATION_SHARE = 0.2
 SHARE_OF_OTHERS = 0.5
 """At most, of the other training images, to choose settings on."""
 
+LAYER_C = (0.01, 0.1, 1.0)
+"""C of a linear layer alone, where fine-tuning has none."""
+
 T = TypeVar("T")
 
 
@@ -165,6 +168,26 @@ def make_arms(options: FewLabelsOptions, run: RunDirectory, n_classes: int) -> l
     return [finetuned, scratch]
 
 
+def make_layer_arms(options: FewLabelsOptions, run: RunDirectory, n_classes: int) -> list[Arm]:
+    """Give the arms of a linear layer alone: on the network after pretraining, and before.
+
+    Raises:
+        RunError: as above.
+    """
+    config, recipes = run.read_config(), layer_recipes(resolve(options))
+    files = {"frozen": last_checkpoint(run), "random": run.initial_file}
+    notes = {"frozen": "as pretraining left it", "random": "as pretraining found it"}
+    return [
+        Arm(
+            name=f"{name}, linear layer",
+            make=_from_file(file, config, options, n_classes),
+            recipes=recipes,
+            note=f"the network {notes[name]}",
+        )
+        for name, file in files.items()
+    ]
+
+
 def resolve(options: FewLabelsOptions) -> RecipeOptions:
     """Complete what was given of the recipe by the preset's values."""
     preset, given = RECIPES[options.preset], options.recipe
@@ -195,6 +218,23 @@ def finetune_recipes(recipe: RecipeOptions) -> tuple[Recipe, ...]:
             freezes_batch_norm=_given(recipe.freeze_batch_norm),
         )
         for epochs, lr_head, lr_backbone, head_c, crop in grid
+    )
+
+
+def layer_recipes(recipe: RecipeOptions) -> tuple[Recipe, ...]:
+    """List the recipes of the linear layer alone: every C of the fit, and no step after it."""
+    given = tuple(c for c in _given(recipe.head_c) if c > 0)
+    return tuple(
+        _recipe(
+            recipe,
+            epochs=0,
+            lr_head=0.0,
+            lr_backbone=0.0,
+            head_c=c,
+            smallest_crop=1.0,
+            freezes_batch_norm=True,
+        )
+        for c in given or LAYER_C
     )
 
 

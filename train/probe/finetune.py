@@ -8,15 +8,13 @@ Source: Zbontar et al., arXiv 2103.03230, section 3.2, whose recipe is `--preset
 
 from __future__ import annotations
 
-from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from models.bundle import Json
-from models.cpu import cpu_budget
 from models.images import ImageSource, open_source
-from train.errors import training_packages
 from train.probe.labelled import LabelledSet, read_labelled
+from train.probe.opening import opened_on_device, require_run
 from train.probe.options import FewLabelsOptions, FinetuneOptions
 from train.probe.report import ProbeReport, command_line, notes_of, score_classes, show
 from train.run import describe_environment
@@ -40,22 +38,9 @@ class Trained:
 
 def main(options: FinetuneOptions) -> None:
     """Train both arms, measure, print and write."""
-    with training_packages():
-        from train.device import prepare_device, resolve_compute
-        from train.probe.probed import open_probed, require_run
-
-        threads = options.threads or cpu_budget()
-        compute = resolve_compute(options.device, options.precision)
-        prepare_device(compute, threads=threads)
-        require_run(options.run)
-        probed = open_probed(
-            str(options.run),
-            stages=options.stages,
-            grid=options.grid,
-            device=compute.device,
-            threads=threads,
-        )
-    with closing(probed):
+    require_run(options.run)
+    where = str(options.run)
+    with opened_on_device(where, options, precision=options.precision) as (probed, compute):
         report = evaluate_finetune(options, probed, compute)
     show(report, as_json=options.json, out=options.out)
 
@@ -70,7 +55,7 @@ def evaluate_finetune(options: FinetuneOptions, probed: Probed, compute: Compute
     from train.probe.arms import difference, score_arms
 
     test_source = open_source(options.test)  # a misspelt name ends it now, not at the end
-    trained = train_arms(options, probed, compute)
+    trained = train_arms(options, probed, compute, with_layers=options.baselines)
     test = read_test(test_source, probed, trained.images)
     rows, scores_NC = score_arms(trained.arms, labelled_images(test), compute)
     return ProbeReport(
@@ -91,19 +76,26 @@ def evaluate_finetune(options: FinetuneOptions, probed: Probed, compute: Compute
     )
 
 
-def train_arms(options: FewLabelsOptions, probed: Probed, compute: Compute) -> Trained:
+def train_arms(
+    options: FewLabelsOptions, probed: Probed, compute: Compute, *, with_layers: bool
+) -> Trained:
     """Draw the labels, let each arm choose, and train it on every seed.
+
+    `with_layers` adds those of a linear layer alone.
 
     Raises:
         SourceError: the source is missing or damaged.
         TrainError: there are too few labels, or nothing trains.
     """
     from train.probe.arms import train_arm
-    from train.probe.few_labels import make_arms, read_budget
+    from train.probe.few_labels import make_arms, make_layer_arms, read_budget
 
     assert probed.run is not None, "only a run has weights to train"
     budget, images, draw = read_budget(options, probed.encoder)
-    arms = make_arms(options, probed.run, len(images.class_names))
+    n_classes = len(images.class_names)
+    arms = make_arms(options, probed.run, n_classes)
+    if with_layers:
+        arms += make_layer_arms(options, probed.run, n_classes)
     trained = [train_arm(arm, budget, compute) for arm in arms]
     return Trained(arms=trained, budget=budget, images=images, draw=draw)
 

@@ -97,7 +97,7 @@ def read_labelled(
         preprocess_for: whose preprocessing is applied; the encoders share it.
         what: a word or two for the progress line.
         class_names: the classes to count by; the labels that occur, sorted, where None.
-        rows: which of the labelled records to read, as `record_labels` numbers them.
+        rows: which of the labelled records to read, as `record_classes` numbers them.
         with_pixels: whether to keep reduced pixels.
         with_images: whether to keep the images.
 

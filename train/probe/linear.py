@@ -10,17 +10,15 @@ there images are cropped and flipped anew every epoch, here only with `--augment
 
 from __future__ import annotations
 
-import os
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.bundle import Json, record_evaluation
-from models.cpu import cpu_budget
 from models.errors import UsageError
 from models.images import open_source
-from train.errors import TrainError, training_packages
+from train.errors import writing
 from train.probe.labelled import LabelledSet
+from train.probe.opening import opened_on_device
 from train.probe.options import LinearOptions
 from train.probe.report import ProbeReport, command_line, notes_of, score_classes, show
 from train.run import describe_environment
@@ -31,21 +29,7 @@ if TYPE_CHECKING:
 
 def main(options: LinearOptions) -> None:
     """Measure, print, write and record."""
-    with training_packages():
-        from train.device import prepare_device, resolve_compute
-        from train.probe.probed import open_probed
-
-        threads = options.threads or cpu_budget()
-        compute = resolve_compute(options.device, "fp32")
-        prepare_device(compute, threads=threads)
-        probed = open_probed(
-            options.encoder,
-            stages=options.stages,
-            grid=options.grid,
-            device=compute.device,
-            threads=threads,
-        )
-    with closing(probed):
+    with opened_on_device(options.encoder, options, precision="fp32") as (probed, _):
         if options.record and probed.bundle is None:
             raise UsageError(
                 "--record", expected="an encoder that is a bundle here", found=options.encoder
@@ -91,17 +75,10 @@ def record(bundle: Path, report: ProbeReport) -> None:
     """Keep a report in `bundle.json`.
 
     Raises:
-        TrainError: it cannot be written.
+        RunError: it cannot be written.
     """
-    try:
+    with writing(bundle, mend="make it writable, or keep the report elsewhere with --out"):
         record_evaluation(bundle, report.kind, report.to_json())
-    except OSError as error:
-        raise TrainError(
-            "--record",
-            expected=f"a bundle at {bundle} that can be written",
-            found=os.strerror(error.errno) if error.errno else str(error),
-            mend="make it writable, or keep the report elsewhere with --out",
-        ) from error
 
 
 def describe_split(options: LinearOptions, train: LabelledSet) -> dict[str, Json]:

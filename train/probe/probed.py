@@ -22,18 +22,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from models.bundle import BUNDLE_FILE, Json
+from models.bundle import Json
 from models.encoder import Encoder, check_batch, open_encoder
 from models.files import sha256_file
 from models.preprocess import PreprocessSpec, preprocess
 from models.runtime import open_random_twin
-from train.errors import RunError
-from train.export.graph import EncoderGraph
+from train.export.graph import EncoderGraph, run_in_batches
 from train.export.readout import PooledReadout
 from train.export.run_graph import graph_of, last_checkpoint
 from train.run import RunConfig, RunDirectory
-
-EMBED_BATCH = 256
 
 
 class RunEncoder:
@@ -78,10 +75,8 @@ class RunEncoder:
         """
         check_batch(images_NHWC, self.preprocessing)
         blocks = [np.empty((0, self.dim), np.float32)]
-        with torch.inference_mode():
-            for start in range(0, len(images_NHWC), EMBED_BATCH):
-                block = torch.from_numpy(images_NHWC[start : start + EMBED_BATCH])
-                blocks.append(self.graph(block.to(self.device)).float().cpu().numpy())
+        for vectors_ND in run_in_batches(self.graph, self.graph, images_NHWC):
+            blocks.append(vectors_ND.cpu().numpy())
         return np.concatenate(blocks)
 
     def close(self) -> None:
@@ -149,22 +144,6 @@ def open_probed(
         "dim": encoder.dim,
     }
     return Probed(encoder=encoder, twin=twin, bundle=bundle, run=None, description=description)
-
-
-def require_run(where: Path) -> None:
-    """Refuse what has no weights that could be trained further.
-
-    Raises:
-        RunError: it is no run.
-    """
-    if (where / BUNDLE_FILE).is_file():
-        raise RunError(
-            str(where),
-            expected="a run directory, whose weights can be trained further",
-            found="a bundle",
-            mend="give the run that it was exported from",
-        )
-    RunDirectory(path=where).read_config()
 
 
 def _open_run(run: RunDirectory, stages: Sequence[int], grid: int, device: torch.device) -> Probed:

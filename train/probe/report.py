@@ -118,13 +118,14 @@ def command_line() -> str:
 def score(scores_NC: NDArray[np.float64], truth_N: NDArray[np.int64]) -> Scores:
     """Count the images whose class has the largest score, and one of the five largest.
 
-    Of equal scores the first class comes first; an image of no known class is wrong.
+    Of equal scores the first class comes first; an image of no known class, or with a score
+    that is not a number, is wrong.
     """
     true_N1 = scores_NC[np.arange(len(truth_N)), np.maximum(truth_N, 0)][:, None]
     is_before_NC = scores_NC > true_N1
     is_before_NC |= (scores_NC == true_N1) & (np.arange(scores_NC.shape[1]) < truth_N[:, None])
     rank_N = is_before_NC.sum(axis=1)
-    is_known_N = truth_N >= 0
+    is_known_N = (truth_N >= 0) & ~np.isnan(scores_NC).any(axis=1)
     return Scores(
         top1=float(((rank_N < 1) & is_known_N).mean()),
         top5=float(((rank_N < 5) & is_known_N).mean()),
@@ -192,7 +193,7 @@ def _header(report: ProbeReport) -> str:
         f"{report.kind}: {figure} on {report.test['images']:,} images of {report.test['uri']}",
         f"  encoder {report.encoder['name']} ({report.encoder['kind']}), "
         f"{report.encoder['fingerprint']}",
-        f"  trained on {report.images['images']:,} labelled images of {report.images['uri']}",
+        f"  trained on {_labels(report.images)} of {report.images['uri']}",
         f"  settings chosen {report.split['how']}",
     ]
     if report.difference is not None:
@@ -201,6 +202,20 @@ def _header(report: ProbeReport) -> str:
             f"seeds {', '.join(map(str, report.seeds))}"
         )
     return "\n".join(lines)
+
+
+def _labels(images: Mapping[str, Json]) -> str:
+    """Say `600 labelled images a seed (1,780 read)`, or just how many where all taught alike.
+
+    What is read is the labels of all seeds and the held-out images together.
+    """
+    by_seed = images.get("labels_by_seed")
+    if not isinstance(by_seed, dict):
+        return f"{images['images']:,} labelled images"
+    counts = [n for n in by_seed.values() if isinstance(n, int)]
+    low, high = min(counts), max(counts)
+    labels = f"{high:,}" if low == high else f"{low:,} to {high:,}"
+    return f"{labels} labelled images a seed ({images['images']:,} read)"
 
 
 def _points(difference: Spread) -> str:

@@ -49,6 +49,8 @@ CHOICE_TOLERANCE = 1e-3
 """The same where only the accuracy on held-out rows is wanted."""
 
 MAX_ITERATIONS = 1000
+"""Of one fit; there it ends in any case."""
+
 PATIENCE = 2
 LEAST_FALL = 1e-3
 """Share of the held-out loss; a smaller fall is none."""
@@ -171,7 +173,6 @@ def fit_softmax(
     start: SoftmaxModel | None = None,
     statistics: Statistics | None = None,
     tolerance: float = GRADIENT_TOLERANCE,
-    max_iterations: int = MAX_ITERATIONS,
 ) -> SoftmaxModel:
     """Fit by L-BFGS.
 
@@ -183,7 +184,6 @@ def fit_softmax(
         start: a model of the same rows to start from.
         statistics: of the same rows, where they are known already.
         tolerance: the largest entry of the gradient over V that is good enough.
-        max_iterations: where it ends in any case.
 
     Raises:
         TrainError: features are not finite.
@@ -212,8 +212,8 @@ def fit_softmax(
 
     optimizer = torch.optim.LBFGS(
         [free],
-        max_iter=max_iterations,
-        max_eval=2 * max_iterations,
+        max_iter=MAX_ITERATIONS,
+        max_eval=2 * MAX_ITERATIONS,
         tolerance_grad=tolerance,
         tolerance_change=0.0,
         history_size=HISTORY,

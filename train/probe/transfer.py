@@ -13,14 +13,11 @@ Source: Zbontar et al., arXiv 2103.03230, section 3.3.
 
 from __future__ import annotations
 
-from contextlib import closing
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
 from models.bundle import Json
-from models.cpu import cpu_budget
 from models.images import open_source
-from train.errors import training_packages
 from train.probe import linear as linear_probe
 from train.probe.finetune import (
     Trained,
@@ -29,6 +26,7 @@ from train.probe.finetune import (
     labelled_images,
     train_arms,
 )
+from train.probe.opening import opened_on_device
 from train.probe.options import CommonOptions, LinearOptions, TransferOptions
 from train.probe.report import ProbeReport, command_line, notes_of, score_classes, show
 from train.run import describe_environment
@@ -41,21 +39,8 @@ if TYPE_CHECKING:
 
 def main(options: TransferOptions) -> None:
     """Measure, print and write."""
-    with training_packages():
-        from train.device import prepare_device, resolve_compute
-        from train.probe.probed import open_probed
-
-        threads = options.threads or cpu_budget()
-        compute = resolve_compute(options.device, options.precision)
-        prepare_device(compute, threads=threads)
-        probed = open_probed(
-            options.encoder,
-            stages=options.stages,
-            grid=options.grid,
-            device=compute.device,
-            threads=threads,
-        )
-    with closing(probed):
+    where = options.encoder
+    with opened_on_device(where, options, precision=options.precision) as (probed, compute):
         report = evaluate_transfer(options, probed, compute)
     show(report, as_json=options.json, out=options.out)
 
@@ -77,17 +62,22 @@ def evaluate_transfer(options: TransferOptions, probed: Probed, compute: Compute
     _, labels_N = record_classes(open_source(options.images))
     draw = draw_labels(labels_N, options)
     layers = fit_layers(linear, probed, draw.by_seed[options.seeds[0]])
-    trained = None if probed.run is None else train_arms(options, probed, compute)
+    trained = (
+        None if probed.run is None else train_arms(options, probed, compute, with_layers=False)
+    )
     test = read_test(linear, probed, layers, test_source, with_images=True)
     rows, scores_NC = measure(linear, layers, test)
     rows = [replace(row, name=f"linear, {row.name}") for row in rows]
     gain, notes = None, notes_of(layers.train, test)
+    settings = linear_probe.describe_settings(linear)
+    settings |= {"labels": options.labels, "balanced": options.balanced}
     if trained is None:
         notes.append("only a run can be trained further: of a bundle there is the linear layer")
     else:
         arms, scores_NC = score_arms(trained.arms, labelled_images(test), compute)
         gain = difference(*arms) if len(arms) == 2 else None
         rows = [*arms, *rows]
+        settings |= describe_settings(options, compute)
     return ProbeReport(
         kind="transfer",
         command=command_line(),
@@ -95,7 +85,7 @@ def evaluate_transfer(options: TransferOptions, probed: Probed, compute: Compute
         images={**layers.train.describe()},
         test={**test.describe()},
         split=_describe_split(options, linear, layers, trained),
-        settings={**linear_probe.describe_settings(linear), **describe_settings(options, compute)},
+        settings=settings,
         seeds=options.seeds,
         rows=rows,
         difference=gain,

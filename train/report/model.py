@@ -28,6 +28,7 @@ from models.images import ImageSource
 from models.networks import BarlowTwins
 from models.preprocess import PreprocessSpec
 from models.vectors import finish_vectors
+from train.backbones import build_network
 from train.checkpoint import list_checkpoints, load_backbone, load_weights
 from train.data.memory import fit_record
 from train.diagnostics import (
@@ -39,7 +40,7 @@ from train.diagnostics import (
 from train.errors import RunError, TrainError
 from train.report.facts import RunFacts
 from train.run import RunDirectory
-from train.trainer import build_network, view_recipes
+from train.trainer import view_recipes
 from train.views import Normaliser, ViewRecipe, random_view
 
 EMBED_BATCH = 128
@@ -179,7 +180,8 @@ def open_network(run: RunDirectory, facts: RunFacts) -> tuple[BarlowTwins, int, 
     if not checkpoints:
         raise RunError(str(run.path), expected="a checkpoint", found="none yet")
     state = load_weights(checkpoints[-1])
-    network = build_network(facts.options)
+    options = facts.options
+    network = build_network(options.network, options.channels, options.image_size_px)
     try:
         network.load_state_dict(state["network"])
     except (KeyError, RuntimeError) as error:

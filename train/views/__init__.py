@@ -23,6 +23,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
+from threading import Barrier
 
 import numpy as np
 import torch
@@ -198,17 +200,33 @@ def _in_pieces(
         with torch.inference_mode(is_inference):  # threads do not inherit it
             make(images_NCHW[rows], parameters[rows], views_NCHW[rows])
 
-    if len(starts) < 2 or threads == 1:
+    if images_NCHW.is_cuda or threads == 1:
         for start in starts:
             make_piece(start)
         return views_NCHW
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for _ in pool.map(make_piece, starts):
-                pass
-    finally:
-        torch.set_num_threads(threads)  # for threads that are yet to come
+    for _ in _workers(threads).map(make_piece, starts):
+        pass
     return views_NCHW
+
+
+@cache
+def _workers(threads: int) -> ThreadPoolExecutor:
+    """Give the threads that make pieces, each with one thread for its operations.
+
+    They are kept: what OpenMP sets up for a new thread takes longer than a small piece.
+    """
+    pool = ThreadPoolExecutor(threads)
+    ready = Barrier(threads)
+
+    def start(_: int) -> None:
+        torch.set_num_threads(1)
+        torch.get_num_threads()  # binds this thread to that: see lazy_init_num_threads in ATen
+        ready.wait()
+
+    for _ in pool.map(start, range(threads)):
+        pass
+    torch.set_num_threads(threads)  # for threads that are yet to come
+    return pool
 
 
 def _change_values(views_nCHW: Tensor, parameters: ViewParameters) -> None:

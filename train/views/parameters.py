@@ -6,7 +6,7 @@ Rules:
     draws of another.
     Parameters lie on the host, where choosing the images that an operation is for costs
     an accelerator no synchronisation.
-    No torch: the threads that decode draw by the same functions.
+    This module needs no torch itself: the threads that decode draw by the same functions.
 
 Source: arXiv 2103.03230, section 2.2; the crop's geometry and the ranges of the colour
 operations are those of torchvision's `RandomResizedCrop` and `ColorJitter`.
@@ -46,7 +46,7 @@ BLUR_DEVIATIONS = 3.0
 
 @dataclass(frozen=True, kw_only=True)
 class ViewRecipe:
-    """What one view may do; probabilities in [0, 1], strengths as in `train.config`."""
+    """What one view may do: fields as in `train.option_groups.ViewOptions`, of one view."""
 
     crop_area: tuple[float, float] = (1.0, 1.0)
     interpolation: Interpolation = "bilinear"

@@ -1,4 +1,4 @@
-"""The random views of one image, uint8 to uint8: for workers that make views as they decode.
+"""What comes after the crop of one image, uint8 to uint8: for workers that make whole views.
 
 The option beside `train.views`, for machines whose accelerator has no time to spare and
 whose CPUs have. The draws, their probabilities and the order of operations are the same;
@@ -9,12 +9,12 @@ slower than Pillow's own, which the authors used as well.
 Rules:
     All randomness comes from the caller's generator, never from a global one: threads do
     not disturb one another and a view is a function of its seed.
-    Crops are resized with antialiasing, for here they may be larger than the view.
+    Crops are made elsewhere, as in `train.views.crops`, and have the size of the view.
     Images of neither one nor three channels are done channel by channel, by one set of draws.
 
 Source: arXiv 2103.03230, section 2.2 and the authors' `Transform`.
 
-Shapes: H x W pixels, C channels; h x w pixels of an image that is yet to be cropped.
+Shapes: H x W pixels, C channels.
 """
 
 from __future__ import annotations
@@ -42,40 +42,14 @@ Pixels: TypeAlias = NDArray[np.uint8]
 Recipes: TypeAlias = tuple[ViewRecipe, ViewRecipe]
 """Of view 1 and of view 2."""
 
-RESAMPLING = {
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-}
-
 SOLARISE_FROM = 128
 """Values from here on are inverted."""
 
 
-def sample_views(
-    image_hwC: Pixels, recipes: Recipes, seed: int, *, size_px: int
-) -> tuple[Pixels, Pixels]:
-    """Make both views of one image.
-
-    Args:
-        image_hwC: of any size and any number of channels.
-        recipes: what may happen, how often and how much, by view.
-        seed: decides both views.
-        size_px: side of a view.
-
-    Returns:
-        Two (size_px, size_px, C) uint8.
-    """
-    rng = np.random.default_rng(seed)
-    height, width = image_hwC.shape[:2]
-    first, second = (
-        _view(image_hwC, _draw(rng, recipe, height, width), size_px) for recipe in recipes
-    )
-    return first, second
-
-
 def finish_sample(crop_HWC: Pixels, recipe: ViewRecipe, rng: np.random.Generator) -> Pixels:
     """Do all but the crop, for an image that was cropped when it was decoded."""
-    parameters = _draw(rng, recipe, *crop_HWC.shape[:2])
+    height, width = crop_HWC.shape[:2]
+    parameters = view_parameters(rng.random((1, UNITS)), recipe, height=height, width=width)
     return _by_bands(crop_HWC, lambda band: _finish(band, parameters))
 
 
@@ -106,26 +80,6 @@ class FinishedCrops:
             for crop, recipe in zip(crops, self._recipes, strict=True)
         )
         return first, second
-
-
-def _draw(rng: np.random.Generator, recipe: ViewRecipe, height: int, width: int) -> ViewParameters:
-    """Draw the parameters of one view."""
-    return view_parameters(rng.random((1, UNITS)), recipe, height=height, width=width)
-
-
-def _view(image_hwC: Pixels, parameters: ViewParameters, size_px: int) -> Pixels:
-    """Crop one image and do the rest to it."""
-    boxes, resampling = parameters.boxes, RESAMPLING[parameters.recipe.interpolation]
-    left, top = float(boxes.left[0]), float(boxes.top[0])
-    # Rounding may lead out of the image by 1e-13, which Pillow refuses.
-    right = min(left + float(boxes.width[0]), float(image_hwC.shape[1]))
-    bottom = min(top + float(boxes.height[0]), float(image_hwC.shape[0]))
-
-    def make(band: Image.Image) -> Image.Image:
-        crop = band.resize((size_px, size_px), resampling, box=(left, top, right, bottom))
-        return _finish(crop, parameters)
-
-    return _by_bands(image_hwC, make)
 
 
 def _finish(image: Image.Image, parameters: ViewParameters) -> Image.Image:
@@ -160,10 +114,10 @@ def _jitter(image: Image.Image, parameters: ViewParameters) -> Image.Image:
     return image
 
 
-def _by_bands(image_hwC: Pixels, make: Callable[[Image.Image], Image.Image]) -> Pixels:
+def _by_bands(crop_HWC: Pixels, make: Callable[[Image.Image], Image.Image]) -> Pixels:
     """Make a view by way of Pillow, which knows one and three channels."""
-    channels = image_hwC.shape[2]
+    channels = crop_HWC.shape[2]
     if channels == 3:
-        return np.asarray(make(Image.fromarray(np.ascontiguousarray(image_hwC))))
-    bands = [np.ascontiguousarray(image_hwC[:, :, c]) for c in range(channels)]
+        return np.asarray(make(Image.fromarray(np.ascontiguousarray(crop_HWC))))
+    bands = [np.ascontiguousarray(crop_HWC[:, :, c]) for c in range(channels)]
     return np.stack([np.asarray(make(Image.fromarray(band))) for band in bands], axis=2)

@@ -1,4 +1,4 @@
-"""`python -m train.tensorrt BUNDLE`: compile an encoder for this machine's GPU.
+"""`python -m train.export.tensorrt BUNDLE`: compile an encoder for this machine's GPU.
 
 Rules:
     An engine is a cache, never part of a bundle: its file is named by the encoder's
@@ -196,4 +196,4 @@ def _refused(reason: str) -> ExportError:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(TensorrtOptions, main, prog="python -m train.tensorrt"))
+    sys.exit(run_command(TensorrtOptions, main, prog="python -m train.export.tensorrt"))

@@ -1,4 +1,4 @@
-"""`python -m train.triton_repository BUNDLE --out DIR`: an encoder as Triton serves it.
+"""`python -m train.export.triton BUNDLE --out DIR`: an encoder as Triton serves it.
 
 Writes DIR/NAME with `config.pbtxt` and the ONNX file as version 1, ready for
 `tritonserver --model-repository DIR`. Several encoders may share a repository.
@@ -8,6 +8,8 @@ Rules:
     Triton batches; nothing is padded, since a vector does not depend on its batch.
     The configuration's parameters carry fingerprint and preprocessing, so that a client can
     refuse the vectors of another encoder and bring images to the right pixels.
+    TensorRT computes in the precision whose fingerprint is given: FP16 for encoder.fp16.onnx
+    alone.
     A model appears whole or not at all.
 
 Source: Triton's model configuration, and its onnxruntime and Python backends.
@@ -32,7 +34,7 @@ from models.errors import UsageError
 from models.files import atomic_directory, canonical_json
 from train.errors import ExportError, writing
 from train.export.graph_names import INPUT_NAME, OUTPUT_NAME
-from train.tensorrt import refuse_int8
+from train.export.tensorrt import refuse_int8
 
 CONFIG_FILE = "config.pbtxt"
 GRAPH_FILE = "model.onnx"
@@ -67,7 +69,8 @@ class TritonOptions:
     """Where instances run."""
 
     tensorrt: bool = False
-    """Let the onnxruntime backend compile the graph with TensorRT; GPU only."""
+    """Let the onnxruntime backend compile the graph with TensorRT, in half precision where the
+    bundle's FP16 encoder is given; GPU only."""
 
     instances: int = 1
     """Copies of the encoder that run side by side, on each GPU or on the CPU."""
@@ -194,7 +197,7 @@ def model_config(
     if options.tensorrt:
         accelerators = config.optimization.execution_accelerators.gpu_execution_accelerator
         tensorrt = accelerators.add(name="tensorrt")
-        tensorrt.parameters.update(tensorrt_parameters(bundle, options))
+        tensorrt.parameters.update(tensorrt_parameters(bundle, precision, options))
         config.model_warmup.append(warmup(bundle, options))
     return config
 
@@ -205,15 +208,20 @@ def instance_group(options: TritonOptions) -> triton.ModelInstanceGroup:
     return triton.ModelInstanceGroup(kind=kinds[options.device], count=options.instances)
 
 
-def tensorrt_parameters(bundle: Bundle, options: TritonOptions) -> dict[str, str]:
-    """Let one engine of TensorRT serve every batch, in half precision."""
+def tensorrt_parameters(
+    bundle: Bundle, precision: Precision, options: TritonOptions
+) -> dict[str, str]:
+    """Let one engine of TensorRT serve every batch, in the encoder's precision.
+
+    Where `precision_mode` is left out, TensorRT computes in FP32.
+    """
     spec = bundle.preprocessing
     image = f"{spec.height}x{spec.width}x{spec.channels}"
     sizes = {"min": 1, "opt": options.max_batch_size, "max": options.max_batch_size}
     shapes = {
         f"trt_profile_{name}_shapes": f"{INPUT_NAME}:{size}x{image}" for name, size in sizes.items()
     }
-    return {"precision_mode": "FP16", **shapes}
+    return {"precision_mode": "FP16", **shapes} if precision == "fp16" else shapes
 
 
 def warmup(bundle: Bundle, options: TritonOptions) -> triton.ModelWarmup:
@@ -230,4 +238,4 @@ def warmup(bundle: Bundle, options: TritonOptions) -> triton.ModelWarmup:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(TritonOptions, main, prog="python -m train.triton_repository"))
+    sys.exit(run_command(TritonOptions, main, prog="python -m train.export.triton"))

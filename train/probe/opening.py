@@ -1,0 +1,72 @@
+"""Opens what a probe judges, on a device that is ready, and closes it: how every probe begins.
+
+torch loads when something is opened, not before: the probes' options are shown without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from models.bundle import BUNDLE_FILE
+from models.cpu import cpu_budget
+from train.errors import RunError, training_packages
+from train.probe.options import CommonOptions
+from train.run import RunDirectory
+
+if TYPE_CHECKING:
+    from train.device import Compute
+    from train.probe.probed import Probed
+
+
+@contextmanager
+def opened_on_device(
+    where: str, options: CommonOptions, *, precision: Literal["auto", "fp32", "bf16", "fp16"]
+) -> Iterator[tuple[Probed, Compute]]:
+    """Open a bundle, a run or a server's encoder; it is closed at the end of the block.
+
+    Args:
+        where: any of them.
+        options: the device, its threads, and the readout of a run.
+        precision: arithmetic of what is trained.
+
+    Raises:
+        BundleError, EncoderError: no sound bundle, or no answer.
+        RunError: the run has no checkpoint, or is damaged.
+        TrainError: a package or the device is not there.
+        UsageError: the run's network has no such stage.
+    """
+    with training_packages():
+        from train.device import prepare_device, resolve_compute
+        from train.probe.probed import open_probed
+
+        threads = options.threads or cpu_budget()
+        compute = resolve_compute(options.device, precision)
+        prepare_device(compute, threads=threads)
+        probed = open_probed(
+            where,
+            stages=options.stages,
+            grid=options.grid,
+            device=compute.device,
+            threads=threads,
+        )
+    with closing(probed):
+        yield probed, compute
+
+
+def require_run(where: Path) -> None:
+    """Refuse what has no weights that could be trained further.
+
+    Raises:
+        RunError: it is no run.
+    """
+    if (where / BUNDLE_FILE).is_file():
+        raise RunError(
+            str(where),
+            expected="a run directory, whose weights can be trained further",
+            found="a bundle",
+            mend="give the run that it was exported from",
+        )
+    RunDirectory(path=where).read_config()
