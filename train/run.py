@@ -117,8 +117,8 @@ class RunDirectory:
     def held(self, *, resume: bool) -> Iterator[None]:
         """Keep other processes out, from before the images are read to the end.
 
-        What a killed process left half-written is cleared away. A directory made here goes
-        again if nothing came into it.
+        On resuming, what a killed process left half-written is cleared away. A directory made
+        here goes again if nothing came into it.
 
         Raises:
             RunError: another process is at work in it, it cannot be written, or it is not
