@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -210,9 +208,3 @@ def test_no_option_moves_the_draws_of_another() -> None:
     np.testing.assert_array_equal(some.boxes.top, all_.boxes.top)
     np.testing.assert_array_equal(some.is_mirrored, all_.is_mirrored)
     np.testing.assert_array_equal(some.is_solarised, all_.is_solarised)
-
-
-def test_decoding_threads_and_workers_draw_without_torch() -> None:
-    """The module is imported by processes that never need torch."""
-    code = "import sys, train.views.parameters; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
