@@ -17,6 +17,8 @@ from serve.client import Client
 ROOT = Path(__file__).parents[1]
 MINI = ROOT / "tests/data/fashion-mnist-mini"
 MAX_BYTES = 6_000_000
+MAX_DIM = 512
+MAX_TRAINING_S = 2 * 3600
 
 
 def mini(split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -36,9 +38,11 @@ def nearest_neighbour_top1(encoder: Encoder) -> float:
 
 
 def test_it_is_sound_and_small():
-    """Every file has its recorded hash, and all of them take at most 6 MB."""
+    """Every file has its recorded hash; the encoder takes at most 6 MB, and gives 512 numbers."""
     bundle = read_bundle(SHIPPED_BUNDLE)
-    assert sum(file.stat().st_size for file in bundle.path.iterdir()) <= MAX_BYTES
+    assert bundle.encoder_path.stat().st_size <= MAX_BYTES
+    assert bundle.dim <= MAX_DIM
+    assert "int8" in bundle.precisions
 
 
 def test_it_says_where_it_comes_from_and_how_good_it_is():
@@ -46,6 +50,7 @@ def test_it_says_where_it_comes_from_and_how_good_it_is():
     provenance = read_bundle(SHIPPED_BUNDLE).provenance
     assert provenance["command"].startswith("python -m train.pretrain fashion-mnist ")
     assert {"seed", "data", "versions", "parity", "training"} <= set(provenance)
+    assert provenance["training"]["elapsed_s"] < MAX_TRAINING_S
     knn = provenance["evaluations"]["knn"]
     assert (knn["n_collection"], knn["n_queries"]) == (60_000, 10_000)
     assert knn["fingerprint"] == read_bundle(SHIPPED_BUNDLE).fingerprint
