@@ -165,7 +165,6 @@ def measure_bundle(options: Int8Options) -> dict[str, object] | None:
         vectors.append(queries_QD)
     parity = measure_parity(*vectors)
     return {
-        "path": str(options.bundle),
         "name": bundle.name,
         "fingerprint": bundle.fingerprint,
         "bank": len(bank_labels_N),
