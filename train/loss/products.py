@@ -6,8 +6,7 @@ Rules:
     bfloat16. What the caller had set is as it was afterwards.
 
 On a CPU torch multiplies float32 matrices by MKL, which on AMD's processors stays with AVX2
-where oneDNN, the other library that torch carries, uses AVX-512: 256 x 8192 by its own
-transpose takes 13 ms on one core of an EPYC (family 26) against 6. Both add in float32.
+where oneDNN, the other library that torch carries, uses AVX-512. Both add in float32.
 torch reaches oneDNN's plain product only through the operator that `torch.compile` uses.
 Where that is not there, and on any other device or dtype, this is `x @ w.T`.
 """

@@ -178,7 +178,7 @@ def _in_pieces(
 ) -> Tensor:
     """Let views be made of a few images at a time: on a CPU, else of all at once.
 
-    What stays in a core's cache between operations takes little more than half the time. Each
+    What stays in a core's cache between operations takes less time. Each
     thread works on pieces of its own, for operations on so few values are no longer than
     it takes threads to wait for one another; far less where others use the cores, too.
 
