@@ -26,7 +26,7 @@ from models.vectors import finish_vectors
 from models.wire import vectors_from_wire, vectors_to_wire
 from protos import horace_pb2 as pb
 from serve.errors import RequestError
-from serve.requests import bytes_of_hit
+from serve.reply_size import bytes_of_hit
 
 if TYPE_CHECKING:
     from index.collection import Collection, Row

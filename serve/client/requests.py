@@ -20,8 +20,9 @@ from models.errors import UsageError
 from models.image_source import ImageData
 from models.wire import DTYPES, image_to_wire, vectors_to_wire
 from protos import horace_pb2 as pb
-from serve.arguments import MAX_UINT64, ONE_IMAGE, check_integer, check_text, describe
-from serve.results import EmbedResult, ItemStatus
+from serve.client.arguments import MAX_UINT64, ONE_IMAGE, check_integer, check_text, describe
+from serve.client.results import EmbedResult, ItemStatus
+from serve.reply_size import bytes_of_hit
 
 Images: TypeAlias = Sequence[ImageData] | NDArray[np.uint8]
 """Several images, or one array of them: (N, H, W) or (N, H, W, C)."""
@@ -34,9 +35,6 @@ IMAGE_OVERHEAD_BYTES = 64
 
 REQUEST_OVERHEAD_BYTES = 4096
 """Of one request: names, fingerprint and options."""
-
-HIT_BYTES = 256
-"""About what a hit takes on the wire, key and source included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,11 +151,6 @@ class Queries:
         """Give the size of one query vector."""
         assert self.vectors_ND is not None
         return 4 * int(self.vectors_ND.shape[1])
-
-
-def bytes_of_hit(dim: int, *, with_vector: bool) -> int:
-    """Say about what one hit takes in a reply; client and server reckon alike."""
-    return HIT_BYTES + (4 * dim if with_vector else 0)
 
 
 def make_queries(

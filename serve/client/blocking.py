@@ -1,16 +1,4 @@
-"""Calls a Horace server: `Client` blocks, `AsyncClient` is for asyncio; they do the same.
-
-    with Client("127.0.0.1:50051") as client:
-        result = client.embed([open("cat.jpg", "rb").read()])
-        hits = client.search(vectors=result).hits[0]
-
-Rules:
-    Every operation has a deadline. A server that does not answer, or has no room, is tried
-    again within it, with growing random pauses.
-    More images than a request may hold go in several; the caller sees one result.
-    An image that fails has a status; an error is raised only for what concerns all.
-    What decides is in `serve.plans`; here it is performed.
-"""
+"""The blocking client; `serve.client` gives it out, and says what both clients do."""
 
 from __future__ import annotations
 
@@ -25,9 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.image_source import ImageData
-from serve.arguments import check_timeout
-from serve.async_client import AsyncClient
-from serve.channel import (
+from serve.client.arguments import check_timeout
+from serve.client.channel import (
     CHANNEL_OPTIONS,
     STREAM_IMAGES,
     STREAM_IN_FLIGHT,
@@ -35,34 +22,18 @@ from serve.channel import (
     methods_of,
     read_failure,
 )
-from serve.errors import ServeError
-from serve.plans import TIMEOUT_S, Call, Failure, Plan, Step
-from serve.requests import EmbedOptions, Images, SearchOptions, Vectors, check_stream, make_queries
-from serve.results import (
-    CollectionInfo,
-    EmbedResult,
-    Hit,
-    ItemStatus,
-    ModelInfo,
-    SearchResult,
-    Timings,
+from serve.client.plans import TIMEOUT_S, Call, Failure, Plan, Step
+from serve.client.requests import (
+    EmbedOptions,
+    Images,
+    SearchOptions,
+    Vectors,
+    check_stream,
+    make_queries,
 )
-from serve.retry import RetryPolicy
-from serve.streams import Feed
-
-__all__ = [
-    "AsyncClient",
-    "Client",
-    "CollectionInfo",
-    "EmbedResult",
-    "Hit",
-    "ItemStatus",
-    "ModelInfo",
-    "RetryPolicy",
-    "SearchResult",
-    "ServeError",
-    "Timings",
-]
+from serve.client.results import CollectionInfo, EmbedResult, ModelInfo, SearchResult
+from serve.client.retry import RetryPolicy
+from serve.client.streams import Feed
 
 Value = TypeVar("Value")
 

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.image_source import ImageData
-from serve.arguments import check_timeout
-from serve.channel import (
+from serve.client.arguments import check_timeout
+from serve.client.channel import (
     CHANNEL_OPTIONS,
     STREAM_IMAGES,
     STREAM_IN_FLIGHT,
@@ -23,11 +23,18 @@ from serve.channel import (
     methods_of,
     read_failure,
 )
-from serve.plans import TIMEOUT_S, Call, Failure, Plan, Step
-from serve.requests import EmbedOptions, Images, SearchOptions, Vectors, check_stream, make_queries
-from serve.results import CollectionInfo, EmbedResult, ModelInfo, SearchResult
-from serve.retry import RetryPolicy
-from serve.streams import AsyncFeed
+from serve.client.plans import TIMEOUT_S, Call, Failure, Plan, Step
+from serve.client.requests import (
+    EmbedOptions,
+    Images,
+    SearchOptions,
+    Vectors,
+    check_stream,
+    make_queries,
+)
+from serve.client.results import CollectionInfo, EmbedResult, ModelInfo, SearchResult
+from serve.client.retry import RetryPolicy
+from serve.client.streams import AsyncFeed
 
 Value = TypeVar("Value")
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from models.errors import UsageError
 from protos import horace_pb2 as pb
 from serve.client import AsyncClient, Client
-from serve.requests import RequestSize, SearchOptions, group_images, make_queries
+from serve.client.requests import RequestSize, SearchOptions, group_images, make_queries
 
 
 @given(st.lists(st.integers(0, 3000), min_size=1, max_size=40), st.integers(1, 9))

@@ -27,17 +27,8 @@ from grpc_health.v1 import health_pb2
 from models.image_source import ImageData
 from models.wire import vectors_from_wire
 from protos import horace_pb2 as pb
-from serve.arguments import check_integer, check_timeout
-from serve.errors import (
-    STOPPING,
-    DeadlineError,
-    PreconditionError,
-    RequestError,
-    ServeError,
-    UnavailableError,
-    from_status,
-)
-from serve.requests import (
+from serve.client.arguments import check_integer, check_timeout
+from serve.client.requests import (
     EmbedOptions,
     Group,
     Images,
@@ -48,7 +39,7 @@ from serve.requests import (
     embed_request,
     group_images,
 )
-from serve.results import (
+from serve.client.results import (
     CollectionInfo,
     EmbedResult,
     ItemStatus,
@@ -60,7 +51,16 @@ from serve.results import (
     read_status,
     read_timings,
 )
-from serve.retry import RetryPolicy
+from serve.client.retry import RetryPolicy
+from serve.errors import (
+    STOPPING,
+    DeadlineError,
+    PreconditionError,
+    RequestError,
+    ServeError,
+    UnavailableError,
+    from_status,
+)
 
 Value = TypeVar("Value")
 

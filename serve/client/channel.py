@@ -10,8 +10,8 @@ import grpc
 from grpc_health.v1 import health_pb2_grpc
 
 from protos import horace_pb2_grpc as pb_grpc
-from serve.plans import Failure, Planner
-from serve.retry import RetryPolicy
+from serve.client.plans import Failure, Planner
+from serve.client.retry import RetryPolicy
 
 STREAM_IMAGES = 32
 """Images a request of a stream."""

@@ -15,8 +15,8 @@ from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 
 from models.image_source import ImageData
 from protos import horace_pb2 as pb
-from serve.arguments import check_integer
-from serve.requests import (
+from serve.client.arguments import check_integer
+from serve.client.requests import (
     EmbedOptions,
     Group,
     Grouper,

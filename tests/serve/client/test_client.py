@@ -12,6 +12,9 @@ from hypothesis import strategies as st
 
 from protos import horace_pb2 as pb
 from serve.client import AsyncClient, Client, RetryPolicy
+from serve.client.plans import Call, Failure, Pause, Planner
+from serve.client.requests import EmbedOptions
+from serve.client.results import EmbedResult, ItemStatus, Timings
 from serve.errors import (
     DeadlineError,
     FailedItemsError,
@@ -21,9 +24,6 @@ from serve.errors import (
     UnavailableError,
     UnknownNameError,
 )
-from serve.plans import Call, Failure, Pause, Planner
-from serve.requests import EmbedOptions
-from serve.results import EmbedResult, ItemStatus, Timings
 
 UNAVAILABLE = Failure(grpc.StatusCode.UNAVAILABLE, "connection refused")
 BUSY = Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "queue: full")
