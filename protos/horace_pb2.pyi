@@ -163,25 +163,57 @@ class IdQueries(_message.Message):
     ids: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
+class Example(_message.Message):
+    __slots__ = ("image", "vector", "id")
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    VECTOR_FIELD_NUMBER: _ClassVar[int]
+    ID_FIELD_NUMBER: _ClassVar[int]
+    image: Image
+    vector: VectorQueries
+    id: int
+    def __init__(self, image: _Optional[_Union[Image, _Mapping]] = ..., vector: _Optional[_Union[VectorQueries, _Mapping]] = ..., id: _Optional[int] = ...) -> None: ...
+
+class Combination(_message.Message):
+    __slots__ = ("positives", "negatives", "negative_weight")
+    POSITIVES_FIELD_NUMBER: _ClassVar[int]
+    NEGATIVES_FIELD_NUMBER: _ClassVar[int]
+    NEGATIVE_WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    positives: _containers.RepeatedCompositeFieldContainer[Example]
+    negatives: _containers.RepeatedCompositeFieldContainer[Example]
+    negative_weight: float
+    def __init__(self, positives: _Optional[_Iterable[_Union[Example, _Mapping]]] = ..., negatives: _Optional[_Iterable[_Union[Example, _Mapping]]] = ..., negative_weight: _Optional[float] = ...) -> None: ...
+
+class Combined(_message.Message):
+    __slots__ = ("queries",)
+    QUERIES_FIELD_NUMBER: _ClassVar[int]
+    queries: _containers.RepeatedCompositeFieldContainer[Combination]
+    def __init__(self, queries: _Optional[_Iterable[_Union[Combination, _Mapping]]] = ...) -> None: ...
+
 class SearchRequest(_message.Message):
-    __slots__ = ("collection", "images", "vectors", "ids", "k", "exact", "include_vectors", "request_id")
+    __slots__ = ("collection", "images", "vectors", "ids", "combined", "k", "exact", "include_vectors", "request_id", "filter", "effort")
     COLLECTION_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
     VECTORS_FIELD_NUMBER: _ClassVar[int]
     IDS_FIELD_NUMBER: _ClassVar[int]
+    COMBINED_FIELD_NUMBER: _ClassVar[int]
     K_FIELD_NUMBER: _ClassVar[int]
     EXACT_FIELD_NUMBER: _ClassVar[int]
     INCLUDE_VECTORS_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    FILTER_FIELD_NUMBER: _ClassVar[int]
+    EFFORT_FIELD_NUMBER: _ClassVar[int]
     collection: str
     images: ImageQueries
     vectors: VectorQueries
     ids: IdQueries
+    combined: Combined
     k: int
     exact: bool
     include_vectors: bool
     request_id: str
-    def __init__(self, collection: _Optional[str] = ..., images: _Optional[_Union[ImageQueries, _Mapping]] = ..., vectors: _Optional[_Union[VectorQueries, _Mapping]] = ..., ids: _Optional[_Union[IdQueries, _Mapping]] = ..., k: _Optional[int] = ..., exact: _Optional[bool] = ..., include_vectors: _Optional[bool] = ..., request_id: _Optional[str] = ...) -> None: ...
+    filter: str
+    effort: int
+    def __init__(self, collection: _Optional[str] = ..., images: _Optional[_Union[ImageQueries, _Mapping]] = ..., vectors: _Optional[_Union[VectorQueries, _Mapping]] = ..., ids: _Optional[_Union[IdQueries, _Mapping]] = ..., combined: _Optional[_Union[Combined, _Mapping]] = ..., k: _Optional[int] = ..., exact: _Optional[bool] = ..., include_vectors: _Optional[bool] = ..., request_id: _Optional[str] = ..., filter: _Optional[str] = ..., effort: _Optional[int] = ...) -> None: ...
 
 class Hit(_message.Message):
     __slots__ = ("id", "score", "key", "label", "source")

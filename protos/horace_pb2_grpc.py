@@ -81,7 +81,8 @@ class HoraceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Search(self, request, context):
-        """Finds the nearest neighbours of images, vectors or stored ids in a collection.
+        """Finds the nearest neighbours of images, vectors, stored ids or combinations of them in a
+        collection.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
