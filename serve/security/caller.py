@@ -1,0 +1,96 @@
+"""Who calls: the name that queues, limits, logs and traces know a caller by.
+
+Rules:
+    A caller is what could be checked, the surest first: the name of its API key, else the
+    subject of the certificate that it showed, else the address that it calls from, without
+    the port, since one program may open many connections.
+    A name is text of our own making or of a certificate that our authority signed; an id
+    that the caller chose is kept only where it is short and printable, since it is logged.
+    A key itself is never part of a caller.
+
+The guard (`serve.security.guard`) knows the name of the key, and leaves it in `CURRENT` for
+the task that answers the call. Calls behind the native front end that it hands on to grpcio
+come over a socket of this machine, and share one address.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Protocol
+from urllib.parse import unquote
+
+REQUEST_ID_KEY = "x-request-id"
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caller:
+    """Who makes a call.
+
+    Attributes:
+        client: the name of its key, the subject of its certificate, or its address.
+        request_id: what the caller calls this request; empty where it says nothing usable.
+    """
+
+    client: str
+    request_id: str = ""
+
+
+CURRENT: ContextVar[Caller | None] = ContextVar("horace_caller", default=None)
+"""The caller of the call that this task answers, once the guard has let it in."""
+
+
+class CallContext(Protocol):
+    """What is asked of a servicer's context; either front end's has it."""
+
+    def peer(self) -> str:
+        """Give the address of the other side as gRPC writes it."""
+
+    def auth_context(self) -> Mapping[str, Iterable[bytes]]:
+        """Give what TLS found out about the other side."""
+
+    def invocation_metadata(self) -> Any:
+        """Give the call's metadata as pairs."""
+
+
+def caller_of(context: CallContext) -> Caller:
+    """Say who makes a call; cheap, and never fails."""
+    if (current := CURRENT.get()) is not None:
+        return current
+    metadata = context.invocation_metadata() or ()
+    return Caller(
+        client=certificate_subject(context.auth_context()) or host_of(context.peer()),
+        request_id=request_id_of(metadata),
+    )
+
+
+def certificate_subject(auth_context: Mapping[str, Iterable[bytes]]) -> str:
+    """Give the subject of the caller's certificate; its first other name where it has none."""
+    if len(auth_context) <= 2:  # an insecure connection has two entries
+        return ""
+    for key in ("x509_subject", "x509_common_name", "x509_subject_alternative_name"):
+        for value in auth_context.get(key, ()):
+            if value:
+                return value.decode(errors="replace")
+    return ""
+
+
+def host_of(peer: str) -> str:
+    """Give the address in what gRPC calls a peer: without its kind, port and escapes."""
+    kind, _, address = peer.partition(":")
+    if kind not in ("ipv4", "ipv6"):
+        return kind or "unknown"
+    host, _, _ = address.rpartition(":")
+    return unquote(host).removeprefix("[").removesuffix("]") or "unknown"
+
+
+def request_id_of(metadata: Sequence[tuple[str, str | bytes]]) -> str:
+    """Give the id that a caller put into its metadata, if it is one that can be logged."""
+    for key, value in metadata:
+        if key == REQUEST_ID_KEY:
+            return value if isinstance(value, str) and _REQUEST_ID.fullmatch(value) else ""
+    return ""
