@@ -38,6 +38,7 @@ from models.preprocess import DEFAULT_LIMITS, ImageLimits, PreprocessSpec, prepr
 from serve.batching import Batcher
 from serve.errors import DeadlineError, InternalError, UnavailableError
 from serve.job import NO_PIXELS, Embedded, Job, answer, tell_admitted
+from serve.operation.observer import NO_MODEL_OBSERVER, ModelObserver
 from serve.pool import ThreadPool
 from serve.tickets import Batch, BatcherStatistics
 
@@ -64,6 +65,7 @@ class Engine:
         limits: ImageLimits = DEFAULT_LIMITS,
         clock: Callable[[], float] = time.monotonic,
         on_crash: Callable[[], None] = lambda: None,
+        observer: ModelObserver = NO_MODEL_OBSERVER,
     ) -> None:
         """Start the inference threads.
 
@@ -78,6 +80,7 @@ class Engine:
             limits: what one image may cost.
             clock: monotonic seconds.
             on_crash: called from the thread that failed, once `alive` is false.
+            observer: hears of every request and of every batch.
         """
         self.encoder = encoder
         self.instances = instances
@@ -96,6 +99,7 @@ class Engine:
         self._changed = threading.Condition()
         self._closing = False
         self._on_crash = on_crash
+        self._observer = observer
         self._crash: BaseException | None = None
         self._idle_workers = 0
         self._workers = [
@@ -150,6 +154,34 @@ class Engine:
         """
         job = self._make_job(count, payload_bytes, deadline_s)
         try:
+            embedded = await self._embed(job, images, wait_for_room, on_admitted)
+        except BaseException as error:
+            self._observer.failed(error, count, self._clock() - job.arrived_s)
+            raise
+        self._observer.answered(embedded, self._clock() - job.arrived_s)
+        return embedded
+
+    def close(self, *, timeout_s: float = 10.0) -> bool:
+        """Fail what is held, and end the threads; whether they ended in time."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._fail_all(UnavailableError("the server has stopped"))
+        for worker in self._workers:
+            worker.join(timeout_s)
+        return not any(worker.is_alive() for worker in self._workers)
+
+    # The event loop's side.
+
+    async def _embed(
+        self,
+        job: Job,
+        images: Iterable[ImageData | ImageError],
+        wait_for_room: bool,
+        on_admitted: Callable[[], None],
+    ) -> Embedded:
+        """Bring a job through: admitted, prepared, computed."""
+        try:
             await self._admit(job, wait_for_room=wait_for_room)
             job.fill(images, self.encoder.dim)
         except BaseException:
@@ -164,18 +196,6 @@ class Engine:
             with self._changing():
                 self._batcher.cancel(job)
             raise
-
-    def close(self, *, timeout_s: float = 10.0) -> bool:
-        """Fail what is held, and end the threads; whether they ended in time."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify_all()
-        self._fail_all(UnavailableError("the server has stopped"))
-        for worker in self._workers:
-            worker.join(timeout_s)
-        return not any(worker.is_alive() for worker in self._workers)
-
-    # The event loop's side.
 
     def _make_job(self, count: int, payload_bytes: int, deadline_s: float) -> Job:
         """Describe one request; it holds nothing yet."""
@@ -301,11 +321,13 @@ class Engine:
             rows_ND = self._encode(batch)
         except Exception:
             log.exception("%r failed on a batch of %d images", self.encoder, batch.images)
+            self._observer.computed(batch.images, self._clock() - started_s, failed=True)
             with self._changing():
                 failed = self._batcher.finish(batch, failed=True)
             self._deliver(failed, InternalError("the encoder failed on these images"))
             return
         inference_s = self._clock() - started_s
+        self._observer.computed(batch.images, inference_s)
         at = 0
         for part in batch.parts:
             job, end = part.ticket, at + len(part.positions)

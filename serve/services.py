@@ -34,6 +34,7 @@ from serve.catalog import Catalog, ServedModel
 from serve.embedding import count_payload, finish, read_images
 from serve.errors import STOPPING, QueueFullError, RequestError, UnavailableError, to_status
 from serve.job import Embedded
+from serve.operation.observer import NO_OBSERVER, Call, Observer
 from serve.pool import ThreadPool
 from serve.searching import (
     count_queries,
@@ -78,6 +79,7 @@ class HoraceServicer(pb_grpc.HoraceServicer):
         limits: RequestLimits,
         search_pool: ThreadPool,
         clock: Callable[[], float] = time.monotonic,
+        observer: Observer = NO_OBSERVER,
     ) -> None:
         """Serve `catalog`, which may grow; its engines, and `search_pool`, have owners.
 
@@ -86,11 +88,13 @@ class HoraceServicer(pb_grpc.HoraceServicer):
             limits: what one request may ask for.
             search_pool: threads for searches.
             clock: monotonic seconds, the engines' clock.
+            observer: hears of every request that is over.
         """
         self._catalog = catalog
         self._limits = limits
         self._search_pool = search_pool
         self._clock = clock
+        self._observer = observer
         self._active = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -118,11 +122,15 @@ class HoraceServicer(pb_grpc.HoraceServicer):
 
     async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
         """Embed one to many images."""
-        return await self._answer(self._embed(request, self._deadline_s(context)), context)
+        call = self._new_call("Embed", request.request_id, context)
+        work = self._embed(request, call, self._deadline_s(context))
+        return await self._answer(call, work, context)
 
     async def Search(self, request: pb.SearchRequest, context: Context) -> pb.SearchResponse:
         """Find the neighbours of images, vectors or stored ids."""
-        return await self._answer(self._search(request, self._deadline_s(context)), context)
+        call = self._new_call("Search", request.request_id, context)
+        work = self._search(request, call, self._deadline_s(context))
+        return await self._answer(call, work, context)
 
     async def ListModels(
         self, request: pb.ListModelsRequest, context: Context
@@ -173,7 +181,9 @@ class HoraceServicer(pb_grpc.HoraceServicer):
             await room.acquire()
             async for request in request_iterator:
                 admitted = asyncio.Event()
-                task = asyncio.create_task(self._embed_in_stream(request, deadline_s, admitted.set))
+                call = self._new_call("EmbedStream", request.request_id, context)
+                work = self._embed_in_stream(request, call, deadline_s, admitted.set)
+                task = asyncio.create_task(work)
                 started.add(task)
                 replies.put_nowait(task)
                 await admitted.wait()
@@ -204,18 +214,46 @@ class HoraceServicer(pb_grpc.HoraceServicer):
         remaining_s = context.time_remaining()
         return math.inf if remaining_s is None else self._clock() + remaining_s
 
-    async def _answer(self, work: Coroutine[Any, Any, Reply], context: Context) -> Reply:
+    def _new_call(self, method: str, request_id: str, context: Context) -> Call:
+        """Start to keep account of a request."""
+        return Call(
+            method=method,
+            arrived_s=self._clock(),
+            metadata=context.invocation_metadata,
+            request_id=request_id,
+        )
+
+    async def _answer(
+        self, call: Call, work: Coroutine[Any, Any, Reply], context: Context
+    ) -> Reply:
         """Await `work`; what it raises becomes a status."""
         if self._draining:
             work.close()
-            await context.abort(*to_status(UnavailableError(f"{STOPPING}; call another")))
-        with self._counted():
+            with self._observed(call):
+                self._fail(call, UnavailableError(f"{STOPPING}; call another"))
+            await context.abort(call.code, call.message)
+        with self._counted(), self._observed(call):
             try:
-                return await work
+                reply = await work
             except Exception as error:
-                code, message = to_status(error)
-        await context.abort(code, message)
+                self._fail(call, error)
+            else:
+                call.code = grpc.StatusCode.OK
+                return reply
+        await context.abort(call.code, call.message)
         raise AssertionError("abort raises")
+
+    def _fail(self, call: Call, error: Exception) -> None:
+        """Note how a call failed."""
+        call.code, call.message = to_status(error)
+
+    @contextmanager
+    def _observed(self, call: Call) -> Iterator[None]:
+        """Tell the observer once a call is over, whichever way."""
+        try:
+            yield
+        finally:
+            self._observer.answered(call, self._clock() - call.arrived_s)
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
@@ -232,31 +270,41 @@ class HoraceServicer(pb_grpc.HoraceServicer):
     # Embed.
 
     async def _embed_in_stream(
-        self, request: pb.EmbedRequest, deadline_s: float, on_admitted: Callable[[], None]
+        self,
+        request: pb.EmbedRequest,
+        call: Call,
+        deadline_s: float,
+        on_admitted: Callable[[], None],
     ) -> pb.EmbedResponse:
         """Embed one request of a stream; an error is a reply."""
-        try:
-            return await self._embed(request, deadline_s, on_admitted)
-        except Exception as error:
-            code, message = to_status(error)
-            refusal = pb.RequestError(code=code.value[0], message=message)
-            return pb.EmbedResponse(error=refusal, request_id=request.request_id)
-        finally:
-            on_admitted()  # or refused: the reader goes on in either case
+        with self._observed(call):
+            try:
+                reply = await self._embed(request, call, deadline_s, on_admitted)
+            except Exception as error:
+                self._fail(call, error)
+                refusal = pb.RequestError(code=call.code.value[0], message=call.message)
+                return pb.EmbedResponse(error=refusal, request_id=request.request_id)
+            else:
+                call.code = grpc.StatusCode.OK
+                return reply
+            finally:
+                on_admitted()  # or refused: the reader goes on in either case
 
     async def _embed(
         self,
         request: pb.EmbedRequest,
+        call: Call,
         deadline_s: float,
         on_admitted: Callable[[], None] | None = None,
     ) -> pb.EmbedResponse:
         """Embed as a request asks; with `on_admitted` it waits for room, and says when."""
-        arrived_s = self._clock()
         model = self._catalog.model(request.model)
+        call.model, call.images = model.name, len(request.images)
         dtype = dtype_from_wire(request.dtype)
         self._check_dims(request.dims, model)
         self._check_count("images", len(request.images))
         embedded = await self._compute(model, request.images, deadline_s, on_admitted)
+        call.embedded = embedded
         vectors_ND, statuses = finish(
             embedded,
             dims=request.dims or None,
@@ -268,7 +316,7 @@ class HoraceServicer(pb_grpc.HoraceServicer):
             statuses=statuses,
             model=model.name,
             fingerprint=model.encoder.fingerprint,
-            timings=self._timings(arrived_s, embedded),
+            timings=self._timings(call),
             request_id=request.request_id,
         )
 
@@ -301,12 +349,11 @@ class HoraceServicer(pb_grpc.HoraceServicer):
             mend = "split the request" if count else None
             raise RequestError(what, expected=f"1 to {most} a request", found=f"{count}", mend=mend)
 
-    def _timings(
-        self, arrived_s: float, embedded: Embedded | None, search_s: float = 0.0
-    ) -> pb.Timings:
+    def _timings(self, call: Call) -> pb.Timings:
         """Say where the time went, in milliseconds."""
-        timings = pb.Timings(search_ms=search_s * 1e3, total_ms=(self._clock() - arrived_s) * 1e3)
-        if embedded is not None:
+        total_s = self._clock() - call.arrived_s
+        timings = pb.Timings(search_ms=call.search_s * 1e3, total_ms=total_s * 1e3)
+        if (embedded := call.embedded) is not None:
             timings.decode_ms = embedded.decode_s * 1e3
             timings.queue_ms = embedded.queue_s * 1e3
             timings.inference_ms = embedded.inference_s * 1e3
@@ -314,12 +361,14 @@ class HoraceServicer(pb_grpc.HoraceServicer):
 
     # Search.
 
-    async def _search(self, request: pb.SearchRequest, deadline_s: float) -> pb.SearchResponse:
+    async def _search(
+        self, request: pb.SearchRequest, call: Call, deadline_s: float
+    ) -> pb.SearchResponse:
         """Search by whatever the request has for queries."""
-        arrived_s = self._clock()
         served = self._catalog.collection(request.collection)
         collection = served.collection
         count = count_queries(request)
+        call.model, call.images = served.model.name, count
         self._check_count("queries", count)
         query = read_query(
             request,
@@ -328,10 +377,10 @@ class HoraceServicer(pb_grpc.HoraceServicer):
             max_neighbours=self._limits.max_neighbours,
             max_reply_bytes=self._limits.max_message_bytes,
         )
-        embedded = None
         match request.WhichOneof("queries"):
             case "images":
                 embedded = await self._compute(served.model, request.images.images, deadline_s)
+                call.embedded = embedded
                 vectors_QD, statuses = finish(embedded, normalize=False)
                 work = partial(search_vectors, collection, vectors_QD, statuses, query)
             case "vectors":
@@ -341,11 +390,12 @@ class HoraceServicer(pb_grpc.HoraceServicer):
                 work = partial(search_ids, collection, request.ids.ids, query)
         started_s = self._clock()
         results = await self._run_search(work)
+        call.search_s = self._clock() - started_s
         return pb.SearchResponse(
             results=results,
             collection=served.name,
             fingerprint=collection.fingerprint,
-            timings=self._timings(arrived_s, embedded, self._clock() - started_s),
+            timings=self._timings(call),
             request_id=request.request_id,
         )
 
