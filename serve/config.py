@@ -10,6 +10,7 @@ from tyro.conf import UseAppendAction
 from models.bundle import SHIPPED_BUNDLE
 from models.errors import UsageError
 from models.preprocess import ImageLimits
+from serve.front import FrontKind
 from serve.services import RequestLimits
 
 MIB = 1 << 20
@@ -39,6 +40,10 @@ class ServeOptions:
 
     port: int = 50051
     """Port to listen on; 0 takes a free one, which the line on stdout names."""
+
+    frontend: FrontKind = "auto"
+    """What reads gRPC: grpcio, which can do everything, or native, which is fast; auto takes
+    native where it serves what is asked."""
 
     max_batch_images: int = 32
     """The largest batch that the encoder is given."""

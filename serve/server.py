@@ -20,7 +20,6 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Protocol
 
-import grpc
 import numpy as np
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -35,15 +34,13 @@ from serve.catalog import Catalog, ServedModel
 from serve.config import MIB, ServeOptions
 from serve.engine import Engine
 from serve.errors import StartError
+from serve.front import make_front
+from serve.front.port import join_address
 from serve.health import Health
 from serve.pool import ThreadPool
-from serve.port import join_address, take_port
 from serve.services import HoraceServicer
 
 log = logging.getLogger("horace.serve")
-
-MIN_CLIENT_PING_MS = 10_000
-"""A client may ask this often whether we live; gRPC's default calls 5 minutes too often."""
 
 LAST_CALLS_S = 0.1
 """How long calls that are on their way are still refused one by one."""
@@ -84,7 +81,11 @@ class Server:
         self.services = HoraceServicer(
             self.catalog, limits=options.request_limits, search_pool=self._search_pool
         )
-        self._grpc = _make_grpc_server(options.max_message_mib * MIB, options.max_calls)
+        self._front = make_front(
+            options.frontend,
+            max_message_bytes=options.max_message_mib * MIB,
+            max_calls=options.max_calls,
+        )
         self.port = 0
 
     def __repr__(self) -> str:
@@ -105,15 +106,15 @@ class Server:
         On cancellation what was opened is closed; what hangs is left behind.
         """
         try:
-            self.port = take_port(self._grpc, self._options.host, self._options.port)
+            self.port = self._front.listen(self._options.host, self._options.port)
             loop = asyncio.get_running_loop()
             await self._opening_pool.run(partial(self._open_models, loop))
             await self._opening_pool.run(self._open_collections)
-            pb_grpc.add_HoraceServicer_to_server(self.services, self._grpc)
-            health_pb2_grpc.add_HealthServicer_to_server(self.health, self._grpc)
+            pb_grpc.add_HoraceServicer_to_server(self.services, self._front.server)
+            health_pb2_grpc.add_HealthServicer_to_server(self.health, self._front.server)
             names = (services.SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
-            reflection.enable_server_reflection(names, self._grpc)
-            await self._grpc.start()
+            reflection.enable_server_reflection(names, self._front.server)
+            await self._front.start()
             for model in self.catalog.models.values():
                 await _warm_up(model)
         except BaseException:
@@ -140,14 +141,14 @@ class Server:
         if not cut_off:
             await asyncio.sleep(LAST_CALLS_S)
         self.health.close()
-        await self._grpc.stop(None if cut_off else LAST_REPLIES_S)
+        await self._front.stop(None if cut_off else LAST_REPLIES_S)
         self._closing.close()
         return cut_off
 
     async def kill(self) -> None:
         """Stop at once; calls under way are cut off."""
         self.health.close()
-        await self._grpc.stop(None)
+        await self._front.stop(None)
         self._closing.close()
 
     def _make_pool(self, name: str, *, threads: int | None = None) -> ThreadPool:
@@ -207,20 +208,6 @@ def divide_threads(threads: int, *, models: int, instances: int) -> int:
     An encoder of n threads has n - 1 of its own beside those that call it, one an instance.
     """
     return max(1, threads // models - (instances - 1))
-
-
-def _make_grpc_server(max_message_bytes: int, max_calls: int) -> grpc.aio.Server:
-    """Make grpcio's server; it serves nothing yet."""
-    return grpc.aio.server(
-        maximum_concurrent_rpcs=max_calls,
-        options=[
-            ("grpc.so_reuseport", 0),
-            ("grpc.max_receive_message_length", max_message_bytes),
-            ("grpc.max_send_message_length", -1),
-            ("grpc.keepalive_permit_without_calls", 1),
-            ("grpc.http2.min_recv_ping_interval_without_data_ms", MIN_CLIENT_PING_MS),
-        ],
-    )
 
 
 async def _warm_up(model: ServedModel) -> None:

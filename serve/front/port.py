@@ -1,4 +1,4 @@
-"""Takes the port to listen on, or says in one line why it cannot be had.
+"""Tries the address to listen on, and says in one line why it cannot be had.
 
 gRPC itself reports a port in use as a number among others, and binds `localhost` when one of
 its addresses is free. So every address is tried with a plain socket first.
@@ -9,8 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import socket
-
-import grpc
 
 from serve.errors import StartError
 
@@ -26,8 +24,13 @@ _REASONS = {
 }
 
 
-def take_port(server: grpc.aio.Server, host: str, port: int) -> int:
-    """Have `server` listen on `host:port`; give the port, which 0 leaves to the system.
+def check_address(host: str, port: int, *, shared: bool = False) -> str:
+    """Make sure that `host:port` can be listened on; give the host as sockets write it.
+
+    Args:
+        host: an address or a name, IPv6 with or without brackets.
+        port: the number; 0 for any.
+        shared: whether other processes of ours may listen there too.
 
     Raises:
         StartError: there is no address, or not one of this machine's, or the port is taken.
@@ -35,13 +38,8 @@ def take_port(server: grpc.aio.Server, host: str, port: int) -> int:
     if not host:
         raise StartError("--host", expected="an address", found="none", mend=OTHER_ADDRESS)
     host = host.removeprefix("[").removesuffix("]")
-    _try_addresses(host, port)
-    address = join_address(host, port)
-    try:
-        taken = server.add_insecure_port(address)
-    except RuntimeError as error:  # gRPC's own refusal, such as a race for the port
-        raise _refusal(host, port, "gRPC's refusal to listen there", OTHER_ADDRESS) from error
-    return int(taken)
+    _try_addresses(host, port, shared=shared)
+    return host
 
 
 def join_address(host: str, port: int) -> str:
@@ -50,25 +48,27 @@ def join_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _try_addresses(host: str, port: int) -> None:
+def _try_addresses(host: str, port: int, *, shared: bool) -> None:
     """Bind every address of `host` for a moment."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (socket.gaierror, UnicodeError) as error:
-        raise _refusal(host, port, "no address of that name", OTHER_ADDRESS) from error
+        raise refuse_address(host, port, "no address of that name") from error
     for family, kind, protocol, _, address in found:
         try:
             with socket.socket(family, kind, protocol) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if shared:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
                 probe.bind(address)
                 probe.listen(1)
         except OSError as error:
             number = error.errno or 0
             reason, mend = _REASONS.get(number, (os.strerror(number), OTHER_ADDRESS))
-            raise _refusal(host, port, reason, mend) from error
+            raise refuse_address(host, port, reason, mend) from error
 
 
-def _refusal(host: str, port: int, found: str, mend: str) -> StartError:
+def refuse_address(host: str, port: int, found: str, mend: str = OTHER_ADDRESS) -> StartError:
     """Say why an address cannot be had."""
     return StartError(
         f"port {join_address(host, port)}", expected="a free port", found=found, mend=mend

@@ -1,0 +1,74 @@
+"""The front end on grpcio's asyncio server: it can do everything, and costs the most a call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import grpc
+
+from serve.front.port import check_address, join_address, refuse_address
+
+MIN_CLIENT_PING_MS = 10_000
+"""A client may ask this often whether we live; gRPC's default calls 5 minutes too often."""
+
+
+class GrpcioFront:
+    """Serves on `grpc.aio.server`. Belongs to one event loop."""
+
+    name = "grpcio"
+
+    def __init__(
+        self,
+        *,
+        max_message_bytes: int,
+        max_calls: int,
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+        reuse_port: bool = False,
+    ) -> None:
+        """Make the server; see `make_front`."""
+        self._reuse_port = reuse_port
+        self._server = grpc.aio.server(
+            interceptors=interceptors,
+            maximum_concurrent_rpcs=max_calls,
+            options=server_options(max_message_bytes, reuse_port=reuse_port),
+        )
+
+    def __repr__(self) -> str:
+        return f"<GrpcioFront{' shares its port' if self._reuse_port else ''}>"
+
+    @property
+    def server(self) -> grpc.aio.Server:
+        """What `add_XServicer_to_server` and reflection take."""
+        return self._server
+
+    def listen(
+        self, host: str, port: int, credentials: grpc.ServerCredentials | None = None
+    ) -> int:
+        """Take a port; see `Front.listen`."""
+        host = check_address(host, port, shared=self._reuse_port)
+        address = join_address(host, port)
+        try:
+            if credentials is None:
+                return self._server.add_insecure_port(address)
+            return self._server.add_secure_port(address, credentials)
+        except RuntimeError as error:  # gRPC's own refusal, such as a race for the port
+            raise refuse_address(host, port, "gRPC's refusal to listen there") from error
+
+    async def start(self) -> None:
+        """Answer calls from now on."""
+        await self._server.start()
+
+    async def stop(self, grace_s: float | None) -> None:
+        """Take no more calls; cut off after `grace_s` those under way."""
+        await self._server.stop(grace_s)
+
+
+def server_options(max_message_bytes: int, *, reuse_port: bool) -> list[tuple[str, int]]:
+    """Give gRPC's options of a server; they hold for a connection, whoever reads it."""
+    return [
+        ("grpc.so_reuseport", int(reuse_port)),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", MIN_CLIENT_PING_MS),
+    ]
