@@ -30,7 +30,13 @@ STOPPING = "the server is stopping"
 
 
 class ServeError(HoraceError):
-    """Base of the errors of `serve`."""
+    """Base of the errors of `serve`.
+
+    Attributes:
+        retry_after_s: when a call may do better, where the server says so; negative: never.
+    """
+
+    retry_after_s: float | None = None
 
 
 class RequestError(ServeError):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from serve.client.async_client import AsyncClient
 from serve.client.blocking import Client
+from serve.client.connection import ClientTls
 from serve.client.results import (
     CollectionInfo,
     EmbedResult,
@@ -31,6 +32,7 @@ from serve.errors import ServeError
 __all__ = [
     "AsyncClient",
     "Client",
+    "ClientTls",
     "CollectionInfo",
     "EmbedResult",
     "Hit",

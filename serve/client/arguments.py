@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from os import PathLike
 
 from models.errors import UsageError
@@ -12,6 +13,8 @@ MAX_UINT32 = (1 << 32) - 1
 MAX_UINT64 = (1 << 64) - 1
 MAX_TIMEOUT_S = 365 * 86_400.0
 """gRPC keeps deadlines in 64 bits of nanoseconds; nobody waits for a year."""
+
+REQUEST_ID = re.compile("[!-~]{1,128}")
 
 ONE_IMAGE = (str, bytes, bytearray, memoryview, PathLike)
 """What would be iterated over as something else than images."""
@@ -40,6 +43,18 @@ def check_text(name: str, value: object) -> None:
     """
     if value is not None and not isinstance(value, str):
         raise UsageError(name, expected="text", found=describe(value))
+
+
+def check_request_id(value: object) -> None:
+    """Refuse what cannot travel as a header and stand in a log line.
+
+    Raises:
+        UsageError: it is no text, or has other characters than visible ASCII.
+    """
+    good = value is None or (isinstance(value, str) and REQUEST_ID.fullmatch(value))
+    if not good:
+        expected = "1 to 128 visible ASCII characters without spaces"
+        raise UsageError("request_id", expected=expected, found=describe(value))
 
 
 def check_timeout(value: object) -> float:

@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from models.image_source import ImageData
 from serve.client.arguments import check_timeout
 from serve.client.channel import (
-    CHANNEL_OPTIONS,
     STREAM_IMAGES,
     STREAM_IN_FLIGHT,
     make_planner,
     methods_of,
     read_failure,
 )
+from serve.client.connection import ClientTls, Connection
 from serve.client.plans import TIMEOUT_S, Call, Failure, Plan, Step
 from serve.client.requests import (
     EmbedOptions,
@@ -49,6 +49,8 @@ class AsyncClient:
         self,
         target: str,
         *,
+        tls: ClientTls | None = None,
+        api_key: str | None = None,
         timeout_s: float = TIMEOUT_S,
         retry: RetryPolicy | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -58,8 +60,9 @@ class AsyncClient:
         """Talk to the server at `host:port`; the arguments are those of `Client`."""
         self._sleep = sleep
         self._closed = False
-        self._planner = make_planner(target, retry, clock, rng, timeout_s)
-        self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+        connection = Connection(target=target, tls=tls, api_key=api_key)
+        self._planner = make_planner(connection, retry, clock, rng, timeout_s)
+        self._channel = connection.open_async_channel()
         self._methods = methods_of(self._channel)
 
     def __repr__(self) -> str:
@@ -89,10 +92,13 @@ class AsyncClient:
         dims: int | None = None,
         normalize: bool = True,
         dtype: str = "fp32",
+        request_id: str | None = None,
         timeout_s: float | None = None,
     ) -> EmbedResult:
         """Embed one to many images; see `Client.embed`."""
-        options = EmbedOptions(model=model, dims=dims, normalize=normalize, dtype=dtype)
+        options = EmbedOptions(
+            model=model, dims=dims, normalize=normalize, dtype=dtype, request_id=request_id
+        )
         return await self._drive(self._planner.embed(images, options, timeout_s))
 
     async def search(
@@ -106,12 +112,17 @@ class AsyncClient:
         k: int = 10,
         exact: bool = False,
         include_vectors: bool = False,
+        request_id: str | None = None,
         timeout_s: float | None = None,
     ) -> SearchResult:
         """Find nearest neighbours; see `Client.search`."""
         queries = make_queries(images, vectors, ids, fingerprint)
         options = SearchOptions(
-            collection=collection, k=k, exact=exact, include_vectors=include_vectors
+            collection=collection,
+            k=k,
+            exact=exact,
+            include_vectors=include_vectors,
+            request_id=request_id,
         )
         plan = self._planner.search(queries, options, timeout_s)
         return await self._drive(plan)
@@ -126,6 +137,7 @@ class AsyncClient:
         dtype: str = "fp32",
         images_per_request: int = STREAM_IMAGES,
         in_flight: int = STREAM_IN_FLIGHT,
+        request_id: str | None = None,
         timeout_s: float | None = None,
     ) -> AsyncIterator[EmbedResult]:
         """Embed an iterable of any length and either kind; see `Client.embed_stream`.
@@ -134,10 +146,14 @@ class AsyncClient:
         """
         check_stream(images)
         limit_s = None if timeout_s is None else check_timeout(timeout_s)
-        options = EmbedOptions(model=model, dims=dims, normalize=normalize, dtype=dtype)
+        options = EmbedOptions(
+            model=model, dims=dims, normalize=normalize, dtype=dtype, request_id=request_id
+        )
         plan = self._planner.stream_request_size(images_per_request)
         feed = AsyncFeed(images, await self._drive(plan), options, in_flight)
-        call = self._methods["EmbedStream"](aiter(feed), timeout=limit_s)
+        call = self._methods["EmbedStream"](
+            aiter(feed), timeout=limit_s, metadata=self._planner.metadata(request_id)
+        )
         try:
             async for reply in call:
                 yield self._planner.read_stream_reply(reply, feed.answered())
@@ -179,7 +195,9 @@ class AsyncClient:
         if self._closed:
             raise self._planner.closed()
         try:
-            return await self._methods[step.method](step.request, timeout=step.timeout_s)
+            return await self._methods[step.method](
+                step.request, timeout=step.timeout_s, metadata=step.metadata
+            )
         except (grpc.RpcError, asyncio.CancelledError) as error:
             return self._failure(error)
 

@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from models.image_source import ImageData
 from serve.client.arguments import check_timeout
 from serve.client.channel import (
-    CHANNEL_OPTIONS,
     STREAM_IMAGES,
     STREAM_IN_FLIGHT,
     make_planner,
     methods_of,
     read_failure,
 )
+from serve.client.connection import ClientTls, Connection
 from serve.client.plans import TIMEOUT_S, Call, Failure, Plan, Step
 from serve.client.requests import (
     EmbedOptions,
@@ -51,6 +51,8 @@ class Client:
         self,
         target: str,
         *,
+        tls: ClientTls | None = None,
+        api_key: str | None = None,
         timeout_s: float = TIMEOUT_S,
         retry: RetryPolicy | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -61,16 +63,22 @@ class Client:
 
         Args:
             target: `host:port`.
+            tls: how the connection is secured; in the clear where None.
+            api_key: sent with every call, where the server asks for one.
             timeout_s: of every operation that is given none of its own.
             retry: when a call is tried again.
             clock: monotonic seconds.
             sleep: waits between attempts.
             rng: what those waits are drawn from.
+
+        Raises:
+            UsageError: an argument cannot be meant, or a certificate cannot be read.
         """
         self._sleep = sleep
         self._closed = False
-        self._planner = make_planner(target, retry, clock, rng, timeout_s)
-        self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+        connection = Connection(target=target, tls=tls, api_key=api_key)
+        self._planner = make_planner(connection, retry, clock, rng, timeout_s)
+        self._channel = connection.open_channel()
         self._methods = methods_of(self._channel)
 
     def __repr__(self) -> str:
@@ -100,6 +108,7 @@ class Client:
         dims: int | None = None,
         normalize: bool = True,
         dtype: str = "fp32",
+        request_id: str | None = None,
         timeout_s: float | None = None,
     ) -> EmbedResult:
         """Embed one to many images.
@@ -110,9 +119,12 @@ class Client:
             dims: keep the first `dims` dimensions, before the vectors are normalised.
             normalize: whether vectors have unit length.
             dtype: how vectors cross the wire: `fp32`, `fp16` or `int8`.
+            request_id: names this call in the server's log and traces.
             timeout_s: for all of it.
         """
-        options = EmbedOptions(model=model, dims=dims, normalize=normalize, dtype=dtype)
+        options = EmbedOptions(
+            model=model, dims=dims, normalize=normalize, dtype=dtype, request_id=request_id
+        )
         return self._drive(self._planner.embed(images, options, timeout_s))
 
     def search(
@@ -126,6 +138,7 @@ class Client:
         k: int = 10,
         exact: bool = False,
         include_vectors: bool = False,
+        request_id: str | None = None,
         timeout_s: float | None = None,
     ) -> SearchResult:
         """Find the nearest neighbours of images, vectors or stored ids: one of the three.
@@ -139,11 +152,16 @@ class Client:
             k: neighbours a query.
             exact: whether every vector is compared, instead of asking the index.
             include_vectors: whether the hits' stored vectors are sent, too.
+            request_id: see `embed`.
             timeout_s: for all of it.
         """
         queries = make_queries(images, vectors, ids, fingerprint)
         options = SearchOptions(
-            collection=collection, k=k, exact=exact, include_vectors=include_vectors
+            collection=collection,
+            k=k,
+            exact=exact,
+            include_vectors=include_vectors,
+            request_id=request_id,
         )
         return self._drive(self._planner.search(queries, options, timeout_s))
 
@@ -157,6 +175,7 @@ class Client:
         dtype: str = "fp32",
         images_per_request: int = STREAM_IMAGES,
         in_flight: int = STREAM_IN_FLIGHT,
+        request_id: str | None = None,
         timeout_s: float | None = None,
     ) -> Iterator[EmbedResult]:
         """Embed an iterable of any length; yield results in order, one for each request.
@@ -172,14 +191,19 @@ class Client:
             dtype: see `embed`.
             images_per_request: images of one request and of one result, at most.
             in_flight: requests that may wait for their replies.
+            request_id: see `embed`.
             timeout_s: for the whole stream; no limit where None.
         """
         check_stream(images)
         limit_s = None if timeout_s is None else check_timeout(timeout_s)
-        options = EmbedOptions(model=model, dims=dims, normalize=normalize, dtype=dtype)
+        options = EmbedOptions(
+            model=model, dims=dims, normalize=normalize, dtype=dtype, request_id=request_id
+        )
         size = self._drive(self._planner.stream_request_size(images_per_request))
         feed = Feed(images, size, options, in_flight)
-        call = self._methods["EmbedStream"](iter(feed), timeout=limit_s)
+        call = self._methods["EmbedStream"](
+            iter(feed), timeout=limit_s, metadata=self._planner.metadata(request_id)
+        )
         try:
             for reply in call:
                 yield self._planner.read_stream_reply(reply, feed.answered())
@@ -222,7 +246,9 @@ class Client:
         if self._closed:
             raise self._planner.closed()
         try:
-            return self._methods[step.method](step.request, timeout=step.timeout_s)
+            return self._methods[step.method](
+                step.request, timeout=step.timeout_s, metadata=step.metadata
+            )
         except (grpc.RpcError, ValueError) as error:  # the latter on a closed channel
             return self._failure(error)
 

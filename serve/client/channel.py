@@ -1,7 +1,8 @@
-"""What the blocking and the asyncio client share on the wire: options, methods, failures."""
+"""What the blocking and the asyncio client share on the wire: methods and failures."""
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ import grpc
 from grpc_health.v1 import health_pb2_grpc
 
 from protos import horace_pb2_grpc as pb_grpc
+from serve.client.connection import Connection
 from serve.client.plans import Failure, Planner
 from serve.client.retry import RetryPolicy
 
@@ -19,21 +21,12 @@ STREAM_IMAGES = 32
 STREAM_IN_FLIGHT = 4
 """Requests of a stream that wait for their replies."""
 
-CHANNEL_OPTIONS = (
-    ("grpc.max_receive_message_length", -1),  # the server bounds its replies
-    ("grpc.max_send_message_length", -1),  # and says what it takes
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.enable_retries", 0),  # `RetryPolicy` decides
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 2_000),
-)
+PUSH_BACK_KEYS = ("grpc-retry-pushback-ms", "retry-after-ms")
+"""Trailing metadata in which a server says when to come back: gRPC's own, and a readable one."""
 
 
 def make_planner(
-    target: str,
+    connection: Connection,
     retry: RetryPolicy | None,
     clock: Callable[[], float],
     rng: random.Random | None,
@@ -41,11 +34,12 @@ def make_planner(
 ) -> Planner:
     """Plan for one client."""
     return Planner(
-        target,
+        connection.target,
         retry=retry or RetryPolicy(),
         clock=clock,
         rng=rng or random.Random(),
         timeout_s=timeout_s,
+        metadata=connection.metadata,
     )
 
 
@@ -66,5 +60,15 @@ def methods_of(channel: Any) -> dict[str, Callable[..., Any]]:  # either kind of
 def read_failure(error: grpc.RpcError) -> Failure:
     """Read how a call ended; both kinds of channel raise errors that can be asked."""
     if isinstance(error, grpc.Call | grpc.aio.AioRpcError):
-        return Failure(error.code(), error.details() or "")
+        metadata = error.trailing_metadata() or ()
+        return Failure(error.code(), error.details() or "", read_push_back(metadata))
     return Failure(grpc.StatusCode.UNKNOWN, str(error))
+
+
+def read_push_back(metadata: Any) -> float | None:  # gRPC's two kinds, of pairs either
+    """Read after how many seconds the server wants to be called again; negative: never."""
+    for key, value in metadata:
+        if key in PUSH_BACK_KEYS:
+            with contextlib.suppress(ValueError):
+                return float(value) / 1e3
+    return None

@@ -28,6 +28,7 @@ from models.image_source import ImageData
 from models.wire import vectors_from_wire
 from protos import horace_pb2 as pb
 from serve.client.arguments import check_integer, check_timeout
+from serve.client.connection import Metadata
 from serve.client.requests import (
     EmbedOptions,
     Group,
@@ -51,7 +52,7 @@ from serve.client.results import (
     read_status,
     read_timings,
 )
-from serve.client.retry import RetryPolicy
+from serve.client.retry import RetryBudget, RetryPolicy
 from serve.errors import (
     STOPPING,
     DeadlineError,
@@ -78,6 +79,7 @@ class Call:
     method: str
     request: Message
     timeout_s: float
+    metadata: Metadata = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +91,18 @@ class Pause:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """How a call ended that has no reply."""
+    """How a call ended that has no reply.
+
+    Attributes:
+        code: the status.
+        details: its message.
+        retry_after_s: when the server wants to be called again, where it says so; negative
+            where it does not want to be.
+    """
 
     code: grpc.StatusCode
     details: str
+    retry_after_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +128,7 @@ class Planner:
         clock: Callable[[], float],
         rng: random.Random,
         timeout_s: float = TIMEOUT_S,
+        metadata: Metadata = (),
     ) -> None:
         """Plan for the server at `target`.
 
@@ -127,13 +138,16 @@ class Planner:
             clock: monotonic seconds.
             rng: what waits are drawn from.
             timeout_s: of every operation that is given none of its own.
+            metadata: what goes with every call.
 
         Raises:
             UsageError: the timeout is none.
         """
         self.target = target
+        self._metadata = metadata
         self._timeout_s = check_timeout(timeout_s)
         self._retry = retry
+        self._budget = RetryBudget(retry, clock)
         self._clock = clock
         self._rng = rng
         self._size: RequestSize | None = None
@@ -157,7 +171,9 @@ class Planner:
         replies = []
         statuses: list[ItemStatus] = []
         for group in group_images(images, size):
-            answer = yield from self._call("Embed", embed_request(group, options), deadline)
+            answer = yield from self._call(
+                "Embed", embed_request(group, options), deadline, options.request_id
+            )
             replies.append(reply := cast(pb.EmbedResponse, answer))
             statuses += read_statuses(reply.statuses, group)
         self._require_one_encoder([reply.fingerprint for reply in replies])
@@ -183,7 +199,7 @@ class Planner:
         replies = []
         statuses: list[ItemStatus] = []
         for request, group in queries.requests(size, options):
-            answer = yield from self._call("Search", request, deadline)
+            answer = yield from self._call("Search", request, deadline, options.request_id)
             replies.append(reply := cast(pb.SearchResponse, answer))
             statuses += read_statuses([hits.status for hits in reply.results], group)
         self._require_one_encoder([reply.fingerprint for reply in replies])
@@ -243,6 +259,16 @@ class Planner:
 
     def error(self, failure: Failure, what: str, timeout_s: float) -> ServeError:
         """Say in one line how a call ended."""
+        error = self._error(failure, what, timeout_s)
+        error.retry_after_s = failure.retry_after_s
+        return error
+
+    def metadata(self, request_id: str | None) -> Metadata:
+        """Give what goes with the calls of one operation."""
+        return (*self._metadata, ("x-request-id", request_id)) if request_id else self._metadata
+
+    def _error(self, failure: Failure, what: str, timeout_s: float) -> ServeError:
+        """Choose the exception and its line."""
         match failure.code:
             case grpc.StatusCode.UNAVAILABLE if failure.details.startswith(STOPPING):
                 return UnavailableError(
@@ -306,30 +332,40 @@ class Planner:
         answer = yield from self._call("ListModels", pb.ListModelsRequest(), deadline)
         return [read_model(model) for model in cast(pb.ListModelsResponse, answer).models]
 
-    def _call(self, method: str, request: Message, deadline: Deadline) -> Plan[object]:
+    def _call(
+        self, method: str, request: Message, deadline: Deadline, request_id: str | None = None
+    ) -> Plan[object]:
         """Call until there is a reply, an error that will not pass, or no time left.
 
         Raises:
             ServeError: how the last attempt ended.
         """
         failures = 0
+        self._budget.earn()
+        metadata = self.metadata(request_id)
         while (remaining_s := deadline.at_s - self._clock()) > 0:
-            answer = yield Call(method, request, remaining_s)
+            answer = yield Call(method, request, remaining_s, metadata)
             if not isinstance(answer, Failure):
                 return answer
             failures += 1
-            if TOO_LARGE in answer.details:
-                raise self.error(answer, method, deadline.timeout_s)
-            wait_s = self._retry.wait_s(
-                answer.code,
-                failures=failures,
-                remaining_s=deadline.at_s - self._clock(),
-                rng=self._rng,
-            )
+            wait_s = self._wait_s(answer, failures, deadline)
             if wait_s is None:
                 raise self.error(answer, method, deadline.timeout_s)
             yield Pause(wait_s)
         raise self._late(method, deadline.timeout_s)
+
+    def _wait_s(self, failure: Failure, failures: int, deadline: Deadline) -> float | None:
+        """Say how long to wait for the next attempt; None where there is none."""
+        if TOO_LARGE in failure.details:
+            return None
+        wait_s = self._retry.wait_s(
+            failure.code,
+            failures=failures,
+            remaining_s=deadline.at_s - self._clock(),
+            rng=self._rng,
+            retry_after_s=failure.retry_after_s,
+        )
+        return wait_s if wait_s is not None and self._budget.spend() else None
 
     def _late(self, what: str, timeout_s: float) -> DeadlineError:
         """Say that there was no reply in time."""

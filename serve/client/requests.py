@@ -20,7 +20,14 @@ from models.errors import UsageError
 from models.image_source import ImageData
 from models.wire import DTYPES, image_to_wire, vectors_to_wire
 from protos import horace_pb2 as pb
-from serve.client.arguments import MAX_UINT64, ONE_IMAGE, check_integer, check_text, describe
+from serve.client.arguments import (
+    MAX_UINT64,
+    ONE_IMAGE,
+    check_integer,
+    check_request_id,
+    check_text,
+    describe,
+)
 from serve.client.results import EmbedResult, ItemStatus
 from serve.reply_size import bytes_of_hit
 
@@ -45,14 +52,16 @@ class EmbedOptions:
     dims: int | None = None
     normalize: bool = True
     dtype: str = "fp32"
+    request_id: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no server can mean.
 
         Raises:
-            UsageError: `model`, `dims` or `dtype` makes no sense.
+            UsageError: a value makes no sense.
         """
         check_text("model", self.model)
+        check_request_id(self.request_id)
         if self.dims is not None:
             check_integer("dims", self.dims, 1)
         if self.dtype not in DTYPES:
@@ -67,14 +76,16 @@ class SearchOptions:
     k: int = 10
     exact: bool = False
     include_vectors: bool = False
+    request_id: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no server can mean.
 
         Raises:
-            UsageError: `collection` or `k` makes no sense.
+            UsageError: a value makes no sense.
         """
         check_text("collection", self.collection)
+        check_request_id(self.request_id)
         check_integer("k", self.k, 1)
 
 
@@ -128,6 +139,7 @@ class Queries:
             request.collection = options.collection or ""
             request.k, request.exact = options.k, options.exact
             request.include_vectors = options.include_vectors
+            request.request_id = options.request_id or ""
             yield request, group
 
     def _parts(self, size: RequestSize) -> Iterator[tuple[pb.SearchRequest, Group]]:
@@ -282,6 +294,7 @@ def embed_request(group: Group, options: EmbedOptions) -> pb.EmbedRequest:
         dims=options.dims or 0,
         skip_normalize=not options.normalize,
         dtype=DTYPES[options.dtype],
+        request_id=options.request_id or "",
     )
 
 

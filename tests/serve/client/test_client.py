@@ -7,8 +7,6 @@ import socket
 import grpc
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from protos import horace_pb2 as pb
 from serve.client import AsyncClient, Client, RetryPolicy
@@ -144,14 +142,13 @@ def test_what_will_not_pass_is_not_tried_again(code, kind):
     assert len(drive.calls) == 1
 
 
-@given(st.integers(1, 50), st.floats(0, 100), st.randoms())
-def test_waits_are_within_their_bounds(failures, remaining_s, rng):
-    """Never negative, never beyond the longest, never past the deadline."""
-    policy = RetryPolicy(attempts=51)
-    wait_s = policy.wait_s(
-        grpc.StatusCode.UNAVAILABLE, failures=failures, remaining_s=remaining_s, rng=rng
-    )
-    assert wait_s is None or 0 <= wait_s <= min(policy.max_s, remaining_s)
+def test_a_server_in_trouble_is_not_buried_under_retries():
+    """Once the burst is spent, most calls are made once and fail as they ended."""
+    drive = Drive(UNAVAILABLE, attempts=99, share=0.2, burst=3, per_s=0)
+    for _ in range(10):
+        with pytest.raises(UnavailableError):
+            drive.run(drive.planner.list_models(60))
+    assert len(drive.calls) == 10 + 3 + 1  # the burst, and a fifth of the other calls
 
 
 def test_parts_from_two_encoders_are_no_result():

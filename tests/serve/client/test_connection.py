@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import grpc
+import pytest
+import trustme
+
+from models.errors import UsageError
+from protos import horace_pb2 as pb
+from protos import horace_pb2_grpc as pb_grpc
+from serve.client import AsyncClient, Client, ClientTls, RetryPolicy
+from serve.client.connection import Connection
+from serve.errors import QueueFullError, UnavailableError
+
+
+class Servicer(pb_grpc.HoraceServicer):
+    """Notes what it is called with, and refuses as often as it is told to."""
+
+    def __init__(self, refusals=0, push_back=()):
+        self.metadata = []
+        self.refusals = refusals
+        self.push_back = push_back
+
+    def ListCollections(self, request, context):
+        """Answer, or refuse with a push-back."""
+        self.metadata.append(dict(context.invocation_metadata()))
+        if self.refusals:
+            self.refusals -= 1
+            context.set_trailing_metadata(self.push_back)
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "queue: full")
+        return pb.ListCollectionsResponse()
+
+
+@contextmanager
+def running(servicer, credentials=None):
+    """A bare gRPC server of this servicer; gives its port."""
+    with ThreadPoolExecutor(2) as pool:
+        server = grpc.server(pool)
+        pb_grpc.add_HoraceServicer_to_server(servicer, server)
+        if credentials is None:
+            port = server.add_insecure_port("localhost:0")
+        else:
+            port = server.add_secure_port("localhost:0", credentials)
+        server.start()
+        try:
+            yield port
+        finally:
+            server.stop(None).wait()
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory):
+    """A certificate authority, its files and those of a client."""
+    ca = trustme.CA()
+    folder = tmp_path_factory.mktemp("tls")
+    ca.cert_pem.write_to_path(folder / "ca.pem")
+    client = ca.issue_cert("client@example.org")
+    client.private_key_pem.write_to_path(folder / "client.key")
+    for blob in client.cert_chain_pems:
+        blob.write_to_path(folder / "client.pem", append=True)
+    return ca, folder
+
+
+def credentials_of(ca, *, name="localhost", mutual=False):
+    """A server's credentials, for a name."""
+    cert = ca.issue_cert(name)
+    chain = b"".join(blob.bytes() for blob in cert.cert_chain_pems)
+    return grpc.ssl_server_credentials(
+        [(cert.private_key_pem.bytes(), chain)],
+        root_certificates=ca.cert_pem.bytes() if mutual else None,
+        require_client_auth=mutual,
+    )
+
+
+@pytest.mark.parametrize("mutual", [False, True])
+def test_both_clients_speak_tls(authority, mutual):
+    """With the authority that vouches for the server, and a certificate where one is asked."""
+    ca, folder = authority
+    own = {"cert": folder / "client.pem", "key": folder / "client.key"} if mutual else {}
+    tls = ClientTls(ca=folder / "ca.pem", **own)
+
+    async def unblocking(port):
+        async with AsyncClient(f"localhost:{port}", tls=tls) as client:
+            return await client.list_collections()
+
+    with running(Servicer(), credentials_of(ca, mutual=mutual)) as port:
+        with Client(f"localhost:{port}", tls=tls) as client:
+            assert client.list_collections() == []
+        assert asyncio.run(unblocking(port)) == []
+
+
+def test_a_name_that_is_not_the_addresss_can_be_given(authority):
+    """A server reached by another name than its certificate's, and refused without it."""
+    ca, folder = authority
+    once = RetryPolicy(attempts=1)
+    with running(Servicer(), credentials_of(ca, name="horace.example")) as port:
+        tls = ClientTls(ca=folder / "ca.pem", server_name="horace.example")
+        with Client(f"localhost:{port}", tls=tls) as client:
+            assert client.list_collections() == []
+        tls = ClientTls(ca=folder / "ca.pem")
+        with (
+            Client(f"localhost:{port}", tls=tls, retry=once) as client,
+            pytest.raises(UnavailableError, match="expected a Horace server that answers"),
+        ):
+            client.list_collections()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected", "found"),
+    [
+        ({"ca": "nowhere.pem"}, "ca nowhere.pem: expected a PEM file", "No such file"),
+        ({"ca": "client.key"}, "PEM file with a CERTIFICATE", "none in there"),
+        ({"cert": "client.pem"}, "expected cert and key", "found cert alone"),
+        ({"key": "client.key"}, "expected cert and key", "found key alone"),
+        ({"cert": "client.key", "key": "client.key"}, "cert client.key", "none in there"),
+    ],
+)
+def test_files_that_are_no_certificates_are_refused_at_once(
+    authority, monkeypatch, given, expected, found
+):
+    """In one line, when the client is made."""
+    monkeypatch.chdir(authority[1])
+    with pytest.raises(UsageError) as error:
+        Client("localhost:1", tls=ClientTls(**given))
+    assert expected in str(error.value)
+    assert found in str(error.value)
+
+
+def test_key_and_request_id_go_with_every_call():
+    """As the headers that the server reads; the key is in no repr."""
+    servicer = Servicer()
+    with running(servicer) as port, Client(f"localhost:{port}", api_key="s3cret") as client:
+        client.list_collections()
+        assert "s3cret" not in repr(client)
+    assert servicer.metadata[0]["authorization"] == "Bearer s3cret"
+    assert "s3cret" not in repr(Connection(target="a:1", api_key="s3cret"))
+
+
+@pytest.mark.parametrize("key", ["", "two words", "line\n", "käse", b"bytes"])
+def test_a_key_that_no_header_carries_is_refused(key):
+    """Without showing it."""
+    with pytest.raises(UsageError, match="expected visible ASCII without spaces") as error:
+        Client("localhost:1", api_key=key)
+    assert str(key) not in str(error.value) or not key
+
+
+@pytest.mark.parametrize("name", ["retry-after-ms", "grpc-retry-pushback-ms"])
+def test_a_server_that_says_when_is_obeyed(name):
+    """Both clients wait at least as long as it asks for; then it has room."""
+    pauses = []
+
+    async def pause(seconds):
+        pauses.append(seconds)
+
+    async def unblocking(port):
+        async with AsyncClient(f"localhost:{port}", sleep=pause) as client:
+            return await client.list_collections()
+
+    with (
+        running(Servicer(1, ((name, "1500"),))) as port,
+        Client(f"localhost:{port}", sleep=pauses.append) as client,
+    ):
+        assert client.list_collections() == []
+    with running(Servicer(1, ((name, "1500"),))) as port:
+        assert asyncio.run(unblocking(port)) == []
+    assert len(pauses) == 2
+    assert all(1.5 <= seconds <= 1.6 for seconds in pauses)
+
+
+def test_a_server_that_wants_no_more_calls_gets_none():
+    """A negative push-back ends the attempts, and the error says what it was."""
+    servicer = Servicer(9, (("grpc-retry-pushback-ms", "-1"),))
+    with (
+        running(servicer) as port,
+        Client(f"localhost:{port}") as client,
+        pytest.raises(QueueFullError) as error,
+    ):
+        client.list_collections()
+    assert error.value.retry_after_s == -0.001
+    assert len(servicer.metadata) == 1
