@@ -1,14 +1,23 @@
 """What a server has to offer: its models and its collections, by name.
 
 Rules:
+    Whoever uses a model or a collection across an `await` leases it: what was swapped out
+    is closed when its last lease ends, and never before.
+    A model may have several versions; the newest is meant where none is named. The first
+    model is the default, and stays it: a request without a name never lands elsewhere
+    because a model was unloaded.
     A collection is offered only beside the model that made its vectors: one of another
-    fingerprint is refused when the server starts, whatever its dimension.
+    fingerprint is refused, whatever its dimension. It holds a lease on that version of
+    the model as long as it is offered, so a model may change under it and its queries are
+    still embedded by the encoder that made its vectors.
     A name that is not there is answered with those that are.
+
+Belongs to one event loop, once the server has started.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,83 +25,95 @@ from models.encoder import Encoder
 from models.errors import FingerprintMismatchError, UsageError
 from serve.engine import Engine
 from serve.errors import RequestError, UnknownNameError
+from serve.lifecycle.leases import Dispose, Hold, Lease, at_once
 
 if TYPE_CHECKING:
     from index.collection import Collection
 
 
-@dataclass(frozen=True, kw_only=True)
+FIRST_VERSION = "1"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ServedModel:
-    """An encoder with the engine that runs it, under the name that callers use."""
+    """One version of an encoder with the engine that runs it, under the name callers use."""
 
     name: str
+    version: str
     encoder: Encoder
     engine: Engine
+    hold: Hold = field(repr=False)
+
+    def lease(self) -> Lease[ServedModel]:
+        """Keep it open within a context."""
+        return Lease(self, self.hold)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ServedCollection:
     """A collection with the model whose images may query it."""
 
     name: str
     collection: Collection
     model: ServedModel
+    hold: Hold = field(repr=False)
+
+    def lease(self) -> Lease[ServedCollection]:
+        """Keep it, and its model, open within a context."""
+        return Lease(self, self.hold)
 
 
 @dataclass(kw_only=True)
 class Catalog:
-    """All that is served; the first model is the default."""
+    """All that is served.
+
+    Attributes:
+        models: the version that is served by default, by name.
+        versions: every version that is served, by name and version, newest first.
+        collections: by name.
+        default: the model that a request without a name means.
+        dispose: runs what closes a thing that was swapped out.
+    """
 
     models: dict[str, ServedModel] = field(default_factory=dict)
+    versions: dict[str, dict[str, ServedModel]] = field(default_factory=dict)
     collections: dict[str, ServedCollection] = field(default_factory=dict)
+    default: str = ""
+    dispose: Dispose = at_once
+    _holds: list[Hold] = field(default_factory=list, repr=False)
 
     def __repr__(self) -> str:
         return f"<Catalog models={list(self.models)} collections={list(self.collections)}>"
 
-    def add_model(self, name: str, encoder: Encoder, engine: Engine) -> None:
-        """Offer a model.
+    def lease_model(self, name: str = "", version: str = "") -> Lease[ServedModel]:
+        """Keep a model open within a context; see `model`."""
+        return self.model(name, version).lease()
+
+    def lease_collection(self, name: str = "") -> Lease[ServedCollection]:
+        """Keep a collection and its model open within a context; see `collection`."""
+        return self.collection(name).lease()
+
+    def model(self, name: str = "", version: str = "") -> ServedModel:
+        """Find a model by name; the default where the name is empty, the newest version too.
+
+        Whoever computes with it takes a lease.
 
         Raises:
-            UsageError: the name is taken.
+            UnknownNameError: there is none of that name, or not in that version.
         """
-        _refuse_taken_name("--bundle", name, self.models)
-        self.models[name] = ServedModel(name=name, encoder=encoder, engine=engine)
-
-    def add_collection(self, name: str, collection: Collection) -> None:
-        """Offer a collection.
-
-        Raises:
-            UsageError: the name is taken.
-            FingerprintMismatchError: none of the models made its vectors.
-        """
-        _refuse_taken_name("--collection", name, self.collections)
-        for model in self.models.values():
-            if model.encoder.fingerprint == collection.fingerprint:
-                served = ServedCollection(name=name, collection=collection, model=model)
-                self.collections[name] = served
-                return
-        offered = [f"{m.encoder.fingerprint} ({m.name})" for m in self.models.values()]
-        raise FingerprintMismatchError(
-            f"--collection {name}",
-            expected=" or ".join(offered),
-            found=collection.fingerprint,
-            mend="serve the bundle that made it, or build it again with `python -m index.build`",
-        )
-
-    def model(self, name: str) -> ServedModel:
-        """Find a model by name; the default where the name is empty.
-
-        Raises:
-            UnknownNameError: there is none of that name.
-        """
-        if not name and self.models:
-            return next(iter(self.models.values()))
-        if name in self.models:
+        name = name or self.default
+        if name not in self.models:
+            raise _unknown("model", name, list(self.models))
+        if not version:
             return self.models[name]
-        raise _unknown("model", name, list(self.models))
+        if version not in self.versions[name]:
+            raise _unknown(f"version of model {name!r}", version, list(self.versions[name]))
+        return self.versions[name][version]
 
-    def collection(self, name: str) -> ServedCollection:
+    def collection(self, name: str = "") -> ServedCollection:
         """Find a collection by name; the only one where the name is empty.
+
+        Whoever searches it takes a lease.
 
         Raises:
             UnknownNameError: there is none of that name.
@@ -106,10 +127,129 @@ class Catalog:
             raise RequestError("collection", expected=_listed(list(self.collections)), found="none")
         raise _unknown("collection", name, list(self.collections))
 
+    def add_model(
+        self,
+        name: str,
+        encoder: Encoder,
+        engine: Engine,
+        *,
+        version: str = FIRST_VERSION,
+        close: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Offer a model; `close` runs when it is no longer offered and nobody uses it.
+
+        Raises:
+            UsageError: the name is taken.
+        """
+        _refuse_taken_name("--bundle", name, self.models)
+        self.put_model(name, encoder, engine, version=version, close=close)
+
+    def put_model(
+        self,
+        name: str,
+        encoder: Encoder,
+        engine: Engine,
+        *,
+        version: str,
+        close: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Offer a version of a model beside those that are offered; the newest leads."""
+        hold = self._hold(close, self.dispose)
+        model = ServedModel(name=name, version=version, encoder=encoder, engine=engine, hold=hold)
+        self.default = self.default or model.name
+        versions = self.versions.setdefault(model.name, {})
+        assert model.version not in versions, "every version has a number of its own"
+        versions[model.version] = model
+        newest_first = sorted(versions.items(), key=lambda item: int(item[0]), reverse=True)
+        self.versions[model.name] = dict(newest_first)
+        self.models[model.name] = newest_first[0][1]
+
+    def withdraw_model(self, name: str, version: str) -> None:
+        """Offer a version no more; it is closed when nobody uses it."""
+        model = self.versions[name].pop(version)
+        if self.versions[name]:
+            self.models[name] = next(iter(self.versions[name].values()))
+        else:
+            del self.versions[name], self.models[name]
+        model.hold.retire()
+
+    def add_collection(
+        self, name: str, collection: Collection, *, close: Callable[[], None] = lambda: None
+    ) -> None:
+        """Offer a collection; `close` runs when it is no longer offered and nobody uses it.
+
+        Raises:
+            UsageError: the name is taken.
+            FingerprintMismatchError: none of the models made its vectors.
+        """
+        _refuse_taken_name("--collection", name, self.collections)
+        self.put_collection(name, collection, close=close)
+
+    def put_collection(
+        self, name: str, collection: Collection, *, close: Callable[[], None] = lambda: None
+    ) -> None:
+        """Offer a collection in the place of the one of that name, if there is one.
+
+        Raises:
+            FingerprintMismatchError: none of the models made its vectors; what was offered
+                is offered still.
+        """
+        model = self._maker_of(name, collection.fingerprint)
+        model.hold.take()
+        hold = self._hold(close, self._dispose_and_release(model))
+        replaced = self.collections.get(name)
+        self.collections[name] = ServedCollection(
+            name=name, collection=collection, model=model, hold=hold
+        )
+        if replaced is not None:
+            replaced.hold.retire()
+
+    def withdraw_collection(self, name: str) -> None:
+        """Offer a collection no more; it is closed when nobody uses it."""
+        self.collections.pop(name).hold.retire()
+
+    def close(self) -> None:
+        """Close everything here and now, used or not, also what was swapped out."""
+        for hold in self._holds:  # the latest first: collections before their models
+            hold.close()
+
     @property
     def alive(self) -> bool:
         """Whether every model can serve."""
         return all(model.engine.alive for model in self.models.values())
+
+    def _maker_of(self, name: str, fingerprint: str) -> ServedModel:
+        """Find the newest version that made a collection's vectors.
+
+        The one that the collection of this name is bound to counts, too, offered or not.
+        """
+        offered = [model for versions in self.versions.values() for model in versions.values()]
+        if name in self.collections:
+            offered.append(self.collections[name].model)
+        for model in offered:
+            if model.encoder.fingerprint == fingerprint:
+                return model
+        raise FingerprintMismatchError(
+            f"--collection {name}",
+            expected=" or ".join(f"{m.encoder.fingerprint} ({m.name})" for m in offered),
+            found=fingerprint,
+            mend="serve the bundle that made it, or build it again with `python -m index.build`",
+        )
+
+    def _hold(self, close: Callable[[], None], dispose: Dispose) -> Hold:
+        """Keep account of a thing until it is closed."""
+        hold = Hold(close, dispose=dispose)
+        self._holds = [hold, *(other for other in self._holds if not other.closed)]
+        return hold
+
+    def _dispose_and_release(self, model: ServedModel) -> Dispose:
+        """Close a collection, then let go of its model."""
+
+        def dispose(close: Callable[[], None]) -> None:
+            self.dispose(close)
+            model.hold.give_back()
+
+        return dispose
 
 
 def _refuse_taken_name(option: str, name: str, taken: Mapping[str, object]) -> None:

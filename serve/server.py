@@ -76,7 +76,8 @@ class Server:
         self._decode_pool = self._make_pool("decode")
         self._search_pool = self._make_pool("search")
         self._opening_pool = self._make_pool("open", threads=1)
-        self.catalog = Catalog()
+        self.catalog = Catalog(dispose=self._opening_pool.submit)
+        self._closing.callback(self.catalog.close)
         self.health = Health([services.SERVICE_NAME, health.SERVICE_NAME])
         self.services = HoraceServicer(
             self.catalog, limits=options.request_limits, search_pool=self._search_pool
@@ -166,10 +167,13 @@ class Server:
         )
         for bundle in self._options.bundles:
             encoder = self._open_model(bundle.path, threads=threads)
-            self._closing.callback(encoder.close)
             engine = self._make_engine(encoder, loop)
-            self._closing.callback(engine.close, timeout_s=CLOSE_TIMEOUT_S)
-            self.catalog.add_model(bundle.name or encoder.name, encoder, engine)
+            close = partial(_close_model, encoder, engine)
+            try:
+                self.catalog.add_model(bundle.name or encoder.name, encoder, engine, close=close)
+            except BaseException:
+                close()
+                raise
 
     def _make_engine(self, encoder: Encoder, loop: asyncio.AbstractEventLoop) -> Engine:
         """Start the engine of one encoder as the options say."""
@@ -198,8 +202,8 @@ class Server:
 
         for named in self._options.collections:
             collection = Collection.open(named.path, threads=self._shares.inference_threads)
-            self._closing.callback(collection.close)
-            self.catalog.add_collection(named.name or collection.name, collection)
+            name = named.name or collection.name
+            self.catalog.add_collection(name, collection, close=collection.close)
 
 
 def divide_threads(threads: int, *, models: int, instances: int) -> int:
@@ -208,6 +212,12 @@ def divide_threads(threads: int, *, models: int, instances: int) -> int:
     An encoder of n threads has n - 1 of its own beside those that call it, one an instance.
     """
     return max(1, threads // models - (instances - 1))
+
+
+def _close_model(encoder: Encoder, engine: Engine) -> None:
+    """End an engine and what it runs."""
+    engine.close(timeout_s=CLOSE_TIMEOUT_S)
+    encoder.close()
 
 
 async def _warm_up(model: ServedModel) -> None:

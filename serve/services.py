@@ -30,7 +30,7 @@ import grpc
 from models.wire import dtype_from_wire, vectors_to_wire
 from protos import horace_pb2 as pb
 from protos import horace_pb2_grpc as pb_grpc
-from serve.catalog import Catalog, ServedModel
+from serve.catalog import Catalog, ServedCollection, ServedModel
 from serve.embedding import count_payload, finish, read_images
 from serve.errors import STOPPING, QueueFullError, RequestError, UnavailableError, to_status
 from serve.job import Embedded
@@ -142,11 +142,11 @@ class HoraceServicer(pb_grpc.HoraceServicer):
                 fingerprint=model.encoder.fingerprint,
                 dim=model.encoder.dim,
                 preprocessing_json=json.dumps(model.encoder.preprocessing.to_json()),
-                is_default=n == 0,
+                is_default=model.name == self._catalog.default,
                 max_images_per_request=self._limits.max_images,
                 max_request_bytes=self._limits.max_message_bytes,
             )
-            for n, model in enumerate(self._catalog.models.values())
+            for model in self._catalog.models.values()
         ]
         return pb.ListModelsResponse(models=models)
 
@@ -298,13 +298,13 @@ class HoraceServicer(pb_grpc.HoraceServicer):
         on_admitted: Callable[[], None] | None = None,
     ) -> pb.EmbedResponse:
         """Embed as a request asks; with `on_admitted` it waits for room, and says when."""
-        model = self._catalog.model(request.model)
-        call.model, call.images = model.name, len(request.images)
-        dtype = dtype_from_wire(request.dtype)
-        self._check_dims(request.dims, model)
-        self._check_count("images", len(request.images))
-        embedded = await self._compute(model, request.images, deadline_s, on_admitted)
-        call.embedded = embedded
+        with self._catalog.lease_model(request.model) as model:
+            call.model, call.images = model.name, len(request.images)
+            dtype = dtype_from_wire(request.dtype)
+            self._check_dims(request.dims, model)
+            self._check_count("images", len(request.images))
+            embedded = await self._compute(model, request.images, deadline_s, on_admitted)
+            call.embedded = embedded
         vectors_ND, statuses = finish(
             embedded,
             dims=request.dims or None,
@@ -365,7 +365,13 @@ class HoraceServicer(pb_grpc.HoraceServicer):
         self, request: pb.SearchRequest, call: Call, deadline_s: float
     ) -> pb.SearchResponse:
         """Search by whatever the request has for queries."""
-        served = self._catalog.collection(request.collection)
+        with self._catalog.lease_collection(request.collection) as served:
+            return await self._search_in(served, request, call, deadline_s)
+
+    async def _search_in(
+        self, served: ServedCollection, request: pb.SearchRequest, call: Call, deadline_s: float
+    ) -> pb.SearchResponse:
+        """Search in a collection that is leased."""
         collection = served.collection
         count = count_queries(request)
         call.model, call.images = served.model.name, count

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from models.errors import FingerprintMismatchError, UsageError
+from serve.catalog import Catalog
+from serve.errors import UnknownNameError
+
+
+@dataclass(eq=False)
+class Thing:
+    """Stands for an encoder, its engine, or a collection: only its fingerprint is looked at."""
+
+    fingerprint: str = "a" * 64
+    alive: bool = True
+    closed: bool = False
+
+    def close(self) -> None:
+        """Note it."""
+        self.closed = True
+
+
+def put_model(catalog: Catalog, name: str, version: str, fingerprint: str = "a") -> Thing:
+    """Offer a model of that fingerprint; what is given back says whether it was closed."""
+    thing = Thing(fingerprint * 64)
+    catalog.put_model(name, thing, thing, version=version, close=thing.close)
+    return thing
+
+
+def put_collection(catalog: Catalog, name: str, fingerprint: str = "a") -> Thing:
+    """Offer a collection of that fingerprint."""
+    thing = Thing(fingerprint * 64)
+    catalog.put_collection(name, thing, close=thing.close)
+    return thing
+
+
+def test_a_version_that_is_leased_outlives_its_place():
+    """Whoever has leased version 1 uses it to the end; the next one gets version 2."""
+    catalog = Catalog()
+    one = put_model(catalog, "m", "1")
+    with catalog.lease_model("m") as leased:
+        two = put_model(catalog, "m", "2")
+        catalog.withdraw_model("m", "1")
+        assert (leased.version, leased.encoder, one.closed) == ("1", one, False)
+        with catalog.lease_model() as next_leased:
+            assert next_leased.encoder is two
+    assert one.closed
+    assert not two.closed
+
+
+def test_versions_are_ordered_by_number():
+    """The newest is served where none is named, an older one by its number."""
+    catalog = Catalog()
+    for version in ("9", "10", "2"):
+        put_model(catalog, "m", version)
+    assert list(catalog.versions["m"]) == ["10", "9", "2"]
+    assert catalog.model("m").version == "10"
+    assert catalog.model("m", "2").version == "2"
+    with pytest.raises(
+        UnknownNameError,
+        match=r"^version of model 'm': expected '10' or '9' or '2', found '3'$",
+    ):
+        catalog.lease_model("m", "3")
+    catalog.withdraw_model("m", "10")
+    assert catalog.model("m").version == "9"
+
+
+def test_the_default_stays_the_default():
+    """A request without a name does not land elsewhere because the default was unloaded."""
+    catalog = Catalog()
+    put_model(catalog, "first", "1")
+    put_model(catalog, "second", "1")
+    assert catalog.model().name == "first"
+    catalog.withdraw_model("first", "1")
+    with pytest.raises(UnknownNameError, match=r"^model: expected 'second', found 'first'$"):
+        catalog.lease_model()
+    put_model(catalog, "first", "2")
+    assert catalog.model().version == "2"
+
+
+def test_a_taken_name_is_refused():
+    """Two bundles of one name are a mistake, and the line says how to mend it."""
+    catalog = Catalog()
+    catalog.add_model("m", Thing(), Thing())
+    with pytest.raises(UsageError, match="--bundle m: expected a name of its own"):
+        catalog.add_model("m", Thing(), Thing())
+
+
+def test_a_collection_keeps_the_model_that_made_it():
+    """The model changes; the collection's queries go to the old version until it goes, too."""
+    catalog = Catalog()
+    one = put_model(catalog, "m", "1", "a")
+    old = put_collection(catalog, "c", "a")
+    put_model(catalog, "m", "2", "b")
+    catalog.withdraw_model("m", "1")
+    assert catalog.collection("c").model.encoder is one
+    assert not one.closed
+    with catalog.lease_collection("c"):
+        put_collection(catalog, "c", "b")
+        assert not old.closed
+        assert not one.closed
+    assert old.closed
+    assert one.closed
+    assert catalog.collection("c").model.version == "2"
+
+
+def test_a_collection_rebuilt_by_the_old_encoder_stays_with_it():
+    """A version that only its collection keeps still fits a newer build of that collection."""
+    catalog = Catalog()
+    one = put_model(catalog, "m", "1", "a")
+    put_collection(catalog, "c", "a")
+    put_model(catalog, "m", "2", "b")
+    catalog.withdraw_model("m", "1")
+    put_collection(catalog, "c", "a")
+    assert catalog.collection("c").model.encoder is one
+    assert not one.closed
+    catalog.withdraw_collection("c")
+    assert one.closed
+
+
+def test_a_collection_that_fits_no_model_changes_nothing():
+    """The one that was offered goes on, and the line names both fingerprints."""
+    catalog = Catalog()
+    put_model(catalog, "m", "1", "a")
+    old = put_collection(catalog, "c", "a")
+    with pytest.raises(FingerprintMismatchError) as error:
+        put_collection(catalog, "c", "b")
+    assert "a" * 64 in str(error.value)
+    assert "b" * 64 in str(error.value)
+    assert catalog.collection("c").collection is old
+    assert not old.closed
+
+
+def test_closing_closes_what_was_swapped_out_and_is_still_used():
+    """Collections go before the models that they hold."""
+    catalog = Catalog()
+    one = put_model(catalog, "m", "1")
+    collection = put_collection(catalog, "c")
+    with catalog.lease_model():
+        two = put_model(catalog, "m", "2")
+        catalog.withdraw_model("m", "1")
+        catalog.close()
+        assert one.closed
+        assert two.closed
+        assert collection.closed
