@@ -44,7 +44,7 @@ async def _serve(options: ServeOptions) -> None:
     again = asyncio.create_task(signals.get())
     await asyncio.wait([draining, again], return_when=asyncio.FIRST_COMPLETED)
     if not draining.done():
-        cut_off = server.services.active
+        cut_off = server.calls.active
         draining.cancel()
         await server.kill()
         raise _cut_off(cut_off, f"a second signal, {again.result()}")

@@ -30,6 +30,7 @@ from models.encoder import Encoder, open_encoder
 from models.preprocess import PreprocessSpec
 from protos import horace_pb2_grpc as pb_grpc
 from serve import health, services
+from serve.calls import Calls
 from serve.catalog import Catalog, ServedModel
 from serve.config import MIB, ServeOptions
 from serve.engine import Engine
@@ -79,8 +80,12 @@ class Server:
         self.catalog = Catalog(dispose=self._opening_pool.submit)
         self._closing.callback(self.catalog.close)
         self.health = Health([services.SERVICE_NAME, health.SERVICE_NAME])
+        self.calls = Calls()
         self.services = HoraceServicer(
-            self.catalog, limits=options.request_limits, search_pool=self._search_pool
+            self.catalog,
+            limits=options.request_limits,
+            search_pool=self._search_pool,
+            calls=self.calls,
         )
         self._front = make_front(
             options.frontend,
@@ -135,10 +140,10 @@ class Server:
         On cancellation some calls may still be under way: `kill` ends them.
         """
         self.health.set_serving(False)
-        self.services.drain()
+        self.calls.drain()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.services.wait_idle(), limit_s)
-        cut_off = self.services.active
+            await asyncio.wait_for(self.calls.wait_idle(), limit_s)
+        cut_off = self.calls.active
         if not cut_off:
             await asyncio.sleep(LAST_CALLS_S)
         self.health.close()

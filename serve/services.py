@@ -30,9 +30,10 @@ import grpc
 from models.wire import dtype_from_wire, vectors_to_wire
 from protos import horace_pb2 as pb
 from protos import horace_pb2_grpc as pb_grpc
+from serve.calls import Calls, reader_error
 from serve.catalog import Catalog, ServedCollection, ServedModel
 from serve.embedding import count_payload, finish, read_images
-from serve.errors import STOPPING, QueueFullError, RequestError, UnavailableError, to_status
+from serve.errors import QueueFullError, RequestError, to_status
 from serve.job import Embedded
 from serve.operation.observer import NO_OBSERVER, Call, Observer
 from serve.pool import ThreadPool
@@ -78,6 +79,7 @@ class HoraceServicer(pb_grpc.HoraceServicer):
         *,
         limits: RequestLimits,
         search_pool: ThreadPool,
+        calls: Calls | None = None,
         clock: Callable[[], float] = time.monotonic,
         observer: Observer = NO_OBSERVER,
     ) -> None:
@@ -87,6 +89,7 @@ class HoraceServicer(pb_grpc.HoraceServicer):
             catalog: what is offered.
             limits: what one request may ask for.
             search_pool: threads for searches.
+            calls: the server's account of calls; one of its own where None.
             clock: monotonic seconds, the engines' clock.
             observer: hears of every request that is over.
         """
@@ -95,30 +98,10 @@ class HoraceServicer(pb_grpc.HoraceServicer):
         self._search_pool = search_pool
         self._clock = clock
         self._observer = observer
-        self._active = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
-        self._draining = False
-        self._readers: set[asyncio.Task[None]] = set()
+        self._calls = calls or Calls()
 
     def __repr__(self) -> str:
-        state = "draining" if self._draining else "open"
-        return f"<HoraceServicer {state} active={self._active} {self._catalog!r}>"
-
-    @property
-    def active(self) -> int:
-        """Calls that are under way."""
-        return self._active
-
-    def drain(self) -> None:
-        """Refuse new calls and end streams; calls that are under way are answered."""
-        self._draining = True
-        for reader in self._readers:
-            reader.cancel()
-
-    async def wait_idle(self) -> None:
-        """Wait until no call is under way."""
-        await self._idle.wait()
+        return f"<HoraceServicer {self._calls!r} {self._catalog!r}>"
 
     async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
         """Embed one to many images."""
@@ -189,21 +172,18 @@ class HoraceServicer(pb_grpc.HoraceServicer):
                 await admitted.wait()
                 await room.acquire()
 
-        with self._counted():
+        with self._calls.counted():
             reader = asyncio.create_task(read())
             reader.add_done_callback(lambda _: replies.put_nowait(None))
-            self._readers.add(reader)
-            if self._draining:
-                reader.cancel()
             try:
-                while (task := await replies.get()) is not None:
-                    await context.write(await task)
-                    started.discard(task)
-                    room.release()
-                if error := _reader_error(reader):
+                with self._calls.reading(reader):
+                    while (task := await replies.get()) is not None:
+                        await context.write(await task)
+                        started.discard(task)
+                        room.release()
+                if error := reader_error(reader):
                     await context.abort(*to_status(error))
             finally:
-                self._readers.discard(reader)
                 for unfinished in (reader, *started):
                     unfinished.cancel()
 
@@ -227,19 +207,17 @@ class HoraceServicer(pb_grpc.HoraceServicer):
         self, call: Call, work: Coroutine[Any, Any, Reply], context: Context
     ) -> Reply:
         """Await `work`; what it raises becomes a status."""
-        if self._draining:
-            work.close()
-            with self._observed(call):
-                self._fail(call, UnavailableError(f"{STOPPING}; call another"))
-            await context.abort(call.code, call.message)
-        with self._counted(), self._observed(call):
+        with self._calls.counted(), self._observed(call):
             try:
+                self._calls.check_open()
                 reply = await work
             except Exception as error:
                 self._fail(call, error)
             else:
                 call.code = grpc.StatusCode.OK
                 return reply
+            finally:
+                work.close()
         await context.abort(call.code, call.message)
         raise AssertionError("abort raises")
 
@@ -254,18 +232,6 @@ class HoraceServicer(pb_grpc.HoraceServicer):
             yield
         finally:
             self._observer.answered(call, self._clock() - call.arrived_s)
-
-    @contextmanager
-    def _counted(self) -> Iterator[None]:
-        """Count a call as under way."""
-        self._active += 1
-        self._idle.clear()
-        try:
-            yield
-        finally:
-            self._active -= 1
-            if not self._active:
-                self._idle.set()
 
     # Embed.
 
@@ -413,10 +379,3 @@ class HoraceServicer(pb_grpc.HoraceServicer):
                 "searches", expected=f"fewer than {most} that wait", found=f"{most}"
             )
         return await self._search_pool.run(work)
-
-
-def _reader_error(reader: asyncio.Task[None]) -> BaseException | None:
-    """Say why a stream's reader ended before the stream did; None where it did not."""
-    if reader.cancelled():
-        return UnavailableError(f"{STOPPING}, and has not read the rest of this stream")
-    return reader.exception()

@@ -195,7 +195,7 @@ def test_calls_beyond_the_bound_are_refused_unread(serving, fake, image, eventua
             request = pb.EmbedRequest(images=[image_to_wire(image(1))])
             fake.gate.clear()
             held = [stub.Embed(request), stub.Embed(request)]
-            await eventually(lambda: server.services.active == 2)
+            await eventually(lambda: server.calls.active == 2)
             with pytest.raises(grpc.aio.AioRpcError) as error:
                 await stub.Embed(request)
             assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED

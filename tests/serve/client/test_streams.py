@@ -48,9 +48,9 @@ def test_leaving_an_asyncio_stream_ends_it(serving, fake, image, eventually):
         async with serving(fake) as server, AsyncClient(server.address) as client:
             stream = client.embed_stream(endless(), images_per_request=2, in_flight=2)
             assert len((await anext(stream)).statuses) == 2
-            assert server.services.active == 1
+            assert server.calls.active == 1
             await stream.aclose()
-            await eventually(lambda: server.services.active == 0)
+            await eventually(lambda: server.calls.active == 0)
 
     asyncio.run(main())
 

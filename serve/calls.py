@@ -1,0 +1,87 @@
+"""Counts the calls under way, for every service and protocol of one server.
+
+Rules:
+    One account: the drain of a server ends when nothing that any service answers is left.
+    After `drain` new calls are refused as UNAVAILABLE; streams read no more, answer what
+    they have read, and end so, too.
+
+Belongs to one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from serve.errors import STOPPING, UnavailableError
+
+
+class Calls:
+    """The calls that a server has under way."""
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self._active = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._draining = False
+        self._readers: set[asyncio.Task[Any]] = set()
+
+    def __repr__(self) -> str:
+        return f"<Calls {'draining' if self._draining else 'open'} active={self._active}>"
+
+    @property
+    def active(self) -> int:
+        """Calls that are under way."""
+        return self._active
+
+    def check_open(self) -> None:
+        """Refuse a new call once the server drains.
+
+        Raises:
+            UnavailableError: it does.
+        """
+        if self._draining:
+            raise UnavailableError(f"{STOPPING}; call another")
+
+    def drain(self) -> None:
+        """Refuse new calls and end streams; calls that are under way are answered."""
+        self._draining = True
+        for reader in self._readers:
+            reader.cancel()
+
+    async def wait_idle(self) -> None:
+        """Wait until no call is under way."""
+        await self._idle.wait()
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count a call as under way."""
+        self._active += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._active -= 1
+            if not self._active:
+                self._idle.set()
+
+    @contextmanager
+    def reading(self, reader: asyncio.Task[Any]) -> Iterator[None]:
+        """Have a stream's reader cancelled when the server drains, or drains already."""
+        self._readers.add(reader)
+        if self._draining:
+            reader.cancel()
+        try:
+            yield
+        finally:
+            self._readers.discard(reader)
+
+
+def reader_error(reader: asyncio.Task[Any]) -> BaseException | None:
+    """Say why a stream's reader ended before the stream did; None where it did not."""
+    if reader.cancelled():
+        return UnavailableError(f"{STOPPING}, and has not read the rest of this stream")
+    return reader.exception()
