@@ -102,28 +102,32 @@ class Timings(_message.Message):
     def __init__(self, decode_ms: _Optional[float] = ..., queue_ms: _Optional[float] = ..., inference_ms: _Optional[float] = ..., total_ms: _Optional[float] = ..., search_ms: _Optional[float] = ...) -> None: ...
 
 class EmbedRequest(_message.Message):
-    __slots__ = ("model", "images", "dims", "skip_normalize", "dtype", "request_id")
+    __slots__ = ("model", "images", "dims", "skip_normalize", "dtype", "request_id", "priority")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
     DIMS_FIELD_NUMBER: _ClassVar[int]
     SKIP_NORMALIZE_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
     model: str
     images: _containers.RepeatedCompositeFieldContainer[Image]
     dims: int
     skip_normalize: bool
     dtype: DType
     request_id: str
-    def __init__(self, model: _Optional[str] = ..., images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., dims: _Optional[int] = ..., skip_normalize: _Optional[bool] = ..., dtype: _Optional[_Union[DType, str]] = ..., request_id: _Optional[str] = ...) -> None: ...
+    priority: int
+    def __init__(self, model: _Optional[str] = ..., images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., dims: _Optional[int] = ..., skip_normalize: _Optional[bool] = ..., dtype: _Optional[_Union[DType, str]] = ..., request_id: _Optional[str] = ..., priority: _Optional[int] = ...) -> None: ...
 
 class RequestError(_message.Message):
-    __slots__ = ("code", "message")
+    __slots__ = ("code", "message", "retry_after_ms")
     CODE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_MS_FIELD_NUMBER: _ClassVar[int]
     code: int
     message: str
-    def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
+    retry_after_ms: int
+    def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ..., retry_after_ms: _Optional[int] = ...) -> None: ...
 
 class EmbedResponse(_message.Message):
     __slots__ = ("vectors", "statuses", "model", "fingerprint", "timings", "request_id", "error")
@@ -190,7 +194,7 @@ class Combined(_message.Message):
     def __init__(self, queries: _Optional[_Iterable[_Union[Combination, _Mapping]]] = ...) -> None: ...
 
 class SearchRequest(_message.Message):
-    __slots__ = ("collection", "images", "vectors", "ids", "combined", "k", "exact", "include_vectors", "request_id", "filter", "effort")
+    __slots__ = ("collection", "images", "vectors", "ids", "combined", "k", "exact", "include_vectors", "request_id", "priority", "filter", "effort")
     COLLECTION_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
     VECTORS_FIELD_NUMBER: _ClassVar[int]
@@ -200,6 +204,7 @@ class SearchRequest(_message.Message):
     EXACT_FIELD_NUMBER: _ClassVar[int]
     INCLUDE_VECTORS_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
     FILTER_FIELD_NUMBER: _ClassVar[int]
     EFFORT_FIELD_NUMBER: _ClassVar[int]
     collection: str
@@ -211,9 +216,10 @@ class SearchRequest(_message.Message):
     exact: bool
     include_vectors: bool
     request_id: str
+    priority: int
     filter: str
     effort: int
-    def __init__(self, collection: _Optional[str] = ..., images: _Optional[_Union[ImageQueries, _Mapping]] = ..., vectors: _Optional[_Union[VectorQueries, _Mapping]] = ..., ids: _Optional[_Union[IdQueries, _Mapping]] = ..., combined: _Optional[_Union[Combined, _Mapping]] = ..., k: _Optional[int] = ..., exact: _Optional[bool] = ..., include_vectors: _Optional[bool] = ..., request_id: _Optional[str] = ..., filter: _Optional[str] = ..., effort: _Optional[int] = ...) -> None: ...
+    def __init__(self, collection: _Optional[str] = ..., images: _Optional[_Union[ImageQueries, _Mapping]] = ..., vectors: _Optional[_Union[VectorQueries, _Mapping]] = ..., ids: _Optional[_Union[IdQueries, _Mapping]] = ..., combined: _Optional[_Union[Combined, _Mapping]] = ..., k: _Optional[int] = ..., exact: _Optional[bool] = ..., include_vectors: _Optional[bool] = ..., request_id: _Optional[str] = ..., priority: _Optional[int] = ..., filter: _Optional[str] = ..., effort: _Optional[int] = ...) -> None: ...
 
 class Hit(_message.Message):
     __slots__ = ("id", "score", "key", "label", "source")

@@ -40,7 +40,7 @@ from serve.errors import DeadlineError, InternalError, UnavailableError
 from serve.job import NO_PIXELS, Embedded, Job, answer, tell_admitted
 from serve.operation.observer import NO_MODEL_OBSERVER, ModelObserver
 from serve.pool import ThreadPool
-from serve.tickets import Batch, BatcherStatistics
+from serve.tickets import Batch, BatcherStatistics, read_priority
 
 log = logging.getLogger("horace.serve")
 
@@ -130,6 +130,8 @@ class Engine:
         count: int,
         payload_bytes: int,
         deadline_s: float = math.inf,
+        client: str = "",
+        priority: int = 0,
         wait_for_room: bool = False,
         on_admitted: Callable[[], None] = lambda: None,
     ) -> Embedded:
@@ -141,10 +143,13 @@ class Engine:
             count: how many there are.
             payload_bytes: memory that they take, until they are answered.
             deadline_s: on this engine's clock; what has not started by then never does.
+            client: whose request it is: clients of one priority take turns.
+            priority: 1 before 2 before 3; 0 is the default, 2.
             wait_for_room: wait in line where the queue is full, instead of refusing.
             on_admitted: called once there is room and the images are read.
 
         Raises:
+            RequestError: there is no such priority.
             QueueFullError: there is no room, and `wait_for_room` is false.
             DeadlineError: the deadline passed first.
             InternalError: the encoder failed.
@@ -152,7 +157,7 @@ class Engine:
 
         On cancellation the images that have not started are forgotten.
         """
-        job = self._make_job(count, payload_bytes, deadline_s)
+        job = self._make_job(count, payload_bytes, deadline_s, client, read_priority(priority))
         try:
             embedded = await self._embed(job, images, wait_for_room, on_admitted)
         except BaseException as error:
@@ -197,7 +202,9 @@ class Engine:
                 self._batcher.cancel(job)
             raise
 
-    def _make_job(self, count: int, payload_bytes: int, deadline_s: float) -> Job:
+    def _make_job(
+        self, count: int, payload_bytes: int, deadline_s: float, client: str, priority: int
+    ) -> Job:
         """Describe one request; it holds nothing yet."""
         loop = asyncio.get_running_loop()
         return Job(
@@ -205,6 +212,8 @@ class Engine:
             held_bytes=payload_bytes + count * self._image_bytes,
             arrived_s=self._clock(),
             deadline_s=deadline_s,
+            client=client,
+            priority=priority,
             loop=loop,
             admitted=loop.create_future(),
             future=loop.create_future(),

@@ -11,6 +11,7 @@ Rules:
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 
 import grpc
@@ -27,6 +28,13 @@ refuses trailers from 8 KiB on."""
 
 STOPPING = "the server is stopping"
 """How the line of a server that drains begins, so that a client can tell it from none."""
+
+
+RETRY_KEYS = ("retry-after-ms", "grpc-retry-pushback-ms")
+"""Trailing metadata that says when to come back.
+
+Source of the second: gRFC A6, https://github.com/grpc/proposal/blob/master/A6-client-retries.md
+"""
 
 
 class ServeError(HoraceError):
@@ -52,7 +60,19 @@ class PreconditionError(ServeError):
 
 
 class QueueFullError(ServeError):
-    """No room for this request now."""
+    """No room for this request now; `retry_after_s` says when there may be, where known."""
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        expected: str | None = None,
+        found: str | None = None,
+        mend: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(what, expected=expected, found=found, mend=mend)
+        self.retry_after_s = retry_after_s
 
 
 class DeadlineError(ServeError):
@@ -105,6 +125,20 @@ def to_status(error: BaseException) -> tuple[grpc.StatusCode, str]:
         grpc.StatusCode.INTERNAL,
         f"internal error; the server's log has it as incident {incident}",
     )
+
+
+def retry_after_ms(error: BaseException) -> int | None:
+    """Give the whole milliseconds after which a refused call may be tried again."""
+    if isinstance(error, QueueFullError) and error.retry_after_s is not None:
+        return math.ceil(error.retry_after_s * 1e3)
+    return None
+
+
+def retry_metadata(error: BaseException) -> tuple[tuple[str, str], ...]:
+    """Give the trailing metadata of a refusal: ours, and what gRPC's own retries obey."""
+    if (after_ms := retry_after_ms(error)) is None:
+        return ()
+    return tuple((key, str(after_ms)) for key in RETRY_KEYS)
 
 
 def _cut(message: str) -> str:

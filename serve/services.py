@@ -33,7 +33,13 @@ from protos import horace_pb2_grpc as pb_grpc
 from serve.calls import Calls, reader_error
 from serve.catalog import Catalog, ServedCollection, ServedModel
 from serve.embedding import count_payload, finish, read_images
-from serve.errors import QueueFullError, RequestError, to_status
+from serve.errors import (
+    QueueFullError,
+    RequestError,
+    retry_after_ms,
+    retry_metadata,
+    to_status,
+)
 from serve.job import Embedded
 from serve.operation.observer import NO_OBSERVER, Call, Observer
 from serve.pool import ThreadPool
@@ -44,10 +50,12 @@ from serve.searching import (
     search_ids,
     search_vectors,
 )
+from serve.security.caller import caller_of
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Horace"].full_name
 
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
+Metadata: TypeAlias = tuple[tuple[str, str], ...]
 Reply = TypeVar("Reply")
 
 
@@ -201,24 +209,27 @@ class HoraceServicer(pb_grpc.HoraceServicer):
             arrived_s=self._clock(),
             metadata=context.invocation_metadata,
             request_id=request_id,
+            client=caller_of(context).client,
         )
 
     async def _answer(
         self, call: Call, work: Coroutine[Any, Any, Reply], context: Context
     ) -> Reply:
         """Await `work`; what it raises becomes a status."""
+        metadata: Metadata = ()
         with self._calls.counted(), self._observed(call):
             try:
                 self._calls.check_open()
                 reply = await work
             except Exception as error:
                 self._fail(call, error)
+                metadata = retry_metadata(error)
             else:
                 call.code = grpc.StatusCode.OK
                 return reply
             finally:
                 work.close()
-        await context.abort(call.code, call.message)
+        await context.abort(call.code, call.message, metadata)
         raise AssertionError("abort raises")
 
     def _fail(self, call: Call, error: Exception) -> None:
@@ -248,7 +259,11 @@ class HoraceServicer(pb_grpc.HoraceServicer):
                 reply = await self._embed(request, call, deadline_s, on_admitted)
             except Exception as error:
                 self._fail(call, error)
-                refusal = pb.RequestError(code=call.code.value[0], message=call.message)
+                refusal = pb.RequestError(
+                    code=call.code.value[0],
+                    message=call.message,
+                    retry_after_ms=retry_after_ms(error) or 0,
+                )
                 return pb.EmbedResponse(error=refusal, request_id=request.request_id)
             else:
                 call.code = grpc.StatusCode.OK
@@ -269,7 +284,9 @@ class HoraceServicer(pb_grpc.HoraceServicer):
             dtype = dtype_from_wire(request.dtype)
             self._check_dims(request.dims, model)
             self._check_count("images", len(request.images))
-            embedded = await self._compute(model, request.images, deadline_s, on_admitted)
+            embedded = await self._compute(
+                model, call, request.images, request.priority, deadline_s, on_admitted
+            )
             call.embedded = embedded
         vectors_ND, statuses = finish(
             embedded,
@@ -289,7 +306,9 @@ class HoraceServicer(pb_grpc.HoraceServicer):
     async def _compute(
         self,
         model: ServedModel,
+        call: Call,
         images: Sequence[pb.Image],
+        priority: int,
         deadline_s: float,
         on_admitted: Callable[[], None] | None = None,
     ) -> Embedded:
@@ -299,6 +318,8 @@ class HoraceServicer(pb_grpc.HoraceServicer):
             count=len(images),
             payload_bytes=count_payload(images),
             deadline_s=deadline_s,
+            client=call.client,
+            priority=priority,
             wait_for_room=on_admitted is not None,
             on_admitted=on_admitted or (lambda: None),
         )
@@ -351,7 +372,9 @@ class HoraceServicer(pb_grpc.HoraceServicer):
         )
         match request.WhichOneof("queries"):
             case "images":
-                embedded = await self._compute(served.model, request.images.images, deadline_s)
+                embedded = await self._compute(
+                    served.model, call, request.images.images, request.priority, deadline_s
+                )
                 call.embedded = embedded
                 vectors_QD, statuses = finish(embedded, normalize=False)
                 work = partial(search_vectors, collection, vectors_QD, statuses, query)

@@ -7,6 +7,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from serve.errors import RequestError
+
+DEFAULT_PRIORITY = 2
+LOWEST_PRIORITY = 3
+
+
+def read_priority(priority: int) -> int:
+    """Read a request's priority: 1 before 2 before 3, and 0 for the default, as in Triton.
+
+    Raises:
+        RequestError: there is no such priority.
+    """
+    if not 0 <= priority <= LOWEST_PRIORITY:
+        raise RequestError(
+            "priority", expected=f"0 to {LOWEST_PRIORITY}, 1 being the first", found=str(priority)
+        )
+    return priority or DEFAULT_PRIORITY
+
 
 @dataclass(eq=False, kw_only=True)
 class Ticket:
@@ -17,6 +35,8 @@ class Ticket:
         held_bytes: memory that it keeps, in bytes: its payload and what that decodes to.
         arrived_s: when it came.
         deadline_s: from when on nobody waits for it.
+        client: whose it is, for fairness between clients; no secret.
+        priority: 1 (first) to `LOWEST_PRIORITY`.
         preparing: images neither ready nor settled yet.
         waiting: images that are ready and in no batch yet.
         running: images in batches that run.
@@ -27,6 +47,8 @@ class Ticket:
     held_bytes: int = 0
     arrived_s: float = 0.0
     deadline_s: float = math.inf
+    client: str = ""
+    priority: int = DEFAULT_PRIORITY
     preparing: int = field(init=False, default=0)
     waiting: int = field(init=False, default=0)
     running: int = field(init=False, default=0)

@@ -10,6 +10,8 @@ from serve.errors import (
     QueueFullError,
     ServeError,
     from_status,
+    retry_after_ms,
+    retry_metadata,
     to_status,
 )
 
@@ -57,3 +59,16 @@ def test_a_code_that_we_never_send_is_named():
     error = from_status(grpc.StatusCode.PERMISSION_DENIED, "go away")
     assert type(error) is InternalError
     assert str(error) == "PERMISSION_DENIED: go away"
+
+
+def test_a_refusal_says_when_to_come_back():
+    """In our own words and in those that gRPC's retries obey, never a moment too early."""
+    full = QueueFullError("queue", retry_after_s=0.1234)
+    assert retry_after_ms(full) == 124
+    assert retry_metadata(full) == (("retry-after-ms", "124"), ("grpc-retry-pushback-ms", "124"))
+
+
+@pytest.mark.parametrize("error", [QueueFullError("queue"), KeyError("k")])
+def test_nothing_is_said_of_when_to_come_back_where_nobody_knows(error):
+    """No number is made up."""
+    assert retry_metadata(error) == ()
