@@ -30,6 +30,7 @@ from models.encoder import Encoder, open_encoder
 from models.preprocess import PreprocessSpec
 from protos import horace_pb2_grpc as pb_grpc
 from serve import health, services
+from serve.answering import Answering
 from serve.calls import Calls
 from serve.catalog import Catalog, ServedModel
 from serve.config import MIB, ServeOptions
@@ -81,11 +82,12 @@ class Server:
         self._closing.callback(self.catalog.close)
         self.health = Health([services.SERVICE_NAME, health.SERVICE_NAME])
         self.calls = Calls()
+        answering = Answering(calls=self.calls)
         self.services = HoraceServicer(
             self.catalog,
             limits=options.request_limits,
             search_pool=self._search_pool,
-            calls=self.calls,
+            answering=answering,
         )
         self._front = make_front(
             options.frontend,

@@ -2,46 +2,30 @@
 
 Rules:
     A call fails only for what concerns all of it; an image or a query that is wrong has its
-    own status. An exception leaves as the status code of `serve.errors`, never as itself.
+    own status.
     Everything that can be refused is refused before anything is computed.
-    A stream answers in the order of its requests, with a bounded number under way; one that
-    is refused is answered with `error` and the stream goes on. Where the queue is full a
-    stream waits with one request read: to read no more is what holds its caller back.
-    After `drain` new calls are refused as UNAVAILABLE; streams read no more, answer what
-    they have read, and end so, too.
+    A request of a stream that is refused is answered with `error` and the stream goes on.
+    Where the queue is full a stream waits with one request read.
 
-It uses plain servicer features only, so that another server than grpcio's can run it.
+How calls are counted, observed and ended is `serve.answering`.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
-import math
-import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias, TypeVar
-
-import grpc
 
 from models.wire import dtype_from_wire, vectors_to_wire
 from protos import horace_pb2 as pb
 from protos import horace_pb2_grpc as pb_grpc
-from serve.calls import Calls, reader_error
+from serve.answering import Answering, Context
 from serve.catalog import Catalog, ServedCollection, ServedModel
 from serve.embedding import count_payload, finish, read_images
-from serve.errors import (
-    QueueFullError,
-    RequestError,
-    retry_after_ms,
-    retry_metadata,
-    to_status,
-)
+from serve.errors import QueueFullError, RequestError, retry_after_ms
 from serve.job import Embedded
-from serve.operation.observer import NO_OBSERVER, Call, Observer
+from serve.operation.observer import Call
 from serve.pool import ThreadPool
 from serve.searching import (
     count_queries,
@@ -50,13 +34,8 @@ from serve.searching import (
     search_ids,
     search_vectors,
 )
-from serve.security.caller import caller_of
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Horace"].full_name
-
-Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
-Metadata: TypeAlias = tuple[tuple[str, str], ...]
-Reply = TypeVar("Reply")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +66,7 @@ class HoraceServicer(pb_grpc.HoraceServicer):
         *,
         limits: RequestLimits,
         search_pool: ThreadPool,
-        calls: Calls | None = None,
-        clock: Callable[[], float] = time.monotonic,
-        observer: Observer = NO_OBSERVER,
+        answering: Answering,
     ) -> None:
         """Serve `catalog`, which may grow; its engines, and `search_pool`, have owners.
 
@@ -97,31 +74,28 @@ class HoraceServicer(pb_grpc.HoraceServicer):
             catalog: what is offered.
             limits: what one request may ask for.
             search_pool: threads for searches.
-            calls: the server's account of calls; one of its own where None.
-            clock: monotonic seconds, the engines' clock.
-            observer: hears of every request that is over.
+            answering: how calls are answered, and whose clock is the engines'.
         """
         self._catalog = catalog
         self._limits = limits
         self._search_pool = search_pool
-        self._clock = clock
-        self._observer = observer
-        self._calls = calls or Calls()
+        self._clock = answering.clock
+        self._answering = answering
 
     def __repr__(self) -> str:
-        return f"<HoraceServicer {self._calls!r} {self._catalog!r}>"
+        return f"<HoraceServicer {self._answering.calls!r} {self._catalog!r}>"
 
     async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
         """Embed one to many images."""
-        call = self._new_call("Embed", request.request_id, context)
-        work = self._embed(request, call, self._deadline_s(context))
-        return await self._answer(call, work, context)
+        call = self._answering.new_call("Embed", request.request_id, context)
+        work = self._embed(request, call, self._answering.deadline_s(context))
+        return await self._answering.answer(call, work, context)
 
     async def Search(self, request: pb.SearchRequest, context: Context) -> pb.SearchResponse:
         """Find the neighbours of images, vectors or stored ids."""
-        call = self._new_call("Search", request.request_id, context)
-        work = self._search(request, call, self._deadline_s(context))
-        return await self._answer(call, work, context)
+        call = self._answering.new_call("Search", request.request_id, context)
+        work = self._search(request, call, self._answering.deadline_s(context))
+        return await self._answering.answer(call, work, context)
 
     async def ListModels(
         self, request: pb.ListModelsRequest, context: Context
@@ -163,113 +137,19 @@ class HoraceServicer(pb_grpc.HoraceServicer):
         self, request_iterator: AsyncIterator[pb.EmbedRequest], context: Context
     ) -> None:
         """Embed requests as they come; see the module's rules."""
-        deadline_s = self._deadline_s(context)
-        room = asyncio.Semaphore(self._limits.stream_requests)
-        replies: asyncio.Queue[asyncio.Task[pb.EmbedResponse] | None] = asyncio.Queue()
-        started: set[asyncio.Task[pb.EmbedResponse]] = set()
+        deadline_s = self._answering.deadline_s(context)
 
-        async def read() -> None:
-            await room.acquire()
-            async for request in request_iterator:
-                admitted = asyncio.Event()
-                call = self._new_call("EmbedStream", request.request_id, context)
-                work = self._embed_in_stream(request, call, deadline_s, admitted.set)
-                task = asyncio.create_task(work)
-                started.add(task)
-                replies.put_nowait(task)
-                await admitted.wait()
-                await room.acquire()
+        async def answer(
+            request: pb.EmbedRequest, on_admitted: Callable[[], None]
+        ) -> pb.EmbedResponse:
+            call = self._answering.new_call("EmbedStream", request.request_id, context)
+            work = self._embed(request, call, deadline_s, on_admitted)
+            return await self._answering.answer_in_stream(call, work, _refuse)
 
-        with self._calls.counted():
-            reader = asyncio.create_task(read())
-            reader.add_done_callback(lambda _: replies.put_nowait(None))
-            try:
-                with self._calls.reading(reader):
-                    while (task := await replies.get()) is not None:
-                        await context.write(await task)
-                        started.discard(task)
-                        room.release()
-                if error := reader_error(reader):
-                    await context.abort(*to_status(error))
-            finally:
-                for unfinished in (reader, *started):
-                    unfinished.cancel()
-
-    # How every call is answered.
-
-    def _deadline_s(self, context: Context) -> float:
-        """Give the caller's deadline on our clock."""
-        remaining_s = context.time_remaining()
-        return math.inf if remaining_s is None else self._clock() + remaining_s
-
-    def _new_call(self, method: str, request_id: str, context: Context) -> Call:
-        """Start to keep account of a request."""
-        return Call(
-            method=method,
-            arrived_s=self._clock(),
-            metadata=context.invocation_metadata,
-            request_id=request_id,
-            client=caller_of(context).client,
-        )
-
-    async def _answer(
-        self, call: Call, work: Coroutine[Any, Any, Reply], context: Context
-    ) -> Reply:
-        """Await `work`; what it raises becomes a status."""
-        metadata: Metadata = ()
-        with self._calls.counted(), self._observed(call):
-            try:
-                self._calls.check_open()
-                reply = await work
-            except Exception as error:
-                self._fail(call, error)
-                metadata = retry_metadata(error)
-            else:
-                call.code = grpc.StatusCode.OK
-                return reply
-            finally:
-                work.close()
-        await context.abort(call.code, call.message, metadata)
-        raise AssertionError("abort raises")
-
-    def _fail(self, call: Call, error: Exception) -> None:
-        """Note how a call failed."""
-        call.code, call.message = to_status(error)
-
-    @contextmanager
-    def _observed(self, call: Call) -> Iterator[None]:
-        """Tell the observer once a call is over, whichever way."""
-        try:
-            yield
-        finally:
-            self._observer.answered(call, self._clock() - call.arrived_s)
+        window = self._limits.stream_requests
+        await self._answering.stream(request_iterator, context, answer, window=window)
 
     # Embed.
-
-    async def _embed_in_stream(
-        self,
-        request: pb.EmbedRequest,
-        call: Call,
-        deadline_s: float,
-        on_admitted: Callable[[], None],
-    ) -> pb.EmbedResponse:
-        """Embed one request of a stream; an error is a reply."""
-        with self._observed(call):
-            try:
-                reply = await self._embed(request, call, deadline_s, on_admitted)
-            except Exception as error:
-                self._fail(call, error)
-                refusal = pb.RequestError(
-                    code=call.code.value[0],
-                    message=call.message,
-                    retry_after_ms=retry_after_ms(error) or 0,
-                )
-                return pb.EmbedResponse(error=refusal, request_id=request.request_id)
-            else:
-                call.code = grpc.StatusCode.OK
-                return reply
-            finally:
-                on_admitted()  # or refused: the reader goes on in either case
 
     async def _embed(
         self,
@@ -402,3 +282,11 @@ class HoraceServicer(pb_grpc.HoraceServicer):
                 "searches", expected=f"fewer than {most} that wait", found=f"{most}"
             )
         return await self._search_pool.run(work)
+
+
+def _refuse(call: Call, error: Exception) -> pb.EmbedResponse:
+    """Say in a stream why a request failed."""
+    refusal = pb.RequestError(
+        code=call.code.value[0], message=call.message, retry_after_ms=retry_after_ms(error) or 0
+    )
+    return pb.EmbedResponse(error=refusal, request_id=call.request_id)

@@ -1,0 +1,166 @@
+"""How every call of every service is answered: counted, observed, refused, in its order.
+
+Rules:
+    An exception leaves as the status code of `serve.errors`, never as itself.
+    Whatever becomes of a request, the observer hears of it once.
+    A stream answers in the order of its requests, with a bounded number under way. Where a
+    request has to wait for room, nothing more is read: that is what holds a caller back.
+
+It uses plain servicer features only, so that another server than grpcio's can run it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeAlias, TypeVar
+
+import grpc
+
+from serve.calls import Calls, reader_error
+from serve.errors import retry_metadata, to_status
+from serve.operation.observer import NO_OBSERVER, Call, Observer
+from serve.security.caller import caller_of
+
+Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
+Metadata: TypeAlias = tuple[tuple[str, str], ...]
+Request = TypeVar("Request")
+Reply = TypeVar("Reply")
+
+
+class Answering:
+    """What the services of one server share. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        *,
+        calls: Calls | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        observer: Observer = NO_OBSERVER,
+    ) -> None:
+        """Answer calls from now on.
+
+        Args:
+            calls: the server's account of calls; one of its own where None.
+            clock: monotonic seconds, the engines' clock.
+            observer: hears of every request that is over.
+        """
+        self.calls = calls or Calls()
+        self.clock = clock
+        self._observer = observer
+
+    def __repr__(self) -> str:
+        return f"<Answering {self.calls!r}>"
+
+    def deadline_s(self, context: Context) -> float:
+        """Give the caller's deadline on our clock."""
+        remaining_s = context.time_remaining()
+        return math.inf if remaining_s is None else self.clock() + remaining_s
+
+    def new_call(self, method: str, request_id: str, context: Context) -> Call:
+        """Start to keep account of a request."""
+        return Call(
+            method=method,
+            arrived_s=self.clock(),
+            metadata=context.invocation_metadata,
+            request_id=request_id,
+            client=caller_of(context).client,
+        )
+
+    async def answer(self, call: Call, work: Coroutine[Any, Any, Reply], context: Context) -> Reply:
+        """Await `work`; what it raises becomes the status of the call."""
+        metadata: Metadata = ()
+        with self.calls.counted(), self._observed(call):
+            try:
+                self.calls.check_open()
+                reply = await work
+            except Exception as error:
+                call.code, call.message = to_status(error)
+                metadata = retry_metadata(error)
+            else:
+                call.code = grpc.StatusCode.OK
+                return reply
+            finally:
+                work.close()
+        await context.abort(call.code, call.message, metadata)
+        raise AssertionError("abort raises")
+
+    async def answer_in_stream(
+        self,
+        call: Call,
+        work: Coroutine[Any, Any, Reply],
+        refuse: Callable[[Call, Exception], Reply],
+    ) -> Reply:
+        """Await `work`; what it raises becomes the reply that `refuse` gives."""
+        with self._observed(call):
+            try:
+                reply = await work
+            except Exception as error:
+                call.code, call.message = to_status(error)
+                return refuse(call, error)
+            call.code = grpc.StatusCode.OK
+            return reply
+
+    async def stream(
+        self,
+        requests: AsyncIterator[Request],
+        context: Context,
+        answer: Callable[[Request, Callable[[], None]], Coroutine[Any, Any, Reply]],
+        *,
+        window: int,
+    ) -> None:
+        """Answer the requests of a stream in their order, at most `window` under way.
+
+        Args:
+            requests: read one by one, the next once the last has been admitted.
+            context: where the replies go.
+            answer: gives the reply to a request, never an error; it is to call what it is
+                given with it once the request is admitted.
+            window: requests that are read and not answered yet.
+        """
+        room = asyncio.Semaphore(window)
+        replies: asyncio.Queue[asyncio.Task[Reply] | None] = asyncio.Queue()
+        started: set[asyncio.Task[Reply]] = set()
+
+        async def read() -> None:
+            await room.acquire()
+            async for request in requests:
+                admitted = asyncio.Event()
+                task = asyncio.create_task(answer(request, admitted.set))
+                task.add_done_callback(partial(_set, admitted))  # or refused
+                started.add(task)
+                replies.put_nowait(task)
+                await admitted.wait()
+                await room.acquire()
+
+        with self.calls.counted():
+            reader = asyncio.create_task(read())
+            reader.add_done_callback(lambda _: replies.put_nowait(None))
+            try:
+                with self.calls.reading(reader):
+                    while (task := await replies.get()) is not None:
+                        await context.write(await task)
+                        started.discard(task)
+                        room.release()
+                if error := reader_error(reader):
+                    await context.abort(*to_status(error))
+            finally:
+                for unfinished in (reader, *started):
+                    unfinished.cancel()
+
+    @contextmanager
+    def _observed(self, call: Call) -> Iterator[None]:
+        """Tell the observer once a call is over, whichever way."""
+        try:
+            yield
+        finally:
+            self._observer.answered(call, self.clock() - call.arrived_s)
+
+
+def _set(event: asyncio.Event, _: object) -> None:
+    """Set an event when a task is done."""
+    event.set()
