@@ -5,6 +5,8 @@ Rules:
     SIGTERM or SIGINT drains: not ready, calls under way are answered, exit status 0. After
     `--drain-s` what is left is cut off, and the exit status is 1; a second signal cuts off
     at once. A signal before the server is ready ends it with exit status 0.
+    SIGHUP reads again what is served: bundles, collections, certificates, keys. What is
+    refused is logged, and what was there stays.
 """
 
 from __future__ import annotations
@@ -35,11 +37,14 @@ def main(options: ServeOptions) -> None:
 async def _serve(options: ServeOptions) -> None:
     """Start, say so, wait for a signal, drain."""
     server = Server(options)
-    signals = _listen_for_signals()
+    signals = _listen_for(signal.SIGTERM, signal.SIGINT)
+    hangups = _listen_for(signal.SIGHUP)
     if not await _start(server, signals):
         return
+    reloading = asyncio.create_task(_reload_on(hangups, server))
     print(_ready_line(server), flush=True)
     log.info("stopping on %s", await signals.get())
+    reloading.cancel()
     draining = asyncio.create_task(server.drain(limit_s=options.drain_s))
     again = asyncio.create_task(signals.get())
     await asyncio.wait([draining, again], return_when=asyncio.FIRST_COMPLETED)
@@ -69,11 +74,18 @@ async def _start(server: Server, signals: asyncio.Queue[str]) -> bool:
     return False
 
 
-def _listen_for_signals() -> asyncio.Queue[str]:
-    """Queue the names of signals to stop."""
+async def _reload_on(signals: asyncio.Queue[str], server: Server) -> None:
+    """Read everything again at every signal, until cancelled."""
+    while True:
+        log.info("reloading on %s", await signals.get())
+        await server.reloads.run()
+
+
+def _listen_for(*numbers: signal.Signals) -> asyncio.Queue[str]:
+    """Queue the names of signals."""
     names: asyncio.Queue[str] = asyncio.Queue()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in numbers:
         loop.add_signal_handler(number, names.put_nowait, number.name)
     return names
 

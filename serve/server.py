@@ -39,8 +39,10 @@ from serve.errors import StartError
 from serve.front import make_front
 from serve.front.port import join_address
 from serve.health import Health
+from serve.lifecycle.reloading import Reloads
 from serve.pool import ThreadPool
 from serve.services import HoraceServicer
+from serve.workers.place import ALONE, WorkerPlace
 
 log = logging.getLogger("horace.serve")
 
@@ -64,16 +66,25 @@ class OpenModel(Protocol):
 class Server:
     """A server of `ServeOptions`: `start` it, `drain` it. Belongs to one event loop."""
 
-    def __init__(self, options: ServeOptions, *, open_model: OpenModel = open_encoder) -> None:
+    def __init__(
+        self,
+        options: ServeOptions,
+        *,
+        open_model: OpenModel = open_encoder,
+        place: WorkerPlace = ALONE,
+    ) -> None:
         """Prepare; nothing is opened yet.
 
         Args:
             options: what to serve, where and how.
             open_model: opens an encoder by directory or URI, with `threads` threads.
+            place: where this process stands among those that serve the same.
         """
         self._options = options
         self._open_model = open_model
-        self._shares = share_cpus(options.cpu_budget or cpu_budget())
+        self.place = place
+        self.reloads = Reloads()
+        self._shares = share_cpus(place.share_of(options.cpu_budget or cpu_budget()))
         self._closing = ExitStack()
         self._decode_pool = self._make_pool("decode")
         self._search_pool = self._make_pool("search")
@@ -93,6 +104,7 @@ class Server:
             options.frontend,
             max_message_bytes=options.max_message_mib * MIB,
             max_calls=options.max_calls,
+            reuse_port=place.shares_ports,
         )
         self.port = 0
 

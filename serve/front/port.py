@@ -61,7 +61,8 @@ def _try_addresses(host: str, port: int, *, shared: bool) -> None:
                 if shared:
                     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
                 probe.bind(address)
-                probe.listen(1)
+                if not shared:  # else a caller of the others might be given to us
+                    probe.listen(1)
         except OSError as error:
             number = error.errno or 0
             reason, mend = _REASONS.get(number, (os.strerror(number), OTHER_ADDRESS))
