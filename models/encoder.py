@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from models.bundle import Precision
 from models.errors import EncoderError
 from models.preprocess import PreprocessSpec
+from models.providers import ON_CPU, Placement
 
 
 class Encoder(Protocol):
@@ -56,7 +57,11 @@ class Encoder(Protocol):
 
 
 def open_encoder(
-    path_or_uri: str | Path, *, threads: int | None = None, precision: Precision | None = None
+    path_or_uri: str | Path,
+    *,
+    threads: int | None = None,
+    precision: Precision | None = None,
+    placement: Placement = ON_CPU,
 ) -> Encoder:
     """Open an encoder by bundle or URI.
 
@@ -67,18 +72,19 @@ def open_encoder(
             has its own.
         precision: which of a bundle's encoders; the one that the path names where None. Not
             for a remote encoder: its server chooses.
+        placement: where a bundle's encoder computes; of no meaning for a remote one.
 
     Raises:
         BundleError: the directory holds no sound bundle, or not in that precision.
         EncoderError: the URI is of no known kind, its server does not answer, or it is given
-            a precision.
+            a precision; or the bundle's encoder cannot compute where asked to.
     """
     text = str(path_or_uri)
     scheme, separator, rest = text.partition("://")
     if not separator:
         from models.runtime import open_bundle  # the engine is an extra: import where used
 
-        return open_bundle(Path(text), threads=threads, precision=precision)
+        return open_bundle(Path(text), threads=threads, precision=precision, placement=placement)
     if precision is not None:
         raise EncoderError(
             f"precision {precision} of {text}",

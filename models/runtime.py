@@ -1,10 +1,11 @@
-"""Runs a bundle's ONNX graph here, under ONNX Runtime on the CPU.
+"""Runs a bundle's ONNX graph here, under ONNX Runtime: on the CPU, or on a GPU if asked.
 
 Rules:
     Threads come from the caller or the CPU budget, never from ONNX Runtime's own guess,
     which is the host's cores whatever the container may use (onnxruntime#29510).
     Waiting threads do not spin: decoding shares the same CPUs.
     The bytes that run are the bytes whose hash was checked: the file is read once.
+    What is asked to run on a GPU runs there or is refused; see `models.providers`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,15 @@ from models.cpu import cpu_budget
 from models.encoder import check_batch
 from models.errors import EncoderError
 from models.preprocess import PreprocessSpec, preprocess
+from models.providers import (
+    ON_CPU,
+    Placement,
+    ProviderOptions,
+    refuse_precision,
+    require_loaded,
+    require_provider,
+    session_providers,
+)
 
 
 class OnnxEncoder:
@@ -30,25 +40,40 @@ class OnnxEncoder:
         bundle: what the graph belongs to.
         fingerprint: of the encoder that the graph is.
         threads: CPU threads of the session.
+        placement: where it computes.
     """
 
-    def __init__(self, bundle: Bundle, *, graph: Path, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        graph: Path,
+        threads: int | None = None,
+        placement: Placement = ON_CPU,
+    ) -> None:
         """Load `graph`, one of the bundle's ONNX files, with `threads` CPU threads.
 
         Raises:
             BundleError: the file does not match the hash that the bundle records.
             EncoderError: ONNX Runtime refuses the file, or its input and output are not
-                the ones that the bundle describes.
+                the ones that the bundle describes, or it does not compute where asked to.
         """
         self.bundle = bundle
         self.fingerprint = bundle.fingerprint_of(graph.name)
         self.threads = threads or cpu_budget()
-        self._session = _load_session(graph, _read_checked(bundle, graph), self.threads)
+        self.placement = placement
+        require_provider(str(bundle.path), placement.provider, ort.get_available_providers())
+        providers = session_providers(placement, fingerprint=self.fingerprint)
+        content = _read_checked(bundle, graph)
+        self._session = _load_session(graph, content, self.threads, providers)
+        require_loaded(str(bundle.path), placement.provider, self._session.get_providers())
         self._input, self._output = _check_signature(self._session, bundle, graph)
 
     def __repr__(self) -> str:
+        provider = self.placement.provider
+        place = "" if provider == "cpu" else f"on {provider} "
         return (
-            f"<OnnxEncoder {self.name} dim={self.dim} threads={self.threads} "
+            f"<OnnxEncoder {self.name} dim={self.dim} {place}threads={self.threads} "
             f"fingerprint={self.fingerprint[:12]}>"
         )
 
@@ -96,7 +121,11 @@ class OnnxEncoder:
 
 
 def open_bundle(
-    path: Path, *, threads: int | None = None, precision: Precision | None = None
+    path: Path,
+    *,
+    threads: int | None = None,
+    precision: Precision | None = None,
+    placement: Placement = ON_CPU,
 ) -> OnnxEncoder:
     """Open an encoder of a bundle; its graph is checked against its hash.
 
@@ -104,14 +133,18 @@ def open_bundle(
         path: the bundle's directory, or the file of one of its encoders.
         threads: CPU threads for inference; the CPU budget where None.
         precision: which of the bundle's encoders; the one that `path` names where None.
+        placement: where it computes.
 
     Raises:
         BundleError: the bundle is missing or damaged, or has no such precision.
-        EncoderError: ONNX Runtime refuses the graph.
+        EncoderError: ONNX Runtime refuses the graph, or cannot compute where asked to.
+        UsageError: the precision is not for that provider.
     """
     bundle = read_bundle(path, verify=False)
     chosen = precision or split_precision(path)[1]
-    return OnnxEncoder(bundle, graph=bundle.path_of(chosen), threads=threads)
+    refuse_precision(chosen, placement.provider)
+    graph = bundle.path_of(chosen)
+    return OnnxEncoder(bundle, graph=graph, threads=threads, placement=placement)
 
 
 def open_random_twin(path: Path, *, threads: int | None = None) -> OnnxEncoder | None:
@@ -134,7 +167,9 @@ def _read_checked(bundle: Bundle, graph: Path) -> bytes:
     return content
 
 
-def _load_session(graph: Path, content: bytes, threads: int) -> ort.InferenceSession:
+def _load_session(
+    graph: Path, content: bytes, threads: int, providers: list[tuple[str, ProviderOptions]]
+) -> ort.InferenceSession:
     """Make a session with exactly `threads` threads that sleep while they wait."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -143,7 +178,7 @@ def _load_session(graph: Path, content: bytes, threads: int) -> ort.InferenceSes
     options.log_severity_level = 3
     try:
         return ort.InferenceSession(
-            content, sess_options=options, providers=["CPUExecutionProvider"]
+            content, sess_options=options, providers=providers, enable_fallback=0
         )
     except Exception as error:  # ONNX Runtime raises classes of its own C++ side
         raise EncoderError(

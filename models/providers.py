@@ -1,0 +1,214 @@
+"""Where ONNX Runtime computes: the CPU, CUDA or TensorRT; asked for, checked, never guessed.
+
+Rules:
+    A provider that this ONNX Runtime does not offer is refused in one line: what is asked,
+    what is there, how to install it. One that it offers and then cannot load, such as for
+    want of a CUDA library, is refused, too: ONNX Runtime itself would say a word on stderr
+    and compute on the CPU.
+    A TensorRT engine is a cache: its directory is named by the encoder's fingerprint, the
+    GPU and TensorRT's version, so that none is ever loaded into another.
+    INT8 encoders have unsigned activations, which are for CPUs; TensorRT takes symmetric
+    ranges alone, so the pair is refused.
+
+Source: ONNX Runtime's documentation of its CUDA and TensorRT execution providers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal, get_args
+
+from models.bundle import Precision
+from models.errors import EncoderError, UsageError
+
+Provider = Literal["cpu", "cuda", "tensorrt"]
+PROVIDERS: tuple[Provider, ...] = get_args(Provider)
+
+EXECUTION_PROVIDERS: dict[Provider, str] = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+
+ENGINE_CACHE = "~/.cache/horace/engines"
+"""Where TensorRT's engines are kept from one start to the next, unless HORACE_ENGINE_CACHE
+names another directory."""
+
+GPUS = Path("/proc/driver/nvidia/gpus")
+
+TENSORRT_PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
+TENSORRT_LIBRARY = "libnvinfer.so.10"
+
+INSTALL: dict[Provider, str] = {
+    "cpu": "pip install -e '.[cpu]'",
+    "cuda": "pip uninstall onnxruntime faiss-cpu, then pip install -e '.[gpu]'",
+    "tensorrt": "pip uninstall onnxruntime faiss-cpu, then pip install -e '.[gpu,tensorrt]'",
+}
+
+ProviderOptions = dict[str, str]
+
+
+def engine_cache() -> Path:
+    """Give the directory of TensorRT's engines."""
+    return Path(os.environ.get("HORACE_ENGINE_CACHE", ENGINE_CACHE)).expanduser()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where an encoder is to run.
+
+    Attributes:
+        provider: what computes.
+        device: the number of the GPU; ignored by the CPU.
+        engine_cache: directory of TensorRT's engines.
+    """
+
+    provider: Provider = "cpu"
+    device: int = 0
+    engine_cache: Path = field(default_factory=engine_cache)
+
+
+ON_CPU = Placement()
+
+
+def require_provider(what: str, provider: Provider, offered: Sequence[str]) -> None:
+    """Refuse a provider that ONNX Runtime does not offer here.
+
+    Args:
+        what: whose it is, for the message.
+        provider: what is asked for.
+        offered: `onnxruntime.get_available_providers()`.
+
+    Raises:
+        EncoderError: it is not offered.
+    """
+    name = EXECUTION_PROVIDERS[provider]
+    if name not in offered:
+        raise EncoderError(
+            f"{what} on {provider}",
+            expected=f"an ONNX Runtime with {name}",
+            found=", ".join(offered),
+            mend=f"install it with: {INSTALL[provider]}; or ask for provider=cpu",
+        )
+
+
+def require_loaded(what: str, provider: Provider, in_use: Sequence[str]) -> None:
+    """Refuse a session that does not run where it was asked to.
+
+    Args:
+        what: whose it is, for the message.
+        provider: what was asked for.
+        in_use: the session's `get_providers()`, the preferred one first.
+
+    Raises:
+        EncoderError: ONNX Runtime has fallen back.
+    """
+    name = EXECUTION_PROVIDERS[provider]
+    if not in_use or in_use[0] != name:
+        raise EncoderError(
+            f"{what} on {provider}",
+            expected=f"a session on {name}",
+            found=f"one on {', '.join(in_use) or 'nothing'}: {name} did not load",
+            mend="install the CUDA and cuDNN libraries that this ONNX Runtime wants (its log "
+            "names the one that is missing), or ask for provider=cpu",
+        )
+
+
+def refuse_precision(precision: Precision, provider: Provider) -> None:
+    """Refuse what TensorRT cannot compute.
+
+    Raises:
+        UsageError: it is INT8 on TensorRT.
+    """
+    if provider == "tensorrt" and precision == "int8":
+        raise UsageError(
+            "provider tensorrt",
+            expected="precision fp32 or fp16",
+            found="int8, whose unsigned activations are for CPUs",
+            mend="export with --fp16 and ask for precision=fp16",
+        )
+
+
+def session_providers(
+    placement: Placement, *, fingerprint: str
+) -> list[tuple[str, ProviderOptions]]:
+    """Give what ONNX Runtime is to use, the preferred one first.
+
+    The CPU is always there for the few nodes that compute shapes; `require_loaded` sees to it
+    that it is never all.
+
+    Raises:
+        EncoderError: there is no TensorRT, or its engines cannot be kept.
+    """
+    cpu: tuple[str, ProviderOptions] = (EXECUTION_PROVIDERS["cpu"], {})
+    if placement.provider == "cpu":
+        return [cpu]
+    device = {"device_id": str(placement.device)}
+    cuda = (EXECUTION_PROVIDERS["cuda"], device)
+    if placement.provider == "cuda":
+        return [cuda, cpu]
+    cache = placement.engine_cache / engine_key(
+        fingerprint, gpu=gpu_name(placement.device), tensorrt=tensorrt_version()
+    )
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EncoderError(
+            f"engine cache {cache}",
+            expected="a directory that can be written",
+            found=error.strerror,
+            mend="name another with HORACE_ENGINE_CACHE",
+        ) from error
+    options = device | {
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": str(cache),
+        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_path": str(cache),
+    }
+    return [(EXECUTION_PROVIDERS["tensorrt"], options), cuda, cpu]
+
+
+def engine_key(fingerprint: str, *, gpu: str, tensorrt: str) -> str:
+    """Name a directory of engines by everything that they depend on."""
+    place = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+    return f"{fingerprint[:16]}.{place}.trt{tensorrt}"
+
+
+def gpu_name(device: int, gpus: Path = GPUS) -> str:
+    """Name a GPU as its driver does; by its number where the driver does not say."""
+    files = sorted(gpus.glob("*/information"))
+    if device < len(files):
+        for line in files[device].read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key == "Model":
+                return value.strip()
+    return f"gpu-{device}"
+
+
+def tensorrt_version() -> str:
+    """Give the version of the TensorRT that ONNX Runtime will load.
+
+    Raises:
+        EncoderError: there is none.
+    """
+    for package in TENSORRT_PACKAGES:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            continue
+    try:
+        number = int(ctypes.CDLL(TENSORRT_LIBRARY).getInferLibVersion())
+    except OSError as error:
+        raise EncoderError(
+            "provider tensorrt",
+            expected="TensorRT 10",
+            found=f"neither its Python package nor {TENSORRT_LIBRARY}",
+            mend="pip install -e '.[tensorrt]'",
+        ) from error
+    return f"{number // 10000}.{number // 100 % 100}.{number % 100}"

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from models.encoder import open_encoder
+from models.errors import EncoderError, UsageError
+from models.providers import (
+    Placement,
+    engine_key,
+    gpu_name,
+    refuse_precision,
+    require_loaded,
+    require_provider,
+    session_providers,
+    tensorrt_version,
+)
+
+GPU_INFORMATION = "Model: \t\t NVIDIA H100 80GB HBM3\nIRQ:   \t\t 36\n"
+
+
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" in ort.get_available_providers(), reason="it is offered here"
+)
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_a_provider_that_is_not_there_is_one_clear_line(make_bundle, provider):
+    """What is asked, what is there, how to install it; the CPU does not step in."""
+    bundle = make_bundle()
+    with pytest.raises(EncoderError) as error:
+        open_encoder(bundle.path, placement=Placement(provider=provider))
+    line = str(error.value)
+    assert line.startswith(f"{bundle.path} on {provider}: expected an ONNX Runtime with ")
+    assert "found " in line
+    assert "CPUExecutionProvider" in line
+    assert (
+        "install it with: pip uninstall onnxruntime faiss-cpu, then pip install -e '.[gpu" in line
+    )
+    assert "\n" not in line
+
+
+def test_a_provider_that_is_offered_is_let_through():
+    """The CPU's is always there."""
+    require_provider("bundle", "cpu", ["AzureExecutionProvider", "CPUExecutionProvider"])
+    require_loaded("bundle", "cpu", ["CPUExecutionProvider"])
+
+
+def test_a_silent_fall_back_is_refused():
+    """ONNX Runtime offered CUDA, could not load it, and would have computed on the CPU."""
+    with pytest.raises(EncoderError) as error:
+        require_loaded("bundle", "cuda", ["CPUExecutionProvider"])
+    assert str(error.value).startswith(
+        "bundle on cuda: expected a session on CUDAExecutionProvider, "
+        "found one on CPUExecutionProvider: CUDAExecutionProvider did not load; install the CUDA"
+    )
+    with pytest.raises(EncoderError, match="TensorrtExecutionProvider did not load"):
+        require_loaded("bundle", "tensorrt", ["CUDAExecutionProvider", "CPUExecutionProvider"])
+
+
+def test_int8_on_tensorrt_is_refused_whatever_is_installed():
+    """The pair cannot work, and the line says which can."""
+    with pytest.raises(UsageError, match="expected precision fp32 or fp16, found int8"):
+        refuse_precision("int8", "tensorrt")
+
+
+def test_engines_are_kept_by_encoder_gpu_and_version(tmp_path, monkeypatch):
+    """Three keys, and a change of any is another directory."""
+    monkeypatch.setattr("models.providers.gpu_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr("models.providers.tensorrt_version", lambda: "10.13.3")
+    placement = Placement(provider="tensorrt", device=1, engine_cache=tmp_path / "engines")
+    (tensorrt, options), (cuda, _), (cpu, _) = session_providers(placement, fingerprint="a" * 64)
+    assert (tensorrt, cuda, cpu) == (
+        "TensorrtExecutionProvider",
+        "CUDAExecutionProvider",
+        "CPUExecutionProvider",
+    )
+    cache = Path(options["trt_engine_cache_path"])
+    assert cache == tmp_path / "engines" / f"{'a' * 16}.nvidia-h100-80gb-hbm3.trt10.13.3"
+    assert cache.is_dir()
+    assert options["trt_engine_cache_enable"] == "1"
+    assert options["device_id"] == "1"
+    keys = {
+        engine_key("a" * 64, gpu="A", tensorrt="10.1"),
+        engine_key("b" * 64, gpu="A", tensorrt="10.1"),
+        engine_key("a" * 64, gpu="B", tensorrt="10.1"),
+        engine_key("a" * 64, gpu="A", tensorrt="10.2"),
+    }
+    assert len(keys) == 4
+
+
+def test_the_driver_names_its_gpus(tmp_path):
+    """The number counts them in the driver's order; one that it does not know has a number."""
+    folder = tmp_path / "0000:19:00.0"
+    folder.mkdir()
+    (folder / "information").write_text(GPU_INFORMATION)
+    assert gpu_name(0, tmp_path) == "NVIDIA H100 80GB HBM3"
+    assert gpu_name(1, tmp_path) == "gpu-1"
+    assert gpu_name(0, tmp_path / "none") == "gpu-0"
+
+
+def test_no_tensorrt_is_one_line(monkeypatch):
+    """Neither the package nor the library: the line says what installs it."""
+    monkeypatch.setattr("models.providers.TENSORRT_PACKAGES", ("no-such-package",))
+    monkeypatch.setattr("models.providers.TENSORRT_LIBRARY", "libno-such.so")
+    with pytest.raises(EncoderError, match=r"found neither .* nor libno-such.so; pip install"):
+        tensorrt_version()
+
+
+def test_the_cpu_computes_as_ever(make_bundle):
+    """A placement on the CPU is the default."""
+    encoder = open_encoder(make_bundle().path, threads=1, placement=Placement())
+    assert encoder.placement.provider == "cpu"
+    assert encoder.encode(np.zeros((1, 28, 28, 1), np.uint8)).shape == (1, 16)
+    encoder.close()
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+    """A file stands where the directory should be: the line says how to name another."""
+    monkeypatch.setattr("models.providers.tensorrt_version", lambda: "10.13.3")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HORACE_ENGINE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(EncoderError, match="name another with HORACE_ENGINE_CACHE"):
+        session_providers(Placement(provider="tensorrt"), fingerprint="a" * 64)
