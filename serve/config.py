@@ -42,8 +42,8 @@ class ServeOptions:
     """Port to listen on; 0 takes a free one, which the line on stdout names."""
 
     frontend: FrontKind = "auto"
-    """What reads gRPC: grpcio, which can do everything, or native, which is fast; auto takes
-    native where it serves what is asked."""
+    """What reads gRPC: grpcio, which can do everything, or native, which is fast, has no TLS and
+    takes messages of any size in; auto takes native where only this machine can call."""
 
     max_batch_images: int = 32
     """The largest batch that the encoder is given."""

@@ -105,6 +105,7 @@ class Server:
             max_message_bytes=options.max_message_mib * MIB,
             max_calls=options.max_calls,
             reuse_port=place.shares_ports,
+            host=options.host,
         )
         self.port = 0
 

@@ -8,6 +8,8 @@ import grpc
 
 from serve.front.base import Front, FrontKind
 from serve.front.grpcio import GrpcioFront
+from serve.front.native import NativeFront
+from serve.front.port import is_loopback
 
 
 def make_front(
@@ -18,18 +20,22 @@ def make_front(
     interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
     reuse_port: bool = False,
     tls: bool = False,
+    host: str = "127.0.0.1",
 ) -> Front:
     """Make the front end that serves what is asked; it serves nothing yet.
 
     Args:
-        kind: which; `auto` takes the native one where it serves what is asked.
+        kind: which; `auto` takes the native one where it serves what is asked: no TLS, and
+            callers on this machine alone, since it reads any message before it refuses it.
         max_message_bytes: of a request.
         max_calls: calls and streams that are open at once; one more is refused unread.
         interceptors: see every call first, in this order.
         reuse_port: whether other processes share the port.
         tls: whether it will listen with credentials.
+        host: where it will listen.
     """
-    return GrpcioFront(
+    is_native = kind == "native" or (kind == "auto" and not tls and is_loopback(host))
+    return (NativeFront if is_native else GrpcioFront)(
         max_message_bytes=max_message_bytes,
         max_calls=max_calls,
         interceptors=interceptors,
