@@ -11,6 +11,8 @@ from models.bundle import SHIPPED_BUNDLE
 from models.errors import UsageError
 from models.preprocess import ImageLimits
 from serve.front import FrontKind
+from serve.security.options import CallerLimits, KeyOptions
+from serve.security.tls import TlsOptions
 from serve.services import RequestLimits
 
 MIB = 1 << 20
@@ -88,6 +90,15 @@ class ServeOptions:
 
     drain_s: float = 30.0
     """How long requests under way may take after SIGTERM."""
+
+    tls: TlsOptions = field(default_factory=TlsOptions)
+    """TLS."""
+
+    keys: KeyOptions = field(default_factory=KeyOptions)
+    """API keys."""
+
+    limits: CallerLimits = field(default_factory=CallerLimits)
+    """What each caller may ask for."""
 
     bundles: tuple[NamedPath, ...] = field(init=False, repr=False, compare=False)
     collections: tuple[NamedPath, ...] = field(init=False, repr=False, compare=False)

@@ -17,6 +17,7 @@ def make_front(
     *,
     max_message_bytes: int,
     max_calls: int,
+    max_calls_a_connection: int = 1024,
     interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
     reuse_port: bool = False,
     tls: bool = False,
@@ -29,6 +30,7 @@ def make_front(
             callers on this machine alone, since it reads any message before it refuses it.
         max_message_bytes: of a request.
         max_calls: calls and streams that are open at once; one more is refused unread.
+        max_calls_a_connection: the same of one connection; clients wait for their turn.
         interceptors: see every call first, in this order.
         reuse_port: whether other processes share the port.
         tls: whether it will listen with credentials.
@@ -38,6 +40,7 @@ def make_front(
     return (NativeFront if is_native else GrpcioFront)(
         max_message_bytes=max_message_bytes,
         max_calls=max_calls,
+        max_calls_a_connection=max_calls_a_connection,
         interceptors=interceptors,
         reuse_port=reuse_port,
     )

@@ -63,12 +63,14 @@ class NativeFront:
         *,
         max_message_bytes: int,
         max_calls: int,
+        max_calls_a_connection: int = 1024,
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         reuse_port: bool = False,
     ) -> None:
         """Make the server; see `make_front`."""
         self._max_message_bytes = max_message_bytes
         self._max_calls = max_calls
+        self._max_calls_a_connection = max_calls_a_connection
         self._interceptors = tuple(interceptors)
         self._reuse_port = reuse_port
         self._behind = GrpcioFront(
@@ -105,6 +107,7 @@ class NativeFront:
                 [],
                 io_threads=IO_THREADS,
                 call_details=True,
+                max_concurrent_streams=self._max_calls_a_connection,
                 reuse_port=self._reuse_port,
             )
         except OSError as error:  # such as a race for the port
