@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from tyro.conf import UseAppendAction
+from tyro.conf import OmitArgPrefixes, UseAppendAction
 
 from models.bundle import SHIPPED_BUNDLE
 from models.errors import UsageError
 from models.preprocess import ImageLimits
 from serve.front import FrontKind
-from serve.security.options import CallerLimits, KeyOptions
-from serve.security.tls import TlsOptions
+from serve.operation.options import LogOptions, MetricsOptions, TracingOptions
 from serve.services import RequestLimits
 
 MIB = 1 << 20
@@ -44,8 +43,8 @@ class ServeOptions:
     """Port to listen on; 0 takes a free one, which the line on stdout names."""
 
     frontend: FrontKind = "auto"
-    """What reads gRPC: grpcio, which can do everything, or native, which is fast, has no TLS and
-    takes messages of any size in; auto takes native where only this machine can call."""
+    """What reads gRPC: grpcio, which can do everything, or native, which is fast; auto takes
+    native where it serves what is asked."""
 
     max_batch_images: int = 32
     """The largest batch that the encoder is given."""
@@ -91,14 +90,11 @@ class ServeOptions:
     drain_s: float = 30.0
     """How long requests under way may take after SIGTERM."""
 
-    tls: TlsOptions = field(default_factory=TlsOptions)
-    """TLS."""
+    metrics: MetricsOptions = field(default_factory=MetricsOptions)
 
-    keys: KeyOptions = field(default_factory=KeyOptions)
-    """API keys."""
+    tracing: TracingOptions = field(default_factory=TracingOptions)
 
-    limits: CallerLimits = field(default_factory=CallerLimits)
-    """What each caller may ask for."""
+    log: OmitArgPrefixes[LogOptions] = field(default_factory=LogOptions)
 
     bundles: tuple[NamedPath, ...] = field(init=False, repr=False, compare=False)
     collections: tuple[NamedPath, ...] = field(init=False, repr=False, compare=False)

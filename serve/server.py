@@ -32,7 +32,7 @@ from protos import horace_pb2_grpc as pb_grpc
 from serve import health, services
 from serve.answering import Answering
 from serve.calls import Calls
-from serve.catalog import Catalog, ServedModel
+from serve.catalog import FIRST_VERSION, Catalog, ServedModel
 from serve.config import MIB, ServeOptions
 from serve.engine import Engine
 from serve.errors import StartError
@@ -40,8 +40,9 @@ from serve.front import make_front
 from serve.front.port import join_address
 from serve.health import Health
 from serve.lifecycle.reloading import Reloads
+from serve.operation.operation import Operation
+from serve.operation.state import ServerState
 from serve.pool import ThreadPool
-from serve.security.security import Security
 from serve.services import HoraceServicer
 from serve.workers.place import ALONE, WorkerPlace
 
@@ -80,24 +81,13 @@ class Server:
             options: what to serve, where and how.
             open_model: opens an encoder by directory or URI, with `threads` threads.
             place: where this process stands among those that serve the same.
-
-        Raises:
-            StartError: a file of certificates or keys is not right.
         """
         self._options = options
         self._open_model = open_model
         self.place = place
         self.reloads = Reloads()
-        self.security = Security(
-            tls=options.tls,
-            keys=options.keys,
-            limits=options.limits,
-            max_images=options.max_images_per_request,
-        )
         self._shares = share_cpus(place.share_of(options.cpu_budget or cpu_budget()))
         self._closing = ExitStack()
-        self._closing.callback(self.security.close)
-        self.security.register(self.reloads)
         self._decode_pool = self._make_pool("decode")
         self._search_pool = self._make_pool("search")
         self._opening_pool = self._make_pool("open", threads=1)
@@ -105,7 +95,15 @@ class Server:
         self._closing.callback(self.catalog.close)
         self.health = Health([services.SERVICE_NAME, health.SERVICE_NAME])
         self.calls = Calls()
-        answering = Answering(calls=self.calls)
+        self.operation = Operation(
+            metrics=options.metrics,
+            tracing=options.tracing,
+            logs=options.log,
+            state=ServerState(self.catalog, self.calls, self.health),
+            place=place,
+        )
+        self._closing.callback(self.operation.close)
+        answering = Answering(calls=self.calls, observer=self.operation.observer)
         self.services = HoraceServicer(
             self.catalog,
             limits=options.request_limits,
@@ -116,11 +114,7 @@ class Server:
             options.frontend,
             max_message_bytes=options.max_message_mib * MIB,
             max_calls=options.max_calls,
-            max_calls_a_connection=options.limits.calls_per_connection,
-            interceptors=[self.security.interceptor],
             reuse_port=place.shares_ports,
-            tls=options.tls.is_on,
-            host=options.host,
         )
         self.port = 0
 
@@ -142,9 +136,8 @@ class Server:
         On cancellation what was opened is closed; what hangs is left behind.
         """
         try:
-            self.port = self._front.listen(
-                self._options.host, self._options.port, self.security.credentials
-            )
+            self.port = self._front.listen(self._options.host, self._options.port)
+            self.operation.start()
             loop = asyncio.get_running_loop()
             await self._opening_pool.run(partial(self._open_models, loop))
             await self._opening_pool.run(self._open_collections)
@@ -204,15 +197,16 @@ class Server:
         )
         for bundle in self._options.bundles:
             encoder = self._open_model(bundle.path, threads=threads)
-            engine = self._make_engine(encoder, loop)
+            name = bundle.name or encoder.name
+            engine = self._make_engine(name, encoder, loop)
             close = partial(_close_model, encoder, engine)
             try:
-                self.catalog.add_model(bundle.name or encoder.name, encoder, engine, close=close)
+                self.catalog.add_model(name, encoder, engine, close=close)
             except BaseException:
                 close()
                 raise
 
-    def _make_engine(self, encoder: Encoder, loop: asyncio.AbstractEventLoop) -> Engine:
+    def _make_engine(self, name: str, encoder: Encoder, loop: asyncio.AbstractEventLoop) -> Engine:
         """Start the engine of one encoder as the options say."""
         options = self._options
 
@@ -229,6 +223,7 @@ class Server:
             instances=options.instances,
             limits=options.image_limits,
             on_crash=on_crash,
+            observer=self.operation.observer.watch_model(name, FIRST_VERSION),
         )
 
     def _open_collections(self) -> None:

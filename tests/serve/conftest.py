@@ -111,19 +111,12 @@ def eventually() -> Callable[[Callable[[], bool]], object]:
     return wait
 
 
-@pytest.fixture(params=["native", "grpcio"])
-def frontend(request: pytest.FixtureRequest) -> str:
-    """What reads gRPC: a test that uses a server in this process runs on both."""
-    return str(request.param)
-
-
 @pytest.fixture
-def serving(frontend):
+def serving():
     """An async context manager: a server in this process, of bundles or of fake encoders."""
 
     @asynccontextmanager
     async def run(*encoders: FakeEncoder, **options: object) -> AsyncIterator[Server]:
-        options.setdefault("frontend", "auto" if "tls" in options else frontend)
         by_name = {encoder.name: encoder for encoder in encoders}
         if encoders:
             options["bundle"] = tuple(by_name)
@@ -153,6 +146,7 @@ class ServerProcess:
     process: subprocess.Popen[str]
     ready_line: str
     ready_s: float
+    log: Path
 
     @property
     def address(self) -> str:
@@ -187,7 +181,8 @@ def start_server(tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
             assert selector.select(PATIENCE_S), "the server said nothing"
         line = process.stdout.readline()
         assert line.startswith("horace serving on "), Path(log.name).read_text()
-        return ServerProcess(process, line.strip(), time.monotonic() - started_s)
+        ready_s = time.monotonic() - started_s
+        return ServerProcess(process, line.strip(), ready_s, Path(log.name))
 
     yield start
     for process, log in processes:
