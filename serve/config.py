@@ -12,6 +12,8 @@ from models.errors import UsageError
 from models.preprocess import ImageLimits
 from serve.front import FrontKind
 from serve.operation.options import LogOptions, MetricsOptions, TracingOptions
+from serve.security.options import CallerLimits, KeyOptions
+from serve.security.tls import TlsOptions
 from serve.services import RequestLimits
 
 MIB = 1 << 20
@@ -43,8 +45,8 @@ class ServeOptions:
     """Port to listen on; 0 takes a free one, which the line on stdout names."""
 
     frontend: FrontKind = "auto"
-    """What reads gRPC: grpcio, which can do everything, or native, which is fast; auto takes
-    native where it serves what is asked."""
+    """What reads gRPC: grpcio, which can do everything, or native, which is fast, has no TLS and
+    takes messages of any size in; auto takes native where only this machine can call."""
 
     max_batch_images: int = 32
     """The largest batch that the encoder is given."""
@@ -89,6 +91,15 @@ class ServeOptions:
 
     drain_s: float = 30.0
     """How long requests under way may take after SIGTERM."""
+
+    tls: TlsOptions = field(default_factory=TlsOptions)
+    """TLS."""
+
+    keys: KeyOptions = field(default_factory=KeyOptions)
+    """API keys."""
+
+    limits: CallerLimits = field(default_factory=CallerLimits)
+    """What each caller may ask for."""
 
     metrics: MetricsOptions = field(default_factory=MetricsOptions)
 

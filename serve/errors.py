@@ -55,6 +55,10 @@ class UnknownNameError(ServeError):
     """A model, a collection or an id that is not there."""
 
 
+class UnauthenticatedError(ServeError):
+    """A call without a key that this server knows."""
+
+
 class PreconditionError(ServeError):
     """A request that this server, as it is set up, cannot serve."""
 
@@ -102,6 +106,7 @@ class StartError(ServeError):
 STATUS_CODES: dict[type[HoraceError], grpc.StatusCode] = {
     RequestError: grpc.StatusCode.INVALID_ARGUMENT,
     UsageError: grpc.StatusCode.INVALID_ARGUMENT,
+    UnauthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
     UnknownNameError: grpc.StatusCode.NOT_FOUND,
     PreconditionError: grpc.StatusCode.FAILED_PRECONDITION,
     FingerprintMismatchError: grpc.StatusCode.FAILED_PRECONDITION,

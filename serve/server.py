@@ -43,6 +43,7 @@ from serve.lifecycle.reloading import Reloads
 from serve.operation.operation import Operation
 from serve.operation.state import ServerState
 from serve.pool import ThreadPool
+from serve.security.security import Security
 from serve.services import HoraceServicer
 from serve.workers.place import ALONE, WorkerPlace
 
@@ -81,13 +82,24 @@ class Server:
             options: what to serve, where and how.
             open_model: opens an encoder by directory or URI, with `threads` threads.
             place: where this process stands among those that serve the same.
+
+        Raises:
+            StartError: a file of certificates or keys is not right.
         """
         self._options = options
         self._open_model = open_model
         self.place = place
         self.reloads = Reloads()
+        self.security = Security(
+            tls=options.tls,
+            keys=options.keys,
+            limits=options.limits,
+            max_images=options.max_images_per_request,
+        )
         self._shares = share_cpus(place.share_of(options.cpu_budget or cpu_budget()))
         self._closing = ExitStack()
+        self._closing.callback(self.security.close)
+        self.security.register(self.reloads)
         self._decode_pool = self._make_pool("decode")
         self._search_pool = self._make_pool("search")
         self._opening_pool = self._make_pool("open", threads=1)
@@ -114,7 +126,11 @@ class Server:
             options.frontend,
             max_message_bytes=options.max_message_mib * MIB,
             max_calls=options.max_calls,
+            max_calls_a_connection=options.limits.calls_per_connection,
+            interceptors=[self.security.interceptor],
             reuse_port=place.shares_ports,
+            tls=options.tls.is_on,
+            host=options.host,
         )
         self.port = 0
 
@@ -136,7 +152,9 @@ class Server:
         On cancellation what was opened is closed; what hangs is left behind.
         """
         try:
-            self.port = self._front.listen(self._options.host, self._options.port)
+            self.port = self._front.listen(
+                self._options.host, self._options.port, self.security.credentials
+            )
             self.operation.start()
             loop = asyncio.get_running_loop()
             await self._opening_pool.run(partial(self._open_models, loop))

@@ -22,6 +22,7 @@ class GrpcioFront:
         *,
         max_message_bytes: int,
         max_calls: int,
+        max_calls_a_connection: int | None = None,
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         reuse_port: bool = False,
     ) -> None:
@@ -30,7 +31,11 @@ class GrpcioFront:
         self._server = grpc.aio.server(
             interceptors=interceptors,
             maximum_concurrent_rpcs=max_calls,
-            options=server_options(max_message_bytes, reuse_port=reuse_port),
+            options=server_options(
+                max_message_bytes,
+                max_calls_a_connection=max_calls_a_connection,
+                reuse_port=reuse_port,
+            ),
         )
 
     def __repr__(self) -> str:
@@ -63,12 +68,17 @@ class GrpcioFront:
         await self._server.stop(grace_s)
 
 
-def server_options(max_message_bytes: int, *, reuse_port: bool) -> list[tuple[str, int]]:
+def server_options(
+    max_message_bytes: int, *, max_calls_a_connection: int | None, reuse_port: bool
+) -> list[tuple[str, int]]:
     """Give gRPC's options of a server; they hold for a connection, whoever reads it."""
-    return [
+    options = [
         ("grpc.so_reuseport", int(reuse_port)),
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", -1),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", MIN_CLIENT_PING_MS),
     ]
+    if max_calls_a_connection is not None:
+        options.append(("grpc.max_concurrent_streams", max_calls_a_connection))
+    return options

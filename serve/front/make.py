@@ -8,6 +8,8 @@ import grpc
 
 from serve.front.base import Front, FrontKind
 from serve.front.grpcio import GrpcioFront
+from serve.front.native import NativeFront
+from serve.front.port import is_loopback
 
 
 def make_front(
@@ -15,23 +17,30 @@ def make_front(
     *,
     max_message_bytes: int,
     max_calls: int,
+    max_calls_a_connection: int = 1024,
     interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
     reuse_port: bool = False,
     tls: bool = False,
+    host: str = "127.0.0.1",
 ) -> Front:
     """Make the front end that serves what is asked; it serves nothing yet.
 
     Args:
-        kind: which; `auto` takes the native one where it serves what is asked.
+        kind: which; `auto` takes the native one where it serves what is asked: no TLS, and
+            callers on this machine alone, since it reads any message before it refuses it.
         max_message_bytes: of a request.
         max_calls: calls and streams that are open at once; one more is refused unread.
+        max_calls_a_connection: the same of one connection; clients wait for their turn.
         interceptors: see every call first, in this order.
         reuse_port: whether other processes share the port.
         tls: whether it will listen with credentials.
+        host: where it will listen.
     """
-    return GrpcioFront(
+    is_native = kind == "native" or (kind == "auto" and not tls and is_loopback(host))
+    return (NativeFront if is_native else GrpcioFront)(
         max_message_bytes=max_message_bytes,
         max_calls=max_calls,
+        max_calls_a_connection=max_calls_a_connection,
         interceptors=interceptors,
         reuse_port=reuse_port,
     )

@@ -7,6 +7,7 @@ its addresses is free. So every address is tried with a plain socket first.
 from __future__ import annotations
 
 import errno
+import ipaddress
 import os
 import socket
 
@@ -46,6 +47,15 @@ def join_address(host: str, port: int) -> str:
     """Write an address as gRPC reads it, with IPv6 in brackets."""
     host = host.removeprefix("[").removesuffix("]")
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can call an address."""
+    host = host.removeprefix("[").removesuffix("]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _try_addresses(host: str, port: int, *, shared: bool) -> None:

@@ -111,12 +111,19 @@ def eventually() -> Callable[[Callable[[], bool]], object]:
     return wait
 
 
+@pytest.fixture(params=["native", "grpcio"])
+def frontend(request: pytest.FixtureRequest) -> str:
+    """What reads gRPC: a test that uses a server in this process runs on both."""
+    return str(request.param)
+
+
 @pytest.fixture
-def serving():
+def serving(frontend):
     """An async context manager: a server in this process, of bundles or of fake encoders."""
 
     @asynccontextmanager
     async def run(*encoders: FakeEncoder, **options: object) -> AsyncIterator[Server]:
+        options.setdefault("frontend", "auto" if "tls" in options else frontend)
         by_name = {encoder.name: encoder for encoder in encoders}
         if encoders:
             options["bundle"] = tuple(by_name)

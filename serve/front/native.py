@@ -1,0 +1,257 @@
+"""The front end on pygrpc-native: HTTP/2 in Rust, and calls by bursts.
+
+Rules:
+    Unary methods are read here; streams, reflection and methods that do not exist go to a
+    grpcio server behind it, over a socket of this machine that nobody else can open.
+    A burst of calls crosses from Rust to Python, and from its thread to the event loop, at
+    once. Each call is a task of its own, with grpc.aio's context, so that services and
+    interceptors are the same ones as on grpcio, and so are limits, statuses and trailers.
+    A call whose caller has gone is cancelled. No exception text leaves.
+    Stopping answers what it took: new calls are refused, those under way get their grace,
+    and the port closes last.
+
+It has no TLS, and it reads a message of any size before anything can refuse it: see
+docs/decisions/0012-front-ends.md for where that makes `auto` choose grpcio.
+
+Source: https://github.com/pygrpc/pygrpc-native, its low-level API, which is promised to stay.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import grpc
+from pygrpc_native import EVENT_CANCEL, NativeGrpcFront
+
+from serve.errors import STOPPING, StartError, to_status
+from serve.front.grpcio import GrpcioFront
+from serve.front.native_call import NativeCall
+from serve.front.port import check_address, join_address, refuse_address
+from serve.front.registry import Handler, Registry
+
+log = logging.getLogger("horace.serve")
+
+BURST = 256
+"""Calls that cross into Python at once, at most."""
+
+IO_THREADS = 1
+"""Threads of Rust; one reads and writes more than two cores compute."""
+
+TOO_MANY = "Concurrent RPC limit exceeded!"
+"""grpcio's own words."""
+
+NOT_FOUND = "Method not found!"
+"""grpcio's own words."""
+
+Event: TypeAlias = tuple[int, int, int, Any, Any, Any]
+
+
+class NativeFront:
+    """Serves on `NativeGrpcFront`. Belongs to one event loop."""
+
+    name = "native"
+
+    def __init__(
+        self,
+        *,
+        max_message_bytes: int,
+        max_calls: int,
+        max_calls_a_connection: int = 1024,
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+        reuse_port: bool = False,
+    ) -> None:
+        """Make the server; see `make_front`."""
+        self._max_message_bytes = max_message_bytes
+        self._max_calls = max_calls
+        self._max_calls_a_connection = max_calls_a_connection
+        self._interceptors = tuple(interceptors)
+        self._reuse_port = reuse_port
+        self._behind = GrpcioFront(
+            max_message_bytes=max_message_bytes, max_calls=max_calls, interceptors=interceptors
+        )
+        self._registry = Registry(self._behind.server)
+        self._methods: list[tuple[str, Handler]] = []
+        self._native: NativeGrpcFront | None = None
+        self._folder: Path | None = None
+        self._calls: dict[int, NativeCall] = {}
+        self._stopping = False
+
+    def __repr__(self) -> str:
+        state = "stopping" if self._stopping else "open"
+        return f"<NativeFront {state} calls={len(self._calls)}/{self._max_calls}>"
+
+    @property
+    def server(self) -> grpc.aio.Server:
+        """What `add_XServicer_to_server` and reflection take."""
+        return self._registry
+
+    def listen(
+        self, host: str, port: int, credentials: grpc.ServerCredentials | None = None
+    ) -> int:
+        """Take a port; see `Front.listen`."""
+        if credentials is not None:
+            raise StartError(
+                "--frontend native", expected="no TLS", found="TLS", mend="take --frontend grpcio"
+            )
+        host = check_address(host, port, shared=self._reuse_port)
+        try:
+            self._native = NativeGrpcFront(
+                join_address(host, port),
+                [],
+                io_threads=IO_THREADS,
+                call_details=True,
+                max_concurrent_streams=self._max_calls_a_connection,
+                reuse_port=self._reuse_port,
+            )
+        except OSError as error:  # such as a race for the port
+            raise refuse_address(host, port, "pygrpc-native's refusal to listen there") from error
+        return self._native.bound_port
+
+    async def start(self) -> None:
+        """Answer calls from now on."""
+        assert self._native is not None, "listen first"
+        self._registry.hand_over()
+        self._folder = Path(tempfile.mkdtemp(prefix="horace-"))  # for this user alone
+        socket = self._folder / "behind.sock"
+        self._behind.server.add_insecure_port(f"unix:{socket}")
+        await self._behind.start()
+        self._native.set_fallback(str(socket))
+        self._methods = list(self._registry.unary.items())
+        self._native.add_methods([(path, False) for path, _ in self._methods])
+        self._native.start()
+        threading.Thread(
+            target=self._receive,
+            args=(self._native, asyncio.get_running_loop()),
+            name="grpc-receive",
+            daemon=True,
+        ).start()
+
+    async def stop(self, grace_s: float | None) -> None:
+        """Take no more calls; cut off after `grace_s` those under way."""
+        if self._stopping:
+            return
+        self._stopping = True
+        behind = asyncio.ensure_future(self._behind.stop(grace_s))
+        tasks = [call.task for call in self._calls.values() if call.task is not None]
+        if tasks and grace_s:
+            await asyncio.wait(tasks, timeout=grace_s)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await behind
+        if self._native is not None:
+            await asyncio.to_thread(self._native.close)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    # The way of a call.
+
+    def _receive(self, native: NativeGrpcFront, loop: asyncio.AbstractEventLoop) -> None:
+        """Bring calls to the event loop, a burst at a time, until the server closes."""
+        while (events := native.recv_batch_details(BURST)) is not None:
+            try:
+                loop.call_soon_threadsafe(self._take, native, loop, events)
+            except RuntimeError:  # the loop was closed without `stop`
+                native.close()
+                return
+
+    def _take(
+        self, native: NativeGrpcFront, loop: asyncio.AbstractEventLoop, events: list[Event]
+    ) -> None:
+        """Begin to answer the calls of a burst, and stop where callers have gone."""
+        for kind, call_id, method_id, payload, _, details in events:
+            if kind == EVENT_CANCEL:
+                if (gone := self._calls.get(call_id)) is not None:
+                    gone.leave()
+            elif self._stopping:
+                _end(native, call_id, grpc.StatusCode.UNAVAILABLE, STOPPING)
+            elif len(self._calls) >= self._max_calls:
+                _end(native, call_id, grpc.StatusCode.RESOURCE_EXHAUSTED, TOO_MANY)
+            else:
+                call = self._calls[call_id] = NativeCall(call_id, *details)
+                call.task = loop.create_task(self._answer(native, call, method_id, payload))
+
+    async def _answer(
+        self, native: NativeGrpcFront, call: NativeCall, method_id: int, payload: bytes
+    ) -> None:
+        """Answer one call."""
+        path, handler = self._methods[method_id]
+        try:
+            if self._interceptors:
+                handler = await self._intercept(path, handler, call)
+            reply = await self._run(handler, call, payload)
+        except asyncio.CancelledError:
+            if not call.is_gone:  # cut off by a stop
+                _end(native, call.call_id, grpc.StatusCode.CANCELLED, STOPPING)
+        except grpc.aio.AbortError:
+            code, message = call.status or (grpc.StatusCode.UNKNOWN, "")
+            _end(native, call.call_id, code, message, call.trailing)
+        except Exception as error:
+            _end(native, call.call_id, *to_status(error))
+        else:
+            if call.status is not None and call.status[0] is not grpc.StatusCode.OK:
+                _end(native, call.call_id, *call.status, call.trailing)
+            else:
+                native.respond(call.call_id, reply, call.initial, call.trailing or None)
+        finally:
+            del self._calls[call.call_id]
+            call.finish()
+
+    async def _intercept(self, path: str, handler: Handler, call: NativeCall) -> Handler:
+        """Let the interceptors see a call, and give the handler that they agree on."""
+
+        async def ask(level: int, details: grpc.HandlerCallDetails) -> Handler | None:
+            if level == len(self._interceptors):
+                return handler
+
+            async def go_on(details: grpc.HandlerCallDetails) -> Handler | None:
+                return await ask(level + 1, details)
+
+            return await self._interceptors[level].intercept_service(go_on, details)
+
+        chosen = await ask(0, _CallDetails(path, call.invocation_metadata()))
+        if chosen is None:
+            await call.abort(grpc.StatusCode.UNIMPLEMENTED, NOT_FOUND)
+        assert not chosen.request_streaming, f"{path} answers one message"
+        assert not chosen.response_streaming, f"{path} answers with one message"
+        return chosen
+
+    async def _run(self, handler: Handler, call: NativeCall, payload: bytes) -> bytes:
+        """Parse, handle, and write the reply."""
+        if len(payload) > self._max_message_bytes:
+            await call.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                "SERVER: Received message larger than max "
+                f"({len(payload)} vs. {self._max_message_bytes})",  # grpcio's own words
+            )
+        parse, write = handler.request_deserializer, handler.response_serializer
+        request = payload if parse is None else parse(payload)
+        behaviour: Any = handler.unary_unary
+        reply: Any = await behaviour(request, call)
+        return reply if write is None else write(reply)
+
+
+class _CallDetails(grpc.HandlerCallDetails):
+    """What interceptors are told of a call."""
+
+    def __init__(self, method: str, invocation_metadata: Any) -> None:
+        self.method = method
+        self.invocation_metadata = invocation_metadata
+
+
+def _end(
+    native: NativeGrpcFront,
+    call_id: int,
+    code: grpc.StatusCode,
+    message: str,
+    trailing: Sequence[tuple[str, str | bytes]] = (),
+) -> None:
+    """End a call with an error."""
+    native.fail(call_id, code.value[0], message, list(trailing) or None)

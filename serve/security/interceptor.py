@@ -1,0 +1,224 @@
+"""The guard in front of every gRPC call, on either front end.
+
+Rules:
+    A call is let in, counted and charged before anything is done for it, and a refused one
+    is never parsed. grpcio does not even read it.
+    Bytes that are no message of the method's kind are the caller's fault, INVALID_ARGUMENT,
+    on both front ends alike, and never a traceback.
+    A unary call above its rate is refused with the time to wait. A stream is held back: its
+    next message is taken up when its turn comes, and nothing of it is lost.
+    Whatever goes wrong leaves as a status of `serve.errors`.
+
+It sees handlers, not services: whatever is added to the server is guarded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from contextvars import ContextVar
+from functools import partial
+from typing import Any, NoReturn, TypeAlias
+
+import grpc
+
+from serve.errors import RequestError, UnauthenticatedError, retry_metadata, to_status
+from serve.security.caller import CURRENT
+from serve.security.costs import count_images
+from serve.security.guard import HEALTH, Guard, Pass
+from serve.security.ring import ApiKey
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Behaviour: TypeAlias = "Callable[[Any, Context], Any]"
+Parse: TypeAlias = Callable[[bytes], Any]
+TakeIn: TypeAlias = Callable[[Pass, Any], Any]
+
+_KEY: ContextVar[ApiKey | None] = ContextVar("horace_key", default=None)
+"""The key that let this task's call in; interceptor and handler run in one task."""
+
+
+class GuardInterceptor(grpc.aio.ServerInterceptor):
+    """Has a `Guard` let calls in. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        guard: Guard,
+        *,
+        max_images: int = 1024,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        """Stand in front of a server's handlers.
+
+        Args:
+            guard: decides.
+            max_images: the most that a request is charged for: what asks for more is refused.
+            sleep: waits until a stream's turn.
+        """
+        self._guard = guard
+        self._max_images = max_images
+        self._sleep = sleep
+        self._guarded: dict[str, tuple[Handler, Handler]] = {}
+
+    def __repr__(self) -> str:
+        return f"<GuardInterceptor {self._guard!r}>"
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        """Give the handler of a call, guarded; or one that refuses it."""
+        details = handler_call_details
+        handler = await continuation(details)
+        try:
+            key = self._guard.authorise(details.method, details.invocation_metadata or ())
+        except UnauthenticatedError as error:
+            return _refusing(handler, error, unread=_is_grpcio(details))
+        if handler is None or details.method.startswith(HEALTH):
+            return handler
+        _KEY.set(key)
+        return self._guard_handler(details.method, handler)
+
+    def _guard_handler(self, method: str, handler: Handler) -> Handler:
+        """Give the guarded form of a handler, made once."""
+        known = self._guarded.get(method)
+        if known is None or known[0] is not handler:
+            known = self._guarded[method] = handler, self._wrap(handler)
+        return known[1]
+
+    def _wrap(self, handler: Handler) -> Handler:
+        """Guard a handler; its messages come as bytes, and are parsed once they may be."""
+        shape = bool(handler.request_streaming), bool(handler.response_streaming)
+        name, make = _KINDS[shape]
+        behaviour: Behaviour = getattr(handler, name)
+        take = self._take_stream if handler.request_streaming else self._take_message
+        take_in = partial(take, handler.request_deserializer or bytes)
+        if inspect.isasyncgenfunction(behaviour):
+            guarded = self._guard_generator(behaviour, take_in)
+        else:
+            assert inspect.iscoroutinefunction(behaviour), f"{behaviour} blocks the event loop"
+            guarded = self._guard_coroutine(behaviour, take_in)
+        return make(guarded, None, handler.response_serializer)
+
+    def _guard_coroutine(self, behaviour: Behaviour, take_in: TakeIn) -> Behaviour:
+        """Guard a handler that returns its reply, or writes its replies."""
+
+        async def answer(incoming: Any, context: Context) -> Any:
+            try:
+                entered = self._enter(context)
+                with self._guard.under_way(entered):
+                    return await behaviour(take_in(entered, incoming), context)
+            except grpc.aio.AbortError:
+                raise
+            except Exception as error:
+                await _end(context, error)
+
+        return answer
+
+    def _guard_generator(self, behaviour: Behaviour, take_in: TakeIn) -> Behaviour:
+        """Guard a handler that yields its replies."""
+
+        async def answer(incoming: Any, context: Context) -> AsyncIterator[Any]:
+            try:
+                entered = self._enter(context)
+                with self._guard.under_way(entered):
+                    async with aclosing(behaviour(take_in(entered, incoming), context)) as replies:
+                        async for reply in replies:
+                            yield reply
+            except grpc.aio.AbortError:
+                raise
+            except Exception as error:
+                await _end(context, error)
+
+        return answer
+
+    def _enter(self, context: Context) -> Pass:
+        """Say who calls, here and to whoever answers this call."""
+        entered = self._guard.name(
+            _KEY.get(),
+            context.invocation_metadata() or (),  # type: ignore[arg-type]  # pairs, if named ones
+            peer=context.peer(),
+            auth_context=context.auth_context(),
+        )
+        CURRENT.set(entered.caller)  # this task answers nothing else
+        return entered
+
+    def _take_message(self, parse: Parse, entered: Pass, raw: bytes) -> Any:
+        """Parse the one message of a call, and charge for it."""
+        request = _parse(parse, raw)
+        self._guard.charge(entered, images=self._count(request))
+        return request
+
+    async def _take_stream(
+        self, parse: Parse, entered: Pass, incoming: AsyncIterator[bytes]
+    ) -> AsyncIterator[Any]:
+        """Parse the messages of a stream, each when it is its turn."""
+        async for raw in incoming:
+            request = _parse(parse, raw)
+            images = self._count(request)
+            while wait_s := self._guard.wait_s(entered, images=images):
+                await self._sleep(wait_s)
+            yield request
+
+    def _count(self, request: Any) -> int:
+        """Count the images that a message is charged for."""
+        return min(count_images(request), self._max_images)
+
+
+_KINDS: dict[tuple[bool, bool], tuple[str, Callable[..., Handler]]] = {
+    (False, False): ("unary_unary", grpc.unary_unary_rpc_method_handler),
+    (False, True): ("unary_stream", grpc.unary_stream_rpc_method_handler),
+    (True, False): ("stream_unary", grpc.stream_unary_rpc_method_handler),
+    (True, True): ("stream_stream", grpc.stream_stream_rpc_method_handler),
+}
+"""By whether requests and replies are streams: a handler's function, and what makes one."""
+
+
+def _parse(parse: Parse, raw: bytes) -> Any:
+    """Parse a message.
+
+    Raises:
+        RequestError: the bytes are none of its kind.
+    """
+    try:
+        return parse(raw)
+    except Exception as error:  # protobuf's own, of another class in each implementation
+        kind = getattr(getattr(parse, "__self__", None), "DESCRIPTOR", None)
+        name = "a message of this method" if kind is None else f"a {kind.full_name}"
+        raise RequestError(
+            "message", expected=f"{name} in protobuf's encoding", found=f"{len(raw)} other bytes"
+        ) from error
+
+
+def _refusing(handler: Handler | None, error: Exception, *, unread: bool) -> Handler:
+    """Make a handler that ends the call with an error.
+
+    Args:
+        handler: the one in whose place it stands; None where there is no such method.
+        error: why.
+        unread: whether the front end may be given the handler of a stream for any method:
+            it reads no message unless it is asked for one.
+    """
+
+    async def refuse(_: Any, context: Context) -> NoReturn:
+        await _end(context, error)
+
+    shape = (True, True)
+    if handler is not None and not unread:
+        shape = bool(handler.request_streaming), bool(handler.response_streaming)
+    return _KINDS[shape][1](refuse, None, None)
+
+
+async def _end(context: Context, error: Exception) -> NoReturn:
+    """End a call with the status of an error."""
+    code, message = to_status(error)
+    await context.abort(code, message, retry_metadata(error))
+    raise AssertionError("abort raises")
+
+
+def _is_grpcio(details: grpc.HandlerCallDetails) -> bool:
+    """Whether grpcio asks, or another front end in its place."""
+    return type(details).__module__.startswith("grpc.")

@@ -1,0 +1,122 @@
+"""`python -m serve.security.keys new NAME`: makes an API key, and prints it once.
+
+Rules:
+    The key is printed and kept nowhere; the file gets its hash.
+    The file is replaced whole, with the modes it had: a server that reads it finds the old
+    one or the new one.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from models.command import run_command
+from models.errors import UsageError
+from serve.security.ring import new_token, read_ring, write_line
+
+PROG = "python -m serve.security.keys"
+USAGE = f"""usage: {PROG} COMMAND [OPTIONS]
+
+commands:
+  new NAME   make a key, print it once, and its line for the key file (or add it with --file)
+  list       whose keys are in a key file
+
+{PROG} COMMAND --help shows the options of a command."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewOptions:
+    """Make an API key and print it, once."""
+
+    name: Annotated[str, tyro.conf.Positional]
+    """Whose key it is; it is what logs, limits and traces call the caller."""
+
+    file: str | None = None
+    """Key file to add it to; made where there is none. The line is printed where not given."""
+
+    limits: str = ""
+    """Limits of its own, such as requests=50,images=2000,calls=8 (the first two a second)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListOptions:
+    """Say whose keys are in a key file."""
+
+    file: str
+    """The key file."""
+
+
+def make_key(options: NewOptions) -> None:
+    """Make a key, and add it to the file or print its line.
+
+    Raises:
+        StartError: the name, the limits or the file are not right.
+        UsageError: the file cannot be written.
+    """
+    token = new_token()
+    line = write_line(options.name, token, options.limits)
+    if options.file is not None:
+        _add_line(Path(options.file), line)
+    print(token)
+    if options.file is None:
+        print(f"line for the key file: {line}", file=sys.stderr)
+    else:
+        print(f"added to {options.file}; the key above is shown only now", file=sys.stderr)
+
+
+def list_keys(options: ListOptions) -> None:
+    """Print the names in a key file.
+
+    Raises:
+        StartError: the file is not right.
+    """
+    print("\n".join(read_ring(options.file).names))
+
+
+def _add_line(path: Path, line: str) -> None:
+    """Put a line at a key file's end; the file is replaced whole."""
+    before, mode = "", 0o600
+    if path.exists():
+        read_ring(path)
+        before = path.read_text()
+        mode = path.stat().st_mode & 0o777
+    if before and not before.endswith("\n"):
+        before += "\n"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as file:
+            file.write(f"{before}{line}\n")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UsageError(
+            f"--file {path}",
+            expected="a file that can be written",
+            found=error.strerror or type(error).__name__,
+        ) from error
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command that the first argument names; give the exit status."""
+    command, rest = (argv[0], argv[1:]) if argv else ("", [])
+    if command in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    if command == "new":
+        return run_command(NewOptions, make_key, prog=f"{PROG} new", argv=rest)
+    if command == "list":
+        return run_command(ListOptions, list_keys, prog=f"{PROG} list", argv=rest)
+    found = repr(command) if command else "none"
+    print(f"{PROG}: command: expected new or list, found {found}; see --help", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))

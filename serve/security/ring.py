@@ -1,0 +1,167 @@
+"""API keys as the server knows them: names and hashes, never keys.
+
+Rules:
+    A key is 256 random bits, so one SHA-256 is what keeps it: there is nothing to guess that
+    a slow hash would make dearer, and a slow one would be paid on every call.
+    A key is looked for among all, each compared in constant time, whichever it is.
+    A name may stand on several lines while its key is being changed: each of them holds.
+    A file that is not right throughout is refused whole, by line and never with its content.
+
+The file has one key a line, `NAME:SHA256-HEX` or `NAME:SHA256-HEX:LIMITS`, where limits are
+`requests=N,images=N,calls=N` (the first two a second), in place of those for everyone. Empty
+lines and lines that begin with `#` are passed over. `python -m serve.security.keys` writes it.
+
+Source: docs/decisions/0010-security.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from serve.errors import StartError
+from serve.security.buckets import Quota
+
+PREFIX = "horace_"
+"""How a key begins, so that scanners for leaked secrets can know one."""
+
+MAX_FILE_BYTES = 1 << 20
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_LIMITS = {"requests": "requests_per_s", "images": "images_per_s", "calls": "calls"}
+
+EXPECTED_LINE = "NAME:SHA256-HEX or NAME:SHA256-HEX:requests=N,images=N,calls=N"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApiKey:
+    """One key as the server knows it.
+
+    Attributes:
+        name: whose it is.
+        digest: SHA-256 of the key.
+        limits: what the line says of limits, by field of `Quota`.
+    """
+
+    name: str
+    digest: bytes
+    limits: tuple[tuple[str, float], ...] = ()
+
+    def quota(self, everyone: Quota) -> Quota:
+        """Give its limits; those for everyone where it has none of its own."""
+        return replace(everyone, **dict(self.limits)) if self.limits else everyone
+
+
+class KeyRing:
+    """The keys that open this server."""
+
+    def __init__(self, keys: Iterable[ApiKey]) -> None:
+        self._keys = tuple(keys)
+
+    def __repr__(self) -> str:
+        return f"<KeyRing of {len(self._keys)}: {', '.join(self.names)}>"
+
+    @property
+    def names(self) -> list[str]:
+        """Whose keys there are."""
+        return sorted({key.name for key in self._keys})
+
+    def find(self, token: str) -> ApiKey | None:
+        """Find a key; it takes as long for every token of a length."""
+        digest = hash_token(token)
+        found = None
+        for key in self._keys:
+            if hmac.compare_digest(key.digest, digest):
+                found = key
+        return found
+
+
+def new_token() -> str:
+    """Make a key of 256 random bits."""
+    return PREFIX + secrets.token_urlsafe(32)
+
+
+def hash_token(token: str) -> bytes:
+    """Hash a key; whatever text it is."""
+    return hashlib.sha256(token.encode(errors="surrogateescape")).digest()
+
+
+def write_line(name: str, token: str, limits: str = "") -> str:
+    """Write the line of a key, without a line's end.
+
+    Raises:
+        StartError: the name or the limits are none.
+    """
+    line = f"{name}:{hash_token(token).hex()}" + (f":{limits}" if limits else "")
+    _read_line(line, "the new key")
+    return line
+
+
+def read_ring(path: str | Path) -> KeyRing:
+    """Read a key file.
+
+    Raises:
+        StartError: there is none, or it is not right throughout, or it has no key.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise StartError(
+            f"key file {path}",
+            expected="a file that can be read",
+            found=error.strerror or type(error).__name__,
+            mend="make one with python -m serve.security.keys new NAME --file FILE",
+        ) from error
+    if len(data) > MAX_FILE_BYTES:
+        raise StartError(
+            f"key file {path}",
+            expected=f"at most {MAX_FILE_BYTES} bytes",
+            found=f"{len(data)}",
+        )
+    return KeyRing(_read_lines(data.decode(errors="replace"), f"key file {path}"))
+
+
+def _read_lines(text: str, where: str) -> list[ApiKey]:
+    """Read every line of a key file."""
+    keys = [
+        _read_line(line.strip(), f"{where}, line {n}")
+        for n, line in enumerate(text.splitlines(), 1)
+        if line.strip() and not line.lstrip().startswith("#")
+    ]
+    if not keys:
+        raise StartError(where, expected="at least one key", found="none")
+    limits: dict[str, tuple[tuple[str, float], ...]] = {}
+    for key in keys:
+        if limits.setdefault(key.name, key.limits) != key.limits:
+            raise StartError(
+                where, expected=f"one set of limits for {key.name}", found="two, on two lines"
+            )
+    return keys
+
+
+def _read_line(line: str, where: str) -> ApiKey:
+    """Read one line; what is wrong with it is said without its content."""
+    name, _, rest = line.partition(":")
+    digest, _, limits = rest.partition(":")
+    if not (_NAME.fullmatch(name) and _DIGEST.fullmatch(digest)):
+        raise StartError(where, expected=EXPECTED_LINE, found="another line")
+    return ApiKey(name=name, digest=bytes.fromhex(digest), limits=_read_limits(limits, where))
+
+
+def _read_limits(text: str, where: str) -> tuple[tuple[str, float], ...]:
+    """Read `requests=N,images=N,calls=N`, any of them."""
+    limits = {}
+    for part in text.split(",") if text else ():
+        name, _, number = part.strip().partition("=")
+        if name not in _LIMITS or not re.fullmatch(r"\d{1,9}(\.\d{1,6})?", number):
+            raise StartError(where, expected=EXPECTED_LINE, found="other limits")
+        if float(number) <= 0:
+            raise StartError(where, expected=f"{name} above 0", found=number)
+        limits[_LIMITS[name]] = float(number)
+    return tuple(sorted(limits.items()))

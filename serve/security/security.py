@@ -1,0 +1,76 @@
+"""Everything of `serve.security` that one server has, put together from its options.
+
+Rules:
+    Files are read before the server listens: what is wrong with them is a line at the start.
+    Later they are read again when they change, by a thread, and at once by a reload (SIGHUP).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import Any
+
+import grpc
+
+from serve.lifecycle.reloading import Reloads
+from serve.security.files import Reloadable, Watcher
+from serve.security.guard import Guard
+from serve.security.interceptor import GuardInterceptor
+from serve.security.options import CallerLimits, KeyOptions
+from serve.security.ring import KeyRing, read_ring
+from serve.security.tls import Tls, TlsOptions
+
+
+class Security:
+    """TLS, keys and limits of one server; `close` it."""
+
+    def __init__(
+        self, *, tls: TlsOptions, keys: KeyOptions, limits: CallerLimits, max_images: int
+    ) -> None:
+        """Read the files and watch them.
+
+        Args:
+            tls: of the gRPC port.
+            keys: who may call.
+            limits: how much each may ask for.
+            max_images: the most that one request may ask for.
+
+        Raises:
+            StartError: a file is not right.
+        """
+        self._tls = Tls(tls) if tls.is_on else None
+        self._ring: Reloadable[KeyRing] | None = None
+        if (file := keys.file) is not None:
+            self._ring = Reloadable("API keys", [file], lambda: read_ring(file))
+        self.guard = Guard(
+            ring=self._keys, open_reflection=keys.open_reflection, quota=limits.quota
+        )
+        self.interceptor = GuardInterceptor(self.guard, max_images=max_images)
+        certificates = None if self._tls is None else self._tls.files
+        self._files: list[Reloadable[Any]] = [
+            file for file in (certificates, self._ring) if file is not None
+        ]
+        self._watcher = Watcher(self._files) if self._files else None
+
+    def __repr__(self) -> str:
+        return f"<Security {self._tls!r} {self.guard!r}>"
+
+    @property
+    def credentials(self) -> grpc.ServerCredentials | None:
+        """What the port listens with; None for a plain one."""
+        return None if self._tls is None else self._tls.credentials
+
+    def register(self, reloads: Reloads) -> None:
+        """Have every file read again at a reload, too."""
+        for file in self._files:
+            reloads.register(file.what, partial(asyncio.to_thread, file.reload))
+
+    def close(self) -> None:
+        """Stop watching."""
+        if self._watcher is not None:
+            self._watcher.close()
+
+    def _keys(self) -> KeyRing | None:
+        """Give the keys of the moment."""
+        return None if self._ring is None else self._ring.value

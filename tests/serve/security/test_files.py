@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import os
+import threading
+
+import pytest
+
+from serve.errors import StartError
+from serve.security.files import Reloadable, Watcher
+
+
+def read_number(path):
+    """Read a file that should hold a number."""
+    text = path.read_text()
+    if not text.isdigit():
+        raise StartError(f"number {path}", expected="digits", found="others")
+    return int(text)
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A file with a number."""
+    path = tmp_path / "number"
+    path.write_text("1")
+    return path
+
+
+def reloadable(path):
+    """The number of a file, reloadable."""
+    return Reloadable("number", [str(path)], lambda: read_number(path))
+
+
+def write(path, text):
+    """Change a file so that its time of change does, too, however coarse the clock."""
+    before = path.stat().st_mtime_ns if path.exists() else 0
+    path.write_text(text)
+    os.utime(path, ns=(before + 1_000_000, before + 1_000_000))
+
+
+def test_a_change_is_taken_once_the_file_is_still(file, caplog):
+    """Seen at one look, taken at the next, and said once."""
+    caplog.set_level("INFO", "horace.serve")
+    number = reloadable(file)
+    write(file, "2")
+    number.look()
+    assert number.value == 1
+    number.look()
+    assert number.value == 2
+    number.look()
+    assert caplog.messages == ["number: read again"]
+
+
+def test_a_file_that_is_being_written_is_left_alone(file):
+    """As long as every look finds another, none is taken."""
+    number = reloadable(file)
+    for n in range(2, 6):
+        write(file, str(n))
+        number.look()
+        assert number.value == 1
+    number.look()
+    assert number.value == 5
+
+
+@pytest.mark.parametrize("broken", ["none", None])
+def test_what_is_broken_is_refused_once_and_the_old_goes_on(file, caplog, broken):
+    """One line a change, and what is mended later is taken."""
+    caplog.set_level("INFO", "horace.serve")
+    number = reloadable(file)
+    if broken is None:
+        file.rename(file.with_suffix(".gone"))
+        number._read = lambda: read_number(file) if file.exists() else _refuse()
+    else:
+        write(file, broken)
+    for _ in range(5):
+        number.look()
+    assert number.value == 1
+    (line,) = caplog.messages
+    assert line.startswith("number: not taken, the old goes on: ")
+    write(file, "3")
+    number.look()
+    number.look()
+    assert number.value == 3
+
+
+def _refuse():
+    raise StartError("number", expected="a file", found="none")
+
+
+def test_a_link_that_is_turned_is_a_change(tmp_path):
+    """Kubernetes changes secrets so: the file's own name stays a link."""
+    for n in (1, 2):
+        (tmp_path / str(n)).mkdir()
+        (tmp_path / str(n) / "number").write_text(str(n))
+    (tmp_path / "data").symlink_to("1")
+    file = tmp_path / "number"
+    file.symlink_to("data/number")
+    number = reloadable(file)
+    (tmp_path / "new").symlink_to("2")
+    (tmp_path / "new").replace(tmp_path / "data")
+    number.look()
+    number.look()
+    assert number.value == 2
+
+
+def test_a_reload_reads_at_once_and_raises(file):
+    """What an operator asks for is done now, and its failure is theirs to hear."""
+    number = reloadable(file)
+    write(file, "7")
+    number.reload()
+    assert number.value == 7
+    write(file, "none")
+    with pytest.raises(StartError, match="expected digits"):
+        number.reload()
+    assert number.value == 7
+
+
+def test_what_is_wrong_at_the_start_is_an_error(file):
+    """There is no old value to go on with."""
+    write(file, "none")
+    with pytest.raises(StartError, match="expected digits"):
+        reloadable(file)
+
+
+def test_a_watcher_goes_on_after_a_failure_and_ends(caplog):
+    """Our own bugs are logged with their traceback; the next file is looked at."""
+    looked = threading.Event()
+
+    class Bad:
+        def look(self):
+            """Fail."""
+            raise RuntimeError("a bug")
+
+    class Good:
+        def look(self):
+            """Note it."""
+            looked.set()
+
+    watcher = Watcher([Bad(), Good()], every_s=0.001)
+    assert looked.wait(30)
+    looked.clear()
+    assert looked.wait(30)
+    watcher.close()
+    assert not watcher._thread.is_alive()
+    assert "looking failed; it goes on" in caplog.messages[0]
