@@ -9,7 +9,7 @@ Rules:
     A collection is offered only beside the model that made its vectors: one of another
     fingerprint is refused, whatever its dimension. It holds a lease on that version of
     the model as long as it is offered, so a model may change under it and its queries are
-    still embedded by the encoder that made its vectors.
+    still embedded by the encoder that made its vectors (decision 0009).
     A name that is not there is answered with those that are.
 
 Belongs to one event loop, once the server has started.
@@ -31,9 +31,6 @@ if TYPE_CHECKING:
     from index.collection import Collection
 
 
-FIRST_VERSION = "1"
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ServedModel:
     """One version of an encoder with the engine that runs it, under the name callers use."""
@@ -51,12 +48,21 @@ class ServedModel:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ServedCollection:
-    """A collection with the model whose images may query it."""
+    """A collection with the model whose images may query it.
+
+    Attributes:
+        name: as callers use it.
+        collection: where to search.
+        model: the version that made its vectors.
+        hold: of this pair; when it ends it lets go of both.
+        files: of the collection alone, which may go on beside another version.
+    """
 
     name: str
     collection: Collection
     model: ServedModel
     hold: Hold = field(repr=False)
+    files: Hold = field(repr=False)
 
     def lease(self) -> Lease[ServedCollection]:
         """Keep it, and its model, open within a context."""
@@ -127,42 +133,31 @@ class Catalog:
             raise RequestError("collection", expected=_listed(list(self.collections)), found="none")
         raise _unknown("collection", name, list(self.collections))
 
-    def add_model(
-        self,
-        name: str,
-        encoder: Encoder,
-        engine: Engine,
-        *,
-        version: str = FIRST_VERSION,
-        close: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Offer a model; `close` runs when it is no longer offered and nobody uses it.
-
-        Raises:
-            UsageError: the name is taken.
-        """
-        _refuse_taken_name("--bundle", name, self.models)
-        self.put_model(name, encoder, engine, version=version, close=close)
-
     def put_model(
         self,
         name: str,
         encoder: Encoder,
         engine: Engine,
         *,
-        version: str,
+        version: str = "1",
         close: Callable[[], None] = lambda: None,
     ) -> None:
-        """Offer a version of a model beside those that are offered; the newest leads."""
+        """Offer a version of a model beside the others, in the place of one of its number.
+
+        The newest leads. Collections that it fits, and that an older one served, move to it.
+        """
         hold = self._hold(close, self.dispose)
         model = ServedModel(name=name, version=version, encoder=encoder, engine=engine, hold=hold)
         self.default = self.default or model.name
-        versions = self.versions.setdefault(model.name, {})
-        assert model.version not in versions, "every version has a number of its own"
-        versions[model.version] = model
+        versions = self.versions.setdefault(name, {})
+        replaced = versions.get(version)
+        versions[version] = model
         newest_first = sorted(versions.items(), key=lambda item: int(item[0]), reverse=True)
-        self.versions[model.name] = dict(newest_first)
-        self.models[model.name] = newest_first[0][1]
+        self.versions[name] = dict(newest_first)
+        self.models[name] = newest_first[0][1]
+        self._rebind_collections()
+        if replaced is not None:
+            replaced.hold.retire()
 
     def withdraw_model(self, name: str, version: str) -> None:
         """Offer a version no more; it is closed when nobody uses it."""
@@ -172,18 +167,6 @@ class Catalog:
         else:
             del self.versions[name], self.models[name]
         model.hold.retire()
-
-    def add_collection(
-        self, name: str, collection: Collection, *, close: Callable[[], None] = lambda: None
-    ) -> None:
-        """Offer a collection; `close` runs when it is no longer offered and nobody uses it.
-
-        Raises:
-            UsageError: the name is taken.
-            FingerprintMismatchError: none of the models made its vectors.
-        """
-        _refuse_taken_name("--collection", name, self.collections)
-        self.put_collection(name, collection, close=close)
 
     def put_collection(
         self, name: str, collection: Collection, *, close: Callable[[], None] = lambda: None
@@ -195,22 +178,19 @@ class Catalog:
                 is offered still.
         """
         model = self._maker_of(name, collection.fingerprint)
-        model.hold.take()
-        hold = self._hold(close, self._dispose_and_release(model))
+        files = self._hold(close, self.dispose)
         replaced = self.collections.get(name)
-        self.collections[name] = ServedCollection(
-            name=name, collection=collection, model=model, hold=hold
-        )
+        self._bind(name, collection, model, files)
         if replaced is not None:
-            replaced.hold.retire()
+            _retire(replaced)
 
     def withdraw_collection(self, name: str) -> None:
         """Offer a collection no more; it is closed when nobody uses it."""
-        self.collections.pop(name).hold.retire()
+        _retire(self.collections.pop(name))
 
     def close(self) -> None:
         """Close everything here and now, used or not, also what was swapped out."""
-        for hold in self._holds:  # the latest first: collections before their models
+        for hold in self._holds:  # the latest first
             hold.close()
 
     @property
@@ -242,18 +222,44 @@ class Catalog:
         self._holds = [hold, *(other for other in self._holds if not other.closed)]
         return hold
 
-    def _dispose_and_release(self, model: ServedModel) -> Dispose:
-        """Close a collection, then let go of its model."""
+    def _bind(
+        self, name: str, collection: Collection, model: ServedModel, files: Hold
+    ) -> ServedCollection:
+        """Offer a collection with a model; the pair keeps both open."""
 
-        def dispose(close: Callable[[], None]) -> None:
-            self.dispose(close)
+        def let_go() -> None:
+            files.give_back()
             model.hold.give_back()
 
-        return dispose
+        files.take()
+        model.hold.take()
+        served = ServedCollection(
+            name=name, collection=collection, model=model, hold=Hold(let_go), files=files
+        )
+        self.collections[name] = served
+        return served
+
+    def _rebind_collections(self) -> None:
+        """Give every collection the newest version that made its vectors."""
+        for name, served in list(self.collections.items()):
+            model = self._maker_of(name, served.collection.fingerprint)
+            if model is not served.model:
+                self._bind(name, served.collection, model, served.files)
+                served.hold.retire()
 
 
-def _refuse_taken_name(option: str, name: str, taken: Mapping[str, object]) -> None:
-    """Refuse a second thing of the same name."""
+def _retire(served: ServedCollection) -> None:
+    """Close a collection when nobody uses it."""
+    served.files.retire()
+    served.hold.retire()
+
+
+def refuse_taken_name(option: str, name: str, taken: Mapping[str, object]) -> None:
+    """Refuse a second thing of the same name.
+
+    Raises:
+        UsageError: the name is taken.
+    """
     if name in taken:
         raise UsageError(
             f"{option} {name}",

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 
-from tyro.conf import OmitArgPrefixes, UseAppendAction
+from tyro.conf import UseAppendAction
 
 from models.bundle import SHIPPED_BUNDLE
 from models.errors import UsageError
 from models.preprocess import ImageLimits
 from serve.front import FrontKind
-from serve.operation.options import LogOptions, MetricsOptions, TracingOptions
+from serve.lifecycle.options import ModelOptions, NamedPath, read_model_options, read_named_path
 from serve.security.options import CallerLimits, KeyOptions
 from serve.security.tls import TlsOptions
 from serve.services import RequestLimits
@@ -20,23 +19,28 @@ MIB = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class NamedPath:
-    """A thing to serve: where it is, and under which name (its own where None)."""
-
-    name: str | None
-    path: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class ServeOptions:
     """Serve image encoders, and search in collections of their vectors, over gRPC."""
 
     bundle: UseAppendAction[tuple[str, ...]] = ()
     """[NAME=]DIR or [NAME=]horace://HOST:PORT/MODEL; the encoder that ships where none is
-    given. Give it several times for several models; the first is the default."""
+    given. DIR is a bundle, or has bundles in 1/, 2/, ...: versions, of which the newest is
+    served. Give it several times for several models; the first is the default. Options follow
+    a comma: precision=fp32|int8|fp16, provider=cpu|cuda|tensorrt, device=N (the GPU),
+    instances=N, threads=N, keep=N (versions served at a time; 1)."""
 
     collection: UseAppendAction[tuple[str, ...]] = ()
     """[NAME=]DIR of a collection that one of the bundles made; several are possible."""
+
+    repository: str | None = None
+    """A directory whose subdirectories are models, each a bundle or with versions."""
+
+    watch_s: float = 0.0
+    """How often to look whether bundles, collections and the repository have changed, and to
+    load what has; 0: only on SIGHUP."""
+
+    model_control: bool = False
+    """Whether callers may load and unload models."""
 
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 or [::] for every interface."""
@@ -101,13 +105,7 @@ class ServeOptions:
     limits: CallerLimits = field(default_factory=CallerLimits)
     """What each caller may ask for."""
 
-    metrics: MetricsOptions = field(default_factory=MetricsOptions)
-
-    tracing: TracingOptions = field(default_factory=TracingOptions)
-
-    log: OmitArgPrefixes[LogOptions] = field(default_factory=LogOptions)
-
-    bundles: tuple[NamedPath, ...] = field(init=False, repr=False, compare=False)
+    bundles: tuple[ModelOptions, ...] = field(init=False, repr=False, compare=False)
     collections: tuple[NamedPath, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -123,13 +121,14 @@ class ServeOptions:
             if value is not None and value < 1:
                 option = "--" + name.replace("_", "-")
                 raise UsageError(option, expected="at least 1", found=str(value))
-        for name, most in (("max_delay_ms", 1000), ("drain_s", 3600)):
+        for name, most in (("max_delay_ms", 1000), ("drain_s", 3600), ("watch_s", 3600)):
             value = getattr(self, name)
             if not 0 <= value <= most:
                 option = "--" + name.replace("_", "-")
                 raise UsageError(option, expected=f"0 to {most}", found=str(value))
-        shipped = NamedPath(name=None, path=str(SHIPPED_BUNDLE))
-        bundles = tuple(map(read_named_path, self.bundle)) or (shipped,)
+        bundles = tuple(map(read_model_options, self.bundle))
+        if not bundles and self.repository is None:
+            bundles = (ModelOptions(name=None, path=str(SHIPPED_BUNDLE)),)
         object.__setattr__(self, "bundles", bundles)
         object.__setattr__(self, "collections", tuple(map(read_named_path, self.collection)))
 
@@ -164,15 +163,3 @@ POSITIVE = (
     "cpu_budget",
 )
 """Options that count something."""
-
-
-def read_named_path(text: str) -> NamedPath:
-    """Read `NAME=PATH`, or `PATH` alone.
-
-    Raises:
-        UsageError: there is no path, or the name is not one.
-    """
-    match = re.fullmatch(r"(?:([A-Za-z0-9][A-Za-z0-9._-]*)=)?(.+)", text, flags=re.DOTALL)
-    if match is None:
-        raise UsageError("--bundle or --collection", expected="[NAME=]PATH", found=repr(text))
-    return NamedPath(name=match[1], path=match[2])

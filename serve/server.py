@@ -7,45 +7,47 @@ Rules:
     Stopping drains: not ready, no new calls, those under way are answered, within a limit.
     What this opens it closes: encoders, collections, engines, threads.
     Models and collections are opened on a thread that nobody has to wait for: a start can
-    be cancelled while one of them hangs.
+    be cancelled while one of them hangs. What they are, and how they change, is the matter
+    of `serve.lifecycle`.
+    A worker takes its share of a port only when it can answer: one that starts anew beside
+    others is given no caller before.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import io
 import logging
 from contextlib import ExitStack
-from functools import partial
-from typing import Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from PIL import Image
 
 from models.cpu import cpu_budget, share_cpus
 from models.encoder import Encoder, open_encoder
-from models.preprocess import PreprocessSpec
 from protos import horace_pb2_grpc as pb_grpc
 from serve import health, services
 from serve.answering import Answering
 from serve.calls import Calls
-from serve.catalog import FIRST_VERSION, Catalog, ServedModel
+from serve.catalog import Catalog
 from serve.config import MIB, ServeOptions
 from serve.engine import Engine
-from serve.errors import StartError
 from serve.front import make_front
 from serve.front.port import join_address
 from serve.health import Health
+from serve.lifecycle.loading import CLOSE_TIMEOUT_S, Loader, OpenModel
+from serve.lifecycle.manager import Lifecycle
+from serve.lifecycle.options import ModelOptions
 from serve.lifecycle.reloading import Reloads
-from serve.operation.operation import Operation
-from serve.operation.state import ServerState
 from serve.pool import ThreadPool
 from serve.security.security import Security
 from serve.services import HoraceServicer
 from serve.workers.place import ALONE, WorkerPlace
+
+if TYPE_CHECKING:
+    from index.collection import Collection
 
 log = logging.getLogger("horace.serve")
 
@@ -54,16 +56,6 @@ LAST_CALLS_S = 0.1
 
 LAST_REPLIES_S = 2.0
 """How long the last replies, and what else is open, may take to leave."""
-
-CLOSE_TIMEOUT_S = 2.0
-"""How long a thread may take to end once nobody waits for it."""
-
-
-class OpenModel(Protocol):
-    """The signature of `models.encoder.open_encoder`."""
-
-    def __call__(self, path_or_uri: str, /, *, threads: int | None = None) -> Encoder:
-        """Open an encoder."""
 
 
 class Server:
@@ -80,14 +72,13 @@ class Server:
 
         Args:
             options: what to serve, where and how.
-            open_model: opens an encoder by directory or URI, with `threads` threads.
+            open_model: opens an encoder by directory or URI.
             place: where this process stands among those that serve the same.
 
         Raises:
             StartError: a file of certificates or keys is not right.
         """
         self._options = options
-        self._open_model = open_model
         self.place = place
         self.reloads = Reloads()
         self.security = Security(
@@ -103,19 +94,15 @@ class Server:
         self._decode_pool = self._make_pool("decode")
         self._search_pool = self._make_pool("search")
         self._opening_pool = self._make_pool("open", threads=1)
-        self.catalog = Catalog(dispose=self._opening_pool.submit)
+        self._disposal_pool = self._make_pool("dispose", threads=1)
+        self.catalog = Catalog(dispose=self._disposal_pool.submit)
         self._closing.callback(self.catalog.close)
+        self.lifecycle = self._make_lifecycle(open_model)
+        self.reloads.register("models and collections", self.lifecycle.reload)
+        self._watching: asyncio.Task[None] | None = None
         self.health = Health([services.SERVICE_NAME, health.SERVICE_NAME])
         self.calls = Calls()
-        self.operation = Operation(
-            metrics=options.metrics,
-            tracing=options.tracing,
-            logs=options.log,
-            state=ServerState(self.catalog, self.calls, self.health),
-            place=place,
-        )
-        self._closing.callback(self.operation.close)
-        answering = Answering(calls=self.calls, observer=self.operation.observer)
+        answering = Answering(calls=self.calls)
         self.services = HoraceServicer(
             self.catalog,
             limits=options.request_limits,
@@ -133,6 +120,7 @@ class Server:
             host=options.host,
         )
         self.port = 0
+        self._ready = False
 
     def __repr__(self) -> str:
         return f"<Server {self.address} {self.health!r} {self.services!r}>"
@@ -152,24 +140,23 @@ class Server:
         On cancellation what was opened is closed; what hangs is left behind.
         """
         try:
-            self.port = self._front.listen(
-                self._options.host, self._options.port, self.security.credentials
-            )
-            self.operation.start()
-            loop = asyncio.get_running_loop()
-            await self._opening_pool.run(partial(self._open_models, loop))
-            await self._opening_pool.run(self._open_collections)
+            if not self.place.shares_ports:
+                self._listen()
+            await self.lifecycle.start()
+            if self.place.shares_ports:
+                self._listen()
             pb_grpc.add_HoraceServicer_to_server(self.services, self._front.server)
             health_pb2_grpc.add_HealthServicer_to_server(self.health, self._front.server)
             names = (services.SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._front.server)
             await self._front.start()
-            for model in self.catalog.models.values():
-                await _warm_up(model)
         except BaseException:
             await self.kill()
             raise
-        self.health.set_serving(self.catalog.alive)
+        self._ready = True
+        self._tell_health()
+        if self._options.watch_s:
+            self._watching = asyncio.create_task(self.lifecycle.watch(self._options.watch_s))
 
     async def drain(self, *, limit_s: float) -> int:
         """Stop: not ready, no new calls, answer those under way for at most `limit_s`.
@@ -182,6 +169,7 @@ class Server:
 
         On cancellation some calls may still be under way: `kill` ends them.
         """
+        self._end_changes()
         self.health.set_serving(False)
         self.calls.drain()
         with contextlib.suppress(TimeoutError):
@@ -196,6 +184,7 @@ class Server:
 
     async def kill(self) -> None:
         """Stop at once; calls under way are cut off."""
+        self._end_changes()
         self.health.close()
         await self._front.stop(None)
         self._closing.close()
@@ -206,30 +195,60 @@ class Server:
         self._closing.callback(pool.close, timeout_s=CLOSE_TIMEOUT_S)
         return pool
 
-    def _open_models(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Open every encoder and start its engine."""
-        threads = divide_threads(
-            self._shares.inference_threads,
-            models=len(self._options.bundles),
-            instances=self._options.instances,
-        )
-        for bundle in self._options.bundles:
-            encoder = self._open_model(bundle.path, threads=threads)
-            name = bundle.name or encoder.name
-            engine = self._make_engine(name, encoder, loop)
-            close = partial(_close_model, encoder, engine)
-            try:
-                self.catalog.add_model(name, encoder, engine, close=close)
-            except BaseException:
-                close()
-                raise
+    def _listen(self) -> None:
+        """Take the port: at once, or with other workers only when a caller can be answered."""
+        options = self._options
+        self.port = self._front.listen(options.host, options.port, self.security.credentials)
 
-    def _make_engine(self, name: str, encoder: Encoder, loop: asyncio.AbstractEventLoop) -> Engine:
+    def _tell_health(self) -> None:
+        """Say whether every model can serve."""
+        self.health.set_serving(self._ready and self.catalog.alive)
+
+    def _end_changes(self) -> None:
+        """Replace nothing any more."""
+        self._ready = False
+        if self._watching is not None:
+            self._watching.cancel()
+
+    def _make_lifecycle(self, open_model: OpenModel) -> Lifecycle:
+        """Make what loads and replaces models and collections."""
+        options = self._options
+        loader = Loader(
+            open_model=open_model,
+            make_engine=self._make_engine,
+            divide_threads=self._divide_threads,
+            pool=self._opening_pool,
+            dispose=self.catalog.dispose,
+        )
+        return Lifecycle(
+            self.catalog,
+            loader,
+            models=options.bundles,
+            collections=options.collections,
+            repository=Path(options.repository) if options.repository else None,
+            open_collection=self._open_collection,
+            pool=self._opening_pool,
+            model_control=options.model_control,
+            on_change=self._tell_health,
+        )
+
+    def _divide_threads(self, options: ModelOptions) -> int:
+        """Give a model's encoder its share of the CPU budget."""
+        return divide_threads(
+            self._shares.inference_threads,
+            models=self.lifecycle.model_count,
+            instances=options.instances or self._options.instances,
+        )
+
+    def _make_engine(
+        self, encoder: Encoder, model: ModelOptions, *, name: str, version: str
+    ) -> Engine:
         """Start the engine of one encoder as the options say."""
         options = self._options
+        loop = asyncio.get_running_loop()
 
         def on_crash() -> None:
-            loop.call_soon_threadsafe(self.health.set_serving, False)
+            loop.call_soon_threadsafe(self._tell_health)
 
         return Engine(
             encoder,
@@ -238,22 +257,16 @@ class Server:
             max_held_images=options.max_queue_images,
             max_held_bytes=options.max_queue_mib * MIB,
             max_delay_s=options.max_delay_ms / 1e3,
-            instances=options.instances,
+            instances=model.instances or options.instances,
             limits=options.image_limits,
             on_crash=on_crash,
-            observer=self.operation.observer.watch_model(name, FIRST_VERSION),
         )
 
-    def _open_collections(self) -> None:
-        """Open every collection and hold it against the models."""
-        if not self._options.collections:
-            return
+    def _open_collection(self, path: str) -> Collection:
+        """Open a collection."""
         from index.collection import Collection  # with faiss and pyarrow: only where needed
 
-        for named in self._options.collections:
-            collection = Collection.open(named.path, threads=self._shares.inference_threads)
-            name = named.name or collection.name
-            self.catalog.add_collection(name, collection, close=collection.close)
+        return Collection.open(path, threads=self._shares.inference_threads)
 
 
 def divide_threads(threads: int, *, models: int, instances: int) -> int:
@@ -262,33 +275,3 @@ def divide_threads(threads: int, *, models: int, instances: int) -> int:
     An encoder of n threads has n - 1 of its own beside those that call it, one an instance.
     """
     return max(1, threads // models - (instances - 1))
-
-
-def _close_model(encoder: Encoder, engine: Engine) -> None:
-    """End an engine and what it runs."""
-    engine.close(timeout_s=CLOSE_TIMEOUT_S)
-    encoder.close()
-
-
-async def _warm_up(model: ServedModel) -> None:
-    """Send an encoded image through the whole pipeline.
-
-    Raises:
-        StartError: no vector came out.
-    """
-    image = _grey_png(model.encoder.preprocessing)
-    embedded = await model.engine.embed([image], count=1, payload_bytes=len(image))
-    if embedded.errors[0] is not None or not np.isfinite(embedded.vectors_ND).all():
-        raise StartError(
-            f"model {model.name}",
-            expected="a vector of finite numbers for a grey image",
-            found=str(embedded.errors[0] or "others"),
-            mend="export the bundle again",
-        )
-
-
-def _grey_png(spec: PreprocessSpec) -> bytes:
-    """Make an image file of the encoder's size."""
-    file = io.BytesIO()
-    Image.new("RGB", (spec.width, spec.height), (128, 128, 128)).save(file, "PNG")
-    return file.getvalue()

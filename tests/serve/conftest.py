@@ -126,10 +126,12 @@ def serving(frontend):
         options.setdefault("frontend", "auto" if "tls" in options else frontend)
         by_name = {encoder.name: encoder for encoder in encoders}
         if encoders:
-            options["bundle"] = tuple(by_name)
-            server = Server(
-                ServeOptions(port=0, **options), open_model=lambda path, threads: by_name[path]
-            )
+            options["bundle"] = tuple(f"fake://{name}" for name in by_name)
+
+            def open_fake(uri: str, **_: object) -> FakeEncoder:
+                return by_name[uri.removeprefix("fake://")]
+
+            server = Server(ServeOptions(port=0, **options), open_model=open_fake)
         else:
             server = Server(ServeOptions(port=0, **options))
         await server.start()
@@ -153,7 +155,6 @@ class ServerProcess:
     process: subprocess.Popen[str]
     ready_line: str
     ready_s: float
-    log: Path
 
     @property
     def address(self) -> str:
@@ -188,8 +189,7 @@ def start_server(tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
             assert selector.select(PATIENCE_S), "the server said nothing"
         line = process.stdout.readline()
         assert line.startswith("horace serving on "), Path(log.name).read_text()
-        ready_s = time.monotonic() - started_s
-        return ServerProcess(process, line.strip(), ready_s, Path(log.name))
+        return ServerProcess(process, line.strip(), time.monotonic() - started_s)
 
     yield start
     for process, log in processes:

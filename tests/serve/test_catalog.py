@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 from models.errors import FingerprintMismatchError, UsageError
-from serve.catalog import Catalog
+from serve.catalog import Catalog, refuse_taken_name
 from serve.errors import UnknownNameError
 
 
@@ -83,9 +83,10 @@ def test_the_default_stays_the_default():
 def test_a_taken_name_is_refused():
     """Two bundles of one name are a mistake, and the line says how to mend it."""
     catalog = Catalog()
-    catalog.add_model("m", Thing(), Thing())
+    put_model(catalog, "m", "1")
+    refuse_taken_name("--bundle", "other", catalog.models)
     with pytest.raises(UsageError, match="--bundle m: expected a name of its own"):
-        catalog.add_model("m", Thing(), Thing())
+        refuse_taken_name("--bundle", "m", catalog.models)
 
 
 def test_a_collection_keeps_the_model_that_made_it():
@@ -104,6 +105,35 @@ def test_a_collection_keeps_the_model_that_made_it():
     assert old.closed
     assert one.closed
     assert catalog.collection("c").model.version == "2"
+
+
+def test_a_collection_moves_to_a_newer_version_that_fits():
+    """The same encoder, loaded again: the old version is freed, the collection stays open."""
+    catalog = Catalog()
+    one = put_model(catalog, "m", "1", "a")
+    collection = put_collection(catalog, "c", "a")
+    with catalog.lease_collection() as leased:
+        two = put_model(catalog, "m", "2", "a")
+        catalog.withdraw_model("m", "1")
+        assert (leased.model.encoder, one.closed) == (one, False)
+        assert catalog.collection().model.encoder is two
+    assert one.closed
+    assert not collection.closed
+    catalog.withdraw_collection("c")
+    assert collection.closed
+    assert not two.closed
+
+
+def test_a_version_of_the_same_number_takes_its_place():
+    """A bundle replaced under the number it had: whoever has the old one keeps it."""
+    catalog = Catalog()
+    one = put_model(catalog, "m", "7")
+    with catalog.lease_model():
+        two = put_model(catalog, "m", "7")
+        assert not one.closed
+        assert catalog.model().encoder is two
+    assert one.closed
+    assert list(catalog.versions["m"]) == ["7"]
 
 
 def test_a_collection_rebuilt_by_the_old_encoder_stays_with_it():
@@ -134,7 +164,7 @@ def test_a_collection_that_fits_no_model_changes_nothing():
 
 
 def test_closing_closes_what_was_swapped_out_and_is_still_used():
-    """Collections go before the models that they hold."""
+    """An owner that ends waits for nobody."""
     catalog = Catalog()
     one = put_model(catalog, "m", "1")
     collection = put_collection(catalog, "c")

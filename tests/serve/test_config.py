@@ -4,7 +4,8 @@ import pytest
 
 from models.bundle import SHIPPED_BUNDLE
 from models.errors import UsageError
-from serve.config import NamedPath, ServeOptions, read_named_path
+from serve.config import ServeOptions
+from serve.lifecycle.options import ModelOptions, NamedPath, read_named_path
 
 
 @pytest.mark.parametrize(
@@ -30,7 +31,7 @@ def test_an_empty_path_is_refused():
 
 def test_without_a_bundle_the_shipped_one_is_served():
     """`python -m serve` alone works."""
-    assert ServeOptions().bundles == (NamedPath(name=None, path=str(SHIPPED_BUNDLE)),)
+    assert ServeOptions().bundles == (ModelOptions(name=None, path=str(SHIPPED_BUNDLE)),)
 
 
 @pytest.mark.parametrize(

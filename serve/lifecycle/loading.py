@@ -1,0 +1,167 @@
+"""Opens one version of a model, starts its engine, and sends an image through both.
+
+Rules:
+    Nothing is offered to callers before a real image has gone through the whole pipeline:
+    what is broken is found here, while what is served goes on.
+    What was opened and does not run is closed.
+    Opening blocks and runs on a thread; the warm-up belongs to the event loop.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from models.bundle import Precision
+from models.encoder import Encoder
+from models.preprocess import PreprocessSpec
+from models.providers import ON_CPU, Placement
+from serve.engine import Engine
+from serve.errors import StartError
+from serve.lifecycle.leases import Dispose
+from serve.lifecycle.options import ModelOptions
+from serve.pool import ThreadPool
+
+CLOSE_TIMEOUT_S = 2.0
+"""How long a thread may take to end once nobody waits for it."""
+
+
+class OpenModel(Protocol):
+    """The signature of `models.encoder.open_encoder`."""
+
+    def __call__(
+        self,
+        path_or_uri: str,
+        /,
+        *,
+        threads: int | None = None,
+        precision: Precision | None = None,
+        placement: Placement = ON_CPU,
+    ) -> Encoder:
+        """Open an encoder."""
+
+
+class MakeEngine(Protocol):
+    """Starts the engine of an encoder, as the server's options say."""
+
+    def __call__(
+        self, encoder: Encoder, options: ModelOptions, /, *, name: str, version: str
+    ) -> Engine:
+        """Start an engine."""
+
+
+class DivideThreads(Protocol):
+    """Says how many CPU threads an encoder has."""
+
+    def __call__(self, options: ModelOptions) -> int:
+        """Give its share."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Loaded:
+    """A version of a model that has computed an image and is not offered yet."""
+
+    name: str
+    version: str
+    encoder: Encoder
+    engine: Engine
+
+    def close(self) -> None:
+        """End the engine and what it runs."""
+        self.engine.close(timeout_s=CLOSE_TIMEOUT_S)
+        self.encoder.close()
+
+
+class Loader:
+    """Opens models on a thread. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        *,
+        open_model: OpenModel,
+        make_engine: MakeEngine,
+        divide_threads: DivideThreads,
+        pool: ThreadPool,
+        dispose: Dispose,
+    ) -> None:
+        """Take what opens and what runs.
+
+        Args:
+            open_model: opens an encoder by directory or URI.
+            make_engine: starts its engine.
+            divide_threads: gives an encoder its threads.
+            pool: where models are opened; closed by its owner.
+            dispose: runs what closes a model; see `serve.lifecycle.leases`.
+        """
+        self._open_model = open_model
+        self._make_engine = make_engine
+        self._divide_threads = divide_threads
+        self._pool = pool
+        self.dispose = dispose
+
+    async def load(
+        self, options: ModelOptions, path: str, *, name: str | None, version: str
+    ) -> Loaded:
+        """Open a version, and run it once.
+
+        Args:
+            options: how it is to run.
+            path: where this version is.
+            name: the model's; the encoder's own where None.
+            version: its number.
+
+        Raises:
+            HoraceError: it cannot be opened, or does not run.
+        """
+        encoder = await self._pool.run(partial(self._open, options, path))
+        name = name or encoder.name
+        try:
+            engine = self._make_engine(encoder, options, name=name, version=version)
+        except BaseException:
+            encoder.close()
+            raise
+        loaded = Loaded(name=name, version=version, encoder=encoder, engine=engine)
+        try:
+            await warm_up(loaded)
+        except BaseException:
+            self.dispose(loaded.close)
+            raise
+        return loaded
+
+    def _open(self, options: ModelOptions, path: str) -> Encoder:
+        """Open an encoder; a remote one has its own threads and precision."""
+        threads = options.threads or self._divide_threads(options)
+        if options.is_remote:
+            return self._open_model(path, threads=threads)
+        return self._open_model(
+            path, threads=threads, precision=options.precision, placement=options.placement
+        )
+
+
+async def warm_up(loaded: Loaded) -> None:
+    """Send an encoded image through the whole pipeline.
+
+    Raises:
+        StartError: no vector came out.
+    """
+    image = _grey_png(loaded.encoder.preprocessing)
+    embedded = await loaded.engine.embed([image], count=1, payload_bytes=len(image))
+    if embedded.errors[0] is not None or not np.isfinite(embedded.vectors_ND).all():
+        raise StartError(
+            f"model {loaded.name}",
+            expected="a vector of finite numbers for a grey image",
+            found=str(embedded.errors[0] or "others"),
+            mend="export the bundle again",
+        )
+
+
+def _grey_png(spec: PreprocessSpec) -> bytes:
+    """Make an image file of the encoder's size."""
+    file = io.BytesIO()
+    Image.new("RGB", (spec.width, spec.height), (128, 128, 128)).save(file, "PNG")
+    return file.getvalue()
