@@ -15,7 +15,7 @@ Shapes: Q queries, N rows, D dimensions, K neighbours.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -28,6 +28,7 @@ from index.errors import CollectionError, UnknownIdError
 from index.knn import MISSING, merge_neighbours
 from index.manifest import METRIC, Manifest, read_manifest
 from index.segment import Segment, open_segment
+from index.selection import Selection, Selector
 from models.cpu import cpu_budget
 from models.errors import FingerprintMismatchError, UsageError
 
@@ -84,6 +85,7 @@ class Collection:
         self._ids = np.concatenate([*(segment.ids_N for segment in segments), [MISSING]])
         self._by_id = np.argsort(self._ids[:-1], kind="stable")
         self._rows = pa.concat_tables([segment.rows for segment in segments])
+        self._selector = Selector(self._rows)
 
     @classmethod
     def open(
@@ -177,6 +179,8 @@ class Collection:
         fingerprint: str,
         exact: bool = False,
         parameters: Mapping[str, int] | None = None,
+        filter: str | Selection | None = None,
+        without_QW: NDArray[np.int64] | None = None,
     ) -> Neighbours:
         """Find the k nearest images of each query.
 
@@ -187,9 +191,13 @@ class Collection:
             exact: whether to search every vector instead of the index.
             parameters: of this call's search, by FAISS's names, such as `efSearch`; the
                 manifest's where None.
+            filter: which images may be found: a text of `index.filters`, or what `select` made
+                of one; all where None.
+            without_QW: (Q, W) ids that are no answers to their query; -1 stands for none.
 
         Raises:
             FingerprintMismatchError: another encoder made the queries.
+            FilterError: the filter cannot be read.
             UsageError: k is below 1, the queries have another dimension or are not finite, or
                 the index has no such parameter.
         """
@@ -204,15 +212,37 @@ class Collection:
             raise UsageError(
                 f"query {wrong[0]}", expected="finite numbers", found="NaN or infinity"
             )
-        k = min(k, self.count)
+        selection = self.select(filter) if isinstance(filter, str) else filter
+        if selection is not None and len(selection.mask_N) != self.count:
+            raise UsageError(
+                "filter", expected=f"a selection of collection {self.name}", found="another's"
+            )
+        n_without = 0 if without_QW is None else without_QW.shape[1]
+        k_asked = min(k + n_without, self.count)
         parts = []
         for start, segment in zip(self._starts[:-1], self._open_segments(), strict=True):
+            own = slice(start, start + segment.entry.count)
+            mask_N = None if selection is None else selection.mask_N[own]
             scores, rows = segment.search(
-                queries_QD, k, exact=exact, parameters=parameters or {}, threads=self._threads
-            )
+                queries_QD, k_asked, exact=exact, parameters=parameters or {},
+                threads=self._threads, mask_N=mask_N,
+            )  # fmt: skip
             parts.append((scores, np.where(rows < 0, MISSING, rows + start)))
-        scores, rows = merge_neighbours(parts, k)
-        return Neighbours(ids=self._ids[rows], scores=scores)
+        scores, rows = merge_neighbours(parts, k_asked)
+        found = Neighbours(ids=self._ids[rows], scores=scores)
+        return found if without_QW is None else _leave_out(found, without_QW, k)
+
+    def select(self, filter: str, *, source_names: Callable[[str], str] | None = None) -> Selection:
+        """Choose the images of which a filter is true, for one search or many.
+
+        Args:
+            filter: see `index.filters`; its columns are those of `Row`.
+            source_names: gives the name by which the filter knows a source; its URI where None.
+
+        Raises:
+            FilterError: the filter cannot be read.
+        """
+        return self._selector.select(filter, source_names=source_names)
 
     def search_ids(
         self,
@@ -221,27 +251,20 @@ class Collection:
         *,
         exact: bool = False,
         parameters: Mapping[str, int] | None = None,
+        filter: str | Selection | None = None,
     ) -> Neighbours:
         """Find the k nearest images of stored ones, each left out of its own neighbours.
 
         Raises:
             UnknownIdError: an id is not in the collection.
+            FilterError: the filter cannot be read.
             UsageError: k is below 1.
         """
-        if k < 1:
-            raise UsageError("k", expected="at least 1", found=str(k))
         ids_Q = np.asarray(ids, dtype=np.int64)
-        found = self.search(
-            self.vectors(ids_Q), k + 1, fingerprint=self.fingerprint, exact=exact,
-            parameters=parameters,
+        return self.search(
+            self.vectors(ids_Q), k, fingerprint=self.fingerprint, exact=exact,
+            parameters=parameters, filter=filter, without_QW=ids_Q[:, None],
         )  # fmt: skip
-        is_self = found.ids == ids_Q[:, None]
-        is_self[~is_self.any(axis=1), -1] = True  # not found by the index: drop the last
-        others = np.argsort(is_self, axis=1, kind="stable")[:, :-1]
-        return Neighbours(
-            ids=np.take_along_axis(found.ids, others, 1),
-            scores=np.take_along_axis(found.scores, others, 1),
-        )
 
     def vectors(self, ids: ArrayLike) -> NDArray[np.float32]:
         """Give the stored vectors, (n, D) float32 of unit length.
@@ -321,3 +344,18 @@ class Collection:
         if self._segments is None:
             raise CollectionError(f"collection {self.name}", expected="an open one", found="closed")
         return self._segments
+
+
+def _leave_out(found: Neighbours, without_QW: NDArray[np.int64], k: int) -> Neighbours:
+    """Drop from each query's neighbours those that are no answers to it, and those beyond k."""
+    n_fewest = int((without_QW >= 0).sum(axis=1).min(initial=without_QW.shape[1]))
+    width = max(0, min(k, found.ids.shape[1] - n_fewest))
+    is_out_QC = (found.ids[:, :, None] == without_QW[:, None, :]).any(axis=2)
+    order_QK = np.argsort(is_out_QC, axis=1, kind="stable")[:, :width]
+    is_out_QK = np.take_along_axis(is_out_QC, order_QK, 1)
+    ids_QK = np.take_along_axis(found.ids, order_QK, 1)
+    scores_QK = np.take_along_axis(found.scores, order_QK, 1)
+    return Neighbours(
+        ids=np.where(is_out_QK, MISSING, ids_QK),
+        scores=np.where(is_out_QK, -np.inf, scores_QK).astype(np.float32),
+    )

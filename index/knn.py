@@ -31,7 +31,10 @@ MISSING = -1
 """Stands for a neighbour that does not exist."""
 
 BLOCK_BYTES = 64 << 20
-"""Most memory that one block of similarities takes where ties are put in order."""
+"""Most memory that one block of similarities, or of copied rows, takes."""
+
+COPY_MIN_QUERIES = 16
+"""From here rows are copied together before they are searched: `benchmarks.filters`."""
 
 
 def knn_search(
@@ -39,6 +42,7 @@ def knn_search(
     bank_ND: NDArray[np.float32],
     k: int,
     *,
+    rows_M: NDArray[np.int64] | None = None,
     threads: int | None = None,
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Find each query's k rows of largest inner product, best first.
@@ -47,6 +51,7 @@ def knn_search(
         queries_QD: (Q, D) float32.
         bank_ND: (N, D) float32, C-contiguous; may be a memory map.
         k: how many, at least 1; beyond N the result is padded.
+        rows_M: (M,) the only rows that may be found, each once and ascending; all where None.
         threads: CPU threads; the CPU budget where None.
 
     Returns:
@@ -61,20 +66,24 @@ def knn_search(
         raise UsageError(
             "queries", expected=f"(Q, {bank_ND.shape[1]})", found=str(queries_QD.shape)
         )
-    n_found = min(k, len(bank_ND))
+    n_rows = len(bank_ND) if rows_M is None else len(rows_M)
+    n_found = min(k, n_rows)
     if len(queries_QD) == 0 or n_found == 0:
         return pad_neighbours(
             np.empty((len(queries_QD), 0), np.float32), np.empty((len(queries_QD), 0), np.int64), k
         )
-    n_asked = min(n_found + 1, len(bank_ND))  # one more shows whether the last place is tied
+    n_asked = min(n_found + 1, n_rows)  # one more shows whether the last place is tied
     queries_QD = np.ascontiguousarray(queries_QD, dtype=np.float32)
     with faiss_threads(search_threads(threads or cpu_budget(), len(queries_QD))):
-        scores, rows = faiss.knn(queries_QD, bank_ND, n_asked, metric=faiss.METRIC_INNER_PRODUCT)
+        if rows_M is None:
+            scores, rows = _knn(queries_QD, bank_ND, n_asked)
+        else:
+            scores, rows = _knn_among(queries_QD, bank_ND, rows_M, n_asked)
     _lower_row_first(scores, rows)
     if n_asked > n_found:
         tied_Q = scores[:, n_found - 1] == scores[:, n_found]
         scores, rows = scores[:, :n_found].copy(), rows[:, :n_found].copy()
-        _settle_ties(queries_QD, bank_ND, np.flatnonzero(tied_Q), scores, rows)
+        _settle_ties(queries_QD, bank_ND, rows_M, np.flatnonzero(tied_Q), scores, rows)
     return pad_neighbours(scores, rows, k)
 
 
@@ -170,6 +179,46 @@ def weighted_knn_vote(
     return scores_QC.astype(np.float32)
 
 
+def _knn(
+    queries_QD: NDArray[np.float32], bank_ND: NDArray[np.float32], k: int
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Search a whole bank, of at least k rows."""
+    scores, rows = faiss.knn(queries_QD, bank_ND, k, metric=faiss.METRIC_INNER_PRODUCT)
+    return scores, rows
+
+
+def _knn_among(
+    queries_QD: NDArray[np.float32],
+    bank_ND: NDArray[np.float32],
+    rows_M: NDArray[np.int64],
+    k: int,
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Search some rows of a bank, at least k.
+
+    A few queries read the rows where they lie; many are worth a copy of a block of them, which
+    BLAS then multiplies with all queries at once.
+    """
+    rows_M = np.ascontiguousarray(rows_M, dtype=np.int64)
+    n_queries, dim = queries_QD.shape
+    if n_queries < COPY_MIN_QUERIES:
+        scores = np.empty((n_queries, k), np.float32)
+        rows = np.empty((n_queries, k), np.int64)
+        pointers = [faiss.swig_ptr(a) for a in (queries_QD, bank_ND, rows_M, scores, rows)]
+        # The last 0: all queries share the rows. Its default is wrong in faiss 1.15: it steps
+        # from one query's rows to the next by the bank's size.
+        faiss.knn_inner_products_by_idx(  # type: ignore[attr-defined]  # not in its stubs
+            *pointers[:3], dim, n_queries, len(bank_ND), len(rows_M), k, *pointers[3:], 0
+        )
+        return scores, rows
+    step = max(k, BLOCK_BYTES // (4 * dim))
+    parts: list[tuple[NDArray[np.float32], NDArray[np.int64]]] = []
+    for start in range(0, len(rows_M), step):
+        block_M = rows_M[start : start + step]
+        scores, places = _knn(queries_QD, bank_ND[block_M], min(k, len(block_M)))
+        parts = [merge_neighbours([*parts, (scores, block_M[places])], k)]
+    return parts[0]
+
+
 def _lower_row_first(scores_QK: NDArray[np.float32], rows_QK: NDArray[np.int64]) -> None:
     """Put, in place, equal scores of sorted lists in the order of their rows."""
     is_tied_Q = (scores_QK[:, 1:] == scores_QK[:, :-1]).any(axis=1)
@@ -180,6 +229,7 @@ def _lower_row_first(scores_QK: NDArray[np.float32], rows_QK: NDArray[np.int64])
 def _settle_ties(
     queries_QD: NDArray[np.float32],
     bank_ND: NDArray[np.float32],
+    rows_M: NDArray[np.int64] | None,
     tied: NDArray[np.int64],
     scores_QK: NDArray[np.float32],
     rows_QK: NDArray[np.int64],
@@ -190,10 +240,12 @@ def _settle_ties(
     for start in range(0, len(tied), step):
         block = tied[start : start + step]
         for query, all_scores in zip(block, queries_QD[block] @ bank_ND.T, strict=True):
+            if rows_M is not None:
+                all_scores = all_scores[rows_M]
             last = np.partition(all_scores, -k)[-k]
             above = np.flatnonzero(all_scores > last)
             equal = np.flatnonzero(all_scores == last)[: k - len(above)]
             chosen = np.concatenate([above, equal])
             order = np.lexsort((chosen, -all_scores[chosen]))
-            rows_QK[query] = chosen[order]
+            rows_QK[query] = chosen[order] if rows_M is None else rows_M[chosen[order]]
             scores_QK[query] = all_scores[chosen[order]]

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from index.errors import CollectionError
 from index.knn import faiss_threads, knn_search, pad_neighbours, search_threads
 from index.manifest import Manifest, SegmentEntry, check_file
+from index.selection import count_candidates, is_exact_cheaper, keep_chosen
 from models.errors import UsageError
 
 FLAT = "Flat"
@@ -91,21 +92,72 @@ class Segment:
         exact: bool,
         parameters: Mapping[str, int],
         threads: int,
+        mask_N: NDArray[np.bool_] | None = None,
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Find the k nearest rows: (Q, k) scores and row numbers, padded with -inf and -1.
+
+        Args:
+            queries_QD: (Q, D) float32.
+            k: how many.
+            exact: whether to compare every row instead of asking the index.
+            parameters: of the index, for this call.
+            threads: CPU threads.
+            mask_N: (N,) bool, the rows that may be found; all where None.
 
         Raises:
             UsageError: a parameter that the index does not have.
         """
-        chosen = {**self.entry.parameters, **parameters}
-        _check_parameters(chosen, self.entry.factory)
+        settings = {**self.entry.parameters, **parameters}
+        _check_parameters(settings, self.entry.factory)
+        ef_search = settings.get("efSearch", EF_SEARCH)
+        if mask_N is not None:
+            return self._search_chosen(
+                queries_QD, k, mask_N, exact=exact, ef_search=ef_search, threads=threads
+            )
         if exact or self.index is None:
             return knn_search(queries_QD, self.vectors_ND, k, threads=threads)
+        return self._search_index(queries_QD, k, ef_search=ef_search, threads=threads)
+
+    def _search_chosen(
+        self,
+        queries_QD: NDArray[np.float32],
+        k: int,
+        mask_N: NDArray[np.bool_],
+        *,
+        exact: bool,
+        ef_search: int,
+        threads: int,
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Search among the rows of a mask, in the cheaper of two ways: see `index.selection`."""
+        rows_M = np.flatnonzero(mask_N)
+        n_found = min(k, len(rows_M))
+        candidates = count_candidates(
+            n_found, chosen=len(rows_M), count=self.entry.count, ef_search=ef_search
+        )
+        if (
+            exact
+            or self.index is None
+            or is_exact_cheaper(chosen=len(rows_M), candidates=candidates, queries=len(queries_QD))
+        ):
+            return knn_search(queries_QD, self.vectors_ND, k, rows_M=rows_M, threads=threads)
+        found = self._search_index(queries_QD, candidates, ef_search=ef_search, threads=threads)
+        scores, rows, short = keep_chosen(*found, mask_N, n_found)
+        if short.size:
+            scores[short], rows[short] = knn_search(
+                queries_QD[short], self.vectors_ND, n_found, rows_M=rows_M, threads=threads
+            )
+        return pad_neighbours(scores, rows, k)
+
+    def _search_index(
+        self, queries_QD: NDArray[np.float32], k: int, *, ef_search: int, threads: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Ask the index, without changing it."""
+        assert self.index is not None
         n_asked = min(k, self.entry.count)
         # Every field is set: what is left out goes back to the class's own default, not to
         # that of the index.
         settings = faiss.SearchParametersHNSW(  # type: ignore[attr-defined]  # not in its stubs
-            efSearch=max(chosen.get("efSearch", EF_SEARCH), n_asked),
+            efSearch=max(ef_search, n_asked),
             check_relative_distance=True,
             bounded_queue=True,
         )

@@ -19,6 +19,7 @@ import sys
 from models.command import run_command
 from serve.config import ServeOptions
 from serve.errors import UnavailableError
+from serve.operation.logs import set_up_logs
 from serve.server import Server
 
 log = logging.getLogger("horace.serve")
@@ -36,6 +37,7 @@ def main(options: ServeOptions) -> None:
 
 async def _serve(options: ServeOptions) -> None:
     """Start, say so, wait for a signal, drain."""
+    set_up_logs(options.log)
     server = Server(options)
     signals = _listen_for(signal.SIGTERM, signal.SIGINT)
     hangups = _listen_for(signal.SIGHUP)

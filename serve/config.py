@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tyro.conf import UseAppendAction
+from tyro.conf import OmitArgPrefixes, UseAppendAction
 
 from models.bundle import SHIPPED_BUNDLE
 from models.errors import UsageError
 from models.preprocess import ImageLimits
 from serve.front import FrontKind
 from serve.lifecycle.options import ModelOptions, NamedPath, read_model_options, read_named_path
+from serve.operation.options import LogOptions, MetricsOptions, TracingOptions
 from serve.security.options import CallerLimits, KeyOptions
 from serve.security.tls import TlsOptions
 from serve.services import RequestLimits
@@ -104,6 +105,12 @@ class ServeOptions:
 
     limits: CallerLimits = field(default_factory=CallerLimits)
     """What each caller may ask for."""
+
+    metrics: MetricsOptions = field(default_factory=MetricsOptions)
+
+    tracing: TracingOptions = field(default_factory=TracingOptions)
+
+    log: OmitArgPrefixes[LogOptions] = field(default_factory=LogOptions)
 
     bundles: tuple[ModelOptions, ...] = field(init=False, repr=False, compare=False)
     collections: tuple[NamedPath, ...] = field(init=False, repr=False, compare=False)

@@ -41,6 +41,8 @@ from serve.lifecycle.loading import CLOSE_TIMEOUT_S, Loader, OpenModel
 from serve.lifecycle.manager import Lifecycle
 from serve.lifecycle.options import ModelOptions
 from serve.lifecycle.reloading import Reloads
+from serve.operation.operation import Operation
+from serve.operation.state import ServerState
 from serve.pool import ThreadPool
 from serve.security.security import Security
 from serve.services import HoraceServicer
@@ -102,7 +104,15 @@ class Server:
         self._watching: asyncio.Task[None] | None = None
         self.health = Health([services.SERVICE_NAME, health.SERVICE_NAME])
         self.calls = Calls()
-        answering = Answering(calls=self.calls)
+        self.operation = Operation(
+            metrics=options.metrics,
+            tracing=options.tracing,
+            logs=options.log,
+            state=ServerState(self.catalog, self.calls, self.health),
+            place=place,
+        )
+        self._closing.callback(self.operation.close)
+        answering = Answering(calls=self.calls, observer=self.operation.observer)
         self.services = HoraceServicer(
             self.catalog,
             limits=options.request_limits,
@@ -142,6 +152,7 @@ class Server:
         try:
             if not self.place.shares_ports:
                 self._listen()
+            self.operation.start()
             await self.lifecycle.start()
             if self.place.shares_ports:
                 self._listen()
@@ -260,6 +271,7 @@ class Server:
             instances=model.instances or options.instances,
             limits=options.image_limits,
             on_crash=on_crash,
+            observer=self.operation.observer.watch_model(name, version),
         )
 
     def _open_collection(self, path: str) -> Collection:

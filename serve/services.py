@@ -160,7 +160,8 @@ class HoraceServicer(pb_grpc.HoraceServicer):
     ) -> pb.EmbedResponse:
         """Embed as a request asks; with `on_admitted` it waits for room, and says when."""
         with self._catalog.lease_model(request.model) as model:
-            call.model, call.images = model.name, len(request.images)
+            call.model, call.version = model.name, model.version
+            call.images = len(request.images)
             dtype = dtype_from_wire(request.dtype)
             self._check_dims(request.dims, model)
             self._check_count("images", len(request.images))
@@ -241,7 +242,8 @@ class HoraceServicer(pb_grpc.HoraceServicer):
         """Search in a collection that is leased."""
         collection = served.collection
         count = count_queries(request)
-        call.model, call.images = served.model.name, count
+        call.model, call.version = served.model.name, served.model.version
+        call.images = count
         self._check_count("queries", count)
         query = read_query(
             request,

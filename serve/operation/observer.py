@@ -13,9 +13,9 @@ It knows nothing of Prometheus or OpenTelemetry.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
 
@@ -83,15 +83,21 @@ class Observer(Protocol):
     def answered(self, call: Call, total_s: float) -> None:
         """Hear that a call is over, `total_s` after it came."""
 
+    def loaded(self, name: str, version: str, duration_s: float) -> None:
+        """Hear that a version of a model is ready, and how long that took from its opening."""
 
-class _Nobody:
-    """Hears nothing."""
+    def load_failed(self, name: str) -> None:
+        """Hear that a model, or a new version of it, could not be loaded."""
+
+
+class Nobody:
+    """Hears nothing; a base for who hears some things only."""
 
     def watch_model(self, name: str, version: str) -> ModelObserver:
         """Give nobody."""
         return NO_MODEL_OBSERVER
 
-    def answered(self, *_: object) -> None:
+    def answered(self, *_: Any) -> None:
         """Ignore it."""
 
     def failed(self, *_: object) -> None:
@@ -100,7 +106,46 @@ class _Nobody:
     def computed(self, *_: object, failed: bool = False) -> None:
         """Ignore it."""
 
+    def loaded(self, *_: object) -> None:
+        """Ignore it."""
 
-_NOBODY = _Nobody()
+    def load_failed(self, *_: object) -> None:
+        """Ignore it."""
+
+
+class Observers:
+    """Passes on what it hears to several."""
+
+    def __init__(self, observers: Sequence[Observer]) -> None:
+        """Pass on to these, in this order."""
+        self._observers = tuple(observers)
+
+    def __repr__(self) -> str:
+        return f"<Observers {list(self._observers)}>"
+
+    def watch_model(self, name: str, version: str) -> ModelObserver:
+        """Give the one observer that wants to hear of models; none, where nobody does."""
+        watching = [observer.watch_model(name, version) for observer in self._observers]
+        wanted = [observer for observer in watching if observer is not NO_MODEL_OBSERVER]
+        assert len(wanted) <= 1, "a second would need a fan-out on the way of every batch"
+        return wanted[0] if wanted else NO_MODEL_OBSERVER
+
+    def answered(self, call: Call, total_s: float) -> None:
+        """Pass on a call."""
+        for observer in self._observers:
+            observer.answered(call, total_s)
+
+    def loaded(self, name: str, version: str, duration_s: float) -> None:
+        """Pass on a model that is ready."""
+        for observer in self._observers:
+            observer.loaded(name, version, duration_s)
+
+    def load_failed(self, name: str) -> None:
+        """Pass on a model that is not."""
+        for observer in self._observers:
+            observer.load_failed(name)
+
+
+_NOBODY = Nobody()
 NO_OBSERVER: Observer = _NOBODY
 NO_MODEL_OBSERVER: ModelObserver = _NOBODY

@@ -8,16 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import pyarrow as pa
 import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from index.build import BuildOptions, build
+from index.collection import id_of
+from index.manifest import Manifest, SegmentEntry, hash_files, write_manifest
+from index.segment import ROW_SCHEMA, Block, write_segment
 from models.bundle import Bundle, OutputSpec, write_bundle
 from models.preprocess import PreprocessSpec
 
 SIDE, DIM = 12, 16
+FINGERPRINT = "f" * 64
 COLOURS = {"blue": (20, 40, 200), "green": (20, 190, 50), "red": (210, 30, 20)}
 
 
@@ -73,6 +78,48 @@ def make_folder(root: Path, *, per_class: int, seed: int = 0) -> Path:
             pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(root / name / f"{n:03}.png")
     return root
+
+
+def write_collection(
+    path: Path, vectors: NDArray[np.float32], *, factory: str = "Flat", n_segments: int = 1
+) -> Path:
+    """Write vectors as a collection of one segment or several."""
+    cuts = np.array_split(np.arange(len(vectors)), n_segments)
+    entries, names = [], []
+    for number, rows in enumerate(cuts):
+        table = pa.table(
+            {
+                "id": [id_of(f"{row:04}") for row in rows],
+                "key": [f"{row:04}" for row in rows],
+                "label": [str(row % 3) for row in rows],
+                "source": ["folder:/nowhere"] * len(rows),
+            },
+            schema=ROW_SCHEMA,
+        )
+        entry = SegmentEntry(name=f"{number:06}", count=len(rows), factory=factory)
+        block = Block(rows=table, vectors_ND=vectors[rows])
+        names += write_segment(path, entry, [block], vectors.shape[1])
+        entries.append(entry)
+    manifest = Manifest(
+        name="made",
+        fingerprint=FINGERPRINT,
+        dim=vectors.shape[1],
+        encoder="/nowhere",
+        preprocessing={},
+        sources={"folder:/nowhere": len(vectors)},
+        segments=tuple(entries),
+        files=hash_files(path, names),
+        versions={},
+        build={},
+    )
+    write_manifest(path, manifest)
+    return path
+
+
+@pytest.fixture
+def make_collection() -> Callable[..., Path]:
+    """Give a function that writes vectors as a collection; the key of row 7 is `0007`."""
+    return write_collection
 
 
 @pytest.fixture(scope="session")

@@ -5,50 +5,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import faiss
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from index.collection import Collection, id_of
 from index.errors import CollectionError, UnknownIdError
-from index.manifest import Manifest, SegmentEntry, hash_files, read_manifest, write_manifest
-from index.segment import ROW_SCHEMA, Block, build_hnsw, write_segment
+from index.manifest import Manifest, hash_files, read_manifest, write_manifest
+from index.segment import build_hnsw
 from models.errors import FingerprintMismatchError, UsageError
 
 FINGERPRINT = "f" * 64
-
-
-def make_collection(path, vectors, *, factory="Flat", n_segments=1):
-    """Write vectors as a collection of one segment or several."""
-    cuts = np.array_split(np.arange(len(vectors)), n_segments)
-    entries, names = [], []
-    for number, rows in enumerate(cuts):
-        table = pa.table(
-            {
-                "id": [id_of(f"{row:04}") for row in rows],
-                "key": [f"{row:04}" for row in rows],
-                "label": [str(row % 3) for row in rows],
-                "source": ["folder:/nowhere"] * len(rows),
-            },
-            schema=ROW_SCHEMA,
-        )
-        entry = SegmentEntry(name=f"{number:06}", count=len(rows), factory=factory)
-        block = Block(rows=table, vectors_ND=vectors[rows])
-        names += write_segment(path, entry, [block], vectors.shape[1])
-        entries.append(entry)
-    manifest = Manifest(
-        name="made",
-        fingerprint=FINGERPRINT,
-        dim=vectors.shape[1],
-        encoder="/nowhere",
-        preprocessing={},
-        sources={"folder:/nowhere": len(vectors)},
-        segments=tuple(entries),
-        files=hash_files(path, names),
-        versions={},
-        build={},
-    )
-    write_manifest(path, manifest)
-    return path
 
 
 def rehash(path):
@@ -70,7 +35,9 @@ def test_what_a_collection_says_of_itself(built, bundle):
 
 
 @pytest.mark.parametrize("n_segments", [1, 3])
-def test_search_is_exact_over_any_number_of_segments(tmp_path, unit_rows, n_segments):
+def test_search_is_exact_over_any_number_of_segments(
+    tmp_path, unit_rows, n_segments, make_collection
+):
     """Ids and cosines are those of a sort of all products, best first."""
     vectors, queries = unit_rows(100, 8), unit_rows(7, 8, seed=1)
     with Collection.open(make_collection(tmp_path, vectors, n_segments=n_segments)) as collection:
@@ -86,7 +53,7 @@ def test_search_is_exact_over_any_number_of_segments(tmp_path, unit_rows, n_segm
 
 
 @pytest.mark.parametrize("factory", ["Flat", "HNSW32"])
-def test_a_k_beyond_the_collection_gives_all_of_it(tmp_path, unit_rows, factory):
+def test_a_k_beyond_the_collection_gives_all_of_it(tmp_path, unit_rows, factory, make_collection):
     """However large it is, no memory is taken for neighbours that do not exist."""
     vectors = unit_rows(4, 8)
     with Collection.open(make_collection(tmp_path, vectors, factory=factory)) as collection:
@@ -167,7 +134,9 @@ def test_a_closed_collection_says_so(built):
         collection.search(np.ones((1, 16), np.float32), 1, fingerprint=collection.fingerprint)
 
 
-def test_raising_ef_search_raises_recall_and_changes_nothing_else(tmp_path, unit_rows):
+def test_raising_ef_search_raises_recall_and_changes_nothing_else(
+    tmp_path, unit_rows, make_collection
+):
     """The parameter belongs to the call: a call without it is as before."""
     vectors, queries = unit_rows(4000, 32), unit_rows(100, 32, seed=1)
     path = make_collection(tmp_path, vectors, factory="HNSW32")
@@ -186,7 +155,7 @@ def test_raising_ef_search_raises_recall_and_changes_nothing_else(tmp_path, unit
         np.testing.assert_array_equal(search(), before)
 
 
-def test_a_parameter_of_another_index_is_refused(tmp_path, unit_rows):
+def test_a_parameter_of_another_index_is_refused(tmp_path, unit_rows, make_collection):
     """What the index does not have is named, with what it has."""
     vectors = unit_rows(10, 8)
     for factory, expected in (("Flat", "none for Flat"), ("HNSW32", "efSearch of at least 1")):
@@ -198,7 +167,7 @@ def test_a_parameter_of_another_index_is_refused(tmp_path, unit_rows):
             collection.search(vectors, 1, fingerprint=FINGERPRINT, parameters={"nprobe": 3})
 
 
-def test_many_threads_get_what_one_gets(tmp_path, unit_rows):
+def test_many_threads_get_what_one_gets(tmp_path, unit_rows, make_collection):
     """An open collection is safe to search from any number of threads."""
     vectors, queries = unit_rows(2000, 16), unit_rows(64, 16, seed=1)
     path = make_collection(tmp_path, vectors, factory="HNSW32")
@@ -335,7 +304,9 @@ def test_pickled_arrays_are_never_loaded(built, copy_collection):
         Collection.open(path)
 
 
-def test_metadata_of_other_rows_is_refused(built, built_hnsw, copy_collection, tmp_path, unit_rows):
+def test_metadata_of_other_rows_is_refused(
+    built, built_hnsw, copy_collection, tmp_path, unit_rows, make_collection
+):
     """Vectors and metadata that do not belong together are never joined."""
     path = copy_collection(built)
     other = make_collection(tmp_path / "other", unit_rows(60, 16))

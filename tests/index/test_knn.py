@@ -3,7 +3,7 @@ import math
 import faiss
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -29,6 +29,7 @@ def banks(draw):
     return queries, bank, draw(st.integers(1, 50))
 
 
+@settings(deadline=None)
 @given(banks())
 def test_search_is_a_sort_of_all_products(case):
     """Exact means exact: ties go to the lower row, what does not exist is -1 and -inf."""
@@ -43,6 +44,7 @@ def test_search_is_a_sort_of_all_products(case):
     assert (scores[:, n_found:] == -np.inf).all()
 
 
+@settings(deadline=None)
 @given(banks(), st.integers(0, 40))
 def test_merged_banks_are_one_bank(case, cut):
     """Searching in two pieces and merging gives what searching the whole does."""
@@ -85,6 +87,7 @@ def test_queries_have_the_dimension_of_the_bank():
         knn_search(np.ones((1, 3), np.float32), np.ones((3, 2), np.float32), 1)
 
 
+@settings(deadline=None)
 @given(
     arrays(np.float32, (6, 7), elements=st.floats(-1, 1, width=32)),
     arrays(np.int64, (6, 7), elements=st.integers(-1, 3)),
@@ -121,3 +124,20 @@ def test_a_search_gives_the_thread_count_back():
         assert faiss.omp_get_max_threads() == 2
     finally:
         faiss.omp_set_num_threads(before)
+
+
+@pytest.mark.parametrize("n_queries", [3, 50])
+def test_some_rows_of_a_bank_alone_with_ties_by_row(n_queries, monkeypatch):
+    """As if the others were not there, whether rows are read in place or copied in blocks."""
+    monkeypatch.setattr("index.knn.BLOCK_BYTES", 4 * 8 * 20)
+    rng = np.random.default_rng(0)
+    bank = rng.integers(-1, 2, (300, 8)).astype(np.float32)  # few values: many ties
+    queries = rng.integers(-1, 2, (n_queries, 8)).astype(np.float32)
+    rows = np.flatnonzero(rng.random(300) < 0.5)
+    scores, found = knn_search(queries, bank, 12, rows_M=rows)
+    expected = rows[np.argsort(-(queries @ bank[rows].T), axis=1, kind="stable")[:, :12]]
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(scores, np.einsum("qd,qkd->qk", queries, bank[expected]))
+    _, few = knn_search(queries, bank, 12, rows_M=rows[:5])
+    assert (few[:, 5:] == -1).all()
+    assert (np.sort(few[:, :5]) == rows[:5]).all()

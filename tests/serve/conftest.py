@@ -155,6 +155,7 @@ class ServerProcess:
     process: subprocess.Popen[str]
     ready_line: str
     ready_s: float
+    log: Path
 
     @property
     def address(self) -> str:
@@ -189,7 +190,8 @@ def start_server(tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
             assert selector.select(PATIENCE_S), "the server said nothing"
         line = process.stdout.readline()
         assert line.startswith("horace serving on "), Path(log.name).read_text()
-        return ServerProcess(process, line.strip(), time.monotonic() - started_s)
+        ready_s = time.monotonic() - started_s
+        return ServerProcess(process, line.strip(), ready_s, Path(log.name))
 
     yield start
     for process, log in processes:

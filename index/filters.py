@@ -1,0 +1,341 @@
+"""The filter language: which images of a collection may be found, by their metadata.
+
+    label = 'Coat'
+    label in ('Coat', 'Shirt') and not key startswith 'train/0'
+    (label is null or label != "Bag") and source contains 'fashion'
+
+Grammar:
+    filter  = and {"or" and}
+    and     = term {"and" term}
+    term    = "not" term | "(" filter ")" | test
+    test    = COLUMN ("=" | "==" | "!=" | "<" | "<=" | ">" | ">=") VALUE
+            | COLUMN ["not"] "in" "(" VALUE {"," VALUE} ")"
+            | COLUMN ["not"] ("startswith" | "endswith" | "contains") TEXT
+            | COLUMN "is" ["not"] "null"
+    VALUE   = TEXT | integer | number | "true" | "false"
+    TEXT    = between ' or ", where the same quote twice stands for itself
+
+Rules:
+    A test is true or false, never unknown: of an image without a label `label = 'Coat'` is
+    false, and `label != 'Coat'`, its opposite, is true.
+    Words are the same in capitals; names of columns and texts are not.
+    Nothing is evaluated but what the grammar has: the result is an expression of pyarrow.
+    An error names the character where it stands, and the columns that there are.
+    Length and depth are bounded: a filter may come from anybody.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from models.errors import UsageError
+
+MAX_CHARACTERS = 1 << 16
+"""Of a filter: room for a list of some thousands of keys."""
+
+MAX_DEPTH = 64
+"""Of parentheses and `not`s within one another."""
+
+SHOWN_CHARACTERS = 40
+"""Of what was found, in an error."""
+
+_TOKEN = re.compile(
+    r"""\s*(?:
+        (?P<text>'(?:[^']|'')*'|"(?:[^"]|"")*")
+      | (?P<number>[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?(?!\w))
+      | (?P<word>[^\W\d]\w*)
+      | (?P<sign>==|!=|<=|>=|[=<>(),])
+    )""",
+    re.VERBOSE,
+)
+
+_KEYWORDS = frozenset(
+    ("and", "or", "not", "in", "is", "null", "true", "false", "startswith", "endswith", "contains")
+)
+
+Value: TypeAlias = str | int | float | bool
+Field: TypeAlias = "pa.Field[pa.DataType]"
+
+_COMPARISONS: dict[str, Callable[[pc.Expression, pc.Expression], pc.Expression]] = {
+    "=": pc.equal,
+    "==": pc.equal,
+    "<": pc.less,
+    "<=": pc.less_equal,
+    ">": pc.greater,
+    ">=": pc.greater_equal,
+}
+
+_TEXT_TESTS: dict[str, Callable[[pc.Expression, str], pc.Expression]] = {
+    "startswith": lambda column, text: pc.starts_with(column, text),
+    "endswith": lambda column, text: pc.ends_with(column, text),
+    "contains": lambda column, text: pc.match_substring(column, text),
+}
+
+
+class FilterError(UsageError):
+    """A filter that cannot be read, or that asks for a column that is not there."""
+
+
+def parse_filter(text: str, schema: pa.Schema) -> pc.Expression:
+    """Turn a filter into an expression over the columns of `schema`.
+
+    Raises:
+        FilterError: it is not of the grammar, too long or too deep, names no column, or
+            compares one with a value of another type; says at which character.
+    """
+    if len(text) > MAX_CHARACTERS:
+        raise FilterError(
+            "filter",
+            expected=f"at most {MAX_CHARACTERS} characters",
+            found=str(len(text)),
+            mend="search by parts, or filter by a column that groups the images",
+        )
+    if not text.isprintable() and (lone := re.search("[\ud800-\udfff]", text)):
+        token = _Token("sign", lone[0], lone.start())
+        raise token.error("text that UTF-8 can hold")
+    parser = _Parser(_tokens(text), schema)
+    expression = parser.filter(0)
+    parser.expect_end()
+    return expression
+
+
+@dataclass(frozen=True, slots=True)
+class _Token:
+    """One word of a filter; `kind` is text, number, word, sign or end."""
+
+    kind: str
+    text: str
+    position: int
+
+    @property
+    def keyword(self) -> str:
+        """The word or sign in lower case; empty for what is none."""
+        return self.text.lower() if self.kind in ("word", "sign") else ""
+
+    @property
+    def shown(self) -> str:
+        """What an error says was found."""
+        if self.kind == "end":
+            return "the end"
+        cut = self.text if len(self.text) <= SHOWN_CHARACTERS else self.text[:SHOWN_CHARACTERS]
+        return repr(cut) + ("..." if cut != self.text else "")
+
+    def error(self, expected: str, *, found: str | None = None) -> FilterError:
+        """Say what should have stood here."""
+        return FilterError(
+            f"filter, character {self.position + 1}", expected=expected, found=found or self.shown
+        )
+
+
+def _tokens(text: str) -> list[_Token]:
+    """Cut a filter into words; the last token is its end."""
+    tokens, position, length = [], 0, len(text.rstrip())
+    while position < length:
+        match = _TOKEN.match(text, position)
+        if match is None:
+            start = position + len(text[position:]) - len(text[position:].lstrip())
+            if text[start] in "'\"":
+                quote = text[start]
+                raise _Token("text", text[start:], start).error(f"a closing {quote}")
+            rest = re.match(r"\S+", text[start:])
+            assert rest is not None
+            raise _Token("sign", rest[0], start).error("a column, a value or an operator")
+        kind = match.lastgroup
+        assert kind is not None
+        tokens.append(_Token(kind, match[kind], match.start(kind)))
+        position = match.end()
+    return [*tokens, _Token("end", "", length)]
+
+
+class _Parser:
+    """Reads tokens by recursive descent, a method a rule of the grammar."""
+
+    def __init__(self, tokens: Sequence[_Token], schema: pa.Schema) -> None:
+        self._tokens = tokens
+        self._schema = schema
+        self._next = 0
+
+    def filter(self, depth: int) -> pc.Expression:
+        """Read `and {"or" and}`."""
+        parts = [self._conjunction(depth)]
+        while self._take("or"):
+            parts.append(self._conjunction(depth))
+        return _fold(parts, lambda a, b: a | b)
+
+    def expect_end(self) -> None:
+        """Refuse what is left over."""
+        if self._token.kind != "end":
+            raise self._token.error("'and', 'or' or the end")
+
+    def _conjunction(self, depth: int) -> pc.Expression:
+        """Read `term {"and" term}`."""
+        parts = [self._term(depth)]
+        while self._take("and"):
+            parts.append(self._term(depth))
+        return _fold(parts, lambda a, b: a & b)
+
+    def _term(self, depth: int) -> pc.Expression:
+        """Read a negation, a filter in parentheses, or a test."""
+        if depth > MAX_DEPTH:
+            raise self._token.error(f"at most {MAX_DEPTH} parentheses and nots within one another")
+        if self._take("not"):
+            return ~self._term(depth + 1)
+        if self._take("("):
+            inner = self.filter(depth + 1)
+            self._expect(")")
+            return inner
+        return self._test()
+
+    def _test(self) -> pc.Expression:
+        """Read one test of one column."""
+        field = self._column()
+        column = pc.field(field.name)
+        token = self._token
+        if self._take("is"):
+            is_negated = self._take("not")
+            self._expect("null")
+            return pc.is_valid(column) if is_negated else pc.is_null(column)
+        if token.keyword == "!=" or token.keyword in _COMPARISONS:
+            return self._comparison(field, column)
+        is_negated = self._take("not")
+        token = self._token
+        if self._take("in"):
+            test = column.isin(pa.array(self._values(field), field.type))
+        elif token.keyword in _TEXT_TESTS:
+            test = self._text_test(field, column)
+        else:
+            raise token.error("a comparison, 'in', 'startswith', 'endswith', 'contains' or 'is'")
+        known = test & column.is_valid()
+        return ~known if is_negated else known
+
+    def _comparison(self, field: Field, column: pc.Expression) -> pc.Expression:
+        """Read an operator and a value."""
+        operator = self._advance()
+        value = self._value(field)
+        ordered = operator.text not in ("=", "==", "!=")
+        if ordered and pa.types.is_boolean(field.type):
+            raise operator.error(f"= or != for {field.name}, which is true or false")
+        literal = pc.scalar(value).cast(field.type)
+        if operator.text == "!=":
+            return pc.invert(pc.equal(column, literal) & column.is_valid())
+        return _COMPARISONS[operator.text](column, literal) & column.is_valid()
+
+    def _text_test(self, field: Field, column: pc.Expression) -> pc.Expression:
+        """Read an operator that texts alone have, and its text."""
+        operator = self._advance()
+        if not _is_text(field.type):
+            raise operator.error(f"a comparison or 'in' for {field.name}, which is no text")
+        token = self._advance()
+        if token.kind != "text":
+            raise token.error("a text between quotes")
+        return _TEXT_TESTS[operator.keyword](column, _unquote(token))
+
+    def _column(self) -> Field:
+        """Read the name of a column."""
+        token = self._advance()
+        known = f"a column: {', '.join(self._schema.names)}"
+        if token.kind != "word" or token.keyword in _KEYWORDS:
+            raise token.error(known)
+        if token.text not in self._schema.names:
+            raise token.error(known)
+        return self._schema.field(token.text)
+
+    def _values(self, field: Field) -> list[Value]:
+        """Read a list of values in parentheses."""
+        self._expect("(")
+        values = [self._value(field)]
+        while self._take(","):
+            values.append(self._value(field))
+        self._expect(")", or_="','")
+        return values
+
+    def _value(self, field: Field) -> Value:
+        """Read a value of the column's type."""
+        token = self._advance()
+        kind = field.type
+        if _is_text(kind):
+            if token.kind == "text":
+                return _unquote(token)
+            raise token.error(f"a text between quotes, as {field.name} is one")
+        if pa.types.is_boolean(kind):
+            if token.keyword in ("true", "false"):
+                return token.keyword == "true"
+            raise token.error(f"true or false, as {field.name} is")
+        if pa.types.is_integer(kind):
+            return _integer(token, field)
+        if pa.types.is_floating(kind):
+            if token.kind == "number":
+                return float(token.text)
+            raise token.error(f"a number, as {field.name} is one")
+        raise token.error(f"'is null' or 'is not null': {field.name} is {kind}")
+
+    # Tokens.
+
+    @property
+    def _token(self) -> _Token:
+        """The token that comes next."""
+        return self._tokens[self._next]
+
+    def _advance(self) -> _Token:
+        """Take the next token; the end stays where it is."""
+        token = self._token
+        if token.kind != "end":
+            self._next += 1
+        return token
+
+    def _take(self, keyword: str) -> bool:
+        """Take the next token if it is this word or sign."""
+        if self._token.keyword != keyword:
+            return False
+        self._next += 1
+        return True
+
+    def _expect(self, keyword: str, *, or_: str = "") -> None:
+        """Take this word or sign.
+
+        Raises:
+            FilterError: something else stands here.
+        """
+        if not self._take(keyword):
+            raise self._token.error(f"{or_} or {keyword!r}" if or_ else repr(keyword))
+
+
+def _integer(token: _Token, field: Field) -> int:
+    """Read a whole number that the column's type can hold."""
+    expected = f"a whole number, as {field.name} is one"
+    if token.kind != "number" or not re.fullmatch(r"[+-]?[0-9]{1,20}", token.text):
+        raise token.error(expected)
+    value = int(token.text)
+    try:
+        pa.scalar(value, field.type)
+    except (pa.ArrowInvalid, OverflowError):
+        raise token.error(f"{expected} of type {field.type}") from None
+    return value
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    """Tell whether a column holds text."""
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _unquote(token: _Token) -> str:
+    """Give the text between the quotes."""
+    quote = token.text[0]
+    return token.text[1:-1].replace(quote * 2, quote)
+
+
+def _fold(
+    parts: Sequence[pc.Expression],
+    join: Callable[[pc.Expression, pc.Expression], pc.Expression],
+) -> pc.Expression:
+    """Join expressions as a balanced tree: as a chain, some thousands overflow a stack."""
+    while len(parts) > 1:
+        pairs = [join(a, b) for a, b in zip(parts[::2], parts[1::2], strict=False)]
+        parts = [*pairs, *parts[len(parts) - len(parts) % 2 :]]
+    return parts[0]

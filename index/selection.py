@@ -1,0 +1,165 @@
+"""Which rows of a collection a filter leaves, and how to search among those alone.
+
+Rules:
+    A filter is worked out once: the rows never change, so that what it chose is kept for the
+    next search, within bounds.
+    What is found is among what was chosen, and k are found where so many were chosen.
+    The index is never changed, and searched as it always is: more of its candidates are
+    looked at than are wanted, and those that were not chosen are dropped. A query with too
+    few left, as where the filter and the neighbourhood exclude one another, is searched
+    again among all that was chosen, exactly.
+    Where few rows were chosen, to compare every one of them costs less than the index does.
+
+Source of the limits: docs/decisions/0014-filtered-search.md, measured by benchmarks.filters.
+
+Shapes: N rows, Q queries, K neighbours.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from index.filters import parse_filter
+from index.knn import COPY_MIN_QUERIES, MISSING
+
+MAX_KEPT_BYTES = 64 << 20
+"""Of the selections of one collection that are kept."""
+
+CHANCE = 1.5
+"""Deviations of the number of chosen ones among the candidates that are allowed for. With
+fewer, more queries are searched twice; with more, all of them look at more candidates."""
+
+ROWS_A_CANDIDATE = 12
+"""Rows that are compared, a query at a time, in the time that the index takes a candidate."""
+
+MAX_BATCH_GAIN = 256
+"""Rows more than that, at most: about one for each query of a batch, whose rows are copied
+once and multiplied by BLAS."""
+
+SourceNames = Callable[[str], str]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Selection:
+    """What a filter leaves of a collection.
+
+    Attributes:
+        filter: its text.
+        mask_N: (N,) bool, whether each row was chosen; nobody may write to it.
+        count: how many were.
+    """
+
+    filter: str
+    mask_N: NDArray[np.bool_]
+    count: int
+
+
+class Selector:
+    """Works out filters over the metadata of a collection. Any number of threads may use it."""
+
+    def __init__(self, rows: pa.Table, *, max_kept_bytes: int = MAX_KEPT_BYTES) -> None:
+        """Choose from `rows`.
+
+        Args:
+            rows: the metadata, whose columns filters may name.
+            max_kept_bytes: of the selections that are kept for later.
+        """
+        self._rows = rows
+        self._most = max(1, max_kept_bytes // max(1, len(rows)))
+        self._kept: OrderedDict[tuple[str, SourceNames | None], Selection] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def select(self, filter: str, *, source_names: SourceNames | None = None) -> Selection:
+        """Choose the rows of which a filter is true.
+
+        Args:
+            filter: see `index.filters`.
+            source_names: gives the name by which the filter knows a source; its URI where None.
+
+        Raises:
+            FilterError: the filter cannot be read.
+        """
+        key = (filter, source_names)
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        selection = self._work_out(filter, source_names)
+        with self._lock:
+            self._kept[key] = selection
+            while len(self._kept) > self._most:
+                self._kept.popitem(last=False)
+        return selection
+
+    def _work_out(self, filter: str, source_names: SourceNames | None) -> Selection:
+        """Try every row."""
+        condition = parse_filter(filter, self._rows.schema)
+        rows = self._rows if source_names is None else _rename_sources(self._rows, source_names)
+        numbers = pa.array(np.arange(len(rows)))
+        chosen = rows.append_column("", numbers).filter(condition).column("")
+        mask_N = np.zeros(len(rows), np.bool_)
+        mask_N[chosen.to_numpy()] = True
+        mask_N.flags.writeable = False
+        return Selection(filter=filter, mask_N=mask_N, count=len(chosen))
+
+
+def _rename_sources(rows: pa.Table, source_names: SourceNames) -> pa.Table:
+    """Give the sources other names; there are few of them, whatever the number of rows."""
+    sources = rows["source"].combine_chunks().dictionary_encode()
+    uris = cast(list[str], sources.dictionary.to_pylist())
+    names = pa.array([source_names(uri) for uri in uris], pa.string())
+    column = pc.take(names, sources.indices)
+    return rows.set_column(rows.column_names.index("source"), "source", column)
+
+
+def count_candidates(k: int, *, chosen: int, count: int, ef_search: int) -> int:
+    """Say how many candidates of an index have k chosen ones among them, as a rule.
+
+    Where the filter has nothing to do with the query, of c candidates c * chosen / count were
+    chosen, give or take the root of that. A quarter of `ef_search` on top makes up for what
+    the index misses among the last of its candidates.
+    """
+    wanted = (k + CHANCE * math.sqrt(k)) * count / max(1, chosen)
+    return min(count, max(ef_search, math.ceil(wanted) + ef_search // 4))
+
+
+def is_exact_cheaper(*, chosen: int, candidates: int, queries: int) -> bool:
+    """Say whether to compare every chosen row costs less than so many candidates do."""
+    rows = ROWS_A_CANDIDATE
+    if queries >= COPY_MIN_QUERIES:
+        rows += min(queries, MAX_BATCH_GAIN)
+    return chosen <= rows * candidates
+
+
+def keep_chosen(
+    scores_QC: NDArray[np.float32],
+    rows_QC: NDArray[np.int64],
+    mask_N: NDArray[np.bool_],
+    k: int,
+) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
+    """Drop candidates that were not chosen, and those beyond k.
+
+    Returns:
+        (Q, k) scores and rows, padded, and the queries that have fewer than k.
+    """
+    is_kept_QC = (rows_QC >= 0) & mask_N[rows_QC]
+    counts_Q = is_kept_QC.sum(axis=1)
+    queries, columns = np.nonzero(is_kept_QC)
+    places = np.arange(len(queries)) - np.repeat(np.cumsum(counts_Q) - counts_Q, counts_Q)
+    first = places < k
+    queries, columns, places = queries[first], columns[first], places[first]
+    scores_QK = np.full((len(rows_QC), k), -np.inf, np.float32)
+    rows_QK = np.full((len(rows_QC), k), MISSING, np.int64)
+    scores_QK[queries, places] = scores_QC[queries, columns]
+    rows_QK[queries, places] = rows_QC[queries, columns]
+    return scores_QK, rows_QK, np.flatnonzero(counts_Q < k)

@@ -1,0 +1,145 @@
+"""The port for those who watch the server: /metrics, /healthz and /readyz over HTTP.
+
+Rules:
+    It asks for no key and says nothing about callers: it is meant for the operator's own
+    network, and listens on the loopback address unless told otherwise.
+    It runs on a thread and an event loop of its own: it answers while the server's loop is
+    busy, and that the server's loop turns is what /healthz is about.
+    /healthz is 200 while the process can go on (restart it when it is not); /readyz is 200
+    while it serves (send it nothing when it does not), and 503 while it starts and drains.
+    It stays open until the drain is over, so that the last counts are scraped.
+
+Source: https://kubernetes.io/docs/concepts/configuration/liveness-readiness-startup-probes/
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import threading
+from typing import Protocol
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from serve.errors import StartError
+from serve.operation.metrics import CONTENT_TYPE
+
+log = logging.getLogger("horace.serve")
+
+MAX_CONNECTIONS = 64
+"""Connections that are answered at once; a scraper and a prober need one each."""
+
+CLOSE_TIMEOUT_S = 2.0
+
+
+class Pages(Protocol):
+    """What the endpoint shows; called on the endpoint's own loop."""
+
+    async def metrics(self) -> bytes:
+        """Lay out the metrics as text."""
+
+    async def alive(self) -> bool:
+        """Say whether the process can go on."""
+
+    async def ready(self) -> bool:
+        """Say whether it serves."""
+
+
+class Endpoint:
+    """Serves `Pages` on a thread; `close` it."""
+
+    def __init__(self, pages: Pages, listener: socket.socket) -> None:
+        """Serve on `listener`, which is bound already and closed by this.
+
+        Args:
+            pages: what to show.
+            listener: see `listen_on`.
+        """
+        self._server = uvicorn.Server(
+            uvicorn.Config(
+                make_application(pages),
+                access_log=False,
+                lifespan="off",
+                limit_concurrency=MAX_CONNECTIONS,
+                log_config=None,
+                log_level="warning",
+                server_header=False,
+                timeout_graceful_shutdown=1,
+                ws="none",
+            )
+        )
+        self._listener = listener
+        self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
+        self._thread.start()
+
+    def __repr__(self) -> str:
+        return f"<Endpoint {self._listener!r}>"
+
+    def close(self) -> None:
+        """Stop answering."""
+        self._server.should_exit = True
+        self._thread.join(CLOSE_TIMEOUT_S)
+        self._listener.close()
+
+    def _run(self) -> None:
+        """Serve until closed; the server goes on without this where it fails."""
+        try:
+            asyncio.run(self._server.serve(sockets=[self._listener]))
+        except Exception:
+            log.exception("the metrics port failed")
+
+
+def make_application(pages: Pages) -> Starlette:
+    """Route requests to pages."""
+
+    async def metrics(_: Request) -> Response:
+        return Response(await pages.metrics(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def healthz(_: Request) -> Response:
+        return _say(await pages.alive(), "alive")
+
+    async def readyz(_: Request) -> Response:
+        return _say(await pages.ready(), "ready")
+
+    routes = [Route("/metrics", metrics), Route("/healthz", healthz), Route("/readyz", readyz)]
+    return Starlette(routes=routes)
+
+
+def listen_on(host: str, port: int) -> socket.socket:
+    """Take the port.
+
+    Raises:
+        StartError: it cannot be had.
+    """
+    bare = host.removeprefix("[").removesuffix("]")
+    try:
+        found = socket.getaddrinfo(bare, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, *_, address = found[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen()
+        except BaseException:
+            listener.close()
+            raise
+    except (OSError, UnicodeError) as error:
+        raise StartError(
+            f"--metrics.port {port} of {host}",
+            expected="a free port",
+            found=getattr(error, "strerror", None) or "no address of that name",
+            mend="choose others with --metrics.port and --metrics.host",
+        ) from error
+    return listener
+
+
+def _say(good: bool, what: str) -> Response:
+    """Answer a probe."""
+    if good:
+        return PlainTextResponse(f"{what}\n")
+    return PlainTextResponse(f"not {what}\n", status_code=503)

@@ -1,0 +1,156 @@
+"""The metric families, laid out from what was counted: names, units, help, labels.
+
+Rules:
+    Every name, with what it means, stands in a table here and in docs/operations.md.
+    Triton's counters have the type `unknown` for prometheus_client, which would add
+    `_total` to the name of a counter; `serve.operation.metrics` mends the type in the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+
+from serve.operation.histogram import Histogram
+from serve.operation.state import ModelState
+from serve.operation.tally import REASONS, CallTally, ModelHistograms, VersionCounts
+from serve.tickets import BatcherStatistics
+
+TRITON: tuple[tuple[str, str, Callable[[VersionCounts], float]], ...] = (
+    ("request_success", "Requests that got their vectors.", lambda c: c.requests),
+    ("count", "Images computed.", lambda c: c.images),
+    ("exec_count", "Batches computed.", lambda c: c.batches),
+    ("request_duration_us", "From arrival to the vectors.", lambda c: c.request_us),
+    ("queue_duration_us", "The longest wait of a request's images.", lambda c: c.queue_us),
+    ("compute_input_duration_us", "Decoding, its queue included.", lambda c: c.decode_us),
+    ("compute_infer_duration_us", "The encoder, each request's batches.", lambda c: c.inference_us),
+    ("compute_output_duration_us", "The rest, until the vectors.", lambda c: c.output_us),
+)
+"""Triton's counters: what follows `nv_inference_`, what it means here, how to read it."""
+
+
+def triton_counters(versions: Mapping[tuple[str, str], VersionCounts]) -> Iterator[Metric]:
+    """Give what Triton counts, by model and version."""
+    for name, help_text, read in TRITON:
+        family = Metric(f"nv_inference_{name}", help_text, "unknown")
+        for (model, version), counts in versions.items():
+            labels = {"model": model, "version": version}
+            family.add_sample(family.name, labels, float(read(counts)))
+        yield family
+    family = Metric("nv_inference_request_failure", "Requests that got no vectors.", "unknown")
+    for (model, version), counts in versions.items():
+        for reason in REASONS:
+            labels = {"model": model, "version": version, "reason": reason}
+            family.add_sample(family.name, labels, float(counts.failures[reason]))
+    yield family
+    loads = GaugeMetricFamily(
+        "nv_model_load_duration_secs", "From opening to ready.", labels=["model", "version"]
+    )
+    for pair, counts in versions.items():
+        if counts.load_s:
+            loads.add_metric(pair, counts.load_s)
+    yield loads
+
+
+HISTOGRAMS: tuple[tuple[str, str, Callable[[ModelHistograms], Histogram]], ...] = (
+    ("embed_seconds", "From a request's arrival at a model to its vectors.", lambda h: h.total),
+    ("decode_seconds", "From arrival until the last image was decoded.", lambda h: h.decode),
+    ("queue_seconds", "The longest wait of a request's images.", lambda h: h.queue),
+    ("inference_seconds", "The encoder, a batch.", lambda h: h.inference),
+    ("batch_images", "Images, a batch.", lambda h: h.batch),
+)
+"""What follows `horace_`, what it means, how to read it."""
+
+
+def load_failures(failures: Mapping[str, int]) -> Metric:
+    """Give how often each model could not be loaded."""
+    family = CounterMetricFamily(
+        "horace_load_failures", "Loads and reloads that failed.", labels=["model"]
+    )
+    for model, count in failures.items():
+        family.add_metric([model], count)
+    return family
+
+
+def model_histograms(models: Mapping[str, ModelHistograms]) -> Iterator[Metric]:
+    """Give the histograms of every model, and its images that failed."""
+    for name, help_text, read in HISTOGRAMS:
+        family = HistogramMetricFamily(f"horace_{name}", help_text, labels=["model"])
+        for model, histograms in models.items():
+            _add_histogram(family, [model], read(histograms))
+        yield family
+    faults = CounterMetricFamily(
+        "horace_image_failures", "Images without a vector, by why.", labels=["model", "fault"]
+    )
+    for model, histograms in models.items():
+        for fault, count in histograms.faults.items():
+            faults.add_metric([model, fault], count)
+    yield faults
+
+
+def call_families(calls: CallTally) -> Iterator[Metric]:
+    """Give what is counted of calls, whatever they ask for."""
+    seconds = HistogramMetricFamily(
+        "horace_request_seconds", "From a request to its reply, where OK.", labels=["method"]
+    )
+    for method, histogram in calls.seconds.items():
+        _add_histogram(seconds, [method], histogram)
+    yield seconds
+    search = HistogramMetricFamily(
+        "horace_search_seconds", "A collection's time, its queue included.", labels=[]
+    )
+    _add_histogram(search, [], calls.search)
+    yield search
+    total = CounterMetricFamily("horace_requests", "Requests.", labels=["method", "code"])
+    for (method, code), count in calls.calls.items():
+        total.add_metric([method, code], count)
+    yield total
+    by_key = CounterMetricFamily("horace_requests_by_key", "The same.", labels=["key", "code"])
+    for (key, code), count in calls.by_key.items():
+        by_key.add_metric([key, code], count)
+    yield by_key
+
+
+def _add_histogram(family: HistogramMetricFamily, labels: list[str], values: Histogram) -> None:
+    """Add one histogram to a family."""
+    family.add_metric(labels, buckets=values.cumulative(), sum_value=values.sum)
+
+
+GAUGES: tuple[tuple[str, str, Callable[[BatcherStatistics], float]], ...] = (
+    (
+        "nv_inference_pending_request_count",
+        "Requests that are not over.",
+        lambda s: s.held_requests + s.lined_up_requests,
+    ),
+    ("horace_held_images", "Images admitted and not over.", lambda s: s.held_images),
+    ("horace_held_bytes", "Their bytes, with pixels.", lambda s: s.held_bytes),
+    ("horace_waiting_images", "Images that wait for the encoder.", lambda s: s.waiting_images),
+    ("horace_running_images", "Images in the encoder.", lambda s: s.running_images),
+    ("horace_lined_up_requests", "Requests of streams that wait.", lambda s: s.lined_up_requests),
+)
+"""The state of a queue: name, what it means, how to read it."""
+
+
+def model_gauges(models: Sequence[ModelState]) -> Iterator[Metric]:
+    """Give the present state of every model that is served."""
+    pair = ["model", "version"]
+    for name, help_text, read in GAUGES:
+        family = GaugeMetricFamily(name, help_text, labels=pair)
+        for model in models:
+            family.add_metric([model.name, model.version], read(model.statistics))
+        yield family
+    alive = GaugeMetricFamily("horace_model_alive", "Whether its threads run.", labels=pair)
+    info = InfoMetricFamily("horace_model", "Which encoder it is.", labels=pair)
+    for model in models:
+        alive.add_metric([model.name, model.version], model.alive)
+        values = {"fingerprint": model.fingerprint, "dim": str(model.dim)}
+        info.add_metric([model.name, model.version], values)
+    yield alive
+    yield info

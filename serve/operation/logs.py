@@ -1,0 +1,175 @@
+"""The log: who reads it decides its form, and a request that failed or was slow has a line.
+
+Rules:
+    The log is stderr's and nobody else's; stdout has the line that says ready.
+    A request has one line at most, where it is over: at WARNING where the server is at
+    fault, at INFO where the caller is or where it was slow, at DEBUG otherwise.
+    Under overload the log does not become the load: beyond some lines a second the rest are
+    counted, and the next line says how many were left out.
+    A line carries names, counts and times; never image bytes, keys or metadata. What a
+    caller wrote freely, such as its request id, is cut and printable.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterable
+
+import grpc
+
+from serve.operation.observer import Call, Nobody
+from serve.operation.options import LogOptions
+
+log = logging.getLogger("horace.request")
+
+LINES_PER_S = 20
+"""Lines about requests in one second; what fails more often than this has one cause."""
+
+FIELDS = "fields"
+"""The attribute of a log record that holds what a line of JSON has beside its text."""
+
+TEXT_FORMAT = "%(asctime)s %(levelname)s %(message)s"
+
+LEVELS: dict[grpc.StatusCode, int] = {
+    grpc.StatusCode.OK: logging.DEBUG,
+    grpc.StatusCode.INTERNAL: logging.WARNING,
+    grpc.StatusCode.UNKNOWN: logging.WARNING,
+}
+"""How much a line about a call that ended so matters; others are INFO, as is a slow one."""
+
+
+class JsonFormatter(logging.Formatter):
+    """Writes a record as an object on one line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Write time, level, logger and text, then the record's own fields."""
+        entry: dict[str, object] = {
+            "time": _utc(record.created),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        entry.update(getattr(record, FIELDS, {}))
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return json.dumps(entry, default=str)
+
+
+class TextFormatter(logging.Formatter):
+    """Writes a record as a line for people, its fields after its text."""
+
+    def __init__(self) -> None:
+        super().__init__(TEXT_FORMAT)
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Write the line, and `name=value` for each field."""
+        fields = getattr(record, FIELDS, {})
+        parts = [super().formatMessage(record), *(f"{k}={v}" for k, v in fields.items())]
+        return " ".join(parts)
+
+
+def set_up_logs(options: LogOptions, handlers: Iterable[logging.Handler] | None = None) -> None:
+    """Give the log its form and its level.
+
+    Args:
+        options: which.
+        handlers: those to change; the root logger's, which write to stderr, where None.
+    """
+    formatter = JsonFormatter() if options.log_format == "json" else TextFormatter()
+    for handler in logging.getLogger().handlers if handlers is None else handlers:
+        handler.setFormatter(formatter)
+    logging.getLogger("horace").setLevel(options.log_level.upper())
+
+
+class RequestLog(Nobody):
+    """An observer that writes the lines about requests."""
+
+    def __init__(self, options: LogOptions, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """Write what `options` ask for, at most `LINES_PER_S`."""
+        self._slow_s = options.log_slow_s
+        self._clock = clock
+        self._second_began_s = clock()
+        self._lines = 0
+        self._left_out = 0
+
+    def __repr__(self) -> str:
+        return f"<RequestLog {self._left_out} lines left out>"
+
+    def answered(self, call: Call, total_s: float) -> None:
+        """Write a line about a call, if it is worth one."""
+        level = LEVELS.get(call.code, logging.INFO)
+        if total_s >= self._slow_s:
+            level = max(level, logging.INFO)
+        if log.isEnabledFor(level) and self._has_room():
+            self._write(level, call, total_s)
+
+    def _write(self, level: int, call: Call, total_s: float) -> None:
+        """Write the line."""
+        fields = describe(call, total_s)
+        if self._left_out:
+            fields["left_out"] = self._left_out
+            self._left_out = 0
+        log.log(level, "%s %s", call.method, call.code.name, extra={FIELDS: fields})
+
+    def _has_room(self) -> bool:
+        """Whether this second may have another line."""
+        if (now_s := self._clock()) - self._second_began_s >= 1:
+            self._second_began_s, self._lines = now_s, 0
+        self._lines += 1
+        if self._lines <= LINES_PER_S:
+            return True
+        self._left_out += 1
+        return False
+
+
+def describe(call: Call, total_s: float) -> dict[str, object]:
+    """Say what is worth knowing about a call, in few words."""
+    fields: dict[str, object] = {
+        "request_id": request_id_of(call),
+        "client": printable(call.client),
+        "method": call.method,
+        "code": call.code.name,
+        "model": printable(call.model),
+        "images": call.images,
+        "total_ms": _ms(total_s),
+    }
+    if (embedded := call.embedded) is not None:
+        fields["failed_images"] = len(embedded.errors) - len(embedded.vectors_ND)
+        fields["decode_ms"] = _ms(embedded.decode_s)
+        fields["queue_ms"] = _ms(embedded.queue_s)
+        fields["inference_ms"] = _ms(embedded.inference_s)
+    if call.search_s:
+        fields["search_ms"] = _ms(call.search_s)
+    if call.message:
+        fields["error"] = printable(call.message, most=300)
+    return {name: value for name, value in fields.items() if value != ""}
+
+
+def request_id_of(call: Call) -> str:
+    """Give the caller's name for a request, from the message or the metadata; else make one."""
+    if call.request_id:
+        return printable(call.request_id)
+    for key, value in call.metadata() or ():
+        if key == "x-request-id" and isinstance(value, str):
+            return printable(value)
+    return secrets.token_hex(8)
+
+
+def printable(text: str, *, most: int = 128) -> str:
+    """Make text of a caller's fit for a line of the log."""
+    return re.sub(r"[^\x20-\x7e]+", "?", text[:most])
+
+
+def _ms(seconds: float) -> float:
+    """Give milliseconds, to the microsecond."""
+    return round(seconds * 1e3, 3)
+
+
+def _utc(created_s: float) -> str:
+    """Write a time in ISO 8601, in milliseconds and UTC."""
+    whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(created_s))
+    return f"{whole}.{int(created_s % 1 * 1000):03d}Z"

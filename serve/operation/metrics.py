@@ -1,0 +1,155 @@
+"""Prometheus: what the server has counted, laid out when somebody asks.
+
+Rules:
+    The registry is the server's own; nothing is global, so that two servers in one process
+    count apart.
+    What Triton counts has Triton's name, unit and labels, so that its dashboards work.
+    Beside it stand histograms in seconds, under `horace_`, by model.
+    To lay out is the scraper's cost: the gauges are read then, and hold no lock of the
+    engines for longer than one look.
+
+Source: https://docs.nvidia.com/deeplearning/triton-inference-server/user-guide/docs/user_guide/metrics.html
+and https://prometheus.io/docs/instrumenting/exposition_formats/ (text, 0.0.4).
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from importlib import metadata
+from typing import Protocol
+
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from serve.operation.families import (
+    call_families,
+    load_failures,
+    model_gauges,
+    model_histograms,
+    triton_counters,
+)
+from serve.operation.observer import Call, ModelObserver
+from serve.operation.state import ModelState
+from serve.operation.tally import OTHER, CallTally, ModelTallies
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+MAX_LISTED = 256
+"""Versions of models of which the present state is laid out."""
+
+
+class Source(Protocol):
+    """Where the present state is read, from any thread."""
+
+    def served(self) -> Iterable[tuple[str, str]]:
+        """Give the names and versions that are served."""
+
+    def models(self) -> Iterable[ModelState]:
+        """Give the state of each."""
+
+    def active(self) -> int:
+        """Count the calls under way."""
+
+    def ready(self) -> bool:
+        """Say whether the server serves."""
+
+
+class Metrics(Collector):
+    """An `Observer` that counts, and gives what it counted to Prometheus."""
+
+    def __init__(self, source: Source, *, keyed: bool = False) -> None:
+        """Count from now on.
+
+        Args:
+            source: the state of the server.
+            keyed: whether callers are the names of API keys, and counted by them; those of
+                certificates and addresses are too many.
+        """
+        self._source = source
+        self._models = ModelTallies(served=source.served)
+        self._calls = CallTally(keyed=keyed)
+        self._load_failures: Counter[str] = Counter()
+        self.registry = CollectorRegistry(auto_describe=False)
+        self.registry.register(self)
+        ProcessCollector(registry=self.registry)
+
+    def __repr__(self) -> str:
+        return f"<Metrics {self._models!r} {self._calls!r}>"
+
+    # An observer.
+
+    def watch_model(self, name: str, version: str) -> ModelObserver:
+        """Give who counts the work of one version of a model."""
+        return self._models.watch(name, version)
+
+    def answered(self, call: Call, total_s: float) -> None:
+        """Count a call."""
+        self._calls.add(call, total_s)
+
+    def loaded(self, name: str, version: str, duration_s: float) -> None:
+        """Keep how long a version took to load."""
+        self._models.watch(name, version).counts.load_s = duration_s
+
+    def load_failed(self, name: str) -> None:
+        """Count a model that could not be loaded, and one not known before among the others."""
+        with self._models.lock:
+            self._load_failures[name if name in self._models.models else OTHER] += 1
+
+    # A collector.
+
+    def render(self) -> bytes:
+        """Lay everything out as text."""
+        return as_triton_types_it(generate_latest(self.registry))
+
+    def collect(self) -> Iterator[Metric]:
+        """Give every metric family."""
+        with self._models.lock:
+            self._models.fold()
+            versions = {pair: tally.counts for pair, tally in self._models.versions.items()}
+            families = [*triton_counters(versions), *model_histograms(self._models.models)]
+            families.append(load_failures(self._load_failures))
+        with self._calls.lock:
+            self._calls.fold()
+            families += call_families(self._calls)
+        yield from families
+        yield from model_gauges(list(self._source.models())[:MAX_LISTED])
+        yield from self._server_gauges()
+
+    def _server_gauges(self) -> Iterator[Metric]:
+        """Give what concerns the whole server."""
+        active, ready = self._source.active(), self._source.ready()
+        yield GaugeMetricFamily("horace_calls_active", "Calls under way.", active)
+        yield GaugeMetricFamily("horace_ready", "Whether the server says that it serves.", ready)
+        yield GaugeMetricFamily("process_threads", "Threads of the process.", count_threads())
+        build = InfoMetricFamily("horace_build", "What runs here.")
+        build.add_metric([], build_info())
+        yield build
+
+
+def as_triton_types_it(text: bytes) -> bytes:
+    """Call Triton's counters counters: their names lack the `_total` that the library expects."""
+    return re.sub(rb"(?m)^(# TYPE nv_\w+) untyped$", rb"\1 counter", text)
+
+
+def count_threads() -> int:
+    """Count this process's threads, those of its libraries included; 0 where nobody says."""
+    try:
+        return len(os.listdir("/proc/self/task"))
+    except OSError:
+        return 0
+
+
+def build_info() -> dict[str, str]:
+    """Say which versions run here."""
+    found = {"python": platform.python_version()}
+    for name, package in (("version", "horace"), ("grpcio", "grpcio"), ("numpy", "numpy")):
+        try:
+            found[name] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found

@@ -1,0 +1,94 @@
+"""The present state of a server, as metrics and probes read it from another thread.
+
+Rules:
+    Nothing here waits for the event loop but `turns`, whose matter that is.
+    The dictionaries that are read belong to the loop: they are copied in one step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from serve.calls import Calls
+from serve.catalog import Catalog, ServedModel
+from serve.health import Health
+from serve.tickets import BatcherStatistics
+
+LOOP_TIMEOUT_S = 5.0
+"""How long the event loop may be busy before it counts as stuck."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelState:
+    """One version of a model that is served now."""
+
+    name: str
+    version: str
+    fingerprint: str
+    dim: int
+    alive: bool
+    statistics: BatcherStatistics
+
+
+class ServerState:
+    """Reads a server's catalogue, calls and health."""
+
+    def __init__(self, catalog: Catalog, calls: Calls, health: Health) -> None:
+        """Read these; they belong to the server."""
+        self._catalog = catalog
+        self._calls = calls
+        self._health = health
+
+    def __repr__(self) -> str:
+        return f"<ServerState {self._health!r} {self._calls!r} {self._catalog!r}>"
+
+    def served(self) -> Iterable[tuple[str, str]]:
+        """Give the names and versions that are served."""
+        return [(model.name, model.version) for model in self._models()]
+
+    def models(self) -> Iterable[ModelState]:
+        """Give the state of each."""
+        return [_state_of(model) for model in self._models()]
+
+    def active(self) -> int:
+        """Count the calls under way."""
+        return self._calls.active
+
+    def ready(self) -> bool:
+        """Say whether the server serves."""
+        return self._health.serving
+
+    def _models(self) -> Iterable[ServedModel]:
+        """List every version of every model."""
+        for versions in list(self._catalog.versions.values()):
+            yield from list(versions.values())
+
+
+def _state_of(model: ServedModel) -> ModelState:
+    """Look at one model."""
+    return ModelState(
+        name=model.name,
+        version=model.version,
+        fingerprint=model.encoder.fingerprint,
+        dim=model.encoder.dim,
+        alive=model.engine.alive,
+        statistics=model.engine.statistics(),
+    )
+
+
+async def turns(loop: asyncio.AbstractEventLoop, *, within_s: float = LOOP_TIMEOUT_S) -> bool:
+    """Say whether another thread's event loop still runs what it is given."""
+
+    async def nothing() -> None:
+        return
+
+    work = nothing()
+    try:
+        done = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, loop))
+        await asyncio.wait_for(done, within_s)
+    except (TimeoutError, RuntimeError):  # stuck, or closed
+        work.close()
+        return False
+    return True

@@ -1,0 +1,317 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from models.errors import UsageError
+from serve.client import AsyncClient, RetryPolicy
+from serve.operation.metrics import as_triton_types_it, count_threads
+from serve.operation.options import MetricsOptions
+from serve.operation.state import turns
+
+ROOT = Path(__file__).parents[3]
+
+TRITON_NAMES = {
+    "nv_inference_request_success",
+    "nv_inference_request_failure",
+    "nv_inference_count",
+    "nv_inference_exec_count",
+    "nv_inference_pending_request_count",
+    "nv_inference_request_duration_us",
+    "nv_inference_queue_duration_us",
+    "nv_inference_compute_input_duration_us",
+    "nv_inference_compute_infer_duration_us",
+    "nv_inference_compute_output_duration_us",
+}
+
+
+def fetch(url: str) -> tuple[int, str]:
+    """Status and text of a page."""
+    try:
+        with urllib.request.urlopen(url, timeout=30) as reply:
+            return reply.status, reply.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+async def get(server, page: str) -> tuple[int, str]:
+    """A page of a server's metrics port, asked for as Prometheus would."""
+    return await asyncio.to_thread(fetch, f"http://{server.operation.address}{page}")
+
+
+def samples(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    """Values by name and labels.
+
+    The library's parser renames counters without `_total`, such as Triton's.
+    """
+    values = {}
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            name, labels, value = re.fullmatch(r"(\w+)(?:\{(.*)\})? (\S+)", line).groups()
+            pairs = re.findall(r'(\w+)="([^"]*)"', labels or "")
+            values[name, tuple(sorted(pairs))] = float(value)
+    return values
+
+
+def test_a_scrape_says_what_happened(serving, fake, image):
+    """Over HTTP, without a key: requests, images, batches, times, by model and version."""
+
+    async def main():
+        async with (
+            serving(fake, metrics=MetricsOptions(port=0)) as server,
+            AsyncClient(server.address, retry=RetryPolicy(attempts=1)) as client,
+        ):
+            before = samples((await get(server, "/metrics"))[1])
+            await client.embed([image(1), image(2)])
+            await client.embed([image(3), b"no image"])
+            fake.failures.append(RuntimeError("no kernel"))
+            with pytest.raises(Exception, match="encoder failed"):
+                await client.embed([image(4)])
+            with pytest.raises(Exception, match="expected 'fake'"):
+                await client.embed([image(4)], model="other")
+            status, text = await get(server, "/metrics")
+            return before, status, text
+
+    before, status, text = asyncio.run(main())
+    assert status == 200
+    after = samples(text)
+    version = (("model", "fake"), ("version", "1"))
+
+    def gained(name, *labels):
+        return after[name, labels] - before.get((name, labels), 0)
+
+    assert gained("nv_inference_request_success", *version) == 2
+    assert gained("nv_inference_count", *version) == 3
+    assert gained("nv_inference_exec_count", *version) == 2
+    failed = (("model", "fake"), ("reason", "BACKEND"), ("version", "1"))
+    assert gained("nv_inference_request_failure", *failed) == 1
+    assert after["nv_inference_pending_request_count", version] == 0
+    assert gained("horace_batch_images_sum", ("model", "fake")) == 3
+    assert gained("horace_embed_seconds_count", ("model", "fake")) == 2
+    faults = (("fault", "unsupported_format"), ("model", "fake"))
+    assert gained("horace_image_failures_total", *faults) == 1
+    assert gained("horace_requests_total", ("code", "OK"), ("method", "Embed")) == 2
+    assert gained("horace_requests_total", ("code", "INTERNAL"), ("method", "Embed")) == 1
+    assert gained("horace_requests_total", ("code", "NOT_FOUND"), ("method", "Embed")) == 1
+    assert gained("horace_request_seconds_count", ("method", "Embed")) == 2
+    info = (("dim", "4"), ("fingerprint", "f" * 64), ("model", "fake"), ("version", "1"))
+    assert after["horace_model_info", info] == 1
+    assert after["horace_ready", ()] == 1
+    assert after["process_threads", ()] > 3
+    assert after["process_open_fds", ()] > 3
+    assert after["process_resident_memory_bytes", ()] > 1 << 20
+
+
+def test_names_and_types_are_tritons(serving, fake):
+    """A dashboard made for Triton finds every name, and counters are counters."""
+
+    async def main():
+        async with serving(fake, metrics=MetricsOptions(port=0)) as server:
+            return (await get(server, "/metrics"))[1]
+
+    text = asyncio.run(main())
+    types = dict(
+        line.split()[2:] for line in text.splitlines() if line.startswith("# TYPE nv_inference")
+    )
+    assert set(types) == TRITON_NAMES
+    gauges = {"nv_inference_pending_request_count"}
+    assert {name for name, kind in types.items() if kind == "gauge"} == gauges
+    assert {name for name, kind in types.items() if kind == "counter"} == TRITON_NAMES - gauges
+
+
+def test_only_tritons_names_are_retyped():
+    """The type of another metric, or a value that looks like one, stays."""
+    text = b'# TYPE nv_a untyped\nnv_a{x="# TYPE nv_b untyped"} 1\n# TYPE other untyped\n'
+    assert as_triton_types_it(text) == text.replace(b"nv_a untyped", b"nv_a counter", 1)
+
+
+def test_the_queue_is_seen_while_it_is_full(serving, fake, image, eventually):
+    """Held, waiting and running images and calls under way are gauges."""
+
+    async def main():
+        async with (
+            serving(fake, metrics=MetricsOptions(port=0), max_batch_images=1) as server,
+            AsyncClient(server.address) as client,
+        ):
+            await client.embed([image(0)])  # the client knows the sizes now
+            fake.gate.clear()
+            call = asyncio.create_task(client.embed([image(1), image(2), image(3)]))
+            engine = server.catalog.models["fake"].engine
+            await eventually(lambda: engine.statistics().waiting_images == 2)
+            text = (await get(server, "/metrics"))[1]
+            fake.gate.set()
+            await call
+            return samples(text)
+
+    seen = asyncio.run(main())
+    version = (("model", "fake"), ("version", "1"))
+    assert seen["horace_held_images", version] == 3
+    assert seen["horace_waiting_images", version] == 2
+    assert seen["horace_running_images", version] == 1
+    assert seen["nv_inference_pending_request_count", version] == 1
+    assert seen["horace_calls_active", ()] == 1
+
+
+def test_two_servers_of_one_process_count_apart(serving, fake, image):
+    """Nothing is global: a request to one is not seen by the other."""
+    twin = type(fake)(name="twin")
+
+    async def main():
+        options = MetricsOptions(port=0)
+        async with (
+            serving(fake, metrics=options) as one,
+            serving(twin, metrics=options) as other,
+            AsyncClient(one.address) as client,
+        ):
+            await client.embed([image(1)])
+            return [samples((await get(server, "/metrics"))[1]) for server in (one, other)]
+
+    one, other = asyncio.run(main())
+    embed = ("horace_requests_total", (("code", "OK"), ("method", "Embed")))
+    assert one[embed] == 1
+    assert embed not in other
+
+
+def test_probes_follow_the_servers_life(serving, fake, image, eventually):
+    """Ready while it serves, not while it drains; alive throughout."""
+
+    async def main():
+        async with (
+            serving(fake, metrics=MetricsOptions(port=0)) as server,
+            AsyncClient(server.address) as client,
+        ):
+            assert await get(server, "/readyz") == (200, "ready\n")
+            assert await get(server, "/healthz") == (200, "alive\n")
+            assert (await get(server, "/"))[0] == 404
+            await client.embed([image(0)])  # the client knows the sizes now
+            fake.gate.clear()
+            fake.entered.clear()
+            call = asyncio.create_task(client.embed([image(1)]))
+            await eventually(fake.entered.is_set)
+            draining = asyncio.create_task(server.drain(limit_s=30))
+            await eventually(lambda: not server.health.serving)
+            assert await get(server, "/readyz") == (503, "not ready\n")
+            assert await get(server, "/healthz") == (200, "alive\n")
+            fake.gate.set()
+            await call
+            assert await draining == 0
+            with pytest.raises(OSError, match="refused"):
+                await get(server, "/readyz")
+
+    asyncio.run(main())
+
+
+def test_a_loop_that_is_stuck_is_not_alive():
+    """What /healthz asks: whether the event loop still runs what it is given."""
+    loop = asyncio.new_event_loop()
+    stuck, go_on = threading.Event(), threading.Event()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+
+    def hang() -> None:
+        stuck.set()
+        go_on.wait(30)
+
+    assert asyncio.run(turns(loop, within_s=30))
+    loop.call_soon_threadsafe(hang)
+    stuck.wait(30)
+    assert not asyncio.run(turns(loop, within_s=0.05))
+    go_on.set()
+    assert asyncio.run(turns(loop, within_s=30))
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+    assert not asyncio.run(turns(loop, within_s=0.05))
+
+
+def test_a_metrics_port_in_use_is_one_line_before_anything_is_opened(start_server, make_bundle):
+    """The second server says which port, and how to choose another."""
+    bundle = str(make_bundle().path)
+    first = start_server("--bundle", bundle, "--metrics.port", "0", "--log-format", "json")
+    line = json.loads(first.log.read_text().splitlines()[0])
+    port = line["message"].split(":")[2].split("/")[0]
+    assert fetch(f"http://127.0.0.1:{port}/readyz")[0] == 200
+    done = subprocess.run(
+        [sys.executable, "-m", "serve", "--port", "0", "--bundle", bundle, "--metrics.port", port],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        f"python -m serve: --metrics.port {port} of 127.0.0.1: expected a free port, found "
+        "Address already in use; choose others with --metrics.port and --metrics.host"
+    )
+    assert first.stop() == 0
+
+
+@pytest.mark.parametrize("port", [-1, 65536])
+def test_a_port_that_is_none_is_refused(port):
+    """The options check themselves."""
+    with pytest.raises(UsageError, match=r"--metrics\.port: expected 0 to 65535"):
+        MetricsOptions(port=port)
+
+
+def test_what_is_not_asked_for_is_not_loaded():
+    """Without --metrics.port and --tracing.endpoint their libraries stay on disk."""
+    code = (
+        "import sys, serve.__main__;"
+        "print(sorted({m.split('.')[0] for m in sys.modules}"
+        " & {'prometheus_client', 'opentelemetry', 'uvicorn', 'starlette'}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_threads_of_libraries_are_counted_too():
+    """More than Python knows of: ONNX Runtime's own are among them."""
+    assert count_threads() >= threading.active_count()
+
+
+def test_scrapes_under_load_agree_with_what_was_answered(serving, fake, image):
+    """Counting and reading at once loses nothing: the last scrape has every request."""
+
+    async def main():
+        async with (
+            serving(fake, metrics=MetricsOptions(port=0)) as server,
+            AsyncClient(server.address) as client,
+        ):
+
+            async def load():
+                for n in range(100):
+                    await client.embed([image(n)])
+
+            loads = [asyncio.create_task(load()) for _ in range(8)]
+            scrapes = 0
+            while not all(task.done() for task in loads):
+                assert (await get(server, "/metrics"))[0] == 200
+                scrapes += 1
+            await asyncio.gather(*loads)
+            return scrapes, samples((await get(server, "/metrics"))[1])
+
+    scrapes, last = asyncio.run(main())
+    assert scrapes > 0
+    assert last["horace_requests_total", (("code", "OK"), ("method", "Embed"))] == 800
+    assert last["horace_request_seconds_bucket", (("le", "+Inf"), ("method", "Embed"))] == 800
+    buckets = [
+        value
+        for (name, labels), value in last.items()
+        if name == "horace_embed_seconds_bucket" and ("model", "fake") in labels
+    ]
+    assert buckets == sorted(buckets)
+    assert np.isfinite(list(last.values())).all()
