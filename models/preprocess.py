@@ -16,6 +16,7 @@ Shapes: H, W, C as the spec has them; h, w of the image.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from typing import TypeGuard
 
 import numpy as np
 from PIL import Image
@@ -141,6 +142,9 @@ def preprocess(
     Raises:
         ImageError: why the image cannot be used.
     """
+    if is_ready(data, spec):
+        limits.check_pixels(spec.height, spec.width, "pixels")
+        return np.ascontiguousarray(data)
     grey = spec.channels == 1
     if isinstance(data, bytes):
         picture = decode(data, limits=limits, grey=grey, shorter_side=spec.resize)
@@ -148,6 +152,16 @@ def preprocess(
         picture = Picture.whole(recolour(data, limits, grey))
     window = _cut_centre(picture, spec)
     return np.ascontiguousarray(window.reshape(spec.height, spec.width, spec.channels))
+
+
+def is_ready(data: bytes | Pixels, spec: PreprocessSpec) -> TypeGuard[Pixels]:
+    """Whether these are the encoder's pixels already, to be neither resized nor recoloured."""
+    return (
+        not isinstance(data, bytes)
+        and data.shape == (spec.height, spec.width, spec.channels)
+        and data.dtype == np.uint8
+        and spec.resize == min(spec.height, spec.width)
+    )
 
 
 def recolour(pixels: Pixels, limits: ImageLimits, grey: bool) -> Pixels:

@@ -61,8 +61,12 @@ def finish_vectors(
     if not normalize:
         return kept
     # In float64 throughout: a float32 norm overflows, or is zero, long before its vector.
-    norms = np.sqrt(np.square(kept, dtype=np.float64).sum(axis=1, keepdims=True))
-    return np.divide(kept, np.where(norms == 0, 1, norms), dtype=np.float64).astype(np.float32)
+    wide_ND = kept.astype(np.float64)
+    norms = np.sqrt(np.add.reduce(wide_ND * wide_ND, axis=1, keepdims=True))
+    if not norms.all():
+        norms[norms == 0] = 1
+    wide_ND /= norms
+    return wide_ND.astype(np.float32)
 
 
 def pack_vectors(vectors_ND: NDArray[np.float32], dtype: str = "fp32") -> PackedVectors:
@@ -75,7 +79,8 @@ def pack_vectors(vectors_ND: NDArray[np.float32], dtype: str = "fp32") -> Packed
     """
     n, dim = vectors_ND.shape
     if dtype == "fp32":
-        return PackedVectors(data=vectors_ND.astype("<f4").tobytes(), dtype=dtype, shape=(n, dim))
+        data = np.ascontiguousarray(vectors_ND, "<f4").tobytes()
+        return PackedVectors(data=data, dtype=dtype, shape=(n, dim))
     if dtype == "fp16":
         return PackedVectors(data=vectors_ND.astype("<f2").tobytes(), dtype=dtype, shape=(n, dim))
     if dtype == "int8":

@@ -23,7 +23,8 @@ import logging
 import shutil
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -52,6 +53,8 @@ NOT_FOUND = "Method not found!"
 
 Event: TypeAlias = tuple[int, int, int, Any, Any, Any]
 
+Ask: TypeAlias = "Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]"
+
 
 class NativeFront:
     """Serves on `NativeGrpcFront`. Belongs to one event loop."""
@@ -71,12 +74,12 @@ class NativeFront:
         self._max_message_bytes = max_message_bytes
         self._max_calls = max_calls
         self._max_calls_a_connection = max_calls_a_connection
-        self._interceptors = tuple(interceptors)
         self._reuse_port = reuse_port
         self._behind = GrpcioFront(
             max_message_bytes=max_message_bytes, max_calls=max_calls, interceptors=interceptors
         )
         self._registry = Registry(self._behind.server)
+        self._ask = _chain(interceptors, self._registry.unary)
         self._methods: list[tuple[str, Handler]] = []
         self._native: NativeGrpcFront | None = None
         self._folder: Path | None = None
@@ -184,8 +187,8 @@ class NativeFront:
         """Answer one call."""
         path, handler = self._methods[method_id]
         try:
-            if self._interceptors:
-                handler = await self._intercept(path, handler, call)
+            if self._ask is not None:
+                handler = await self._intercept(self._ask, path, call)
             reply = await self._run(handler, call, payload)
         except asyncio.CancelledError:
             if not call.is_gone:  # cut off by a stop
@@ -204,19 +207,9 @@ class NativeFront:
             del self._calls[call.call_id]
             call.finish()
 
-    async def _intercept(self, path: str, handler: Handler, call: NativeCall) -> Handler:
+    async def _intercept(self, ask: Ask, path: str, call: NativeCall) -> Handler:
         """Let the interceptors see a call, and give the handler that they agree on."""
-
-        async def ask(level: int, details: grpc.HandlerCallDetails) -> Handler | None:
-            if level == len(self._interceptors):
-                return handler
-
-            async def go_on(details: grpc.HandlerCallDetails) -> Handler | None:
-                return await ask(level + 1, details)
-
-            return await self._interceptors[level].intercept_service(go_on, details)
-
-        chosen = await ask(0, _CallDetails(path, call.invocation_metadata()))
+        chosen = await ask(_CallDetails(path, call.invocation_metadata()))
         if chosen is None:
             await call.abort(grpc.StatusCode.UNIMPLEMENTED, NOT_FOUND)
         assert not chosen.request_streaming, f"{path} answers one message"
@@ -236,6 +229,22 @@ class NativeFront:
         behaviour: Any = handler.unary_unary
         reply: Any = await behaviour(request, call)
         return reply if write is None else write(reply)
+
+
+def _chain(
+    interceptors: Sequence[grpc.aio.ServerInterceptor], handlers: Mapping[str, Handler]
+) -> Ask | None:
+    """Join interceptors to one function that gives a call's handler; None without any."""
+    if not interceptors:
+        return None
+
+    async def find(details: grpc.HandlerCallDetails) -> Handler | None:
+        return handlers.get(details.method)
+
+    ask: Ask = find
+    for interceptor in reversed(interceptors):
+        ask = partial(interceptor.intercept_service, ask)
+    return ask
 
 
 class _CallDetails(grpc.HandlerCallDetails):

@@ -19,6 +19,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 from urllib.parse import unquote
 
@@ -79,6 +80,7 @@ def certificate_subject(auth_context: Mapping[str, Iterable[bytes]]) -> str:
     return ""
 
 
+@lru_cache(maxsize=1024)  # a connection makes many calls
 def host_of(peer: str) -> str:
     """Give the address in what gRPC calls a peer: without its kind, port and escapes."""
     kind, _, address = peer.partition(":")
