@@ -27,7 +27,7 @@ from numpy.typing import ArrayLike, NDArray
 from index.errors import CollectionError, UnknownIdError
 from index.knn import MISSING, merge_neighbours
 from index.manifest import METRIC, Manifest, read_manifest
-from index.segment import Segment, open_segment
+from index.segment import FLAT, Segment, open_segment
 from index.selection import Selection, Selector
 from models.cpu import cpu_budget
 from models.errors import FingerprintMismatchError, UsageError
@@ -243,6 +243,14 @@ class Collection:
             FilterError: the filter cannot be read.
         """
         return self._selector.select(filter, source_names=source_names)
+
+    def effort_parameters(self, candidates: int) -> dict[str, int]:
+        """Give the parameters by which the index weighs so many candidates for a query.
+
+        None where every search is exact anyway.
+        """
+        indexed = all(segment.factory != FLAT for segment in self.manifest.segments)
+        return {"efSearch": candidates} if indexed else {}
 
     def search_ids(
         self,

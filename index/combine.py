@@ -147,7 +147,7 @@ def search_combined(
         UsageError: examples cancel out; and see `Collection.search`.
         FingerprintMismatchError: another encoder made the vectors.
     """
-    queries = [_query(collection, one) for one in combinations]
+    queries = [query_vector(collection, one) for one in combinations]
     queries_QD = np.stack(queries) if queries else np.empty((0, collection.dim), np.float32)
     return collection.search(
         queries_QD, k, fingerprint=fingerprint, exact=exact, parameters=parameters, filter=filter,
@@ -164,8 +164,13 @@ def pad_ids(ids: Sequence[Sequence[int]]) -> NDArray[np.int64]:
     return padded_QW
 
 
-def _query(collection: Collection, combination: Combination) -> NDArray[np.float32]:
-    """Look up the stored examples of a combination, and combine."""
+def query_vector(collection: Collection, combination: Combination) -> NDArray[np.float32]:
+    """Look up the stored examples of a combination, and give its (D,) query.
+
+    Raises:
+        UnknownIdError: an example is not in the collection.
+        UsageError: examples cancel out.
+    """
     return combine_vectors(
         _vectors(collection, combination.positives),
         _vectors(collection, combination.negatives),

@@ -1,6 +1,7 @@
 """Finds neighbours for one Search request, and lays them out as a reply.
 
 Rules:
+    A filter sees what its caller sees: sources by their public names, never a path.
     A query that cannot be meant, or an id that is not there, is a status of its own; the
     other queries of the request are answered.
     Stored metadata and vectors are read once a request, for all hits together.
@@ -30,9 +31,13 @@ from serve.reply_size import bytes_of_hit
 
 if TYPE_CHECKING:
     from index.collection import Collection, Row
+    from index.selection import Selection
     from serve.catalog import ServedCollection
 
 DEFAULT_NEIGHBOURS = 10
+
+MAX_EFFORT = 10_000
+"""A search that needs more is cheaper as an exact one."""
 
 FINGERPRINT = re.compile("[0-9a-f]{64}")
 
@@ -48,11 +53,19 @@ class Query:
         k: neighbours a query.
         exact: whether every vector is compared, instead of asking the index.
         include_vectors: whether the hits' stored vectors are sent, too.
+        effort: candidates that the index weighs for a query; 0 for as many as it is set to.
+        selection: which images may be hits; all where None.
     """
 
     k: int
     exact: bool
     include_vectors: bool
+    effort: int = 0
+    selection: Selection | None = None
+
+    def parameters(self, collection: Collection) -> dict[str, int] | None:
+        """Give the index's parameters for this search; None for its own."""
+        return collection.effort_parameters(self.effort) if self.effort else None
 
 
 def count_queries(request: pb.SearchRequest) -> int:
@@ -68,7 +81,9 @@ def count_queries(request: pb.SearchRequest) -> int:
             return request.vectors.vectors.rows
         case "ids":
             return len(request.ids.ids)
-    raise RequestError("queries", expected="images, vectors or ids", found="none")
+        case "combined":
+            return len(request.combined.queries)
+    raise RequestError("queries", expected="images, vectors, ids or combined", found="none")
 
 
 def read_query(
@@ -89,6 +104,8 @@ def read_query(
     k = request.k or DEFAULT_NEIGHBOURS
     if k > max_neighbours:
         raise RequestError("k", expected=f"1 to {max_neighbours}", found=f"{k}")
+    if request.effort > MAX_EFFORT:
+        raise RequestError("effort", expected=f"0 to {MAX_EFFORT}", found=f"{request.effort}")
     hit_bytes = bytes_of_hit(dim, with_vector=request.include_vectors)
     if count * k * hit_bytes > max_reply_bytes:
         raise RequestError(
@@ -97,7 +114,21 @@ def read_query(
             found=f"{count} queries with {k} hits of some {hit_bytes} bytes",
             mend="ask for fewer hits, or split the request",
         )
-    return Query(k=k, exact=request.exact, include_vectors=request.include_vectors)
+    return Query(
+        k=k,
+        exact=request.exact,
+        include_vectors=request.include_vectors,
+        effort=request.effort,
+    )
+
+
+def select(collection: Collection, filter: str) -> Selection:
+    """Work out a filter over what callers see of the collection.
+
+    Raises:
+        FilterError: it cannot be read.
+    """
+    return collection.select(filter, source_names=public_source)
 
 
 def read_query_vectors(
@@ -146,27 +177,32 @@ def search_vectors(
     Returns:
         One entry a status: the hits, or the status alone where it is not OK.
     """
-    ids, scores = _no_neighbours()
+    ids, scores = no_neighbours()
     if len(vectors_QD):
         found = collection.search(
             finish_vectors(vectors_QD),
             query.k,
             fingerprint=collection.fingerprint,
             exact=query.exact,
+            parameters=query.parameters(collection),
+            filter=query.selection,
         )
         ids, scores = found.ids, found.scores
-    return _lay_out(collection, ids, scores, statuses, query)
+    return lay_out(collection, ids, scores, statuses, query)
 
 
 def search_ids(collection: Collection, ids: Sequence[int], query: Query) -> list[pb.Hits]:
     """Search by stored images, each left out of its own neighbours; an entry an id."""
-    statuses = [_id_status(collection, id_) for id_ in ids]
+    statuses = [id_status(collection, id_) for id_ in ids]
     known = [id_ for id_, status in zip(ids, statuses, strict=True) if status.code == pb.OK]
-    found_ids, scores = _no_neighbours()
+    found_ids, scores = no_neighbours()
     if known:
-        found = collection.search_ids(known, query.k, exact=query.exact)
+        found = collection.search_ids(
+            known, query.k, exact=query.exact, parameters=query.parameters(collection),
+            filter=query.selection,
+        )  # fmt: skip
         found_ids, scores = found.ids, found.scores
-    return _lay_out(collection, found_ids, scores, statuses, query)
+    return lay_out(collection, found_ids, scores, statuses, query)
 
 
 def vector_statuses(vectors_QD: NDArray[np.float32], dim: int) -> list[pb.ItemStatus]:
@@ -195,7 +231,7 @@ def _norm_status(norm: float) -> pb.ItemStatus:
     return pb.ItemStatus(code=pb.WRONG_QUERY, message=message)
 
 
-def _id_status(collection: Collection, id_: int) -> pb.ItemStatus:
+def id_status(collection: Collection, id_: int) -> pb.ItemStatus:
     """Say whether the collection has an id."""
     try:
         if id_ <= MAX_ID:
@@ -207,12 +243,12 @@ def _id_status(collection: Collection, id_: int) -> pb.ItemStatus:
     return pb.ItemStatus(code=pb.NOT_FOUND, message=message)
 
 
-def _no_neighbours() -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+def no_neighbours() -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Give the neighbours of no query."""
     return np.empty((0, 0), np.int64), np.empty((0, 0), np.float32)
 
 
-def _lay_out(
+def lay_out(
     collection: Collection,
     ids_QK: NDArray[np.int64],
     scores_QK: NDArray[np.float32],

@@ -14,26 +14,34 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeVar
+
+import numpy as np
 
 from models.wire import dtype_from_wire, vectors_to_wire
 from protos import horace_pb2 as pb
 from protos import horace_pb2_grpc as pb_grpc
 from serve.answering import Answering, Context
 from serve.catalog import Catalog, ServedCollection, ServedModel
+from serve.combining import count_examples, read_combinations, search_combinations
 from serve.embedding import count_payload, finish, read_images
 from serve.errors import QueueFullError, RequestError, retry_after_ms
 from serve.job import Embedded
 from serve.operation.observer import Call
 from serve.pool import ThreadPool
 from serve.searching import (
+    Query,
     count_queries,
     read_query,
     read_query_vectors,
     search_ids,
     search_vectors,
+    select,
 )
+
+Value = TypeVar("Value")
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Horace"].full_name
 
@@ -252,7 +260,12 @@ class HoraceServicer(pb_grpc.HoraceServicer):
             max_neighbours=self._limits.max_neighbours,
             max_reply_bytes=self._limits.max_message_bytes,
         )
+        if request.filter:
+            selection = await self._run_search(partial(select, collection, request.filter))
+            query = replace(query, selection=selection)
         match request.WhichOneof("queries"):
+            case "combined":
+                work = await self._read_combined(served, call, request, query, deadline_s)
             case "images":
                 embedded = await self._compute(
                     served.model, call, request.images.images, request.priority, deadline_s
@@ -276,7 +289,30 @@ class HoraceServicer(pb_grpc.HoraceServicer):
             request_id=request.request_id,
         )
 
-    async def _run_search(self, work: Callable[[], list[pb.Hits]]) -> list[pb.Hits]:
+    async def _read_combined(
+        self,
+        served: ServedCollection,
+        call: Call,
+        request: pb.SearchRequest,
+        query: Query,
+        deadline_s: float,
+    ) -> Callable[[], list[pb.Hits]]:
+        """Read combined queries and embed their images; give the search that is left to do."""
+        n_examples = count_examples(request.combined)
+        self._check_count("examples", max(1, n_examples))
+        combinations, images = read_combinations(request.combined, served)
+        vectors_ND = np.empty((0, served.collection.dim), np.float32)
+        statuses: list[pb.ItemStatus] = []
+        if images:
+            call.embedded = await self._compute(
+                served.model, call, images, request.priority, deadline_s
+            )
+            vectors_ND, statuses = finish(call.embedded, normalize=False)
+        return partial(
+            search_combinations, served.collection, combinations, vectors_ND, statuses, query
+        )
+
+    async def _run_search(self, work: Callable[[], Value]) -> Value:
         """Search on a thread; refuse where too many wait for one."""
         most = self._limits.max_waiting_searches
         if self._search_pool.waiting >= most:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from serve.client.async_client import AsyncClient
 from serve.client.blocking import Client
+from serve.client.combining import Combination
 from serve.client.connection import ClientTls
 from serve.client.results import (
     CollectionInfo,
@@ -34,6 +35,7 @@ __all__ = [
     "Client",
     "ClientTls",
     "CollectionInfo",
+    "Combination",
     "EmbedResult",
     "Hit",
     "ItemStatus",

@@ -22,6 +22,7 @@ from serve.client.channel import (
     methods_of,
     read_failure,
 )
+from serve.client.combining import Combination
 from serve.client.connection import ClientTls, Connection
 from serve.client.plans import TIMEOUT_S, Call, Failure, Plan, Step
 from serve.client.requests import (
@@ -107,20 +108,25 @@ class AsyncClient:
         *,
         vectors: Vectors | None = None,
         ids: Sequence[int] | NDArray[np.int64] | None = None,
+        combined: Sequence[Combination] | None = None,
         fingerprint: str | None = None,
         collection: str | None = None,
         k: int = 10,
+        filter: str | None = None,
         exact: bool = False,
+        effort: int | None = None,
         include_vectors: bool = False,
         request_id: str | None = None,
         timeout_s: float | None = None,
     ) -> SearchResult:
         """Find nearest neighbours; see `Client.search`."""
-        queries = make_queries(images, vectors, ids, fingerprint)
+        queries = make_queries(images, vectors, ids, fingerprint, combined)
         options = SearchOptions(
             collection=collection,
             k=k,
+            filter=filter,
             exact=exact,
+            effort=effort,
             include_vectors=include_vectors,
             request_id=request_id,
         )

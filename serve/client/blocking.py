@@ -21,6 +21,7 @@ from serve.client.channel import (
     methods_of,
     read_failure,
 )
+from serve.client.combining import Combination
 from serve.client.connection import ClientTls, Connection
 from serve.client.plans import TIMEOUT_S, Call, Failure, Plan, Step
 from serve.client.requests import (
@@ -133,33 +134,43 @@ class Client:
         *,
         vectors: Vectors | None = None,
         ids: Sequence[int] | NDArray[np.int64] | None = None,
+        combined: Sequence[Combination] | None = None,
         fingerprint: str | None = None,
         collection: str | None = None,
         k: int = 10,
+        filter: str | None = None,
         exact: bool = False,
+        effort: int | None = None,
         include_vectors: bool = False,
         request_id: str | None = None,
         timeout_s: float | None = None,
     ) -> SearchResult:
-        """Find the nearest neighbours of images, vectors or stored ids: one of the three.
+        """Find the nearest neighbours of images, vectors, stored ids or combinations of them.
 
         Args:
             images: encoded files or uint8 pixels; the server embeds them.
             vectors: the result of `embed`, or (N, D) float32 with `fingerprint`.
             ids: of stored images; each is left out of its own neighbours.
-            fingerprint: of the encoder that made an array of vectors.
+            combined: queries of several examples each; one of these four is given.
+            fingerprint: of the encoder that made an array of vectors, or those in `combined`.
             collection: a served collection; the server's only one where None.
             k: neighbours a query.
+            filter: which images may be hits, such as `label in ('Coat', 'Shirt')`; the
+                language is that of `index.filters`.
             exact: whether every vector is compared, instead of asking the index.
+            effort: candidates that the index weighs for a query, more for a better recall; as
+                many as the collection is set to where None.
             include_vectors: whether the hits' stored vectors are sent, too.
             request_id: see `embed`.
             timeout_s: for all of it.
         """
-        queries = make_queries(images, vectors, ids, fingerprint)
+        queries = make_queries(images, vectors, ids, fingerprint, combined)
         options = SearchOptions(
             collection=collection,
             k=k,
+            filter=filter,
             exact=exact,
+            effort=effort,
             include_vectors=include_vectors,
             request_id=request_id,
         )

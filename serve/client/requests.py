@@ -28,6 +28,7 @@ from serve.client.arguments import (
     check_text,
     describe,
 )
+from serve.client.combining import Combination, check_combined, group_combinations
 from serve.client.results import EmbedResult, ItemStatus
 from serve.reply_size import bytes_of_hit
 
@@ -76,6 +77,8 @@ class SearchOptions:
     k: int = 10
     exact: bool = False
     include_vectors: bool = False
+    filter: str | None = None
+    effort: int | None = None
     request_id: str | None = None
 
     def __post_init__(self) -> None:
@@ -87,6 +90,9 @@ class SearchOptions:
         check_text("collection", self.collection)
         check_request_id(self.request_id)
         check_integer("k", self.k, 1)
+        check_text("filter", self.filter)
+        if self.effort is not None:
+            check_integer("effort", self.effort, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,11 +128,12 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class Queries:
-    """What to search by; exactly one of the three is set."""
+    """What to search by; exactly one of the four is set."""
 
     images: Sequence[ImageData] | None = None
     vectors_ND: NDArray[np.float32] | None = None
     ids: Sequence[int] | None = None
+    combinations: Sequence[pb.Combination] | None = None
     fingerprint: str = ""
 
     def requests(
@@ -139,6 +146,7 @@ class Queries:
             request.collection = options.collection or ""
             request.k, request.exact = options.k, options.exact
             request.include_vectors = options.include_vectors
+            request.filter, request.effort = options.filter or "", options.effort or 0
             request.request_id = options.request_id or ""
             yield request, group
 
@@ -158,6 +166,12 @@ class Queries:
             for start in range(0, len(self.ids), size.images):
                 part = self.ids[start : start + size.images]
                 yield pb.SearchRequest(ids=pb.IdQueries(ids=part)), Group()
+        elif self.combinations is not None:
+            max_bytes = size.request_bytes - REQUEST_OVERHEAD_BYTES
+            for combined in group_combinations(
+                self.combinations, max_examples=size.images, max_bytes=max_bytes
+            ):
+                yield pb.SearchRequest(combined=pb.Combined(queries=combined)), Group()
 
     def _row_bytes(self) -> int:
         """Give the size of one query vector."""
@@ -170,6 +184,7 @@ def make_queries(
     vectors: Vectors | None,
     ids: Sequence[int] | NDArray[np.int64] | None,
     fingerprint: str | None,
+    combined: Sequence[Combination] | None = None,
 ) -> Queries:
     """Check that there is one kind of query, and that it can be meant.
 
@@ -177,15 +192,17 @@ def make_queries(
         UsageError: there is none, or several; or vectors come without a fingerprint.
     """
     check_text("fingerprint", fingerprint)
-    kinds = {"images": images, "vectors": vectors, "ids": ids}
+    kinds = {"images": images, "vectors": vectors, "ids": ids, "combined": combined}
     given = [name for name, value in kinds.items() if value is not None]
     if len(given) != 1:
         found = " and ".join(given) or "none"
-        raise UsageError("search", expected="one of images, vectors and ids", found=found)
+        raise UsageError("search", expected="one of images, vectors, ids and combined", found=found)
     if images is not None:
         return Queries(images=check_images(images))
     if ids is not None:
         return Queries(ids=_check_ids(ids))
+    if combined is not None:
+        return Queries(combinations=check_combined(combined, fingerprint or ""))
     assert vectors is not None
     if isinstance(vectors, EmbedResult):
         fingerprint, vectors = vectors.fingerprint, vectors.vectors

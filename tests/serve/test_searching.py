@@ -184,7 +184,9 @@ def test_what_cannot_be_searched_is_refused_whole(place, searching):
             with pytest.raises(grpc.aio.AioRpcError) as error:
                 await stub.Search(pb.SearchRequest())
             assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-            assert error.value.details() == "queries: expected images, vectors or ids, found none"
+            assert error.value.details() == (
+                "queries: expected images, vectors, ids or combined, found none"
+            )
             nameless = pb.VectorQueries(vectors=vectors_to_wire(ones))
             with pytest.raises(grpc.aio.AioRpcError) as error:
                 await stub.Search(pb.SearchRequest(vectors=nameless))

@@ -57,7 +57,9 @@ def test_arguments_that_cannot_be_meant_are_refused_before_a_call():
             client.embed([b"1"], dims=0)
         with pytest.raises(UsageError, match="k: expected an integer, 1 to 4294967295, found 0"):
             client.search(ids=[1], k=0)
-        with pytest.raises(UsageError, match="expected one of images, vectors and ids, found none"):
+        with pytest.raises(
+            UsageError, match="expected one of images, vectors, ids and combined, found"
+        ):
             client.search()
         with pytest.raises(UsageError, match="found images and ids"):
             client.search([b"1"], ids=[1])
