@@ -10,6 +10,7 @@ from models.bundle import SHIPPED_BUNDLE
 from models.errors import UsageError
 from models.preprocess import ImageLimits
 from serve.front import FrontKind
+from serve.kserve.options import KserveOptions
 from serve.lifecycle.options import ModelOptions, NamedPath, read_model_options, read_named_path
 from serve.operation.options import LogOptions, MetricsOptions, TracingOptions
 from serve.security.options import CallerLimits, KeyOptions
@@ -52,6 +53,9 @@ class ServeOptions:
     frontend: FrontKind = "auto"
     """What reads gRPC: grpcio, which can do everything, or native, which is fast, has no TLS and
     takes messages of any size in; auto takes native where only this machine can call."""
+
+    kserve: KserveOptions = field(default_factory=KserveOptions)
+    """KServe v2."""
 
     max_batch_images: int = 32
     """The largest batch that the encoder is given."""

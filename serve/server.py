@@ -37,6 +37,9 @@ from serve.engine import Engine
 from serve.front import make_front
 from serve.front.port import join_address
 from serve.health import Health
+from serve.kserve import servicer as kserve
+from serve.kserve.servicer import KserveServicer
+from serve.kserve.statistics import Statistics
 from serve.lifecycle.loading import CLOSE_TIMEOUT_S, Loader, OpenModel
 from serve.lifecycle.manager import Lifecycle
 from serve.lifecycle.options import ModelOptions
@@ -102,14 +105,16 @@ class Server:
         self.lifecycle = self._make_lifecycle(open_model)
         self.reloads.register("models and collections", self.lifecycle.reload)
         self._watching: asyncio.Task[None] | None = None
-        self.health = Health([services.SERVICE_NAME, health.SERVICE_NAME])
+        self.health = Health([services.SERVICE_NAME, kserve.SERVICE_NAME, health.SERVICE_NAME])
         self.calls = Calls()
+        statistics = Statistics()
         self.operation = Operation(
             metrics=options.metrics,
             tracing=options.tracing,
             logs=options.log,
             state=ServerState(self.catalog, self.calls, self.health),
             place=place,
+            also=(statistics,),
         )
         self._closing.callback(self.operation.close)
         answering = Answering(calls=self.calls, observer=self.operation.observer)
@@ -118,6 +123,16 @@ class Server:
             limits=options.request_limits,
             search_pool=self._search_pool,
             answering=answering,
+        )
+        self.kserve = KserveServicer(
+            self.catalog,
+            answering=answering,
+            health=self.health,
+            options=options.kserve,
+            max_images=options.max_images_per_request,
+            max_batch_images=options.max_batch_images,
+            statistics=statistics,
+            control=self.lifecycle,
         )
         self._front = make_front(
             options.frontend,
@@ -157,8 +172,14 @@ class Server:
             if self.place.shares_ports:
                 self._listen()
             pb_grpc.add_HoraceServicer_to_server(self.services, self._front.server)
+            self.kserve.add_to(self._front.server)
             health_pb2_grpc.add_HealthServicer_to_server(self.health, self._front.server)
-            names = (services.SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            names = (
+                services.SERVICE_NAME,
+                kserve.SERVICE_NAME,
+                health.SERVICE_NAME,
+                reflection.SERVICE_NAME,
+            )
             reflection.enable_server_reflection(names, self._front.server)
             await self._front.start()
         except BaseException:

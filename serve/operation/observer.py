@@ -113,6 +113,32 @@ class Nobody:
         """Ignore it."""
 
 
+class ModelObservers:
+    """Passes on what it hears of one version of a model to several."""
+
+    def __init__(self, observers: Sequence[ModelObserver]) -> None:
+        """Pass on to these, in this order."""
+        self._observers = tuple(observers)
+
+    def __repr__(self) -> str:
+        return f"<ModelObservers {list(self._observers)}>"
+
+    def answered(self, embedded: Embedded, total_s: float) -> None:
+        """Pass on a request that got its vectors."""
+        for observer in self._observers:
+            observer.answered(embedded, total_s)
+
+    def failed(self, error: BaseException, images: int, total_s: float) -> None:
+        """Pass on a request that got none."""
+        for observer in self._observers:
+            observer.failed(error, images, total_s)
+
+    def computed(self, images: int, inference_s: float, *, failed: bool = False) -> None:
+        """Pass on a batch."""
+        for observer in self._observers:
+            observer.computed(images, inference_s, failed=failed)
+
+
 class Observers:
     """Passes on what it hears to several."""
 
@@ -124,10 +150,11 @@ class Observers:
         return f"<Observers {list(self._observers)}>"
 
     def watch_model(self, name: str, version: str) -> ModelObserver:
-        """Give the one observer that wants to hear of models; none, where nobody does."""
+        """Give who passes on to those that want to hear of models; nobody, where none does."""
         watching = [observer.watch_model(name, version) for observer in self._observers]
         wanted = [observer for observer in watching if observer is not NO_MODEL_OBSERVER]
-        assert len(wanted) <= 1, "a second would need a fan-out on the way of every batch"
+        if len(wanted) > 1:
+            return ModelObservers(wanted)
         return wanted[0] if wanted else NO_MODEL_OBSERVER
 
     def answered(self, call: Call, total_s: float) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,7 @@ class Operation:
         state: ServerState,
         place: WorkerPlace = ALONE,
         keyed: bool = False,
+        also: Sequence[Observer] = (),
     ) -> None:
         """Make the observers; no port is open yet.
 
@@ -49,6 +51,7 @@ class Operation:
             state: the server's.
             place: where this process stands among its workers.
             keyed: whether callers have API keys, by whose names they are counted.
+            also: others who want to hear.
 
         Raises:
             StartError: traces are asked for and cannot be made here.
@@ -61,7 +64,7 @@ class Operation:
         self._metrics: Metrics | None = None
         self.address = ""
         """Where the metrics port listens, as host:port; empty where there is none."""
-        observers: list[Observer] = [RequestLog(logs)]
+        observers: list[Observer] = [RequestLog(logs), *also]
         if metrics.port is not None:
             from serve.operation.metrics import Metrics
 

@@ -1,0 +1,243 @@
+"""Images out of a request of KServe v2.
+
+Rules:
+    There is one input, `images`: UINT8 or FP32 pixels (N, H, W, C), C being 1, 3 or 4, or
+    BYTES of N encoded images. Pixels of another height and width than the encoder's are
+    brought to it as those of horace.v1 are.
+    FP32 pixels are whole numbers from 0 to 255, exactly. Everything else is refused: a tensor
+    scaled to 0..1 or normalised, which is what most mistakes look like, would give vectors
+    that nothing tells from good ones. Who resizes in floating point rounds, and knows how.
+    A tensor comes in raw_input_contents, in typed contents, or in shared memory.
+    Lengths are held against shapes before any pixel is looked at. What concerns one image
+    goes on in its place.
+    Pixels are read once there is room for them, and are views of one buffer.
+
+Shapes: N images, H x W pixels, C channels.
+
+Source: https://github.com/kserve/open-inference-protocol and Triton's binary tensor data,
+in which every element of a BYTES tensor follows its length as a little-endian uint32.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from models.errors import ImageError, ImageFault
+from models.image_source import ImageData
+from serve.errors import RequestError
+from serve.kserve.memory import find_slice
+from serve.kserve.regions import Regions
+from serve.kserve.signature import INPUT, ITEM_BYTES, PRECISION_DTYPES
+
+CHANNELS = (1, 3, 4)
+LENGTH = struct.Struct("<I")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """The images of one request.
+
+    Attributes:
+        images: read once; raises RequestError where the tensor is not what its shape says.
+        count: how many there are.
+        payload_bytes: what they take in memory, in the message and read out of it.
+    """
+
+    images: Iterator[ImageData | ImageError]
+    count: int
+    payload_bytes: int
+
+
+def read_inputs(request: Any, regions: Regions, *, max_images: int) -> Inputs:
+    """Find the images of a request.
+
+    Raises:
+        RequestError: they are not what a model takes, or too many.
+        UnknownNameError: they are in shared memory that is not registered.
+    """
+    tensor = _only_input(request)
+    shape = tuple(tensor.shape)
+    count = shape[0] if shape else 0
+    if not 1 <= count <= max_images:
+        mend = "split the request" if count > max_images else None
+        raise RequestError(
+            f"shape of {INPUT}",
+            expected=f"1 to {max_images} images a request",
+            found=str(list(shape)),
+            mend=mend,
+        )
+    if tensor.datatype == "BYTES":
+        return _read_encoded(request, tensor, shape, regions)
+    if tensor.datatype not in PRECISION_DTYPES:
+        raise RequestError(
+            f"datatype of {INPUT}",
+            expected="UINT8 or FP32 pixels, or BYTES of encoded images",
+            found=f"{tensor.datatype!r:.40}",
+        )
+    return _read_pixels(request, tensor, shape, regions)
+
+
+def _only_input(request: Any) -> Any:
+    """Give the tensor of a request.
+
+    Raises:
+        RequestError: there are several, or one of another name.
+    """
+    if len(request.inputs) != 1 or request.inputs[0].name != INPUT:
+        names = ", ".join(f"{tensor.name!r:.40}" for tensor in request.inputs[:8])
+        raise RequestError("inputs", expected=f"{INPUT!r} alone", found=names or "none")
+    return request.inputs[0]
+
+
+def _read_pixels(request: Any, tensor: Any, shape: tuple[int, ...], regions: Regions) -> Inputs:
+    """Find pixels."""
+    if len(shape) != 4 or min(shape) < 1 or shape[3] not in CHANNELS:
+        raise RequestError(
+            f"shape of {INPUT}",
+            expected="(N, H, W, C), C being 1, 3 or 4",
+            found=str(list(shape)),
+        )
+    expected = shape[0] * shape[1] * shape[2] * shape[3] * ITEM_BYTES[tensor.datatype]
+    if part := find_slice(tensor.parameters, regions):
+        _check_length(part.byte_size, expected, shape)
+        images = _iterate_pixels(part.read, tensor.datatype, shape, expected)
+        return Inputs(images=images, count=shape[0], payload_bytes=expected)
+
+    def read() -> Any:
+        if request.raw_input_contents:
+            return _only_raw(request)
+        return _typed_pixels(tensor)
+
+    images = _iterate_pixels(read, tensor.datatype, shape, expected)
+    return Inputs(images=images, count=shape[0], payload_bytes=2 * expected)
+
+
+def _iterate_pixels(
+    read: Callable[[], bytes], datatype: str, shape: tuple[int, ...], expected: int
+) -> Iterator[ImageData | ImageError]:
+    """Read a tensor of pixels; give its images."""
+    data = read()
+    _check_length(len(data), expected, shape)
+    pixels_NHWC = np.frombuffer(data, PRECISION_DTYPES[datatype]).reshape(shape)
+    if datatype == "UINT8":
+        yield from pixels_NHWC
+        return
+    for image in pixels_NHWC:
+        try:
+            yield _whole_pixels(image)
+        except ImageError as error:
+            yield error
+
+
+def _whole_pixels(image: Any) -> Any:
+    """Bring float pixels to uint8, exactly.
+
+    Raises:
+        ImageError: some are not whole numbers from 0 to 255.
+    """
+    with np.errstate(invalid="ignore"):  # what does not fit is found by the comparison
+        whole = image.astype(np.uint8)
+    wrong = whole != image
+    if wrong.any():
+        raise ImageError(
+            ImageFault.UNREADABLE,
+            "FP32 pixels",
+            expected="whole numbers from 0 to 255",
+            found=f"{image[wrong][0]:g}",
+            mend="send pixels as they are in the image, neither scaled nor normalised",
+        )
+    return whole
+
+
+def _typed_pixels(tensor: Any) -> bytes:
+    """Give the pixels of typed contents as raw ones.
+
+    Raises:
+        RequestError: some are none.
+    """
+    if tensor.datatype == "FP32":
+        return np.asarray(tensor.contents.fp32_contents, "<f4").tobytes()
+    values = np.asarray(tensor.contents.uint_contents, np.uint32)
+    if values.size and values.max() > 255:
+        raise RequestError(f"contents of {INPUT}", expected="0 to 255", found=str(values.max()))
+    return values.astype(np.uint8).tobytes()
+
+
+def _read_encoded(request: Any, tensor: Any, shape: tuple[int, ...], regions: Regions) -> Inputs:
+    """Find encoded images."""
+    if shape not in ((shape[0],), (shape[0], 1)):
+        raise RequestError(
+            f"shape of {INPUT}", expected="(N) or (N, 1) of BYTES", found=str(list(shape))
+        )
+    copies = 2
+    if part := find_slice(tensor.parameters, regions):
+        raw, copies = part.read(), 1
+        images = split_bytes(raw, shape[0])
+    elif request.raw_input_contents:
+        images = split_bytes(_only_raw(request), shape[0])
+    else:
+        images = list(tensor.contents.bytes_contents)
+    if len(images) != shape[0]:
+        raise RequestError(
+            f"contents of {INPUT}", expected=f"{shape[0]} elements", found=str(len(images))
+        )
+    payload_bytes = copies * sum(map(len, images))
+    return Inputs(images=iter(images), count=shape[0], payload_bytes=payload_bytes)
+
+
+def split_bytes(raw: bytes, count: int) -> list[bytes]:
+    """Split a BYTES tensor into its `count` elements.
+
+    Raises:
+        RequestError: it is not so many elements, each after its length.
+    """
+    elements: list[bytes] = []
+    at = 0
+    while at < len(raw) and len(elements) < count:
+        end = at + LENGTH.size
+        if end <= len(raw):
+            start, end = end, end + LENGTH.unpack_from(raw, at)[0]
+        if end > len(raw):
+            raise RequestError(
+                f"element {len(elements)} of {INPUT}",
+                expected="a 4-byte little-endian length, and as many bytes",
+                found=f"{len(raw) - at} bytes",
+            )
+        elements.append(raw[start:end])
+        at = end
+    if at < len(raw) or len(elements) < count:
+        found = f"{len(elements)} and {len(raw) - at} bytes more" if at < len(raw) else None
+        raise RequestError(
+            f"BYTES of {INPUT}",
+            expected=f"{count} elements",
+            found=found or str(len(elements)),
+        )
+    return elements
+
+
+def _only_raw(request: Any) -> bytes:
+    """Give the raw contents of the only input; every access copies.
+
+    Raises:
+        RequestError: there are several.
+    """
+    if len(request.raw_input_contents) != 1:
+        found = str(len(request.raw_input_contents))
+        raise RequestError("raw_input_contents", expected="1, as there is one input", found=found)
+    raw: bytes = request.raw_input_contents[0]
+    return raw
+
+
+def _check_length(found: int, expected: int, shape: tuple[int, ...]) -> None:
+    """Refuse contents of another length than the shape says."""
+    if found != expected:
+        raise RequestError(
+            f"contents of {INPUT} of shape {list(shape)}",
+            expected=f"{expected} bytes",
+            found=str(found),
+        )

@@ -1,0 +1,181 @@
+"""Vectors into a reply of KServe v2.
+
+Rules:
+    KServe has no status an image, so: an image without a vector has a row of NaN (of zeros
+    as INT8, with a scale of NaN), and then the outputs `status` and `message` come with the
+    reply, asked for or not. The call fails only if no image has a vector.
+    Where no output is asked for, `embeddings` comes, and with it `scales` if it is INT8.
+    Every output has a place in raw_output_contents, empty for one in shared memory: that is
+    where Triton's clients look.
+    Whether an output fits its shared memory is checked before anything is computed, as far
+    as its size is known then.
+    Every reply carries the encoder's fingerprint, as a parameter.
+
+Shapes: N images, D dimensions kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tritonclient.grpc import service_pb2 as kserve
+
+from models.vectors import pack_vectors
+from protos import horace_pb2 as pb
+from serve.embedding import finish
+from serve.errors import InternalError, RequestError
+from serve.job import Embedded
+from serve.kserve.inputs import LENGTH
+from serve.kserve.memory import find_slice, note_slice
+from serve.kserve.parameters import Asked
+from serve.kserve.regions import Regions, Slice, check_fits
+from serve.kserve.signature import (
+    DATATYPES,
+    EMBEDDINGS,
+    ITEM_BYTES,
+    MESSAGE,
+    SCALES,
+    STATUS,
+    VECTOR_DTYPES,
+)
+
+FLOATS = {"fp32": "<f4", "fp16": "<f2"}
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """An output that a caller asks for, and where it is to lie; in the reply where None."""
+
+    name: str
+    datatype: str
+    part: Slice | None = None
+
+
+DEFAULT = (Wanted(EMBEDDINGS, "FP32"),)
+
+
+def read_outputs(request: Any, asked: Asked, regions: Regions) -> tuple[Wanted, ...]:
+    """Read which outputs a request wants.
+
+    Raises:
+        RequestError: one is not known, or asked for twice, or as classes.
+        UnknownNameError: one is to lie in shared memory that is not registered.
+    """
+    if not request.outputs:
+        if asked.datatype == "FP32":
+            return DEFAULT
+        scales = (Wanted(SCALES, "FP32"),) if asked.datatype == "INT8" else ()
+        return (Wanted(EMBEDDINGS, asked.datatype), *scales)
+    if len({output.name for output in request.outputs}) != len(request.outputs):
+        raise RequestError("outputs", expected="each name once", found="one twice")
+    return tuple(_read_output(output, asked, regions) for output in request.outputs)
+
+
+def _read_output(output: Any, asked: Asked, regions: Regions) -> Wanted:
+    """Read one output that is asked for."""
+    name = output.name
+    if name not in DATATYPES:
+        raise RequestError("outputs", expected=" or ".join(DATATYPES), found=f"{name!r:.80}")
+    if output.parameters and "classification" in output.parameters:
+        raise RequestError(
+            f"output {name}", expected="the tensor: vectors have no classes", found="classification"
+        )
+    datatype = asked.datatype if name == EMBEDDINGS else DATATYPES[name]
+    return Wanted(name, datatype, find_slice(output.parameters, regions))
+
+
+def check_room(wanted: Sequence[Wanted], *, images: int, dims: int) -> None:
+    """Refuse outputs that do not fit the shared memory that they are to lie in.
+
+    Raises:
+        RequestError: one does not.
+    """
+    for output in wanted:
+        if output.part is not None and output.name != MESSAGE:
+            width = 1 if output.name in (SCALES, STATUS) else dims
+            check_fits(output.part, images * width * ITEM_BYTES[output.datatype])
+
+
+def write_response(
+    response: Any, embedded: Embedded, wanted: tuple[Wanted, ...], asked: Asked
+) -> None:
+    """Add what became of the images to a reply.
+
+    Raises:
+        RequestError: no image has a vector, by the caller's fault; or an output does not fit
+            its shared memory.
+        InternalError: no image has a vector, by the encoder's.
+    """
+    dtypes = {VECTOR_DTYPES[w.datatype] for w in wanted if w.datatype in VECTOR_DTYPES}
+    rows_ND, statuses = finish(
+        embedded,
+        dims=asked.dims,
+        normalize=asked.normalize,
+        dtype="fp16" if "fp16" in dtypes else "fp32",
+    )
+    if len(rows_ND) < len(statuses):
+        rows_ND = _spread(rows_ND, statuses)
+        present = {output.name for output in wanted}
+        faults = (Wanted(STATUS, DATATYPES[STATUS]), Wanted(MESSAGE, DATATYPES[MESSAGE]))
+        wanted += tuple(output for output in faults if output.name not in present)
+    for output in wanted:
+        shape, data = _tensor(output, rows_ND, statuses)
+        tensor = response.outputs.add(name=output.name, datatype=output.datatype, shape=shape)
+        if output.part is not None:
+            output.part.write(data)
+            note_slice(output.part, len(data), tensor.parameters)
+            data = b""
+        response.raw_output_contents.append(data)
+
+
+def _tensor(
+    output: Wanted, rows_ND: NDArray[np.float32], statuses: Sequence[pb.ItemStatus]
+) -> tuple[tuple[int, int], bytes]:
+    """Give the shape and the bytes of one output."""
+    n, dims = rows_ND.shape
+    if output.name == STATUS:
+        return (n, 1), np.array([status.code for status in statuses], "<i4").tobytes()
+    if output.name == MESSAGE:
+        return (n, 1), join_bytes([status.message.encode() for status in statuses])
+    dtype = VECTOR_DTYPES[output.datatype]
+    if output.name != SCALES and dtype in FLOATS:
+        return (n, dims), rows_ND.astype(FLOATS[dtype], copy=False).tobytes()
+    failed_N = np.isnan(rows_ND[:, 0])
+    packed = pack_vectors(np.where(failed_N[:, None], np.float32(0), rows_ND), "int8")
+    if output.name != SCALES:
+        return (n, dims), packed.data
+    scales_N = np.where(failed_N, np.float32(np.nan), np.asarray(packed.scales, np.float32))
+    return (n, 1), scales_N.astype("<f4").tobytes()
+
+
+def join_bytes(elements: Sequence[bytes]) -> bytes:
+    """Write a BYTES tensor: every element after its length."""
+    return b"".join(part for e in elements for part in (LENGTH.pack(len(e)), e))
+
+
+def _spread(rows_ND: NDArray[np.float32], statuses: Sequence[pb.ItemStatus]) -> NDArray[np.float32]:
+    """Give every image a row, of NaN where it has no vector.
+
+    Raises:
+        RequestError: none has one, by the caller's fault.
+        InternalError: none has one, by the encoder's.
+    """
+    if not len(rows_ND):
+        first = statuses[0]
+        kind = InternalError if first.code == pb.NOT_FINITE else RequestError
+        what = first.message if len(statuses) == 1 else f"no image has a vector: {first.message}"
+        raise kind(what)
+    spread_ND = np.full((len(statuses), rows_ND.shape[1]), np.nan, np.float32)
+    spread_ND[[status.code == pb.OK for status in statuses]] = rows_ND
+    return spread_ND
+
+
+def begin_response(request_id: str, *, name: str, version: str, fingerprint: str) -> Any:
+    """Begin the reply of a model."""
+    response = kserve.ModelInferResponse(model_name=name, model_version=version, id=request_id)
+    response.parameters["fingerprint"].string_param = fingerprint
+    return response

@@ -1,0 +1,70 @@
+"""Loading and unloading of models by KServe's RPCs: the messages; `serve.lifecycle` does it.
+
+A model is loaded from where the server was told that it is: a caller brings no files and no
+configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+from tritonclient.grpc import service_pb2 as kserve
+
+from serve.errors import RequestError
+from serve.lifecycle.sources import ModelStatus
+
+READY = "ready"
+
+
+class ModelControl(Protocol):
+    """Who loads and unloads models; `serve.lifecycle.manager.Lifecycle` is one."""
+
+    async def load(self, name: str) -> None:
+        """Load a model, or load it again; it serves when this returns.
+
+        Raises:
+            PreconditionError: the operator has not allowed it to callers.
+            UnknownNameError: the server knows no such model.
+            HoraceError: it cannot be loaded; what was served is served still.
+        """
+
+    async def unload(self, name: str) -> None:
+        """Serve a model no more.
+
+        Raises:
+            PreconditionError: the operator has not allowed it to callers.
+            UnknownNameError: the server knows no such model.
+        """
+
+    def index(self) -> list[ModelStatus]:
+        """List the models that the server knows, served or not."""
+
+
+def repository_index(models: Iterable[ModelStatus], *, ready_only: bool) -> Any:
+    """List models with their states, as Triton writes them."""
+    index = kserve.RepositoryIndexResponse()
+    for model in models:
+        if model.state == READY or not ready_only:
+            index.models.add(
+                name=model.name,
+                version=model.version,
+                state=model.state.upper(),
+                reason=model.reason,
+            )
+    return index
+
+
+def check_change(repository: str, parameters: Mapping[str, Any]) -> None:
+    """Refuse to load or unload anything but a model by its name.
+
+    Raises:
+        RequestError: it names a repository, or brings files or a configuration.
+    """
+    foreign = [name for name in parameters if name != "unload_dependents"]
+    if repository or foreign:
+        raise RequestError(
+            "load or unload of a model",
+            expected="a name alone: a model is loaded from where the server was told it is",
+            found="a repository" if repository else f"parameter {foreign[0]!r:.80}",
+        )

@@ -1,0 +1,109 @@
+"""What each version of a model has done, as ModelStatistics reports it.
+
+Rules:
+    Every request and batch counts, whichever protocol it came by.
+    To hear of a request takes a lock for a few additions, and never more.
+    A few versions of each model are remembered, the newest ones.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from serve.job import Embedded
+from serve.operation.observer import Nobody
+
+KEPT_VERSIONS = 8
+"""Versions of one model whose counts are kept: more than are ever served at once."""
+
+
+@dataclass(slots=True)
+class Duration:
+    """How often something was done, and how long it took in all."""
+
+    count: int = 0
+    total_s: float = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Count one more."""
+        self.count += 1
+        self.total_s += seconds
+
+
+@dataclass(eq=False, kw_only=True)
+class ModelCounts:
+    """Hears of the work of one version of one model; may be told by several threads.
+
+    Attributes:
+        clock: seconds since 1970.
+        last_s: when a request was answered last.
+        images: that left the encoder with vectors.
+        success: requests that got their vectors, from arrival to reply.
+        fail: requests that got none.
+        queue: of the first, the time in the queue.
+        decode: until their images were decoded.
+        inference: in the encoder.
+        output: from the encoder to the reply.
+        batches: by their size, with the encoder's time.
+    """
+
+    clock: Callable[[], float] = time.time
+    last_s: float = 0.0
+    images: int = 0
+    success: Duration = field(default_factory=Duration)
+    fail: Duration = field(default_factory=Duration)
+    queue: Duration = field(default_factory=Duration)
+    decode: Duration = field(default_factory=Duration)
+    inference: Duration = field(default_factory=Duration)
+    output: Duration = field(default_factory=Duration)
+    batches: dict[int, Duration] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def answered(self, embedded: Embedded, total_s: float) -> None:
+        """Count a request that got its vectors."""
+        computed_s = embedded.decode_s + embedded.queue_s + embedded.inference_s
+        with self.lock:
+            self.last_s = self.clock()
+            self.success.add(total_s)
+            self.decode.add(embedded.decode_s)
+            self.queue.add(embedded.queue_s)
+            self.inference.add(embedded.inference_s)
+            self.output.add(max(0.0, total_s - computed_s))
+
+    def failed(self, error: BaseException, images: int, total_s: float) -> None:
+        """Count a request that got none."""
+        with self.lock:
+            self.fail.add(total_s)
+
+    def computed(self, images: int, inference_s: float, *, failed: bool = False) -> None:
+        """Count a batch; one that failed is counted with its requests."""
+        if failed:
+            return
+        with self.lock:
+            self.images += images
+            self.batches.setdefault(images, Duration()).add(inference_s)
+
+
+class Statistics(Nobody):
+    """The counts of every model: an observer of engines, and deaf to calls."""
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self._counts: dict[tuple[str, str], ModelCounts] = {}  # the oldest first
+
+    def __repr__(self) -> str:
+        return f"<Statistics {list(self._counts)}>"
+
+    def watch_model(self, name: str, version: str) -> ModelCounts:
+        """Give the counts of one version of a model."""
+        versions = [pair for pair in list(self._counts) if pair[0] == name]
+        for pair in versions[: len(versions) - KEPT_VERSIONS + 1]:
+            self._counts.pop(pair, None)
+        return self._counts.setdefault((name, version), ModelCounts())
+
+    def find(self, name: str, version: str) -> ModelCounts | None:
+        """Find the counts of one version of a model."""
+        return self._counts.get((name, version))
