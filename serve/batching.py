@@ -8,27 +8,38 @@ Rules:
     complete when the last of its images is settled: computed, or failed to decode.
     An idle instance never waits while images do, unless a delay is asked for; that delay is
     anchored to the oldest waiting arrival. Batches grow only while every instance is busy.
-    Images run in the order in which they became ready.
+    Images run by priority, clients of one priority in turns, and each client's in the order
+    in which they became ready: `serve.fair_queue`.
     What a request holds (images, bytes) is bounded and counted from its admission until it
-    is over; one that does not fit is refused at once, or waits in line if it asks to. An
-    empty batcher admits any request.
-    The line is first come, first served: nobody is admitted past its head, however small.
+    is over; one that does not fit is refused at once and told when to come back, or waits in
+    line if it asks to: `serve.room`.
+    A request that cannot be done by its deadline, going by how long batches take of late
+    (`serve.latency`) and what runs before it (`serve.backlog`), is refused when it comes, and
+    dropped from the queue where that shows later: nothing is computed for it.
     A request that is cancelled, or whose deadline has passed, is computed no further.
 
-It does not know what an image is, how long one takes, or who is asking.
+It does not know what an image is, or who is asking.
 
-Source: the work-conserving loop of text-embeddings-inference and the delay of Triton's
-dynamic batcher, which counts from the oldest request.
+Source: the work-conserving loop of text-embeddings-inference, the delay of Triton's dynamic
+batcher, which counts from the oldest request, and BentoML's forecast.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import math
 from collections.abc import Sequence
 from typing import Generic
 
-from serve.errors import QueueFullError
+from serve.backlog import Backlog
+from serve.errors import DeadlineError, QueueFullError
+from serve.fair_queue import FairQueue
+from serve.latency import Lag, LatencyModel
+from serve.room import Room
 from serve.tickets import Batch, BatcherStatistics, Decision, Part, TicketT
+
+TURN_IMAGES = 8
+"""A client's turn: few enough that single requests of others wait a quarter of a batch at
+most, enough that a large request is not cut into crumbs."""
 
 
 class Batcher(Generic[TicketT]):
@@ -56,31 +67,37 @@ class Batcher(Generic[TicketT]):
         assert max_batch_images > 0
         assert instances > 0
         self._max_batch_images = max_batch_images
-        self._max_held_images = max_held_images
-        self._max_held_bytes = max_held_bytes
         self._max_delay_s = max_delay_s
         self._instances = instances
-        self._queue: OrderedDict[Part[TicketT], None] = OrderedDict()
+        turn = min(TURN_IMAGES, max_batch_images)
+        self._queue: FairQueue[TicketT] = FairQueue(quantum_images=turn)
+        self._backlog = Backlog(quantum_images=turn)
+        self._room: Room[TicketT] = Room(max_images=max_held_images, max_bytes=max_held_bytes)
         self._held: dict[TicketT, set[Part[TicketT]]] = {}  # with their waiting parts
-        self._line: dict[TicketT, None] = {}  # those who wait for room, in order
-        self._held_images = self._held_bytes = 0
-        self._waiting_images = self._running_images = self._running_batches = 0
-        self._admitted = self._refused = self._cancelled = self._expired = 0
-        self._computed_images = self._computed_batches = 0
+        self._latency = LatencyModel()
+        self._reply = Lag()
+        self._running: dict[Batch[TicketT], None] = {}
+        self._running_images = 0
+        self._admitted = self._refused = self._cancelled = 0
+        self._unmeetable = self._expired = 0
+        self._computed_images = self._computed_batches = self._abandoned_images = 0
 
     def __repr__(self) -> str:
+        waiting = "+".join(map(str, self._queue.images_by_priority))
+        room = self._room
         return (
-            f"<Batcher waiting={self._waiting_images} running={self._running_images} images "
-            f"in {self._running_batches}/{self._instances} batches, "
-            f"held={self._held_images}/{self._max_held_images} images, "
-            f"{self._held_bytes}/{self._max_held_bytes} bytes>"
+            f"<Batcher waiting={waiting} of {self._queue.clients} clients, "
+            f"running={self._running_images} images "
+            f"in {len(self._running)}/{self._instances} batches, "
+            f"held={room.images}/{room.max_images} images, "
+            f"{room.bytes}/{room.max_bytes} bytes, {room.lined_up} in line>"
         )
 
     def admit(self, ticket: TicketT, *, line_up: bool = False) -> bool:
         """Take a request in; `ready` and `settle` account for each of its images later.
 
         Args:
-            ticket: the request.
+            ticket: the request, which has just arrived.
             line_up: where there is no room, wait in line for `admit_line`.
 
         Returns:
@@ -88,32 +105,35 @@ class Batcher(Generic[TicketT]):
 
         Raises:
             QueueFullError: it does not fit beside what is held and who waits already, and
-                `line_up` is false.
+                `line_up` is false; or the line is full, too.
+            DeadlineError: it cannot be done by its deadline.
         """
         assert ticket.images > 0
-        if not self._line and self._fits(ticket):
+        if ticket.deadline_s < math.inf and not line_up:
+            self._refuse_unmeetable(ticket)
+        if self._room.admits(ticket):
             self._hold(ticket)
             return True
-        if line_up:
-            self._line[ticket] = None
+        if line_up and self._room.line_up(ticket):
             return False
         self._refused += 1
+        room = self._room
         raise QueueFullError(
             "queue",
             expected=f"room for {ticket.images} images and {ticket.held_bytes} bytes",
-            found=f"{self._held_images} of {self._max_held_images} images and "
-            f"{self._held_bytes} of {self._max_held_bytes} bytes taken, "
-            f"{len(self._line)} requests in line",
+            found=f"{room.images} of {room.max_images} images and "
+            f"{room.bytes} of {room.max_bytes} bytes taken, "
+            f"{room.lined_up} requests in line",
             mend="try again later, or elsewhere",
+            retry_after_s=self._drain_s(room.lacking_images(ticket), ticket.arrived_s) or None,
         )
 
     def admit_line(self) -> tuple[TicketT, ...]:
-        """Admit those at the head of the line who fit now; ask after whatever may free room."""
+        """Admit those in line who may come in now; ask after whatever may free room."""
         admitted: tuple[TicketT, ...] = ()
-        while self._line and self._fits(head := next(iter(self._line))):
-            del self._line[head]
-            self._hold(head)
-            admitted += (head,)
+        while (ticket := self._room.next_in_line()) is not None:
+            self._hold(ticket)
+            admitted += (ticket,)
         return admitted
 
     def ready(self, ticket: TicketT, positions: Sequence[int], now_s: float) -> None:
@@ -125,14 +145,15 @@ class Batcher(Generic[TicketT]):
             return
         part = Part(ticket, positions, now_s)
         self._held[ticket].add(part)
-        self._queue[part] = None
+        self._queue.push(part)
         ticket.waiting += len(positions)
-        self._waiting_images += len(positions)
 
     def settle(self, ticket: TicketT, images: int) -> bool:
         """Count images that failed before the queue; whether to answer the ticket now."""
         ticket.preparing -= images
         assert ticket.preparing >= 0
+        if not ticket.gone:
+            self._backlog.remove(ticket, images)
         return self._release_if_over(ticket) and not ticket.gone
 
     def cancel(self, ticket: TicketT, *, unprepared: bool = False) -> None:
@@ -142,61 +163,62 @@ class Batcher(Generic[TicketT]):
             ticket: the request.
             unprepared: whether its images will never come to `ready` or `settle`.
         """
-        if ticket in self._line:
+        if self._room.leave_line(ticket):
             self._cancelled += 1
-            del self._line[ticket]
             ticket.gone = True
         if ticket not in self._held:
             return
-        if unprepared:
-            ticket.preparing = 0
-        if ticket.gone:
-            self._release_if_over(ticket)
-        else:
+        if not ticket.gone:
             self._cancelled += 1
             self._drop(ticket)
+        if unprepared:
+            ticket.preparing = 0
+            self._release_if_over(ticket)
 
     def decide(self, now_s: float) -> Decision[TicketT]:
         """Say what an idle instance should do now; a batch given counts as running.
 
         Every batch must come back through `finish`.
         """
-        if self._running_batches >= self._instances:
+        if len(self._running) >= self._instances:
             return Decision()
-        expired = self._drop_expired_heads(now_s)
-        if not self._queue:
+        expired = self._drop_late_heads(now_s, self._max_batch_images)
+        if not self._queue.images:
             return Decision(expired=expired)
-        if self._max_delay_s and self._waiting_images < self._max_batch_images:
-            oldest_s = min(part.ticket.arrived_s for part in self._queue)
+        if self._max_delay_s and self._queue.images < self._max_batch_images:
+            oldest_s = self._queue.oldest_s()
             if now_s < oldest_s + self._max_delay_s:
                 return Decision(expired=expired, wake_at_s=oldest_s + self._max_delay_s)
         parts: list[Part[TicketT]] = []
         room = self._max_batch_images
-        while room and self._queue:
+        while room and self._queue.images:
             parts.append(part := self._take_head(room))
             room -= len(part.positions)
-            expired += self._drop_expired_heads(now_s)
-        batch = Batch(tuple(parts), self._max_batch_images - room)
-        self._running_batches += 1
+            expired += self._drop_late_heads(now_s, room)
+        batch = Batch(tuple(parts), self._max_batch_images - room, now_s)
+        self._running[batch] = None
         self._running_images += batch.images
         return Decision(batch, expired)
 
-    def finish(self, batch: Batch[TicketT], *, failed: bool = False) -> list[TicketT]:
+    def finish(self, batch: Batch[TicketT], now_s: float, *, failed: bool = False) -> list[TicketT]:
         """Take a batch back, computed or failed.
 
         Returns:
             The tickets to answer now: those whose last images these were; after a failure
             every ticket of the batch, of which nothing more is computed.
         """
-        self._running_batches -= 1
+        del self._running[batch]
         self._running_images -= batch.images
         if not failed:
             self._computed_images += batch.images
             self._computed_batches += 1
+            self._latency.observe(batch.images, now_s - batch.started_s, now_s)
         answered = []
         for part in batch.parts:
             ticket = part.ticket
             ticket.running -= len(part.positions)
+            if ticket.gone or ticket.deadline_s <= now_s:
+                self._abandoned_images += len(part.positions)
             if ticket.gone:
                 self._release_if_over(ticket)
             elif failed:
@@ -206,89 +228,147 @@ class Batcher(Generic[TicketT]):
                 answered.append(ticket)
         return answered
 
+    def note_reply(self, seconds: float) -> None:
+        """Learn how long a reply takes from its batch to its caller's event loop."""
+        self._reply.observe(seconds)
+
     @property
     def waiting_images(self) -> int:
         """Images that are ready and wait for an instance."""
-        return self._waiting_images
+        return self._queue.images
 
     @property
     def tickets(self) -> tuple[TicketT, ...]:
         """Every ticket that is not over, those in line included."""
-        return (*self._held, *self._line)
+        return (*self._held, *self._room.line)
 
     def statistics(self) -> BatcherStatistics:
         """Give the present state and the counts so far."""
         return BatcherStatistics(
-            lined_up_requests=len(self._line),
+            lined_up_requests=self._room.lined_up,
+            lined_up_bytes=self._room.lined_up_bytes,
             held_requests=len(self._held),
-            held_images=self._held_images,
-            held_bytes=self._held_bytes,
-            waiting_images=self._waiting_images,
+            held_images=self._room.images,
+            held_bytes=self._room.bytes,
+            clients=self._room.clients,
+            waiting_images=self._queue.images,
+            waiting_by_priority=self._queue.images_by_priority,
             running_images=self._running_images,
-            running_batches=self._running_batches,
+            running_batches=len(self._running),
             admitted_requests=self._admitted,
             refused_requests=self._refused,
+            unmeetable_requests=self._unmeetable,
             cancelled_requests=self._cancelled,
             expired_requests=self._expired,
             computed_images=self._computed_images,
             computed_batches=self._computed_batches,
+            abandoned_images=self._abandoned_images,
+            latency=self._latency.statistics(),
+            reply_s=self._reply.seconds,
         )
 
-    def _fits(self, ticket: TicketT) -> bool:
-        """Whether there is room for a ticket beside what is held."""
-        images = self._held_images + ticket.images
-        held_bytes = self._held_bytes + ticket.held_bytes
-        fits = images <= self._max_held_images and held_bytes <= self._max_held_bytes
-        return fits or not self._held
+    def _refuse_unmeetable(self, ticket: TicketT) -> None:
+        """Refuse a newcomer that cannot be done by its deadline.
+
+        Raises:
+            DeadlineError: so it is.
+        """
+        now_s = ticket.arrived_s
+        ahead = self._backlog.ahead_of(ticket)
+        takes_s = self._drain_s(ahead + ticket.images, now_s)
+        if takes_s:
+            takes_s += self._until_idle_s(now_s) + self._reply.seconds
+        left_s = ticket.deadline_s - now_s
+        if left_s > takes_s:
+            return
+        self._unmeetable += 1
+        if left_s <= 0:
+            raise DeadlineError("the deadline passed before the request was read")
+        raise DeadlineError(
+            "deadline",
+            expected=f"{takes_s * 1e3:.0f} ms from now, for {ticket.images} images "
+            f"with {ahead} before them",
+            found=f"{left_s * 1e3:.0f} ms",
+            mend="allow more time, send less at once, or try elsewhere",
+        )
+
+    def _drain_s(self, images: int, now_s: float) -> float:
+        """Say how long images take once an instance is idle; 0 where that is not known."""
+        return self._latency.drain_s(
+            images,
+            batch_images=self._max_batch_images,
+            instances=self._instances,
+            now_s=now_s,
+        )
+
+    def _until_idle_s(self, now_s: float) -> float:
+        """Say for how long every instance will be busy."""
+        if len(self._running) < self._instances:
+            return 0.0
+        ends_s = (
+            batch.started_s + self._latency.predict_s(batch.images, now_s)
+            for batch in self._running
+        )
+        return max(0.0, min(ends_s) - now_s)
 
     def _hold(self, ticket: TicketT) -> None:
         """Count what a ticket holds, from now until it is over."""
         self._held[ticket] = set()
-        self._held_images += ticket.images
-        self._held_bytes += ticket.held_bytes
+        self._room.hold(ticket)
+        self._backlog.add(ticket, ticket.images)
         self._admitted += 1
         ticket.preparing = ticket.images
 
     def _take_head(self, room: int) -> Part[TicketT]:
-        """Take up to `room` images of the oldest part out of the queue."""
-        head = taken = next(iter(self._queue))
-        ticket = head.ticket
-        if len(head.positions) > room:
-            taken = Part(ticket, head.positions[:room], head.ready_s)
-            head.positions = head.positions[room:]
-        else:
-            del self._queue[head]
-            self._held[ticket].remove(head)
+        """Take up to `room` images of the part whose turn it is out of the queue."""
+        taken = self._queue.take(room)
+        ticket = taken.ticket
         images = len(taken.positions)
-        self._waiting_images -= images
+        self._held[ticket].discard(taken)
+        self._backlog.remove(ticket, images)
         ticket.waiting -= images
         ticket.running += images
         return taken
 
-    def _drop_expired_heads(self, now_s: float) -> tuple[TicketT, ...]:
-        """Drop tickets from the queue's front whose deadline has passed."""
+    def _drop_late_heads(self, now_s: float, room: int) -> tuple[TicketT, ...]:
+        """Drop tickets from the queue's front that would be late.
+
+        The batch is taken for as full as it can get: each that is dropped makes it shorter.
+        """
         expired: tuple[TicketT, ...] = ()
-        while self._queue and (ticket := next(iter(self._queue)).ticket).deadline_s <= now_s:
+        while room and (head := self._queue.head()) is not None:
+            ticket = head.ticket
+            if ticket.deadline_s > now_s and ticket.deadline_s > self._ends_s(ticket, now_s, room):
+                break
             self._expired += 1
             self._drop(ticket)
             expired += (ticket,)
         return expired
 
+    def _ends_s(self, ticket: TicketT, now_s: float, room: int) -> float:
+        """Say when a ticket would be answered whose images go into the next batch."""
+        if ticket.deadline_s == math.inf:
+            return now_s
+        batch = min(self._max_batch_images, self._max_batch_images - room + self._queue.images)
+        images = max(batch, ticket.waiting + ticket.preparing)
+        takes_s = self._drain_s(images, now_s)
+        return now_s + takes_s + self._reply.seconds if takes_s else now_s
+
     def _drop(self, ticket: TicketT) -> None:
         """Take a ticket's waiting images out of the queue and compute no more of it."""
         ticket.gone = True
         for part in self._held[ticket]:
-            del self._queue[part]
+            self._queue.remove(part)
         self._held[ticket].clear()
-        self._waiting_images -= ticket.waiting
+        if ticket.preparing or ticket.waiting:
+            self._backlog.remove(ticket, ticket.preparing + ticket.waiting)
         ticket.waiting = 0
         self._release_if_over(ticket)
 
     def _release_if_over(self, ticket: TicketT) -> bool:
         """Stop counting what a ticket held once it is over; whether it is."""
-        if not ticket.over:
+        if not ticket.over or ticket not in self._held:
             return False
         del self._held[ticket]
-        self._held_images -= ticket.images
-        self._held_bytes -= ticket.held_bytes
+        self._room.release(ticket)
         return True

@@ -306,7 +306,7 @@ class Engine:
                 elif not decision.expired:
                     self._wait(decision.wake_at_s)
             if decision.expired:
-                late = DeadlineError("the deadline passed before the images could be computed")
+                late = DeadlineError("the deadline is too near for these images to be computed")
                 self._deliver(decision.expired, late)
             if decision.batch is not None:
                 return decision.batch
@@ -332,7 +332,7 @@ class Engine:
             log.exception("%r failed on a batch of %d images", self.encoder, batch.images)
             self._observer.computed(batch.images, self._clock() - started_s, failed=True)
             with self._changing():
-                failed = self._batcher.finish(batch, failed=True)
+                failed = self._batcher.finish(batch, self._clock(), failed=True)
             self._deliver(failed, InternalError("the encoder failed on these images"))
             return
         inference_s = self._clock() - started_s
@@ -345,7 +345,7 @@ class Engine:
             job.inference_s += inference_s
             at = end
         with self._changing():
-            done = self._batcher.finish(batch)
+            done = self._batcher.finish(batch, self._clock())
         self._deliver(done)
 
     def _encode(self, batch: Batch[Job]) -> NDArray[np.float32]:
@@ -387,7 +387,17 @@ class Engine:
     def _deliver(self, jobs: Sequence[Job], error: Exception | None = None) -> None:
         """Answer jobs on their event loop, all in one call."""
         if jobs:
-            self._post(jobs, answer, jobs, error)
+            self._post(jobs, self._answer, jobs, error, self._clock())
+
+    def _answer(self, jobs: Sequence[Job], error: Exception | None, posted_s: float) -> None:
+        """Answer jobs; once their replies have left, learn how long that took."""
+        answer(jobs, error)
+        jobs[0].loop.call_soon(self._note_reply, posted_s)
+
+    def _note_reply(self, posted_s: float) -> None:
+        """Allow as much for replies to come."""
+        with self._changed:
+            self._batcher.note_reply(self._clock() - posted_s)
 
     def _post(self, jobs: Sequence[Job], call: Callable[..., None], *arguments: object) -> None:
         """Have the event loop of `jobs` call."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from serve.errors import RequestError
+from serve.latency import LatencyStatistics
 
 DEFAULT_PRIORITY = 2
 LOWEST_PRIORITY = 3
@@ -80,10 +81,17 @@ class Part(Generic[TicketT]):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Batch(Generic[TicketT]):
-    """Images to run together, in this order."""
+    """Images to run together, in this order.
+
+    Attributes:
+        parts: whose they are.
+        images: how many.
+        started_s: when an instance was given them.
+    """
 
     parts: tuple[Part[TicketT], ...]
     images: int
+    started_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +100,8 @@ class Decision(Generic[TicketT]):
 
     Attributes:
         batch: run this on the instance that asked; None where there is nothing to run.
-        expired: tell these callers that their deadline passed; they are dropped already.
+        expired: tell these callers that they would be, or are, too late; they are dropped
+            already.
         wake_at_s: ask again at this time, unless something becomes ready before; None
             where only a new event can change the answer.
     """
@@ -108,30 +117,45 @@ class BatcherStatistics:
 
     Attributes:
         lined_up_requests: requests that wait to be admitted.
+        lined_up_bytes: their bytes.
         held_requests: requests admitted and not over.
         held_images: their images.
         held_bytes: their bytes.
+        clients: those whose requests they are.
         waiting_images: images that are ready and wait for an instance.
+        waiting_by_priority: the same, the first priority first.
         running_images: images in batches that run.
         running_batches: busy instances.
         admitted_requests: all that were ever admitted.
         refused_requests: those for which there was no room.
+        unmeetable_requests: those refused because their deadline could not be met.
         cancelled_requests: those whose callers went before the reply.
-        expired_requests: those whose deadline passed while they waited.
+        expired_requests: those dropped while they waited, because their deadline had passed or
+            could not be met any more.
         computed_images: images in batches that have finished.
         computed_batches: batches that have finished.
+        abandoned_images: images whose caller went, or whose deadline passed, while they ran.
+        latency: how long batches take.
+        reply_s: what is allowed for a reply's way to its caller's event loop.
     """
 
     lined_up_requests: int
+    lined_up_bytes: int
     held_requests: int
     held_images: int
     held_bytes: int
+    clients: int
     waiting_images: int
+    waiting_by_priority: tuple[int, ...]
     running_images: int
     running_batches: int
     admitted_requests: int
     refused_requests: int
+    unmeetable_requests: int
     cancelled_requests: int
     expired_requests: int
     computed_images: int
     computed_batches: int
+    abandoned_images: int
+    latency: LatencyStatistics
+    reply_s: float

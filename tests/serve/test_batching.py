@@ -1,17 +1,11 @@
 from __future__ import annotations
 
-import math
-
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from serve.batching import Batcher
-from serve.errors import QueueFullError
-from serve.tickets import Batch, Ticket
-
-MAX_BATCH, MAX_HELD_IMAGES, MAX_HELD_BYTES, INSTANCES = 4, 12, 100, 2
+from serve.errors import DeadlineError, QueueFullError, RequestError
+from serve.latency import MIN_BATCHES
+from serve.tickets import Batch, Ticket, read_priority
 
 
 def make_batcher(**changes: float) -> Batcher[Ticket]:
@@ -48,7 +42,7 @@ def test_batches_grow_while_every_instance_is_busy():
     running = batcher.decide(0.0).batch
     others = [admitted(batcher, 1), admitted(batcher, 2)]
     assert batcher.decide(0.0).batch is None
-    assert batcher.finish(running) == [first]
+    assert batcher.finish(running, 0.0) == [first]
     assert contents(batcher.decide(0.0).batch) == [(others[0], [0]), (others[1], [0, 1])]
 
 
@@ -60,7 +54,7 @@ def test_a_request_larger_than_a_batch_is_split_and_put_together_again():
     for expected_answers in ([], [], [ticket]):
         batch = batcher.decide(0.0).batch
         seen += [n for _, positions in contents(batch) for n in positions]
-        assert batcher.finish(batch) == expected_answers
+        assert batcher.finish(batch, 0.0) == expected_answers
     assert seen == list(range(10))
 
 
@@ -71,7 +65,7 @@ def test_images_that_fail_before_the_queue_are_settled():
     batcher.admit(ticket)
     assert not batcher.settle(ticket, 1)
     batcher.ready(ticket, [1], 0.0)
-    assert batcher.finish(batcher.decide(0.0).batch) == []
+    assert batcher.finish(batcher.decide(0.0).batch, 0.0) == []
     assert batcher.settle(ticket, 1)
     assert batcher.statistics().held_requests == 0
 
@@ -157,7 +151,7 @@ def test_a_cancelled_request_is_computed_no_further():
     batcher.cancel(ticket)
     batcher.cancel(ticket)
     assert batcher.waiting_images == 0
-    assert batcher.finish(running) == []
+    assert batcher.finish(running, 0.0) == []
     assert batcher.statistics().cancelled_requests == 1
     assert batcher.statistics().held_requests == 0
 
@@ -166,7 +160,7 @@ def test_a_failed_batch_ends_its_requests_and_no_other():
     """What else waits of a failed request is dropped; the next request runs."""
     batcher = make_batcher()
     failed, other = admitted(batcher, 6), admitted(batcher, 1)
-    assert batcher.finish(batcher.decide(0.0).batch, failed=True) == [failed]
+    assert batcher.finish(batcher.decide(0.0).batch, 0.0, failed=True) == [failed]
     assert contents(batcher.decide(0.0).batch) == [(other, [0])]
 
 
@@ -190,207 +184,151 @@ def test_its_state_shows_in_its_repr():
     """A person in a debugger sees what waits, runs and is held."""
     batcher = make_batcher()
     admitted(batcher, 5, held_bytes=50)
+    admitted(batcher, 2, client="b", priority=1)
     batcher.decide(0.0)
+    batcher.admit(Ticket(images=9), line_up=True)
     assert repr(batcher) == (
-        "<Batcher waiting=1 running=4 images in 1/1 batches, held=5/12 images, 50/100 bytes>"
+        "<Batcher waiting=0+3+0 of 1 clients, running=4 images in 1/1 batches, "
+        "held=7/12 images, 50/100 bytes, 1 in line>"
     )
 
 
-class BatcherMachine(RuleBasedStateMachine):
-    """Any order of events: nothing lost, nothing twice, in order, within bounds."""
-
-    tickets = Bundle("tickets")
-    batches = Bundle("batches")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.batcher: Batcher[Ticket] = Batcher(
-            max_batch_images=MAX_BATCH,
-            max_held_images=MAX_HELD_IMAGES,
-            max_held_bytes=MAX_HELD_BYTES,
-            instances=INSTANCES,
-        )
-        self.now_s = 0.0
-        self.unprepared: dict[Ticket, list[int]] = {}
-        self.queued: list[tuple[Ticket, int]] = []
-        self.in_flight: list[Batch[Ticket]] = []
-        self.unsettled: dict[Ticket, set[int]] = {}
-        self.line: list[Ticket] = []
-        self.gone: set[Ticket] = set()
-        self.answered: set[Ticket] = set()
-
-    @rule(
-        target=tickets,
-        images=st.integers(1, 14),
-        size=st.integers(0, 70),
-        life=st.integers(1, 4),
-        line_up=st.booleans(),
-    )
-    def admit(self, images, size, life, line_up):
-        """A request comes; it is refused, or waits, only where others wait or it does not fit."""
-        ticket = Ticket(
-            images=images,
-            held_bytes=size,
-            arrived_s=self.now_s,
-            deadline_s=math.inf if life == 4 else self.now_s + life,
-        )
-        self.unprepared[ticket] = []
-        self.unsettled[ticket] = set(range(images))
-        fits = not self.line and self.fits(ticket)
-        try:
-            admitted = self.batcher.admit(ticket, line_up=line_up)
-        except QueueFullError:
-            assert not fits
-            assert not line_up
-            self.gone.add(ticket)
-            self.unsettled[ticket] = set()
-        else:
-            assert admitted == fits
-            if admitted:
-                self.unprepared[ticket] = list(range(images))
-            else:
-                self.line.append(ticket)
-        return ticket
-
-    @rule(ticket=tickets, count=st.integers(1, 8))
-    def ready(self, ticket, count):
-        """Some of its images are decoded."""
-        positions, rest = self.unprepared[ticket][:count], self.unprepared[ticket][count:]
-        if positions:
-            self.unprepared[ticket] = rest
-            self.batcher.ready(ticket, positions, self.now_s)
-            if ticket not in self.gone:
-                self.queued += [(ticket, n) for n in positions]
-            self.admit_line()
-
-    @rule(ticket=tickets, count=st.integers(1, 8))
-    def fail_to_decode(self, ticket, count):
-        """Some of its images are no images."""
-        positions, rest = self.unprepared[ticket][:count], self.unprepared[ticket][count:]
-        if positions:
-            self.unprepared[ticket] = rest
-            self.unsettled[ticket] -= set(positions)
-            complete = not self.unsettled[ticket] and ticket not in self.gone
-            assert self.batcher.settle(ticket, len(positions)) == complete
-            self.answered |= {ticket} if complete else set()
-            self.admit_line()
-
-    @rule(ticket=tickets)
-    def cancel(self, ticket):
-        """Its caller hangs up."""
-        self.batcher.cancel(ticket)
-        if ticket not in self.answered:
-            self.forget(ticket)
-        self.admit_line()
-
-    @rule(ticket=tickets)
-    def cancel_unprepared(self, ticket):
-        """Its caller hangs up before anything was done for it."""
-        if len(self.unprepared[ticket]) == ticket.images or ticket in self.line:
-            self.batcher.cancel(ticket, unprepared=True)
-            self.unprepared[ticket] = []
-            self.forget(ticket)
-            self.admit_line()
-
-    @rule(seconds=st.integers(1, 2))
-    def time_passes(self, seconds):
-        """Deadlines come nearer."""
-        self.now_s += seconds
-
-    @rule(target=batches)
-    def decide(self):
-        """An instance asks for work."""
-        decision = self.batcher.decide(self.now_s)
-        for ticket in decision.expired:
-            assert ticket.deadline_s <= self.now_s
-            assert ticket not in self.gone
-            self.forget(ticket)
-        self.admit_line()
-        alive = [item for item in self.queued if item[0].deadline_s > self.now_s]
-        if len(self.in_flight) == INSTANCES:
-            assert decision.batch is None
-            return None
-        if decision.batch is None:
-            assert not alive, "an instance is idle while images wait"
-            return None
-        taken = [(part.ticket, n) for part in decision.batch.parts for n in part.positions]
-        assert taken == alive[:MAX_BATCH], "images run in the order in which they became ready"
-        assert decision.batch.images == len(taken)
-        self.queued = [item for item in self.queued if item not in taken]
-        self.in_flight.append(decision.batch)
-        return decision.batch
-
-    @rule(batch=consumes(batches), failed=st.booleans())
-    def finish(self, batch, failed):
-        """A batch comes back."""
-        if batch is None:
-            return
-        self.in_flight.remove(batch)
-        expected = []
-        for part in batch.parts:
-            ticket = part.ticket
-            self.unsettled[ticket] -= set(part.positions)
-            if ticket in self.gone or ticket in expected:
-                continue
-            if failed or not self.unsettled[ticket]:
-                expected.append(ticket)
-        assert self.batcher.finish(batch, failed=failed) == expected
-        assert self.answered.isdisjoint(expected), "no request is answered twice"
-        for ticket in expected:
-            if failed:
-                self.forget(ticket)
-            self.answered.add(ticket)
-        self.admit_line()
-
-    @invariant()
-    def counts_agree(self):
-        """What the batcher says of itself is what happened."""
-        now = self.batcher.statistics()
-        assert now.waiting_images == len(self.queued)
-        assert now.running_batches == len(self.in_flight) <= INSTANCES
-        assert now.held_images <= MAX_HELD_IMAGES or now.held_requests == 1
-        assert now.held_bytes <= MAX_HELD_BYTES or now.held_requests == 1
-        assert (now.held_images == 0) == (now.held_requests == 0)
-        assert now.lined_up_requests == len(self.line)
-        held = {t for t in self.unsettled if not t.over}
-        assert set(self.batcher.tickets) == held | set(self.line)
-        assert not (self.line and self.fits(self.line[0])), "the head waits beside room for it"
-
-    def teardown(self):
-        """Let everything run to its end: nothing is left, and nobody was forgotten."""
-        for _ in self.unsettled:  # each time round at least the head of the line is admitted
-            for ticket in self.unprepared:
-                self.ready(ticket, 99)
-            for batch in list(self.in_flight):
-                self.finish(batch, False)
-            while self.queued:
-                batch = self.decide()  # gives a batch, or drops what has expired
-                if batch is not None:
-                    self.finish(batch, False)
-        assert not self.batcher.tickets
-        assert self.answered | self.gone == set(self.unsettled)
-        assert self.batcher.statistics().held_bytes == 0
-
-    def fits(self, ticket):
-        """Whether there is room for a request beside what is held."""
-        held = self.batcher.statistics()
-        return not held.held_requests or (
-            held.held_images + ticket.images <= MAX_HELD_IMAGES
-            and held.held_bytes + ticket.held_bytes <= MAX_HELD_BYTES
-        )
-
-    def admit_line(self):
-        """Whatever has happened: those at the head of the line who fit now are let in."""
-        for ticket in self.batcher.admit_line():
-            assert ticket is self.line.pop(0), "the line is first come, first served"
-            self.unprepared[ticket] = list(range(ticket.images))
-
-    def forget(self, ticket):
-        """Expect nothing more of a request."""
-        self.gone.add(ticket)
-        self.line = [other for other in self.line if other is not ticket]
-        self.queued = [item for item in self.queued if item[0] is not ticket]
+def learnt(batcher: Batcher[Ticket], *, per_image_s: float, per_batch_s: float = 0.0) -> float:
+    """Let a batcher see batches of one and of four images; the time afterwards."""
+    now_s = 0.0
+    for n in range(2 * MIN_BATCHES):
+        images = 4 if n % 2 else 1
+        ticket = Ticket(images=images, arrived_s=now_s)
+        batcher.admit(ticket)
+        batcher.ready(ticket, range(images), now_s)
+        batch = batcher.decide(now_s).batch
+        now_s += per_image_s * images + per_batch_s
+        assert batcher.finish(batch, now_s) == [ticket]
+    return now_s
 
 
-TestBatcher = BatcherMachine.TestCase
-TestBatcher.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+def test_a_deadline_that_cannot_be_met_is_refused_at_once():
+    """Eight images at a tenth of a second each, before half a second is over: no."""
+    batcher = make_batcher()
+    now_s = learnt(batcher, per_image_s=0.1)
+    admitted(batcher, 4, arrived_s=now_s)
+    with pytest.raises(
+        DeadlineError,
+        match=r"^deadline: expected 800 ms from now, for 4 images with 4 before them, found 500 ms",
+    ):
+        batcher.admit(Ticket(images=4, arrived_s=now_s, deadline_s=now_s + 0.5))
+    assert batcher.admit(Ticket(images=4, arrived_s=now_s, deadline_s=now_s + 0.9))
+    assert batcher.statistics().unmeetable_requests == 1
+
+
+def test_what_runs_already_counts_against_a_deadline():
+    """A batch that has just started takes as long as one that waits."""
+    batcher = make_batcher()
+    now_s = learnt(batcher, per_image_s=0.1)
+    admitted(batcher, 4, arrived_s=now_s)
+    batcher.decide(now_s)
+    with pytest.raises(DeadlineError):
+        batcher.admit(Ticket(images=4, arrived_s=now_s, deadline_s=now_s + 0.7))
+    later_s = now_s + 0.2
+    assert batcher.admit(Ticket(images=4, arrived_s=later_s, deadline_s=later_s + 0.7))
+
+
+def test_a_deadline_that_has_passed_is_refused_whatever_is_known():
+    """A request that was too late before it came takes nobody's place."""
+    batcher = make_batcher()
+    with pytest.raises(DeadlineError, match="passed before the request was read"):
+        batcher.admit(Ticket(images=1, arrived_s=5.0, deadline_s=5.0))
+
+
+def test_nobody_is_refused_by_a_forecast_that_is_not_known():
+    """Before there is data a request with any deadline is tried."""
+    batcher = make_batcher()
+    ticket = admitted(batcher, 12, deadline_s=0.001)
+    assert contents(batcher.decide(0.0).batch) == [(ticket, [0, 1, 2, 3])]
+
+
+def test_what_cannot_be_done_in_time_any_more_is_dropped_before_it_is_computed():
+    """Its batch would end after its deadline; the shorter one behind it still runs."""
+    batcher = make_batcher()
+    now_s = learnt(batcher, per_image_s=0.1)
+    late = admitted(batcher, 4, arrived_s=now_s, deadline_s=now_s + 0.5)
+    punctual = admitted(batcher, 2, arrived_s=now_s, deadline_s=now_s + 1.0)
+    decision = batcher.decide(now_s + 0.3)
+    assert decision.expired == (late,)
+    assert contents(decision.batch) == [(punctual, [0, 1])]
+    assert batcher.statistics().expired_requests == 1
+
+
+def test_a_large_request_is_not_begun_that_would_not_be_ended():
+    """Three batches take longer than its deadline allows: not even the first is computed."""
+    batcher = make_batcher()
+    now_s = learnt(batcher, per_image_s=0.1)
+    large = admitted(batcher, 12, arrived_s=now_s, deadline_s=now_s + 1.25)
+    assert batcher.decide(now_s + 0.2).expired == (large,)
+
+
+def test_time_that_replies_take_counts_against_a_deadline():
+    """A vector that leaves in time for nobody is not worth computing."""
+    batcher = make_batcher()
+    now_s = learnt(batcher, per_image_s=0.1)
+    for _ in range(50):
+        batcher.note_reply(0.3)
+    with pytest.raises(DeadlineError):
+        batcher.admit(Ticket(images=4, arrived_s=now_s, deadline_s=now_s + 0.6))
+
+
+def test_a_refusal_says_when_there_will_be_room():
+    """Six images too many, a tenth of a second each; nothing is made up without data."""
+    batcher = make_batcher()
+    now_s = learnt(batcher, per_image_s=0.1)
+    admitted(batcher, 10, arrived_s=now_s)
+    with pytest.raises(QueueFullError) as refused:
+        batcher.admit(Ticket(images=8, arrived_s=now_s))
+    assert refused.value.retry_after_s == pytest.approx(0.6, rel=0.05)
+    unlearnt = make_batcher()
+    admitted(unlearnt, 10)
+    with pytest.raises(QueueFullError) as refused:
+        unlearnt.admit(Ticket(images=8))
+    assert refused.value.retry_after_s is None
+
+
+def test_a_higher_priority_runs_first():
+    """Who came later with priority 1 is in the next batch."""
+    batcher = make_batcher()
+    low, default, high = (admitted(batcher, 2, priority=p) for p in (3, 2, 1))
+    assert contents(batcher.decide(0.0).batch) == [(high, [0, 1]), (default, [0, 1])]
+    assert batcher.statistics().waiting_by_priority == (0, 0, 2)
+    assert low.waiting == 2
+
+
+def test_single_requests_do_not_wait_for_a_bulk_client():
+    """Ten images of one client wait; one of another is in the next batch."""
+    batcher = make_batcher(max_held_images=20)
+    bulk = admitted(batcher, 10, client="bulk")
+    single = admitted(batcher, 1, client="single")
+    batcher.finish(batcher.decide(0.0).batch, 0.0)
+    assert contents(batcher.decide(0.0).batch) == [(single, [0]), (bulk, [4, 5, 6])]
+
+
+def test_what_ran_for_a_caller_that_went_meanwhile_is_counted():
+    """Nobody can stop a batch that runs, but what it computed for nobody shows."""
+    batcher = make_batcher()
+    gone, late = admitted(batcher, 1), admitted(batcher, 1, deadline_s=2.0)
+    batch = batcher.decide(0.0).batch
+    batcher.cancel(gone)
+    assert batcher.finish(batch, 3.0) == [late]
+    assert batcher.statistics().abandoned_images == 2
+
+
+@pytest.mark.parametrize(("asked", "read"), [(0, 2), (1, 1), (2, 2), (3, 3)])
+def test_priorities_are_those_of_triton(asked, read):
+    """Zero is the default, one the first."""
+    assert read_priority(asked) == read
+
+
+def test_a_priority_that_is_none_is_refused():
+    """Not rounded to one that the caller did not mean."""
+    with pytest.raises(
+        RequestError, match=r"^priority: expected 0 to 3, 1 being the first, found 4$"
+    ):
+        read_priority(4)

@@ -175,7 +175,7 @@ def test_what_expires_in_the_queue_is_computed_for_nobody(fake, image):
             await asyncio.sleep(0)
             now[0] = 6.0
             fake.gate.set()
-            with pytest.raises(DeadlineError, match="deadline passed"):
+            with pytest.raises(DeadlineError, match="deadline is too near"):
                 await late
             await asyncio.gather(held, punctual)
             assert fake.computed == [0, 2]
