@@ -1,8 +1,11 @@
 """`python -m index.search`: the nearest images of a collection, for people and for scripts.
 
 Queries are image files, or images of the collection by key or id; those are left out of
-their own neighbours. The encoder is the one that built the collection, found where it was
-then; another one is refused.
+their own neighbours. With `--together` or `--not` all of them are one query: more like these,
+less like those. `--filter` says which images may be found (`index.filters`).
+
+The encoder is the one that built the collection, found where it was then; another one is
+refused.
 
 A query that cannot be used has a line of its own and status 1 at the end; the others are
 answered.
@@ -18,17 +21,26 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
-from index.collection import Collection, Neighbours, Row
+from index.collection import Collection, Neighbours
+from index.combine import (
+    NEGATIVE_WEIGHT,
+    Combination,
+    Example,
+    check_negative_weight,
+    search_combined,
+)
 from index.embed import embed
 from index.errors import CollectionError, QueryError, UnknownIdError
+from index.found import Found, as_text, look_up_hits
 from models.command import run_command
 from models.encoder import Encoder, open_encoder
-from models.errors import BundleError, HoraceError, ImageError, UsageError
+from models.errors import BundleError, ImageError, UsageError
 from models.image_source import read_image_file
 
 EMBED_BATCH = 64
@@ -49,6 +61,16 @@ class SearchOptions:
     """Ids of images of the collection to search with."""
     k: int = 10
     """Neighbours a query."""
+    filter: str | None = None
+    """Which images may be found, such as "label in ('Coat', 'Shirt') and not key contains 'b'"."""
+    together: bool = False
+    """Make one query of all that is searched with: their mean."""
+    negatives: Annotated[tuple[str, ...], arg(name="not")] = ()
+    """Image files that the answer is to be unlike; implies --together."""
+    not_key: tuple[str, ...] = ()
+    """Keys of images of the collection that the answer is to be unlike; implies --together."""
+    not_weight: float = NEGATIVE_WEIGHT
+    """How much the negatives weigh against the positives, 0 to 10."""
     encoder: str | None = None
     """The encoder: a bundle or URI; by default the one that built the collection."""
     exact: bool = False
@@ -66,42 +88,14 @@ class SearchOptions:
             raise UsageError("queries", expected="image files, --key or --id", found="none of them")
         if not all(0 <= id_ < 1 << 63 for id_ in self.id):
             raise UsageError("--id", expected="numbers below 2^63", found=str(self.id))
+        check_negative_weight(self.not_weight)
         if self.grid is not None and self.grid.suffix.lower() != ".png":
             raise UsageError("--grid", expected="a name that ends in .png", found=str(self.grid))
 
-
-@dataclass(frozen=True, kw_only=True)
-class Hit:
-    """One neighbour.
-
-    Attributes:
-        score: its cosine.
-        row: which image it is.
-    """
-
-    score: float
-    row: Row
-
-
-@dataclass(frozen=True, kw_only=True)
-class Found:
-    """One query and its neighbours, best first.
-
-    Attributes:
-        query: the file's path or the image's key.
-        label: its class, for an image of the collection that has one.
-        image: its content; None for an image of the collection.
-        row: which image of the collection it is, if it is one.
-        hits: the neighbours.
-        error: why the query cannot be used, if so.
-    """
-
-    query: str
-    label: str | None = None
-    image: bytes | None = None
-    row: Row | None = None
-    hits: Sequence[Hit] = ()
-    error: HoraceError | None = None
+    @property
+    def is_combined(self) -> bool:
+        """Whether all that is searched with is one query."""
+        return self.together or bool(self.negatives or self.not_key)
 
 
 def main(options: SearchOptions) -> None:
@@ -113,13 +107,18 @@ def main(options: SearchOptions) -> None:
     if options.grid is not None and not options.grid.parent.is_dir():
         raise _unwritable(options.grid, f"no directory {options.grid.parent}")
     with Collection.open(options.collection) as collection:
-        found = [*_search_files(collection, options), *_search_stored(collection, options)]
+        if options.filter is not None:
+            collection.select(options.filter)  # a bad one is said before anything is opened
+        if options.is_combined:
+            found = [_search_combined(collection, options)]
+        else:
+            found = [*_search_files(collection, options), *_search_stored(collection, options)]
         errors = [one.error for one in found if one.error is not None]
         is_any_good = len(errors) < len(found)
         if options.json:
             print(_as_json(collection, options, found))
         elif is_any_good:
-            print(_as_text(found))
+            print(as_text(found))
         if options.grid is not None and is_any_good:
             _draw(options.grid, collection, found)
             if not options.json:
@@ -158,19 +157,55 @@ def _search_files(collection: Collection, options: SearchOptions) -> list[Found]
     """Embed the query files and search with them."""
     if not options.images:
         return []
+    found, vectors_QD = _embed_files(collection, options, options.images)
+    if not len(vectors_QD):
+        return found
+    neighbours = collection.search(
+        vectors_QD, options.k, fingerprint=collection.fingerprint, exact=options.exact,
+        filter=options.filter,
+    )  # fmt: skip
+    return _with_hits(collection, found, neighbours)
+
+
+def _embed_files(
+    collection: Collection, options: SearchOptions, names: Sequence[str]
+) -> tuple[list[Found], NDArray[np.float32]]:
+    """Read and embed image files; a row for each that can be used."""
     with closing(open_collection_encoder(collection, options.encoder)) as encoder:
-        queries = [_read_query(encoder, name) for name in options.images]
+        queries = [_read_query(encoder, name) for name in names]
         pixels = [image for _, image in queries if image is not None]
         batches = [pixels[n : n + EMBED_BATCH] for n in range(0, len(pixels), EMBED_BATCH)]
         vectors = [embed(encoder, np.stack(batch)) for batch in batches]
-        fingerprint = encoder.fingerprint
-    found = [one for one, _ in queries]
-    if not vectors:
-        return found
-    neighbours = collection.search(
-        np.concatenate(vectors), options.k, fingerprint=fingerprint, exact=options.exact
+    empty = np.empty((0, collection.dim), np.float32)
+    return [one for one, _ in queries], np.concatenate([empty, *vectors])
+
+
+def _search_combined(collection: Collection, options: SearchOptions) -> Found:
+    """Make one query of everything and search with it; one bad part is one bad query."""
+    files: tuple[str, ...] = (*options.images, *options.negatives)
+    found, vectors_QD = _embed_files(collection, options, files) if files else ([], np.empty(0))
+    likes: list[str | int] = [*options.key, *options.id]
+    found += [_look_up(collection, query) for query in (*likes, *options.not_key)]
+    query = " and ".join([*options.images, *map(str, likes)])
+    if options.negatives or options.not_key:
+        query += f" but not {' or '.join([*options.negatives, *options.not_key])}"
+    for one in found:
+        if one.error is not None:
+            return Found(query=query, error=one.error)
+    examples: list[Example] = [*vectors_QD, *(one.row.id for one in found if one.row is not None)]
+    n_images, n_files, n_positives = len(options.images), len(files), len(files) + len(likes)
+    combination = Combination(
+        positives=[*examples[:n_images], *examples[n_files:n_positives]],
+        negatives=[*examples[n_images:n_files], *examples[n_positives:]],
+        negative_weight=options.not_weight,
     )
-    return _with_hits(collection, found, neighbours)
+    neighbours = search_combined(
+        collection, [combination], options.k, fingerprint=collection.fingerprint,
+        exact=options.exact, filter=options.filter,
+    )  # fmt: skip
+    shown = found[0 if options.images else n_files]
+    (hits,) = look_up_hits(collection, neighbours)
+    return dataclasses.replace(shown, query=query, hits=hits)
 
 
 def _read_query(encoder: Encoder, name: str) -> tuple[Found, NDArray[np.uint8] | None]:
@@ -192,7 +227,7 @@ def _search_stored(collection: Collection, options: SearchOptions) -> list[Found
     ids = [one.row.id for one in found if one.row is not None]
     if not ids:
         return found
-    neighbours = collection.search_ids(ids, options.k, exact=options.exact)
+    neighbours = collection.search_ids(ids, options.k, exact=options.exact, filter=options.filter)
     return _with_hits(collection, found, neighbours)
 
 
@@ -210,37 +245,8 @@ def _with_hits(
     collection: Collection, found: Sequence[Found], neighbours: Neighbours
 ) -> list[Found]:
     """Give the good queries their neighbours, in order."""
-    hits = iter(_hits(collection, neighbours))
+    hits = iter(look_up_hits(collection, neighbours))
     return [one if one.error else dataclasses.replace(one, hits=next(hits)) for one in found]
-
-
-def _hits(collection: Collection, neighbours: Neighbours) -> list[list[Hit]]:
-    """Look up what was found; padding is left out."""
-    found = []
-    for ids, scores in zip(neighbours.ids, neighbours.scores, strict=True):
-        kept = ids >= 0
-        rows = collection.rows(ids[kept])
-        found.append(
-            [Hit(score=float(s), row=row) for s, row in zip(scores[kept], rows, strict=True)]
-        )
-    return found
-
-
-def _as_text(found: Sequence[Found]) -> str:
-    """Lay out a table for each query."""
-    lines = []
-    for one in found:
-        if one.error is not None:
-            lines += [str(one.error), ""]
-            continue
-        lines.append(f"{one.query}" + (f"  ({one.label})" if one.label is not None else ""))
-        labels = [hit.row.label or "-" for hit in one.hits]
-        width = max(5, *(len(label) for label in labels)) if labels else 5
-        lines.append(f"  {'score':>7}  {'label':<{width}}  key")
-        for hit, label in zip(one.hits, labels, strict=True):
-            lines.append(f"  {hit.score:7.4f}  {label:<{width}}  {hit.row.key}")
-        lines.append("")
-    return "\n".join(lines).rstrip()
 
 
 def _as_json(collection: Collection, options: SearchOptions, found: Sequence[Found]) -> str:
@@ -251,6 +257,7 @@ def _as_json(collection: Collection, options: SearchOptions, found: Sequence[Fou
         "index": collection.factory,
         "exact": options.exact or collection.factory == "Flat",
         "k": options.k,
+        "filter": options.filter,
         "queries": [
             {
                 "query": one.query,

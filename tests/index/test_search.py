@@ -7,7 +7,8 @@ from PIL import Image
 
 from index.build import BuildOptions, build
 from index.collection import Row, id_of
-from index.search import Found, Hit, SearchOptions, main
+from index.found import Found, Hit
+from index.search import SearchOptions, main
 from models.command import run_command
 
 
@@ -49,6 +50,7 @@ def test_json_for_machines(search, built, bundle, test_folder):
         "index": "Flat",
         "exact": True,
         "k": 2,
+        "filter": None,
     }
     assert [query["query"] for query in queries] == [str(file) for file in files]
     assert [hit["label"] for query in queries for hit in query["hits"]] == ["red"] * 2 + [
@@ -70,6 +72,41 @@ def test_stored_images_by_key_and_id(search, built_hnsw):
     assert [hit["id"] for hit in json.loads(by_id)["queries"][0]["hits"]] == [
         hit["id"] for hit in hits
     ]
+
+
+def test_a_filter_says_what_may_be_found(search, built, test_folder):
+    """For files and for stored images; --json repeats it."""
+    query = test_folder / "red/000.png"
+    filter = "label in ('blue', 'green') and key endswith '3.png'"
+    status, out, _ = search(built, query, "--key", "red/001.png", "--filter", filter, "--json")
+    document = json.loads(out)
+    assert (status, document["filter"]) == (0, filter)
+    for found in document["queries"]:
+        keys = sorted(hit["key"] for hit in found["hits"])
+        assert keys == ["blue/003.png", "blue/013.png", "green/003.png", "green/013.png"]
+
+
+def test_one_query_of_several_images(search, built, test_folder, tmp_path):
+    """More like these, less like those; stored ones are left out of the answer."""
+    red, blue = test_folder / "red/000.png", test_folder / "blue/001.png"
+    status, out, _ = search(built, red, "--key", "blue/001.png", "--together", "--k", 59)
+    assert status == 0
+    assert out.splitlines()[0] == f"{red} and blue/001.png"
+    assert "  blue/001.png" not in out
+    grid = tmp_path / "grid.png"
+    status, out, _ = search(
+        built, red, blue, "--id", id_of("red/003.png"), "--not", blue, "--not-key", "blue/001.png",
+        "--not-weight", 2, "--k", 18, "--grid", grid,
+    )  # fmt: skip
+    lines = out.splitlines()
+    assert lines[0] == (
+        f"{red} and {blue} and {id_of('red/003.png')} but not {blue} or blue/001.png"
+    )
+    assert [line.split()[1] for line in lines[2:20]] == ["red"] * 18
+    assert grid.is_file()
+    status, out, err = search(built, red, "--not", "/no/such.png")
+    assert (status, out) == (1, "")
+    assert "/no/such.png: expected a readable file" in err
 
 
 def test_a_grid_of_pictures(search, built, test_folder, tmp_path):
@@ -149,6 +186,21 @@ def test_an_encoder_that_has_moved_is_asked_for(search, new_bundle, new_folder, 
             "--grid /no/such/grid.png: expected a file that can be written, found no directory",
         ),
         (["COLLECTION", "--key", "red/001.png", "--k", "0"], 2, "--k: expected at least 1"),
+        (
+            ["COLLECTION", "--key", "red/001.png", "--filter", "colour = 'red'"],
+            2,
+            "filter, character 1: expected a column: id, key, label, source, found 'colour'",
+        ),
+        (
+            ["COLLECTION", "--key", "red/001.png", "--not-weight", "11"],
+            2,
+            "negative weight: expected 0 to 10, found 11",
+        ),
+        (
+            ["COLLECTION", "--key", "a", "--not-key", "red/nine.png"],
+            1,
+            "key 'a': expected a key of the 60 in",
+        ),
         (["/no/such", "--id", "5"], 1, "/no/such: expected a collection directory, found no such"),
         (
             ["COLLECTION", "--key", "red/001.png", "--grid", "/dev/null/grid.png"],

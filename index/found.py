@@ -1,0 +1,75 @@
+"""What a search found, by query: for people as text, for a picture as rows.
+
+It does not search; `index.search` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from index.collection import Collection, Neighbours, Row
+from models.errors import HoraceError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hit:
+    """One neighbour.
+
+    Attributes:
+        score: its cosine.
+        row: which image it is.
+    """
+
+    score: float
+    row: Row
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """One query and its neighbours, best first.
+
+    Attributes:
+        query: the file's path or the image's key.
+        label: its class, for an image of the collection that has one.
+        image: its content; None for an image of the collection.
+        row: which image of the collection it is, if it is one.
+        hits: the neighbours.
+        error: why the query cannot be used, if so.
+    """
+
+    query: str
+    label: str | None = None
+    image: bytes | None = None
+    row: Row | None = None
+    hits: Sequence[Hit] = ()
+    error: HoraceError | None = None
+
+
+def look_up_hits(collection: Collection, neighbours: Neighbours) -> list[list[Hit]]:
+    """Look up what was found; padding is left out."""
+    found = []
+    for ids, scores in zip(neighbours.ids, neighbours.scores, strict=True):
+        kept = ids >= 0
+        rows = collection.rows(ids[kept])
+        found.append(
+            [Hit(score=float(s), row=row) for s, row in zip(scores[kept], rows, strict=True)]
+        )
+    return found
+
+
+def as_text(found: Sequence[Found]) -> str:
+    """Lay out a table for each query."""
+    lines = []
+    for one in found:
+        if one.error is not None:
+            lines += [str(one.error), ""]
+            continue
+        lines.append(f"{one.query}" + (f"  ({one.label})" if one.label is not None else ""))
+        labels = [hit.row.label or "-" for hit in one.hits]
+        width = max(5, *(len(label) for label in labels)) if labels else 5
+        lines.append(f"  {'score':>7}  {'label':<{width}}  key")
+        for hit, label in zip(one.hits, labels, strict=True):
+            lines.append(f"  {hit.score:7.4f}  {label:<{width}}  {hit.row.key}")
+        lines.append("")
+    return "\n".join(lines).rstrip()
