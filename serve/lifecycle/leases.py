@@ -26,6 +26,10 @@ def at_once(close: Callable[[], None]) -> None:
     close()
 
 
+def _closed() -> None:
+    """Do nothing: it was closed."""
+
+
 class Hold:
     """Counts the users of one thing, and closes it after the last."""
 
@@ -71,7 +75,8 @@ class Hold:
         """Close it, unless that was done."""
         if not self.closed:
             self.closed = True
-            dispose(self._close)
+            close, self._close = self._close, _closed  # what was closed is not kept in memory
+            dispose(close)
 
 
 class Lease(Generic[Thing]):

@@ -1,0 +1,360 @@
+from __future__ import annotations
+
+import asyncio
+import gc
+import shutil
+import weakref
+
+import numpy as np
+import pytest
+
+from models.errors import BundleError, FingerprintMismatchError
+from serve.client import AsyncClient
+from serve.config import ServeOptions
+from serve.errors import PreconditionError, StartError, UnknownNameError
+from serve.server import Server
+
+IMAGE = np.zeros((28, 28), np.uint8)
+
+
+@pytest.fixture
+def frontend() -> str:
+    """What is held here does not depend on the front end."""
+    return "grpcio"
+
+
+def version(server: Server, name: str = "m") -> tuple[str, str]:
+    """The version that is served, and its encoder."""
+    model = server.catalog.model(name)
+    return model.version, model.encoder.fingerprint
+
+
+def test_a_bundle_that_changed_is_swapped_and_the_old_one_freed(serving, put_bundle, tmp_path):
+    """A reload counts the version up; engine, threads and session of the old one are gone."""
+    one = put_bundle(tmp_path / "m", 1)
+
+    async def main():
+        async with serving(bundle=(f"m={one.path}",)) as server:
+            assert version(server) == ("1", one.fingerprint)
+            old = server.catalog.model("m")
+            gone = [weakref.ref(old.encoder), weakref.ref(old.engine)]
+            assert await server.reloads.run() == []
+            assert version(server) == ("1", one.fingerprint)
+            two = put_bundle(tmp_path / "m", 2)
+            assert await server.reloads.run() == []
+            assert version(server) == ("2", two.fingerprint)
+            del old
+            await server._disposal_pool.run(gc.collect)
+            gc.collect()
+            assert [ref() for ref in gone] == [None, None]
+            async with AsyncClient(server.address) as client:
+                assert (await client.embed([IMAGE])).fingerprint == two.fingerprint
+
+    asyncio.run(main())
+
+
+def test_a_damaged_bundle_is_refused_and_the_old_one_serves(serving, put_bundle, tmp_path, caplog):
+    """One line in the log, one in the count; mended, it is taken."""
+    one = put_bundle(tmp_path / "m", 1)
+
+    async def main():
+        async with serving(bundle=(f"m={one.path}",)) as server:
+            put_bundle(tmp_path / "m", 2, damaged=True)
+            assert await server.reloads.run() == ["models and collections"]
+            assert version(server) == ("1", one.fingerprint)
+            statistics = server.lifecycle.statistics()["model m"]
+            assert (statistics.loads, statistics.refusals) == (1, 1)
+            assert "expected SHA-256" in statistics.last_refusal
+            assert server.health.serving
+            two = put_bundle(tmp_path / "m", 2)
+            assert await server.reloads.run() == []
+            assert version(server) == ("2", two.fingerprint)
+            assert server.lifecycle.statistics()["model m"].last_refusal == ""
+
+    asyncio.run(main())
+    assert caplog.text.count("model m refused, what was served is served: ") == 1
+
+
+def test_an_encoder_that_does_not_run_never_gets_a_caller(fake, serving):
+    """It opens well and gives nonsense: the warm-up finds it, and what serves goes on."""
+
+    async def main():
+        async with serving(fake, model_control=True) as server:
+            fake.failures.append(ValueError("no"))
+            with pytest.raises(Exception, match="the encoder failed on these images"):
+                await server.lifecycle.load("fake")
+            assert server.catalog.model("fake").version == "1"
+            assert server.health.serving
+            await server.lifecycle.load("fake")
+            assert server.catalog.model("fake").version == "2"
+
+    asyncio.run(main())
+
+
+def test_an_encoder_that_gives_no_numbers_does_not_start(fake, serving):
+    """The line names the model and what was wrong with its vector."""
+    fake.encode = lambda images: np.full((len(images), 4), np.nan, np.float32)
+
+    async def main():
+        async with serving(fake):
+            raise AssertionError("it should not start")
+
+    with pytest.raises(StartError, match="model fake: expected a vector of finite numbers"):
+        asyncio.run(main())
+
+
+def test_a_crashed_model_is_healed_by_loading_it_again(fake, serving, eventually):
+    """Its thread is lost and the server is not ready; a load makes it ready again."""
+
+    async def main():
+        async with serving(fake, model_control=True) as server:
+            server.catalog.model("fake").engine._crash = SystemExit()
+            server._tell_health()
+            assert not server.health.serving
+            await server.lifecycle.load("fake")
+            assert server.health.serving
+
+    asyncio.run(main())
+
+
+def test_the_newest_versions_are_served(serving, put_bundle, tmp_path):
+    """Two are kept: both can be leased by number; a third comes and the first goes."""
+    bundles = {n: put_bundle(tmp_path / "m" / str(n), n) for n in (9, 10)}
+
+    async def main():
+        async with serving(bundle=(f"m={tmp_path / 'm'},keep=2",)) as server:
+            assert list(server.catalog.versions["m"]) == ["10", "9"]
+            with server.catalog.lease_model("m", "9") as model:
+                assert model.encoder.fingerprint == bundles[9].fingerprint
+            kept = server.catalog.model("m", "10")
+            bundles[11] = put_bundle(tmp_path / "m" / "11", 11)
+            assert await server.reloads.run() == []
+            assert list(server.catalog.versions["m"]) == ["11", "10"]
+            assert server.catalog.model("m", "10") is kept
+            shutil.rmtree(tmp_path / "m" / "11")
+            assert await server.reloads.run() == []
+            assert list(server.catalog.versions["m"]) == ["10", "9"]
+            assert server.catalog.model("m").encoder is kept.encoder
+
+    asyncio.run(main())
+
+
+def test_watching_loads_what_has_come_to_rest(serving, put_bundle, tmp_path):
+    """The first look sees a change, the second that it is over; a refusal is not repeated."""
+    one = put_bundle(tmp_path / "m", 1)
+
+    async def main():
+        async with serving(bundle=(f"m={one.path}",)) as server:
+            look = server.lifecycle.look
+            await look()
+            two = put_bundle(tmp_path / "m", 2)
+            await look()
+            assert version(server)[0] == "1"
+            await look()
+            assert version(server) == ("2", two.fingerprint)
+            put_bundle(tmp_path / "m", 3, damaged=True)
+            for _ in range(4):
+                await look()
+            assert server.lifecycle.statistics()["model m"].refusals == 1
+            shutil.rmtree(tmp_path / "m")
+            for _ in range(3):
+                await look()
+            assert version(server) == ("2", two.fingerprint)
+
+    asyncio.run(main())
+
+
+def test_watching_goes_on_by_itself(serving, put_bundle, tmp_path, eventually):
+    """With --watch-s nobody has to ask."""
+    one = put_bundle(tmp_path / "m", 1)
+
+    async def main():
+        async with serving(bundle=(f"m={one.path}",), watch_s=0.01) as server:
+            two = put_bundle(tmp_path / "m", 2)
+            await eventually(lambda: version(server)[1] == two.fingerprint)
+
+    asyncio.run(main())
+
+
+def test_a_repository_is_followed(serving, put_bundle, tmp_path, caplog):
+    """What comes is served, what goes is not; one damaged model keeps no other from serving."""
+    put_bundle(tmp_path / "r" / "good", 1)
+    put_bundle(tmp_path / "r" / "bad", 2, damaged=True)
+
+    async def main():
+        async with serving(repository=str(tmp_path / "r")) as server:
+            assert list(server.catalog.models) == ["good"]
+            states = {s.name: (s.version, s.state) for s in server.lifecycle.index()}
+            assert states == {"bad": ("", "unavailable"), "good": ("1", "ready")}
+            assert "expected SHA-256" in server.lifecycle.index()[0].reason
+            put_bundle(tmp_path / "r" / "bad", 2)
+            put_bundle(tmp_path / "r" / "new" / "7", 3)
+            for _ in range(2):
+                await server.lifecycle.look()
+            assert sorted(server.catalog.models) == ["bad", "good", "new"]
+            assert version(server, "new")[0] == "7"
+            shutil.rmtree(tmp_path / "r" / "good")
+            for _ in range(2):
+                await server.lifecycle.look()
+            assert sorted(server.catalog.models) == ["bad", "new"]
+            shutil.rmtree(tmp_path / "r" / "new")
+            assert await server.reloads.run() == []
+            assert list(server.catalog.models) == ["bad"]
+            assert [s.name for s in server.lifecycle.index()] == ["bad"]
+
+    asyncio.run(main())
+
+
+def test_callers_load_and_unload_where_they_may(serving, put_bundle, tmp_path):
+    """Unloaded it stays so, whatever the disk and the signal say, until it is loaded."""
+    put_bundle(tmp_path / "r" / "m", 1)
+
+    async def main():
+        async with serving(repository=str(tmp_path / "r"), model_control=True) as server:
+            lifecycle = server.lifecycle
+            await lifecycle.unload("m")
+            assert [(s.state, s.reason) for s in lifecycle.index()] == [("unavailable", "unloaded")]
+            put_bundle(tmp_path / "r" / "m", 2)
+            await server.reloads.run()
+            for _ in range(3):
+                await lifecycle.look()
+            assert not server.catalog.models
+            await lifecycle.load("m")
+            assert version(server)[0] == "2"
+            await lifecycle.load("m")
+            assert version(server)[0] == "3"
+            put_bundle(tmp_path / "r" / "n", 3)
+            await lifecycle.load("n")
+            assert version(server, "n")[0] == "1"
+            with pytest.raises(
+                UnknownNameError, match="model to load: expected 'm' or 'n', found 'x'"
+            ):
+                await lifecycle.load("x")
+            put_bundle(tmp_path / "r" / "m", 4, damaged=True)
+            with pytest.raises(BundleError, match="expected SHA-256"):
+                await lifecycle.load("m")
+            assert version(server)[0] == "3"
+            assert lifecycle.statistics()["model m"].refusals == 1
+
+    asyncio.run(main())
+
+
+def test_callers_may_not_unless_the_operator_says_so(fake, serving):
+    """The line names the option."""
+
+    async def main():
+        async with serving(fake) as server:
+            for change in (server.lifecycle.load, server.lifecycle.unload):
+                with pytest.raises(PreconditionError, match="start it with --model-control"):
+                    await change("fake")
+
+    asyncio.run(main())
+
+
+def test_a_collection_stays_with_the_model_that_made_it(
+    serving, put_bundle, put_collection, tmp_path
+):
+    """The model changes, the collection does not: its queries go to the old version."""
+    one = put_bundle(tmp_path / "m", 1)
+    things = put_collection(tmp_path / "things", one)
+
+    async def main():
+        async with (
+            serving(bundle=(f"m={one.path}",), collection=(f"c={things}",)) as server,
+            AsyncClient(server.address) as client,
+        ):
+            two = put_bundle(tmp_path / "m", 2)
+            await server.reloads.run()
+            assert (await client.embed([IMAGE])).fingerprint == two.fingerprint
+            old = server.catalog.collection("c").model
+            result = await client.search([IMAGE], k=3)
+            assert (result.fingerprint, len(result.hits[0])) == (one.fingerprint, 3)
+            assert old.engine.alive
+            put_collection(things, two)
+            await server.reloads.run()
+            result = await client.search([IMAGE], k=3)
+            assert (result.fingerprint, len(result.hits[0])) == (two.fingerprint, 3)
+            await server._disposal_pool.run(lambda: None)
+            assert not old.engine.alive
+
+    asyncio.run(main())
+
+
+def test_a_collection_that_came_first_waits_for_its_model(
+    serving, put_bundle, put_collection, tmp_path
+):
+    """Refused while no model fits, it is taken as soon as one does."""
+    one, two = put_bundle(tmp_path / "m", 1), put_bundle(tmp_path / "next", 2)
+    things = put_collection(tmp_path / "things", one)
+
+    async def main():
+        async with serving(bundle=(f"m={one.path}",), collection=(f"c={things}",)) as server:
+            put_collection(things, two)
+            assert await server.reloads.run() == ["models and collections"]
+            assert server.catalog.collection("c").collection.fingerprint == one.fingerprint
+            put_bundle(tmp_path / "m", 2)
+            assert await server.reloads.run() == []
+            assert server.catalog.collection("c").collection.fingerprint == two.fingerprint
+            assert server.catalog.collection("c").model.version == "2"
+            counts = server.lifecycle.statistics()["collection c"]
+            assert (counts.loads, counts.refusals) == (2, 1)
+
+    asyncio.run(main())
+
+
+def test_a_collection_that_fits_nothing_does_not_start(put_bundle, put_collection, tmp_path):
+    """At the start a mismatch is an error, as ever."""
+    one, two = put_bundle(tmp_path / "m", 1), put_bundle(tmp_path / "next", 2)
+    things = put_collection(tmp_path / "things", one)
+
+    async def main():
+        server = Server(ServeOptions(port=0, bundle=(str(two.path),), collection=(f"c={things}",)))
+        await server.start()
+
+    with pytest.raises(FingerprintMismatchError, match="--collection c"):
+        asyncio.run(main())
+
+
+def test_what_changes_while_it_is_read_is_read_again(serving, put_bundle, tmp_path):
+    """The first read meets half of a copy; the copy is finished before it gives up."""
+    one = put_bundle(tmp_path / "m", 1)
+
+    async def main():
+        async with serving(bundle=(f"m={one.path}",)) as server:
+            put_bundle(tmp_path / "m", 2, damaged=True)
+            loader = server.lifecycle._loader
+            load, tries = loader.load, []
+
+            async def load_and_finish_the_copy(*args, **kwargs):
+                tries.append(1)
+                try:
+                    return await load(*args, **kwargs)
+                finally:
+                    if len(tries) == 1:
+                        put_bundle(tmp_path / "m", 2)
+
+            loader.load = load_and_finish_the_copy
+            assert await server.reloads.run() == []
+            assert (len(tries), version(server)[0]) == (2, "2")
+
+    asyncio.run(main())
+
+
+def test_a_fault_of_ours_is_counted_and_changes_nothing(serving, put_bundle, tmp_path, caplog):
+    """An exception that nobody foresaw ends as a refusal with a stack trace in the log."""
+    one = put_bundle(tmp_path / "m", 1)
+
+    async def main():
+        async with serving(bundle=(f"m={one.path}",)) as server:
+            put_bundle(tmp_path / "m", 2)
+
+            async def load(*args, **kwargs):
+                raise KeyError("a bug")
+
+            server.lifecycle._loader.load = load
+            assert await server.reloads.run() == ["models and collections"]
+            assert version(server)[0] == "1"
+            assert server.lifecycle.statistics()["model m"].last_refusal == "KeyError"
+
+    asyncio.run(main())
+    assert "loading model m failed in our own code" in caplog.text
