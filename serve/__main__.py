@@ -96,7 +96,8 @@ def _ready_line(server: Server) -> str:
     """Say where and what this serves, for people and for scripts."""
     models = ",".join(server.catalog.models)
     collections = ",".join(server.catalog.collections) or "none"
-    return f"horace serving on {server.address} models={models} collections={collections}"
+    http = f" http={server.http.url}" if server.http.url else ""
+    return f"horace serving on {server.address} models={models} collections={collections}{http}"
 
 
 def _cut_off(calls: int, why: str) -> UnavailableError:

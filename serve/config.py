@@ -10,6 +10,7 @@ from models.bundle import SHIPPED_BUNDLE
 from models.errors import UsageError
 from models.preprocess import ImageLimits
 from serve.front import FrontKind
+from serve.http.options import HttpOptions
 from serve.kserve.options import KserveOptions
 from serve.lifecycle.options import ModelOptions, NamedPath, read_model_options, read_named_path
 from serve.operation.options import LogOptions, MetricsOptions, TracingOptions
@@ -115,6 +116,9 @@ class ServeOptions:
     tracing: TracingOptions = field(default_factory=TracingOptions)
 
     log: OmitArgPrefixes[LogOptions] = field(default_factory=LogOptions)
+
+    http: HttpOptions = field(default_factory=HttpOptions)
+    """HTTP and JSON beside gRPC; off unless it has a port."""
 
     bundles: tuple[ModelOptions, ...] = field(init=False, repr=False, compare=False)
     collections: tuple[NamedPath, ...] = field(init=False, repr=False, compare=False)

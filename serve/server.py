@@ -37,6 +37,8 @@ from serve.engine import Engine
 from serve.front import make_front
 from serve.front.port import join_address
 from serve.health import Health
+from serve.http.door import HttpDoor
+from serve.http.doorman import Doorman
 from serve.kserve import servicer as kserve
 from serve.kserve.servicer import KserveServicer
 from serve.kserve.statistics import Statistics
@@ -144,6 +146,7 @@ class Server:
             tls=options.tls.is_on,
             host=options.host,
         )
+        self.http = self._make_http_door()
         self.port = 0
         self._ready = False
 
@@ -182,6 +185,7 @@ class Server:
             )
             reflection.enable_server_reflection(names, self._front.server)
             await self._front.start()
+            await self.http.start()
         except BaseException:
             await self.kill()
             raise
@@ -211,6 +215,7 @@ class Server:
             await asyncio.sleep(LAST_CALLS_S)
         self.health.close()
         await self._front.stop(None if cut_off else LAST_REPLIES_S)
+        await self.http.stop(cut_off=bool(cut_off))
         self._closing.close()
         return cut_off
 
@@ -219,7 +224,28 @@ class Server:
         self._end_changes()
         self.health.close()
         await self._front.stop(None)
+        await self.http.stop(cut_off=True)
         self._closing.close()
+
+    def _make_http_door(self) -> HttpDoor:
+        """Make the door for HTTP to the same services."""
+        options = self._options
+        doorman = Doorman(
+            services=self.services,
+            limits=options.request_limits,
+            is_serving=lambda: self.health.serving,
+            guard=self.security.guard,
+            timeout_s=options.http.timeout_s,
+            max_held_bytes=options.http.max_body_mib * MIB,
+        )
+        return HttpDoor(
+            options.http,
+            doorman=doorman,
+            host=options.host,
+            max_connections=options.max_calls,
+            reuse_port=self.place.shares_ports,
+            certificates=self.security.certificates,
+        )
 
     def _make_pool(self, name: str, *, threads: int | None = None) -> ThreadPool:
         """Start threads that end with this server, as many as for decoding by default."""
@@ -231,6 +257,7 @@ class Server:
         """Take the port: at once, or with other workers only when a caller can be answered."""
         options = self._options
         self.port = self._front.listen(options.host, options.port, self.security.credentials)
+        self.http.listen()
 
     def _tell_health(self) -> None:
         """Say whether every model can serve."""

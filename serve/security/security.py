@@ -19,7 +19,7 @@ from serve.security.guard import Guard
 from serve.security.interceptor import GuardInterceptor
 from serve.security.options import CallerLimits, KeyOptions
 from serve.security.ring import KeyRing, read_ring
-from serve.security.tls import Tls, TlsOptions
+from serve.security.tls import Certificates, Tls, TlsOptions
 
 
 class Security:
@@ -47,9 +47,8 @@ class Security:
             ring=self._keys, open_reflection=keys.open_reflection, quota=limits.quota
         )
         self.interceptor = GuardInterceptor(self.guard, max_images=max_images)
-        certificates = None if self._tls is None else self._tls.files
         self._files: list[Reloadable[Any]] = [
-            file for file in (certificates, self._ring) if file is not None
+            file for file in (self.certificates, self._ring) if file is not None
         ]
         self._watcher = Watcher(self._files) if self._files else None
 
@@ -60,6 +59,11 @@ class Security:
     def credentials(self) -> grpc.ServerCredentials | None:
         """What the port listens with; None for a plain one."""
         return None if self._tls is None else self._tls.credentials
+
+    @property
+    def certificates(self) -> Reloadable[Certificates] | None:
+        """What the files of TLS hold at the moment; None without TLS."""
+        return None if self._tls is None else self._tls.files
 
     def register(self, reloads: Reloads) -> None:
         """Have every file read again at a reload, too."""

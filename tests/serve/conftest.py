@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from models.preprocess import PreprocessSpec
 from serve.config import ServeOptions
@@ -200,3 +201,33 @@ def start_server(tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
             process.wait()
         process.stdout.close()
         log.close()
+
+
+@dataclass(frozen=True)
+class StoredImages:
+    """A bundle, a folder of images, and the collection that the one made of the other."""
+
+    bundle: Path
+    folder: Path
+    collection: Path
+    fingerprint: str
+
+    @property
+    def files(self) -> list[Path]:
+        """The images, in the order of their names."""
+        return sorted(self.folder.rglob("*.png"))
+
+
+@pytest.fixture
+def stored(tmp_path: Path, make_bundle) -> StoredImages:
+    """Twelve images of two classes in a collection that is called `things`."""
+    from index.build import BuildOptions, build
+
+    rng = np.random.default_rng(0)
+    for n in range(12):
+        path = tmp_path / "images" / f"class-{n % 2}" / f"{n:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (28, 28), dtype=np.uint8)).save(path)
+    bundle, out = make_bundle(), tmp_path / "things"
+    build(BuildOptions(images=str(tmp_path / "images"), encoder=str(bundle.path), out=out))
+    return StoredImages(bundle.path, tmp_path / "images", out, bundle.fingerprint)

@@ -1,0 +1,280 @@
+"""The routes: what is answered where, and how every request is answered.
+
+Rules:
+    Every refusal is JSON, also of what Starlette refuses itself.
+    A deadline holds for the whole of a request, its body included.
+    While a request is computed its connection is watched: a caller that hangs up cancels it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable, Coroutine
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from google.protobuf.message import Message
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import Route
+
+from protos import horace_pb2 as pb
+from serve.errors import DeadlineError, RequestError
+from serve.http.body import Body, BodyMemory, read_body
+from serve.http.context import HttpContext
+from serve.http.doorman import Doorman
+from serve.http.faults import refuse, refuse_with
+from serve.http.fields import read_embed, read_search
+from serve.http.openapi import describe
+from serve.http.replies import (
+    collections_reply,
+    embed_reply,
+    json_response,
+    models_reply,
+    search_reply,
+)
+from serve.security.caller import CURRENT, request_id_of
+from serve.security.costs import count_images
+from serve.security.guard import Pass
+
+Reply = TypeVar("Reply")
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+
+SERVICE = "/horace.v1.Horace/"
+"""What gRPC calls the methods that stand behind the routes."""
+
+PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+)
+
+_TIMEOUT_MS = re.compile(r"[0-9]{1,9}")
+
+
+def make_app(doorman: Doorman) -> Starlette:
+    """Make the application; it owns nothing that has to be closed."""
+    routes = _Routes(doorman)
+    return Starlette(
+        routes=[
+            Route("/", routes.page),
+            Route("/healthz", routes.healthz),
+            Route("/readyz", routes.readyz),
+            Route("/openapi.json", routes.openapi),
+            Route("/v1/models", routes.models),
+            Route("/v1/collections", routes.collections),
+            Route("/v1/embed", routes.embed, methods=["POST"]),
+            Route("/v1/search", routes.search, methods=["POST"]),
+        ],
+        exception_handlers={HTTPException: _refuse_route},
+    )
+
+
+class _Routes:
+    """The handlers of the routes."""
+
+    def __init__(self, doorman: Doorman) -> None:
+        self._doorman = doorman
+        self._memory = BodyMemory(doorman.max_held_bytes)
+        self._openapi = json_response(describe(doorman.limits))
+        page = Path(__file__).with_name("page.html").read_text()
+        self._page = HTMLResponse(page, headers={"content-security-policy": PAGE_POLICY})
+
+    # What says something of the server itself; no key is asked for.
+
+    async def page(self, request: Request) -> Response:
+        """Show the interface to people."""
+        return self._page
+
+    async def openapi(self, request: Request) -> Response:
+        """Describe the interface to programs."""
+        return self._openapi
+
+    async def healthz(self, request: Request) -> Response:
+        """Say that the event loop turns."""
+        return json_response({"status": "alive"})
+
+    async def readyz(self, request: Request) -> Response:
+        """Say whether the server serves, as its gRPC health does."""
+        if self._doorman.is_serving():
+            return json_response({"status": "ready"})
+        return json_response({"status": "not ready"}, 503, {"retry-after": "1"})
+
+    # What is answered by the services.
+
+    async def models(self, request: Request) -> Response:
+        """Say which models there are."""
+
+        async def work(context: HttpContext, entered: Pass) -> Response:
+            listed = pb.ListModelsRequest()
+            self._charge(entered, listed)
+            return json_response(
+                models_reply(await self._doorman.services.ListModels(listed, cast(Any, context)))
+            )
+
+        return await self._answer(request, "ListModels", work)
+
+    async def collections(self, request: Request) -> Response:
+        """Say which collections there are."""
+
+        async def work(context: HttpContext, entered: Pass) -> Response:
+            listed = pb.ListCollectionsRequest()
+            self._charge(entered, listed)
+            services = self._doorman.services
+            reply = await services.ListCollections(listed, cast(Any, context))
+            return json_response(collections_reply(reply))
+
+        return await self._answer(request, "ListCollections", work)
+
+    async def embed(self, request: Request) -> Response:
+        """Embed images."""
+
+        async def work(context: HttpContext, entered: Pass) -> Response:
+            with self._memory.holding() as held:
+                body = await self._read(request, held)
+                message, asked = read_embed(body, request_id_of(context.invocation_metadata()))
+                del body  # its images are in the message now
+                self._charge(entered, message)
+                call = self._doorman.services.Embed(message, cast(Any, context))
+                reply = await _unless_gone(request, call)
+            document = embed_reply(reply, asked.refused, as_base64=asked.as_base64)
+            return json_response(document)
+
+        return await self._answer(request, "Embed", work)
+
+    async def search(self, request: Request) -> Response:
+        """Find neighbours."""
+
+        async def work(context: HttpContext, entered: Pass) -> Response:
+            with self._memory.holding() as held:
+                body = await self._read(request, held)
+                message, asked = read_search(body, request_id_of(context.invocation_metadata()))
+                del body
+                self._charge(entered, message)
+                call = self._doorman.services.Search(message, cast(Any, context))
+                reply = await _unless_gone(request, call)
+            return json_response(search_reply(reply, asked.refused))
+
+        return await self._answer(request, "Search", work)
+
+    # How every one of them is answered.
+
+    async def _answer(
+        self,
+        request: Request,
+        method: str,
+        work: Callable[[HttpContext, Pass], Awaitable[Response]],
+    ) -> Response:
+        """Let the call in and await `work` within the deadline; an error becomes a status."""
+        headers = {}
+        if request_id := request_id_of(request.headers.items()):
+            headers["x-request-id"] = request_id
+        try:
+            timeout_s = self._timeout_s(request)
+            context = self._context(request, timeout_s)
+            entered = self._enter(method, context)
+            with self._doorman.guard.under_way(entered):
+                async with asyncio.timeout(timeout_s):
+                    response = await work(context, entered)
+        except TimeoutError:
+            late = DeadlineError(
+                method, expected=f"a body and a reply within {timeout_s:g} s", found="none"
+            )
+            return refuse(late, headers)
+        except ClientDisconnect:
+            return Response(status_code=499)  # nobody reads it
+        except Exception as error:
+            return refuse(error, headers)
+        response.headers.update(headers)
+        return response
+
+    def _enter(self, method: str, context: HttpContext) -> Pass:
+        """Let a call in, and say who makes it, here and to whoever answers it.
+
+        Raises:
+            UnauthenticatedError: it has no key, or another.
+        """
+        guard, metadata = self._doorman.guard, context.invocation_metadata()
+        key = guard.authorise(SERVICE + method, metadata)
+        entered = guard.name(
+            key, metadata, peer=context.peer(), auth_context=context.auth_context()
+        )
+        CURRENT.set(entered.caller)  # this task answers nothing else
+        return entered
+
+    def _charge(self, entered: Pass, message: Message) -> None:
+        """Charge for a request that has been read.
+
+        Raises:
+            QueueFullError: its caller asks for more a second than it may.
+        """
+        images = min(count_images(message), self._doorman.limits.max_images)
+        self._doorman.guard.charge(entered, images=images)
+
+    async def _read(self, request: Request, held: Any) -> Body:
+        """Read the body within the limits of a request."""
+        limits = self._doorman.limits
+        return await read_body(
+            request, held, max_bytes=limits.max_message_bytes, max_images=limits.max_images
+        )
+
+    def _context(self, request: Request, timeout_s: float) -> HttpContext:
+        """Describe the call as gRPC would."""
+        clock = self._doorman.clock
+        client = request.client
+        return HttpContext(
+            headers=request.headers.items(),
+            peer=None if client is None else (client.host, client.port),
+            deadline_s=clock() + timeout_s,
+            clock=clock,
+        )
+
+    def _timeout_s(self, request: Request) -> float:
+        """Give the time that a request has: what it asks for, within what it may.
+
+        Raises:
+            RequestError: it asks for something that is no time.
+        """
+        asked = request.headers.get("x-timeout-ms")
+        if asked is None:
+            return self._doorman.timeout_s
+        if not _TIMEOUT_MS.fullmatch(asked) or not int(asked):
+            raise RequestError(
+                "x-timeout-ms", expected="milliseconds, 1 or more", found=f"{asked[:40]!r}"
+            )
+        return min(int(asked) / 1e3, self._doorman.timeout_s)
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, Reply]) -> Reply:
+    """Await `work` unless its caller hangs up; then cancel it.
+
+    Raises:
+        ClientDisconnect: the caller has gone.
+    """
+    working = asyncio.ensure_future(work)
+    watching = asyncio.ensure_future(_until_gone(request))
+    try:
+        await asyncio.wait([working, watching], return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return await working
+        raise ClientDisconnect
+    finally:
+        for task in (working, watching):
+            task.cancel()
+        await asyncio.wait([working, watching])
+        if not working.cancelled():
+            working.exception()  # seen: nobody is left to be told
+
+
+async def _until_gone(request: Request) -> None:
+    """Wait until the caller hangs up; the body has been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _refuse_route(request: Request, error: Exception) -> Response:
+    """Answer what no route takes."""
+    assert isinstance(error, HTTPException)
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "bad_request")
+    return refuse_with(error.status_code, code, error.detail, error.headers or {})

@@ -1,0 +1,284 @@
+"""Reads the body of a request: JSON, or a multipart form, within bounds.
+
+Rules:
+    A body that says that it is too long is refused before it is read, one that turns out so
+    as soon as it does; what all bodies hold together is bounded, too.
+    A form is taken apart as it arrives; nothing of it is written to a disk.
+    In a form, parts named `images` are images; every other part is a field, as text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import orjson
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.requests import Request
+
+from serve.errors import QueueFullError, RequestError
+from serve.http.faults import BodyTooLargeError, MediaTypeError
+
+if TYPE_CHECKING:
+    from python_multipart.multipart import MultipartCallbacks
+
+MAX_FIELDS = 64
+"""Parts of a form beside its images."""
+
+MAX_FIELD_BYTES = 16 << 10
+"""Of one part that is no image; a filter may be long."""
+
+MAX_PART_HEADERS = 8
+
+JSON_TYPE, FORM_TYPE = b"application/json", b"multipart/form-data"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Body:
+    """What a request says.
+
+    Attributes:
+        fields: by name; JSON values, or texts where `is_form`.
+        images: of a form; None where there were none.
+        is_form: whether it came as a form.
+    """
+
+    fields: Mapping[str, object]
+    images: list[bytes] | None = None
+    is_form: bool = False
+
+
+class BodyMemory:
+    """Counts the bytes that bodies hold in memory together. Belongs to one event loop."""
+
+    def __init__(self, most_bytes: int) -> None:
+        """Allow this many bytes."""
+        self._most_bytes = most_bytes
+        self._held_bytes = 0
+
+    def __repr__(self) -> str:
+        return f"<BodyMemory {self._held_bytes} of {self._most_bytes} bytes>"
+
+    @property
+    def held_bytes(self) -> int:
+        """What bodies hold now."""
+        return self._held_bytes
+
+    @contextmanager
+    def holding(self) -> Iterator[Held]:
+        """Count one body until it is answered."""
+        held = Held(self)
+        try:
+            yield held
+        finally:
+            self._held_bytes -= held.size_bytes
+
+    def take(self, size_bytes: int) -> None:
+        """Count more bytes.
+
+        Raises:
+            QueueFullError: that would be too many.
+        """
+        if self._held_bytes + size_bytes > self._most_bytes:
+            raise QueueFullError(
+                "request bodies",
+                expected=f"at most {self._most_bytes} bytes in memory",
+                found=f"{self._held_bytes} held",
+                mend="try again",
+            )
+        self._held_bytes += size_bytes
+
+
+@dataclass(kw_only=False)
+class Held:
+    """What one body holds."""
+
+    memory: BodyMemory
+    size_bytes: int = 0
+
+    def grow(self, to_bytes: int) -> None:
+        """Hold at least this many bytes.
+
+        Raises:
+            QueueFullError: there is no room for them.
+        """
+        if to_bytes > self.size_bytes:
+            self.memory.take(to_bytes - self.size_bytes)
+            self.size_bytes = to_bytes
+
+
+async def read_body(request: Request, held: Held, *, max_bytes: int, max_images: int) -> Body:
+    """Read a request's body.
+
+    Args:
+        request: of which nothing is read yet.
+        held: counts its bytes.
+        max_bytes: of the whole body.
+        max_images: of a form; more are a refusal as soon as they come.
+
+    Raises:
+        BodyTooLargeError: it has more bytes.
+        MediaTypeError: it is neither JSON nor a form.
+        RequestError: it is not what it says.
+        QueueFullError: other bodies hold the memory.
+    """
+    kind, parameters = parse_options_header(request.headers.get("content-type"))
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise _wrong_type(f"content-encoding {request.headers['content-encoding'][:40]!r}")
+    chunks = _chunks(request, held, max_bytes)
+    if kind == FORM_TYPE:
+        return await _read_form(chunks, parameters.get(b"boundary", b""), max_images)
+    if kind == JSON_TYPE:
+        return _read_json(b"".join([chunk async for chunk in chunks]))
+    found = f"content-type {kind.decode('latin-1')[:40]!r}" if kind else "no content-type"
+    raise _wrong_type(found)
+
+
+async def _chunks(request: Request, held: Held, max_bytes: int) -> AsyncIterator[bytes]:
+    """Give a body as it comes, counted."""
+    announced = request.headers.get("content-length")
+    if announced is not None:
+        _check_size(int(announced), max_bytes)  # h11 lets nothing else than digits pass
+        held.grow(int(announced))
+    read_bytes = 0
+    async for chunk in request.stream():
+        read_bytes += len(chunk)
+        _check_size(read_bytes, max_bytes)
+        held.grow(read_bytes)
+        yield chunk
+
+
+def _check_size(size_bytes: int, max_bytes: int) -> None:
+    """Refuse too long a body."""
+    if size_bytes > max_bytes:
+        raise BodyTooLargeError(
+            "body",
+            expected=f"at most {max_bytes} bytes",
+            found=f"{size_bytes} or more",
+            mend="split the request",
+        )
+
+
+def _read_json(data: bytes) -> Body:
+    """Read a JSON object."""
+    try:
+        document = orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        raise RequestError("body", expected="JSON", found=str(error)) from error
+    if not isinstance(document, dict):
+        raise RequestError("body", expected="a JSON object", found=type(document).__name__)
+    return Body(fields=document)
+
+
+async def _read_form(chunks: AsyncIterator[bytes], boundary: bytes, max_images: int) -> Body:
+    """Read a multipart form."""
+    if not boundary:
+        raise RequestError("multipart form", expected="a boundary in content-type", found="none")
+    form = _Form(max_images)
+    try:
+        parser = MultipartParser(boundary, form.callbacks, max_header_count=MAX_PART_HEADERS)
+        async for chunk in chunks:
+            parser.write(chunk)
+    except FormParserError as error:
+        raise RequestError("multipart form", found=f"{error!s:.200}") from error
+    if not form.is_complete:
+        raise RequestError(
+            "multipart form", expected="the boundary that ends it", found="the end of the body"
+        )
+    images = form.images if form.images else None
+    return Body(fields=form.fields, images=images, is_form=True)
+
+
+@dataclass
+class _Form:
+    """Collects the parts of a form as the parser meets them."""
+
+    max_images: int
+    fields: dict[str, object] = field(default_factory=dict)
+    images: list[bytes] = field(default_factory=list)
+    is_complete: bool = False
+
+    def __post_init__(self) -> None:
+        self._headers: dict[bytes, bytes] = {}
+        self._header_name = self._header_value = b""
+        self._name = ""
+        self._data = bytearray()
+
+    @property
+    def callbacks(self) -> MultipartCallbacks:
+        """What the parser calls."""
+        return {
+            "on_part_begin": self._on_part_begin,
+            "on_header_field": self._on_header_field,
+            "on_header_value": self._on_header_value,
+            "on_header_end": self._on_header_end,
+            "on_headers_finished": self._on_headers_finished,
+            "on_part_data": self._on_part_data,
+            "on_part_end": self._on_part_end,
+            "on_end": self._on_end,
+        }
+
+    def _on_part_begin(self) -> None:
+        self._headers, self._data = {}, bytearray()
+
+    def _on_header_field(self, data: bytes, start: int, end: int) -> None:
+        self._header_name += data[start:end]
+
+    def _on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._header_value += data[start:end]
+
+    def _on_header_end(self) -> None:
+        self._headers[self._header_name.lower()] = self._header_value
+        self._header_name = self._header_value = b""
+
+    def _on_headers_finished(self) -> None:
+        """Learn the part's name, and refuse it if there are too many."""
+        _, parameters = parse_options_header(self._headers.get(b"content-disposition"))
+        name = parameters.get(b"name")
+        if name is None:
+            raise RequestError("part of the form", expected="a name", found="none")
+        self._name = name.decode("utf-8", "replace")
+        if self._name == "images" and len(self.images) >= self.max_images:
+            found = f"more than {self.max_images}"
+            expected = f"1 to {self.max_images} a request"
+            raise RequestError("images", expected=expected, found=found, mend="split the request")
+        if self._name != "images" and len(self.fields) >= MAX_FIELDS:
+            raise RequestError("form", expected=f"at most {MAX_FIELDS} fields", found="more")
+
+    def _on_part_data(self, data: bytes, start: int, end: int) -> None:
+        self._data += memoryview(data)[start:end]
+        if self._name != "images" and len(self._data) > MAX_FIELD_BYTES:
+            raise RequestError(
+                self._field, expected=f"at most {MAX_FIELD_BYTES} bytes", found="more"
+            )
+
+    def _on_part_end(self) -> None:
+        """Keep the part."""
+        data, self._data = bytes(self._data), bytearray()
+        if self._name == "images":
+            self.images.append(data)
+            return
+        if self._name in self.fields:
+            raise RequestError(self._field, expected="one value", found="several")
+        try:
+            self.fields[self._name] = data.decode()
+        except UnicodeDecodeError as error:
+            raise RequestError(self._field, expected="UTF-8", found="other bytes") from error
+
+    def _on_end(self) -> None:
+        self.is_complete = True
+
+    @property
+    def _field(self) -> str:
+        """Name the present part in a message."""
+        return f"field {self._name[:40]!r}"
+
+
+def _wrong_type(found: str) -> MediaTypeError:
+    """Say which forms a body may have."""
+    return MediaTypeError(
+        "body", expected="application/json or multipart/form-data, not compressed", found=found
+    )

@@ -1,0 +1,98 @@
+"""What a servicer sees of a call that came over HTTP: the face of gRPC's context.
+
+It has what servicers of this house ask of a context, and nothing beside.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import grpc
+
+from serve.http.faults import Aborted
+
+Metadata = Sequence[tuple[str, str | bytes]]
+
+PUSH_BACK_KEY = "retry-after-ms"
+"""Trailing metadata in which a servicer says when to come back."""
+
+
+class HttpContext:
+    """One call over HTTP. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        *,
+        headers: Iterable[tuple[str, str]],
+        peer: tuple[str, int] | None,
+        deadline_s: float,
+        clock: Callable[[], float],
+        auth_context: Mapping[str, Iterable[bytes]] | None = None,
+    ) -> None:
+        """Describe a call.
+
+        Args:
+            headers: names in lower case.
+            peer: host and port of the caller.
+            deadline_s: on `clock`.
+            clock: monotonic seconds.
+            auth_context: what TLS found out about the caller.
+        """
+        self._headers = tuple(headers)
+        self._peer = peer
+        self._deadline_s = deadline_s
+        self._clock = clock
+        self._auth_context = auth_context or {}
+        self._trailing: Metadata = ()
+
+    def time_remaining(self) -> float | None:
+        """Give the seconds until the deadline; None where there is none."""
+        if math.isinf(self._deadline_s):
+            return None
+        return max(0.0, self._deadline_s - self._clock())
+
+    def invocation_metadata(self) -> Metadata:
+        """Give the headers."""
+        return self._headers
+
+    def peer(self) -> str:
+        """Give the caller's address as gRPC writes it."""
+        if self._peer is None:
+            return "unknown"
+        host, port = self._peer
+        return f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"
+
+    def auth_context(self) -> Mapping[str, Iterable[bytes]]:
+        """Give what TLS found out about the caller."""
+        return self._auth_context
+
+    def set_trailing_metadata(self, metadata: Metadata) -> None:
+        """Take what goes with the end of the call."""
+        self._trailing = tuple(metadata)
+
+    def trailing_metadata(self) -> Metadata:
+        """Give what goes with the end of the call."""
+        return self._trailing
+
+    async def send_initial_metadata(self, metadata: Metadata) -> None:
+        """Ignore it: it has no place here."""
+
+    async def abort(
+        self, code: grpc.StatusCode, details: str = "", trailing_metadata: Any = ()
+    ) -> NoReturn:
+        """End the call.
+
+        Raises:
+            Aborted: always.
+        """
+        raise Aborted(code, details, _retry_after_s((*self._trailing, *(trailing_metadata or ()))))
+
+
+def _retry_after_s(metadata: Metadata) -> float | None:
+    """Read when a servicer wants to be called again."""
+    for key, value in metadata:
+        if key == PUSH_BACK_KEY:
+            return float(value) / 1e3
+    return None

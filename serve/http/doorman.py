@@ -1,0 +1,33 @@
+"""What the HTTP application has to know of the server that it belongs to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from serve.security.guard import Guard
+from serve.services import HoraceServicer, RequestLimits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doorman:
+    """What the routes need to know of the server that they belong to.
+
+    Attributes:
+        services: answers every request.
+        limits: what one request may ask for.
+        is_serving: whether the server says that it serves.
+        guard: lets calls in, by the names that gRPC has for them.
+        timeout_s: the longest that a request may take.
+        max_held_bytes: of bodies that are in memory at once.
+        clock: monotonic seconds, that of the services.
+    """
+
+    services: HoraceServicer
+    limits: RequestLimits
+    is_serving: Callable[[], bool]
+    guard: Guard
+    timeout_s: float = 60.0
+    max_held_bytes: int = 1 << 29
+    clock: Callable[[], float] = time.monotonic

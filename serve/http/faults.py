@@ -1,0 +1,114 @@
+"""How what went wrong is told over HTTP: one table from gRPC's codes, two errors of its own.
+
+Rules:
+    Every refusal is JSON: {"error": {"code": ..., "message": ...}}, the code being gRPC's name
+    in lower case, so that an application handles both doors alike.
+    The message is the one that gRPC carries; what is unknown is an incident number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import grpc
+from starlette.responses import Response
+
+from serve.errors import STATUS_CODES, ServeError, to_status
+from serve.http.replies import json_response
+
+Code = grpc.StatusCode
+
+
+class BodyTooLargeError(ServeError):
+    """A body with more bytes than a request may have."""
+
+
+class MediaTypeError(ServeError):
+    """A body in a form that is not read here."""
+
+
+HTTP_STATUS: dict[grpc.StatusCode, int] = {
+    Code.INVALID_ARGUMENT: 400,
+    Code.OUT_OF_RANGE: 400,
+    Code.UNAUTHENTICATED: 401,
+    Code.PERMISSION_DENIED: 403,
+    Code.NOT_FOUND: 404,
+    Code.ALREADY_EXISTS: 409,
+    Code.ABORTED: 409,
+    Code.FAILED_PRECONDITION: 412,
+    Code.RESOURCE_EXHAUSTED: 429,
+    Code.CANCELLED: 499,
+    Code.UNKNOWN: 500,
+    Code.INTERNAL: 500,
+    Code.DATA_LOSS: 500,
+    Code.UNIMPLEMENTED: 501,
+    Code.UNAVAILABLE: 503,
+    Code.DEADLINE_EXCEEDED: 504,
+}
+"""What each of gRPC's codes is called in HTTP."""
+
+OWN_STATUS: dict[type[ServeError], tuple[int, str]] = {
+    BodyTooLargeError: (413, "body_too_large"),
+    MediaTypeError: (415, "unsupported_media_type"),
+}
+"""What gRPC has no code for."""
+
+RETRY_AFTER_S = 1.0
+"""Told with 429 and 503 where nothing better is known."""
+
+
+class Aborted(Exception):
+    """How a servicer ended a call.
+
+    Attributes:
+        code: gRPC's.
+        message: for the caller.
+        retry_after_s: when the call may do better, where that was said.
+    """
+
+    def __init__(
+        self, code: grpc.StatusCode, message: str, retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.code, self.message, self.retry_after_s = code, message, retry_after_s
+
+
+def refuse(error: Exception, headers: Mapping[str, str]) -> Response:
+    """Answer with what went wrong.
+
+    Args:
+        error: a servicer's `Aborted`, or whatever was raised on the way to it.
+        headers: that go with the reply.
+    """
+    if isinstance(error, Aborted):
+        return _answer(error.code, error.message, error.retry_after_s, headers)
+    for kind, (status, code) in OWN_STATUS.items():
+        if isinstance(error, kind):
+            return refuse_with(status, code, str(error), headers)
+    grpc_code, message = to_status(error)
+    return _answer(grpc_code, message, getattr(error, "retry_after_s", None), headers)
+
+
+def refuse_with(status: int, code: str, message: str, headers: Mapping[str, str]) -> Response:
+    """Answer with a status, a code for programs and a message for people."""
+    return json_response({"error": {"code": code, "message": message}}, status, headers)
+
+
+def _answer(
+    code: grpc.StatusCode, message: str, retry_after_s: float | None, headers: Mapping[str, str]
+) -> Response:
+    """Answer as the table has it."""
+    status = HTTP_STATUS[code]
+    extra = {}
+    if status in (429, 503):
+        wait_s = RETRY_AFTER_S if retry_after_s is None else retry_after_s
+        if wait_s >= 0:
+            extra["retry-after"] = str(math.ceil(wait_s))  # the header counts whole seconds
+            extra["retry-after-ms"] = str(math.ceil(wait_s * 1e3))
+    if status == 401:
+        extra["www-authenticate"] = 'Bearer realm="horace"'
+    return refuse_with(status, code.name.lower(), message, {**headers, **extra})
+
+
+assert set(STATUS_CODES.values()) <= set(HTTP_STATUS), "an error without a status of HTTP"

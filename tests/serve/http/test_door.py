@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import asyncio
+import re
+import signal
+import socket
+import threading
+
+import httpx
+import pytest
+
+from models.errors import UsageError
+from serve.errors import StartError
+from serve.http.options import HttpOptions
+
+
+def files(*images):
+    """Images as parts of a form."""
+    return [("images", (f"{n}.png", data)) for n, data in enumerate(images)]
+
+
+def test_draining_answers_what_is_under_way(http_serving, fake, png, eventually):
+    """New requests are told to go elsewhere; the old ones get their vectors; then it closes."""
+
+    async def main():
+        async with http_serving(fake) as (server, http):
+            fake.gate.clear()
+            held = asyncio.create_task(http.post("/v1/embed", files=files(png(1))))
+            await eventually(fake.entered.is_set)
+            draining = asyncio.create_task(server.drain(limit_s=30))
+            await eventually(lambda: not server.health.serving)
+            late = await http.post("/v1/embed", files=files(png(2)))
+            unready = await http.get("/readyz")
+            fake.gate.set()
+            assert await draining == 0
+            with pytest.raises(httpx.ConnectError):
+                await httpx.AsyncClient().get(server.http.url)
+            return await held, late, unready
+
+    held, late, unready = asyncio.run(main())
+    assert (held.status_code, late.status_code, unready.status_code) == (200, 503, 503)
+    assert "the server is stopping" in late.json()["error"]["message"]
+    assert "retry-after" in late.headers
+
+
+def test_the_process_says_where_http_is_and_drains(start_server):
+    """The ready line has the address; SIGTERM ends it with status 0."""
+    server = start_server("--http.port", "0")
+    url = server.ready_line.rpartition("http=")[2]
+    threads = [threading.Thread(target=httpx.get, args=(url + "/v1/models",)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert server.stop(signal.SIGTERM) == 0
+
+
+def test_without_a_port_there_is_no_http(serving, fake):
+    """Nothing listens that nobody asked for."""
+
+    async def main():
+        async with serving(fake) as server:
+            assert server.http.url is None
+            assert repr(server.http) == "<HttpDoor closed>"
+
+    asyncio.run(main())
+
+
+def test_a_port_in_use_is_one_line(serving, fake):
+    """And nothing is left open."""
+
+    async def main():
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            port = taken.getsockname()[1]
+            with pytest.raises(StartError, match=f"port 127.0.0.1:{port}: expected a free port"):
+                async with serving(fake, http=HttpOptions(port=port)):
+                    pass
+
+    asyncio.run(main())
+    assert fake.closed or not fake.batches
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"port": 70000}, "--http.port: expected 0 to 65535, found 70000"),
+        ({"timeout_s": 0}, "--http.timeout-s: expected above 0 to 3600, found 0"),
+        ({"max_body_mib": 0}, "--http.max-body-mib: expected at least 1, found 0"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused(options, message):
+    """By the name that people type."""
+    with pytest.raises(UsageError, match=re.escape(message)):
+        HttpOptions(**options)
