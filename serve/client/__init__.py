@@ -18,6 +18,7 @@ from serve.client.async_client import AsyncClient
 from serve.client.blocking import Client
 from serve.client.combining import Combination
 from serve.client.connection import ClientTls
+from serve.client.items import EmbeddedItem
 from serve.client.results import (
     CollectionInfo,
     EmbedResult,
@@ -37,6 +38,7 @@ __all__ = [
     "CollectionInfo",
     "Combination",
     "EmbedResult",
+    "EmbeddedItem",
     "Hit",
     "ItemStatus",
     "ModelInfo",

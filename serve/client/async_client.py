@@ -6,6 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import aclosing
 from types import TracebackType
 from typing import TypeVar
 
@@ -14,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.image_source import ImageData
-from serve.client.arguments import check_timeout
+from serve.client.arguments import check_integer, check_timeout
 from serve.client.channel import (
+    ITER_IN_FLIGHT,
     STREAM_IMAGES,
     STREAM_IN_FLIGHT,
     make_planner,
@@ -24,6 +26,7 @@ from serve.client.channel import (
 )
 from serve.client.combining import Combination
 from serve.client.connection import ClientTls, Connection
+from serve.client.items import Batch, EmbeddedItem, gather_async
 from serve.client.plans import TIMEOUT_S, Call, Failure, Plan, Step
 from serve.client.requests import (
     EmbedOptions,
@@ -36,6 +39,7 @@ from serve.client.requests import (
 from serve.client.results import CollectionInfo, EmbedResult, ModelInfo, SearchResult
 from serve.client.retry import RetryPolicy
 from serve.client.streams import AsyncFeed
+from serve.client.window import run_async_window
 
 Value = TypeVar("Value")
 
@@ -94,11 +98,17 @@ class AsyncClient:
         normalize: bool = True,
         dtype: str = "fp32",
         request_id: str | None = None,
+        priority: int = 0,
         timeout_s: float | None = None,
     ) -> EmbedResult:
         """Embed one to many images; see `Client.embed`."""
         options = EmbedOptions(
-            model=model, dims=dims, normalize=normalize, dtype=dtype, request_id=request_id
+            model=model,
+            dims=dims,
+            normalize=normalize,
+            dtype=dtype,
+            request_id=request_id,
+            priority=priority,
         )
         return await self._drive(self._planner.embed(images, options, timeout_s))
 
@@ -117,6 +127,7 @@ class AsyncClient:
         effort: int | None = None,
         include_vectors: bool = False,
         request_id: str | None = None,
+        priority: int = 0,
         timeout_s: float | None = None,
     ) -> SearchResult:
         """Find nearest neighbours; see `Client.search`."""
@@ -129,6 +140,7 @@ class AsyncClient:
             effort=effort,
             include_vectors=include_vectors,
             request_id=request_id,
+            priority=priority,
         )
         plan = self._planner.search(queries, options, timeout_s)
         return await self._drive(plan)
@@ -144,6 +156,7 @@ class AsyncClient:
         images_per_request: int = STREAM_IMAGES,
         in_flight: int = STREAM_IN_FLIGHT,
         request_id: str | None = None,
+        priority: int = 0,
         timeout_s: float | None = None,
     ) -> AsyncIterator[EmbedResult]:
         """Embed an iterable of any length and either kind; see `Client.embed_stream`.
@@ -153,7 +166,12 @@ class AsyncClient:
         check_stream(images)
         limit_s = None if timeout_s is None else check_timeout(timeout_s)
         options = EmbedOptions(
-            model=model, dims=dims, normalize=normalize, dtype=dtype, request_id=request_id
+            model=model,
+            dims=dims,
+            normalize=normalize,
+            dtype=dtype,
+            request_id=request_id,
+            priority=priority,
         )
         plan = self._planner.stream_request_size(images_per_request)
         feed = AsyncFeed(images, await self._drive(plan), options, in_flight)
@@ -169,6 +187,54 @@ class AsyncClient:
             call.cancel()
         if feed.error is not None:
             raise feed.error
+
+    def embed_iter(
+        self,
+        images: Iterable[ImageData] | AsyncIterable[ImageData],
+        *,
+        ordered: bool = True,
+        in_flight: int = ITER_IN_FLIGHT,
+        images_per_request: int = STREAM_IMAGES,
+        model: str | None = None,
+        dims: int | None = None,
+        normalize: bool = True,
+        dtype: str = "fp32",
+        request_id: str | None = None,
+        priority: int = 0,
+        timeout_s: float | None = None,
+    ) -> AsyncIterator[EmbeddedItem]:
+        """Embed an iterable of either kind, image by image; see `Client.embed_iter`.
+
+        A plain iterable is read on other threads, one image at a time.
+        """
+        check_stream(images)
+        check_integer("in_flight", in_flight, 1)
+        options = EmbedOptions(
+            model=model,
+            dims=dims,
+            normalize=normalize,
+            dtype=dtype,
+            request_id=request_id,
+            priority=priority,
+        )
+        limit_s = None if timeout_s is None else check_timeout(timeout_s)
+
+        async def work(batch: Batch) -> list[EmbeddedItem]:
+            return await self._drive(self._planner.embed_batch(batch, options, limit_s))
+
+        async def items() -> AsyncIterator[EmbeddedItem]:
+            size = await self._drive(self._planner.stream_request_size(images_per_request))
+            async with (
+                aclosing(gather_async(images, size)) as batches,
+                aclosing(
+                    run_async_window(batches, work, in_flight=in_flight, ordered=ordered)
+                ) as results,
+            ):
+                async for result in results:
+                    for item in result:
+                        yield item
+
+        return items()
 
     async def list_models(self, *, timeout_s: float | None = None) -> list[ModelInfo]:
         """Ask which models there are; the default one says so."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from types import TracebackType
 from typing import TypeVar
 
@@ -13,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.image_source import ImageData
-from serve.client.arguments import check_timeout
+from serve.client.arguments import check_integer, check_timeout
 from serve.client.channel import (
+    ITER_IN_FLIGHT,
     STREAM_IMAGES,
     STREAM_IN_FLIGHT,
     make_planner,
@@ -23,6 +25,7 @@ from serve.client.channel import (
 )
 from serve.client.combining import Combination
 from serve.client.connection import ClientTls, Connection
+from serve.client.items import Batch, EmbeddedItem, gather
 from serve.client.plans import TIMEOUT_S, Call, Failure, Plan, Step
 from serve.client.requests import (
     EmbedOptions,
@@ -35,6 +38,7 @@ from serve.client.requests import (
 from serve.client.results import CollectionInfo, EmbedResult, ModelInfo, SearchResult
 from serve.client.retry import RetryPolicy
 from serve.client.streams import Feed
+from serve.client.window import Stop, run_window
 
 Value = TypeVar("Value")
 
@@ -110,6 +114,7 @@ class Client:
         normalize: bool = True,
         dtype: str = "fp32",
         request_id: str | None = None,
+        priority: int = 0,
         timeout_s: float | None = None,
     ) -> EmbedResult:
         """Embed one to many images.
@@ -121,10 +126,16 @@ class Client:
             normalize: whether vectors have unit length.
             dtype: how vectors cross the wire: `fp32`, `fp16` or `int8`.
             request_id: names this call in the server's log and traces.
+            priority: 1 is served before 2 and 3; 0 is the default, 2.
             timeout_s: for all of it.
         """
         options = EmbedOptions(
-            model=model, dims=dims, normalize=normalize, dtype=dtype, request_id=request_id
+            model=model,
+            dims=dims,
+            normalize=normalize,
+            dtype=dtype,
+            request_id=request_id,
+            priority=priority,
         )
         return self._drive(self._planner.embed(images, options, timeout_s))
 
@@ -143,6 +154,7 @@ class Client:
         effort: int | None = None,
         include_vectors: bool = False,
         request_id: str | None = None,
+        priority: int = 0,
         timeout_s: float | None = None,
     ) -> SearchResult:
         """Find the nearest neighbours of images, vectors, stored ids or combinations of them.
@@ -162,6 +174,7 @@ class Client:
                 many as the collection is set to where None.
             include_vectors: whether the hits' stored vectors are sent, too.
             request_id: see `embed`.
+            priority: see `embed`.
             timeout_s: for all of it.
         """
         queries = make_queries(images, vectors, ids, fingerprint, combined)
@@ -173,6 +186,7 @@ class Client:
             effort=effort,
             include_vectors=include_vectors,
             request_id=request_id,
+            priority=priority,
         )
         return self._drive(self._planner.search(queries, options, timeout_s))
 
@@ -187,6 +201,7 @@ class Client:
         images_per_request: int = STREAM_IMAGES,
         in_flight: int = STREAM_IN_FLIGHT,
         request_id: str | None = None,
+        priority: int = 0,
         timeout_s: float | None = None,
     ) -> Iterator[EmbedResult]:
         """Embed an iterable of any length; yield results in order, one for each request.
@@ -203,12 +218,18 @@ class Client:
             images_per_request: images of one request and of one result, at most.
             in_flight: requests that may wait for their replies.
             request_id: see `embed`.
+            priority: see `embed`.
             timeout_s: for the whole stream; no limit where None.
         """
         check_stream(images)
         limit_s = None if timeout_s is None else check_timeout(timeout_s)
         options = EmbedOptions(
-            model=model, dims=dims, normalize=normalize, dtype=dtype, request_id=request_id
+            model=model,
+            dims=dims,
+            normalize=normalize,
+            dtype=dtype,
+            request_id=request_id,
+            priority=priority,
         )
         size = self._drive(self._planner.stream_request_size(images_per_request))
         feed = Feed(images, size, options, in_flight)
@@ -226,6 +247,65 @@ class Client:
         if feed.error is not None:
             raise feed.error
 
+    def embed_iter(
+        self,
+        images: Iterable[ImageData],
+        *,
+        ordered: bool = True,
+        in_flight: int = ITER_IN_FLIGHT,
+        images_per_request: int = STREAM_IMAGES,
+        model: str | None = None,
+        dims: int | None = None,
+        normalize: bool = True,
+        dtype: str = "fp32",
+        request_id: str | None = None,
+        priority: int = 0,
+        timeout_s: float | None = None,
+    ) -> Iterator[EmbeddedItem]:
+        """Embed an iterable of any length, image by image, with several requests under way.
+
+        A bad image, or a request that failed after all its retries, is an item with another
+        status than ok; the rest goes on. The iterable is read lazily, on the caller's thread,
+        and an error of its own is raised after the items of what it gave before. Closing the
+        iterator cancels what is under way.
+
+        Args:
+            images: encoded files or uint8 pixels.
+            ordered: whether items come in the order of the images, or as they are complete.
+            in_flight: requests under way at once.
+            images_per_request: images of one request, at most.
+            model: see `embed`; so are the rest.
+            dims: see `embed`.
+            normalize: see `embed`.
+            dtype: see `embed`.
+            request_id: see `embed`; that of every request.
+            priority: see `embed`.
+            timeout_s: for each request, with its retries.
+        """
+        check_stream(images)
+        check_integer("in_flight", in_flight, 1)
+        options = EmbedOptions(
+            model=model,
+            dims=dims,
+            normalize=normalize,
+            dtype=dtype,
+            request_id=request_id,
+            priority=priority,
+        )
+        limit_s = None if timeout_s is None else check_timeout(timeout_s)
+
+        def work(batch: Batch, stop: Stop) -> list[EmbeddedItem]:
+            return self._drive(self._planner.embed_batch(batch, options, limit_s), stop)
+
+        def items() -> Iterator[EmbeddedItem]:
+            size = self._drive(self._planner.stream_request_size(images_per_request))
+            results = run_window(gather(images, size), work, in_flight=in_flight, ordered=ordered)
+            with closing(results):
+                for result in results:
+                    yield from result
+
+        return items()
+
     def list_models(self, *, timeout_s: float | None = None) -> list[ModelInfo]:
         """Ask which models there are; the default one says so."""
         return self._drive(self._planner.list_models(timeout_s))
@@ -238,8 +318,8 @@ class Client:
         """Ask whether a service serves, such as `horace.v1.Horace`; all where empty."""
         return self._drive(self._planner.health(service, timeout_s))
 
-    def _drive(self, plan: Plan[Value]) -> Value:
-        """Perform a plan to its end."""
+    def _drive(self, plan: Plan[Value], stop: Stop | None = None) -> Value:
+        """Perform a plan to its end, or until it is stopped."""
         answer: object = None
         while True:
             try:
@@ -247,19 +327,21 @@ class Client:
             except StopIteration as end:
                 value: Value = end.value
                 return value
-            answer = self._perform(step)
+            answer = self._perform(step, stop)
 
-    def _perform(self, step: Step) -> object:
+    def _perform(self, step: Step, stop: Stop | None) -> object:
         """Make a call, or wait."""
         if not isinstance(step, Call):
-            self._sleep(step.seconds)
+            (self._sleep if stop is None else stop.pause)(step.seconds)
             return None
         if self._closed:
             raise self._planner.closed()
+        method = self._methods[step.method]
+        arguments = {"timeout": step.timeout_s, "metadata": step.metadata}
         try:
-            return self._methods[step.method](
-                step.request, timeout=step.timeout_s, metadata=step.metadata
-            )
+            if stop is None:
+                return method(step.request, **arguments)
+            return stop.call(lambda: method.future(step.request, **arguments))
         except (grpc.RpcError, ValueError) as error:  # the latter on a closed channel
             return self._failure(error)
 

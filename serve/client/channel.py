@@ -21,6 +21,9 @@ STREAM_IMAGES = 32
 STREAM_IN_FLIGHT = 4
 """Requests of a stream that wait for their replies."""
 
+ITER_IN_FLIGHT = 8
+"""Requests of `embed_iter` that are under way at once."""
+
 PUSH_BACK_KEYS = ("grpc-retry-pushback-ms", "retry-after-ms")
 """Trailing metadata in which a server says when to come back: gRPC's own, and a readable one."""
 
@@ -43,7 +46,7 @@ def make_planner(
     )
 
 
-def methods_of(channel: Any) -> dict[str, Callable[..., Any]]:  # either kind of channel
+def methods_of(channel: Any) -> dict[str, Any]:  # either kind of channel, and of calls
     """Give the calls that plans name."""
     horace = pb_grpc.HoraceStub(channel)
     health: Any = health_pb2_grpc.HealthStub(channel)  # its stubs name no methods

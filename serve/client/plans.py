@@ -29,6 +29,7 @@ from models.wire import vectors_from_wire
 from protos import horace_pb2 as pb
 from serve.client.arguments import check_integer, check_timeout
 from serve.client.connection import Metadata
+from serve.client.items import Batch, EmbeddedItem
 from serve.client.requests import (
     EmbedOptions,
     Group,
@@ -184,6 +185,18 @@ class Planner:
             model=replies[0].model,
             timings=read_timings([reply.timings for reply in replies]),
         )
+
+    def embed_batch(
+        self, batch: Batch, options: EmbedOptions, timeout_s: float | None
+    ) -> Plan[list[EmbeddedItem]]:
+        """Embed one batch of an iterable, in one request; a request that fails has items, too."""
+        deadline = self._deadline(timeout_s)
+        request = embed_request(batch.group, options)
+        try:
+            answer = yield from self._call("Embed", request, deadline, options.request_id)
+        except ServeError as error:
+            return batch.failed(error)
+        return batch.items(self.read_stream_reply(cast(pb.EmbedResponse, answer), batch.group))
 
     def search(
         self, queries: Queries, options: SearchOptions, timeout_s: float | None

@@ -41,6 +41,8 @@ Vectors: TypeAlias = EmbedResult | NDArray[np.float32]
 IMAGE_OVERHEAD_BYTES = 64
 """Of one image in a request: tags, lengths and shape."""
 
+LOWEST_PRIORITY = 3
+
 REQUEST_OVERHEAD_BYTES = 4096
 """Of one request: names, fingerprint and options."""
 
@@ -54,6 +56,7 @@ class EmbedOptions:
     normalize: bool = True
     dtype: str = "fp32"
     request_id: str | None = None
+    priority: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what no server can mean.
@@ -63,6 +66,7 @@ class EmbedOptions:
         """
         check_text("model", self.model)
         check_request_id(self.request_id)
+        check_integer("priority", self.priority, 0, LOWEST_PRIORITY)
         if self.dims is not None:
             check_integer("dims", self.dims, 1)
         if self.dtype not in DTYPES:
@@ -80,6 +84,7 @@ class SearchOptions:
     filter: str | None = None
     effort: int | None = None
     request_id: str | None = None
+    priority: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what no server can mean.
@@ -89,6 +94,7 @@ class SearchOptions:
         """
         check_text("collection", self.collection)
         check_request_id(self.request_id)
+        check_integer("priority", self.priority, 0, LOWEST_PRIORITY)
         check_integer("k", self.k, 1)
         check_text("filter", self.filter)
         if self.effort is not None:
@@ -148,6 +154,7 @@ class Queries:
             request.include_vectors = options.include_vectors
             request.filter, request.effort = options.filter or "", options.effort or 0
             request.request_id = options.request_id or ""
+            request.priority = options.priority
             yield request, group
 
     def _parts(self, size: RequestSize) -> Iterator[tuple[pb.SearchRequest, Group]]:
@@ -283,10 +290,19 @@ class Grouper:
             UsageError: it is no image.
         """
         wire, image_bytes = image_to_wire(image), _size_of(image)
-        refused = None
         if REQUEST_OVERHEAD_BYTES + image_bytes > self._size.request_bytes:
-            refused = _too_large(image_bytes, self._size)
-            wire, image_bytes = pb.Image(), IMAGE_OVERHEAD_BYTES
+            yield from self.refuse(_too_large(image_bytes, self._size))
+        else:
+            yield from self._add(wire, image_bytes)
+
+    def refuse(self, status: ItemStatus) -> Iterator[Group]:
+        """Count an image that is not sent; give the groups that are full now."""
+        yield from self._add(pb.Image(), IMAGE_OVERHEAD_BYTES, status)
+
+    def _add(
+        self, wire: pb.Image, image_bytes: int, refused: ItemStatus | None = None
+    ) -> Iterator[Group]:
+        """Put an image into the present group, or into the next where it does not fit."""
         if self._group.size_bytes + image_bytes > self._size.request_bytes:
             yield from self.end()
         if refused is not None:
@@ -312,6 +328,7 @@ def embed_request(group: Group, options: EmbedOptions) -> pb.EmbedRequest:
         skip_normalize=not options.normalize,
         dtype=DTYPES[options.dtype],
         request_id=options.request_id or "",
+        priority=options.priority,
     )
 
 

@@ -30,7 +30,16 @@ MAX_UINT64 = (1 << 64) - 1
 
 ENCODINGS = ("float", "base64")
 
-EMBED_FIELDS = ("images", "model", "dims", "normalize", "dtype", "encoding", "request_id")
+EMBED_FIELDS = (
+    "images",
+    "model",
+    "dims",
+    "normalize",
+    "dtype",
+    "encoding",
+    "request_id",
+    "priority",
+)
 QUERY_FIELDS = ("images", "vectors", "ids", "combined")
 SEARCH_FIELDS = (
     *QUERY_FIELDS,
@@ -42,6 +51,7 @@ SEARCH_FIELDS = (
     "filter",
     "include_vectors",
     "request_id",
+    "priority",
 )
 
 
@@ -79,6 +89,7 @@ def read_embed(body: Body, request_id: str) -> tuple[pb.EmbedRequest, Asked]:
         skip_normalize=not fields.flag("normalize", default=True),
         dtype=DTYPES[dtype],
         request_id=fields.text("request_id") or request_id,
+        priority=fields.integer("priority"),
     )
     return request, asked
 
@@ -99,6 +110,7 @@ def read_search(body: Body, request_id: str) -> tuple[pb.SearchRequest, Asked]:
         filter=fields.text("filter"),
         include_vectors=fields.flag("include_vectors"),
         request_id=fields.text("request_id") or request_id,
+        priority=fields.integer("priority"),
     )
     given = [name for name in QUERY_FIELDS if fields.has(name)]
     if len(given) != 1:

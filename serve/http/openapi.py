@@ -11,6 +11,8 @@ from serve.http.fields import ENCODINGS, MAX_UINT32
 from serve.http.replies import Json
 from serve.services import RequestLimits
 
+LOWEST_PRIORITY = 3
+
 VERSION = "1.0"
 
 REFUSALS = {
@@ -86,6 +88,7 @@ def _embed(limits: RequestLimits) -> Json:
             _one_of(ENCODINGS), "numbers, or base64 of the little-endian bytes of dtype"
         ),
         "request_id": _described(STRING, "comes back in the reply, and stands in the log"),
+        "priority": _count("1 is served before 2 and 3; 2 where not given", LOWEST_PRIORITY),
     }
     images = _images(limits)
     return {
@@ -123,6 +126,7 @@ def _search(limits: RequestLimits) -> Json:
         ),
         "include_vectors": _described({"type": "boolean"}, "send the vectors of hits, too"),
         "request_id": _described(STRING, "comes back in the reply, and stands in the log"),
+        "priority": _count("1 is served before 2 and 3; 2 where not given", LOWEST_PRIORITY),
     }
     fingerprint = _described(STRING, "of the encoder that made the query vectors")
     document = _object({**queries, "fingerprint": fingerprint, **options}, [])
