@@ -117,6 +117,7 @@ class Server:
             state=ServerState(self.catalog, self.calls, self.health),
             place=place,
             also=(statistics,),
+            keyed=options.keys.file is not None,
         )
         self._closing.callback(self.operation.close)
         answering = Answering(calls=self.calls, observer=self.operation.observer)

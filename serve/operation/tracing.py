@@ -16,6 +16,7 @@ Source: https://www.w3.org/TR/trace-context/ and OpenTelemetry's conventions for
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -50,7 +51,7 @@ except ImportError as error:
         mend="pip install 'horace[otel]', or leave it out",
     ) from error
 
-CLOSE_TIMEOUT_MS = 2000
+CLOSE_TIMEOUT_S = 2.0
 """How long the last spans may take to leave."""
 
 PROPAGATED = ("traceparent", "tracestate")
@@ -123,9 +124,10 @@ class Tracer(Nobody):
         span.end(end_ns)
 
     def close(self) -> None:
-        """Send what there is, for a moment, and end."""
-        self._provider.force_flush(CLOSE_TIMEOUT_MS)
-        self._provider.shutdown()
+        """Send what there is, and end; a collector that does not answer is not waited for."""
+        last = threading.Thread(target=self._provider.shutdown, name="traces", daemon=True)
+        last.start()
+        last.join(CLOSE_TIMEOUT_S)
 
     def _parent_of(self, call: Call) -> Context | None:
         """Read the caller's trace out of its metadata; None where it has none that is valid."""
