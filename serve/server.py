@@ -93,6 +93,7 @@ class Server:
             keys=options.keys,
             limits=options.limits,
             max_images=options.max_images_per_request,
+            on_turned_away=lambda code: self.operation.observer.turned_away(code),
         )
         self._shares = share_cpus(place.share_of(options.cpu_budget or cpu_budget()))
         self._closing = ExitStack()
@@ -114,7 +115,13 @@ class Server:
             metrics=options.metrics,
             tracing=options.tracing,
             logs=options.log,
-            state=ServerState(self.catalog, self.calls, self.health),
+            state=ServerState(
+                self.catalog,
+                self.calls,
+                self.health,
+                loads=self.lifecycle.statistics,
+                reloads=self.reloads.statistics,
+            ),
             place=place,
             also=(statistics,),
             keyed=options.keys.file is not None,

@@ -18,10 +18,15 @@ from prometheus_client.core import (
     Metric,
 )
 
+from serve.lifecycle.reloading import ReloadStatistics
+from serve.lifecycle.sources import LoadStatistics
 from serve.operation.histogram import Histogram
 from serve.operation.state import ModelState
 from serve.operation.tally import REASONS, CallTally, ModelHistograms, VersionCounts
 from serve.tickets import BatcherStatistics
+
+MAX_LISTED = 256
+"""Models, versions and collections of which the present state is laid out."""
 
 TRITON: tuple[tuple[str, str, Callable[[VersionCounts], float]], ...] = (
     ("request_success", "Requests that got their vectors.", lambda c: c.requests),
@@ -50,13 +55,6 @@ def triton_counters(versions: Mapping[tuple[str, str], VersionCounts]) -> Iterat
             labels = {"model": model, "version": version, "reason": reason}
             family.add_sample(family.name, labels, float(counts.failures[reason]))
     yield family
-    loads = GaugeMetricFamily(
-        "nv_model_load_duration_secs", "From opening to ready.", labels=["model", "version"]
-    )
-    for pair, counts in versions.items():
-        if counts.load_s:
-            loads.add_metric(pair, counts.load_s)
-    yield loads
 
 
 HISTOGRAMS: tuple[tuple[str, str, Callable[[ModelHistograms], Histogram]], ...] = (
@@ -69,14 +67,26 @@ HISTOGRAMS: tuple[tuple[str, str, Callable[[ModelHistograms], Histogram]], ...] 
 """What follows `horace_`, what it means, how to read it."""
 
 
-def load_failures(failures: Mapping[str, int]) -> Metric:
-    """Give how often each model could not be loaded."""
-    family = CounterMetricFamily(
-        "horace_load_failures", "Loads and reloads that failed.", labels=["model"]
-    )
-    for model, count in failures.items():
-        family.add_metric([model], count)
-    return family
+def load_families(
+    loads: Mapping[str, LoadStatistics], reloads: ReloadStatistics
+) -> Iterator[Metric]:
+    """Give how often what is served was loaded, and how often in vain."""
+    what = ["kind", "name"]
+    served = CounterMetricFamily("horace_loads", "Loads that are served.", labels=what)
+    refused = CounterMetricFamily("horace_load_refusals", "Loads refused.", labels=what)
+    seconds = GaugeMetricFamily("nv_model_load_duration_secs", "The latest load.", labels=["model"])
+    for key, statistics in list(loads.items())[:MAX_LISTED]:
+        kind, _, name = key.partition(" ")
+        served.add_metric([kind, name], statistics.loads)
+        refused.add_metric([kind, name], statistics.refusals)
+        if kind == "model" and statistics.loads:
+            seconds.add_metric([name], statistics.last_load_s)
+    yield from (served, refused, seconds)
+    yield CounterMetricFamily("horace_reloads", "Times that all was read again.", reloads.runs)
+    failures = CounterMetricFamily("horace_reload_failures", "What was refused.", labels=["what"])
+    for name, count in reloads.failures.items():
+        failures.add_metric([name], count)
+    yield failures
 
 
 def model_histograms(models: Mapping[str, ModelHistograms]) -> Iterator[Metric]:
@@ -112,6 +122,12 @@ def call_families(calls: CallTally) -> Iterator[Metric]:
     for (method, code), count in calls.calls.items():
         total.add_metric([method, code], count)
     yield total
+    turned_away = CounterMetricFamily(
+        "horace_turned_away", "Calls refused before a service saw them.", labels=["code"]
+    )
+    for code, count in calls.turned_away.items():
+        turned_away.add_metric([code], count)
+    yield turned_away
     by_key = CounterMetricFamily("horace_requests_by_key", "The same.", labels=["key", "code"])
     for (key, code), count in calls.by_key.items():
         by_key.add_metric([key, code], count)

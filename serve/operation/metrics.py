@@ -17,30 +17,30 @@ from __future__ import annotations
 import os
 import platform
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from typing import Protocol
 
+import grpc
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from serve.lifecycle.reloading import ReloadStatistics
+from serve.lifecycle.sources import LoadStatistics
 from serve.operation.families import (
+    MAX_LISTED,
     call_families,
-    load_failures,
+    load_families,
     model_gauges,
     model_histograms,
     triton_counters,
 )
 from serve.operation.observer import Call, ModelObserver
 from serve.operation.state import ModelState
-from serve.operation.tally import OTHER, CallTally, ModelTallies
+from serve.operation.tally import CallTally, ModelTallies
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-
-MAX_LISTED = 256
-"""Versions of models of which the present state is laid out."""
 
 
 class Source(Protocol):
@@ -51,6 +51,12 @@ class Source(Protocol):
 
     def models(self) -> Iterable[ModelState]:
         """Give the state of each."""
+
+    def loads(self) -> Mapping[str, LoadStatistics]:
+        """Say how often each model and collection was loaded, by `model NAME` and the like."""
+
+    def reloads(self) -> ReloadStatistics:
+        """Say how often everything was read again."""
 
     def active(self) -> int:
         """Count the calls under way."""
@@ -73,7 +79,6 @@ class Metrics(Collector):
         self._source = source
         self._models = ModelTallies(served=source.served)
         self._calls = CallTally(keyed=keyed)
-        self._load_failures: Counter[str] = Counter()
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)
         ProcessCollector(registry=self.registry)
@@ -91,14 +96,9 @@ class Metrics(Collector):
         """Count a call."""
         self._calls.add(call, total_s)
 
-    def loaded(self, name: str, version: str, duration_s: float) -> None:
-        """Keep how long a version took to load."""
-        self._models.watch(name, version).counts.load_s = duration_s
-
-    def load_failed(self, name: str) -> None:
-        """Count a model that could not be loaded, and one not known before among the others."""
-        with self._models.lock:
-            self._load_failures[name if name in self._models.models else OTHER] += 1
+    def turned_away(self, code: grpc.StatusCode) -> None:
+        """Count a call that no service saw."""
+        self._calls.turn_away(code.name)
 
     # A collector.
 
@@ -112,12 +112,12 @@ class Metrics(Collector):
             self._models.fold()
             versions = {pair: tally.counts for pair, tally in self._models.versions.items()}
             families = [*triton_counters(versions), *model_histograms(self._models.models)]
-            families.append(load_failures(self._load_failures))
         with self._calls.lock:
             self._calls.fold()
             families += call_families(self._calls)
         yield from families
         yield from model_gauges(list(self._source.models())[:MAX_LISTED])
+        yield from load_families(self._source.loads(), self._source.reloads())
         yield from self._server_gauges()
 
     def _server_gauges(self) -> Iterator[Metric]:

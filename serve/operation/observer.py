@@ -83,11 +83,8 @@ class Observer(Protocol):
     def answered(self, call: Call, total_s: float) -> None:
         """Hear that a call is over, `total_s` after it came."""
 
-    def loaded(self, name: str, version: str, duration_s: float) -> None:
-        """Hear that a version of a model is ready, and how long that took from its opening."""
-
-    def load_failed(self, name: str) -> None:
-        """Hear that a model, or a new version of it, could not be loaded."""
+    def turned_away(self, code: grpc.StatusCode) -> None:
+        """Hear that a call was refused before a service saw it: no key, above its rate."""
 
 
 class Nobody:
@@ -106,10 +103,7 @@ class Nobody:
     def computed(self, *_: object, failed: bool = False) -> None:
         """Ignore it."""
 
-    def loaded(self, *_: object) -> None:
-        """Ignore it."""
-
-    def load_failed(self, *_: object) -> None:
+    def turned_away(self, *_: Any) -> None:
         """Ignore it."""
 
 
@@ -162,15 +156,10 @@ class Observers:
         for observer in self._observers:
             observer.answered(call, total_s)
 
-    def loaded(self, name: str, version: str, duration_s: float) -> None:
-        """Pass on a model that is ready."""
+    def turned_away(self, code: grpc.StatusCode) -> None:
+        """Pass on a call that no service saw."""
         for observer in self._observers:
-            observer.loaded(name, version, duration_s)
-
-    def load_failed(self, name: str) -> None:
-        """Pass on a model that is not."""
-        for observer in self._observers:
-            observer.load_failed(name)
+            observer.turned_away(code)
 
 
 _NOBODY = Nobody()

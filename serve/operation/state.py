@@ -8,12 +8,14 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from serve.calls import Calls
 from serve.catalog import Catalog, ServedModel
 from serve.health import Health
+from serve.lifecycle.reloading import ReloadStatistics
+from serve.lifecycle.sources import LoadStatistics
 from serve.tickets import BatcherStatistics
 
 LOOP_TIMEOUT_S = 5.0
@@ -35,8 +37,18 @@ class ModelState:
 class ServerState:
     """Reads a server's catalogue, calls and health."""
 
-    def __init__(self, catalog: Catalog, calls: Calls, health: Health) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        calls: Calls,
+        health: Health,
+        *,
+        loads: Callable[[], Mapping[str, LoadStatistics]],
+        reloads: Callable[[], ReloadStatistics],
+    ) -> None:
         """Read these; they belong to the server."""
+        self.loads = loads
+        self.reloads = reloads
         self._catalog = catalog
         self._calls = calls
         self._health = health

@@ -85,7 +85,6 @@ class VersionCounts:
     decode_us: float = 0.0
     inference_us: float = 0.0
     output_us: float = 0.0
-    load_s: float = 0.0
 
 
 class ModelTally:
@@ -220,9 +219,11 @@ class CallTally:
         self.by_key: Counter[tuple[str, str]] = Counter()
         self.seconds: dict[str, Histogram] = {}
         self.search = Histogram(SECONDS)
+        self.turned_away: Counter[str] = Counter()
         self.lock = threading.Lock()
         self._keys: set[str] = set()
         self._notes: Notes[tuple[str, str, str, float, float]] = Notes(self._fold, self.lock)
+        self._refusals: Notes[str] = Notes(self.turned_away.update, self.lock)
 
     def __repr__(self) -> str:
         return f"<CallTally {dict(self.calls)}>"
@@ -231,9 +232,14 @@ class CallTally:
         """Note a call that is over."""
         self._notes.add((call.method, call.code.name, call.client, total_s, call.search_s))
 
+    def turn_away(self, code: str) -> None:
+        """Note a call that was refused before a service saw it."""
+        self._refusals.add(code)
+
     def fold(self) -> None:
         """Count what was noted; the lock is held."""
         self._notes.fold()
+        self._refusals.fold()
 
     def _fold(self, notes: list[tuple[str, str, str, float, float]]) -> None:
         """Count calls; only those that were answered tell how long an answer takes."""

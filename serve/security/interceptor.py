@@ -49,6 +49,7 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
         *,
         max_images: int = 1024,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        on_turned_away: Callable[[grpc.StatusCode], None] = lambda _: None,
     ) -> None:
         """Stand in front of a server's handlers.
 
@@ -56,10 +57,12 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
             guard: decides.
             max_images: the most that a request is charged for: what asks for more is refused.
             sleep: waits until a stream's turn.
+            on_turned_away: hears with which code a call ended that no service saw.
         """
         self._guard = guard
         self._max_images = max_images
         self._sleep = sleep
+        self._on_turned_away = on_turned_away
         self._guarded: dict[str, tuple[Handler, Handler]] = {}
 
     def __repr__(self) -> str:
@@ -76,7 +79,7 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
         try:
             key = self._guard.authorise(details.method, details.invocation_metadata or ())
         except UnauthenticatedError as error:
-            return _refusing(handler, error, unread=_is_grpcio(details))
+            return self._refusing(handler, error, unread=_is_grpcio(details))
         if handler is None or details.method.startswith(HEALTH):
             return handler
         _KEY.set(key)
@@ -114,7 +117,7 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
             except grpc.aio.AbortError:
                 raise
             except Exception as error:
-                await _end(context, error)
+                await self._end(context, error)
 
         return answer
 
@@ -131,7 +134,7 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
             except grpc.aio.AbortError:
                 raise
             except Exception as error:
-                await _end(context, error)
+                await self._end(context, error)
 
         return answer
 
@@ -167,6 +170,31 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
         """Count the images that a message is charged for."""
         return min(count_images(request), self._max_images)
 
+    def _refusing(self, handler: Handler | None, error: Exception, *, unread: bool) -> Handler:
+        """Make a handler that ends the call with an error.
+
+        Args:
+            handler: the one in whose place it stands; None where there is no such method.
+            error: why.
+            unread: whether the front end may be given the handler of a stream for any method:
+                it reads no message unless it is asked for one.
+        """
+
+        async def refuse(_: Any, context: Context) -> NoReturn:
+            await self._end(context, error)
+
+        shape = (True, True)
+        if handler is not None and not unread:
+            shape = bool(handler.request_streaming), bool(handler.response_streaming)
+        return _KINDS[shape][1](refuse, None, None)
+
+    async def _end(self, context: Context, error: Exception) -> NoReturn:
+        """End a call with the status of an error."""
+        code, message = to_status(error)
+        self._on_turned_away(code)
+        await context.abort(code, message, retry_metadata(error))
+        raise AssertionError("abort raises")
+
 
 _KINDS: dict[tuple[bool, bool], tuple[str, Callable[..., Handler]]] = {
     (False, False): ("unary_unary", grpc.unary_unary_rpc_method_handler),
@@ -191,32 +219,6 @@ def _parse(parse: Parse, raw: bytes) -> Any:
         raise RequestError(
             "message", expected=f"{name} in protobuf's encoding", found=f"{len(raw)} other bytes"
         ) from error
-
-
-def _refusing(handler: Handler | None, error: Exception, *, unread: bool) -> Handler:
-    """Make a handler that ends the call with an error.
-
-    Args:
-        handler: the one in whose place it stands; None where there is no such method.
-        error: why.
-        unread: whether the front end may be given the handler of a stream for any method:
-            it reads no message unless it is asked for one.
-    """
-
-    async def refuse(_: Any, context: Context) -> NoReturn:
-        await _end(context, error)
-
-    shape = (True, True)
-    if handler is not None and not unread:
-        shape = bool(handler.request_streaming), bool(handler.response_streaming)
-    return _KINDS[shape][1](refuse, None, None)
-
-
-async def _end(context: Context, error: Exception) -> NoReturn:
-    """End a call with the status of an error."""
-    code, message = to_status(error)
-    await context.abort(code, message, retry_metadata(error))
-    raise AssertionError("abort raises")
 
 
 def _is_grpcio(details: grpc.HandlerCallDetails) -> bool:

@@ -8,6 +8,7 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -26,7 +27,13 @@ class Security:
     """TLS, keys and limits of one server; `close` it."""
 
     def __init__(
-        self, *, tls: TlsOptions, keys: KeyOptions, limits: CallerLimits, max_images: int
+        self,
+        *,
+        tls: TlsOptions,
+        keys: KeyOptions,
+        limits: CallerLimits,
+        max_images: int,
+        on_turned_away: Callable[[grpc.StatusCode], None] = lambda _: None,
     ) -> None:
         """Read the files and watch them.
 
@@ -35,6 +42,7 @@ class Security:
             keys: who may call.
             limits: how much each may ask for.
             max_images: the most that one request may ask for.
+            on_turned_away: hears with which code a call ended that no service saw.
 
         Raises:
             StartError: a file is not right.
@@ -46,7 +54,9 @@ class Security:
         self.guard = Guard(
             ring=self._keys, open_reflection=keys.open_reflection, quota=limits.quota
         )
-        self.interceptor = GuardInterceptor(self.guard, max_images=max_images)
+        self.interceptor = GuardInterceptor(
+            self.guard, max_images=max_images, on_turned_away=on_turned_away
+        )
         self._files: list[Reloadable[Any]] = [
             file for file in (self.certificates, self._ring) if file is not None
         ]

@@ -15,9 +15,12 @@ import pytest
 
 from models.errors import UsageError
 from serve.client import AsyncClient, RetryPolicy
+from serve.errors import UnauthenticatedError
 from serve.operation.metrics import as_triton_types_it, count_threads
 from serve.operation.options import MetricsOptions
 from serve.operation.state import turns
+from serve.security import keys
+from serve.security.options import KeyOptions
 
 ROOT = Path(__file__).parents[3]
 
@@ -315,3 +318,53 @@ def test_scrapes_under_load_agree_with_what_was_answered(serving, fake, image):
     ]
     assert buckets == sorted(buckets)
     assert np.isfinite(list(last.values())).all()
+
+
+def test_loads_and_reloads_are_counted_with_those_that_were_refused(serving, make_bundle):
+    """How long a model took to load, and a reload that changed nothing."""
+    bundle = make_bundle()
+
+    async def main():
+        async with serving(bundle=(f"m={bundle.path}",), metrics=MetricsOptions(port=0)) as server:
+            before = samples((await get(server, "/metrics"))[1])
+            (bundle.path / "bundle.json").write_text("{")
+            assert await server.reloads.run() == ["models and collections"]
+            return before, samples((await get(server, "/metrics"))[1])
+
+    before, after = asyncio.run(main())
+    model = (("kind", "model"), ("name", "m"))
+    assert before["horace_loads_total", model] == 1
+    assert before["horace_load_refusals_total", model] == 0
+    assert before["nv_model_load_duration_secs", (("model", "m"),)] > 0
+    assert before["horace_reloads_total", ()] == 0
+    assert after["horace_loads_total", model] == 1
+    assert after["horace_load_refusals_total", model] == 1
+    assert after["horace_reloads_total", ()] == 1
+    failed = (("what", "models and collections"),)
+    assert after["horace_reload_failures_total", failed] == 1
+
+
+def test_callers_are_counted_by_the_name_of_their_key_and_strangers_are_not_named(
+    serving, fake, image, tmp_path, capsys
+):
+    """A call without a key is turned away and counted; the endpoint itself asks for none."""
+    file = tmp_path / "keys"
+    assert keys.run(["new", "team-a", "--file", str(file)]) == 0
+    token = capsys.readouterr().out.strip()
+
+    async def main():
+        async with (
+            serving(
+                fake, metrics=MetricsOptions(port=0), keys=KeyOptions(file=str(file))
+            ) as server,
+            AsyncClient(server.address, api_key=token) as friend,
+            AsyncClient(server.address, api_key="guess") as stranger,
+        ):
+            await friend.embed([image(1)])
+            with pytest.raises(UnauthenticatedError):
+                await stranger.embed([image(1)])
+            return samples((await get(server, "/metrics"))[1])
+
+    seen = asyncio.run(main())
+    assert seen["horace_requests_by_key_total", (("code", "OK"), ("key", "team-a"))] >= 1
+    assert seen["horace_turned_away_total", (("code", "UNAUTHENTICATED"),)] >= 1
