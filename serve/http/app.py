@@ -36,6 +36,7 @@ from serve.http.replies import (
     models_reply,
     search_reply,
 )
+from serve.http.tls import CALLER_STATE
 from serve.security.caller import CURRENT, request_id_of
 from serve.security.costs import count_images
 from serve.security.guard import Pass
@@ -228,6 +229,7 @@ class _Routes:
             peer=None if client is None else (client.host, client.port),
             deadline_s=clock() + timeout_s,
             clock=clock,
+            auth_context=request.scope.get("state", {}).get(CALLER_STATE),
         )
 
     def _timeout_s(self, request: Request) -> float:

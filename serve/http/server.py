@@ -18,9 +18,11 @@ from collections.abc import Iterator
 
 import uvicorn
 from starlette.applications import Starlette
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from serve.errors import StartError
 from serve.front.port import check_address, join_address, refuse_address
+from serve.http.tls import CALLER_STATE, describe_caller
 
 IDLE_CONNECTION_S = 75
 """How long a connection may wait for its next request."""
@@ -90,7 +92,7 @@ class HttpServer:
         """
         config = uvicorn.Config(
             app,
-            http="h11",
+            http=_Protocol,
             ws="none",
             lifespan="off",
             loop="none",
@@ -143,6 +145,16 @@ class HttpServer:
             listener.close()
             raise refuse_address(host, port, "one that was taken meanwhile") from error
         return listener
+
+
+class _Protocol(H11Protocol):
+    """uvicorn's reader of HTTP/1.1, which also tells the application who showed a certificate."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Note what the handshake found out; it is in the state of every request."""
+        super().connection_made(transport)
+        caller = describe_caller(transport.get_extra_info("ssl_object"))
+        self.app_state = {**self.app_state, CALLER_STATE: caller}
 
 
 class _Uvicorn(uvicorn.Server):

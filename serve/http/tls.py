@@ -6,6 +6,9 @@ Rules:
     Where an authority for callers is given, a caller without a certificate of its making does
     not get past the handshake.
 
+A caller's certificate is told to the services as gRPC tells it, so that one caller has one name
+on both ports.
+
 OpenSSL asks a callback for the context of each handshake; it is there for server names, and
 is asked also where a caller sends none.
 """
@@ -14,11 +17,27 @@ from __future__ import annotations
 
 import os
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from serve.security.files import Reloadable
 from serve.security.tls import Certificates
+
+CALLER_STATE = "caller"
+"""The part of a request's state that holds what `describe_caller` gave."""
+
+SHORT_NAMES = {
+    "commonName": "CN",
+    "countryName": "C",
+    "domainComponent": "DC",
+    "localityName": "L",
+    "organizationName": "O",
+    "organizationalUnitName": "OU",
+    "stateOrProvinceName": "ST",
+    "userId": "UID",
+}
+"""The parts of a subject that have a short name; the others keep OpenSSL's long one."""
 
 
 def make_context(files: Reloadable[Certificates]) -> ssl.SSLContext:
@@ -48,6 +67,46 @@ def _context_of(certificates: Certificates) -> ssl.SSLContext:
         context.load_verify_locations(cadata=certificates.client_ca.decode("ascii", "ignore"))
         context.verify_mode = ssl.CERT_REQUIRED
     return context
+
+
+def describe_caller(connection: ssl.SSLObject | None) -> Mapping[str, Iterable[bytes]]:
+    """Give what a handshake found out about a caller, under the names that gRPC has for it."""
+    certificate: Any = None if connection is None else connection.getpeercert()  # nested tuples
+    if not certificate:
+        return {}
+    names = [pair for part in certificate.get("subject", ()) for pair in part]
+    other = [value.encode() for _, value in certificate.get("subjectAltName", ())]
+    return {
+        "transport_security_type": [b"ssl"],
+        "x509_subject": [write_name(names).encode()] if names else [],
+        "x509_common_name": [value.encode() for name, value in names if name == "commonName"],
+        "x509_subject_alternative_name": other,
+    }
+
+
+def write_name(names: Iterable[tuple[str, str]]) -> str:
+    """Write a subject as OpenSSL does: the last part first, special characters escaped.
+
+    Source: RFC 2253, section 2.
+    """
+    parts = [f"{SHORT_NAMES.get(name, name)}={_escape(value)}" for name, value in names]
+    return ",".join(reversed(parts))
+
+
+def _escape(value: str) -> str:
+    """Escape a value of a name."""
+    written = "".join(_escape_byte(byte) for byte in value.encode())
+    if written[:1] in (" ", "#"):
+        written = "\\" + written
+    return written[:-1] + "\\ " if written.endswith(" ") else written
+
+
+def _escape_byte(byte: int) -> str:
+    """Escape one byte of UTF-8."""
+    letter = chr(byte)
+    if letter in ',+"\\<>;':
+        return "\\" + letter
+    return letter if 0x20 <= byte < 0x7F else f"\\{byte:02X}"
 
 
 @contextmanager

@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import asyncio
+import ssl
+
+import httpx
+import pytest
+import trustme
+from cryptography import x509
+
+from serve.http.tls import write_name
+from serve.security.caller import CURRENT
+from serve.security.options import CallerLimits, KeyOptions
+from serve.security.ring import hash_token
+from serve.security.tls import TlsOptions
+
+
+def files(*images):
+    """Images as parts of a form."""
+    return [("images", (f"{n}.png", data)) for n, data in enumerate(images)]
+
+
+@pytest.fixture
+def keys(tmp_path):
+    """A key file with the key `sesame` of `alice`, who may ask for four images a second."""
+    path = tmp_path / "keys"
+    path.write_text(f"alice:{hash_token('sesame').hex()}:images=4\n")
+    return KeyOptions(file=str(path))
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{}, {"authorization": "Bearer wrong"}, {"authorization": "Basic sesame"}, {"x-api-key": ""}],
+)
+def test_nothing_but_what_the_server_is_can_be_asked_without_a_key(
+    http_serving, fake, png, keys, headers
+):
+    """Every route but probes and the description; no word of the body is read."""
+
+    async def main():
+        async with http_serving(fake, keys=keys) as (_, http):
+            http.headers.update(headers)
+            for path in ("/", "/healthz", "/readyz", "/openapi.json"):
+                assert (await http.get(path)).status_code == 200
+            return [
+                await http.post("/v1/embed", content=b"not even a form"),
+                await http.post("/v1/search", json={"ids": [1]}),
+                await http.get("/v1/models"),
+                await http.get("/v1/collections"),
+            ]
+
+    for reply in asyncio.run(main()):
+        assert reply.status_code == 401
+        assert reply.headers["www-authenticate"].startswith("Bearer")
+        error = reply.json()["error"]
+        assert error["code"] == "unauthenticated"
+        assert error["message"].startswith("API key: expected a key of this server")
+
+
+@pytest.mark.parametrize("headers", [{"authorization": "Bearer sesame"}, {"x-api-key": "sesame"}])
+def test_a_key_lets_in_and_names_its_caller(http_serving, fake, png, keys, headers, monkeypatch):
+    """Whoever answers knows the caller by the name of the key."""
+    seen = []
+
+    async def main():
+        async with http_serving(fake, keys=keys) as (server, http):
+            embed = server.services.Embed
+
+            async def note(request, context):
+                seen.append(CURRENT.get().client)
+                return await embed(request, context)
+
+            monkeypatch.setattr(server.services, "Embed", note)
+            return await http.post("/v1/embed", files=files(png(1)), headers=headers)
+
+    assert asyncio.run(main()).status_code == 200
+    assert seen == ["alice"]
+
+
+def test_a_caller_above_its_rate_is_told_when_to_come_back(http_serving, fake, png, keys):
+    """As 429; images are counted, and nothing is computed."""
+    headers = {"x-api-key": "sesame"}
+
+    async def main():
+        async with http_serving(fake, keys=keys) as (_, http):
+            http.headers.update(headers)
+            first = await http.post("/v1/embed", files=files(*[png(1)] * 4))
+            return first, await http.post("/v1/embed", files=files(*[png(2)] * 4))
+
+    first, second = asyncio.run(main())
+    assert (first.status_code, second.status_code) == (200, 429)
+    assert "rate of this caller: expected at most 4 images a second" in second.text
+    assert 1 <= int(second.headers["retry-after-ms"]) <= 1000
+    assert second.headers["retry-after"] == "1"
+    assert 2 not in fake.computed
+
+
+def test_a_caller_has_a_bounded_number_of_requests_open(http_serving, fake, png, eventually):
+    """One more is refused, also while it is still being sent."""
+    limits = CallerLimits(calls_per_client=1)
+
+    async def main():
+        async with http_serving(fake, limits=limits) as (_, http):
+            fake.gate.clear()
+            held = asyncio.create_task(http.post("/v1/embed", files=files(png(1))))
+            await eventually(fake.entered.is_set)
+            refused = await http.get("/v1/models")
+            fake.gate.set()
+            return refused, await held, await http.get("/v1/models")
+
+    refused, held, again = asyncio.run(main())
+    assert [refused.status_code, held.status_code, again.status_code] == [429, 200, 200]
+
+
+# TLS.
+
+
+@pytest.fixture
+def authority():
+    """An authority that vouches for servers and callers."""
+    return trustme.CA()
+
+
+def write_certificate(folder, authority, name="localhost"):
+    """Have the authority vouch for a server; give the options."""
+    certificate = authority.issue_cert(name, "127.0.0.1")
+    chain = b"".join(pem.bytes() for pem in certificate.cert_chain_pems)
+    (folder / "key.pem").write_bytes(certificate.private_key_pem.bytes())
+    (folder / "cert.pem").write_bytes(chain)
+    return {"cert": str(folder / "cert.pem"), "key": str(folder / "key.pem")}
+
+
+def context_for(authority, caller=None):
+    """What a client trusts, and what it shows."""
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    if caller is not None:
+        caller.configure_cert(context)
+    return context
+
+
+def test_https_has_the_certificate_of_grpc_and_changes_with_it(
+    http_serving, fake, tmp_path, authority
+):
+    """A new one holds for the next handshake; the connection that is open goes on."""
+    tls = TlsOptions(**write_certificate(tmp_path, authority))
+    other = trustme.CA()
+
+    async def main():
+        async with http_serving(fake, tls=tls) as (server, _):
+            assert server.http.url.startswith("https://")
+            url = server.http.url + "/readyz"
+            async with httpx.AsyncClient(verify=context_for(authority)) as http:
+                assert (await http.get(url)).status_code == 200
+                write_certificate(tmp_path, other)
+                server.security.certificates.reload()
+                assert (await http.get(url)).status_code == 200
+                async with httpx.AsyncClient(verify=context_for(other)) as renewed:
+                    assert (await renewed.get(url)).status_code == 200
+                async with httpx.AsyncClient(verify=context_for(authority)) as late:
+                    with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+                        await late.get(url)
+
+    asyncio.run(main())
+
+
+def test_without_a_certificate_there_is_no_handshake(
+    http_serving, fake, png, tmp_path, authority, monkeypatch
+):
+    """Where callers need one; the subject of one is the caller's name, as it is over gRPC."""
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    certificate = write_certificate(tmp_path, authority)
+    tls = TlsOptions(**certificate, client_ca=str(tmp_path / "ca.pem"))
+    caller = authority.issue_cert("caller@example.org", common_name="Caller, Ltd")
+    seen = []
+
+    async def main():
+        async with http_serving(fake, tls=tls) as (server, _):
+            embed = server.services.Embed
+
+            async def note(request, context):
+                seen.append(CURRENT.get().client)
+                return await embed(request, context)
+
+            monkeypatch.setattr(server.services, "Embed", note)
+            url = server.http.url + "/v1/embed"
+            async with httpx.AsyncClient(verify=context_for(authority, caller)) as http:
+                assert (await http.post(url, files=files(png(1)))).status_code == 200
+            for stranger in (None, trustme.CA().issue_cert("caller@example.org")):
+                async with httpx.AsyncClient(verify=context_for(authority, stranger)) as http:
+                    with pytest.raises(httpx.TransportError):
+                        await http.post(url, files=files(png(1)))
+
+    asyncio.run(main())
+    pem = caller.cert_chain_pems[0].bytes()
+    assert seen == [x509.load_pem_x509_certificate(pem).subject.rfc4514_string()]
+    assert "CN=Caller\\, Ltd" in seen[0]
+
+
+def test_a_name_is_written_as_openssl_writes_it():
+    """The last part first; what is special is escaped."""
+    names = [("countryName", "SE"), ("organizationName", 'A+B "C"'), ("commonName", "#é ")]
+    assert write_name(names) == 'CN=\\#\\C3\\A9\\ ,O=A\\+B \\"C\\",C=SE'
