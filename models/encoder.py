@@ -1,8 +1,8 @@
 """One protocol for every way to run an encoder, and the function that opens one.
 
 An encoder turns preprocessed images into vectors, and says by its fingerprint which
-vectors may be compared with which. Where it runs, here under ONNX Runtime or behind
-another Horace server, is a matter of the URI alone.
+vectors may be compared with which. Where it runs, here under ONNX Runtime, behind another
+Horace server or on a fleet of Tritons, is a matter of the URI alone.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def open_encoder(
 
     Args:
         path_or_uri: a bundle's directory, the file of one of its encoders, such as
-            `artifacts/bundles/mine/encoder.int8.onnx`, or `horace://host:port/model`.
+            `artifacts/bundles/mine/encoder.int8.onnx`, or `horace://host:port/model`, or
+            `triton://host:port,host2:port/model`.
         threads: CPU threads for inference; the CPU budget where None. A remote encoder
             has its own.
         precision: which of a bundle's encoders; the one that the path names where None. Not
@@ -95,9 +96,13 @@ def open_encoder(
         from models.remote import RemoteEncoder  # only a remote encoder needs gRPC
 
         return RemoteEncoder(rest)
+    if scheme == "triton":
+        from models.triton import TritonEncoder  # likewise
+
+        return TritonEncoder(rest)
     raise EncoderError(
         text,
-        expected="a bundle directory or horace://host:port/model",
+        expected="a bundle directory, horace://host:port/model or triton://host:port/model",
         found=f"scheme {scheme!r}",
     )
 

@@ -26,8 +26,9 @@ class ServeOptions:
     """Serve image encoders, and search in collections of their vectors, over gRPC."""
 
     bundle: UseAppendAction[tuple[str, ...]] = ()
-    """[NAME=]DIR or [NAME=]horace://HOST:PORT/MODEL; the encoder that ships where none is
-    given. DIR is a bundle, or has bundles in 1/, 2/, ...: versions, of which the newest is
+    """[NAME=]DIR, [NAME=]horace://HOST:PORT/MODEL or, for one or more Tritons,
+    [NAME=]triton://HOST:PORT[,HOST:PORT...]/MODEL; the encoder that ships where none is given.
+    DIR is a bundle, or has bundles in 1/, 2/, ...: versions, of which the newest is
     served. Give it several times for several models; the first is the default. Options follow
     a comma: precision=fp32|int8|fp16, provider=cpu|cuda|tensorrt, device=N (the GPU),
     instances=N, threads=N, keep=N (versions served at a time; 1)."""

@@ -130,5 +130,6 @@ def test_unknown_schemes_are_refused():
     with pytest.raises(EncoderError) as caught:
         open_encoder("ftp://host/x")
     assert str(caught.value) == (
-        "ftp://host/x: expected a bundle directory or horace://host:port/model, found scheme 'ftp'"
+        "ftp://host/x: expected a bundle directory, horace://host:port/model or "
+        "triton://host:port/model, found scheme 'ftp'"
     )

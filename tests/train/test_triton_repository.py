@@ -16,7 +16,7 @@ from tritonclient.grpc import model_config_pb2 as triton
 from models.bundle import PRECISION_FILES, Bundle, write_bundle
 from models.encoder import open_encoder
 from models.errors import UsageError
-from tests.train.tritonserver import SITE_PACKAGES, tritonserver
+from tests.tritonserver import SITE_PACKAGES, tritonserver
 from train.errors import ExportError
 from train.export.triton import TritonOptions, check_model_target, write_model
 
@@ -167,7 +167,6 @@ def test_it_is_a_command_that_needs_no_torch(make_bundle: MakeBundle, tmp_path: 
     )
 
 
-@pytest.mark.slow  # fetches 55 MB the first time
 def test_a_real_tritonserver_gives_the_encoders_bits(
     make_bundle: MakeBundle, tmp_path: Path
 ) -> None:
@@ -181,8 +180,8 @@ def test_a_real_tritonserver_gives_the_encoders_bits(
     )  # fmt: skip
     images = np.random.default_rng(0).integers(0, 256, (9, 28, 28, 1), dtype=np.uint8)
     with (
-        tritonserver(tmp_path / "repository", tmp_path) as address,
-        tritonclient.grpc.InferenceServerClient(address) as client,
+        tritonserver(tmp_path / "repository", tmp_path) as server,
+        tritonclient.grpc.InferenceServerClient(server.address) as client,
     ):
         assert client.is_model_ready("cats")
         config = client.get_model_config("cats").config
