@@ -81,4 +81,7 @@ def server_options(
     ]
     if max_calls_a_connection is not None:
         options.append(("grpc.max_concurrent_streams", max_calls_a_connection))
+        # Or gRPC counts calls that have ended, too, until they are freed, and resets a stream
+        # of a client that keeps to the limit: chttp2's parsing.cc.
+        options.append(("grpc.http.overload_protection", 0))
     return options

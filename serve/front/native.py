@@ -51,6 +51,10 @@ TOO_MANY = "Concurrent RPC limit exceeded!"
 NOT_FOUND = "Method not found!"
 """grpcio's own words."""
 
+RESERVED = "grpc-"
+"""How names of metadata begin that pygrpc-native refuses with an exception, such as
+`grpc-retry-pushback-ms`, which grpcio sends."""
+
 Event: TypeAlias = tuple[int, int, int, Any, Any, Any]
 
 Ask: TypeAlias = "Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]"
@@ -262,5 +266,6 @@ def _end(
     message: str,
     trailing: Sequence[tuple[str, str | bytes]] = (),
 ) -> None:
-    """End a call with an error."""
-    native.fail(call_id, code.value[0], message, list(trailing) or None)
+    """End a call with an error; what the caller waits for is never lost over its trailers."""
+    kept = [(key, value) for key, value in trailing if not key.startswith(RESERVED)]
+    native.fail(call_id, code.value[0], message, kept or None)

@@ -25,7 +25,8 @@ from typing import Any, NoReturn, TypeAlias
 import grpc
 
 from serve.errors import RequestError, UnauthenticatedError, retry_metadata, to_status
-from serve.security.caller import CURRENT
+from serve.security.buckets import Quota
+from serve.security.caller import CURRENT, Caller
 from serve.security.costs import count_images
 from serve.security.guard import HEALTH, Guard, Pass
 from serve.security.ring import ApiKey
@@ -34,6 +35,7 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Behaviour: TypeAlias = "Callable[[Any, Context], Any]"
 Parse: TypeAlias = Callable[[bytes], Any]
+Enter: TypeAlias = "Callable[[Context], Pass]"
 TakeIn: TypeAlias = Callable[[Pass, Any], Any]
 
 _KEY: ContextVar[ApiKey | None] = ContextVar("horace_key", default=None)
@@ -80,8 +82,8 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
             key = self._guard.authorise(details.method, details.invocation_metadata or ())
         except UnauthenticatedError as error:
             return self._refusing(handler, error, unread=_is_grpcio(details))
-        if handler is None or details.method.startswith(HEALTH):
-            return handler
+        if handler is None:
+            return None
         _KEY.set(key)
         return self._guard_handler(details.method, handler)
 
@@ -89,29 +91,30 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
         """Give the guarded form of a handler, made once."""
         known = self._guarded.get(method)
         if known is None or known[0] is not handler:
-            known = self._guarded[method] = handler, self._wrap(handler)
+            known = self._guarded[method] = handler, self._wrap(method, handler)
         return known[1]
 
-    def _wrap(self, handler: Handler) -> Handler:
+    def _wrap(self, method: str, handler: Handler) -> Handler:
         """Guard a handler; its messages come as bytes, and are parsed once they may be."""
         shape = bool(handler.request_streaming), bool(handler.response_streaming)
         name, make = _KINDS[shape]
         behaviour: Behaviour = getattr(handler, name)
         take = self._take_stream if handler.request_streaming else self._take_message
         take_in = partial(take, handler.request_deserializer or bytes)
+        enter = _enter_free if method.startswith(HEALTH) else self._enter
         if inspect.isasyncgenfunction(behaviour):
-            guarded = self._guard_generator(behaviour, take_in)
+            guarded = self._guard_generator(behaviour, enter, take_in)
         else:
             assert inspect.iscoroutinefunction(behaviour), f"{behaviour} blocks the event loop"
-            guarded = self._guard_coroutine(behaviour, take_in)
+            guarded = self._guard_coroutine(behaviour, enter, take_in)
         return make(guarded, None, handler.response_serializer)
 
-    def _guard_coroutine(self, behaviour: Behaviour, take_in: TakeIn) -> Behaviour:
+    def _guard_coroutine(self, behaviour: Behaviour, enter: Enter, take_in: TakeIn) -> Behaviour:
         """Guard a handler that returns its reply, or writes its replies."""
 
         async def answer(incoming: Any, context: Context) -> Any:
             try:
-                entered = self._enter(context)
+                entered = enter(context)
                 with self._guard.under_way(entered):
                     return await behaviour(take_in(entered, incoming), context)
             except grpc.aio.AbortError:
@@ -121,12 +124,12 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
 
         return answer
 
-    def _guard_generator(self, behaviour: Behaviour, take_in: TakeIn) -> Behaviour:
+    def _guard_generator(self, behaviour: Behaviour, enter: Enter, take_in: TakeIn) -> Behaviour:
         """Guard a handler that yields its replies."""
 
         async def answer(incoming: Any, context: Context) -> AsyncIterator[Any]:
             try:
-                entered = self._enter(context)
+                entered = enter(context)
                 with self._guard.under_way(entered):
                     async with aclosing(behaviour(take_in(entered, incoming), context)) as replies:
                         async for reply in replies:
@@ -194,6 +197,14 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
         self._on_turned_away(code)
         await context.abort(code, message, retry_metadata(error))
         raise AssertionError("abort raises")
+
+
+_FREE = Pass(caller=Caller(client="probe"), quota=Quota())
+
+
+def _enter_free(_: Context) -> Pass:
+    """Let a probe in, without account or limit."""
+    return _FREE
 
 
 _KINDS: dict[tuple[bool, bool], tuple[str, Callable[..., Handler]]] = {
