@@ -7,22 +7,21 @@ Rules:
     at once. A signal before the server is ready ends it with exit status 0.
     SIGHUP reads again what is served: bundles, collections, certificates, keys. What is
     refused is logged, and what was there stays.
+    With `--workers` the same holds of all of them together: one line when all are ready, and
+    exit status 0 when all have drained; see `serve.workers`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import signal
 import sys
 
 from models.command import run_command
 from serve.config import ServeOptions
-from serve.errors import UnavailableError
 from serve.operation.logs import set_up_logs
+from serve.running import orders_by_signal, ready_line, run_server
 from serve.server import Server
-
-log = logging.getLogger("horace.serve")
+from serve.workers.supervisor import Supervisor
 
 
 def main(options: ServeOptions) -> None:
@@ -32,82 +31,27 @@ def main(options: ServeOptions) -> None:
         HoraceError: the server cannot start.
         UnavailableError: calls were cut off.
     """
-    asyncio.run(_serve(options))
+    set_up_logs(options.log)
+    asyncio.run(_serve(options) if options.workers == 1 else _supervise(options))
 
 
 async def _serve(options: ServeOptions) -> None:
-    """Start, say so, wait for a signal, drain."""
-    set_up_logs(options.log)
+    """Serve in this process."""
     server = Server(options)
-    signals = _listen_for(signal.SIGTERM, signal.SIGINT)
-    hangups = _listen_for(signal.SIGHUP)
-    if not await _start(server, signals):
-        return
-    reloading = asyncio.create_task(_reload_on(hangups, server))
-    print(_ready_line(server), flush=True)
-    log.info("stopping on %s", await signals.get())
-    reloading.cancel()
-    draining = asyncio.create_task(server.drain(limit_s=options.drain_s))
-    again = asyncio.create_task(signals.get())
-    await asyncio.wait([draining, again], return_when=asyncio.FIRST_COMPLETED)
-    if not draining.done():
-        cut_off = server.calls.active
-        draining.cancel()
-        await server.kill()
-        raise _cut_off(cut_off, f"a second signal, {again.result()}")
-    again.cancel()
-    if cut_off := draining.result():
-        raise _cut_off(cut_off, f"that {options.drain_s:g} s were over")
-    log.info("stopped; every call was answered")
-
-
-async def _start(server: Server, signals: asyncio.Queue[str]) -> bool:
-    """Start unless a signal comes first; whether the server is ready."""
-    starting = asyncio.create_task(server.start())
-    stopping = asyncio.create_task(signals.get())
-    await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
-    if starting.done():
-        stopping.cancel()
-        await starting
-        return True
-    log.info("stopping on %s, before the server was ready", stopping.result())
-    starting.cancel()
-    await asyncio.wait([starting])
-    return False
-
-
-async def _reload_on(signals: asyncio.Queue[str], server: Server) -> None:
-    """Read everything again at every signal, until cancelled."""
-    while True:
-        log.info("reloading on %s", await signals.get())
-        await server.reloads.run()
-
-
-def _listen_for(*numbers: signal.Signals) -> asyncio.Queue[str]:
-    """Queue the names of signals."""
-    names: asyncio.Queue[str] = asyncio.Queue()
-    loop = asyncio.get_running_loop()
-    for number in numbers:
-        loop.add_signal_handler(number, names.put_nowait, number.name)
-    return names
-
-
-def _ready_line(server: Server) -> str:
-    """Say where and what this serves, for people and for scripts."""
-    models = ",".join(server.catalog.models)
-    collections = ",".join(server.catalog.collections) or "none"
-    http = f" http={server.http.url}" if server.http.url else ""
-    return f"horace serving on {server.address} models={models} collections={collections}{http}"
-
-
-def _cut_off(calls: int, why: str) -> UnavailableError:
-    """Say that the drain did not end well."""
-    return UnavailableError(
-        "drain",
-        expected="every call under way answered",
-        found=f"{calls} cut off after {why}",
-        mend="allow more time with --drain-s",
+    await run_server(
+        server,
+        orders_by_signal(),
+        drain_s=options.drain_s,
+        on_ready=lambda: print(ready_line(server), flush=True),
     )
+
+
+async def _supervise(options: ServeOptions) -> None:
+    """Serve in several processes, and mind them in this one."""
+    supervisor = Supervisor(
+        options, on_ready=lambda line: print(f"{line} workers={options.workers}", flush=True)
+    )
+    await supervisor.run(orders_by_signal())
 
 
 if __name__ == "__main__":

@@ -59,6 +59,11 @@ class ServeOptions:
     kserve: KserveOptions = field(default_factory=KserveOptions)
     """KServe v2."""
 
+    workers: int = 1
+    """Processes that share the port and the CPU budget, each with its own copy of what is
+    served. Limits of queues, calls and callers are of each. A connection stays with the one
+    that took it, so a caller has several of them from several connections only."""
+
     max_batch_images: int = 32
     """The largest batch that the encoder is given."""
 
@@ -165,6 +170,7 @@ class ServeOptions:
 
 
 POSITIVE = (
+    "workers",
     "max_batch_images",
     "instances",
     "max_queue_images",

@@ -1,0 +1,126 @@
+"""The life of one server process: start it, say so, obey, drain, end.
+
+Rules:
+    Orders come from signals or from a supervisor; here they are names in two queues.
+    The first order to stop drains, the second cuts off at once. One that comes before the
+    server is ready ends it then and there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from serve.errors import UnavailableError
+from serve.server import Server
+
+log = logging.getLogger("horace.serve")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Orders:
+    """What a process has been told, each by the name of who told it.
+
+    Attributes:
+        stops: to drain; a second one, to cut off.
+        reloads: to read everything again.
+    """
+
+    stops: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
+    reloads: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
+
+
+def orders_by_signal() -> Orders:
+    """Take orders from SIGTERM and SIGINT, and from SIGHUP."""
+    orders = Orders()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, orders.stops.put_nowait, number.name)
+    loop.add_signal_handler(signal.SIGHUP, orders.reloads.put_nowait, signal.SIGHUP.name)
+    return orders
+
+
+async def run_server(
+    server: Server, orders: Orders, *, drain_s: float, on_ready: Callable[[], None]
+) -> None:
+    """Serve until told to stop, and until the calls under way are answered.
+
+    Args:
+        server: not started yet.
+        orders: what it obeys.
+        drain_s: how long calls under way may take after the order to stop.
+        on_ready: called once the server serves.
+
+    Raises:
+        HoraceError: the server cannot start.
+        UnavailableError: calls were cut off.
+    """
+    if not await _start(server, orders.stops):
+        return
+    reloading = asyncio.create_task(_reload(server, orders.reloads))
+    on_ready()
+    log.info("stopping on %s", await orders.stops.get())
+    reloading.cancel()
+    await _drain(server, orders.stops, drain_s)
+    log.info("stopped; every call was answered")
+
+
+def ready_line(server: Server) -> str:
+    """Say where and what a server serves, for people and for scripts."""
+    models = ",".join(server.catalog.models) or "none"
+    collections = ",".join(server.catalog.collections) or "none"
+    http = f" http={server.http.url}" if server.http.url else ""
+    return f"horace serving on {server.address} models={models} collections={collections}{http}"
+
+
+def cut_off(calls: int | str, why: str) -> UnavailableError:
+    """Say that the drain did not end well."""
+    return UnavailableError(
+        "drain",
+        expected="every call under way answered",
+        found=f"{calls} cut off after {why}",
+        mend="allow more time with --drain-s",
+    )
+
+
+async def _start(server: Server, stops: asyncio.Queue[str]) -> bool:
+    """Start unless told to stop first; whether the server is ready."""
+    starting = asyncio.create_task(server.start())
+    stopping = asyncio.create_task(stops.get())
+    await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
+    if starting.done():
+        stopping.cancel()
+        await starting
+        return True
+    log.info("stopping on %s, before the server was ready", stopping.result())
+    starting.cancel()
+    await asyncio.wait([starting])
+    return False
+
+
+async def _drain(server: Server, stops: asyncio.Queue[str], drain_s: float) -> None:
+    """Answer what is under way, unless that takes too long or a second order comes."""
+    draining = asyncio.create_task(server.drain(limit_s=drain_s))
+    again = asyncio.create_task(stops.get())
+    await asyncio.wait([draining, again], return_when=asyncio.FIRST_COMPLETED)
+    if not draining.done():
+        calls = server.calls.active
+        draining.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await draining
+        await server.kill()
+        raise cut_off(calls, f"a second signal, {again.result()}")
+    again.cancel()
+    if calls := draining.result():
+        raise cut_off(calls, f"that {drain_s:g} s were over")
+
+
+async def _reload(server: Server, reloads: asyncio.Queue[str]) -> None:
+    """Read everything again at every order, until cancelled."""
+    while True:
+        log.info("reloading on %s", await reloads.get())
+        await server.reloads.run()

@@ -1,0 +1,301 @@
+"""Starts the workers, minds them, passes on what it is told, and ends when they have ended.
+
+Rules:
+    The port is taken first and alone (`ports`); the supervisor itself never listens.
+    All workers must become ready once; one that cannot ends the start with its own error.
+    After that a worker that dies is started again, at once or after a while (`restarts`),
+    and meanwhile the others serve.
+    The first order to stop drains every worker, the second cuts them off; one that does not
+    end then is killed. The end is good if every worker's was.
+    One event at a time: deaths, reports, orders and timers are read from one queue.
+
+Source: the pre-fork servers (nginx, gunicorn), whose master process does the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import multiprocessing
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from typing import Literal
+
+from models.errors import HoraceError, UsageError
+from serve.config import ServeOptions
+from serve.errors import StartError
+from serve.running import Orders, cut_off
+from serve.workers.messages import Failed, Order, Ready, Report
+from serve.workers.place import WorkerPlace
+from serve.workers.ports import held_port
+from serve.workers.restarts import Restarts
+from serve.workers.worker import HELD_SIGNALS, run_worker
+
+log = logging.getLogger("horace.serve")
+
+GRACE_S = 10.0
+"""How long a worker may take to end beyond the drain before it is killed."""
+
+OnReady = Callable[[str], None]
+
+
+@dataclass(kw_only=True, eq=False)
+class Worker:
+    """One place among the workers, and the process that has it."""
+
+    place: WorkerPlace
+    process: SpawnProcess | None = None
+    pipe: Connection | None = None
+    started_s: float = 0.0
+    is_ready: bool = False
+    last_words: Failed | None = None
+    restarts: Restarts = field(default_factory=Restarts)
+
+    def __str__(self) -> str:
+        return str(self.place)
+
+
+Event = tuple[
+    Literal["report", "died", "restart", "stop", "reload", "overdue"], Worker | None, object
+]
+
+
+class Supervisor:
+    """Minds the workers of one server. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        options: ServeOptions,
+        *,
+        on_ready: OnReady,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Prepare; nothing is started yet.
+
+        Args:
+            options: of every worker.
+            on_ready: called once, when all serve, with the line that says where and what.
+            clock: monotonic seconds.
+        """
+        self._options = options
+        self._on_ready = on_ready
+        self._clock = clock
+        self._workers = [
+            Worker(place=WorkerPlace(index=n, count=options.workers))
+            for n in range(options.workers)
+        ]
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._spawn = multiprocessing.get_context("spawn")
+        self._announced = False
+        self._stops = 0
+        self._start_error: HoraceError | None = None
+        self._bad_ends: list[str] = []
+
+    def __repr__(self) -> str:
+        states = ", ".join(_state(worker) for worker in self._workers)
+        return f"<Supervisor {'stopping ' if self._stops else ''}{states}>"
+
+    async def run(self, orders: Orders) -> None:
+        """Serve until told to stop, and until every worker has ended.
+
+        Raises:
+            HoraceError: a worker cannot start.
+            UnavailableError: calls were cut off.
+        """
+        with contextlib.ExitStack() as ports:
+            self._options = _with_ports(self._options, ports)
+            listeners = [
+                asyncio.create_task(self._forward("stop", orders.stops)),
+                asyncio.create_task(self._forward("reload", orders.reloads)),
+            ]
+            try:
+                for worker in self._workers:
+                    self._start(worker)
+                while any(worker.process for worker in self._workers) or not self._stops:
+                    self._handle(*await self._events.get())
+            finally:
+                for listener in listeners:
+                    listener.cancel()
+                self._kill_all()
+        if self._start_error is not None:
+            raise self._start_error
+        if self._bad_ends:
+            raise cut_off("calls", "; ".join(self._bad_ends))
+        log.info("stopped; every worker has drained")
+
+    # Events.
+
+    async def _forward(self, kind: Literal["stop", "reload"], orders: asyncio.Queue[str]) -> None:
+        """Turn orders into events."""
+        while True:
+            self._events.put_nowait((kind, None, await orders.get()))
+
+    def _handle(self, kind: str, worker: Worker | None, what: object) -> None:
+        """Do what an event asks for."""
+        match kind, worker:
+            case "report", Worker():
+                self._hear(worker, what)
+            case "died", Worker():
+                self._bury(worker)
+            case "restart", Worker():
+                if not self._stops:
+                    self._start(worker)
+            case "reload", _:
+                log.info("reloading on %s", what)
+                self._tell_all(Order.RELOAD)
+            case "stop", _:
+                self._stop(str(what))
+            case "overdue", _:
+                self._kill_all()
+
+    def _hear(self, worker: Worker, report: object) -> None:
+        """Take a worker's report."""
+        if isinstance(report, Failed):
+            worker.last_words = report
+            return
+        assert isinstance(report, Ready)
+        worker.is_ready = True
+        if self._announced:
+            log.info("%s serves again", worker)
+        elif all(other.is_ready for other in self._workers) and not self._stops:
+            self._announced = True
+            self._on_ready(report.line)
+
+    def _bury(self, worker: Worker) -> None:
+        """See to it that a dead worker is followed by another, or that this ends."""
+        process, worker.process = worker.process, None
+        assert process is not None
+        process.join()
+        self._drop_pipe(worker)
+        how, words = _how(process.exitcode), worker.last_words
+        worker.is_ready, worker.last_words = False, None
+        if self._stops:
+            if process.exitcode:
+                self._bad_ends.append(words.line if words else f"{worker} {how}")
+        elif not self._announced:
+            self._start_error = _start_error(worker, how, words)
+            self._stop("that")
+        else:
+            delay_s = worker.restarts.delay_s(self._clock() - worker.started_s)
+            why = f"{how}: {words.line}" if words else how
+            log.error("%s %s; another follows in %.1f s", worker, why, delay_s)
+            loop = asyncio.get_running_loop()
+            loop.call_later(delay_s, self._events.put_nowait, ("restart", worker, None))
+
+    def _stop(self, why: str) -> None:
+        """Drain, or cut off what drains."""
+        self._stops += 1
+        log.info("stopping %d workers on %s", self._options.workers, why)
+        self._tell_all(Order.STOP if self._stops == 1 else Order.CUT_OFF)
+        limit_s = GRACE_S + (self._options.drain_s if self._stops == 1 else 0.0)
+        asyncio.get_running_loop().call_later(
+            limit_s, self._events.put_nowait, ("overdue", None, None)
+        )
+
+    # Processes.
+
+    def _start(self, worker: Worker) -> None:
+        """Start a process in a worker's place."""
+        ours, theirs = self._spawn.Pipe()
+        worker.process = self._spawn.Process(
+            target=run_worker,
+            args=(self._options, worker.place, theirs),
+            name=f"horace {worker}",
+            daemon=True,
+        )
+        worker.pipe, worker.started_s = ours, self._clock()
+        with _signals_held():
+            worker.process.start()
+        theirs.close()
+        loop = asyncio.get_running_loop()
+        loop.add_reader(ours.fileno(), self._read, worker)
+        loop.add_reader(worker.process.sentinel, self._notice, worker, worker.process.sentinel)
+
+    def _read(self, worker: Worker) -> None:
+        """Read one report, or notice that there will be none any more."""
+        assert worker.pipe is not None
+        try:
+            report: Report = worker.pipe.recv()
+        except (EOFError, OSError):
+            asyncio.get_running_loop().remove_reader(worker.pipe.fileno())
+            return
+        self._events.put_nowait(("report", worker, report))
+
+    def _notice(self, worker: Worker, sentinel: int) -> None:
+        """Notice a death, once; what it has said before comes first."""
+        asyncio.get_running_loop().remove_reader(sentinel)
+        while worker.pipe is not None and worker.pipe.poll():
+            try:
+                self._events.put_nowait(("report", worker, worker.pipe.recv()))
+            except (EOFError, OSError):
+                break
+        self._events.put_nowait(("died", worker, None))
+
+    def _tell_all(self, order: Order) -> None:
+        """Give every worker an order."""
+        for worker in self._workers:
+            if worker.pipe is not None:
+                with contextlib.suppress(OSError):
+                    worker.pipe.send(order)
+
+    def _drop_pipe(self, worker: Worker) -> None:
+        """Close our end of a worker's pipe."""
+        assert worker.pipe is not None
+        asyncio.get_running_loop().remove_reader(worker.pipe.fileno())
+        worker.pipe.close()
+        worker.pipe = None
+
+    def _kill_all(self) -> None:
+        """Kill every process that has not ended."""
+        for worker in self._workers:
+            if worker.process is not None and worker.process.is_alive():
+                worker.process.kill()
+
+
+def _with_ports(options: ServeOptions, ports: contextlib.ExitStack) -> ServeOptions:
+    """Hold the ports that the workers will share, and write down which they are."""
+    port = ports.enter_context(held_port(options.host, options.port))
+    http = options.http
+    if http.port is not None:
+        held = ports.enter_context(held_port(http.host or options.host, http.port))
+        http = dataclasses.replace(http, port=held)
+    return dataclasses.replace(options, port=port, http=http)
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Start processes that hold back signals until they have handlers (`run_worker`)."""
+    resource_tracker.ensure_running()  # it lets signals through again, so it goes first
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
+def _state(worker: Worker) -> str:
+    """Say how a worker is."""
+    if worker.process is None:
+        return f"{worker} dead"
+    return f"{worker} {'ready' if worker.is_ready else 'starting'}"
+
+
+def _how(exit_code: int | None) -> str:
+    """Say how a process ended."""
+    if exit_code is not None and exit_code < 0:
+        return f"died of {signal.Signals(-exit_code).name}"
+    return f"ended with status {exit_code}"
+
+
+def _start_error(worker: Worker, how: str, words: Failed | None) -> HoraceError:
+    """Say why a worker could not start, in its own words where it had some."""
+    if words is not None:
+        return UsageError(words.line) if words.bad_use else StartError(words.line)
+    return StartError(str(worker), expected="one that becomes ready", found=f"one that {how}")
