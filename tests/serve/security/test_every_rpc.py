@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 import grpc
 import pytest
+import trustme
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tritonclient.grpc import service_pb2 as kserve_pb2
 
+from models.wire import image_to_wire
 from protos import horace_pb2 as pb
+from protos import horace_pb2_grpc as pb_grpc
 from serve.security.options import CallerLimits, KeyOptions
 from serve.security.ring import new_token, write_line
 
@@ -127,6 +130,24 @@ def test_health_is_for_everyone(rpc, serving, fake, keys):
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("rpc", RPCS, ids=str)
+def test_no_rpc_without_a_certificate_of_the_authority(rpc, serving, fake, pki):
+    """mTLS: none, and one of another authority, do not get past the handshake."""
+
+    async def main():
+        async with serving(fake, tls=pki.mutual) as server:
+            for client in (None, trustme.CA()):
+                async with pki.channel(server, client=client) as channel:
+                    code, _ = await rpc.call(channel)
+                    assert code is grpc.StatusCode.UNAVAILABLE
+            async with pki.channel(server, client=pki.client_ca) as channel:
+                code, details = await rpc.call(channel)
+                refused = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNAUTHENTICATED)
+                assert code not in refused, details
+
+    asyncio.run(main())
+
+
 def test_no_service_of_the_server_is_missing_here(serving, fake):
     """What reflection lists is what the tests above walk."""
 
@@ -237,9 +258,6 @@ LIMITED = CallerLimits(requests_per_s=0.001, images_per_s=0.001, burst_s=3000)
 
 def test_a_caller_above_its_rate_is_told_when_to_come_back(serving, fake, image):
     """Three requests are its burst; the fourth is refused, with the time in its trailers."""
-    from models.wire import image_to_wire
-    from protos import horace_pb2_grpc as pb_grpc
-
     request = pb.EmbedRequest(images=[image_to_wire(image(7))])
 
     async def main():
@@ -265,9 +283,6 @@ def test_a_caller_above_its_rate_is_told_when_to_come_back(serving, fake, image)
 
 def test_a_stream_above_its_rate_is_held_back_and_loses_nothing(serving, fake, image):
     """Ten messages at a hundred a second and a burst of one: all are answered, in order."""
-    from models.wire import image_to_wire
-    from protos import horace_pb2_grpc as pb_grpc
-
     limits = CallerLimits(requests_per_s=100, burst_s=0.01)
     requests = [
         pb.EmbedRequest(images=[image_to_wire(image(n))], request_id=str(n)) for n in range(10)
@@ -286,9 +301,6 @@ def test_a_stream_above_its_rate_is_held_back_and_loses_nothing(serving, fake, i
 
 def test_calls_of_one_caller_are_bounded_and_free_again(serving, fake, image, eventually):
     """Streams and calls alike; one that is cancelled makes room for the next."""
-    from models.wire import image_to_wire
-    from protos import horace_pb2_grpc as pb_grpc
-
     request = pb.EmbedRequest(images=[image_to_wire(image(1))])
 
     async def main():
@@ -315,9 +327,6 @@ def test_calls_of_one_caller_are_bounded_and_free_again(serving, fake, image, ev
 
 def test_calls_of_one_connection_wait_for_their_turn(serving, fake, image, eventually):
     """Ten at once where three may be: no more than three reach us, and all are answered."""
-    from models.wire import image_to_wire
-    from protos import horace_pb2_grpc as pb_grpc
-
     most = 0
 
     async def main():
