@@ -17,6 +17,7 @@ from serve.operation.options import LogOptions, MetricsOptions, TracingOptions
 from serve.security.options import CallerLimits, KeyOptions
 from serve.security.tls import TlsOptions
 from serve.services import RequestLimits
+from serve.watchdog import WatchdogOptions
 
 MIB = 1 << 20
 
@@ -118,6 +119,9 @@ class ServeOptions:
     """What each caller may ask for."""
 
     metrics: MetricsOptions = field(default_factory=MetricsOptions)
+
+    watchdog: WatchdogOptions = field(default_factory=WatchdogOptions)
+    """Threads that hang."""
 
     tracing: TracingOptions = field(default_factory=TracingOptions)
 

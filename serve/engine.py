@@ -5,12 +5,11 @@ Rules:
     read out of the message before there is room for them.
     Every change of the batcher is made in `_changing`, which admits whoever it makes room
     for: no waiting request depends on another being answered.
-    Images are decoded by a pool ahead of the queue, each with its own error: a bad image is
-    settled there and its batchmates never hear of it. Pixels that need no more than a cut
-    do not change threads for it.
+    Images are decoded ahead of the queue: `serve.decoding`.
     `Batcher` decides; the threads here do what it says and hold its lock while they ask.
-    Whatever the encoder does with a batch ends as an error of that batch's requests. A
-    worker that fails in our own code fails every request held, and the engine says so by
+    Whatever the encoder does with a batch ends as an error of that batch's requests. A thread
+    that dies or hangs in it is replaced (`serve.crew`), and what it gives later is for nobody.
+    One that dies in our own policy fails every request held, and the engine says so by
     `alive`: nothing is left waiting.
     The requests that a batch completes reach the event loop in one call.
 
@@ -26,16 +25,17 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from models.encoder import Encoder
-from models.errors import EncoderError, ImageError, ImageFault
+from models.errors import EncoderError, ImageError
 from models.image_source import ImageData
-from models.preprocess import DEFAULT_LIMITS, ImageLimits, PreprocessSpec, preprocess
+from models.preprocess import DEFAULT_LIMITS, ImageLimits
 from serve.batching import Batcher
+from serve.crew import Crew, Member
+from serve.decoding import Decoder
 from serve.errors import DeadlineError, InternalError, UnavailableError
 from serve.job import NO_PIXELS, Embedded, Job, answer, tell_admitted
 from serve.operation.observer import NO_MODEL_OBSERVER, ModelObserver
@@ -43,10 +43,6 @@ from serve.pool import ThreadPool
 from serve.tickets import Batch, BatcherStatistics, read_priority
 
 log = logging.getLogger("horace.serve")
-
-DECODE_CHUNK_IMAGES = 8
-"""Images a decode task: enough to forget the hand-over (some 20 us), few enough that the
-encoder starts before a large request is decoded."""
 
 
 class Engine:
@@ -64,7 +60,7 @@ class Engine:
         instances: int = 1,
         limits: ImageLimits = DEFAULT_LIMITS,
         clock: Callable[[], float] = time.monotonic,
-        on_crash: Callable[[], None] = lambda: None,
+        on_trouble: Callable[[], None] = lambda: None,
         observer: ModelObserver = NO_MODEL_OBSERVER,
     ) -> None:
         """Start the inference threads.
@@ -79,14 +75,13 @@ class Engine:
             instances: threads that call the encoder.
             limits: what one image may cost.
             clock: monotonic seconds.
-            on_crash: called from the thread that failed, once `alive` is false.
+            on_trouble: called on some thread once one has died or hangs, and is replaced.
             observer: hears of every request and of every batch.
         """
         self.encoder = encoder
         self.instances = instances
-        self._limits = limits
         self._clock = clock
-        self._decode_pool = decode_pool
+        self._decoder = Decoder(decode_pool, encoder.preprocessing, limits, self._prepared)
         self._batcher: Batcher[Job] = Batcher(
             max_batch_images=max_batch_images,
             max_held_images=max_held_images,
@@ -98,25 +93,33 @@ class Engine:
         self._image_bytes = spec.height * spec.width * spec.channels
         self._changed = threading.Condition()
         self._closing = False
-        self._on_crash = on_crash
         self._observer = observer
-        self._crash: BaseException | None = None
+        self._crashed = False
         self._idle_workers = 0
-        self._workers = [
-            threading.Thread(target=self._work, name=f"infer-{encoder.name}-{n}", daemon=True)
-            for n in range(instances)
-        ]
-        for worker in self._workers:
-            worker.start()
+        self._crew = Crew(
+            self._work,
+            size=instances,
+            name=f"infer-{encoder.name}",
+            on_lost=self._lose,
+            on_trouble=on_trouble,
+        )
 
     def __repr__(self) -> str:
-        state = "alive" if self.alive else "crashed" if self._crash else "closed"
-        return f"<Engine {self.encoder.name} {state} {self._batcher!r}>"
+        return f"<Engine {self.encoder.name} {self.state} {self._crew!r} {self._batcher!r}>"
 
     @property
     def alive(self) -> bool:
         """Whether requests are being served."""
-        return self._crash is None and not self._closing
+        return self.state == "alive"
+
+    @property
+    def state(self) -> str:
+        """`alive`, `closed`, `crashed` for good, or `stuck`: every thread hangs."""
+        if self._closing:
+            return "closed"
+        if self._crashed:
+            return "crashed"
+        return "alive" if self._crew.present else "stuck"
 
     def statistics(self) -> BatcherStatistics:
         """Give the present state and the counts so far."""
@@ -171,10 +174,15 @@ class Engine:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
+        self._crew.dismiss()
         self._fail_all(UnavailableError("the server has stopped"))
-        for worker in self._workers:
-            worker.join(timeout_s)
-        return not any(worker.is_alive() for worker in self._workers)
+        return self._crew.join(timeout_s)
+
+    def look(self, *, elapsed_s: float, limit_s: float) -> None:
+        """Replace threads that have died or hang; see `serve.watchdog`."""
+        self._crew.look(elapsed_s=elapsed_s, limit_s=limit_s)
+        if self.state == "stuck":
+            self._fail_all(UnavailableError("every thread of this model hangs"))
 
     # The event loop's side.
 
@@ -194,7 +202,7 @@ class Engine:
                 self._batcher.cancel(job, unprepared=True)
             raise
         on_admitted()
-        self._prepare(job)
+        self._decoder.prepare(job)
         try:
             return await job.future
         except asyncio.CancelledError:
@@ -228,39 +236,15 @@ class Engine:
                 job.admitted.set_result(None)
         await job.admitted
 
-    def _prepare(self, job: Job) -> None:
-        """Queue at once what needs no decoding; give the rest to the pool in chunks."""
-        spec = self.encoder.preprocessing
-        here: list[int] = []
-        there: list[int] = []
-        for n, data in enumerate(job.data):
-            (there if _needs_decoding(data, spec) else here).append(n)
-        if here:
-            self._decode(job, here)
-        share = math.ceil(len(there) / self._decode_pool.size)
-        step = max(1, min(DECODE_CHUNK_IMAGES, share))
-        for start in range(0, len(there), step):
-            self._decode_pool.submit(partial(self._decode, job, there[start : start + step]))
-
     # The threads' side.
 
-    def _decode(self, job: Job, positions: Sequence[int]) -> None:
-        """Bring some images of a job to the encoder's input, or to their errors."""
-        good = []
-        for n in positions:
-            data, job.data[n] = job.data[n], None
-            if job.gone or data is None:
-                continue
-            try:
-                job.pixels[n] = self._preprocess(data)
-                good.append(n)
-            except ImageError as error:
-                job.errors[n] = error
+    def _prepared(self, job: Job, good: Sequence[int], bad: int) -> None:
+        """Queue images that can be computed; settle the others."""
         now_s = self._clock()
         complete = False
         with self._changing():
             job.decoded_s = max(job.decoded_s, now_s)
-            if bad := len(positions) - len(good):
+            if bad:
                 complete = self._batcher.settle(job, bad)
             if good:
                 self._batcher.ready(job, good, now_s)
@@ -268,40 +252,21 @@ class Engine:
         if complete:
             self._deliver([job])
 
-    def _preprocess(self, data: ImageData | ImageError) -> NDArray[np.uint8]:
-        """Bring one image to the encoder's input; every failure is that image's own."""
-        if isinstance(data, ImageError):
-            raise data
-        try:
-            return preprocess(data, self.encoder.preprocessing, self._limits)
-        except ImageError:
-            raise
-        except Exception as error:
-            log.exception("preprocessing failed in our own code")
-            raise ImageError(
-                ImageFault.UNREADABLE, "image", expected="one that decodes", found="a decoder fault"
-            ) from error
+    def _work(self, member: Member) -> None:
+        """Run batches until closed, or given up."""
+        while (batch := self._next_batch(member)) is not None:
+            self._run(member, batch)
+            del batch  # its images go now, not when the next batch comes
 
-    def _work(self) -> None:
-        """Run batches until closed; nothing that happens here leaves a caller waiting."""
-        try:
-            while (batch := self._next_batch()) is not None:
-                self._run(batch)
-                del batch  # its images go now, not when the next batch comes
-        except BaseException as error:
-            log.exception("inference thread of %s failed", self.encoder.name)
-            self._crash = error
-            self._fail_all(InternalError("the server has lost a thread of this model"))
-            self._on_crash()
-
-    def _next_batch(self) -> Batch[Job] | None:
-        """Wait for a batch to run; None once the engine is closed."""
+    def _next_batch(self, member: Member) -> Batch[Job] | None:
+        """Wait for a batch to run; None once there are no more for this thread."""
         while True:
             with self._changing():
-                if self._closing:
+                if self._closing or self._crashed or member.given_up:
                     return None
                 decision = self._batcher.decide(self._clock())
                 if decision.batch is not None:
+                    member.begin(decision.batch)
                     self._wake_worker()  # more may wait than this batch takes
                 elif not decision.expired:
                     self._wait(decision.wake_at_s)
@@ -310,6 +275,30 @@ class Engine:
                 self._deliver(decision.expired, late)
             if decision.batch is not None:
                 return decision.batch
+
+    def _finish(self, member: Member, batch: Batch[Job], *, failed: bool = False) -> list[Job]:
+        """Give a batch back; the jobs to answer now, none where the thread was given up."""
+        with self._changing():
+            if member.given_up:
+                return []
+            member.end()
+            return self._batcher.finish(batch, self._clock(), failed=failed)
+
+    def _lose(self, member: Member) -> None:
+        """Fail what a thread was at that died or hangs.
+
+        One that died between batches died of our own policy, which is not to be trusted any
+        more: the engine ends.
+        """
+        batch: Batch[Job] | None = member.work
+        if batch is not None:
+            with self._changing():
+                failed = self._batcher.finish(batch, self._clock(), failed=True)
+            self._deliver(failed, InternalError("the server has lost a thread at these images"))
+        elif not member.hangs:
+            self._crashed = True
+            self._crew.dismiss()
+            self._fail_all(InternalError("the server has lost a thread of this model"))
 
     def _wake_worker(self) -> None:
         """Wake an idle worker, if there is one and something waits; the lock is held."""
@@ -323,7 +312,7 @@ class Engine:
         self._changed.wait(timeout_s)
         self._idle_workers -= 1
 
-    def _run(self, batch: Batch[Job]) -> None:
+    def _run(self, member: Member, batch: Batch[Job]) -> None:
         """Compute a batch and answer the requests that it completes."""
         started_s = self._clock()
         try:
@@ -331,8 +320,7 @@ class Engine:
         except Exception:
             log.exception("%r failed on a batch of %d images", self.encoder, batch.images)
             self._observer.computed(batch.images, self._clock() - started_s, failed=True)
-            with self._changing():
-                failed = self._batcher.finish(batch, self._clock(), failed=True)
+            failed = self._finish(member, batch, failed=True)
             self._deliver(failed, InternalError("the encoder failed on these images"))
             return
         inference_s = self._clock() - started_s
@@ -344,9 +332,7 @@ class Engine:
             job.queue_s = max(job.queue_s, started_s - part.ready_s)
             job.inference_s += inference_s
             at = end
-        with self._changing():
-            done = self._batcher.finish(batch, self._clock())
-        self._deliver(done)
+        self._deliver(self._finish(member, batch))
 
     def _encode(self, batch: Batch[Job]) -> NDArray[np.float32]:
         """Lay the images of a batch side by side and run the encoder on them.
@@ -405,12 +391,3 @@ class Engine:
             jobs[0].loop.call_soon_threadsafe(call, *arguments)
         except RuntimeError:  # the loop is closed: nobody waits
             log.debug("the event loop ended before %d requests", len(jobs))
-
-
-def _needs_decoding(data: ImageData | ImageError | None, spec: PreprocessSpec) -> bool:
-    """Whether preparing an image takes more than a cut: files, and pixels to resize."""
-    if isinstance(data, bytes):
-        return True
-    if data is None or isinstance(data, ImageError):
-        return False
-    return data.ndim != 3 or data.shape[2] != spec.channels or min(data.shape[:2]) != spec.resize

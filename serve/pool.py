@@ -3,7 +3,8 @@
 Rules:
     The number of threads never changes; the queue has no bound of its own, because what is
     put into it was admitted before.
-    A task that raises is a fault of ours: it is logged, and its thread goes on.
+    A task that raises is a fault of ours: it is logged, and its thread goes on. A thread that
+    dies or hangs is replaced, and who gave the task is told: `serve.crew`.
     Threads are daemons: nothing stuck here keeps the process from ending.
 
 The standard library's ThreadPoolExecutor is not used: it makes a future and takes two locks
@@ -17,47 +18,62 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
+
+from serve.crew import Crew, Member
+from serve.errors import InternalError
 
 Result = TypeVar("Result")
+Call: TypeAlias = Callable[[], None]
 
 log = logging.getLogger("horace.serve")
+
+
+def _ignore() -> None:
+    """Tell nobody."""
 
 
 class ThreadPool:
     """Runs tasks on a fixed number of threads, first come, first served."""
 
-    def __init__(self, *, threads: int, name: str) -> None:
-        """Start `threads` threads, called `name`-0, `name`-1 and so on."""
-        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._threads = [
-            threading.Thread(target=self._run, name=f"{name}-{n}", daemon=True)
-            for n in range(threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+    def __init__(self, *, threads: int, name: str, on_trouble: Call = _ignore) -> None:
+        """Start `threads` threads, called `name`-0, `name`-1 and so on.
+
+        `on_trouble` is called on some thread once one has died or hangs and is replaced.
+        """
+        self._tasks: queue.SimpleQueue[tuple[Call, Call] | None] = queue.SimpleQueue()
+        self._crew = Crew(
+            self._work, size=threads, name=name, on_lost=_tell_lost, on_trouble=on_trouble
+        )
 
     def __repr__(self) -> str:
-        return f"<ThreadPool {self._threads[0].name} {self.size} threads, {self.waiting} waiting>"
+        return f"<ThreadPool {self._crew!r}, {self.waiting} waiting>"
 
     @property
     def size(self) -> int:
         """How many threads there are."""
-        return len(self._threads)
+        return self._crew.size
 
     @property
     def waiting(self) -> int:
         """How many tasks no thread has taken yet."""
         return self._tasks.qsize()
 
-    def submit(self, task: Callable[[], None]) -> None:
-        """Run `task` when its turn comes; it reports its result, and its errors, itself."""
-        self._tasks.put(task)
+    def submit(self, task: Call, on_lost: Call = _ignore) -> None:
+        """Run `task` when its turn comes; it reports its result, and its errors, itself.
+
+        `on_lost` is called, on another thread, if its thread dies or hangs on the way; a task
+        that hangs may still end afterwards.
+        """
+        self._tasks.put((task, on_lost))
 
     async def run(self, work: Callable[[], Result]) -> Result:
         """Run `work` when its turn comes, and give what it returns or raises.
 
         On cancellation before its turn it never runs; after that it runs on unseen.
+
+        Raises:
+            InternalError: its thread died, or hangs.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Result] = loop.create_future()
@@ -72,25 +88,44 @@ class ThreadPool:
             else:
                 loop.call_soon_threadsafe(_succeed, future, result)
 
-        self.submit(task)
+        def on_lost() -> None:
+            lost = InternalError("the server has lost a thread that was at this request")
+            loop.call_soon_threadsafe(_fail, future, lost)
+
+        self.submit(task, on_lost)
         return await future
+
+    def look(self, *, elapsed_s: float, limit_s: float) -> None:
+        """Replace threads that have died or hang; see `serve.watchdog`."""
+        self._crew.look(elapsed_s=elapsed_s, limit_s=limit_s)
 
     def close(self, *, timeout_s: float | None = None) -> bool:
         """End the threads after the tasks that wait; whether all ended in time."""
-        for _ in self._threads:
+        self._crew.dismiss()
+        for _ in range(self._crew.size):
             self._tasks.put(None)
-        for thread in self._threads:
-            thread.join(timeout_s)
-        return not any(thread.is_alive() for thread in self._threads)
+        return self._crew.join(timeout_s)
 
-    def _run(self) -> None:
+    def _work(self, member: Member) -> None:
         """Do tasks until told to stop."""
-        while (task := self._tasks.get()) is not None:
+        while not member.given_up and (item := self._tasks.get()) is not None:
+            task, on_lost = item
+            member.begin(on_lost)
             try:
                 task()
             except Exception:
                 log.exception("a task of %s failed", threading.current_thread().name)
-            del task  # its images go now, not when the next task comes
+            member.end()
+            del item, task, on_lost  # its images go now, not when the next task comes
+
+
+def _tell_lost(member: Member) -> None:
+    """Tell who gave a task that it is lost."""
+    if (on_lost := member.work) is not None:
+        try:
+            on_lost()
+        except RuntimeError:  # the event loop is closed: nobody waits
+            log.debug("a task was lost that nobody waits for")
 
 
 def _succeed(future: asyncio.Future[Result], result: Result) -> None:

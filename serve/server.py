@@ -3,7 +3,8 @@
 Rules:
     The port is taken first and alone: a port in use is an error, not a share of its traffic
     (gRPC would bind it with SO_REUSEPORT and say nothing).
-    Readiness comes from a real image through the whole pipeline of every model.
+    Readiness comes from a real image through the whole pipeline of every model, and after a
+    thread was lost from another.
     Stopping drains: not ready, no new calls, those under way are answered, within a limit.
     What this opens it closes: encoders, collections, engines, threads.
     Models and collections are opened on a thread that nobody has to wait for: a start can
@@ -42,15 +43,17 @@ from serve.http.doorman import Doorman
 from serve.kserve import servicer as kserve
 from serve.kserve.servicer import KserveServicer
 from serve.kserve.statistics import Statistics
-from serve.lifecycle.loading import CLOSE_TIMEOUT_S, Loader, OpenModel
+from serve.lifecycle.loading import CLOSE_TIMEOUT_S, Loader, OpenModel, warm_up
 from serve.lifecycle.manager import Lifecycle
 from serve.lifecycle.options import ModelOptions
 from serve.lifecycle.reloading import Reloads
 from serve.operation.operation import Operation
 from serve.operation.state import ServerState
 from serve.pool import ThreadPool
+from serve.recovery import Recovery
 from serve.security.security import Security
 from serve.services import HoraceServicer
+from serve.watchdog import Watchdog
 from serve.workers.place import ALONE, WorkerPlace
 
 if TYPE_CHECKING:
@@ -99,8 +102,14 @@ class Server:
         self._closing = ExitStack()
         self._closing.callback(self.security.close)
         self.security.register(self.reloads)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.recovery = Recovery(self._probe, on_change=self._tell_health)
+        self._watchdog = Watchdog(options.watchdog)
+        self._closing.callback(self._watchdog.close)
         self._decode_pool = self._make_pool("decode")
         self._search_pool = self._make_pool("search")
+        self._watchdog.watch(self._decode_pool)
+        self._watchdog.watch(self._search_pool)
         self._opening_pool = self._make_pool("open", threads=1)
         self._disposal_pool = self._make_pool("dispose", threads=1)
         self.catalog = Catalog(dispose=self._disposal_pool.submit)
@@ -175,6 +184,8 @@ class Server:
 
         On cancellation what was opened is closed; what hangs is left behind.
         """
+        self._loop = asyncio.get_running_loop()
+        self._watchdog.start()
         try:
             if not self.place.shares_ports:
                 self._listen()
@@ -257,7 +268,9 @@ class Server:
 
     def _make_pool(self, name: str, *, threads: int | None = None) -> ThreadPool:
         """Start threads that end with this server, as many as for decoding by default."""
-        pool = ThreadPool(threads=threads or self._shares.decode_threads, name=name)
+        pool = ThreadPool(
+            threads=threads or self._shares.decode_threads, name=name, on_trouble=self._on_trouble
+        )
         self._closing.callback(pool.close, timeout_s=CLOSE_TIMEOUT_S)
         return pool
 
@@ -269,11 +282,31 @@ class Server:
 
     def _tell_health(self) -> None:
         """Say whether every model can serve."""
-        self.health.set_serving(self._ready and self.catalog.alive)
+        well = self.catalog.alive and not self.recovery.in_trouble
+        self.health.set_serving(self._ready and well)
+
+    def _on_trouble(self) -> None:
+        """Hear, on any thread, that one has died or hangs."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self.recovery.note_trouble)
+
+    async def _probe(self) -> None:
+        """Send an image through every model, and something through the pool for searches.
+
+        Raises:
+            StartError: a model gave no vector.
+            ServeError: it takes no requests, or lost this one.
+        """
+        for name in list(self.catalog.models):
+            with self.catalog.lease_model(name) as model:
+                await warm_up(model)
+        await self._search_pool.run(lambda: None)
 
     def _end_changes(self) -> None:
         """Replace nothing any more."""
         self._ready = False
+        self.recovery.close()
         if self._watching is not None:
             self._watching.cancel()
 
@@ -312,12 +345,7 @@ class Server:
     ) -> Engine:
         """Start the engine of one encoder as the options say."""
         options = self._options
-        loop = asyncio.get_running_loop()
-
-        def on_crash() -> None:
-            loop.call_soon_threadsafe(self._tell_health)
-
-        return Engine(
+        engine = Engine(
             encoder,
             decode_pool=self._decode_pool,
             max_batch_images=options.max_batch_images,
@@ -326,9 +354,11 @@ class Server:
             max_delay_s=options.max_delay_ms / 1e3,
             instances=model.instances or options.instances,
             limits=options.image_limits,
-            on_crash=on_crash,
+            on_trouble=self._on_trouble,
             observer=self.operation.observer.watch_model(name, version),
         )
+        self._watchdog.watch(engine)
+        return engine
 
     def _open_collection(self, path: str) -> Collection:
         """Open a collection."""

@@ -62,6 +62,22 @@ class DivideThreads(Protocol):
         """Give its share."""
 
 
+class Runs(Protocol):
+    """A version of a model, offered or not."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+
+    @property
+    def encoder(self) -> Encoder:
+        """What it runs."""
+
+    @property
+    def engine(self) -> Engine:
+        """What runs it."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Loaded:
     """A version of a model that has computed an image and is not offered yet."""
@@ -143,14 +159,16 @@ class Loader:
         )
 
 
-async def warm_up(loaded: Loaded) -> None:
+async def warm_up(loaded: Runs) -> None:
     """Send an encoded image through the whole pipeline.
 
     Raises:
         StartError: no vector came out.
     """
     image = _grey_png(loaded.encoder.preprocessing)
-    embedded = await loaded.engine.embed([image], count=1, payload_bytes=len(image))
+    embedded = await loaded.engine.embed(
+        [image], count=1, payload_bytes=len(image), priority=1, wait_for_room=True
+    )
     if embedded.errors[0] is not None or not np.isfinite(embedded.vectors_ND).all():
         raise StartError(
             f"model {loaded.name}",

@@ -7,10 +7,16 @@ from contextlib import asynccontextmanager
 import numpy as np
 import pytest
 
-import serve.engine
+import serve.decoding
 from models.errors import ImageError, ImageFault
 from serve.engine import Engine
-from serve.errors import DeadlineError, InternalError, QueueFullError, UnavailableError
+from serve.errors import (
+    DeadlineError,
+    InternalError,
+    QueueFullError,
+    RequestError,
+    UnavailableError,
+)
 from serve.pool import ThreadPool
 
 
@@ -101,7 +107,7 @@ def test_a_fault_in_preprocessing_is_that_images_own(fake, image, monkeypatch):
             raise ValueError("/secret/path")
         return data
 
-    monkeypatch.setattr(serve.engine, "preprocess", broken)
+    monkeypatch.setattr(serve.decoding, "preprocess", broken)
 
     async def main():
         async with running(fake) as engine:
@@ -140,25 +146,184 @@ def test_an_encoder_that_gives_too_few_vectors_is_an_error(fake, image):
     asyncio.run(main())
 
 
-def test_a_worker_that_dies_leaves_nobody_waiting(fake, image):
-    """What runs and what waits fails at once, health is told, and later calls are refused."""
+def test_a_worker_that_dies_fails_its_batch_and_is_replaced(fake, image):
+    """What runs fails at once, what waits is computed by another thread, and health is told."""
 
     async def main():
         told = threading.Event()
-        async with running(fake, on_crash=told.set) as engine:
+        async with running(fake, on_trouble=told.set) as engine:
             held = await hold(engine, fake, image)
             waiting = asyncio.create_task(embed(engine, [image(1)]))
             await asyncio.sleep(0)
             fake.failures.append(SystemExit("the thread is gone"))
             fake.gate.set()
-            for task in (held, waiting):
-                with pytest.raises(InternalError, match="lost a thread of this model"):
-                    await task
+            with pytest.raises(InternalError, match="lost a thread at these images"):
+                await held
+            assert first_values(await waiting) == [1.0]
             assert await asyncio.to_thread(told.wait, 10)
-            assert not engine.alive
+            assert engine.alive
+            assert engine.statistics().running_batches == 0
+
+    asyncio.run(main())
+
+
+def test_a_worker_that_hangs_fails_its_batch_and_is_replaced(fake, image, eventually):
+    """Its callers are told, the next are served, and what it gives later is for nobody."""
+
+    async def main():
+        trouble = []
+        async with running(fake, on_trouble=lambda: trouble.append(1)) as engine:
+            held = await hold(engine, fake, image)
+            hanging, fake.gate = fake.gate, threading.Event()
+            fake.gate.set()
+            waiting = asyncio.create_task(embed(engine, [image(1)]))
+            await asyncio.sleep(0)
+            engine.look(elapsed_s=1.0, limit_s=1.5)
+            engine.look(elapsed_s=1.0, limit_s=1.5)
+            assert not trouble
+            engine.look(elapsed_s=1.0, limit_s=1.5)
+            with pytest.raises(InternalError, match="lost a thread at these images"):
+                await held
+            assert first_values(await waiting) == [1.0]
+            assert trouble == [1]
+            assert "<Crew infer-fake 1/1 threads, 1 hanging>" in repr(engine)
+            hanging.set()
+            await eventually(lambda: "hanging" not in repr(engine))
+            assert fake.computed == [1, 0]
+            assert first_values(await embed(engine, [image(2)])) == [2.0]
+            assert engine.statistics().computed_images == 2
+
+    asyncio.run(main())
+
+
+def test_an_engine_whose_threads_all_hang_says_so_until_one_comes_back(fake, image, eventually):
+    """No more threads are given to what hangs; nobody waits for it; it recovers by itself."""
+
+    async def main():
+        async with running(fake) as engine:
+            for _ in range(2):
+                held = await hold(engine, fake, image)
+                engine.look(elapsed_s=1.0, limit_s=0.5)
+                engine.look(elapsed_s=1.0, limit_s=0.5)
+                with pytest.raises(InternalError):
+                    await held
+            assert engine.state == "stuck"
+            with pytest.raises(UnavailableError, match="takes no more requests"):
+                await embed(engine, [image(1)])
+            fake.gate.set()
+            await eventually(lambda: engine.alive)
+            assert first_values(await embed(engine, [image(2)])) == [2.0]
+
+    asyncio.run(main())
+
+
+def test_a_fault_in_our_own_policy_leaves_nobody_waiting(fake, image, monkeypatch, eventually):
+    """A thread that dies between batches ends the engine: what is held fails, and health knows."""
+
+    async def main():
+        told = threading.Event()
+        async with running(fake, on_trouble=told.set) as engine:
+            held = await hold(engine, fake, image)
+            waiting = asyncio.create_task(embed(engine, [image(1)]))
+            await asyncio.sleep(0)
+            monkeypatch.setattr(engine._batcher, "decide", lambda now_s: 1 / 0)
+            fake.gate.set()
+            assert first_values(await held) == [0.0]
+            with pytest.raises(InternalError, match="lost a thread of this model"):
+                await waiting
+            assert await asyncio.to_thread(told.wait, 10)
+            assert engine.state == "crashed"
             with pytest.raises(UnavailableError):
                 await embed(engine, [image(2)])
-            assert "crashed" in repr(engine)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("fault", ["dies", "hangs"])
+def test_an_image_that_takes_its_decoder_along_has_an_error(fake, image, monkeypatch, fault):
+    """Its request is answered, the thread is replaced, and the next file is decoded."""
+    hanging, entered = threading.Event(), threading.Event()
+
+    def preprocess(data, spec, limits):
+        if isinstance(data, bytes) and data == b"evil":
+            entered.set()
+            if fault == "dies":
+                raise SystemExit
+            hanging.wait(30)
+        return image(7) if isinstance(data, bytes) else data
+
+    monkeypatch.setattr(serve.decoding, "preprocess", preprocess)
+
+    async def main():
+        async with running(fake) as engine:
+            request = asyncio.create_task(embed(engine, [image(1), b"evil", image(2)]))
+            await asyncio.to_thread(entered.wait)
+            if fault == "hangs":
+                engine._decoder._pool.look(elapsed_s=1.0, limit_s=0.5)
+                engine._decoder._pool.look(elapsed_s=1.0, limit_s=0.5)
+            embedded = await request
+            assert first_values(embedded) == [1.0, 2.0]
+            assert str(embedded.errors[1]) == (
+                "image: expected one that decodes, found one that stopped the decoder, "
+                "or shared a task with it"
+            )
+            hanging.set()
+            assert first_values(await embed(engine, [b"good"] * 20)) == [7.0] * 20
+            assert engine.statistics().held_requests == 0
+
+    asyncio.run(main())
+
+
+def test_a_deadline_that_cannot_be_met_is_refused_at_once(fake, image):
+    """Nothing is computed for it, and the caller hears so before the deadline."""
+
+    async def main():
+        now = [0.0]
+
+        def encode(images):
+            now[0] += 1.0
+            return encoder_encode(images)
+
+        encoder_encode, fake.encode = fake.encode, encode
+        async with running(fake, clock=lambda: now[0]) as engine:
+            for _ in range(12):
+                await embed(engine, [image(0)])
+            computed = len(fake.computed)
+            with pytest.raises(DeadlineError, match="for 1 images with 0 before them"):
+                await embed(engine, [image(1)], deadline_s=now[0] + 0.5)
+            assert len(fake.computed) == computed
+            assert engine.statistics().unmeetable_requests == 1
+            await embed(engine, [image(1)], deadline_s=now[0] + 5)
+
+    asyncio.run(main())
+
+
+def test_a_single_request_does_not_wait_for_a_bulk_client(fake, image):
+    """Between one's thousand images another's one runs in the next batch, with priority first."""
+
+    async def main():
+        async with running(fake, max_batch_images=4) as engine:
+            held = await hold(engine, fake, image)
+            bulk = asyncio.create_task(embed(engine, [image(1)] * 40, client="bulk"))
+            single = asyncio.create_task(embed(engine, [image(2)], client="single"))
+            first = asyncio.create_task(embed(engine, [image(3)], client="bulk", priority=1))
+            await asyncio.sleep(0)
+            fake.gate.set()
+            await asyncio.gather(held, bulk, single, first)
+            assert fake.batches[1][0] == 3
+            assert 2 in fake.batches[1] + fake.batches[2]
+
+    asyncio.run(main())
+
+
+def test_a_priority_that_is_none_is_refused(fake, image):
+    """Before anything is held for it."""
+
+    async def main():
+        async with running(fake) as engine:
+            with pytest.raises(RequestError, match="priority"):
+                await embed(engine, [image(1)], priority=4)
+            assert engine.statistics().admitted_requests == 0
 
     asyncio.run(main())
 
@@ -263,8 +428,8 @@ def test_who_waits_gets_the_room_of_a_request_that_was_being_decoded(fake, image
 
     async def main():
         async with running(fake, max_held_images=2) as engine:
-            for _ in range(engine._decode_pool.size):
-                engine._decode_pool.submit(lambda: busy.wait(10))
+            for _ in range(engine._decoder._pool.size):
+                engine._decoder._pool.submit(lambda: busy.wait(10))
             gone = asyncio.create_task(embed(engine, [b"no image", b"no image"]))
             waiting = asyncio.create_task(embed(engine, [image(1)], wait_for_room=True))
             await asyncio.sleep(0)

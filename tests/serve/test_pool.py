@@ -5,6 +5,7 @@ import threading
 
 import pytest
 
+from serve.errors import InternalError
 from serve.pool import ThreadPool
 
 
@@ -55,7 +56,7 @@ def test_work_cancelled_before_its_turn_never_runs(pool):
         waiting = asyncio.create_task(pool.run(lambda: ran.append(1)))
         await asyncio.sleep(0)
         assert pool.waiting == 1
-        assert repr(pool) == "<ThreadPool one-0 1 threads, 1 waiting>"
+        assert repr(pool) == "<ThreadPool <Crew one 1/1 threads>, 1 waiting>"
         waiting.cancel()
         gate.set()
         await pool.run(lambda: None)
@@ -70,4 +71,41 @@ def test_closing_tells_whether_every_thread_ended():
     gate = hold(pool)
     assert not pool.close(timeout_s=0.01)
     gate.set()
+    assert pool.close()
+
+
+def test_a_task_that_hangs_is_reported_and_its_thread_replaced():
+    """Who waits for it is told; the pool has as many threads as before."""
+    trouble = []
+    pool = ThreadPool(threads=1, name="one", on_trouble=lambda: trouble.append(1))
+    gate, entered = threading.Event(), threading.Event()
+
+    async def main():
+        hanging = asyncio.create_task(pool.run(lambda: (entered.set(), gate.wait(30))))
+        await asyncio.to_thread(entered.wait)
+        for _ in range(2):
+            pool.look(elapsed_s=1.0, limit_s=0.5)
+        with pytest.raises(InternalError, match="lost a thread that was at this request"):
+            await hanging
+        assert await pool.run(lambda: "still here") == "still here"
+
+    asyncio.run(main())
+    assert trouble == [1]
+    gate.set()
+    assert pool.close()
+
+
+def test_a_task_that_takes_its_thread_along_is_reported():
+    """The next task runs on another thread."""
+    pool = ThreadPool(threads=1, name="one")
+
+    def die():
+        raise SystemExit
+
+    async def main():
+        with pytest.raises(InternalError, match="lost a thread"):
+            await pool.run(die)
+        assert await pool.run(lambda: "still here") == "still here"
+
+    asyncio.run(main())
     assert pool.close()

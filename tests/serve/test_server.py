@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import grpc
@@ -20,7 +21,9 @@ from protos import horace_pb2 as pb
 from protos import horace_pb2_grpc as pb_grpc
 from serve.client import AsyncClient, Client
 from serve.config import ServeOptions
+from serve.errors import InternalError
 from serve.server import Server, divide_threads
+from serve.watchdog import WatchdogOptions
 
 ROOT = Path(__file__).parents[2]
 Status = health_pb2.HealthCheckResponse
@@ -271,10 +274,49 @@ def test_health_is_known_by_service_and_changes_are_told(serving, fake, eventual
             watches[0].cancel()
             fake.failures.append(SystemExit("the worker dies"))
             async with AsyncClient(server.address) as client:
-                with pytest.raises(Exception, match="lost a thread of this model"):
+                with pytest.raises(Exception, match="lost a thread at these images"):
                     await client.embed([np.zeros((8, 8), np.uint8)])
             assert (await watches[1].read()).status == Status.NOT_SERVING
-            assert not server.health.serving
+            assert (await watches[1].read()).status == Status.SERVING
+            assert repr(server.recovery) == "<Recovery well, 1 so far>"
+
+    asyncio.run(main())
+
+
+def test_a_model_that_hangs_is_not_ready_until_an_image_goes_through_it(
+    serving, fake, image, eventually
+):
+    """The caller is told, the server says so, and a thread that answers makes it ready again."""
+
+    async def main():
+        options = WatchdogOptions(stuck_s=0.05, every_s=0.01)
+        async with serving(fake, watchdog=options) as server:
+            fake.gate.clear()
+            async with AsyncClient(server.address) as client:
+                with pytest.raises(InternalError, match="lost a thread at these images"):
+                    await client.embed([image(1)])
+                await eventually(lambda: not server.health.serving)
+                fake.gate.set()
+                await eventually(lambda: server.health.serving)
+                assert (await client.embed([image(2)])).vectors.shape == (1, 4)
+
+    asyncio.run(main())
+
+
+def test_a_search_thread_that_hangs_is_replaced(serving, fake, eventually):
+    """What the watchdog is for: no pool of this server loses a thread for good."""
+    hangs = threading.Event()
+
+    async def main():
+        options = WatchdogOptions(stuck_s=0.05, every_s=0.01)
+        async with serving(fake, watchdog=options) as server:
+            try:
+                with pytest.raises(InternalError, match="lost a thread"):
+                    await server._search_pool.run(lambda: hangs.wait(30))
+                await eventually(lambda: server.recovery.troubles == 1)
+                await eventually(lambda: server.health.serving)
+            finally:
+                hangs.set()
 
     asyncio.run(main())
 

@@ -108,7 +108,7 @@ def test_a_crashed_model_is_healed_by_loading_it_again(fake, serving, eventually
 
     async def main():
         async with serving(fake, model_control=True) as server:
-            server.catalog.model("fake").engine._crash = SystemExit()
+            server.catalog.model("fake").engine._crashed = True
             server._tell_health()
             assert not server.health.serving
             await server.lifecycle.load("fake")

@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from models.errors import UsageError
+from serve.crew import Crew
+from serve.recovery import Recovery
+from serve.watchdog import Pulse, Watchdog, WatchdogOptions, is_stuck
+
+
+def looks(pulse, seconds):
+    """What each look at a thread says, with a limit of one second."""
+    return [is_stuck(pulse, elapsed_s=elapsed_s, limit_s=1.0) for elapsed_s in seconds]
+
+
+def test_one_piece_of_work_may_take_its_time_up_to_a_limit():
+    """Counted from the look that first saw it."""
+    assert looks(Pulse(beat=1), [0.4] * 4) == [False, False, False, True]
+
+
+def test_who_waits_is_not_stuck():
+    """However long there is nothing to do."""
+    assert looks(Pulse(beat=2), [0.4] * 10) == [False] * 10
+
+
+def test_who_goes_on_is_not_stuck():
+    """Every piece of work is a beginning."""
+    pulse = Pulse(beat=1)
+    assert looks(pulse, [0.4] * 3) == [False] * 3
+    pulse.beat += 2
+    assert looks(pulse, [0.4] * 3) == [False] * 3
+
+
+class Seen:
+    """Something to look after that notes how long it was alone."""
+
+    def __init__(self, error=None):
+        self.seen, self.error, self.enough = [], error, threading.Event()
+
+    def look(self, *, elapsed_s, limit_s):
+        """Note it, and fail if asked to."""
+        self.seen.append(elapsed_s)
+        if len(self.seen) >= 3:
+            self.enough.set()
+        if self.error:
+            raise self.error
+
+
+def test_a_process_that_was_stopped_has_no_stuck_threads_for_it():
+    """Of an hour between two looks no more counts than twice the interval."""
+    now = [0.0]
+    watchdog = Watchdog(WatchdogOptions(every_s=1.0), clock=lambda: now[0])
+    watchdog.watch(seen := Seen())
+    for now[0] in (1.0, 3601.0, 3602.5):
+        watchdog.look()
+    assert seen.seen == [1.0, 2.0, 1.5]
+
+
+def test_what_fails_to_be_looked_at_hides_nothing_else(caplog):
+    """A fault of one is logged, and the others are looked at."""
+    watchdog = Watchdog(WatchdogOptions())
+    broken, sound = Seen(RuntimeError("no")), Seen()
+    watchdog.watch(broken)
+    watchdog.watch(sound)
+    watchdog.look()
+    assert len(broken.seen) == len(sound.seen) == 1
+    assert "looking after" in caplog.text
+
+
+def test_what_is_not_used_any_more_is_not_kept():
+    """A model that was swapped out is not kept in memory by its watchdog."""
+    watchdog = Watchdog(WatchdogOptions())
+    watchdog.watch(Seen())
+    assert repr(watchdog) == "<Watchdog not running, 0 watched>"
+
+
+def test_it_looks_at_intervals_until_it_is_closed():
+    """On a thread of its own."""
+    watchdog = Watchdog(WatchdogOptions(every_s=0.01))
+    watchdog.watch(seen := Seen())
+    watchdog.start()
+    assert seen.enough.wait(30)
+    watchdog.close()
+    assert "not running" in repr(watchdog)
+
+
+def test_without_a_limit_nobody_looks():
+    """`--watchdog.stuck-s 0` is off."""
+    watchdog = Watchdog(WatchdogOptions(stuck_s=0))
+    watchdog.start()
+    watchdog.close()
+    assert "not running" in repr(watchdog)
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"stuck_s": -1}, "--watchdog.stuck-s: expected 0 to 86400, found -1"),
+        ({"every_s": 0}, "--watchdog.every-s: expected 0.01 to 60, found 0"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options, line):
+    """One line says what may be asked for."""
+    with pytest.raises(UsageError, match=f"^{line}$"):
+        WatchdogOptions(**options)
+
+
+def test_a_thread_that_ends_unseen_is_replaced_at_the_next_look():
+    """Whatever ended it, and even if nobody said so."""
+    lost, trouble, gate = [], [], threading.Event()
+    crew = Crew(
+        lambda member: gate.wait(30),
+        size=2,
+        name="crew",
+        on_lost=lost.append,
+        on_trouble=lambda: trouble.append(1),
+    )
+    member = crew._members[0]
+    member.thread = threading.Thread(target=print)  # never started: it is not alive
+    crew.look(elapsed_s=1.0, limit_s=9.0)
+    assert lost == [member]
+    assert trouble == [1]
+    assert repr(crew) == "<Crew crew 2/2 threads>"
+    crew.dismiss()
+    gate.set()
+    assert crew.join(30)
+
+
+def test_trouble_is_over_when_a_probe_has_passed_that_began_after_it(caplog):
+    """Not ready from the first trouble on; failing probes are tried again; one line each."""
+    outcomes = [ValueError("no vector"), ValueError("no vector"), None, None]
+    changes, probes = [], []
+
+    async def main():
+        async def probe():
+            probes.append(1)
+            outcome = outcomes.pop(0)
+            if len(outcomes) == 1:
+                recovery.note_trouble()  # while the third probe runs: it proves nothing
+            if outcome is not None:
+                raise outcome
+
+        recovery = Recovery(probe, on_change=lambda: changes.append(recovery.in_trouble), every_s=0)
+        assert repr(recovery) == "<Recovery well, 0 so far>"
+        recovery.note_trouble()
+        assert repr(recovery) == "<Recovery in trouble, 1 so far>"
+        await recovery._probing
+        assert not recovery.in_trouble
+
+    asyncio.run(main())
+    assert len(probes) == 4
+    assert changes == [True, True, False]
+    assert caplog.text.count("not ready yet: ValueError: no vector") == 1
+
+
+def test_a_server_that_stops_probes_no_more():
+    """A probe that hangs does not outlive its server."""
+
+    async def main():
+        async def probe():
+            await asyncio.Event().wait()
+
+        recovery = Recovery(probe, on_change=lambda: None)
+        recovery.close()
+        recovery.note_trouble()
+        recovery.close()
+        with pytest.raises(asyncio.CancelledError):
+            await recovery._probing
+
+    asyncio.run(main())
