@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import secrets
 
 import grpc
@@ -123,13 +124,31 @@ def to_status(error: BaseException) -> tuple[grpc.StatusCode, str]:
     """Give the status code and the message with which a call ends."""
     for kind in type(error).__mro__:
         if code := STATUS_CODES.get(kind):
-            return code, _cut(str(error))
+            return code, _cut(without_paths(str(error)))
     incident = secrets.token_hex(4)
     log.error("incident %s: %s", incident, type(error).__name__, exc_info=error)
     return (
         grpc.StatusCode.INTERNAL,
         f"internal error; the server's log has it as incident {incident}",
     )
+
+
+def without_paths(text: str) -> str:
+    """Leave of every path in a text its last part: where things lie is nobody's business.
+
+    Errors that are written for callers name no paths; this is for those that come to them
+    from further down, such as why a bundle could not be loaded.
+    """
+    return _PATH.sub(lambda match: "..." + match[0][match[0].rindex("/") :], text)
+
+
+_PATH = re.compile(
+    r"""(?<![\w./:~-])
+    (?: ~? (?:/[\w.@+~=-]+){2,}           # from the root, or from a home
+      | [\w.@+~=-]+ (?:/[\w.@+~=-]+)* /[\w@+~=-]*\.[A-Za-z]\w{0,7}  # to a file with a suffix
+    )(?![\w/])""",
+    re.VERBOSE,
+)
 
 
 def retry_after_ms(error: BaseException) -> int | None:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from tritonclient.grpc import service_pb2 as kserve
 
-from serve.errors import RequestError
+from serve.errors import RequestError, without_paths
 from serve.lifecycle.sources import ModelStatus
 
 READY = "ready"
@@ -50,7 +50,7 @@ def repository_index(models: Iterable[ModelStatus], *, ready_only: bool) -> Any:
                 name=model.name,
                 version=model.version,
                 state=model.state.upper(),
-                reason=model.reason,
+                reason=without_paths(model.reason),
             )
     return index
 
