@@ -1,0 +1,1 @@
+"""The subcommands of `python -m serve.client`: each a module with options of its own."""

@@ -1,0 +1,316 @@
+"""`python -m serve.client bench`: how fast a server answers, and how it fails.
+
+Rules:
+    A closed loop keeps `--concurrency` requests under way; an open loop (`--rate`) sends them
+    at their times whatever becomes of the others, and counts a latency from the time at which
+    its request was due, so that a server that stalls is not measured by the requests that
+    were never sent (coordinated omission).
+    A request is made once: what it fails with is counted, and not hidden by a retry.
+    What is under way at the end is awaited; warm-up is not counted.
+
+Client and server share the machine where they run on one: the client costs what it costs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import cycle, islice
+from pathlib import Path
+
+import numpy as np
+from tyro.conf import Positional
+
+from models.errors import UsageError
+from models.image_source import ImageData
+from serve.client.async_client import AsyncClient
+from serve.client.commands.connecting import ServerOptions
+from serve.client.commands.files import read_files
+from serve.client.requests import EmbedOptions
+from serve.client.results import ModelInfo
+from serve.client.retry import RetryPolicy
+from serve.errors import STATUS_CODES, FailedItemsError, ServeError, UnknownNameError
+
+MAX_OUTSTANDING = 4096
+"""Requests of an open loop that may be under way; one beyond them is counted as not sent."""
+
+MAX_FILES = 1000
+"""Images that are read into memory and sent in turn."""
+
+SYNTHETIC_IMAGES = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchCommand(ServerOptions):
+    """Measure a server: throughput, latencies, errors."""
+
+    images: Positional[tuple[Path, ...]] = ()
+    """Files and folders to send in turn; random pixels of the model's own size where none."""
+    model: str | None = None
+    """A served model; the server's default where not given."""
+    concurrency: int = 16
+    """Requests under way at once, in a closed loop."""
+    rate: float | None = None
+    """Requests a second at fixed times, in an open loop, instead of --concurrency."""
+    images_per_request: int = 1
+    """Images of one request."""
+    seconds: float = 10.0
+    """How long is measured."""
+    warm_up_s: float = 1.0
+    """How long requests are made before that."""
+    dtype: str = "fp32"
+    """How vectors cross the wire: fp32, fp16 or int8."""
+    priority: int = 0
+    """Of every request."""
+    json: bool = False
+    """Print the result as JSON."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a server.
+
+        Raises:
+            UsageError: a value makes no sense.
+        """
+        super().__post_init__()
+        EmbedOptions(model=self.model, dtype=self.dtype, priority=self.priority)
+        for name in ("concurrency", "images_per_request"):
+            if getattr(self, name) < 1:
+                option = "--" + name.replace("_", "-")
+                raise UsageError(option, expected="at least 1", found=str(getattr(self, name)))
+        for name in ("rate", "seconds"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1e9:
+                raise UsageError(f"--{name}", expected="above 0", found=str(value))
+        if not 0 <= self.warm_up_s < 1e9:
+            raise UsageError("--warm-up-s", expected="0 or more", found=str(self.warm_up_s))
+
+
+@dataclass
+class Measured:
+    """What was seen in the time that counts.
+
+    Attributes:
+        latencies_s: of requests that were answered.
+        images: of those, with a vector.
+        failed_images: of those, without one.
+        errors: requests that were not answered, by gRPC's code.
+        not_sent: requests of an open loop for which there was no room here.
+    """
+
+    latencies_s: list[float] = field(default_factory=list)
+    images: int = 0
+    failed_images: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    not_sent: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What is printed."""
+
+    server: str
+    model: str
+    mode: str
+    images_per_request: int
+    seconds: float
+    requests: int
+    requests_per_s: float
+    images_per_s: float
+    p50_ms: float | None
+    p90_ms: float | None
+    p99_ms: float | None
+    max_ms: float | None
+    failed_images: int
+    errors: dict[str, int]
+    not_sent: int
+
+
+def main(options: BenchCommand) -> None:
+    """Measure, and print what was measured.
+
+    Raises:
+        HoraceError: the server cannot be had, or no request was answered.
+    """
+    report = asyncio.run(_bench(options))
+    print(json.dumps(asdict(report), indent=2) if options.json else _as_text(report))
+    if not report.requests:
+        errors = ", ".join(f"{count} {code}" for code, count in report.errors.items())
+        what = f"bench of {options.server}"
+        raise FailedItemsError(what, expected="answers", found=errors or "none")
+
+
+async def _bench(options: BenchCommand) -> Report:
+    """Connect, warm up, measure."""
+    async with options.connect_async(retry=RetryPolicy(attempts=1)) as client:
+        model = await _find_model(client, options.model)
+        load = _Load(client, options, model.name, _images(options, model))
+        async with _running(load):
+            await asyncio.sleep(options.warm_up_s)
+            load.measured, started_s = Measured(), time.monotonic()
+            await asyncio.sleep(options.seconds)
+            measured, elapsed_s = load.measured, time.monotonic() - started_s
+            measured.latencies_s = list(measured.latencies_s)
+            load.measured = Measured()  # what ends from now on does not count
+    return _report(options, model.name, measured, elapsed_s)
+
+
+class _Load:
+    """Makes requests until it is told to stop, and notes what becomes of them."""
+
+    def __init__(
+        self, client: AsyncClient, options: BenchCommand, model: str, images: Sequence[ImageData]
+    ) -> None:
+        self.measured = Measured()
+        self.is_over = False
+        self._client = client
+        self._options = options
+        self._model = model
+        self._images = cycle(images)
+        self._outstanding: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        """Make requests, one loop or the other."""
+        if self._options.rate is None:
+            await asyncio.gather(*(self._close_loop() for _ in range(self._options.concurrency)))
+        else:
+            await self._open_loop(self._options.rate)
+
+    async def _close_loop(self) -> None:
+        """Make one request after the other."""
+        while not self.is_over:
+            await self._request(time.monotonic())
+
+    async def _open_loop(self, rate: float) -> None:
+        """Make requests when they are due."""
+        begun_s, number = time.monotonic(), 0
+        while not self.is_over:
+            due_s = begun_s + number / rate
+            await asyncio.sleep(max(0.0, due_s - time.monotonic()))
+            number += 1
+            if len(self._outstanding) >= MAX_OUTSTANDING:
+                self.measured.not_sent += 1
+                continue
+            task = asyncio.create_task(self._request(due_s))
+            self._outstanding.add(task)
+            task.add_done_callback(self._outstanding.discard)
+        await asyncio.gather(*self._outstanding)
+
+    async def _request(self, due_s: float) -> None:
+        """Make one request; its latency is counted from `due_s`."""
+        images = list(islice(self._images, self._options.images_per_request))
+        try:
+            result = await self._client.embed(
+                images,
+                model=self._model,
+                dtype=self._options.dtype,
+                priority=self._options.priority,
+            )
+        except ServeError as error:
+            self.measured.errors[_code_of(error)] += 1
+            return
+        self.measured.latencies_s.append(time.monotonic() - due_s)
+        self.measured.images += len(result.vectors)
+        self.measured.failed_images += len(result.statuses) - len(result.vectors)
+
+
+@asynccontextmanager
+async def _running(load: _Load) -> AsyncIterator[None]:
+    """Keep a load running; what is under way at the end is awaited."""
+    task = asyncio.create_task(load.run())
+    try:
+        yield
+    finally:
+        load.is_over = True
+        await task
+
+
+async def _find_model(client: AsyncClient, name: str | None) -> ModelInfo:
+    """Find the model of that name; the default one where there is none.
+
+    Raises:
+        UnknownNameError: the server does not have it.
+    """
+    models = await client.list_models()
+    for model in models:
+        if model.name == name or (name is None and model.is_default):
+            return model
+    known = " or ".join(repr(model.name) for model in models)
+    raise UnknownNameError("--model", expected=known, found=repr(name))
+
+
+def _images(options: BenchCommand, model: ModelInfo) -> list[ImageData]:
+    """Read the files, or make pixels of the model's size.
+
+    Raises:
+        ImageError: a file cannot be read.
+    """
+    if not options.images:
+        rng = np.random.default_rng(0)
+        spec = model.preprocessing
+        shape = (SYNTHETIC_IMAGES, spec.height, spec.width, spec.channels)
+        return list(rng.integers(0, 256, shape, dtype=np.uint8))
+    images: list[ImageData] = []
+    for file in islice(read_files(options.images), MAX_FILES):
+        if file.data is None:
+            assert file.error is not None
+            raise file.error
+        images.append(file.data)
+    return images
+
+
+def _report(options: BenchCommand, model: str, measured: Measured, elapsed_s: float) -> Report:
+    """Sum up."""
+    latencies_s = measured.latencies_s
+    closed = f"closed loop, {options.concurrency} under way"
+
+    def quantile_ms(share: float) -> float | None:
+        return round(float(np.quantile(latencies_s, share)) * 1e3, 3) if latencies_s else None
+
+    return Report(
+        server=options.server,
+        model=model,
+        mode=closed if options.rate is None else f"open loop, {options.rate:g} requests a second",
+        images_per_request=options.images_per_request,
+        seconds=round(elapsed_s, 3),
+        requests=len(latencies_s),
+        requests_per_s=round(len(latencies_s) / elapsed_s, 1),
+        images_per_s=round(measured.images / elapsed_s, 1),
+        p50_ms=quantile_ms(0.5),
+        p90_ms=quantile_ms(0.9),
+        p99_ms=quantile_ms(0.99),
+        max_ms=quantile_ms(1.0),
+        failed_images=measured.failed_images,
+        errors=dict(measured.errors),
+        not_sent=measured.not_sent,
+    )
+
+
+def _as_text(report: Report) -> str:
+    """Lay out a report for people."""
+    lines = [
+        f"{report.server}, model {report.model}: {report.mode}, "
+        f"{report.images_per_request} images a request, {report.seconds:g} s",
+        f"  {report.requests_per_s:g} requests/s, {report.images_per_s:g} images/s",
+    ]
+    if report.p50_ms is not None:
+        lines.append(
+            f"  latency p50 {report.p50_ms:.2f} ms, p90 {report.p90_ms:.2f} ms, "
+            f"p99 {report.p99_ms:.2f} ms, longest {report.max_ms:.2f} ms"
+        )
+    if report.failed_images:
+        lines.append(f"  images without a vector: {report.failed_images}")
+    lines += [f"  {code}: {count} requests" for code, count in report.errors.items()]
+    if report.not_sent:
+        lines.append(f"  not sent, with {MAX_OUTSTANDING} under way: {report.not_sent} requests")
+    return "\n".join(lines)
+
+
+def _code_of(error: ServeError) -> str:
+    """Name an error as gRPC does."""
+    code = STATUS_CODES.get(type(error))
+    return "UNKNOWN" if code is None else code.name

@@ -1,0 +1,257 @@
+"""`python -m serve.client search`: the nearest images of a served collection.
+
+A query that cannot be used has a line of its own, and the exit status is 1 at the end; the
+others are answered.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from tyro.conf import Positional
+
+from models.errors import ImageError, UsageError
+from models.image_source import ImageData
+from serve.client.blocking import Client
+from serve.client.commands.connecting import ServerOptions
+from serve.client.commands.files import ImageFile, read_files
+from serve.client.requests import SearchOptions
+from serve.client.results import Hit, SearchResult
+from serve.errors import FailedItemsError
+
+if TYPE_CHECKING:
+    from index.plots import Tile
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchCommand(ServerOptions):
+    """Find the nearest images of a collection, by image files, stored ids or vectors."""
+
+    images: Positional[tuple[Path, ...]] = ()
+    """Image files to search with; a folder gives all images below it."""
+    id: tuple[int, ...] = ()
+    """Ids of stored images to search with."""
+    vectors: Path | None = None
+    """A .npy file of (N, D) vectors to search with, of the encoder that --fingerprint names."""
+    fingerprint: str | None = None
+    """Of the encoder that made the vectors."""
+    collection: str | None = None
+    """A served collection; the server's only one where not given."""
+    k: int = 10
+    """Neighbours a query."""
+    filter: str | None = None
+    """Which images may be hits, such as: label = 'Coat'."""
+    exact: bool = False
+    """Compare every vector, and ask no index."""
+    json: bool = False
+    """Print the result as JSON."""
+    grid: Path | None = None
+    """Draw queries and neighbours into this PNG file."""
+    pictures: str | None = None
+    """Where the pictures of the neighbours are, for --grid, such as folder:photos; the server
+    gives keys only."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a server.
+
+        Raises:
+            UsageError: a value makes no sense.
+        """
+        super().__post_init__()
+        SearchOptions(collection=self.collection, k=self.k, filter=self.filter)
+        if not (self.images or self.id or self.vectors):
+            expected = "image files, --id or --vectors"
+            raise UsageError("queries", expected=expected, found="none of them")
+        if self.vectors is not None and not self.fingerprint:
+            raise UsageError(
+                "--vectors",
+                expected="--fingerprint of the encoder that made them beside it",
+                found="none",
+            )
+        if self.grid is not None and self.grid.suffix.lower() != ".png":
+            raise UsageError("--grid", expected="a name that ends in .png", found=str(self.grid))
+        if self.grid is not None and self.pictures is None:
+            raise UsageError("--grid", expected="--pictures SOURCE beside it", found="none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """One query and its neighbours, nearest first.
+
+    Attributes:
+        query: the file's name, the id, or the row.
+        image: the query's own picture, where it is one.
+        hits: the neighbours.
+        error: why the query has none.
+    """
+
+    query: str
+    image: ImageData | None = None
+    hits: tuple[Hit, ...] = ()
+    error: str = ""
+
+
+def main(options: SearchCommand) -> None:
+    """Search, and show what was found.
+
+    Raises:
+        HoraceError: nothing can be searched, or, after the rest is shown, a query was bad.
+    """
+    vectors = None if options.vectors is None else _read_vectors(options.vectors)
+    with options.connect() as client:
+        found = _search_files(client, options)
+        if options.id:
+            result = _search(client, options, ids=options.id)
+            found += _join([Found(query=str(id_)) for id_ in options.id], result)
+        if vectors is not None:
+            result = _search(client, options, vectors=vectors, fingerprint=options.fingerprint)
+            rows = [Found(query=f"{options.vectors}[{n}]") for n in range(len(vectors))]
+            found += _join(rows, result)
+    print(_as_json(found) if options.json else _as_text(found))
+    if options.grid is not None:
+        _draw(options.grid, options.pictures or "", found)
+    errors = [f"{one.query}: {one.error}" for one in found if one.error]
+    if errors:
+        raise FailedItemsError(
+            f"{len(errors)} of {len(found)} queries", expected="neighbours", found=errors[0]
+        )
+
+
+def _search_files(client: Client, options: SearchCommand) -> list[Found]:
+    """Search by the files; one that cannot be read says so in its place."""
+    files = list(read_files(options.images))
+    readable = [file for file in files if file.data is not None]
+    found: list[Found] = []
+    if readable:
+        result = _search(client, options, images=[_data(file) for file in readable])
+        found = _join([Found(query=file.name, image=file.data) for file in readable], result)
+    answered = iter(found)
+    return [
+        next(answered) if file.error is None else Found(query=file.name, error=str(file.error))
+        for file in files
+    ]
+
+
+def _data(file: ImageFile) -> ImageData:
+    """Give the content of a file that has been read."""
+    assert file.data is not None
+    return file.data
+
+
+def _search(
+    client: Client,
+    options: SearchCommand,
+    *,
+    images: Sequence[ImageData] | None = None,
+    ids: Sequence[int] | None = None,
+    vectors: NDArray[np.float32] | None = None,
+    fingerprint: str | None = None,
+) -> SearchResult:
+    """Search by one kind of query."""
+    return client.search(
+        images,
+        vectors=vectors,
+        ids=ids,
+        fingerprint=fingerprint,
+        collection=options.collection,
+        k=options.k,
+        filter=options.filter,
+        exact=options.exact,
+    )
+
+
+def _join(queries: Sequence[Found], result: SearchResult) -> list[Found]:
+    """Give queries what was found for them."""
+    return [
+        Found(query=one.query, image=one.image, hits=hits, error=status.message)
+        for one, hits, status in zip(queries, result.hits, result.statuses, strict=True)
+    ]
+
+
+def _read_vectors(path: Path) -> NDArray[np.float32]:
+    """Read query vectors.
+
+    Raises:
+        UsageError: the file holds none.
+    """
+    expected = "a .npy file of (N, D) numbers"
+    try:
+        vectors = np.load(path, allow_pickle=False)
+        if vectors.ndim != 2 or not vectors.size:
+            raise UsageError(f"--vectors {path}", expected=expected, found=f"{vectors.shape}")
+        return np.asarray(vectors, np.float32)
+    except OSError as error:
+        found = os.strerror(error.errno) if error.errno else str(error)
+        raise UsageError(f"--vectors {path}", expected=expected, found=found) from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UsageError(f"--vectors {path}", expected=expected, found="another") from error
+
+
+def _as_text(found: Sequence[Found]) -> str:
+    """Lay out a table for each query."""
+    lines = []
+    for one in found:
+        lines.append(one.query)
+        if one.error:
+            lines += [f"  {one.error}", ""]
+            continue
+        labels = [hit.label or "-" for hit in one.hits]
+        width = max([5, *map(len, labels)])
+        lines.append(f"  {'score':>7}  {'label':<{width}}  {'id':<19}  key")
+        for hit, label in zip(one.hits, labels, strict=True):
+            lines.append(f"  {hit.score:7.4f}  {label:<{width}}  {hit.id:<19}  {hit.key}")
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def _as_json(found: Sequence[Found]) -> str:
+    """Lay out everything that was found for a machine."""
+    queries = [
+        {
+            "query": one.query,
+            "error": one.error or None,
+            "hits": [
+                {name: value for name, value in asdict(hit).items() if name != "vector"}
+                for hit in one.hits
+            ],
+        }
+        for one in found
+    ]
+    return json.dumps({"queries": queries}, indent=2)
+
+
+def _draw(path: Path, pictures: str, found: Sequence[Found]) -> None:
+    """Draw a row for each query.
+
+    Raises:
+        HoraceError: the pictures cannot be had, or the file cannot be written.
+    """
+    from index.plots import MAX_GRID_ROWS, Tile, draw_grid  # matplotlib: only for a picture
+    from models.images import open_source
+
+    source = open_source(pictures)
+
+    def tile(hit: Hit) -> Tile:
+        try:
+            image = source.load(hit.key)
+        except ImageError:
+            image = None
+        return Tile(image=image, caption=f"{hit.label or hit.key}\n{hit.score:.3f}")
+
+    rows = [
+        (Tile(image=one.image, caption=Path(one.query).name), [tile(hit) for hit in one.hits])
+        for one in found[:MAX_GRID_ROWS]
+        if not one.error
+    ]
+    try:
+        draw_grid(path, rows, title="nearest images by cosine")
+    except OSError as error:
+        found_ = os.strerror(error.errno) if error.errno else str(error)
+        raise UsageError(f"--grid {path}", expected="a place to write to", found=found_) from error

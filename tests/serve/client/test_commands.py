@@ -1,0 +1,299 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import socket
+import subprocess
+import sys
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from serve.client import Client, ClientTls
+from serve.client.__main__ import run
+from serve.client.commands.connecting import KEY_VARIABLE, ServerOptions
+from serve.client.commands.files import read_files
+from serve.security.options import KeyOptions
+from serve.security.ring import hash_token
+
+
+@pytest.fixture
+def command(capsys, monkeypatch):
+    """Run a command while a server runs in this process; give status, stdout and stderr."""
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+
+    @asynccontextmanager
+    async def running(serving_):
+        async with serving_ as server:
+
+            async def call(name, *arguments):
+                argv = [name, *map(str, arguments), "--server", server.address]
+                status = await asyncio.to_thread(run, argv)
+                out, err = capsys.readouterr()
+                return status, out, err.splitlines()[-1] if err else ""
+
+            yield server, call
+
+    return running
+
+
+def of(stored):
+    """Options of a server of that collection."""
+    return {"bundle": (str(stored.bundle),), "collection": (str(stored.collection),)}
+
+
+def test_embed_writes_a_line_an_image(command, serving, stored):
+    """In order, with its vector to the bit; a file that fails stops nothing and is status 1."""
+    bad = stored.folder / "class-0" / "bad.png"
+    bad.write_bytes(b"no image")
+    empty = stored.folder / "class-0" / "empty.png"
+    empty.touch()
+
+    async def main():
+        async with command(serving(**of(stored))) as (_, call):
+            return await call("embed", stored.folder, stored.files[0], "--images-per-request", 3)
+
+    status, out, error = asyncio.run(main())
+    lines = [json.loads(line) for line in out.splitlines()]
+    names = [Path(line["file"]).relative_to(stored.folder).as_posix() for line in lines]
+    assert names == [*sorted(names[:-1]), "class-0/00.png"]
+    statuses = {name: line["status"] for name, line in zip(names, lines, strict=True)}
+    assert statuses["class-0/bad.png"] == "unsupported_format"
+    assert statuses["class-0/empty.png"] == "empty"
+    assert list(statuses.values()).count("ok") == 12
+    assert lines[0]["vector"] == lines[-1]["vector"]
+    assert np.linalg.norm(lines[0]["vector"]) == pytest.approx(1, abs=1e-6)
+    assert status == 1
+    assert "2 of 15 images: expected a vector for each, found " in error
+    assert "bad.png" in error
+
+
+def test_embed_writes_an_array(command, serving, stored, tmp_path):
+    """With a row for each sound image; the lines beside it say which is which."""
+    out = tmp_path / "new" / "vectors.npy"
+
+    async def main():
+        async with command(serving(**of(stored))) as (_, call):
+            return await call("embed", stored.folder, "--out", out, "--dims", 4)
+
+    status, printed, _ = asyncio.run(main())
+    assert (status, printed) == (0, "")
+    array = np.load(out)
+    lines = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
+    assert (array.shape, array.dtype) == ((12, 4), np.float32)
+    assert [line["row"] for line in lines] == list(range(12))
+    assert "vector" not in lines[0]
+
+
+def test_search_finds_by_files_ids_and_vectors(command, serving, stored, tmp_path):
+    """As a table or as JSON; a file finds itself first, an id does not; a picture on request."""
+    first = stored.files[0]
+    array, grid = tmp_path / "v.npy", tmp_path / "grid.png"
+    key = first.relative_to(stored.folder).as_posix()
+
+    async def main():
+        async with command(serving(**of(stored))) as (_, call):
+            status, out, _ = await call("search", first, "--k", 2)
+            assert status == 0
+            assert out.splitlines()[0] == str(first)
+            assert re.fullmatch(rf"   1\.0000  class-0  \d+ +{key}", out.splitlines()[2])
+            pictures = f"folder:{stored.folder}"
+            drawn = ("--grid", grid, "--pictures", pictures)
+            status, out, _ = await call("search", first, "--k", 2, "--json", *drawn)
+            (query,) = json.loads(out)["queries"]
+            assert (query["query"], query["error"]) == (str(first), None)
+            hit = query["hits"][0]
+            assert (hit["key"], hit["label"], "vector" in hit) == (key, "class-0", False)
+            _, out, _ = await call("search", "--id", hit["id"], "--json")
+            assert hit["id"] not in [h["id"] for h in json.loads(out)["queries"][0]["hits"]]
+            await call("embed", first, "--out", array)
+            by_vector = ("--vectors", array, "--fingerprint", stored.fingerprint)
+            _, out, _ = await call("search", *by_vector, "--json")
+            assert json.loads(out)["queries"][0]["hits"][0]["key"] == key
+            _, out, _ = await call("search", first, "--filter", "label = 'class-1'", "--json")
+            labels = {h["label"] for h in json.loads(out)["queries"][0]["hits"]}
+            assert labels == {"class-1"}
+
+    asyncio.run(main())
+    assert grid.read_bytes().startswith(b"\x89PNG")
+
+
+def test_search_answers_the_good_queries(command, serving, stored, tmp_path):
+    """Each bad one has a line, and the status is 1."""
+    bad, empty = tmp_path / "bad.png", tmp_path / "empty.png"
+    bad.write_bytes(b"no image")
+    empty.touch()
+
+    async def main():
+        async with command(serving(**of(stored))) as (_, call):
+            return await call("search", bad, stored.files[0], empty)
+
+    status, out, error = asyncio.run(main())
+    assert status == 1
+    assert "class-0/00.png" in out
+    assert f"2 of 3 queries: expected neighbours, found {bad}: " in error
+
+
+def test_models_and_health_say_what_is_served(command, serving, stored):
+    """For people and for machines."""
+
+    async def main():
+        async with command(serving(**of(stored))) as (_, call):
+            _, table, _ = await call("models")
+            _, document, _ = await call("models", "--json")
+            return table, json.loads(document), await call("health")
+
+    table, document, health = asyncio.run(main())
+    assert table.splitlines()[1].split()[:4] == ["tiny", "(default)", "16", "28x28x1"]
+    assert table.splitlines()[4].split()[:2] == ["things", "12"]
+    assert document["models"][0]["fingerprint"] == stored.fingerprint
+    assert document["collections"][0]["count"] == 12
+    assert health == (0, "serving\n", "")
+
+
+def test_a_server_that_does_not_serve_is_status_1(command, serving, fake):
+    """In one line."""
+
+    async def main():
+        async with command(serving(fake)) as (server, call):
+            server.health.set_serving(False)
+            return await call("health")
+
+    status, out, error = asyncio.run(main())
+    assert (status, out) == (1, "")
+    assert re.search(r"expected one that serves, found one that does not now$", error)
+
+
+@pytest.mark.parametrize("mode", [["--concurrency", "3"], ["--rate", "100"]])
+def test_bench_counts_what_was_answered(command, serving, fake, stored, mode):
+    """Requests, images, latencies; images without a vector apart."""
+    bad = stored.folder / "bad.png"
+    bad.write_bytes(b"no image")
+    timing = ("--seconds", 0.3, "--warm-up-s", 0.1)
+
+    async def main():
+        async with command(serving(fake)) as (_, call):
+            _, out, _ = await call("bench", *mode, *timing, "--json", "--images-per-request", 2)
+            files = (stored.files[0], bad)
+            _, text, _ = await call("bench", *files, *mode, *timing)
+            return json.loads(out), text
+
+    report, text = asyncio.run(main())
+    assert report["model"] == "fake"
+    assert report["requests"] > 0
+    assert report["images_per_s"] == pytest.approx(2 * report["requests_per_s"], rel=0.05)
+    assert report["p50_ms"] <= report["p90_ms"] <= report["p99_ms"] <= report["max_ms"]
+    assert report["errors"] == {}
+    assert "images without a vector: " in text
+    assert "latency p50 " in text
+
+
+def test_bench_counts_errors_by_code_and_hides_none(command, serving, fake):
+    """Without a retry; where nothing was answered the status is 1."""
+
+    async def main():
+        async with command(serving(fake, max_queue_images=1)) as (_, call):
+            fake.failures += [RuntimeError()] * 100_000
+            timing = ("--seconds", 0.3, "--warm-up-s", 0)
+            return await call("bench", "--json", "--concurrency", 4, *timing)
+
+    status, out, error = asyncio.run(main())
+    errors = json.loads(out)["errors"]
+    assert status == 1
+    assert set(errors) <= {"INTERNAL", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}
+    assert sum(errors.values()) > 0
+    assert "expected answers, found " in error
+
+
+def test_the_key_comes_from_a_file_or_the_environment(
+    command, serving, fake, tmp_path, monkeypatch
+):
+    """And from no option that other users of the machine would see."""
+    ring, key = tmp_path / "ring", tmp_path / "key"
+    ring.write_text(f"alice:{hash_token('sesame').hex()}\n")
+    key.write_text("sesame\n")
+
+    async def main():
+        async with command(serving(fake, keys=KeyOptions(file=str(ring)))) as (_, call):
+            status, _, error = await call("models")
+            assert status == 1
+            assert "API key" in error
+            assert (await call("models", "--api-key-file", key))[0] == 0
+            monkeypatch.setenv(KEY_VARIABLE, "sesame")
+            assert (await call("models"))[0] == 0
+
+    asyncio.run(main())
+
+
+def test_options_of_tls_make_a_client_of_tls(monkeypatch):
+    """Any of them implies it."""
+    seen = []
+    monkeypatch.setattr(ClientTls, "credentials", lambda self: seen.append(self))
+    monkeypatch.setattr("serve.client.connection.grpc.secure_channel", lambda *_, **__: None)
+    monkeypatch.setattr("serve.client.blocking.methods_of", lambda channel: {})
+    ServerOptions(server="a:1", tls_name="horace").connect()
+    ServerOptions(server="a:1", tls=True).connect()
+    assert [tls.server_name for tls in seen] == ["horace", None]
+    assert isinstance(ServerOptions(server="a:1").connect(), Client)
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "command: expected embed, search, bench, models or health, found none"),
+        (["fly"], "command: expected embed, search, bench, models or health, found 'fly'"),
+        (["embed", "x", "--dtype", "bf16"], "dtype: expected fp32 or fp16 or int8, found 'bf16'"),
+        (["embed", "x", "--out", "v.txt"], "--out: expected a name that ends in .npy or .jsonl"),
+        (["embed", "x", "--timeout-s", "0"], "timeout_s: expected a positive number of seconds"),
+        (["embed", "x", "--server", ""], "--server: expected HOST:PORT, found nothing"),
+        (["embed", "x", "--api-key-file", "no"], "--api-key-file no: expected a file with a key"),
+        (["embed", "x", "--tls-ca", "no.pem"], "ca no.pem: expected a PEM file"),
+        (["search"], "queries: expected image files, --id or --vectors, found none of them"),
+        (["search", "x", "--k", "0"], "k: expected an integer, 1 to"),
+        (["search", "--vectors", "v.npy"], "--vectors: expected --fingerprint"),
+        (["search", "--vectors", "no.npy", "--fingerprint", "f"], "--vectors no.npy: expected a"),
+        (["search", "x", "--grid", "g.jpg"], "--grid: expected a name that ends in .png"),
+        (["search", "x", "--grid", "g.png"], "--grid: expected --pictures SOURCE beside it"),
+        (["bench", "--concurrency", "0"], "--concurrency: expected at least 1, found 0"),
+        (["bench", "--rate", "0"], "--rate: expected above 0, found 0"),
+        (["bench", "--warm-up-s", "-1"], "--warm-up-s: expected 0 or more, found -1"),
+        (["bench", "--priority", "9"], "priority: expected an integer, 0 to 3, found 9"),
+    ],
+)
+def test_bad_use_is_one_line_and_status_2(argv, message, capsys, monkeypatch, tmp_path):
+    """Before a server is asked."""
+    monkeypatch.chdir(tmp_path)
+    assert run(argv) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_no_server_is_one_line_and_status_1():
+    """In a process of its own, as people run it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        target = f"127.0.0.1:{free.getsockname()[1]}"
+        argv = [sys.executable, "-m", "serve.client", "health", "--server", target]
+        done = subprocess.run([*argv, "--timeout-s", "1"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert f"server {target}: expected a Horace server that answers" in done.stderr
+
+
+def test_help_is_on_stdout(capsys):
+    """With every command in a line."""
+    assert run(["--help"]) == 0
+    out = capsys.readouterr().out
+    for name in ("embed", "search", "bench", "models", "health"):
+        assert re.search(rf"^  {name} ", out, re.MULTILINE)
+
+
+def test_a_path_with_nothing_is_seen_before_anything_is_read(tmp_path):
+    """Whatever comes before it."""
+    with pytest.raises(Exception, match=r"missing: expected an image file or a folder, found noth"):
+        read_files([tmp_path, tmp_path / "missing"])
