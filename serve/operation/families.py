@@ -150,7 +150,11 @@ GAUGES: tuple[tuple[str, str, Callable[[BatcherStatistics], float]], ...] = (
     ("horace_waiting_images", "Images that wait for the encoder.", lambda s: s.waiting_images),
     ("horace_running_images", "Images in the encoder.", lambda s: s.running_images),
     ("horace_lined_up_requests", "Requests of streams that wait.", lambda s: s.lined_up_requests),
-    ("horace_image_cost_seconds", "What an image adds to a batch.", lambda s: s.latency.per_image_s),
+    (
+        "horace_image_cost_seconds",
+        "What an image adds to a batch.",
+        lambda s: s.latency.per_image_s,
+    ),
     ("horace_batch_cost_seconds", "What a batch takes besides.", lambda s: s.latency.per_batch_s),
 )
 """The state of a queue: name, what it means, how to read it."""

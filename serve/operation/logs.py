@@ -33,6 +33,7 @@ FIELDS = "fields"
 """The attribute of a log record that holds what a line of JSON has beside its text."""
 
 TEXT_FORMAT = "%(asctime)s %(levelname)s %(message)s"
+WORKER_FORMAT = "%(asctime)s %(levelname)s [worker {worker}] %(message)s"
 
 LEVELS: dict[grpc.StatusCode, int] = {
     grpc.StatusCode.OK: logging.DEBUG,
@@ -45,6 +46,11 @@ LEVELS: dict[grpc.StatusCode, int] = {
 class JsonFormatter(logging.Formatter):
     """Writes a record as an object on one line."""
 
+    def __init__(self, worker: int | None = None) -> None:
+        """Write which worker it is, where there are several."""
+        super().__init__()
+        self._who = {} if worker is None else {"worker": worker}
+
     def format(self, record: logging.LogRecord) -> str:
         """Write time, level, logger and text, then the record's own fields."""
         entry: dict[str, object] = {
@@ -52,6 +58,7 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
+            **self._who,
         }
         entry.update(getattr(record, FIELDS, {}))
         if record.exc_info:
@@ -62,8 +69,9 @@ class JsonFormatter(logging.Formatter):
 class TextFormatter(logging.Formatter):
     """Writes a record as a line for people, its fields after its text."""
 
-    def __init__(self) -> None:
-        super().__init__(TEXT_FORMAT)
+    def __init__(self, worker: int | None = None) -> None:
+        """Write which worker it is, where there are several."""
+        super().__init__(TEXT_FORMAT if worker is None else WORKER_FORMAT.format(worker=worker))
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         """Write the line, and `name=value` for each field."""
@@ -72,14 +80,21 @@ class TextFormatter(logging.Formatter):
         return " ".join(parts)
 
 
-def set_up_logs(options: LogOptions, handlers: Iterable[logging.Handler] | None = None) -> None:
+def set_up_logs(
+    options: LogOptions,
+    handlers: Iterable[logging.Handler] | None = None,
+    *,
+    worker: int | None = None,
+) -> None:
     """Give the log its form and its level.
 
     Args:
         options: which.
         handlers: those to change; the root logger's, which write to stderr, where None.
+        worker: which of several processes this is, for every line to say.
     """
-    formatter = JsonFormatter() if options.log_format == "json" else TextFormatter()
+    formatter: logging.Formatter
+    formatter = JsonFormatter(worker) if options.log_format == "json" else TextFormatter(worker)
     for handler in logging.getLogger().handlers if handlers is None else handlers:
         handler.setFormatter(formatter)
     logging.getLogger("horace").setLevel(options.log_level.upper())

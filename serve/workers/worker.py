@@ -41,7 +41,7 @@ def run_worker(options: ServeOptions, place: WorkerPlace, pipe: Connection) -> N
     logging.basicConfig()
     logging.getLogger("horace").setLevel(logging.INFO)
     logging.captureWarnings(True)
-    set_up_logs(options.log)
+    set_up_logs(options.log, worker=place.index)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         asyncio.run(_serve(options, place, pipe))

@@ -102,6 +102,12 @@ def test_text_has_the_fields_after_the_message():
     assert line.endswith("INFO it happened model=m images=3")
 
 
+def test_every_line_of_a_worker_says_which_one_it_is():
+    """Where several processes write to one log."""
+    assert json.loads(JsonFormatter(worker=2).format(record()))["worker"] == 2
+    assert "INFO [worker 2] it happened" in TextFormatter(worker=2).format(record())
+
+
 def test_a_line_says_what_the_request_was_and_never_what_was_in_it(lines):
     """Names, counts and times; no pixels, metadata or key."""
     lines(LogOptions(log_format="json"))

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 
 from models.errors import UsageError
-from serve.client import AsyncClient, RetryPolicy
+from serve.client import AsyncClient, Client, RetryPolicy
 from serve.errors import UnauthenticatedError
 from serve.operation.metrics import as_triton_types_it, count_threads
 from serve.operation.options import MetricsOptions
@@ -259,6 +261,35 @@ def test_a_metrics_port_in_use_is_one_line_before_anything_is_opened(start_serve
         "Address already in use; choose others with --metrics.port and --metrics.host"
     )
     assert first.stop() == 0
+
+
+def two_free_ports() -> int:
+    """The lower of two neighbours that nobody listens on."""
+    while True:
+        with socket.socket() as one, socket.socket() as other:
+            one.bind(("127.0.0.1", 0))
+            port = one.getsockname()[1]
+            with contextlib.suppress(OSError, OverflowError):
+                other.bind(("127.0.0.1", port + 1))
+                return port
+
+
+def test_each_worker_has_a_port_and_counts_for_itself(start_server, make_bundle):
+    """The second worker's metrics are on the next port; together they have every request."""
+    port = two_free_ports()
+    server = start_server(
+        "--bundle", str(make_bundle().path), "--workers", "2", "--metrics.port", str(port)
+    )
+    for _ in range(10):  # a connection each: they land where the kernel puts them
+        with Client(server.address) as client:
+            client.embed([np.zeros((28, 28), np.uint8)])
+    answered = 0.0
+    for worker in (port, port + 1):
+        assert fetch(f"http://127.0.0.1:{worker}/readyz") == (200, "ready\n")
+        seen = samples(fetch(f"http://127.0.0.1:{worker}/metrics")[1])
+        answered += seen.get(("horace_requests_total", (("code", "OK"), ("method", "Embed"))), 0)
+    assert answered == 10
+    assert server.stop() == 0
 
 
 @pytest.mark.parametrize("port", [-1, 65536])
