@@ -24,6 +24,7 @@ class Calls:
     def __init__(self) -> None:
         """Start with none."""
         self._active = 0
+        self._accepted = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
@@ -37,14 +38,20 @@ class Calls:
         """Calls that are under way."""
         return self._active
 
+    @property
+    def accepted(self) -> int:
+        """Calls that were not refused for draining, since the start."""
+        return self._accepted
+
     def check_open(self) -> None:
-        """Refuse a new call once the server drains.
+        """Accept a new call, or refuse it once the server drains.
 
         Raises:
             UnavailableError: it does.
         """
         if self._draining:
             raise UnavailableError(f"{STOPPING}; call another")
+        self._accepted += 1
 
     def drain(self) -> None:
         """Refuse new calls and end streams; calls that are under way are answered."""

@@ -66,7 +66,7 @@ async def run_server(
     log.info("stopping on %s", await orders.stops.get())
     reloading.cancel()
     await _drain(server, orders.stops, drain_s)
-    log.info("stopped; every call was answered")
+    log.info("stopped; every call was answered, %d in all", server.calls.accepted)
 
 
 def ready_line(server: Server) -> str:
