@@ -70,6 +70,9 @@ CONNECTION_CALLS = 50
 AS_CALLER = "--as-caller"
 """The first argument of a caller process."""
 
+UNDER_WAY = "under way"
+"""What it prints after its first reply."""
+
 NOT_CONNECTED = "failed to connect"
 READY_S = 60.0
 K = 5
@@ -193,6 +196,8 @@ async def call_on_and_on(
                     await asyncio.sleep(0.01)  # a server that is not there is not hammered
                     continue
                 if right:
+                    if not seen.answered:
+                        print(UNDER_WAY, flush=True)
                     seen.answered += 1
                 else:
                     seen.failed["a wrong reply"] += 1
@@ -219,6 +224,11 @@ class Caller:
             stdout=subprocess.PIPE,
             text=True,
         )
+
+    def wait_for_replies(self) -> None:
+        """Wait until it has had its first reply."""
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline().strip() == UNDER_WAY
 
     def stop(self) -> Seen:
         """Let it end its calls, and hear what it has seen."""
@@ -350,7 +360,8 @@ def paced(options: ChangesOptions) -> Iterator[int]:
 def start_callers(count: int, calling: Calling) -> list[Caller]:
     """Start callers and let them get going."""
     callers = [Caller(calling) for _ in range(count)]
-    time.sleep(2.0)  # imports; load for a moment before the first change
+    for caller in callers:
+        caller.wait_for_replies()
     return callers
 
 
