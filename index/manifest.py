@@ -27,6 +27,9 @@ from models.files import atomic_file, canonical_json, sha256_file
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 REJECTS_FILE = "rejects.jsonl"
+MAX_MANIFEST_BYTES = 64 << 20
+"""More is refused unread: a manifest grows by some hundred bytes a segment."""
+
 METRIC = "cosine"
 
 
@@ -102,10 +105,15 @@ def hash_files(directory: Path, names: Iterable[str]) -> dict[str, FileEntry]:
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write `manifest.json`, whole or not at all, over the one that may be there."""
+    with atomic_file(directory / MANIFEST_FILE) as temporary:
+        temporary.write_bytes(manifest_bytes(manifest))
+
+
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """Give the content of `manifest.json`."""
     document = _to_json(manifest)
     document["checksum"] = _checksum(document)
-    with atomic_file(directory / MANIFEST_FILE) as temporary:
-        temporary.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n")
+    return (json.dumps(document, indent=2, allow_nan=False) + "\n").encode()
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -251,6 +259,13 @@ def _read_document(directory: Path) -> dict[str, Json]:
             expected="a collection directory",
             found=found,
             mend="make one with `python -m index.build --images SRC --encoder BUNDLE --out C`",
+        )
+    if (size_bytes := file.stat().st_size) > MAX_MANIFEST_BYTES:
+        raise CollectionError(
+            str(file),
+            expected=f"at most {MAX_MANIFEST_BYTES} bytes",
+            found=f"{size_bytes}",
+            mend="the file is damaged: restore it, or build the collection again",
         )
     try:
         document = json.loads(file.read_bytes())

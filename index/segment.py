@@ -8,15 +8,14 @@ Files, under `segments/NAME/` of a collection:
                   vectors.npy itself, so nothing is stored twice.
 
 Rules:
-    An index file is deserialised within the bytes that it has: sizes claimed in its header
-    are bounded (faiss#5400), and one of another type, size or metric is refused.
+    A file is no larger in memory than it may be, whatever its header says, and one of another
+    type, size or content is refused.
     Parameters of a search belong to the call; the shared index is never changed.
     HNSW is built by one thread: with several its links depend on their timing.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from index.errors import CollectionError
+from index.hnsw_file import open_hnsw
 from index.knn import faiss_threads, knn_search, pad_neighbours, search_threads
 from index.manifest import Manifest, SegmentEntry, check_file
 from index.selection import count_candidates, is_exact_cheaper, keep_chosen
@@ -49,8 +49,6 @@ _FIELDS: dict[str, pa.DataType] = {
     "source": pa.string(),
 }
 ROW_SCHEMA = pa.schema(_FIELDS)
-
-_deserialisation = threading.Lock()  # faiss's limit is one for the whole process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,7 +239,7 @@ def open_segment(
         vectors_ND=vectors_ND,
         ids_N=ids_N,
         rows=_open_rows(files[2], ids_N),
-        index=None if entry.factory == FLAT else _open_hnsw(files[3], entry, manifest.dim),
+        index=None if entry.factory == FLAT else open_hnsw(files[3], entry, manifest.dim),
     )
 
 
@@ -269,13 +267,17 @@ def _write_rows_and_vectors(
 def _open_array(
     file: Path, dtype: type[np.generic], shape: tuple[int, ...], *, mapped: bool
 ) -> np.ndarray:
-    """Open a .npy file that must have this dtype and shape; nothing is unpickled."""
+    """Open a .npy file that must have this dtype and shape; nothing is unpickled.
+
+    It is mapped first, which fits it against its header: what is copied is no larger than
+    was expected.
+    """
     try:
-        array: np.ndarray = np.load(file, mmap_mode="r" if mapped else None, allow_pickle=False)
+        array: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
         found = f"{array.dtype} {array.shape}"
         sound = array.dtype == dtype and array.shape == shape and array.flags.c_contiguous
-    except (ValueError, OSError, EOFError) as error:
-        found, sound = f"no such array ({error})", False
+    except (ValueError, OSError, EOFError, OverflowError, MemoryError) as error:
+        found, sound = f"no such array ({str(error).splitlines()[0]})", False
     if not sound:
         raise CollectionError(
             str(file),
@@ -283,17 +285,18 @@ def _open_array(
             found=found,
             mend="the file is not this collection's: copy or build the collection again",
         )
-    return array
+    return array if mapped else np.array(array)
 
 
 def _open_rows(file: Path, ids_N: NDArray[np.int64]) -> pa.Table:
     """Read the metadata, which must have the vectors' ids in the vectors' order."""
     try:
         with pq.ParquetFile(file) as parquet:
-            rows = parquet.read()
-        found = f"{len(rows)} rows of {', '.join(rows.column_names)} that do not match"
+            count = parquet.metadata.num_rows  # may be anything, and is not read then
+            rows = parquet.read() if count == len(ids_N) else ROW_SCHEMA.empty_table()
+        found = f"{count} rows of {', '.join(rows.column_names)} that do not match"
         sound = rows.schema.equals(ROW_SCHEMA) and np.array_equal(rows["id"].to_numpy(), ids_N)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, MemoryError) as error:
         found, sound = f"no such table ({str(error).splitlines()[0]})", False
     if not sound:
         raise CollectionError(
@@ -303,30 +306,3 @@ def _open_rows(file: Path, ids_N: NDArray[np.int64]) -> pa.Table:
             mend="the file is not this collection's: copy or build the collection again",
         )
     return rows
-
-
-def _open_hnsw(file: Path, entry: SegmentEntry, dim: int) -> faiss.IndexHNSW:
-    """Deserialise an index within bounds and hold it against the manifest."""
-    mend = "the file is not this collection's: copy or build the collection again"
-    expected = f"{entry.factory} of {entry.count} x {dim}, inner product"
-    with _deserialisation:
-        before = faiss.get_deserialization_vector_byte_limit()
-        faiss.set_deserialization_vector_byte_limit(file.stat().st_size)
-        try:
-            index = faiss.read_index(str(file))
-        except (RuntimeError, MemoryError) as error:
-            reason = str(error).splitlines()[0]
-            raise CollectionError(
-                str(file), expected=expected, found=f"no FAISS index ({reason})", mend=mend
-            ) from error
-        finally:
-            faiss.set_deserialization_vector_byte_limit(before)
-    found = f"{type(index).__name__} of {index.ntotal} x {index.d}, metric {index.metric_type}"
-    sound = (
-        isinstance(index, faiss.IndexHNSW)
-        and (index.ntotal, index.d) == (entry.count, dim)
-        and index.metric_type == faiss.METRIC_INNER_PRODUCT
-    )
-    if not sound:
-        raise CollectionError(str(file), expected=expected, found=found, mend=mend)
-    return cast(faiss.IndexHNSW, index)

@@ -1,0 +1,262 @@
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+
+from index.build import BuildOptions, build
+from index.collection import Collection
+from index.errors import CollectionError
+from index.manifest import hash_files, read_manifest, write_manifest
+from index.segment import build_hnsw
+from index.verify import VerifyOptions, main, verify
+from models.command import run_command
+
+ROOT = Path(__file__).parents[2]
+FILES = [
+    "manifest.json",
+    "rejects.jsonl",
+    "segments/000000/vectors.npy",
+    "segments/000000/ids.npy",
+    "segments/000000/rows.parquet",
+    "segments/000000/index.faiss",
+]
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command in this process: status, standard output, standard error."""
+
+    def command(*args):
+        argv = [*map(str, args)]
+        status = run_command(VerifyOptions, main, prog="python -m index.verify", argv=argv)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return command
+
+
+def rehash(path, **changes):
+    """Make the manifest agree with files that were changed, as a forger would."""
+    manifest = read_manifest(path)
+    changes = {"files": hash_files(path, manifest.files), **changes}
+    write_manifest(path, dataclasses.replace(manifest, **changes))
+
+
+@pytest.fixture
+def with_rejects(tmp_path, bundle, new_folder):
+    """An HNSW collection whose build rejected an image."""
+    folder = new_folder()
+    (folder / "red" / "bad.png").write_text("no image")
+    out = tmp_path / "with-rejects"
+    build(BuildOptions(images=str(folder), encoder=str(bundle.path), out=out, index="hnsw"))
+    return out
+
+
+def test_a_sound_collection(run, with_rejects):
+    """One line, or JSON; nothing is changed."""
+    before = {file: file.read_bytes() for file in with_rejects.rglob("*") if file.is_file()}
+    status, out, err = run(with_rejects)
+    assert (status, err) == (0, "")
+    size = sum(map(len, before.values())) - len(before[with_rejects / "manifest.json"])
+    assert out == f"{with_rejects}: 12 images in 6 files, {size} bytes: sound\n"
+    status, out, _ = run(with_rejects, "--json")
+    found = json.loads(out)
+    assert (status, found["images"], found["faults"], found["unknown"]) == (0, 12, [], [])
+    assert before == {file: file.read_bytes() for file in with_rejects.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_one_flipped_byte_in_any_file_is_found(run, with_rejects, name):
+    """At its start, its end and places between; the file is named and the status is 1."""
+    file = with_rejects / name
+    content = file.read_bytes()
+    assert content
+    for at in {*np.linspace(0, len(content) - 1, 9).astype(int).tolist()}:
+        for flip in (0x01, 0x80, 0x2A):
+            damaged = bytearray(content)
+            damaged[at] ^= flip
+            file.write_bytes(damaged)
+            status, _, err = run(with_rejects)
+            assert (status, str(file) in err) == (1, True), f"byte {at} ^ {flip:#x}"
+    file.write_bytes(content)
+    assert run(with_rejects)[0] == 0
+
+
+def test_every_fault_is_told_at_once(run, with_rejects):
+    """A line each, and how many at the end; what is no part of it is mentioned."""
+    (with_rejects / "segments/000000/ids.npy").unlink()
+    file = with_rejects / "segments/000000/index.faiss"
+    file.write_bytes(file.read_bytes()[:100])
+    (with_rejects / "notes.txt").write_text("mine")
+    status, out, err = run(with_rejects)
+    lines = out.splitlines()
+    assert status == 1
+    assert lines[0] == f"{with_rejects / 'notes.txt'}: no part of the collection"
+    assert "ids.npy: expected a file that manifest.json lists, found none" in lines[1]
+    assert "index.faiss: expected " in lines[2]
+    assert err.startswith("python -m index.verify: 2 faults, the first: ")
+
+
+def test_what_is_no_collection(run, tmp_path):
+    """It has no manifest; one that is too large is not read."""
+    status, _, err = run(tmp_path)
+    assert (status, "found no manifest.json in it" in err) == (1, True)
+    with (tmp_path / "manifest.json").open("wb") as file:
+        file.truncate(1 << 30)
+    status, _, err = run(tmp_path)
+    assert (status, "expected at most 67108864 bytes, found 1073741824" in err) == (1, True)
+
+
+def test_vectors_of_other_lengths_are_found(built, copy_collection):
+    """Also where every checksum agrees."""
+    path = copy_collection(built)
+    file = path / "segments/000000/vectors.npy"
+    vectors = np.load(file)
+    for value, shown in ((2.0, "2"), (np.nan, "nan")):
+        changed = vectors.copy()
+        changed[7] *= value
+        np.save(file, changed)
+        rehash(path)
+        assert verify(path).faults == [
+            f"{file}: expected vectors of length 1, found {shown} in row 7"
+        ]
+
+
+def test_an_index_of_other_vectors_is_found(built_hnsw, copy_collection):
+    """Of the right type, size and metric, and every checksum agrees."""
+    path = copy_collection(built_hnsw)
+    file = path / "segments/000000/index.faiss"
+    vectors = np.load(path / "segments/000000/vectors.npy")
+    vectors[[3, 4]] = vectors[[4, 3]]
+    faiss.write_index(build_hnsw(vectors, "HNSW32"), str(file))
+    rehash(path)
+    assert verify(path).faults == [
+        f"{file}: expected the vectors of vectors.npy, found another in row 3"
+    ]
+
+
+def test_ids_of_other_keys_and_ids_twice_are_found(built, copy_collection, make_collection):
+    """An id is its key's, and an image is there once."""
+    path = copy_collection(built)
+    manifest = read_manifest(path)
+    (entry,) = manifest.segments
+    again = dataclasses.replace(entry, name="000001")
+    source = path / "segments/000000"
+    target = path / "segments/000001"
+    target.mkdir()
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    names = [*manifest.files, *(f"segments/000001/{f.name}" for f in target.iterdir())]
+    rehash(path, segments=(entry, again), files=hash_files(path, names))
+    faults = verify(path).faults
+    assert faults[0].startswith(f"{path}: expected every id once, found ")
+    assert faults[
+        1
+    ] == f"{path / 'manifest.json'}: expected 120 images, found 60 images of its " + ("sources")
+
+
+def broken(change):
+    """An HNSW index of 60 rows with a change in its links."""
+    vectors = np.eye(60, 16, dtype=np.float32) + 0.01
+    index = build_hnsw(vectors, "HNSW32")
+    change(index.hnsw)
+    return index
+
+
+def view(vector):
+    """A vector of faiss, to be written to."""
+    return faiss.rev_swig_ptr(vector.data(), vector.size())
+
+
+def link_far(hnsw):
+    """A link to a row that is not there."""
+    view(hnsw.neighbors)[5] = 1 << 30
+
+
+def link_below(hnsw):
+    """A link to a row before the first."""
+    view(hnsw.neighbors)[5] = -7
+
+
+def enter_elsewhere(hnsw):
+    """An entry that is not there."""
+    hnsw.entry_point = 60
+
+
+def shift_offsets(hnsw):
+    """Links of one node counted to another."""
+    view(hnsw.offsets)[3] += 1
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (link_far, "found a link to row 1073741824"),
+        (link_below, "found a link to row"),
+        (enter_elsewhere, "found an entry at row 60"),
+        (shift_offsets, "found nodes with other numbers of links than their levels have"),
+    ],
+)
+def test_links_that_lead_astray_are_refused_at_opening(built_hnsw, copy_collection, change, found):
+    """Faiss would follow them out of its memory."""
+    path = copy_collection(built_hnsw)
+    faiss.write_index(broken(change), str(path / "segments/000000/index.faiss"))
+    rehash(path)
+    with pytest.raises(CollectionError, match=f"expected .*{found}|no FAISS index"):
+        Collection.open(path, verify=False)
+    assert verify(path).faults
+
+
+def claims_too_much(path, name):
+    """Change a header so that it speaks of terabytes."""
+    file = path / "segments/000000" / name
+    content = file.read_bytes()
+    if name.endswith(".npy"):
+        content = content.replace(b"(60,", b"(%d," % (1 << 40)).replace(b" " * 11 + b"\n", b"\n", 1)
+    else:
+        length = (60 * 16).to_bytes(8, "little")  # floats of the stored vectors
+        at = content.index(length)
+        content = content[:at] + (1 << 40).to_bytes(8, "little") + content[at + 8 :]
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["vectors.npy", "ids.npy", "index.faiss"])
+@pytest.mark.parametrize("command", ["verify", "open"])
+def test_an_oversized_header_is_refused_within_bounded_memory(
+    built_hnsw, copy_collection, name, command
+):
+    """A process that may have 2 GiB more than it starts with says what is wrong."""
+    path = copy_collection(built_hnsw)
+    claims_too_much(path, name)
+    rehash(path)
+    code = {
+        "verify": "from index.verify import verify; print(verify(sys.argv[1]).faults)",
+        "open": "from index.collection import Collection; Collection.open(sys.argv[1])",
+    }[command]
+    limited = (
+        "import sys, resource, faiss, pathlib, index.verify; "
+        "from pathlib import Path; sys.argv[1] = Path(sys.argv[1]); "
+        "used = int(open('/proc/self/statm').read().split()[0]) * 4096; "
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (2 << 30),) * 2); " + code
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", limited, path], cwd=ROOT, capture_output=True, text=True
+    )
+    assert f"{path}/segments/000000/{name}: expected" in done.stdout + done.stderr
+    assert done.returncode == (0 if command == "verify" else 1)
+    assert "MemoryError" not in done.stderr
+
+
+def test_a_log_of_rejects_that_is_none(with_rejects):
+    """Every line is an object that names the image."""
+    (with_rejects / "rejects.jsonl").write_text('{"key": "a"}\n[]\n')
+    rehash(with_rejects)
+    assert verify(with_rejects).faults == [
+        f"{with_rejects / 'rejects.jsonl'}: expected a JSON object with a key on every line, found "
+        "something else"
+    ]
