@@ -24,17 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/horace.proto\x12\thorace.v1\"@\n\nItemStatus\x12!\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x13.horace.v1.ItemCode\x12\x0f\n\x07message\x18\x02 \x01(\t\"K\n\x08RawImage\x12\x0e\n\x06pixels\x18\x01 \x01(\x0c\x12\x0e\n\x06height\x18\x02 \x01(\r\x12\r\n\x05width\x18\x03 \x01(\r\x12\x10\n\x08\x63hannels\x18\x04 \x01(\r\"H\n\x05Image\x12\x11\n\x07\x65ncoded\x18\x01 \x01(\x0cH\x00\x12\"\n\x03raw\x18\x02 \x01(\x0b\x32\x13.horace.v1.RawImageH\x00\x42\x08\n\x06source\"c\n\x07Vectors\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x1f\n\x05\x64type\x18\x02 \x01(\x0e\x32\x10.horace.v1.DType\x12\x0c\n\x04rows\x18\x03 \x01(\r\x12\x0b\n\x03\x64im\x18\x04 \x01(\r\x12\x0e\n\x06scales\x18\x05 \x03(\x02\"i\n\x07Timings\x12\x11\n\tdecode_ms\x18\x01 \x01(\x02\x12\x10\n\x08queue_ms\x18\x02 \x01(\x02\x12\x14\n\x0cinference_ms\x18\x03 \x01(\x02\x12\x10\n\x08total_ms\x18\x04 \x01(\x02\x12\x11\n\tsearch_ms\x18\x05 \x01(\x02\"\xac\x01\n\x0c\x45mbedRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12 \n\x06images\x18\x02 \x03(\x0b\x32\x10.horace.v1.Image\x12\x0c\n\x04\x64ims\x18\x03 \x01(\r\x12\x16\n\x0eskip_normalize\x18\x04 \x01(\x08\x12\x1f\n\x05\x64type\x18\x05 \x01(\x0e\x32\x10.horace.v1.DType\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x10\n\x08priority\x18\x07 \x01(\r\"E\n\x0cRequestError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x03 \x01(\r\"\xe2\x01\n\rEmbedResponse\x12#\n\x07vectors\x18\x01 \x01(\x0b\x32\x12.horace.v1.Vectors\x12\'\n\x08statuses\x18\x02 \x03(\x0b\x32\x15.horace.v1.ItemStatus\x12\r\n\x05model\x18\x03 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12#\n\x07timings\x18\x05 \x01(\x0b\x32\x12.horace.v1.Timings\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12&\n\x05\x65rror\x18\x07 \x01(\x0b\x32\x17.horace.v1.RequestError\"I\n\rVectorQueries\x12#\n\x07vectors\x18\x01 \x01(\x0b\x32\x12.horace.v1.Vectors\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\"0\n\x0cImageQueries\x12 \n\x06images\x18\x01 \x03(\x0b\x32\x10.horace.v1.Image\"\x18\n\tIdQueries\x12\x0b\n\x03ids\x18\x01 \x03(\x06\"p\n\x07\x45xample\x12!\n\x05image\x18\x01 \x01(\x0b\x32\x10.horace.v1.ImageH\x00\x12*\n\x06vector\x18\x02 \x01(\x0b\x32\x18.horace.v1.VectorQueriesH\x00\x12\x0c\n\x02id\x18\x03 \x01(\x06H\x00\x42\x08\n\x06source\"\x8d\x01\n\x0b\x43ombination\x12%\n\tpositives\x18\x01 \x03(\x0b\x32\x12.horace.v1.Example\x12%\n\tnegatives\x18\x02 \x03(\x0b\x32\x12.horace.v1.Example\x12\x1c\n\x0fnegative_weight\x18\x03 \x01(\x02H\x00\x88\x01\x01\x42\x12\n\x10_negative_weight\"3\n\x08\x43ombined\x12\'\n\x07queries\x18\x01 \x03(\x0b\x32\x16.horace.v1.Combination\"\xcd\x02\n\rSearchRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\x12)\n\x06images\x18\x02 \x01(\x0b\x32\x17.horace.v1.ImageQueriesH\x00\x12+\n\x07vectors\x18\x03 \x01(\x0b\x32\x18.horace.v1.VectorQueriesH\x00\x12#\n\x03ids\x18\x04 \x01(\x0b\x32\x14.horace.v1.IdQueriesH\x00\x12\'\n\x08\x63ombined\x18\x0b \x01(\x0b\x32\x13.horace.v1.CombinedH\x00\x12\t\n\x01k\x18\x05 \x01(\r\x12\r\n\x05\x65xact\x18\x06 \x01(\x08\x12\x17\n\x0finclude_vectors\x18\x07 \x01(\x08\x12\x12\n\nrequest_id\x18\x08 \x01(\t\x12\x10\n\x08priority\x18\t \x01(\r\x12\x0e\n\x06\x66ilter\x18\n \x01(\t\x12\x0e\n\x06\x65\x66\x66ort\x18\x0c \x01(\rB\t\n\x07queries\"L\n\x03Hit\x12\n\n\x02id\x18\x01 \x01(\x06\x12\r\n\x05score\x18\x02 \x01(\x02\x12\x0b\n\x03key\x18\x03 \x01(\t\x12\r\n\x05label\x18\x04 \x01(\t\x12\x0e\n\x06source\x18\x05 \x01(\t\"p\n\x04Hits\x12\x1c\n\x04hits\x18\x01 \x03(\x0b\x32\x0e.horace.v1.Hit\x12%\n\x06status\x18\x02 \x01(\x0b\x32\x15.horace.v1.ItemStatus\x12#\n\x07vectors\x18\x03 \x01(\x0b\x32\x12.horace.v1.Vectors\"\x94\x01\n\x0eSearchResponse\x12 \n\x07results\x18\x01 \x03(\x0b\x32\x0f.horace.v1.Hits\x12\x12\n\ncollection\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12#\n\x07timings\x18\x04 \x01(\x0b\x32\x12.horace.v1.Timings\x12\x12\n\nrequest_id\x18\x05 \x01(\t\"\x13\n\x11ListModelsRequest\"\xa2\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x0b\n\x03\x64im\x18\x03 \x01(\r\x12\x1a\n\x12preprocessing_json\x18\x04 \x01(\t\x12\x12\n\nis_default\x18\x05 \x01(\x08\x12\x1e\n\x16max_images_per_request\x18\x06 \x01(\r\x12\x19\n\x11max_request_bytes\x18\x07 \x01(\x04\"6\n\x12ListModelsResponse\x12 \n\x06models\x18\x01 \x03(\x0b\x32\x10.horace.v1.Model\"\x18\n\x16ListCollectionsRequest\"y\n\nCollection\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x0b\n\x03\x64im\x18\x03 \x01(\r\x12\r\n\x05\x63ount\x18\x04 \x01(\x04\x12\x0e\n\x06metric\x18\x05 \x01(\t\x12\r\n\x05index\x18\x06 \x01(\t\x12\r\n\x05model\x18\x07 \x01(\t\"E\n\x17ListCollectionsResponse\x12*\n\x0b\x63ollections\x18\x01 \x03(\x0b\x32\x15.horace.v1.Collection*<\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x08\n\x04\x46P32\x10\x01\x12\x08\n\x04\x46P16\x10\x02\x12\x08\n\x04INT8\x10\x03*\xce\x01\n\x08ItemCode\x12\x06\n\x02OK\x10\x00\x12\t\n\x05\x45MPTY\x10\x01\x12\x0e\n\nUNREADABLE\x10\x02\x12\x12\n\x0eTOO_MANY_BYTES\x10\x03\x12\x13\n\x0fTOO_MANY_PIXELS\x10\x04\x12\x16\n\x12UNSUPPORTED_FORMAT\x10\x05\x12\x0b\n\x07\x43ORRUPT\x10\x06\x12\x0f\n\x0bWRONG_SHAPE\x10\x07\x12\r\n\tNOT_FOUND\x10\x08\x12\x0f\n\x0bWRONG_QUERY\x10\t\x12\x0e\n\nNOT_FINITE\x10\n\x12\x10\n\x0cOUT_OF_RANGE\x10\x0b\x32\xee\x02\n\x06Horace\x12:\n\x05\x45mbed\x12\x17.horace.v1.EmbedRequest\x1a\x18.horace.v1.EmbedResponse\x12\x44\n\x0b\x45mbedStream\x12\x17.horace.v1.EmbedRequest\x1a\x18.horace.v1.EmbedResponse(\x01\x30\x01\x12=\n\x06Search\x12\x18.horace.v1.SearchRequest\x1a\x19.horace.v1.SearchResponse\x12I\n\nListModels\x12\x1c.horace.v1.ListModelsRequest\x1a\x1d.horace.v1.ListModelsResponse\x12X\n\x0fListCollections\x12!.horace.v1.ListCollectionsRequest\x1a\".horace.v1.ListCollectionsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/horace.proto\x12\thorace.v1\"@\n\nItemStatus\x12!\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x13.horace.v1.ItemCode\x12\x0f\n\x07message\x18\x02 \x01(\t\"K\n\x08RawImage\x12\x0e\n\x06pixels\x18\x01 \x01(\x0c\x12\x0e\n\x06height\x18\x02 \x01(\r\x12\r\n\x05width\x18\x03 \x01(\r\x12\x10\n\x08\x63hannels\x18\x04 \x01(\r\"H\n\x05Image\x12\x11\n\x07\x65ncoded\x18\x01 \x01(\x0cH\x00\x12\"\n\x03raw\x18\x02 \x01(\x0b\x32\x13.horace.v1.RawImageH\x00\x42\x08\n\x06source\"c\n\x07Vectors\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x1f\n\x05\x64type\x18\x02 \x01(\x0e\x32\x10.horace.v1.DType\x12\x0c\n\x04rows\x18\x03 \x01(\r\x12\x0b\n\x03\x64im\x18\x04 \x01(\r\x12\x0e\n\x06scales\x18\x05 \x03(\x02\"i\n\x07Timings\x12\x11\n\tdecode_ms\x18\x01 \x01(\x02\x12\x10\n\x08queue_ms\x18\x02 \x01(\x02\x12\x14\n\x0cinference_ms\x18\x03 \x01(\x02\x12\x10\n\x08total_ms\x18\x04 \x01(\x02\x12\x11\n\tsearch_ms\x18\x05 \x01(\x02\"\xbd\x01\n\x0c\x45mbedRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12 \n\x06images\x18\x02 \x03(\x0b\x32\x10.horace.v1.Image\x12\x0c\n\x04\x64ims\x18\x03 \x01(\r\x12\x16\n\x0eskip_normalize\x18\x04 \x01(\x08\x12\x1f\n\x05\x64type\x18\x05 \x01(\x0e\x32\x10.horace.v1.DType\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x10\n\x08priority\x18\x07 \x01(\r\x12\x0f\n\x07version\x18\x08 \x01(\t\"E\n\x0cRequestError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x03 \x01(\r\"\xf3\x01\n\rEmbedResponse\x12#\n\x07vectors\x18\x01 \x01(\x0b\x32\x12.horace.v1.Vectors\x12\'\n\x08statuses\x18\x02 \x03(\x0b\x32\x15.horace.v1.ItemStatus\x12\r\n\x05model\x18\x03 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12#\n\x07timings\x18\x05 \x01(\x0b\x32\x12.horace.v1.Timings\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12&\n\x05\x65rror\x18\x07 \x01(\x0b\x32\x17.horace.v1.RequestError\x12\x0f\n\x07version\x18\x08 \x01(\t\"I\n\rVectorQueries\x12#\n\x07vectors\x18\x01 \x01(\x0b\x32\x12.horace.v1.Vectors\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\"0\n\x0cImageQueries\x12 \n\x06images\x18\x01 \x03(\x0b\x32\x10.horace.v1.Image\"\x18\n\tIdQueries\x12\x0b\n\x03ids\x18\x01 \x03(\x06\"p\n\x07\x45xample\x12!\n\x05image\x18\x01 \x01(\x0b\x32\x10.horace.v1.ImageH\x00\x12*\n\x06vector\x18\x02 \x01(\x0b\x32\x18.horace.v1.VectorQueriesH\x00\x12\x0c\n\x02id\x18\x03 \x01(\x06H\x00\x42\x08\n\x06source\"\x8d\x01\n\x0b\x43ombination\x12%\n\tpositives\x18\x01 \x03(\x0b\x32\x12.horace.v1.Example\x12%\n\tnegatives\x18\x02 \x03(\x0b\x32\x12.horace.v1.Example\x12\x1c\n\x0fnegative_weight\x18\x03 \x01(\x02H\x00\x88\x01\x01\x42\x12\n\x10_negative_weight\"3\n\x08\x43ombined\x12\'\n\x07queries\x18\x01 \x03(\x0b\x32\x16.horace.v1.Combination\"\xcd\x02\n\rSearchRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\x12)\n\x06images\x18\x02 \x01(\x0b\x32\x17.horace.v1.ImageQueriesH\x00\x12+\n\x07vectors\x18\x03 \x01(\x0b\x32\x18.horace.v1.VectorQueriesH\x00\x12#\n\x03ids\x18\x04 \x01(\x0b\x32\x14.horace.v1.IdQueriesH\x00\x12\'\n\x08\x63ombined\x18\x0b \x01(\x0b\x32\x13.horace.v1.CombinedH\x00\x12\t\n\x01k\x18\x05 \x01(\r\x12\r\n\x05\x65xact\x18\x06 \x01(\x08\x12\x17\n\x0finclude_vectors\x18\x07 \x01(\x08\x12\x12\n\nrequest_id\x18\x08 \x01(\t\x12\x10\n\x08priority\x18\t \x01(\r\x12\x0e\n\x06\x66ilter\x18\n \x01(\t\x12\x0e\n\x06\x65\x66\x66ort\x18\x0c \x01(\rB\t\n\x07queries\"L\n\x03Hit\x12\n\n\x02id\x18\x01 \x01(\x06\x12\r\n\x05score\x18\x02 \x01(\x02\x12\x0b\n\x03key\x18\x03 \x01(\t\x12\r\n\x05label\x18\x04 \x01(\t\x12\x0e\n\x06source\x18\x05 \x01(\t\"p\n\x04Hits\x12\x1c\n\x04hits\x18\x01 \x03(\x0b\x32\x0e.horace.v1.Hit\x12%\n\x06status\x18\x02 \x01(\x0b\x32\x15.horace.v1.ItemStatus\x12#\n\x07vectors\x18\x03 \x01(\x0b\x32\x12.horace.v1.Vectors\"\x94\x01\n\x0eSearchResponse\x12 \n\x07results\x18\x01 \x03(\x0b\x32\x0f.horace.v1.Hits\x12\x12\n\ncollection\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12#\n\x07timings\x18\x04 \x01(\x0b\x32\x12.horace.v1.Timings\x12\x12\n\nrequest_id\x18\x05 \x01(\t\"\x13\n\x11ListModelsRequest\"\xc5\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x0b\n\x03\x64im\x18\x03 \x01(\r\x12\x1a\n\x12preprocessing_json\x18\x04 \x01(\t\x12\x12\n\nis_default\x18\x05 \x01(\x08\x12\x1e\n\x16max_images_per_request\x18\x06 \x01(\r\x12\x19\n\x11max_request_bytes\x18\x07 \x01(\x04\x12\x0f\n\x07version\x18\x08 \x01(\t\x12\x10\n\x08versions\x18\t \x03(\t\"6\n\x12ListModelsResponse\x12 \n\x06models\x18\x01 \x03(\x0b\x32\x10.horace.v1.Model\"\x18\n\x16ListCollectionsRequest\"y\n\nCollection\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x0b\n\x03\x64im\x18\x03 \x01(\r\x12\r\n\x05\x63ount\x18\x04 \x01(\x04\x12\x0e\n\x06metric\x18\x05 \x01(\t\x12\r\n\x05index\x18\x06 \x01(\t\x12\r\n\x05model\x18\x07 \x01(\t\"E\n\x17ListCollectionsResponse\x12*\n\x0b\x63ollections\x18\x01 \x03(\x0b\x32\x15.horace.v1.Collection*<\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x08\n\x04\x46P32\x10\x01\x12\x08\n\x04\x46P16\x10\x02\x12\x08\n\x04INT8\x10\x03*\xce\x01\n\x08ItemCode\x12\x06\n\x02OK\x10\x00\x12\t\n\x05\x45MPTY\x10\x01\x12\x0e\n\nUNREADABLE\x10\x02\x12\x12\n\x0eTOO_MANY_BYTES\x10\x03\x12\x13\n\x0fTOO_MANY_PIXELS\x10\x04\x12\x16\n\x12UNSUPPORTED_FORMAT\x10\x05\x12\x0b\n\x07\x43ORRUPT\x10\x06\x12\x0f\n\x0bWRONG_SHAPE\x10\x07\x12\r\n\tNOT_FOUND\x10\x08\x12\x0f\n\x0bWRONG_QUERY\x10\t\x12\x0e\n\nNOT_FINITE\x10\n\x12\x10\n\x0cOUT_OF_RANGE\x10\x0b\x32\xee\x02\n\x06Horace\x12:\n\x05\x45mbed\x12\x17.horace.v1.EmbedRequest\x1a\x18.horace.v1.EmbedResponse\x12\x44\n\x0b\x45mbedStream\x12\x17.horace.v1.EmbedRequest\x1a\x18.horace.v1.EmbedResponse(\x01\x30\x01\x12=\n\x06Search\x12\x18.horace.v1.SearchRequest\x1a\x19.horace.v1.SearchResponse\x12I\n\nListModels\x12\x1c.horace.v1.ListModelsRequest\x1a\x1d.horace.v1.ListModelsResponse\x12X\n\x0fListCollections\x12!.horace.v1.ListCollectionsRequest\x1a\".horace.v1.ListCollectionsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.horace_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DTYPE']._serialized_start=2537
-  _globals['_DTYPE']._serialized_end=2597
-  _globals['_ITEMCODE']._serialized_start=2600
-  _globals['_ITEMCODE']._serialized_end=2806
+  _globals['_DTYPE']._serialized_start=2606
+  _globals['_DTYPE']._serialized_end=2666
+  _globals['_ITEMCODE']._serialized_start=2669
+  _globals['_ITEMCODE']._serialized_end=2875
   _globals['_ITEMSTATUS']._serialized_start=34
   _globals['_ITEMSTATUS']._serialized_end=98
   _globals['_RAWIMAGE']._serialized_start=100
@@ -46,43 +46,43 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TIMINGS']._serialized_start=352
   _globals['_TIMINGS']._serialized_end=457
   _globals['_EMBEDREQUEST']._serialized_start=460
-  _globals['_EMBEDREQUEST']._serialized_end=632
-  _globals['_REQUESTERROR']._serialized_start=634
-  _globals['_REQUESTERROR']._serialized_end=703
-  _globals['_EMBEDRESPONSE']._serialized_start=706
-  _globals['_EMBEDRESPONSE']._serialized_end=932
-  _globals['_VECTORQUERIES']._serialized_start=934
-  _globals['_VECTORQUERIES']._serialized_end=1007
-  _globals['_IMAGEQUERIES']._serialized_start=1009
-  _globals['_IMAGEQUERIES']._serialized_end=1057
-  _globals['_IDQUERIES']._serialized_start=1059
-  _globals['_IDQUERIES']._serialized_end=1083
-  _globals['_EXAMPLE']._serialized_start=1085
-  _globals['_EXAMPLE']._serialized_end=1197
-  _globals['_COMBINATION']._serialized_start=1200
-  _globals['_COMBINATION']._serialized_end=1341
-  _globals['_COMBINED']._serialized_start=1343
-  _globals['_COMBINED']._serialized_end=1394
-  _globals['_SEARCHREQUEST']._serialized_start=1397
-  _globals['_SEARCHREQUEST']._serialized_end=1730
-  _globals['_HIT']._serialized_start=1732
-  _globals['_HIT']._serialized_end=1808
-  _globals['_HITS']._serialized_start=1810
-  _globals['_HITS']._serialized_end=1922
-  _globals['_SEARCHRESPONSE']._serialized_start=1925
-  _globals['_SEARCHRESPONSE']._serialized_end=2073
-  _globals['_LISTMODELSREQUEST']._serialized_start=2075
-  _globals['_LISTMODELSREQUEST']._serialized_end=2094
-  _globals['_MODEL']._serialized_start=2097
-  _globals['_MODEL']._serialized_end=2259
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2261
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2315
-  _globals['_LISTCOLLECTIONSREQUEST']._serialized_start=2317
-  _globals['_LISTCOLLECTIONSREQUEST']._serialized_end=2341
-  _globals['_COLLECTION']._serialized_start=2343
-  _globals['_COLLECTION']._serialized_end=2464
-  _globals['_LISTCOLLECTIONSRESPONSE']._serialized_start=2466
-  _globals['_LISTCOLLECTIONSRESPONSE']._serialized_end=2535
-  _globals['_HORACE']._serialized_start=2809
-  _globals['_HORACE']._serialized_end=3175
+  _globals['_EMBEDREQUEST']._serialized_end=649
+  _globals['_REQUESTERROR']._serialized_start=651
+  _globals['_REQUESTERROR']._serialized_end=720
+  _globals['_EMBEDRESPONSE']._serialized_start=723
+  _globals['_EMBEDRESPONSE']._serialized_end=966
+  _globals['_VECTORQUERIES']._serialized_start=968
+  _globals['_VECTORQUERIES']._serialized_end=1041
+  _globals['_IMAGEQUERIES']._serialized_start=1043
+  _globals['_IMAGEQUERIES']._serialized_end=1091
+  _globals['_IDQUERIES']._serialized_start=1093
+  _globals['_IDQUERIES']._serialized_end=1117
+  _globals['_EXAMPLE']._serialized_start=1119
+  _globals['_EXAMPLE']._serialized_end=1231
+  _globals['_COMBINATION']._serialized_start=1234
+  _globals['_COMBINATION']._serialized_end=1375
+  _globals['_COMBINED']._serialized_start=1377
+  _globals['_COMBINED']._serialized_end=1428
+  _globals['_SEARCHREQUEST']._serialized_start=1431
+  _globals['_SEARCHREQUEST']._serialized_end=1764
+  _globals['_HIT']._serialized_start=1766
+  _globals['_HIT']._serialized_end=1842
+  _globals['_HITS']._serialized_start=1844
+  _globals['_HITS']._serialized_end=1956
+  _globals['_SEARCHRESPONSE']._serialized_start=1959
+  _globals['_SEARCHRESPONSE']._serialized_end=2107
+  _globals['_LISTMODELSREQUEST']._serialized_start=2109
+  _globals['_LISTMODELSREQUEST']._serialized_end=2128
+  _globals['_MODEL']._serialized_start=2131
+  _globals['_MODEL']._serialized_end=2328
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2330
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2384
+  _globals['_LISTCOLLECTIONSREQUEST']._serialized_start=2386
+  _globals['_LISTCOLLECTIONSREQUEST']._serialized_end=2410
+  _globals['_COLLECTION']._serialized_start=2412
+  _globals['_COLLECTION']._serialized_end=2533
+  _globals['_LISTCOLLECTIONSRESPONSE']._serialized_start=2535
+  _globals['_LISTCOLLECTIONSRESPONSE']._serialized_end=2604
+  _globals['_HORACE']._serialized_start=2878
+  _globals['_HORACE']._serialized_end=3244
 # @@protoc_insertion_point(module_scope)

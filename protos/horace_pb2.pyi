@@ -102,7 +102,7 @@ class Timings(_message.Message):
     def __init__(self, decode_ms: _Optional[float] = ..., queue_ms: _Optional[float] = ..., inference_ms: _Optional[float] = ..., total_ms: _Optional[float] = ..., search_ms: _Optional[float] = ...) -> None: ...
 
 class EmbedRequest(_message.Message):
-    __slots__ = ("model", "images", "dims", "skip_normalize", "dtype", "request_id", "priority")
+    __slots__ = ("model", "images", "dims", "skip_normalize", "dtype", "request_id", "priority", "version")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
     DIMS_FIELD_NUMBER: _ClassVar[int]
@@ -110,6 +110,7 @@ class EmbedRequest(_message.Message):
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
     model: str
     images: _containers.RepeatedCompositeFieldContainer[Image]
     dims: int
@@ -117,7 +118,8 @@ class EmbedRequest(_message.Message):
     dtype: DType
     request_id: str
     priority: int
-    def __init__(self, model: _Optional[str] = ..., images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., dims: _Optional[int] = ..., skip_normalize: _Optional[bool] = ..., dtype: _Optional[_Union[DType, str]] = ..., request_id: _Optional[str] = ..., priority: _Optional[int] = ...) -> None: ...
+    version: str
+    def __init__(self, model: _Optional[str] = ..., images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., dims: _Optional[int] = ..., skip_normalize: _Optional[bool] = ..., dtype: _Optional[_Union[DType, str]] = ..., request_id: _Optional[str] = ..., priority: _Optional[int] = ..., version: _Optional[str] = ...) -> None: ...
 
 class RequestError(_message.Message):
     __slots__ = ("code", "message", "retry_after_ms")
@@ -130,7 +132,7 @@ class RequestError(_message.Message):
     def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ..., retry_after_ms: _Optional[int] = ...) -> None: ...
 
 class EmbedResponse(_message.Message):
-    __slots__ = ("vectors", "statuses", "model", "fingerprint", "timings", "request_id", "error")
+    __slots__ = ("vectors", "statuses", "model", "fingerprint", "timings", "request_id", "error", "version")
     VECTORS_FIELD_NUMBER: _ClassVar[int]
     STATUSES_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -138,6 +140,7 @@ class EmbedResponse(_message.Message):
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
     vectors: Vectors
     statuses: _containers.RepeatedCompositeFieldContainer[ItemStatus]
     model: str
@@ -145,7 +148,8 @@ class EmbedResponse(_message.Message):
     timings: Timings
     request_id: str
     error: RequestError
-    def __init__(self, vectors: _Optional[_Union[Vectors, _Mapping]] = ..., statuses: _Optional[_Iterable[_Union[ItemStatus, _Mapping]]] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., request_id: _Optional[str] = ..., error: _Optional[_Union[RequestError, _Mapping]] = ...) -> None: ...
+    version: str
+    def __init__(self, vectors: _Optional[_Union[Vectors, _Mapping]] = ..., statuses: _Optional[_Iterable[_Union[ItemStatus, _Mapping]]] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., request_id: _Optional[str] = ..., error: _Optional[_Union[RequestError, _Mapping]] = ..., version: _Optional[str] = ...) -> None: ...
 
 class VectorQueries(_message.Message):
     __slots__ = ("vectors", "fingerprint")
@@ -264,7 +268,7 @@ class ListModelsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "fingerprint", "dim", "preprocessing_json", "is_default", "max_images_per_request", "max_request_bytes")
+    __slots__ = ("name", "fingerprint", "dim", "preprocessing_json", "is_default", "max_images_per_request", "max_request_bytes", "version", "versions")
     NAME_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     DIM_FIELD_NUMBER: _ClassVar[int]
@@ -272,6 +276,8 @@ class Model(_message.Message):
     IS_DEFAULT_FIELD_NUMBER: _ClassVar[int]
     MAX_IMAGES_PER_REQUEST_FIELD_NUMBER: _ClassVar[int]
     MAX_REQUEST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
     name: str
     fingerprint: str
     dim: int
@@ -279,7 +285,9 @@ class Model(_message.Message):
     is_default: bool
     max_images_per_request: int
     max_request_bytes: int
-    def __init__(self, name: _Optional[str] = ..., fingerprint: _Optional[str] = ..., dim: _Optional[int] = ..., preprocessing_json: _Optional[str] = ..., is_default: _Optional[bool] = ..., max_images_per_request: _Optional[int] = ..., max_request_bytes: _Optional[int] = ...) -> None: ...
+    version: str
+    versions: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., fingerprint: _Optional[str] = ..., dim: _Optional[int] = ..., preprocessing_json: _Optional[str] = ..., is_default: _Optional[bool] = ..., max_images_per_request: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., version: _Optional[str] = ..., versions: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ListModelsResponse(_message.Message):
     __slots__ = ("models",)

@@ -118,6 +118,8 @@ class HoraceServicer(pb_grpc.HoraceServicer):
                 is_default=model.name == self._catalog.default,
                 max_images_per_request=self._limits.max_images,
                 max_request_bytes=self._limits.max_message_bytes,
+                version=model.version,
+                versions=list(self._catalog.versions[model.name]),
             )
             for model in self._catalog.models.values()
         ]
@@ -167,7 +169,7 @@ class HoraceServicer(pb_grpc.HoraceServicer):
         on_admitted: Callable[[], None] | None = None,
     ) -> pb.EmbedResponse:
         """Embed as a request asks; with `on_admitted` it waits for room, and says when."""
-        with self._catalog.lease_model(request.model) as model:
+        with self._catalog.lease_model(request.model, request.version) as model:
             call.model, call.version = model.name, model.version
             call.images = len(request.images)
             dtype = dtype_from_wire(request.dtype)
@@ -187,6 +189,7 @@ class HoraceServicer(pb_grpc.HoraceServicer):
             vectors=vectors_to_wire(vectors_ND, dtype),
             statuses=statuses,
             model=model.name,
+            version=model.version,
             fingerprint=model.encoder.fingerprint,
             timings=self._timings(call),
             request_id=request.request_id,

@@ -5,10 +5,14 @@ import gc
 import shutil
 import weakref
 
+import grpc
 import numpy as np
 import pytest
 
 from models.errors import BundleError, FingerprintMismatchError
+from models.wire import image_to_wire
+from protos import horace_pb2 as pb
+from protos import horace_pb2_grpc as pb_grpc
 from serve.client import AsyncClient
 from serve.config import ServeOptions
 from serve.errors import PreconditionError, StartError, UnknownNameError
@@ -135,6 +139,31 @@ def test_the_newest_versions_are_served(serving, put_bundle, tmp_path):
             assert await server.reloads.run() == []
             assert list(server.catalog.versions["m"]) == ["10", "9"]
             assert server.catalog.model("m").encoder is kept.encoder
+
+    asyncio.run(main())
+
+
+def test_callers_choose_a_version_by_its_number(serving, put_bundle, tmp_path):
+    """The newest where none is named; one that is not served is answered with those that are."""
+    bundles = {n: put_bundle(tmp_path / "m" / str(n), n) for n in (1, 2)}
+
+    async def main():
+        async with (
+            serving(bundle=(f"m={tmp_path / 'm'},keep=2",)) as server,
+            grpc.aio.insecure_channel(server.address) as channel,
+        ):
+            stub = pb_grpc.HoraceStub(channel)
+            for asked, answered in (("", 2), ("2", 2), ("1", 1)):
+                images = [image_to_wire(IMAGE[..., None])]
+                reply = await stub.Embed(pb.EmbedRequest(images=images, version=asked))
+                assert reply.version == str(answered)
+                assert reply.fingerprint == bundles[answered].fingerprint
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await stub.Embed(pb.EmbedRequest(images=images, version="3"))
+            assert error.value.code() is grpc.StatusCode.NOT_FOUND
+            assert "version of model 'm': expected '2' or '1'" in error.value.details()
+            (model,) = (await stub.ListModels(pb.ListModelsRequest())).models
+            assert (model.version, list(model.versions)) == ("2", ["2", "1"])
 
     asyncio.run(main())
 
