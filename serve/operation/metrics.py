@@ -19,13 +19,20 @@ import platform
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import Protocol
 
 import grpc
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
-from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
+from models.cpu import CGROUP_ROOT, SELF_CGROUP, cgroup_folders
 from serve.lifecycle.reloading import ReloadStatistics
 from serve.lifecycle.sources import LoadStatistics
 from serve.operation.families import (
@@ -51,6 +58,9 @@ class Source(Protocol):
 
     def models(self) -> Iterable[ModelState]:
         """Give the state of each."""
+
+    def collections(self) -> Iterable[tuple[str, int]]:
+        """Give the name of each collection and how many images it holds."""
 
     def loads(self) -> Mapping[str, LoadStatistics]:
         """Say how often each model and collection was loaded, by `model NAME` and the like."""
@@ -122,6 +132,17 @@ class Metrics(Collector):
 
     def _server_gauges(self) -> Iterator[Metric]:
         """Give what concerns the whole server."""
+        images = GaugeMetricFamily(
+            "horace_collection_images", "Images in it.", labels=["collection"]
+        )
+        for name, count in list(self._source.collections())[:MAX_LISTED]:
+            images.add_metric([name], count)
+        yield images
+        throttled_s = cpu_throttled_s()
+        if throttled_s is not None:
+            yield CounterMetricFamily(
+                "horace_cpu_throttled_seconds", "Taken away by the CPU limit.", throttled_s
+            )
         active, ready = self._source.active(), self._source.ready()
         yield GaugeMetricFamily("horace_calls_active", "Calls under way.", active)
         yield GaugeMetricFamily("horace_ready", "Whether the server says that it serves.", ready)
@@ -134,6 +155,21 @@ class Metrics(Collector):
 def as_triton_types_it(text: bytes) -> bytes:
     """Call Triton's counters counters: their names lack the `_total` that the library expects."""
     return re.sub(rb"(?m)^(# TYPE nv_\w+) untyped$", rb"\1 counter", text)
+
+
+def cpu_throttled_s(root: Path = CGROUP_ROOT, self_cgroup: Path = SELF_CGROUP) -> float | None:
+    """Say how long the cgroup of this process was kept from its CPUs; None where unknown."""
+    for folder in reversed(cgroup_folders(root, self_cgroup, "cpu")):
+        try:
+            lines = (folder / "cpu.stat").read_text().splitlines()
+        except OSError:
+            continue
+        found = dict(line.split() for line in lines)
+        if "throttled_usec" in found:  # version 2
+            return int(found["throttled_usec"]) / 1e6
+        if "throttled_time" in found:  # version 1, in nanoseconds
+            return int(found["throttled_time"]) / 1e9
+    return None
 
 
 def count_threads() -> int:

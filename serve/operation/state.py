@@ -64,6 +64,11 @@ class ServerState:
         """Give the state of each."""
         return [_state_of(model) for model in self._models()]
 
+    def collections(self) -> Iterable[tuple[str, int]]:
+        """Give the name of each collection and how many images it holds."""
+        served = list(self._catalog.collections.values())
+        return [(one.name, one.collection.count) for one in served]
+
     def active(self) -> int:
         """Count the calls under way."""
         return self._calls.active

@@ -112,7 +112,7 @@ class Tracer(Nobody):
         end_ns = self._now_ns()
         start_ns = end_ns - int(total_s * 1e9)
         span = self._tracer.start_span(
-            f"horace.v1.Horace/{call.method}",
+            call.method,
             context=parent or Context(),
             kind=SpanKind.SERVER,
             attributes=attributes_of(call),

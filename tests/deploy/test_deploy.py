@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from serve.operation.state import ModelState
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 KUBERNETES = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
+PROMTOOL = shutil.which("promtool")
 HANDBOOK = ROOT / "docs" / "operations.md"
 
 
@@ -95,6 +98,10 @@ class Everything:
                 statistics=self._statistics,
             )
         ]
+
+    def collections(self):
+        """One."""
+        return [("c", 3)]
 
     def loads(self):
         """It was loaded."""
@@ -259,6 +266,27 @@ def test_alerts_ask_for_metrics_that_there_are(metric_names):
         assert asked <= known, alert["alert"]
 
 
+@pytest.mark.skipif(PROMTOOL is None, reason="promtool comes with Debian's package prometheus")
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["check", "config", "prometheus.yml"],
+        ["check", "rules", "alerts.yml"],
+        ["test", "rules", "alerts_test.yml"],
+    ],
+)
+def test_prometheus_own_tool_accepts_the_files_and_the_alerts_sound(command):
+    """Where it is installed: syntax, and alerts over series made for them."""
+    done = subprocess.run(
+        [PROMTOOL, *command],
+        cwd=DEPLOY / "prometheus",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_the_handbook_knows_every_alert_and_every_metric(metric_names):
     """Who is woken finds the name in docs/operations.md; who draws a graph, too."""
     text = HANDBOOK.read_text()
@@ -278,5 +306,5 @@ def test_options_that_the_handbook_names_exist():
         tyro.cli(ServeOptions, args=["--help"])
     known = set(re.findall(r"--[a-z][a-z0-9.-]+", shown.getvalue())) | {"--debug"}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9.-]*[a-z0-9]", HANDBOOK.read_text()))
-    others = {"--build", "--file", "--config.file"}  # of docker compose, keys, prometheus
+    others = {"--build", "--file", "--previous"}  # of docker compose, the keys' command, kubectl
     assert named - known - others == set()

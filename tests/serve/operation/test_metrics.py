@@ -18,7 +18,7 @@ import pytest
 from models.errors import UsageError
 from serve.client import AsyncClient, Client, RetryPolicy
 from serve.errors import UnauthenticatedError
-from serve.operation.metrics import as_triton_types_it, count_threads
+from serve.operation.metrics import as_triton_types_it, count_threads, cpu_throttled_s
 from serve.operation.options import MetricsOptions
 from serve.operation.state import turns
 from serve.security import keys
@@ -310,6 +310,25 @@ def test_what_is_not_asked_for_is_not_loaded():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("stat", "seconds"),
+    [
+        ("usage_usec 5\nnr_throttled 3\nthrottled_usec 2500000\n", 2.5),
+        ("nr_throttled 3\nthrottled_time 2500000000\n", 2.5),
+        ("usage_usec 5\n", None),
+        (None, None),
+    ],
+)
+def test_what_the_cpu_limit_takes_away_is_read_from_the_cgroup(tmp_path, stat, seconds):
+    """Version 2, version 1, no limit, no cgroup."""
+    self_cgroup = tmp_path / "self"
+    self_cgroup.write_text("0::/pod\n")
+    (tmp_path / "pod").mkdir()
+    if stat is not None:
+        (tmp_path / "pod" / "cpu.stat").write_text(stat)
+    assert cpu_throttled_s(tmp_path, self_cgroup) == seconds
 
 
 def test_threads_of_libraries_are_counted_too():
