@@ -1,0 +1,244 @@
+"""`python -m index.duplicates C`: near-duplicates, to look at and to delete.
+
+What a group is, and that groups do not chain, is `index.near`. With `--out` there are, in a
+directory that appears whole:
+    index.html   the groups with pictures, the largest first; one file, nothing from elsewhere.
+    delete.csv   the images that may go, each with the one that stays and how near it is.
+    groups.json  the same for a machine, and by which encoder and threshold.
+Nothing is deleted.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from index.collection import Collection, Row
+from index.errors import CollectionError
+from index.grid import load_images
+from index.near import Group, find_groups
+from index.page import Html, figure, page, tag
+from models.bundle import Json
+from models.command import run_command
+from models.errors import UsageError
+from models.files import atomic_directory
+
+GROUPS_FILE, DELETE_FILE, PAGE_FILE = "groups.json", "delete.csv", "index.html"
+
+MAX_SHOWN = 24
+"""Pictures of one group on the page."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DuplicateOptions:
+    """Find near-duplicates in a collection; nothing is deleted."""
+
+    collection: Positional[Path]
+    """The collection's directory."""
+    threshold: float = 0.95
+    """Cosine from which two images are near-duplicates, above 0 and up to 1."""
+    filter: str | None = None
+    """Which images to look at, such as "label = 'Coat'"; all where none is given."""
+    exact: bool = False
+    """Compare every pair instead of asking the index, which may miss some."""
+    out: Path | None = None
+    """Directory for the page, the list to delete and the groups; an earlier one is replaced."""
+    max_groups: int = 200
+    """Groups that the page shows and the terminal lists."""
+    json: bool = False
+    """Print the groups as JSON."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without opening anything."""
+        if not 0 < self.threshold <= 1:
+            raise UsageError("--threshold", expected="above 0, up to 1", found=f"{self.threshold}")
+        if self.max_groups < 1:
+            raise UsageError("--max-groups", expected="at least 1", found=str(self.max_groups))
+        out = self.out
+        if out is not None and out.exists() and not (out / GROUPS_FILE).is_file():
+            raise UsageError(
+                f"--out {out}",
+                expected="a new directory, or an earlier report to replace",
+                found="something else of that name",
+                mend="choose another name",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Duplicates:
+    """A group with what is known of its images.
+
+    Attributes:
+        kept: the one that stays.
+        others: the others, nearest first.
+        scores: cosines of those to the kept one.
+    """
+
+    kept: Row
+    others: Sequence[Row]
+    scores: Sequence[float]
+
+    @property
+    def labels(self) -> list[str]:
+        """The labels in the group: more than one, and somebody was wrong."""
+        return sorted({row.label for row in (self.kept, *self.others) if row.label is not None})
+
+
+def main(options: DuplicateOptions) -> None:
+    """Find the groups, show them, and write the report on request.
+
+    Raises:
+        HoraceError: the collection cannot be read, or the report not be written.
+    """
+    with Collection.open(options.collection) as collection:
+        selection = None if options.filter is None else collection.select(options.filter)
+        found = find_groups(collection, options.threshold, exact=options.exact, selection=selection)
+        groups = [_look_up(collection, group) for group in found]
+        looked_at = collection.count if selection is None else selection.count
+        document = _document(collection, options, groups, looked_at)
+        if options.json:
+            print(json.dumps(document, indent=2))
+        else:
+            print(_as_text(groups[: options.max_groups], looked_at))
+            if len(groups) > options.max_groups:
+                print(f"... and {len(groups) - options.max_groups} groups more")
+        if options.out is not None:
+            _write(options.out, collection, options, groups, document)
+            if not options.json:
+                print(f"report: {options.out / PAGE_FILE}; to delete: {options.out / DELETE_FILE}")
+
+
+def _look_up(collection: Collection, group: Group) -> Duplicates:
+    """Find what is known of the images of a group."""
+    kept, *others = collection.rows([group.kept, *group.others])
+    return Duplicates(kept=kept, others=others, scores=group.scores)
+
+
+def _document(
+    collection: Collection,
+    options: DuplicateOptions,
+    groups: Sequence[Duplicates],
+    looked_at: int,
+) -> dict[str, Json]:
+    """Lay everything out for a machine."""
+    return {
+        "collection": collection.name,
+        "fingerprint": collection.fingerprint,
+        "threshold": options.threshold,
+        "filter": options.filter,
+        "exact": options.exact or collection.factory == "Flat",
+        "images": looked_at,
+        "duplicates": sum(len(group.others) for group in groups),
+        "groups": [
+            {
+                "kept": dataclasses.asdict(group.kept),
+                "labels": list(group.labels),
+                "others": [
+                    {"score": score, **dataclasses.asdict(row)}
+                    for score, row in zip(group.scores, group.others, strict=True)
+                ],
+            }
+            for group in groups
+        ],
+    }
+
+
+def _as_text(groups: Sequence[Duplicates], looked_at: int) -> str:
+    """Lay the groups out for people."""
+    count = sum(len(group.others) for group in groups)
+    lines = [f"{count} near-duplicates in {len(groups)} groups, of {looked_at} images"]
+    for group in groups:
+        differ = f"  labels differ: {', '.join(group.labels)}" if len(group.labels) > 1 else ""
+        lines += ["", f"{group.kept.key}  ({len(group.others)} more){differ}"]
+        lines += [
+            f"  {score:.4f}  {row.key}"
+            for score, row in zip(group.scores, group.others, strict=True)
+        ]
+    return "\n".join(lines)
+
+
+def _write(
+    out: Path,
+    collection: Collection,
+    options: DuplicateOptions,
+    groups: Sequence[Duplicates],
+    document: dict[str, Json],
+) -> None:
+    """Write the report's directory, whole or not at all."""
+    try:
+        with atomic_directory(out, replace=True) as directory:
+            text = json.dumps(document, indent=2)
+            (directory / GROUPS_FILE).write_text(text + "\n")
+            _write_list(directory / DELETE_FILE, groups)
+            (directory / PAGE_FILE).write_text(_page(collection, options, groups))
+    except OSError as error:
+        raise CollectionError(
+            f"--out {out}",
+            expected="a directory that can be written",
+            found=os.strerror(error.errno) if error.errno else str(error),
+            mend="choose another name",
+        ) from error
+
+
+def _write_list(file: Path, groups: Sequence[Duplicates]) -> None:
+    """Write what may be deleted."""
+    with file.open("w", newline="") as lines:
+        writer = csv.writer(lines)
+        writer.writerow(["key", "source", "id", "score", "kept_key", "kept_id"])
+        for group in groups:
+            for score, row in zip(group.scores, group.others, strict=True):
+                kept = group.kept
+                writer.writerow([row.key, row.source, row.id, f"{score:.6f}", kept.key, kept.id])
+
+
+def _page(collection: Collection, options: DuplicateOptions, groups: Sequence[Duplicates]) -> str:
+    """Lay out the page of pictures."""
+    title = f"Near-duplicates in {collection.name}"
+    count = sum(len(group.others) for group in groups)
+    shown = groups[: options.max_groups]
+    sections = [_section(n, group) for n, group in enumerate(shown, start=1)]
+    left = len(groups) - len(shown)
+    return page(
+        title,
+        tag("h1", title),
+        tag(
+            "p",
+            f"{count} images have a cosine of {options.threshold:g} or more with one that is kept "
+            f"(green), in {len(groups)} groups. {DELETE_FILE} lists them.",
+        ),
+        *sections,
+        *([tag("p", f"{left} groups more are in {GROUPS_FILE}.")] if left else []),
+    )
+
+
+def _section(number: int, group: Duplicates) -> Html:
+    """Show one group."""
+    rows = [group.kept, *group.others[: MAX_SHOWN - 1]]
+    images = load_images(rows)
+    captions = ["kept", *(f"{score:.4f}" for score in group.scores)]
+    figures = [
+        figure(
+            image,
+            tag("span", " · ".join(filter(None, (caption, row.label, row.key)))),
+            alt=row.key,
+            class_="kept" if n == 0 else "",
+        )
+        for n, (row, image, caption) in enumerate(zip(rows, images, captions, strict=False))
+    ]
+    count = 1 + len(group.others)
+    more = f", the nearest {MAX_SHOWN}" if count > MAX_SHOWN else ""
+    differ = f"labels differ: {', '.join(group.labels)}" if len(group.labels) > 1 else ""
+    heading = tag("h2", f"{number}. {count} images{more} ", tag("span", differ, class_="warn"))
+    return tag("section", heading, tag("div", *figures, class_="row"))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(DuplicateOptions, main, prog="python -m index.duplicates"))
