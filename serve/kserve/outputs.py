@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,17 @@ class Wanted:
     part: Slice | None = None
 
 
-DEFAULT = (Wanted(EMBEDDINGS, "FP32"),)
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What every reply of one version of a model says."""
+
+    name: str
+    version: str
+    fingerprint: str
+
+
+PLAIN = {datatype: (Wanted(EMBEDDINGS, datatype),) for datatype in ("FP32", "FP16")}
+"""What most requests want: vectors alone, in the reply."""
 
 
 def read_outputs(request: Any, asked: Asked, regions: Regions) -> tuple[Wanted, ...]:
@@ -65,14 +76,16 @@ def read_outputs(request: Any, asked: Asked, regions: Regions) -> tuple[Wanted, 
         RequestError: one is not known, or asked for twice, or as classes.
         UnknownNameError: one is to lie in shared memory that is not registered.
     """
-    if not request.outputs:
-        if asked.datatype == "FP32":
-            return DEFAULT
-        scales = (Wanted(SCALES, "FP32"),) if asked.datatype == "INT8" else ()
-        return (Wanted(EMBEDDINGS, asked.datatype), *scales)
-    if len({output.name for output in request.outputs}) != len(request.outputs):
+    outputs = request.outputs[:]
+    plain = PLAIN.get(asked.datatype)
+    if not outputs:
+        return plain or (Wanted(EMBEDDINGS, asked.datatype), Wanted(SCALES, "FP32"))
+    first = outputs[0]
+    if plain and len(outputs) == 1 and first.name == EMBEDDINGS and not first.parameters:
+        return plain
+    if len({output.name for output in outputs}) != len(outputs):
         raise RequestError("outputs", expected="each name once", found="one twice")
-    return tuple(_read_output(output, asked, regions) for output in request.outputs)
+    return tuple(_read_output(output, asked, regions) for output in outputs)
 
 
 def _read_output(output: Any, asked: Asked, regions: Regions) -> Wanted:
@@ -101,22 +114,40 @@ def check_room(wanted: Sequence[Wanted], *, images: int, dims: int) -> None:
 
 
 def write_response(
-    response: Any, embedded: Embedded, wanted: tuple[Wanted, ...], asked: Asked
-) -> None:
-    """Add what became of the images to a reply.
+    embedded: Embedded, wanted: tuple[Wanted, ...], asked: Asked, *, head: Head, request_id: str
+) -> Any:
+    """Write the reply that says what became of the images.
 
     Raises:
         RequestError: no image has a vector, by the caller's fault; or an output does not fit
             its shared memory.
         InternalError: no image has a vector, by the encoder's.
     """
-    dtypes = {VECTOR_DTYPES[w.datatype] for w in wanted if w.datatype in VECTOR_DTYPES}
+    datatypes = {output.datatype for output in wanted}
     rows_ND, statuses = finish(
         embedded,
         dims=asked.dims,
         normalize=asked.normalize,
-        dtype="fp16" if "fp16" in dtypes else "fp32",
+        dtype="fp16" if "FP16" in datatypes else "fp32",
     )
+    response = kserve.ModelInferResponse()
+    if wanted is PLAIN["FP32"] and len(rows_ND) == len(statuses):
+        response.CopyFrom(_plain_head(head, *rows_ND.shape))
+        response.raw_output_contents.append(rows_ND.tobytes())
+    else:
+        response.CopyFrom(_head(head))
+        _write_outputs(response, rows_ND, statuses, wanted)
+    response.id = request_id
+    return response
+
+
+def _write_outputs(
+    response: Any,
+    rows_ND: NDArray[np.float32],
+    statuses: Sequence[pb.ItemStatus],
+    wanted: tuple[Wanted, ...],
+) -> None:
+    """Write outputs of every kind, and the statuses where an image has no vector."""
     if len(rows_ND) < len(statuses):
         rows_ND = _spread(rows_ND, statuses)
         present = {output.name for output in wanted}
@@ -174,8 +205,18 @@ def _spread(rows_ND: NDArray[np.float32], statuses: Sequence[pb.ItemStatus]) -> 
     return spread_ND
 
 
-def begin_response(request_id: str, *, name: str, version: str, fingerprint: str) -> Any:
-    """Begin the reply of a model."""
-    response = kserve.ModelInferResponse(model_name=name, model_version=version, id=request_id)
-    response.parameters["fingerprint"].string_param = fingerprint
+@lru_cache(maxsize=256)
+def _head(head: Head) -> Any:
+    """Write what every reply of a model begins with; it is copied, never changed."""
+    response = kserve.ModelInferResponse(model_name=head.name, model_version=head.version)
+    response.parameters["fingerprint"].string_param = head.fingerprint
+    return response
+
+
+@lru_cache(maxsize=256)
+def _plain_head(head: Head, n: int, dims: int) -> Any:
+    """Write all of a plain reply but its vectors: a copy takes a quarter of the time."""
+    response = kserve.ModelInferResponse()
+    response.CopyFrom(_head(head))
+    response.outputs.add(name=EMBEDDINGS, datatype="FP32", shape=(n, dims))
     return response

@@ -31,7 +31,7 @@ from serve.job import Embedded
 from serve.kserve import describe
 from serve.kserve.inputs import Inputs, read_inputs
 from serve.kserve.options import KserveOptions
-from serve.kserve.outputs import begin_response, check_room, read_outputs, write_response
+from serve.kserve.outputs import Head, check_room, read_outputs, write_response
 from serve.kserve.parameters import Asked, read_parameters
 from serve.kserve.regions import Regions
 from serve.kserve.repository import ModelControl, check_change, repository_index
@@ -147,11 +147,8 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
             check_room(wanted, images=inputs.count, dims=asked.dims or encoder.dim)
             deadline_s = min(deadline_s, call.arrived_s + asked.timeout_s)
             call.embedded = await _compute(model, inputs, asked, call, deadline_s, on_admitted)
-        response = begin_response(
-            request.id, name=model.name, version=model.version, fingerprint=encoder.fingerprint
-        )
-        write_response(response, call.embedded, wanted, asked)
-        return response
+        head = Head(model.name, model.version, encoder.fingerprint)
+        return write_response(call.embedded, wanted, asked, head=head, request_id=request.id)
 
     # What is served.
 
