@@ -80,6 +80,9 @@ class ServeOptions:
     max_queue_mib: int = 512
     """The same in MiB of payload and pixels."""
 
+    max_in_flight_mib: int = 256
+    """Messages of all calls under way, in MiB; a call beyond them is refused unparsed."""
+
     max_images_per_request: int = 1024
     """Images of an Embed, queries of a Search."""
 
@@ -179,6 +182,7 @@ POSITIVE = (
     "instances",
     "max_queue_images",
     "max_queue_mib",
+    "max_in_flight_mib",
     "max_images_per_request",
     "max_neighbours",
     "max_message_mib",

@@ -96,6 +96,7 @@ class Engine:
         self._observer = observer
         self._crashed = False
         self._idle_workers = 0
+        self._measures_loop = False
         self._crew = Crew(
             self._work,
             size=instances,
@@ -232,8 +233,12 @@ class Engine:
         with self._changing():
             if not self.alive:
                 raise UnavailableError("the model takes no more requests")
-            if self._batcher.admit(job, line_up=wait_for_room):
-                job.admitted.set_result(None)
+            try:
+                if self._batcher.admit(job, line_up=wait_for_room):
+                    job.admitted.set_result(None)
+            except DeadlineError:
+                self._measure_loop(job.loop)
+                raise
         await job.admitted
 
     # The threads' side.
@@ -382,8 +387,15 @@ class Engine:
 
     def _note_reply(self, posted_s: float) -> None:
         """Allow as much for replies to come."""
+        self._measures_loop = False
         with self._changed:
             self._batcher.note_reply(self._clock() - posted_s)
+
+    def _measure_loop(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Learn how long a reply would take now, where all are refused and there are none."""
+        if not self._measures_loop:
+            self._measures_loop = True
+            loop.call_soon(loop.call_soon, self._note_reply, self._clock())
 
     def _post(self, jobs: Sequence[Job], call: Callable[..., None], *arguments: object) -> None:
         """Have the event loop of `jobs` call."""

@@ -139,6 +139,8 @@ def without_paths(text: str) -> str:
     Errors that are written for callers name no paths; this is for those that come to them
     from further down, such as why a bundle could not be loaded.
     """
+    if "/" not in text:  # a refusal under load is not to cost a search
+        return text
     return _PATH.sub(lambda match: "..." + match[0][match[0].rindex("/") :], text)
 
 

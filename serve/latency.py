@@ -6,8 +6,10 @@ Rules:
     One odd batch moves nothing much: what it is off by counts up to a few times of what is
     usual. A change that stays is followed, within some tens of batches.
     What is not known is not used against anybody: before enough batches have run, and after
-    none has run for a while, the forecast is zero, so nothing is refused by it. While all
-    batches have one size their slope is not known, and taken for what it was, or for zero.
+    none has run for a moment, the forecast is zero, so nothing is refused by it. So a forecast
+    that is wrong cannot refuse everybody for long: what it lets through then corrects it.
+    While all batches have one size their slope is not known, and taken for what it was, or for
+    zero.
 
 It does not know what waits: that is `serve.backlog`.
 
@@ -27,9 +29,9 @@ MEMORY_BATCHES = 32
 MIN_BATCHES = 8
 """Nothing is said before so many: the first are slower, for memory and caches are cold."""
 
-BELIEVED_S = 10.0
-"""After so long without a batch the forecast is not believed: what it refuses could not
-prove it wrong otherwise."""
+BELIEVED_S = 1.0
+"""After so long without a batch, or three times as long as the last one took, the forecast is
+not believed: what it refuses could not prove it wrong otherwise."""
 
 CLIP_DEVIATIONS = 4.0
 """What a batch may be off by, in mean absolute deviations, before the rest is cut."""
@@ -67,7 +69,7 @@ class LatencyModel:
         self._first: list[tuple[int, float]] = []
         self._weight = self._n = self._t = self._nn = self._nt = 0.0
         self._batches = 0
-        self._last_s = 0.0
+        self._until_s = 0.0
 
     def __repr__(self) -> str:
         known = f"{self._a * 1e3:.3g} ms an image + {self._b * 1e3:.3g} ms a batch"
@@ -85,7 +87,7 @@ class LatencyModel:
     def observe(self, images: int, seconds: float, now_s: float) -> None:
         """Learn from a batch that has just run."""
         self._batches += 1
-        self._last_s = now_s
+        self._until_s = now_s + max(BELIEVED_S, 3 * seconds)
         if not self._known:
             self._first.append((images, seconds))
         elif self._first:
@@ -95,9 +97,9 @@ class LatencyModel:
 
     def predict_s(self, images: int, now_s: float) -> float:
         """Say how long a batch will take; 0 where that is not known."""
-        if not self._known or now_s - self._last_s > BELIEVED_S:
+        if not self._known or now_s > self._until_s:
             return 0.0
-        return self._a * images + self._b + self._deviation
+        return self._a * images + self._b + 2 * self._deviation
 
     def drain_s(self, images: int, *, batch_images: int, instances: int, now_s: float) -> float:
         """Say how long many images will take in full batches; 0 where that is not known."""

@@ -17,6 +17,7 @@ import asyncio
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import TypeAlias, TypeVar
 
@@ -42,6 +43,7 @@ class ThreadPool:
         `on_trouble` is called on some thread once one has died or hangs and is replaced.
         """
         self._tasks: queue.SimpleQueue[tuple[Call, Call] | None] = queue.SimpleQueue()
+        self._task_s = 0.0  # smoothed; several threads may write it, and one is lost then
         self._crew = Crew(
             self._work, size=threads, name=name, on_lost=_tell_lost, on_trouble=on_trouble
         )
@@ -53,6 +55,11 @@ class ThreadPool:
     def size(self) -> int:
         """How many threads there are."""
         return self._crew.size
+
+    @property
+    def wait_s(self) -> float | None:
+        """How long a task given now would wait, going by those of late; None without any."""
+        return self.waiting * self._task_s / self.size or None
 
     @property
     def waiting(self) -> int:
@@ -111,10 +118,12 @@ class ThreadPool:
         while not member.given_up and (item := self._tasks.get()) is not None:
             task, on_lost = item
             member.begin(on_lost)
+            started_s = time.monotonic()
             try:
                 task()
             except Exception:
                 log.exception("a task of %s failed", threading.current_thread().name)
+            self._task_s += (time.monotonic() - started_s - self._task_s) / 8
             member.end()
             del item, task, on_lost  # its images go now, not when the next task comes
 

@@ -96,6 +96,7 @@ class Server:
             keys=options.keys,
             limits=options.limits,
             max_images=options.max_images_per_request,
+            max_in_flight_bytes=options.max_in_flight_mib * MIB,
             on_turned_away=lambda code: self.operation.observer.turned_away(code),
         )
         self._shares = share_cpus(place.share_of(options.cpu_budget or cpu_budget()))

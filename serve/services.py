@@ -320,7 +320,10 @@ class HoraceServicer(pb_grpc.HoraceServicer):
         most = self._limits.max_waiting_searches
         if self._search_pool.waiting >= most:
             raise QueueFullError(
-                "searches", expected=f"fewer than {most} that wait", found=f"{most}"
+                "searches",
+                expected=f"fewer than {most} that wait",
+                found=f"{most}",
+                retry_after_s=self._search_pool.wait_s,
             )
         return await self._search_pool.run(work)
 

@@ -151,6 +151,16 @@ GAUGES: tuple[tuple[str, str, Callable[[BatcherStatistics], float]], ...] = (
     ("horace_running_images", "Images in the encoder.", lambda s: s.running_images),
     ("horace_lined_up_requests", "Requests of streams that wait.", lambda s: s.lined_up_requests),
     (
+        "horace_forecast_image_seconds",
+        "The forecast's time an image; 0 where it is not known.",
+        lambda s: s.latency.per_image_s,
+    ),
+    (
+        "horace_forecast_batch_seconds",
+        "The forecast's time a batch, beside that of its images.",
+        lambda s: s.latency.per_batch_s,
+    ),
+    (
         "horace_image_cost_seconds",
         "What an image adds to a batch.",
         lambda s: s.latency.per_image_s,
@@ -180,6 +190,40 @@ ENGINE_COUNTERS: tuple[tuple[str, str, Callable[[BatcherStatistics], float]], ..
 """What the engine of each version counts: name without `_total`, what it means, how to read it."""
 
 
+ENDS: tuple[tuple[str, Callable[[BatcherStatistics], float]], ...] = (
+    ("refused_full", lambda s: s.refused_requests),
+    ("refused_deadline", lambda s: s.unmeetable_requests),
+    ("dropped_deadline", lambda s: s.expired_requests),
+    ("cancelled", lambda s: s.cancelled_requests),
+)
+"""How requests end in a queue without a vector: the label's value, how to read it."""
+
+
+def _queue_counters(models: Sequence[ModelState]) -> Iterator[Metric]:
+    """Give what each model's queue has counted since that version was loaded."""
+    ended = CounterMetricFamily(
+        "horace_queue_ended",
+        "Requests that a queue refused or let go, by why.",
+        labels=["model", "version", "why"],
+    )
+    pair = ["model", "version"]
+    computed = CounterMetricFamily("horace_computed_images", "Images computed.", labels=pair)
+    abandoned = CounterMetricFamily(
+        "horace_abandoned_images",
+        "Images whose caller went, or whose deadline passed, while they were computed.",
+        labels=pair,
+    )
+    for model in models:
+        names, now = [model.name, model.version], model.statistics
+        for why, read in ENDS:
+            ended.add_metric([*names, why], read(now))
+        computed.add_metric(names, now.computed_images)
+        abandoned.add_metric(names, now.abandoned_images)
+    yield ended
+    yield computed
+    yield abandoned
+
+
 def model_gauges(models: Sequence[ModelState]) -> Iterator[Metric]:
     """Give the present state of every model that is served."""
     pair = ["model", "version"]
@@ -193,6 +237,7 @@ def model_gauges(models: Sequence[ModelState]) -> Iterator[Metric]:
         for model in models:
             counter.add_metric([model.name, model.version], read(model.statistics))
         yield counter
+    yield from _queue_counters(models)
     alive = GaugeMetricFamily("horace_model_alive", "Whether its threads run.", labels=pair)
     info = InfoMetricFamily("horace_model", "Which encoder it is.", labels=pair)
     for model in models:

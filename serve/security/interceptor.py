@@ -25,6 +25,7 @@ from typing import Any, NoReturn, TypeAlias
 import grpc
 
 from serve.errors import RequestError, UnauthenticatedError, retry_metadata, to_status
+from serve.in_flight import InFlight
 from serve.security.buckets import Quota
 from serve.security.caller import CURRENT, Caller
 from serve.security.costs import count_images
@@ -50,6 +51,7 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
         guard: Guard,
         *,
         max_images: int = 1024,
+        max_in_flight_bytes: int = 256 << 20,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         on_turned_away: Callable[[grpc.StatusCode], None] = lambda _: None,
     ) -> None:
@@ -58,11 +60,13 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
         Args:
             guard: decides.
             max_images: the most that a request is charged for: what asks for more is refused.
+            max_in_flight_bytes: of all messages of calls that are under way.
             sleep: waits until a stream's turn.
             on_turned_away: hears with which code a call ended that no service saw.
         """
         self._guard = guard
         self._max_images = max_images
+        self._in_flight = InFlight(max_bytes=max_in_flight_bytes)
         self._sleep = sleep
         self._on_turned_away = on_turned_away
         self._guarded: dict[str, tuple[Handler, Handler]] = {}
@@ -115,7 +119,7 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
         async def answer(incoming: Any, context: Context) -> Any:
             try:
                 entered = enter(context)
-                with self._guard.under_way(entered):
+                with self._guard.under_way(entered), self._in_flight.hold(incoming):
                     return await behaviour(take_in(entered, incoming), context)
             except grpc.aio.AbortError:
                 raise
@@ -130,7 +134,7 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
         async def answer(incoming: Any, context: Context) -> AsyncIterator[Any]:
             try:
                 entered = enter(context)
-                with self._guard.under_way(entered):
+                with self._guard.under_way(entered), self._in_flight.hold(incoming):
                     async with aclosing(behaviour(take_in(entered, incoming), context)) as replies:
                         async for reply in replies:
                             yield reply

@@ -33,6 +33,7 @@ class Security:
         keys: KeyOptions,
         limits: CallerLimits,
         max_images: int,
+        max_in_flight_bytes: int = 256 << 20,
         on_turned_away: Callable[[grpc.StatusCode], None] = lambda _: None,
     ) -> None:
         """Read the files and watch them.
@@ -42,6 +43,7 @@ class Security:
             keys: who may call.
             limits: how much each may ask for.
             max_images: the most that one request may ask for.
+            max_in_flight_bytes: of all messages of calls that are under way.
             on_turned_away: hears with which code a call ended that no service saw.
 
         Raises:
@@ -55,7 +57,10 @@ class Security:
             ring=self._keys, open_reflection=keys.open_reflection, quota=limits.quota
         )
         self.interceptor = GuardInterceptor(
-            self.guard, max_images=max_images, on_turned_away=on_turned_away
+            self.guard,
+            max_images=max_images,
+            max_in_flight_bytes=max_in_flight_bytes,
+            on_turned_away=on_turned_away,
         )
         self._files: list[Reloadable[Any]] = [
             file for file in (self.certificates, self._ring) if file is not None

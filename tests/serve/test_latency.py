@@ -44,6 +44,9 @@ def test_nothing_is_said_of_what_was_long_ago():
     model = trained(0.001, 0.005)
     assert model.predict_s(32, BELIEVED_S) > 0
     assert model.predict_s(32, BELIEVED_S + 0.1) == 0.0
+    slow = trained(0.1, 0.0, sizes=[32])
+    assert slow.predict_s(32, 9.0) > 0, "three times as long as a batch takes"
+    assert slow.predict_s(32, 9.7) == 0.0
 
 
 def test_one_odd_batch_moves_nothing_much():

@@ -109,3 +109,14 @@ def test_a_task_that_takes_its_thread_along_is_reported():
 
     asyncio.run(main())
     assert pool.close()
+
+
+def test_what_waits_says_how_long_a_newcomer_would(pool):
+    """Going by the tasks of late, so that a refusal can say when to come back."""
+    assert pool.wait_s is None
+    gate = hold(pool)
+    pool._task_s = 0.5
+    pool.submit(lambda: None)
+    pool.submit(lambda: None)
+    assert pool.wait_s == 1.0
+    gate.set()

@@ -1,0 +1,153 @@
+"""What a caller hears of a server that has too much to do, over real gRPC on both front ends."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import grpc
+import numpy as np
+import pytest
+
+from models.wire import image_to_wire
+from protos import horace_pb2 as pb
+from protos import horace_pb2_grpc as pb_grpc
+from serve.errors import QueueFullError
+from serve.in_flight import InFlight
+from serve.latency import MIN_BATCHES
+
+FRONTENDS = pytest.mark.parametrize("frontend", ["grpcio", "native"])
+
+
+def request_of(*images, **fields) -> pb.EmbedRequest:
+    """A request for these pixels."""
+    return pb.EmbedRequest(images=[image_to_wire(one) for one in images], **fields)
+
+
+def teach(server, *, batch_s: float):
+    """Let the only model's forecast know how long a batch takes; its batcher."""
+    batcher = server.catalog.model("fake").engine._batcher
+    for _ in range(2 * MIN_BATCHES):
+        batcher._latency.observe(1, batch_s, time.monotonic())
+    return batcher
+
+
+async def refusal(call) -> tuple[grpc.StatusCode, str, dict[str, str]]:
+    """The status with which a call ends, and its trailing metadata."""
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await call
+    error = refused.value
+    return error.code(), error.details() or "", dict(error.trailing_metadata() or ())
+
+
+@FRONTENDS
+def test_a_full_queue_says_when_to_come_back(serving, fake, image, eventually, frontend):
+    """RESOURCE_EXHAUSTED at once, with a number; grpcio has it for gRPC's own retries, too."""
+
+    async def main():
+        async with (
+            serving(fake, frontend=frontend, max_queue_images=2) as server,
+            grpc.aio.insecure_channel(server.address) as channel,
+        ):
+            stub = pb_grpc.HoraceStub(channel)
+            teach(server, batch_s=1.5)
+            fake.gate.clear()
+            held = stub.Embed(request_of(image(1), image(2)))
+            await eventually(fake.entered.is_set)
+            code, message, trailing = await refusal(stub.Embed(request_of(image(3))))
+            assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert "2 of 2 images" in message
+            assert 1400 <= int(trailing["retry-after-ms"]) <= 1700
+            if frontend == "grpcio":  # the native one cannot send names that begin so
+                assert trailing["grpc-retry-pushback-ms"] == trailing["retry-after-ms"]
+            fake.gate.set()
+            await held
+
+    asyncio.run(main())
+
+
+@FRONTENDS
+def test_a_deadline_that_cannot_be_met_is_refused_at_once(serving, fake, image, frontend):
+    """The server's own words, long before the deadline, and nothing was computed."""
+
+    async def main():
+        async with (
+            serving(fake, frontend=frontend) as server,
+            grpc.aio.insecure_channel(server.address) as channel,
+        ):
+            stub = pb_grpc.HoraceStub(channel)
+            batcher = teach(server, batch_s=500.0)
+            code, message, _ = await refusal(stub.Embed(request_of(image(1)), timeout=100))
+            assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+            assert message.startswith("deadline: expected 5")
+            assert fake.computed == []
+            assert batcher.statistics().unmeetable_requests == 1
+            await stub.Embed(request_of(image(2)))
+            assert fake.computed == [2], "without a deadline it is computed"
+
+    asyncio.run(main())
+
+
+@FRONTENDS
+def test_a_priority_is_kept_over_the_wire(serving, fake, image, eventually, frontend):
+    """1 runs before the default, whoever came first; 4 is none."""
+
+    async def main():
+        async with (
+            serving(fake, frontend=frontend, max_batch_images=1) as server,
+            grpc.aio.insecure_channel(server.address) as channel,
+        ):
+            stub = pb_grpc.HoraceStub(channel)
+            engine = server.catalog.model("fake").engine
+            fake.gate.clear()
+            calls = [stub.Embed(request_of(image(1)))]
+            await eventually(fake.entered.is_set)
+            for n, priority in ((2, 0), (3, 3), (4, 1)):
+                calls.append(stub.Embed(request_of(image(n), priority=priority)))
+                await eventually(lambda n=n: engine.statistics().waiting_images == n - 1)
+            fake.gate.set()
+            await asyncio.gather(*calls)
+            assert fake.computed == [1, 4, 2, 3]
+            code, message, _ = await refusal(stub.Embed(request_of(image(1), priority=4)))
+            assert code is grpc.StatusCode.INVALID_ARGUMENT
+            assert message == "priority: expected 0 to 3, 1 being the first, found 4"
+
+    asyncio.run(main())
+
+
+@FRONTENDS
+def test_bytes_under_way_are_bounded(serving, fake, eventually, frontend):
+    """A message beyond the bound is refused unparsed; there is room again when a call is over."""
+    large = request_of(np.zeros((800, 800, 1), np.uint8))
+
+    async def main():
+        async with (
+            serving(fake, frontend=frontend, max_in_flight_mib=1) as server,
+            grpc.aio.insecure_channel(server.address) as channel,
+        ):
+            stub = pb_grpc.HoraceStub(channel)
+            fake.gate.clear()
+            held = stub.Embed(large)
+            await eventually(fake.entered.is_set)
+            code, message, _ = await refusal(stub.Embed(large))
+            assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert message.startswith(
+                "requests under way: expected at most 1048576 bytes, found 64"
+            )
+            fake.gate.set()
+            await held
+            await stub.Embed(large)
+
+    asyncio.run(main())
+
+
+def test_where_nothing_is_under_way_any_message_fits():
+    """What could never come in beside others comes in alone; streams count as nothing here."""
+    in_flight = InFlight(max_bytes=10)
+    with in_flight.hold(bytes(20)):
+        assert repr(in_flight) == "<InFlight 20/10 bytes of 1 calls>"
+        with pytest.raises(QueueFullError, match="found 20 bytes, and this one with 1"):
+            in_flight.hold(b"1")
+        with in_flight.hold(object()):
+            assert in_flight.calls == 2
+    assert (in_flight.bytes, in_flight.calls) == (0, 0)
