@@ -257,6 +257,7 @@ class Server:
             guard=self.security.guard,
             timeout_s=options.http.timeout_s,
             max_held_bytes=options.http.max_body_mib * MIB,
+            on_turned_away=self.operation.observer.turned_away,
         )
         return HttpDoor(
             options.http,

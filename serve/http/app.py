@@ -26,7 +26,7 @@ from serve.errors import DeadlineError, RequestError
 from serve.http.body import Body, BodyMemory, read_body
 from serve.http.context import HttpContext
 from serve.http.doorman import Doorman
-from serve.http.faults import refuse, refuse_with
+from serve.http.faults import Aborted, code_of, refuse, refuse_with
 from serve.http.fields import read_embed, read_search
 from serve.http.openapi import describe
 from serve.http.replies import (
@@ -186,6 +186,8 @@ class _Routes:
         except ClientDisconnect:
             return Response(status_code=499)  # nobody reads it
         except Exception as error:
+            if not isinstance(error, Aborted):  # which a service has counted
+                self._doorman.on_turned_away(code_of(error))
             return refuse(error, headers)
         response.headers.update(headers)
         return response

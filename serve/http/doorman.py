@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import grpc
+
 from serve.security.guard import Guard
 from serve.services import HoraceServicer, RequestLimits
 
@@ -22,6 +24,7 @@ class Doorman:
         timeout_s: the longest that a request may take.
         max_held_bytes: of bodies that are in memory at once.
         clock: monotonic seconds, that of the services.
+        on_turned_away: hears with which code a request ended that no service saw.
     """
 
     services: HoraceServicer
@@ -31,3 +34,4 @@ class Doorman:
     timeout_s: float = 60.0
     max_held_bytes: int = 1 << 29
     clock: Callable[[], float] = time.monotonic
+    on_turned_away: Callable[[grpc.StatusCode], None] = lambda _: None

@@ -74,6 +74,16 @@ class Aborted(Exception):
         self.code, self.message, self.retry_after_s = code, message, retry_after_s
 
 
+def code_of(error: Exception) -> grpc.StatusCode:
+    """Give gRPC's code of an error, for who counts them."""
+    if isinstance(error, Aborted):
+        return error.code
+    for kind in type(error).__mro__:
+        if code := STATUS_CODES.get(kind):
+            return code
+    return Code.INVALID_ARGUMENT if type(error) in OWN_STATUS else Code.INTERNAL
+
+
 def refuse(error: Exception, headers: Mapping[str, str]) -> Response:
     """Answer with what went wrong.
 

@@ -18,6 +18,7 @@ import pytest
 from models.errors import UsageError
 from serve.client import AsyncClient, Client, RetryPolicy
 from serve.errors import UnauthenticatedError
+from serve.http.options import HttpOptions
 from serve.operation.metrics import as_triton_types_it, count_threads, cpu_throttled_s
 from serve.operation.options import MetricsOptions
 from serve.operation.state import turns
@@ -418,3 +419,29 @@ def test_callers_are_counted_by_the_name_of_their_key_and_strangers_are_not_name
     seen = asyncio.run(main())
     assert seen["horace_requests_by_key_total", (("code", "OK"), ("key", "team-a"))] >= 1
     assert seen["horace_turned_away_total", (("code", "UNAUTHENTICATED"),)] >= 1
+
+
+def test_a_request_over_http_is_counted_as_one_over_grpc_is(serving, fake):
+    """What a service answers by its method; what no service saw as turned away, once."""
+    body = json.dumps({"images": ["bm8gaW1hZ2U="]}).encode()
+
+    def post(url: str, data: bytes, kind: str) -> int:
+        request = urllib.request.Request(url + "/v1/embed", data, {"content-type": kind})
+        try:
+            with urllib.request.urlopen(request, timeout=30) as reply:
+                return reply.status
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code
+
+    async def main():
+        options = {"metrics": MetricsOptions(port=0), "http": HttpOptions(port=0)}
+        async with serving(fake, **options) as server:
+            posts = [(body, "application/json"), (b"{", "application/json"), (b"x", "text/plain")]
+            answers = [await asyncio.to_thread(post, server.http.url, *each) for each in posts]
+            return answers, samples((await get(server, "/metrics"))[1])
+
+    answers, seen = asyncio.run(main())
+    assert answers == [200, 400, 415]
+    assert seen["horace_requests_total", (("code", "OK"), ("method", "Embed"))] == 1
+    assert seen["horace_turned_away_total", (("code", "INVALID_ARGUMENT"),)] == 2
