@@ -321,6 +321,7 @@ class Server:
             divide_threads=self._divide_threads,
             pool=self._opening_pool,
             dispose=self.catalog.dispose,
+            largest_batch=options.max_batch_images,
         )
         return Lifecycle(
             self.catalog,

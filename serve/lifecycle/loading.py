@@ -3,12 +3,15 @@
 Rules:
     Nothing is offered to callers before a real image has gone through the whole pipeline:
     what is broken is found here, while what is served goes on.
-    What was opened and does not run is closed.
+    What was opened and does not run, or not in time, is closed.
+    On a GPU the largest batch goes through, too: CUDA plans and TensorRT builds by shape, and
+    the first caller must not wait for that.
     Opening blocks and runs on a thread; the warm-up belongs to the event loop.
 """
 
 from __future__ import annotations
 
+import asyncio
 import io
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +29,9 @@ from serve.errors import StartError
 from serve.lifecycle.leases import Dispose
 from serve.lifecycle.options import ModelOptions
 from serve.pool import ThreadPool
+
+WARM_UP_S = 600.0
+"""How long the first image may take; TensorRT may build for minutes."""
 
 CLOSE_TIMEOUT_S = 2.0
 """How long a thread may take to end once nobody waits for it."""
@@ -104,6 +110,7 @@ class Loader:
         divide_threads: DivideThreads,
         pool: ThreadPool,
         dispose: Dispose,
+        largest_batch: int = 32,
     ) -> None:
         """Take what opens and what runs.
 
@@ -113,12 +120,14 @@ class Loader:
             divide_threads: gives an encoder its threads.
             pool: where models are opened; closed by its owner.
             dispose: runs what closes a model; see `serve.lifecycle.leases`.
+            largest_batch: images of the largest batch that an engine makes.
         """
         self._open_model = open_model
         self._make_engine = make_engine
         self._divide_threads = divide_threads
         self._pool = pool
         self.dispose = dispose
+        self._largest_batch = largest_batch
 
     async def load(
         self, options: ModelOptions, path: str, *, name: str | None, version: str
@@ -154,21 +163,39 @@ class Loader:
         threads = options.threads or self._divide_threads(options)
         if options.is_remote:
             return self._open_model(path, threads=threads)
-        return self._open_model(
+        encoder = self._open_model(
             path, threads=threads, precision=options.precision, placement=options.placement
         )
+        if options.provider != "cpu":
+            spec = encoder.preprocessing
+            shape = (self._largest_batch, spec.height, spec.width, spec.channels)
+            try:
+                encoder.encode(np.zeros(shape, np.uint8))
+            except BaseException:
+                encoder.close()
+                raise
+        return encoder
 
 
 async def warm_up(loaded: Runs) -> None:
     """Send an encoded image through the whole pipeline.
 
     Raises:
-        StartError: no vector came out.
+        StartError: no vector came out, or not in time.
     """
     image = _grey_png(loaded.encoder.preprocessing)
-    embedded = await loaded.engine.embed(
+    work = loaded.engine.embed(
         [image], count=1, payload_bytes=len(image), priority=1, wait_for_room=True
     )
+    try:
+        embedded = await asyncio.wait_for(work, WARM_UP_S)
+    except TimeoutError as error:
+        raise StartError(
+            f"model {loaded.name}",
+            expected=f"a vector of a grey image within {WARM_UP_S:g} s",
+            found="none",
+            mend="see what its runtime waits for, or export the bundle again",
+        ) from error
     if embedded.errors[0] is not None or not np.isfinite(embedded.vectors_ND).all():
         raise StartError(
             f"model {loaded.name}",

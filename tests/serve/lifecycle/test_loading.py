@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from models.errors import EncoderError
+from serve.engine import Engine
+from serve.errors import StartError
+from serve.lifecycle.leases import at_once
+from serve.lifecycle.loading import Loader
+from serve.lifecycle.options import read_model_options
+from serve.pool import ThreadPool
+
+
+@pytest.fixture
+def pool():
+    """A thread that opens, and that decodes for the engines."""
+    pool = ThreadPool(threads=1, name="open")
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def load(fake, pool):
+    """A function that loads the fake encoder as options say; it gives how it was opened."""
+
+    def run(text: str) -> tuple[tuple, dict]:
+        opened = []
+
+        def open_model(path, **how):
+            opened.append((path, how))
+            return fake
+
+        loader = Loader(
+            open_model=open_model,
+            make_engine=lambda encoder, options, *, name, version: Engine(
+                encoder, decode_pool=pool
+            ),
+            divide_threads=lambda options: 5,
+            pool=pool,
+            dispose=at_once,
+            largest_batch=4,
+        )
+        options = read_model_options(text)
+
+        async def main():
+            loaded = await loader.load(options, options.path, name=options.name, version="1")
+            loaded.close()
+            return loaded.name
+
+        name = asyncio.run(main())
+        ((path, how),) = opened
+        return (name, path), how
+
+    return run
+
+
+def test_options_reach_the_runtime(load, fake):
+    """Precision, provider and threads of the model; its share of the CPUs where it has none."""
+    named, how = load("m=dir,precision=int8,threads=2")
+    assert named == ("m", "dir")
+    assert (how["threads"], how["precision"], how["placement"].provider) == (2, "int8", "cpu")
+    named, how = load("dir")
+    assert named == ("fake", "dir")
+    assert (how["threads"], how["precision"]) == (5, None)
+    assert [len(batch) for batch in fake.batches] == [1, 1]
+    assert fake.closed
+
+
+def test_a_remote_model_has_its_own(load):
+    """No precision and no provider cross the wire."""
+    _, how = load("m=horace://there:1/m,instances=2")
+    assert how == {"threads": 5}
+
+
+def test_a_gpu_sees_its_largest_batch_before_a_caller_does(load, fake):
+    """Engines are built by shape: the extremes are built while nobody waits."""
+    load("dir,provider=cuda")
+    assert [len(batch) for batch in fake.batches] == [4, 1]
+
+
+def test_what_fails_in_its_largest_batch_is_closed(load, fake):
+    """Too little memory for a full batch is found here."""
+    fake.failures.append(EncoderError("out of memory"))
+    with pytest.raises(EncoderError, match="out of memory"):
+        load("dir,provider=cuda")
+    assert fake.closed
+
+
+def test_what_hangs_is_given_up(load, fake, monkeypatch):
+    """The line says how long was waited, and the encoder is closed."""
+    monkeypatch.setattr("serve.lifecycle.loading.WARM_UP_S", 0.05)
+    monkeypatch.setattr("serve.lifecycle.loading.CLOSE_TIMEOUT_S", 0.05)
+    fake.gate.clear()
+    with pytest.raises(StartError, match=r"expected a vector of a grey image within 0.05 s, found"):
+        load("dir")
+    fake.gate.set()
+    assert fake.closed
+
+
+def test_nonsense_is_not_served(load, fake):
+    """A vector that is not finite is no vector."""
+    fake.encode = lambda images: np.full((len(images), 4), np.inf, np.float32)
+    with pytest.raises(StartError, match="expected a vector of finite numbers"):
+        load("dir")
+    assert fake.closed
