@@ -154,6 +154,13 @@ class ServeOptions:
             if not 0 <= value <= most:
                 option = "--" + name.replace("_", "-")
                 raise UsageError(option, expected=f"0 to {most}", found=str(value))
+        if self.model_control and self.workers > 1:
+            raise UsageError(
+                "--model-control",
+                expected="one worker: a call reaches one alone",
+                found=f"--workers {self.workers}",
+                mend="let them watch the disk with --watch-s, or send SIGHUP",
+            )
         bundles = tuple(map(read_model_options, self.bundle))
         if not bundles and self.repository is None:
             bundles = (ModelOptions(name=None, path=str(SHIPPED_BUNDLE)),)

@@ -48,3 +48,14 @@ def test_values_that_make_no_sense_are_refused(options, message):
     """One line names the option, what it takes and what was given."""
     with pytest.raises(UsageError, match=f"^{message}$"):
         ServeOptions(**options)
+
+
+def test_callers_load_models_into_one_worker_alone_or_not_at_all():
+    """A call reaches one worker; the line says what reaches all."""
+    with pytest.raises(UsageError, match=r"--model-control: expected one worker: .*--watch-s"):
+        ServeOptions(model_control=True, workers=2)
+
+
+def test_a_repository_stands_in_for_the_shipped_bundle(tmp_path):
+    """Where models are looked for in a directory, none is served that is not there."""
+    assert ServeOptions(repository=str(tmp_path)).bundles == ()
