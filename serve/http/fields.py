@@ -9,10 +9,9 @@ Rules:
 from __future__ import annotations
 
 import binascii
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +26,7 @@ Message = TypeVar("Message", pb.EmbedRequest, pb.SearchRequest)
 
 MAX_UINT32 = (1 << 32) - 1
 MAX_UINT64 = (1 << 64) - 1
+MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 ENCODINGS = ("float", "base64")
 
@@ -262,7 +262,7 @@ def _rows(name: str, values: Sequence[object]) -> NDArray[np.float32]:
     rows = [_items(name, value) for value in values]
     if len({len(row) for row in rows}) != 1:
         raise RequestError(name, expected="vectors of one length", found="several lengths")
-    if not all(type(number) in (int, float) for row in rows for number in row):
+    if not all(_is_number(number) for row in rows for number in row):
         raise RequestError(name, expected="numbers", found="something else")
     with np.errstate(over="ignore"):  # what float32 cannot hold has a status of its own
         return np.asarray(rows, np.float64).astype(np.float32)
@@ -279,9 +279,14 @@ def _id(name: str, value: object) -> int:
 
 def _number(name: str, value: object) -> float:
     """Read a number that float32 holds."""
-    if type(value) not in (int, float) or not math.isfinite(np.float32(str(value))):
+    if not _is_number(value) or not abs(value) <= MAX_FLOAT32:
         raise _wrong(name, "a number", value)
-    return float(str(value))
+    return float(value)
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a number of JSON, of a size that a float has."""
+    return type(value) is float or (type(value) is int and abs(value) <= MAX_FLOAT32)
 
 
 def _object(name: str, value: object, known: Sequence[str]) -> Mapping[str, object]:

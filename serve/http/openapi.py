@@ -90,15 +90,18 @@ def _embed(limits: RequestLimits) -> Json:
         "request_id": _described(STRING, "comes back in the reply, and stands in the log"),
         "priority": _count("1 is served before 2 and 3; 2 where not given", LOWEST_PRIORITY),
     }
-    images = _images(limits)
+    document = _object({"images": _images(limits), **options}, ["images"])
+    form = _object({"images": _files(limits), **options}, ["images"])
+    for schema in (document, form):  # numbers are fp32
+        schema["anyOf"] = [
+            {"properties": {"dtype": {"const": "fp32"}}},
+            {"properties": {"encoding": {"const": "base64"}}, "required": ["encoding"]},
+        ]
     return {
         "summary": "Embed images",
         "operationId": "embed",
         "parameters": [_timeout(), _request_id()],
-        "requestBody": _bodies(
-            {**_object({"images": images, **options}, ["images"])},
-            {**_object({"images": _files(limits), **_as_form(options)}, ["images"])},
-        ),
+        "requestBody": _bodies(document, form),
         "responses": {"200": _json("Embedded", "a result for each image"), **_refusals()},
     }
 
@@ -107,12 +110,25 @@ def _search(limits: RequestLimits) -> Json:
     """Describe `/v1/search`."""
     queries: Json = {
         "images": _images(limits),
-        "vectors": {"type": "array", "items": VECTOR, "minItems": 1},
-        "ids": {"type": "array", "items": ID, "minItems": 1, "maxItems": limits.max_images},
+        "vectors": {
+            "type": "array",
+            "items": VECTOR,
+            "minItems": 1,
+            "description": "of the collection's own encoder; its fingerprint goes with them",
+        },
+        "ids": {
+            "type": "array",
+            "items": ID,
+            "minItems": 1,
+            "maxItems": limits.max_images,
+            "description": "of stored images, as text or numbers; each is left out of its hits",
+        },
         "combined": {
             "type": "array",
             "minItems": 1,
             "items": {"$ref": "#/components/schemas/Combination"},
+            "description": "queries of several examples each, near the positives and far from "
+            "the negatives",
         },
     }
     options: Json = {
@@ -138,7 +154,7 @@ def _search(limits: RequestLimits) -> Json:
         "operationId": "search",
         "parameters": [_timeout(), _request_id()],
         "requestBody": _bodies(
-            document, _object({"images": _files(limits), **_as_form(options)}, ["images"])
+            document, _object({"images": _files(limits), **options}, ["images"])
         ),
         "responses": {"200": _json("Found", "a result for each query"), **_refusals()},
     }
@@ -280,13 +296,8 @@ def _images(limits: RequestLimits) -> Json:
 
 def _files(limits: RequestLimits) -> Json:
     """Describe the images of a form."""
-    file = {"type": "string", "format": "binary"}
+    file = {"type": "string", "format": "binary", "description": "image files"}
     return {"type": "array", "items": file, "minItems": 1, "maxItems": limits.max_images}
-
-
-def _as_form(options: Json) -> Json:
-    """Describe fields as a form has them: texts that read as JSON's values."""
-    return {name: {**schema} for name, schema in options.items()}
 
 
 def _count(description: str, most: int) -> Json:

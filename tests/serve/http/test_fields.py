@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from serve.errors import RequestError
+from serve.http.body import Body, BodyMemory
+from serve.http.fields import EMBED_FIELDS, SEARCH_FIELDS, read_embed, read_search
+from serve.http.openapi import describe
+from serve.services import RequestLimits
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+examples = st.dictionaries(st.sampled_from(["image", "vector", "id"]), json_values, max_size=2)
+combined = st.lists(
+    st.dictionaries(
+        st.sampled_from(["positives", "negatives", "negative_weight"]),
+        st.lists(examples, max_size=2) | json_values,
+    ),
+    max_size=2,
+)
+
+
+def fields(names):
+    """Bodies with some of the fields that there are, and any value in each."""
+    values = st.dictionaries(st.sampled_from(names), json_values | combined)
+    files = st.none() | st.lists(st.binary(max_size=4), min_size=1, max_size=3)
+    return st.builds(Body, fields=values, images=files, is_form=st.booleans())
+
+
+@given(fields([*EMBED_FIELDS, "other"]))
+@example(Body(fields={"images": [""], "model": "\ud800"}))
+@example(Body(fields={"images": [""], "dims": "9" * 99}, is_form=True))
+def test_whatever_embed_is_asked_is_read_or_refused(body):
+    """With a message that can be sent, or with an error of the caller's."""
+    try:
+        message, _ = read_embed(body, "")
+    except RequestError:
+        return
+    assert message.SerializeToString()
+
+
+@given(fields([*SEARCH_FIELDS, "other"]))
+@example(Body(fields={"vectors": [[1e300, -1e300]]}))
+@example(Body(fields={"ids": ["9" * 99]}))
+@example(Body(fields={"combined": [{"negative_weight": 1e300}]}))
+@example(Body(fields={"combined": [{"negative_weight": float("nan")}]}))
+@example(Body(fields={"vectors": [[10**400]]}))
+def test_whatever_search_is_asked_is_read_or_refused(body):
+    """With a message that can be sent, or with an error of the caller's."""
+    try:
+        message, _ = read_search(body, "")
+    except RequestError:
+        return
+    assert message.SerializeToString()
+
+
+@pytest.mark.parametrize(("path", "names"), [("embed", EMBED_FIELDS), ("search", SEARCH_FIELDS)])
+def test_the_description_names_every_field(path, names):
+    """And no other."""
+    content = describe(RequestLimits())["paths"][f"/v1/{path}"]["post"]["requestBody"]["content"]
+    assert set(content["application/json"]["schema"]["properties"]) == set(names)
+    form = set(content["multipart/form-data"]["schema"]["properties"])
+    assert form <= set(names)
+
+
+@given(st.lists(st.lists(st.integers(0, 50), max_size=4), max_size=6))
+def test_memory_of_bodies_is_given_back(sizes):
+    """However each of them grew, and whether there was room or not."""
+    memory = BodyMemory(100)
+    for grown in sizes:
+        with memory.holding() as held:
+            for size in grown:
+                held.grow(size)
+            assert memory.held_bytes == max([0, *grown])
+    assert repr(memory) == "<BodyMemory 0 of 100 bytes>"
