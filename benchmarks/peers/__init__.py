@@ -1,0 +1,1 @@
+"""The servers that `benchmarks.serve_peers` compares, and what calls them."""
