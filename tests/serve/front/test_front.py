@@ -1,0 +1,436 @@
+"""Both front ends, side by side: what a servicer sees and what a caller gets is the same."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import struct
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from models.wire import image_to_wire
+from protos import horace_pb2 as pb
+from protos import horace_pb2_grpc as pb_grpc
+from serve.errors import StartError
+from serve.front import make_front
+from serve.front.port import is_loopback
+
+MAX_BYTES = 1 << 16
+MIB = 1 << 20
+
+
+@dataclass
+class Heard:
+    """What a servicer was told of its last call."""
+
+    calls: int = 0
+    metadata: dict[str, str | bytes] = field(default_factory=dict)
+    peer: str = ""
+    remaining_s: float | None = None
+    over: asyncio.Event = field(default_factory=asyncio.Event)
+    entered: asyncio.Event = field(default_factory=asyncio.Event)
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Parrot:
+    """A service of bytes: it does what its requests say."""
+
+    def __init__(self) -> None:
+        self.heard = Heard()
+
+    async def say(self, request, context):
+        """Answer, fail or wait."""
+        heard = self.heard
+        heard.calls += 1
+        heard.metadata = dict(context.invocation_metadata())
+        heard.peer, heard.remaining_s = context.peer(), context.time_remaining()
+        context.add_done_callback(lambda _: heard.over.set())
+        heard.entered.set()
+        match request:
+            case b"wait":
+                await heard.gate.wait()
+            case b"trailers":
+                await context.send_initial_metadata([("first", "1")])
+                context.set_trailing_metadata([("last", "2"), ("last-bin", b"\x00\xff")])
+            case b"abort":
+                code = grpc.StatusCode.RESOURCE_EXHAUSTED
+                await context.abort(code, "no room: \N{SNOWMAN}", (("retry-after-ms", "7"),))
+            case b"code":
+                context.set_code(grpc.StatusCode.NOT_FOUND)
+                context.set_details("not here")
+        return request
+
+    async def count(self, request, context):
+        """Stream three replies."""
+        for n in range(3):
+            yield request + bytes([n])
+
+    def add_to(self, server):
+        """Register as generated code does."""
+        handlers = {
+            "Say": grpc.unary_unary_rpc_method_handler(self.say),
+            "Count": grpc.unary_stream_rpc_method_handler(self.count),
+        }
+        generic = grpc.method_handlers_generic_handler("Parrot", handlers)
+        server.add_generic_rpc_handlers((generic,))
+        server.add_registered_method_handlers("Parrot", handlers)
+
+
+class Doorman(grpc.aio.ServerInterceptor):
+    """Notes every call, and lets in who knows the word."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    async def intercept_service(self, continuation, handler_call_details):
+        """Note a call, and refuse it without the word."""
+        self.seen.append(handler_call_details.method)
+        if dict(handler_call_details.invocation_metadata).get("word") == "please":
+            return await continuation(handler_call_details)
+
+        async def refuse(request, context):
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "say the word")
+
+        return grpc.unary_unary_rpc_method_handler(refuse)
+
+
+@pytest.fixture
+def parrot(frontend):
+    """An async context manager: a parrot on this front end, and a channel to it."""
+
+    @asynccontextmanager
+    async def run(**options):
+        bird = Parrot()
+        front = make_front(frontend, max_message_bytes=MAX_BYTES, max_calls=4, **options)
+        port = front.listen("127.0.0.1", 0)
+        bird.add_to(front.server)
+        await front.start()
+        try:
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+                yield bird, front, channel
+        finally:
+            await front.stop(None)
+
+    return run
+
+
+async def failure(call) -> grpc.aio.AioRpcError:
+    """The error that a call ends with."""
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await call
+    return error.value
+
+
+@pytest.mark.parametrize(
+    ("kind", "tls", "host", "name"),
+    [
+        ("auto", False, "127.0.0.1", "native"),
+        ("auto", False, "::1", "native"),
+        ("auto", False, "localhost", "native"),
+        ("auto", False, "0.0.0.0", "grpcio"),
+        ("auto", False, "some.host", "grpcio"),
+        ("auto", True, "127.0.0.1", "grpcio"),
+        ("native", False, "0.0.0.0", "native"),
+        ("grpcio", False, "127.0.0.1", "grpcio"),
+    ],
+)
+def test_auto_is_native_where_only_this_machine_can_call(kind, tls, host, name):
+    """A message of any size is read before it is refused: nothing for the open network."""
+
+    async def main():
+        front = make_front(kind, max_message_bytes=1, max_calls=1, tls=tls, host=host)
+        assert front.name == name
+        await front.stop(None)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("host", "alone"), [("[::1]", True), ("127.8.9.1", True), ("[::]", False), ("10.0.0.1", False)]
+)
+def test_a_loopback_address_is_known_as_one(host, alone):
+    """With brackets or without."""
+    assert is_loopback(host) is alone
+
+
+def test_native_with_tls_is_refused_in_one_line():
+    """What it cannot do it does not do without."""
+
+    async def main():
+        front = make_front("native", max_message_bytes=1, max_calls=1, tls=True)
+        with pytest.raises(
+            StartError,
+            match=r"^--frontend native: expected no TLS, found TLS; take --frontend grpcio$",
+        ):
+            front.listen("127.0.0.1", 0, grpc.ssl_server_credentials([(b"k", b"c")]))
+        await front.stop(None)
+
+    asyncio.run(main())
+
+
+def test_a_servicer_sees_who_calls_with_what_and_how_long(parrot):
+    """Metadata, binary ones too, the caller's address and its deadline."""
+
+    async def main():
+        async with parrot() as (bird, _, channel):
+            say = channel.unary_unary("/Parrot/Say")
+            metadata = [("colour", "green"), ("seed-bin", b"\x00\x01\xff")]
+            assert await say(b"hello", metadata=metadata, timeout=30) == b"hello"
+            assert bird.heard.metadata["colour"] == "green"
+            assert bird.heard.metadata["seed-bin"] == b"\x00\x01\xff"
+            assert bird.heard.peer.startswith("ipv4:127.0.0.1:")
+            assert 20 < bird.heard.remaining_s < 31  # a client may round up
+            await say(b"hello")
+            assert bird.heard.remaining_s is None
+            await asyncio.wait_for(bird.heard.over.wait(), 30)
+
+    asyncio.run(main())
+
+
+def test_metadata_and_statuses_reach_the_caller(parrot):
+    """Before and after the reply, with an abort, and of a code that was set."""
+
+    async def main():
+        async with parrot() as (_, _, channel):
+            say = channel.unary_unary("/Parrot/Say")
+            call = say(b"trailers")
+            assert await call == b"trailers"
+            assert ("first", "1") in list(await call.initial_metadata())
+            trailers = list(await call.trailing_metadata())
+            assert {("last", "2"), ("last-bin", b"\x00\xff")} <= set(trailers)
+            error = await failure(say(b"abort"))
+            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert error.details() == "no room: \N{SNOWMAN}"
+            assert ("retry-after-ms", "7") in list(error.trailing_metadata())
+            error = await failure(say(b"code"))
+            assert (error.code(), error.details()) == (grpc.StatusCode.NOT_FOUND, "not here")
+
+    asyncio.run(main())
+
+
+def test_streams_and_methods_that_are_not_there(parrot):
+    """A stream is answered, and what nobody registered is UNIMPLEMENTED."""
+
+    async def main():
+        async with parrot() as (_, _, channel):
+            replies = [reply async for reply in channel.unary_stream("/Parrot/Count")(b"a")]
+            assert replies == [b"a\x00", b"a\x01", b"a\x02"]
+            for path in ("/Parrot/Sing", "/Crow/Say"):
+                error = await failure(channel.unary_unary(path)(b""))
+                assert error.code() is grpc.StatusCode.UNIMPLEMENTED
+                assert error.details() == "Method not found!"
+
+    asyncio.run(main())
+
+
+def test_a_message_above_the_limit_is_refused(parrot):
+    """In the same words; the connection and its other calls go on."""
+
+    async def main():
+        async with parrot() as (bird, _, channel):
+            say = channel.unary_unary("/Parrot/Say")
+            waiting = say(b"wait")
+            await bird.heard.entered.wait()
+            assert await say(bytes(MAX_BYTES)) == bytes(MAX_BYTES)
+            error = await failure(say(bytes(MAX_BYTES + 1)))
+            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert f"({MAX_BYTES + 1} vs. {MAX_BYTES})" in error.details()
+            bird.heard.gate.set()
+            assert await waiting == b"wait"
+
+    asyncio.run(main())
+
+
+def test_interceptors_see_every_call(parrot):
+    """Unary ones, streams and those to methods that are not there, in the same way."""
+
+    async def main():
+        doorman = Doorman()
+        async with parrot(interceptors=[doorman]) as (_, _, channel):
+            say = channel.unary_unary("/Parrot/Say")
+            assert await say(b"hi", metadata=[("word", "please")]) == b"hi"
+            for path in ("/Parrot/Say", "/Parrot/Sing"):
+                error = await failure(channel.unary_unary(path)(b"hi"))
+                assert error.code() is grpc.StatusCode.UNAUTHENTICATED
+                assert error.details() == "say the word"
+            count = channel.unary_stream("/Parrot/Count")
+            polite = count(b"a", metadata=[("word", "please")])
+            assert len([reply async for reply in polite]) == 3
+            assert doorman.seen == ["/Parrot/Say", "/Parrot/Say", "/Parrot/Sing", "/Parrot/Count"]
+
+    asyncio.run(main())
+
+
+def test_a_handler_that_fails_tells_no_internals(serving, fake, image, caplog):
+    """Whatever is raised, the caller gets a number to ask by."""
+
+    async def main():
+        async with (
+            serving(fake) as server,
+            grpc.aio.insecure_channel(server.address) as channel,
+        ):
+            stub = pb_grpc.HoraceStub(channel)
+            request = pb.EmbedRequest(images=[image_to_wire(image(1))])
+            fake.failures.append(RuntimeError("the secret path"))
+            error = await failure(stub.Embed(request))
+            assert error.code() is grpc.StatusCode.INTERNAL
+            assert "secret" not in error.details()
+            assert (await stub.Embed(request)).vectors.rows == 1
+
+    asyncio.run(main())
+
+
+def test_the_bound_on_calls_holds_and_lets_go(parrot, eventually):
+    """Four are open, the fifth is refused; a caller that hangs up makes room."""
+
+    async def main():
+        async with parrot() as (bird, _, channel):
+            say = channel.unary_unary("/Parrot/Say")
+            held = [say(b"wait") for _ in range(4)]
+            await eventually(lambda: bird.heard.calls == 4)
+            error = await failure(say(b"hello"))
+            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            held.pop().cancel()
+            await asyncio.wait_for(bird.heard.over.wait(), 30)
+            assert await say(b"hello") == b"hello"
+            bird.heard.gate.set()
+            assert await asyncio.gather(*held) == [b"wait"] * 3
+
+    asyncio.run(main())
+
+
+def test_a_stop_answers_what_is_under_way(parrot):
+    """Within its grace; afterwards nobody answers."""
+
+    async def main():
+        async with parrot() as (bird, front, channel):
+            say = channel.unary_unary("/Parrot/Say")
+            waiting = asyncio.ensure_future(say(b"wait"))
+            await bird.heard.entered.wait()
+            stopping = asyncio.ensure_future(front.stop(30))
+            await asyncio.wait([stopping], timeout=0.05)
+            assert not stopping.done()
+            bird.heard.gate.set()
+            assert await waiting == b"wait"
+            await stopping
+            error = await failure(say(b"hello", timeout=5))
+            assert error.code() is grpc.StatusCode.UNAVAILABLE
+
+    asyncio.run(main())
+
+
+def test_a_stop_without_grace_cuts_off(parrot):
+    """The caller hears of it, and the handler is cancelled."""
+
+    async def main():
+        async with parrot() as (bird, front, channel):
+            waiting = asyncio.ensure_future(channel.unary_unary("/Parrot/Say")(b"wait"))
+            await bird.heard.entered.wait()
+            await front.stop(None)
+            error = await failure(waiting)
+            assert error.code() in (grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE)
+            await asyncio.wait_for(bird.heard.over.wait(), 30)
+
+    asyncio.run(main())
+
+
+def test_every_reply_that_was_given_leaves_before_the_port_closes(parrot, eventually):
+    """Calls are answered and the server stops in the same breath: nothing is lost."""
+
+    async def main():
+        async with parrot() as (bird, front, channel):
+            say = channel.unary_unary("/Parrot/Say")
+            waiting = [say(b"wait") for _ in range(4)]
+            await eventually(lambda: bird.heard.calls == 4)
+            bird.heard.gate.set()
+            await front.stop(30)
+            assert await asyncio.gather(*waiting) == [b"wait"] * 4
+
+    asyncio.run(main())
+
+
+def test_connections_that_come_and_go_leave_nothing(serving, fake, image, eventually):
+    """Two hundred, half of them reset: a call beside them is served, and all is given back."""
+
+    def open_files() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    async def main():
+        async with (
+            serving(fake) as server,
+            grpc.aio.insecure_channel(server.address) as channel,
+        ):
+            stub = pb_grpc.HoraceStub(channel)
+            request = pb.EmbedRequest(images=[image_to_wire(image(1))])
+            await stub.Embed(request)
+            before = open_files()
+            others = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(200)]
+            for other in others:
+                other.send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0")
+            assert (await stub.Embed(request)).vectors.rows == 1
+            for n, other in enumerate(others):
+                if n % 2:
+                    reset = struct.pack("ii", 1, 0)
+                    other.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+                other.close()
+            await eventually(lambda: open_files() <= before + 8)
+            assert (await stub.Embed(request)).vectors.rows == 1
+
+    asyncio.run(main())
+
+
+def test_reflection_lists_the_services(serving, fake):
+    """Also where it is answered by the server behind."""
+
+    async def main():
+        async with (
+            serving(fake) as server,
+            grpc.aio.insecure_channel(server.address) as channel,
+        ):
+            stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+            ask = reflection_pb2.ServerReflectionRequest(list_services="")
+            replies = [reply async for reply in stub.ServerReflectionInfo(iter([ask]))]
+            names = {service.name for service in replies[0].list_services_response.service}
+            assert "horace.v1.Horace" in names
+
+    asyncio.run(main())
+
+
+def test_both_give_the_same_reply_to_the_bit(serving, make_bundle, frontend):
+    """Vectors, statuses and fingerprint do not depend on who reads gRPC."""
+    images = np.random.default_rng(0).integers(0, 256, (3, 28, 28, 1), dtype=np.uint8)
+    request = pb.EmbedRequest(images=map(image_to_wire, images))
+
+    async def main():
+        async with serving(bundle=(str(make_bundle().path),)) as server:
+            assert server._front.name == frontend
+            model = server.catalog.model("")
+            async with grpc.aio.insecure_channel(server.address) as channel:
+                reply = await pb_grpc.HoraceStub(channel).Embed(request)
+            assert reply.fingerprint == model.encoder.fingerprint
+            return reply.vectors.data, model.encoder.encode(images)
+
+    data, rows = asyncio.run(main())
+    from models.vectors import finish_vectors
+
+    assert data == finish_vectors(rows).tobytes()
+
+
+def test_the_folder_of_the_socket_behind_goes_with_the_server(parrot, frontend):
+    """It is this user's alone while it is there."""
+
+    async def main():
+        async with parrot() as (_, front, _):
+            folder = getattr(front, "_folder", None)
+            if frontend == "native":
+                assert os.stat(folder).st_mode & 0o077 == 0
+        assert folder is None or not folder.exists()
+
+    asyncio.run(main())
