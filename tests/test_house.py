@@ -1,5 +1,6 @@
 """The walls of the house, held from outside: imports, generated code, start-up."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -47,3 +48,12 @@ def test_generated_code_is_that_of_the_contract(tmp_path):
     run(sys.executable, "-m", "grpc_tools.protoc", "-I.", *flags, "protos/horace.proto")
     for name in ("horace_pb2.py", "horace_pb2.pyi", "horace_pb2_grpc.py"):
         assert (tmp_path / "protos" / name).read_text() == (ROOT / "protos" / name).read_text()
+
+
+def test_the_runtime_reports_to_nobody():
+    """ONNX Runtime's telemetry is off before it starts: no word of it where it cannot store."""
+    environment = {key: value for key, value in os.environ.items() if "TELEMETRY" not in key}
+    nowhere = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME"), "/dev/null/nowhere")
+    code = "import os, models.runtime; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    done = run(sys.executable, "-c", code, env=environment | nowhere)
+    assert (done.stdout.strip(), done.stderr) == ("1", "")
