@@ -104,16 +104,16 @@ def main(options: DuplicateOptions) -> None:
         groups = [_look_up(collection, group) for group in found]
         looked_at = collection.count if selection is None else selection.count
         document = _document(collection, options, groups, looked_at)
-        if options.json:
-            print(json.dumps(document, indent=2))
-        else:
-            print(_as_text(groups[: options.max_groups], looked_at))
-            if len(groups) > options.max_groups:
-                print(f"... and {len(groups) - options.max_groups} groups more")
         if options.out is not None:
             _write(options.out, collection, options, groups, document)
-            if not options.json:
-                print(f"report: {options.out / PAGE_FILE}; to delete: {options.out / DELETE_FILE}")
+    if options.json:
+        print(json.dumps(document, indent=2))
+        return
+    print(_as_text(groups[: options.max_groups], looked_at))
+    if len(groups) > options.max_groups:
+        print(f"... and {len(groups) - options.max_groups} groups more")
+    if options.out is not None:
+        print(f"report: {options.out / PAGE_FILE}; to delete: {options.out / DELETE_FILE}")
 
 
 def _look_up(collection: Collection, group: Group) -> Duplicates:

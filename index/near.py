@@ -65,11 +65,9 @@ def find_groups(
     grouping = Grouping(threshold)
     mask_N = np.ones(collection.count, np.bool_) if selection is None else selection.mask_N
     ids = collection.ids[mask_N]
-    starts = range(0, len(ids), BLOCK_ROWS)
-    for start in progress(
-        starts, what="looking for near-duplicates", total=len(ids), size=lambda _: BLOCK_ROWS
-    ):
-        block = [int(id_) for id_ in ids[start : start + BLOCK_ROWS] if id_ not in grouping.taken]
+    blocks = [ids[start : start + BLOCK_ROWS] for start in range(0, len(ids), BLOCK_ROWS)]
+    for block_ids in progress(blocks, what="looking for near-duplicates", total=len(ids), size=len):
+        block = [id_ for id_ in block_ids.tolist() if id_ not in grouping.taken]
         for id_, near in _neighbours(collection, block, threshold, exact, selection, grouping):
             grouping.add(id_, near)
     return grouping.groups()

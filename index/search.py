@@ -33,11 +33,13 @@ from index.combine import (
     Combination,
     Example,
     check_negative_weight,
-    search_combined,
+    pad_ids,
+    query_vector,
 )
 from index.embed import embed
 from index.errors import CollectionError, QueryError, UnknownIdError
 from index.found import Found, as_text, look_up_hits
+from index.ranking import Ranking
 from models.command import run_command
 from models.encoder import Encoder, open_encoder
 from models.errors import BundleError, ImageError, UsageError
@@ -73,6 +75,10 @@ class SearchOptions:
     """How much the negatives weigh against the positives, 0 to 10."""
     encoder: str | None = None
     """The encoder: a bundle or URI; by default the one that built the collection."""
+    min_score: float | None = None
+    """The least cosine, -1 to 1: with a large --k, all images within that range."""
+    diversity: float = 0.0
+    """0 for the nearest, up to 1 for what is also unlike one another."""
     exact: bool = False
     """Search every vector instead of the index."""
     json: bool = False
@@ -89,8 +95,14 @@ class SearchOptions:
         if not all(0 <= id_ < 1 << 63 for id_ in self.id):
             raise UsageError("--id", expected="numbers below 2^63", found=str(self.id))
         check_negative_weight(self.not_weight)
+        self.ranking  # noqa: B018  # checks itself
         if self.grid is not None and self.grid.suffix.lower() != ".png":
             raise UsageError("--grid", expected="a name that ends in .png", found=str(self.grid))
+
+    @property
+    def ranking(self) -> Ranking:
+        """What is made of the nearest."""
+        return Ranking(min_score=self.min_score, diversity=self.diversity)
 
     @property
     def is_combined(self) -> bool:
@@ -153,6 +165,20 @@ def open_collection_encoder(collection: Collection, encoder: str | None) -> Enco
     return opened
 
 
+def _search(
+    collection: Collection,
+    options: SearchOptions,
+    queries_QD: NDArray[np.float32],
+    without_QW: NDArray[np.int64] | None = None,
+) -> Neighbours:
+    """Search as the options say."""
+    found = collection.search(
+        queries_QD, options.ranking.pool(options.k), fingerprint=collection.fingerprint,
+        exact=options.exact, filter=options.filter, without_QW=without_QW,
+    )  # fmt: skip
+    return options.ranking.rank(collection, found, options.k)
+
+
 def _search_files(collection: Collection, options: SearchOptions) -> list[Found]:
     """Embed the query files and search with them."""
     if not options.images:
@@ -160,10 +186,7 @@ def _search_files(collection: Collection, options: SearchOptions) -> list[Found]
     found, vectors_QD = _embed_files(collection, options, options.images)
     if not len(vectors_QD):
         return found
-    neighbours = collection.search(
-        vectors_QD, options.k, fingerprint=collection.fingerprint, exact=options.exact,
-        filter=options.filter,
-    )  # fmt: skip
+    neighbours = _search(collection, options, vectors_QD)
     return _with_hits(collection, found, neighbours)
 
 
@@ -199,10 +222,8 @@ def _search_combined(collection: Collection, options: SearchOptions) -> Found:
         negatives=[*examples[n_images:n_files], *examples[n_positives:]],
         negative_weight=options.not_weight,
     )
-    neighbours = search_combined(
-        collection, [combination], options.k, fingerprint=collection.fingerprint,
-        exact=options.exact, filter=options.filter,
-    )  # fmt: skip
+    query_QD = query_vector(collection, combination)[None]
+    neighbours = _search(collection, options, query_QD, pad_ids([combination.ids]))
     shown = found[0 if options.images else n_files]
     (hits,) = look_up_hits(collection, neighbours)
     return dataclasses.replace(shown, query=query, hits=hits)
@@ -227,7 +248,8 @@ def _search_stored(collection: Collection, options: SearchOptions) -> list[Found
     ids = [one.row.id for one in found if one.row is not None]
     if not ids:
         return found
-    neighbours = collection.search_ids(ids, options.k, exact=options.exact, filter=options.filter)
+    without_QW = np.array(ids, np.int64)[:, None]
+    neighbours = _search(collection, options, collection.vectors(ids), without_QW)
     return _with_hits(collection, found, neighbours)
 
 
@@ -258,6 +280,8 @@ def _as_json(collection: Collection, options: SearchOptions, found: Sequence[Fou
         "exact": options.exact or collection.factory == "Flat",
         "k": options.k,
         "filter": options.filter,
+        "min_score": options.min_score,
+        "diversity": options.diversity,
         "queries": [
             {
                 "query": one.query,

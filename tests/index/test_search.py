@@ -51,6 +51,8 @@ def test_json_for_machines(search, built, bundle, test_folder):
         "exact": True,
         "k": 2,
         "filter": None,
+        "min_score": None,
+        "diversity": 0.0,
     }
     assert [query["query"] for query in queries] == [str(file) for file in files]
     assert [hit["label"] for query in queries for hit in query["hits"]] == ["red"] * 2 + [
@@ -84,6 +86,24 @@ def test_a_filter_says_what_may_be_found(search, built, test_folder):
     for found in document["queries"]:
         keys = sorted(hit["key"] for hit in found["hits"])
         assert keys == ["blue/003.png", "blue/013.png", "green/003.png", "green/013.png"]
+
+
+def test_all_within_a_range_and_few_that_differ(search, built, test_folder):
+    """Fewer than k where fewer are near enough; other neighbours where they shall differ."""
+    query = test_folder / "red/000.png"
+
+    def hits(*args):
+        status, out, _ = search(built, query, *args, "--json")
+        assert status == 0
+        return json.loads(out)["queries"][0]["hits"]
+
+    scores = [hit["score"] for hit in hits("--k", 60)]
+    least = (scores[6] + scores[7]) / 2
+    assert [hit["score"] for hit in hits("--k", 60, "--min-score", least)] == scores[:7]
+    nearest, diverse = hits("--k", 5), hits("--k", 5, "--diversity", 0.7)
+    assert diverse[0] == nearest[0]
+    assert len({hit["key"] for hit in diverse}) == 5
+    assert diverse != nearest
 
 
 def test_one_query_of_several_images(search, built, test_folder, tmp_path):
@@ -190,6 +210,16 @@ def test_an_encoder_that_has_moved_is_asked_for(search, new_bundle, new_folder, 
             ["COLLECTION", "--key", "red/001.png", "--filter", "colour = 'red'"],
             2,
             "filter, character 1: expected a column: id, key, label, source, found 'colour'",
+        ),
+        (
+            ["COLLECTION", "--key", "red/001.png", "--min-score", "2"],
+            2,
+            "minimal score: expected -1 to 1, found 2",
+        ),
+        (
+            ["COLLECTION", "--key", "red/001.png", "--diversity", "-1"],
+            2,
+            "diversity: expected 0 to 1, found -1",
         ),
         (
             ["COLLECTION", "--key", "red/001.png", "--not-weight", "11"],

@@ -1,0 +1,101 @@
+import numpy as np
+import pytest
+
+from index.collection import Collection
+from index.ranking import Ranking, pick_diverse, search_range
+from models.errors import UsageError
+
+FINGERPRINT = "f" * 64
+
+
+def mmr(query, vectors, k, diversity):
+    """The paper's formula, one candidate at a time."""
+    picked = [int(np.argmax(vectors @ query))]
+    while len(picked) < k:
+        values = {
+            c: (1 - diversity) * float(vectors[c] @ query)
+            - diversity * max(float(vectors[c] @ vectors[p]) for p in picked)
+            for c in range(len(vectors))
+            if c not in picked
+        }
+        picked.append(max(values, key=values.get))
+    return picked
+
+
+@pytest.mark.parametrize("diversity", [0.1, 0.5, 1.0])
+def test_maximal_marginal_relevance_is_the_papers(unit_rows, diversity):
+    """The nearest first, then the best of near and unlike."""
+    vectors, query = unit_rows(40, 8), unit_rows(1, 8, seed=1)[0]
+    scores = vectors @ query
+    found = pick_diverse(scores, vectors, 12, diversity=diversity)
+    assert found.tolist() == mmr(query, vectors, 12, diversity)
+    assert pick_diverse(scores[:3], vectors[:3], 12, diversity=diversity).shape == (3,)
+    assert pick_diverse(scores[:0], vectors[:0], 12, diversity=diversity).shape == (0,)
+
+
+def test_diversity_shows_one_of_many_copies(tmp_path, make_collection, unit_rows):
+    """Ten copies of the nearest image take one place, not ten."""
+    others = unit_rows(40, 32)
+    query = others[0]
+    vectors = np.concatenate([np.repeat(query[None], 10, axis=0), others[1:]])
+    with Collection.open(make_collection(tmp_path, vectors)) as collection:
+        ranking = Ranking(diversity=0.7)
+        pool = collection.search(query[None], ranking.pool(8), fingerprint=FINGERPRINT)
+        found = ranking.rank(collection, pool, 8)
+        assert found.ids.shape == (1, 8)
+        assert np.isclose(found.scores, 1, atol=1e-5).sum() == 1
+        plain = Ranking().rank(collection, pool, 8)
+        assert np.isclose(plain.scores, 1, atol=1e-5).sum() == 8
+
+
+def test_what_is_too_far_is_dropped_before_anything_is_picked(tmp_path, make_collection, unit_rows):
+    """The rest is padding."""
+    vectors, queries = unit_rows(60, 8), unit_rows(3, 8, seed=1)
+    with Collection.open(make_collection(tmp_path, vectors)) as collection:
+        for ranking in (Ranking(min_score=0.5), Ranking(min_score=0.5, diversity=0.3)):
+            pool = collection.search(queries, ranking.pool(10), fingerprint=FINGERPRINT)
+            found = ranking.rank(collection, pool, 10)
+            near = np.minimum((queries @ vectors.T >= 0.5).sum(axis=1), 10)
+            assert (found.ids >= 0).sum(axis=1).tolist() == near.tolist()
+            assert (found.scores[found.ids >= 0] >= 0.5).all()
+            assert np.isneginf(found.scores[found.ids < 0]).all()
+
+
+@pytest.mark.parametrize("factory", ["Flat", "HNSW32"])
+def test_a_range_search_finds_all_within_the_range(tmp_path, make_collection, unit_rows, factory):
+    """However many that are: more than are asked for at first, or none."""
+    vectors, queries = unit_rows(900, 4), unit_rows(5, 4, seed=1)
+    queries = np.concatenate([queries, queries[:1]])
+    with Collection.open(make_collection(tmp_path, vectors, factory=factory)) as collection:
+        for least in (-1.0, 0.2, 0.9, 0.9999):
+            found = search_range(
+                collection, queries, least, fingerprint=FINGERPRINT, exact=factory != "Flat"
+            )
+            counts = (queries @ vectors.T >= least).sum(axis=1)
+            assert (found.ids >= 0).sum(axis=1).tolist() == counts.tolist()
+            assert found.ids.shape[1] == counts.max()
+            assert all((np.diff(row[row > -2]) <= 0).all() for row in found.scores)
+        few = search_range(collection, queries, 0.2, fingerprint=FINGERPRINT, limit=7)
+        assert few.ids.shape == (6, 7)
+        filtered = search_range(
+            collection, queries, -1, fingerprint=FINGERPRINT, filter="label = '1'"
+        )
+        assert filtered.ids.shape == (6, 300)
+        none = search_range(collection, queries[:0], 0.5, fingerprint=FINGERPRINT)
+        assert none.ids.shape == (0, 0)
+
+
+def test_bounds(tmp_path, make_collection, unit_rows):
+    """No cosine is above 1, and no diversity."""
+    for options, message in (
+        ({"min_score": 1.5}, "minimal score: expected -1 to 1, found 1.5"),
+        ({"min_score": float("nan")}, "minimal score: expected -1 to 1, found nan"),
+        ({"diversity": 1.1}, "diversity: expected 0 to 1, found 1.1"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            Ranking(**options)
+    with (
+        Collection.open(make_collection(tmp_path, unit_rows(9, 8))) as collection,
+        pytest.raises(UsageError, match="limit: expected at least 1, found 0"),
+    ):
+        search_range(collection, unit_rows(1, 8), 0.5, fingerprint=FINGERPRINT, limit=0)
