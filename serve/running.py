@@ -15,6 +15,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from models.memory import give_back_large_blocks
 from serve.errors import UnavailableError
 from serve.server import Server
 
@@ -59,6 +60,7 @@ async def run_server(
         HoraceError: the server cannot start.
         UnavailableError: calls were cut off.
     """
+    give_back_large_blocks()
     if not await _start(server, orders.stops):
         return
     reloading = asyncio.create_task(_reload(server, orders.reloads))

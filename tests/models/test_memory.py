@@ -1,8 +1,10 @@
 """Memory as a container has it: its limit, what it holds, and the machine's own."""
 
+import subprocess
+import sys
 from pathlib import Path
 
-from models.memory import free_memory_bytes, memory_bytes
+from models.memory import free_memory_bytes, give_back_large_blocks, memory_bytes
 
 MEMINFO = "MemTotal: 4000 kB\nMemFree: 1 kB\nMemAvailable: 3000 kB\n"
 PLENTY = "9223372036854771712"
@@ -53,3 +55,37 @@ def test_version_1_counts_too(tmp_path: Path) -> None:
     )
     assert memory_bytes(root, own) == 7000
     assert free_memory_bytes(root, own, meminfo) == 0
+
+
+RESIDENT = """
+import os, sys
+import numpy as np
+from models.memory import give_back_large_blocks
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+if sys.argv[1] == "fixed":
+    assert give_back_large_blocks()
+np.ones(24 << 20, np.uint8)  # from which glibc would learn
+before, small, large = resident(), [], []
+for _ in range(40):
+    large.append(np.ones(1 << 20, np.uint8))
+    small.append(bytes(1000))
+del large
+print((resident() - before) >> 20)
+"""
+
+
+def test_large_blocks_are_given_back_between_small_ones_that_stay():
+    """After it what was taken for pictures is the system's again, at once."""
+    done = subprocess.run(
+        [sys.executable, "-c", RESIDENT, "fixed"], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 4
+
+
+def test_the_operators_own_setting_of_the_allocator_stands(monkeypatch):
+    """Who has set glibc's threshold in the environment knows why."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "131072")
+    assert not give_back_large_blocks()
