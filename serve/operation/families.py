@@ -151,16 +151,6 @@ GAUGES: tuple[tuple[str, str, Callable[[BatcherStatistics], float]], ...] = (
     ("horace_running_images", "Images in the encoder.", lambda s: s.running_images),
     ("horace_lined_up_requests", "Requests of streams that wait.", lambda s: s.lined_up_requests),
     (
-        "horace_forecast_image_seconds",
-        "The forecast's time an image; 0 where it is not known.",
-        lambda s: s.latency.per_image_s,
-    ),
-    (
-        "horace_forecast_batch_seconds",
-        "The forecast's time a batch, beside that of its images.",
-        lambda s: s.latency.per_batch_s,
-    ),
-    (
         "horace_image_cost_seconds",
         "What an image adds to a batch.",
         lambda s: s.latency.per_image_s,
@@ -168,27 +158,6 @@ GAUGES: tuple[tuple[str, str, Callable[[BatcherStatistics], float]], ...] = (
     ("horace_batch_cost_seconds", "What a batch takes besides.", lambda s: s.latency.per_batch_s),
 )
 """The state of a queue: name, what it means, how to read it."""
-
-ENGINE_COUNTERS: tuple[tuple[str, str, Callable[[BatcherStatistics], float]], ...] = (
-    ("horace_full_queue", "Requests for which there was no room.", lambda s: s.refused_requests),
-    (
-        "horace_unmeetable_deadline",
-        "Requests refused because their deadline could not be met.",
-        lambda s: s.unmeetable_requests,
-    ),
-    (
-        "horace_expired_in_queue",
-        "Requests dropped uncomputed, because their deadline passed or would.",
-        lambda s: s.expired_requests,
-    ),
-    (
-        "horace_abandoned_images",
-        "Images whose caller had gone when they were computed.",
-        lambda s: s.abandoned_images,
-    ),
-)
-"""What the engine of each version counts: name without `_total`, what it means, how to read it."""
-
 
 ENDS: tuple[tuple[str, Callable[[BatcherStatistics], float]], ...] = (
     ("refused_full", lambda s: s.refused_requests),
@@ -232,11 +201,6 @@ def model_gauges(models: Sequence[ModelState]) -> Iterator[Metric]:
         for model in models:
             family.add_metric([model.name, model.version], read(model.statistics))
         yield family
-    for name, help_text, read in ENGINE_COUNTERS:
-        counter = CounterMetricFamily(name, help_text, labels=pair)
-        for model in models:
-            counter.add_metric([model.name, model.version], read(model.statistics))
-        yield counter
     yield from _queue_counters(models)
     alive = GaugeMetricFamily("horace_model_alive", "Whether its threads run.", labels=pair)
     info = InfoMetricFamily("horace_model", "Which encoder it is.", labels=pair)

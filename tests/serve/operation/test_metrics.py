@@ -136,6 +136,20 @@ def test_names_and_types_are_tritons(serving, fake):
     assert {name for name, kind in types.items() if kind == "counter"} == TRITON_NAMES - gauges
 
 
+def test_no_series_is_there_twice(serving, fake):
+    """Prometheus would drop one of two, and not say which."""
+
+    async def main():
+        async with serving(fake, metrics=MetricsOptions(port=0)) as server:
+            return (await get(server, "/metrics"))[1]
+
+    lines = asyncio.run(main()).splitlines()
+    series = [line.rsplit(" ", 1)[0] for line in lines if not line.startswith("#")]
+    assert len(series) == len(set(series))
+    families = [line for line in lines if line.startswith("# TYPE")]
+    assert len(families) == len(set(families))
+
+
 def test_only_tritons_names_are_retyped():
     """The type of another metric, or a value that looks like one, stays."""
     text = b'# TYPE nv_a untyped\nnv_a{x="# TYPE nv_b untyped"} 1\n# TYPE other untyped\n'
