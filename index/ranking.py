@@ -197,7 +197,7 @@ def search_range(
     width = max(map(len, ids), default=0)
     ids_QK = np.full((len(ids), width), MISSING, np.int64)
     scores_QK = np.full((len(ids), width), -np.inf, np.float32)
-    for query, (ids_K, scores_K) in enumerate(zip(ids, scores, strict=True)):
-        ids_QK[query, : len(ids_K)] = ids_K
-        scores_QK[query, : len(ids_K)] = scores_K
+    for row, (ids_K, scores_K) in enumerate(zip(ids, scores, strict=True)):
+        ids_QK[row, : len(ids_K)] = ids_K
+        scores_QK[row, : len(ids_K)] = scores_K
     return Neighbours(ids=ids_QK, scores=scores_QK)
