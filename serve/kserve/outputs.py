@@ -76,6 +76,9 @@ def read_outputs(request: Any, asked: Asked, regions: Regions) -> tuple[Wanted, 
         RequestError: one is not known, or asked for twice, or as classes.
         UnknownNameError: one is to lie in shared memory that is not registered.
     """
+    if len(request.outputs) > len(DATATYPES):
+        found = str(len(request.outputs))
+        raise RequestError("outputs", expected=f"at most {len(DATATYPES)}", found=found)
     outputs = request.outputs[:]
     plain = PLAIN.get(asked.datatype)
     if not outputs:

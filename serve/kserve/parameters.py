@@ -25,6 +25,7 @@ KINDS = {
     int: ("int64_param", "uint64_param"),
     str: ("string_param",),
 }
+MAX_PARAMETERS = 32
 NAMES: dict[type, str] = {bool: "a bool", int: "an integer", str: "a string"}
 
 
@@ -59,6 +60,9 @@ def read_parameters(parameters: Mapping[str, Any], *, dim: int) -> Asked:
     """
     if not parameters:
         return NOTHING_ASKED
+    if len(parameters) > MAX_PARAMETERS:
+        found = str(len(parameters))
+        raise RequestError("parameters", expected=f"at most {MAX_PARAMETERS}", found=found)
     read: dict[str, Any] = {}
     for name, parameter in parameters.items():
         if name.startswith("triton_"):

@@ -280,6 +280,58 @@ def test_a_timeout_in_microseconds_is_a_deadline(serving, fake):
     asyncio.run(scenario())
 
 
+def send(serving, fake, request):
+    """Send a message that Triton's client would not; the status and message of the refusal."""
+
+    async def scenario():
+        async with serving(fake) as server, grpc.aio.insecure_channel(server.address) as channel:
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await stub.ModelInfer(request)
+            return f"{error.value.code().name}: {error.value.details()}"
+
+    line = asyncio.run(scenario())
+    assert fake.computed == []
+    return line
+
+
+def many_of(field: str, count: int) -> service_pb2.ModelInferRequest:
+    """A sound request that has far too much of something."""
+    request = service_pb2.ModelInferRequest(model_name="fake", raw_input_contents=[bytes(64)])
+    tensor = request.inputs.add(name="images", datatype="UINT8", shape=[1, 8, 8, 1])
+    if field == "inputs":
+        request.inputs.extend([tensor] * count)
+    elif field == "outputs":
+        request.outputs.extend([request.InferRequestedOutputTensor(name="embeddings")] * count)
+    elif field == "shape":
+        tensor.shape.extend([1] * count)
+    elif field == "raw":
+        request.raw_input_contents.extend([b""] * count)
+    elif field == "parameters":
+        for n in range(count):
+            request.parameters[f"triton_{n}"].bool_param = True
+    else:
+        del request.raw_input_contents[:]
+        tensor.contents.uint_contents.extend([1] * count)
+    return request
+
+
+@pytest.mark.parametrize(
+    ("field", "count", "line"),
+    [
+        ("inputs", 300_000, "inputs: expected 'images' alone, found 'images', 'images'"),
+        ("outputs", 300_000, "outputs: expected at most 6, found 300000"),
+        ("shape", 300_000, "shape of images: expected (N, H, W, C), C being 1, 3 or 4, found [1"),
+        ("raw", 300_000, "raw_input_contents: expected 1, as there is one input, found 300001"),
+        ("parameters", 10_000, "parameters: expected at most 32, found 10000"),
+        ("typed", 2_000_000, "typed contents of images: expected at most 1048576 values, found 2"),
+    ],
+)
+def test_huge_counts_are_refused_by_their_count(serving, fake, field, count, line):
+    """Nothing is listed before its length is looked at."""
+    assert send(serving, fake, many_of(field, count)).startswith(f"INVALID_ARGUMENT: {line}")
+
+
 def test_typed_contents_are_read(serving, fake):
     """KServe clients other than Triton's may send them."""
 
