@@ -94,6 +94,7 @@ class AsyncClient:
         images: Images,
         *,
         model: str | None = None,
+        version: str | None = None,
         dims: int | None = None,
         normalize: bool = True,
         dtype: str = "fp32",
@@ -104,6 +105,7 @@ class AsyncClient:
         """Embed one to many images; see `Client.embed`."""
         options = EmbedOptions(
             model=model,
+            version=version,
             dims=dims,
             normalize=normalize,
             dtype=dtype,
@@ -150,6 +152,7 @@ class AsyncClient:
         images: Iterable[ImageData] | AsyncIterable[ImageData],
         *,
         model: str | None = None,
+        version: str | None = None,
         dims: int | None = None,
         normalize: bool = True,
         dtype: str = "fp32",
@@ -167,6 +170,7 @@ class AsyncClient:
         limit_s = None if timeout_s is None else check_timeout(timeout_s)
         options = EmbedOptions(
             model=model,
+            version=version,
             dims=dims,
             normalize=normalize,
             dtype=dtype,
@@ -196,6 +200,7 @@ class AsyncClient:
         in_flight: int = ITER_IN_FLIGHT,
         images_per_request: int = STREAM_IMAGES,
         model: str | None = None,
+        version: str | None = None,
         dims: int | None = None,
         normalize: bool = True,
         dtype: str = "fp32",
@@ -211,6 +216,7 @@ class AsyncClient:
         check_integer("in_flight", in_flight, 1)
         options = EmbedOptions(
             model=model,
+            version=version,
             dims=dims,
             normalize=normalize,
             dtype=dtype,

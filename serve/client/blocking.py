@@ -110,6 +110,7 @@ class Client:
         images: Images,
         *,
         model: str | None = None,
+        version: str | None = None,
         dims: int | None = None,
         normalize: bool = True,
         dtype: str = "fp32",
@@ -122,6 +123,7 @@ class Client:
         Args:
             images: encoded files or uint8 pixels, (H, W) or (H, W, C) each.
             model: a served model; the server's default where None.
+            version: one of its versions; the newest where None.
             dims: keep the first `dims` dimensions, before the vectors are normalised.
             normalize: whether vectors have unit length.
             dtype: how vectors cross the wire: `fp32`, `fp16` or `int8`.
@@ -131,6 +133,7 @@ class Client:
         """
         options = EmbedOptions(
             model=model,
+            version=version,
             dims=dims,
             normalize=normalize,
             dtype=dtype,
@@ -195,6 +198,7 @@ class Client:
         images: Iterable[ImageData],
         *,
         model: str | None = None,
+        version: str | None = None,
         dims: int | None = None,
         normalize: bool = True,
         dtype: str = "fp32",
@@ -211,7 +215,8 @@ class Client:
 
         Args:
             images: encoded files or uint8 pixels.
-            model: see `embed`; so are the next three.
+            model: see `embed`; so are the next four.
+            version: see `embed`.
             dims: see `embed`.
             normalize: see `embed`.
             dtype: see `embed`.
@@ -225,6 +230,7 @@ class Client:
         limit_s = None if timeout_s is None else check_timeout(timeout_s)
         options = EmbedOptions(
             model=model,
+            version=version,
             dims=dims,
             normalize=normalize,
             dtype=dtype,
@@ -255,6 +261,7 @@ class Client:
         in_flight: int = ITER_IN_FLIGHT,
         images_per_request: int = STREAM_IMAGES,
         model: str | None = None,
+        version: str | None = None,
         dims: int | None = None,
         normalize: bool = True,
         dtype: str = "fp32",
@@ -275,6 +282,7 @@ class Client:
             in_flight: requests under way at once.
             images_per_request: images of one request, at most.
             model: see `embed`; so are the rest.
+            version: see `embed`.
             dims: see `embed`.
             normalize: see `embed`.
             dtype: see `embed`.
@@ -286,6 +294,7 @@ class Client:
         check_integer("in_flight", in_flight, 1)
         options = EmbedOptions(
             model=model,
+            version=version,
             dims=dims,
             normalize=normalize,
             dtype=dtype,

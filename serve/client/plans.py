@@ -184,6 +184,7 @@ class Planner:
             fingerprint=replies[0].fingerprint,
             model=replies[0].model,
             timings=read_timings([reply.timings for reply in replies]),
+            version=replies[0].version,
         )
 
     def embed_batch(
@@ -261,13 +262,16 @@ class Planner:
         """
         if reply.HasField("error"):
             code = _STATUS_BY_NUMBER.get(reply.error.code, grpc.StatusCode.UNKNOWN)
-            raise from_status(code, reply.error.message)
+            error = from_status(code, reply.error.message)
+            error.retry_after_s = reply.error.retry_after_ms / 1e3 or None
+            raise error
         return EmbedResult(
             vectors=vectors_from_wire(reply.vectors),
             statuses=tuple(read_statuses(reply.statuses, group)),
             fingerprint=reply.fingerprint,
             model=reply.model,
             timings=read_timings([reply.timings]),
+            version=reply.version,
         )
 
     def error(self, failure: Failure, what: str, timeout_s: float) -> ServeError:

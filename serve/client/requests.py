@@ -52,6 +52,7 @@ class EmbedOptions:
     """What is asked of every vector; `dtype` is how they cross the wire."""
 
     model: str | None = None
+    version: str | None = None
     dims: int | None = None
     normalize: bool = True
     dtype: str = "fp32"
@@ -65,6 +66,7 @@ class EmbedOptions:
             UsageError: a value makes no sense.
         """
         check_text("model", self.model)
+        check_text("version", self.version)
         check_request_id(self.request_id)
         check_integer("priority", self.priority, 0, LOWEST_PRIORITY)
         if self.dims is not None:
@@ -323,6 +325,7 @@ def embed_request(group: Group, options: EmbedOptions) -> pb.EmbedRequest:
     """Write the request for a group."""
     return pb.EmbedRequest(
         model=options.model or "",
+        version=options.version or "",
         images=group.images,
         dims=options.dims or 0,
         skip_normalize=not options.normalize,

@@ -65,6 +65,7 @@ class EmbedResult:
         fingerprint: of the encoder that made them; a search with them must send it.
         model: the name under which it was served.
         timings: where the time went.
+        version: the version of the model.
     """
 
     vectors: NDArray[np.float32]
@@ -72,6 +73,7 @@ class EmbedResult:
     fingerprint: str
     model: str
     timings: Timings
+    version: str = ""
 
     def by_image(self) -> list[NDArray[np.float32] | None]:
         """Give one (D,) vector an image, None where it failed."""
@@ -139,7 +141,19 @@ class SearchResult:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInfo:
-    """A served model."""
+    """A served model.
+
+    Attributes:
+        name: what a call asks for.
+        fingerprint: of its newest version; so are the next two.
+        dim: length of a vector.
+        preprocessing: what becomes of an image before it.
+        is_default: whether it is meant where a call names none.
+        max_images_per_request: what the server takes.
+        max_request_bytes: what the server takes.
+        version: the newest, which is meant where a call names none.
+        versions: all that are served, newest first.
+    """
 
     name: str
     fingerprint: str
@@ -148,6 +162,8 @@ class ModelInfo:
     is_default: bool
     max_images_per_request: int
     max_request_bytes: int
+    version: str = ""
+    versions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,6 +235,8 @@ def read_model(message: pb.Model) -> ModelInfo:
         is_default=message.is_default,
         max_images_per_request=message.max_images_per_request,
         max_request_bytes=message.max_request_bytes,
+        version=message.version,
+        versions=tuple(message.versions),
     )
 
 

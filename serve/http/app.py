@@ -175,6 +175,7 @@ class _Routes:
             timeout_s = self._timeout_s(request)
             context = self._context(request, timeout_s)
             entered = self._enter(method, context)
+            self._doorman.check_open()
             with self._doorman.guard.under_way(entered):
                 async with asyncio.timeout(timeout_s):
                     response = await work(context, entered)

@@ -19,6 +19,7 @@ class Doorman:
     Attributes:
         services: answers every request.
         limits: what one request may ask for.
+        check_open: raises once the server takes no more requests.
         is_serving: whether the server says that it serves.
         guard: lets calls in, by the names that gRPC has for them.
         timeout_s: the longest that a request may take.
@@ -29,6 +30,7 @@ class Doorman:
 
     services: HoraceServicer
     limits: RequestLimits
+    check_open: Callable[[], None]
     is_serving: Callable[[], bool]
     guard: Guard
     timeout_s: float = 60.0

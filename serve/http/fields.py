@@ -33,6 +33,7 @@ ENCODINGS = ("float", "base64")
 EMBED_FIELDS = (
     "images",
     "model",
+    "version",
     "dims",
     "normalize",
     "dtype",
@@ -84,6 +85,7 @@ def read_embed(body: Body, request_id: str) -> tuple[pb.EmbedRequest, Asked]:
     asked = Asked(as_base64=encoding == "base64")
     request = pb.EmbedRequest(
         model=fields.text("model"),
+        version=fields.text("version"),
         images=fields.images(asked.refused),
         dims=fields.integer("dims"),
         skip_normalize=not fields.flag("normalize", default=True),

@@ -81,6 +81,7 @@ def _embed(limits: RequestLimits) -> Json:
     """Describe `/v1/embed`."""
     options: Json = {
         "model": _described(STRING, "a served model; the default one where not given"),
+        "version": _described(STRING, "one of its versions; the newest where not given"),
         "dims": _count("keep the first dimensions, before vectors are normalised", MAX_UINT32),
         "normalize": _described({"type": "boolean", "default": True}, "give vectors unit length"),
         "dtype": _described(_one_of(tuple(DTYPES)), "of vectors; others than fp32 as base64"),
@@ -176,7 +177,8 @@ def _schemas(limits: RequestLimits) -> Json:
         **dict.fromkeys(("key", "label", "source"), STRING),
     }
     model: Json = {
-        **dict.fromkeys(("name", "fingerprint"), STRING),
+        **dict.fromkeys(("name", "version", "fingerprint"), STRING),
+        "versions": _list(STRING),
         "dim": INTEGER,
         "preprocessing": {"type": "object"},
         "is_default": {"type": "boolean"},
@@ -187,7 +189,7 @@ def _schemas(limits: RequestLimits) -> Json:
         **dict.fromkeys(("dim", "count"), INTEGER),
     }
     embedded = {
-        **dict.fromkeys(("model", "fingerprint", "dtype", "request_id"), STRING),
+        **dict.fromkeys(("model", "version", "fingerprint", "dtype", "request_id"), STRING),
         "dim": INTEGER,
         "results": _list(_object({**status, "vector": vector, "scale": NUMBER}, ["status"])),
         "timings": timings,

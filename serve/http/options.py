@@ -22,7 +22,7 @@ class HttpOptions:
     """The longest that a request may take, its body included; a caller may ask for less with
     the header x-timeout-ms."""
 
-    max_body_mib: int = 512
+    max_body_mib: int = 256
     """MiB of request bodies that may be in memory at once; one beyond them is refused."""
 
     def __post_init__(self) -> None:

@@ -51,6 +51,7 @@ def embed_reply(reply: pb.EmbedResponse, refused: Mapping[int, Json], *, as_base
         results.append(result)
     return {
         "model": reply.model,
+        "version": reply.version,
         "fingerprint": reply.fingerprint,
         "dim": reply.vectors.dim,
         "dtype": DTYPE_NAMES[reply.vectors.dtype],
@@ -80,6 +81,8 @@ def models_reply(reply: pb.ListModelsResponse) -> Json:
         "models": [
             {
                 "name": model.name,
+                "version": model.version,
+                "versions": list(model.versions),
                 "fingerprint": model.fingerprint,
                 "dim": model.dim,
                 "preprocessing": orjson.loads(model.preprocessing_json),

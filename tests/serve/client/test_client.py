@@ -391,3 +391,22 @@ def test_an_image_too_large_for_any_request_has_a_status(serving, fake, image):
             assert streamed.statuses == result.statuses
 
     asyncio.run(main())
+
+
+def test_a_version_may_be_asked_for_and_is_told(serving, fake, image):
+    """In every way to embed, and in the list of models."""
+
+    async def main():
+        async with serving(fake) as server, AsyncClient(server.address) as client:
+            (model,) = await client.list_models()
+            assert (model.version, model.versions) == ("1", ("1",))
+            assert (await client.embed([image(1)], version="1")).version == "1"
+            with pytest.raises(UnknownNameError, match="version"):
+                await client.embed([image(1)], version="9")
+            (item,) = [item async for item in client.embed_iter([image(1)], version="9")]
+            assert isinstance(item.error, UnknownNameError)
+            stream = client.embed_stream([image(1)], version="9")
+            with pytest.raises(UnknownNameError, match="version"):
+                [reply async for reply in stream]
+
+    asyncio.run(main())

@@ -16,6 +16,12 @@ from serve.server import Server
 
 
 @pytest.fixture
+def frontend() -> str:
+    """The front end of gRPC, which HTTP does not pass: once is enough."""
+    return "auto"
+
+
+@pytest.fixture
 def png() -> Callable[[int], bytes]:
     """A function that makes a file of one value, of the fake encoder's size."""
 

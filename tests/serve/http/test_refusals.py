@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 
 import httpx
@@ -41,7 +42,7 @@ PNG = "iVBORw0KGgo="
         ({"images": [PNG], "dtype": "bf16"}, 400, "dtype: expected fp32 or fp16 or int8, found"),
         ({"images": [PNG], "dtype": "fp16"}, 400, "dtype: expected fp32 where vectors are numbers"),
         ({"images": [PNG], "encoding": "hex"}, 400, "encoding: expected float or base64, found"),
-        ({"images": [PNG], "dmis": 4}, 400, "field: expected one of images, model, dims"),
+        ({"images": [PNG], "dmis": 4}, 400, "field: expected one of images, model, version"),
         ({"images": [PNG] * 9}, 400, "images: expected 1 to 8 a request, found 9; split the"),
         ([1], 400, "body: expected a JSON object, found list"),
     ],
@@ -243,6 +244,35 @@ def test_a_deadline_holds_for_all_of_a_request(http_serving, fake, png):
 
     late = asyncio.run(main())
     assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline_exceeded")
+
+
+def test_a_head_that_does_not_end_is_cut_off(http_serving, fake, png, monkeypatch, eventually):
+    """However slowly it goes on; a connection that says nothing at all is, too."""
+    monkeypatch.setattr("serve.http.server.HEAD_S", 0.1)
+
+    async def cut_off(url, *lines):
+        """Open a connection, send lines for ever, and wait for its end."""
+        address = httpx.URL(url)
+        reader, writer = await asyncio.open_connection(address.host, address.port)
+        reading = asyncio.ensure_future(reader.read())
+        while not reading.done():
+            writer.writelines(lines)
+            await asyncio.wait([reading], timeout=0.01)
+        with contextlib.suppress(ConnectionError):
+            assert reading.result() == b""
+        writer.close()
+
+    async def main():
+        async with http_serving(fake) as (server, http):
+            fake.gate.clear()  # what is computed has another deadline
+            held = asyncio.create_task(http.post("/v1/embed", files=files(png(1))))
+            await eventually(fake.entered.is_set)
+            await cut_off(server.http.url, b"GET /readyz HTTP/1.1\r\n")
+            await cut_off(server.http.url)
+            fake.gate.set()
+            assert (await held).status_code == 200
+
+    asyncio.run(main())
 
 
 def test_no_request_takes_longer_than_the_server_allows(http_serving, fake, png):
