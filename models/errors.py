@@ -56,6 +56,10 @@ class EncoderError(HoraceError):
     """An encoder that cannot be opened or run, or that was given wrong input."""
 
 
+class EncoderUnavailableError(EncoderError):
+    """An encoder whose servers do not answer now; another time they may."""
+
+
 class FingerprintMismatchError(HoraceError):
     """Vectors of one encoder offered where those of another are kept."""
 

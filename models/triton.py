@@ -38,13 +38,13 @@ from models.triton_wire import TritonModel, read_reply, write_request
 
 log = logging.getLogger("horace.triton")
 
-TIMEOUT_S = 60.0
-"""Of one batch, every attempt included."""
+TIMEOUT_S = 30.0
+"""Of one batch, every attempt included: well before a server takes the thread for stuck."""
 
-ATTEMPT_TIMEOUT_S = 20.0
+ATTEMPT_TIMEOUT_S = 10.0
 """Of one attempt: an endpoint that hangs must leave time for another."""
 
-OPEN_TIMEOUT_S = 10.0
+OPEN_TIMEOUT_S = 5.0
 """Of asking an endpoint what it serves."""
 
 RECHECK_S = 10.0
@@ -127,6 +127,7 @@ class TritonEncoder:
 
         Raises:
             EncoderError: the batch is of the wrong shape, or no endpoint could embed it.
+            EncoderUnavailableError: no endpoint answered in time.
             FingerprintMismatchError: the endpoints have changed their model.
         """
         check_batch(images_NHWC, self.preprocessing)

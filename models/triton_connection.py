@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from models.errors import EncoderError, HoraceError
+from models.errors import EncoderError, EncoderUnavailableError, HoraceError
 from models.triton_wire import TritonModel, read_config
 
 CHANNEL_OPTIONS = (
@@ -98,7 +98,8 @@ def translate(error: Exception, label: str) -> Failure:
     """Turn gRPC's error into one line, and say whether to try elsewhere."""
     code = error.code() if isinstance(error, grpc.Call) else grpc.StatusCode.UNAVAILABLE
     details = error.details() if isinstance(error, grpc.Call) else str(error)
-    line = EncoderError(
+    lasts = code in OURS or code in LASTING
+    line = (EncoderError if lasts else EncoderUnavailableError)(
         label,
         expected="a Triton that serves this model",
         found=f"{code.name}: {details or 'no reason given'}",

@@ -30,13 +30,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.encoder import Encoder
-from models.errors import EncoderError, ImageError
+from models.errors import EncoderError, EncoderUnavailableError, ImageError
 from models.image_source import ImageData
 from models.preprocess import DEFAULT_LIMITS, ImageLimits
 from serve.batching import Batcher
 from serve.crew import Crew, Member
 from serve.decoding import Decoder
-from serve.errors import DeadlineError, InternalError, UnavailableError
+from serve.errors import DeadlineError, InternalError, ServeError, UnavailableError
 from serve.job import NO_PIXELS, Embedded, Job, answer, tell_admitted
 from serve.operation.observer import NO_MODEL_OBSERVER, ModelObserver
 from serve.pool import ThreadPool
@@ -322,11 +322,10 @@ class Engine:
         started_s = self._clock()
         try:
             rows_ND = self._encode(batch)
-        except Exception:
-            log.exception("%r failed on a batch of %d images", self.encoder, batch.images)
+        except Exception as error:
+            answer = self._explain(error, batch)
             self._observer.computed(batch.images, self._clock() - started_s, failed=True)
-            failed = self._finish(member, batch, failed=True)
-            self._deliver(failed, InternalError("the encoder failed on these images"))
+            self._deliver(self._finish(member, batch, failed=True), answer)
             return
         inference_s = self._clock() - started_s
         self._observer.computed(batch.images, inference_s)
@@ -338,6 +337,14 @@ class Engine:
             job.inference_s += inference_s
             at = end
         self._deliver(self._finish(member, batch))
+
+    def _explain(self, error: Exception, batch: Batch[Job]) -> ServeError:
+        """Log why a batch failed; give what its callers are told."""
+        if isinstance(error, EncoderUnavailableError):
+            log.warning("a batch of %d images failed: %s", batch.images, error)
+            return UnavailableError("the servers that compute this model do not answer")
+        log.error("%r failed on a batch of %d images", self.encoder, batch.images, exc_info=error)
+        return InternalError("the encoder failed on these images")
 
     def _encode(self, batch: Batch[Job]) -> NDArray[np.float32]:
         """Lay the images of a batch side by side and run the encoder on them.

@@ -17,7 +17,7 @@ from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 from models.bundle import Bundle
 from models.encoder import open_encoder
 from models.endpoints import BASE_EJECTION_S
-from models.errors import EncoderError, FingerprintMismatchError
+from models.errors import EncoderError, EncoderUnavailableError, FingerprintMismatchError
 from models.preprocess import PreprocessSpec
 from models.triton import RECHECK_S, TritonEncoder
 from tests.tritonserver import SITE_PACKAGES, free_port, tritonserver
@@ -220,7 +220,9 @@ def test_a_fleet_that_stays_down_is_an_error_after_the_time_of_the_call(two):
         fake.always = grpc.StatusCode.UNAVAILABLE
     with (
         opened(*two, timeout_s=0.5) as encoder,
-        pytest.raises(EncoderError, match=r"triton://127.*/m: expected a Triton that serves this"),
+        pytest.raises(
+            EncoderUnavailableError, match=r"triton://127.*/m: expected a Triton that serves this"
+        ),
     ):
         encoder.encode(IMAGES[:1])
 

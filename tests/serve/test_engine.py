@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import serve.decoding
-from models.errors import ImageError, ImageFault
+from models.errors import EncoderUnavailableError, ImageError, ImageFault
 from serve.engine import Engine
 from serve.errors import (
     DeadlineError,
@@ -130,6 +130,19 @@ def test_a_failing_encoder_fails_its_batch_alone(fake, image):
                 await embed(engine, [image(1)])
             assert first_values(await embed(engine, [image(2)])) == [2.0]
             assert engine.alive
+
+    asyncio.run(main())
+
+
+def test_an_encoder_whose_servers_do_not_answer_is_unavailable(fake, image):
+    """Another time may do better, and no address reaches the caller."""
+
+    async def main():
+        async with running(fake) as engine:
+            fake.failures.append(EncoderUnavailableError("triton://10.0.0.7:8001/m: gone"))
+            with pytest.raises(UnavailableError, match=r"^the servers that compute this model do"):
+                await embed(engine, [image(1)])
+            assert first_values(await embed(engine, [image(2)])) == [2.0]
 
     asyncio.run(main())
 
