@@ -4,18 +4,18 @@ Rules:
     What is admitted and in no batch yet counts, also while it is being decoded.
     The count follows `serve.fair_queue`: higher priorities run before; of its own priority the
     newcomer's own client's images do, and of every other client as many turns as its own
-    takes; lower priorities run as much as they are owed.
+    takes, if that has so much; lower priorities run as much as they are owed.
     It costs the same however much waits.
 """
 
 from __future__ import annotations
 
 from serve.fair_queue import OVERTAKERS
-from serve.tickets import LOWEST_PRIORITY, Ticket
+from serve.tickets import LOWEST_PRIORITY, Holding, Ticket
 
 
 class Backlog:
-    """Images by priority and client, from their admission until their batch."""
+    """Images by priority, from their admission until their batch."""
 
     def __init__(self, *, quantum_images: int) -> None:
         """Count nothing yet.
@@ -24,38 +24,37 @@ class Backlog:
             quantum_images: a client's turn.
         """
         self._quantum = quantum_images
-        self._images = [0] * LOWEST_PRIORITY
-        self._clients: list[dict[str, int]] = [{} for _ in range(LOWEST_PRIORITY)]
+        self._by_level = [0] * LOWEST_PRIORITY
+        self.images = 0
 
     def __repr__(self) -> str:
-        return f"<Backlog {tuple(self._images)} images>"
+        return f"<Backlog {tuple(self._by_level)} images>"
 
     def add(self, ticket: Ticket, images: int) -> None:
-        """Count images of a request that was admitted."""
-        level = ticket.priority - 1
-        clients = self._clients[level]
-        self._images[level] += images
-        clients[ticket.client] = clients.get(ticket.client, 0) + images
+        """Count images of a request that was admitted; less than none counts them off.
 
-    def remove(self, ticket: Ticket, images: int) -> None:
-        """Count images off that run now, or never will."""
-        level = ticket.priority - 1
-        clients = self._clients[level]
-        self._images[level] -= images
-        left = clients[ticket.client] - images
-        if left:
-            clients[ticket.client] = left
-        else:
-            del clients[ticket.client]
+        They are counted off when they run, or never will.
+        """
+        holding, level = ticket.holding, ticket.priority - 1
+        assert holding is not None
+        holding.pending[level] += images
+        self._by_level[level] += images
+        self.images += images
 
-    def ahead_of(self, ticket: Ticket) -> int:
-        """Say how many images run before the last one of a newcomer does."""
+    def ahead_of(self, ticket: Ticket, holding: Holding | None, *, clients: int) -> int:
+        """Say how many images run before the last one of a newcomer does, at most.
+
+        Args:
+            ticket: the newcomer.
+            holding: what its client holds already.
+            clients: how many hold something.
+        """
         level = ticket.priority - 1
-        clients = self._clients[level]
-        own = clients.get(ticket.client, 0)
+        own, others = 0, clients
+        if holding is not None:
+            own, others = holding.pending[level], clients - 1
         turns = -(-(own + ticket.images) // self._quantum)
-        others = len(clients) - (1 if own else 0)
-        ahead = own + min(self._images[level] - own, turns * self._quantum * others)
-        ahead += sum(self._images[:level])
+        ahead = own + min(self._by_level[level] - own, turns * self._quantum * others)
+        ahead += sum(self._by_level[:level])
         owed = (ahead + ticket.images) // OVERTAKERS
-        return ahead + sum(min(owed, images) for images in self._images[level + 1 :])
+        return ahead + sum(min(owed, images) for images in self._by_level[level + 1 :])

@@ -153,7 +153,7 @@ class Batcher(Generic[TicketT]):
         ticket.preparing -= images
         assert ticket.preparing >= 0
         if not ticket.gone:
-            self._backlog.remove(ticket, images)
+            self._backlog.add(ticket, -images)
         return self._release_if_over(ticket) and not ticket.gone
 
     def cancel(self, ticket: TicketT, *, unprepared: bool = False) -> None:
@@ -182,7 +182,10 @@ class Batcher(Generic[TicketT]):
         """
         if len(self._running) >= self._instances:
             return Decision()
-        expired = self._drop_late_heads(now_s, self._max_batch_images)
+        if not self._queue.images:
+            return Decision()
+        safe_s = now_s + self._longest_s(0, now_s)
+        expired = self._drop_late_heads(now_s, self._max_batch_images, safe_s)
         if not self._queue.images:
             return Decision(expired=expired)
         if self._max_delay_s and self._queue.images < self._max_batch_images:
@@ -194,7 +197,8 @@ class Batcher(Generic[TicketT]):
         while room and self._queue.images:
             parts.append(part := self._take_head(room))
             room -= len(part.positions)
-            expired += self._drop_late_heads(now_s, room)
+            if room:
+                expired += self._drop_late_heads(now_s, room, safe_s)
         batch = Batch(tuple(parts), self._max_batch_images - room, now_s)
         self._running[batch] = None
         self._running_images += batch.images
@@ -274,11 +278,15 @@ class Batcher(Generic[TicketT]):
             DeadlineError: so it is.
         """
         now_s = ticket.arrived_s
-        ahead = self._backlog.ahead_of(ticket)
+        left_s = ticket.deadline_s - now_s
+        if left_s > self._longest_s(self._backlog.images + ticket.images, now_s) and left_s > 0:
+            return
+        ahead = self._backlog.ahead_of(
+            ticket, self._room.holding(ticket.client), clients=self._room.clients
+        )
         takes_s = self._drain_s(ahead + ticket.images, now_s)
         if takes_s:
             takes_s += self._until_idle_s(now_s) + self._reply.seconds
-        left_s = ticket.deadline_s - now_s
         if left_s > takes_s:
             return
         self._unmeetable += 1
@@ -291,6 +299,12 @@ class Batcher(Generic[TicketT]):
             found=f"{left_s * 1e3:.0f} ms",
             mend="allow more time, send less at once, or try elsewhere",
         )
+
+    def _longest_s(self, images: int, now_s: float) -> float:
+        """Say how long images take at most, whatever waits and runs."""
+        batch_s = self._latency.predict_s(self._max_batch_images, now_s)
+        batches = images // self._max_batch_images + 2  # one not full, one that runs
+        return batches * batch_s + self._reply.seconds
 
     def _drain_s(self, images: int, now_s: float) -> float:
         """Say how long images take once an instance is idle; 0 where that is not known."""
@@ -325,20 +339,27 @@ class Batcher(Generic[TicketT]):
         ticket = taken.ticket
         images = len(taken.positions)
         self._held[ticket].discard(taken)
-        self._backlog.remove(ticket, images)
+        self._backlog.add(ticket, -images)
         ticket.waiting -= images
         ticket.running += images
         return taken
 
-    def _drop_late_heads(self, now_s: float, room: int) -> tuple[TicketT, ...]:
+    def _drop_late_heads(self, now_s: float, room: int, safe_s: float) -> tuple[TicketT, ...]:
         """Drop tickets from the queue's front that would be late.
 
         The batch is taken for as full as it can get: each that is dropped makes it shorter.
+        A deadline after `safe_s` is met by whatever fits into one batch.
         """
         expired: tuple[TicketT, ...] = ()
-        while room and (head := self._queue.head()) is not None:
+        while (head := self._queue.head()) is not None:
             ticket = head.ticket
-            if ticket.deadline_s > now_s and ticket.deadline_s > self._ends_s(ticket, now_s, room):
+            deadline_s = ticket.deadline_s
+            if deadline_s > safe_s and (
+                deadline_s == math.inf
+                or ticket.waiting + ticket.preparing <= self._max_batch_images
+            ):
+                break
+            if deadline_s > now_s and deadline_s > self._ends_s(ticket, now_s, room):
                 break
             self._expired += 1
             self._drop(ticket)
@@ -347,8 +368,6 @@ class Batcher(Generic[TicketT]):
 
     def _ends_s(self, ticket: TicketT, now_s: float, room: int) -> float:
         """Say when a ticket would be answered whose images go into the next batch."""
-        if ticket.deadline_s == math.inf:
-            return now_s
         batch = min(self._max_batch_images, self._max_batch_images - room + self._queue.images)
         images = max(batch, ticket.waiting + ticket.preparing)
         takes_s = self._drain_s(images, now_s)
@@ -361,7 +380,7 @@ class Batcher(Generic[TicketT]):
             self._queue.remove(part)
         self._held[ticket].clear()
         if ticket.preparing or ticket.waiting:
-            self._backlog.remove(ticket, ticket.preparing + ticket.waiting)
+            self._backlog.add(ticket, -ticket.preparing - ticket.waiting)
         ticket.waiting = 0
         self._release_if_over(ticket)
 

@@ -3,8 +3,7 @@
 Rules:
     A request is admitted or refused before anything is done for it: its images are not even
     read out of the message before there is room for them.
-    Every change of the batcher is made in `_changing`, which admits whoever it makes room
-    for: no waiting request depends on another being answered.
+    Every change of the batcher is made in `serve.changing`.
     Images are decoded ahead of the queue: `serve.decoding`.
     `Batcher` decides; the threads here do what it says and hold its lock while they ask.
     Whatever the encoder does with a batch ends as an error of that batch's requests. A thread
@@ -23,8 +22,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +32,7 @@ from models.errors import EncoderError, EncoderUnavailableError, ImageError
 from models.image_source import ImageData
 from models.preprocess import DEFAULT_LIMITS, ImageLimits
 from serve.batching import Batcher
+from serve.changing import Changing
 from serve.crew import Crew, Member
 from serve.decoding import Decoder
 from serve.errors import DeadlineError, InternalError, ServeError, UnavailableError
@@ -92,6 +91,7 @@ class Engine:
         spec = encoder.preprocessing
         self._image_bytes = spec.height * spec.width * spec.channels
         self._changed = threading.Condition()
+        self._changing = Changing(self._changed, self._batcher, self._tell_admitted)
         self._closing = False
         self._observer = observer
         self._crashed = False
@@ -199,7 +199,7 @@ class Engine:
             await self._admit(job, wait_for_room=wait_for_room)
             job.fill(images, self.encoder.dim)
         except BaseException:
-            with self._changing():
+            with self._changing:
                 self._batcher.cancel(job, unprepared=True)
             raise
         on_admitted()
@@ -207,7 +207,7 @@ class Engine:
         try:
             return await job.future
         except asyncio.CancelledError:
-            with self._changing():
+            with self._changing:
                 self._batcher.cancel(job)
             raise
 
@@ -230,7 +230,7 @@ class Engine:
 
     async def _admit(self, job: Job, *, wait_for_room: bool) -> None:
         """Hold a place for the job, in its turn, or raise."""
-        with self._changing():
+        with self._changing:
             if not self.alive:
                 raise UnavailableError("the model takes no more requests")
             try:
@@ -247,7 +247,7 @@ class Engine:
         """Queue images that can be computed; settle the others."""
         now_s = self._clock()
         complete = False
-        with self._changing():
+        with self._changing:
             job.decoded_s = max(job.decoded_s, now_s)
             if bad:
                 complete = self._batcher.settle(job, bad)
@@ -266,7 +266,7 @@ class Engine:
     def _next_batch(self, member: Member) -> Batch[Job] | None:
         """Wait for a batch to run; None once there are no more for this thread."""
         while True:
-            with self._changing():
+            with self._changing:
                 if self._closing or self._crashed or member.given_up:
                     return None
                 decision = self._batcher.decide(self._clock())
@@ -283,7 +283,7 @@ class Engine:
 
     def _finish(self, member: Member, batch: Batch[Job], *, failed: bool = False) -> list[Job]:
         """Give a batch back; the jobs to answer now, none where the thread was given up."""
-        with self._changing():
+        with self._changing:
             if member.given_up:
                 return []
             member.end()
@@ -297,7 +297,7 @@ class Engine:
         """
         batch: Batch[Job] | None = member.work
         if batch is not None:
-            with self._changing():
+            with self._changing:
                 failed = self._batcher.finish(batch, self._clock(), failed=True)
             self._deliver(failed, InternalError("the server has lost a thread at these images"))
         elif not member.hangs:
@@ -367,20 +367,11 @@ class Engine:
 
     def _fail_all(self, error: Exception) -> None:
         """End everything that is held."""
-        with self._changing():
+        with self._changing:
             jobs = self._batcher.tickets
             for job in jobs:
                 self._batcher.cancel(job)
         self._deliver(jobs, error)
-
-    @contextmanager
-    def _changing(self) -> Iterator[None]:
-        """Hold the lock for a change; then tell those for whom it has made room."""
-        with self._changed:
-            yield
-            admitted = self._batcher.admit_line()
-        if admitted:
-            self._post(admitted, tell_admitted, admitted)
 
     def _deliver(self, jobs: Sequence[Job], error: Exception | None = None) -> None:
         """Answer jobs on their event loop, all in one call."""
@@ -403,6 +394,10 @@ class Engine:
         if not self._measures_loop:
             self._measures_loop = True
             loop.call_soon(loop.call_soon, self._note_reply, self._clock())
+
+    def _tell_admitted(self, jobs: Sequence[Job]) -> None:
+        """Let jobs go on that have waited in line."""
+        self._post(jobs, tell_admitted, jobs)
 
     def _post(self, jobs: Sequence[Job], call: Callable[..., None], *arguments: object) -> None:
         """Have the event loop of `jobs` call."""

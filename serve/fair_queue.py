@@ -60,6 +60,7 @@ class FairQueue(Generic[TicketT]):
         self._levels: list[_Level[TicketT]] = [
             _Level(number, quantum_images) for number in range(LOWEST_PRIORITY)
         ]
+        self._chosen: _Level[TicketT] | None = None  # by `head`, until anything changes
         self.images = 0
 
     def __repr__(self) -> str:
@@ -77,53 +78,61 @@ class FairQueue(Generic[TicketT]):
 
     def push(self, part: Part[TicketT]) -> None:
         """Put images behind those of their client and priority."""
-        level = self._level(part)
+        self._chosen = None
+        level = self._levels[part.ticket.priority - 1]
         parts = level.clients.get(part.ticket.client)
         if parts is None:
             parts = level.clients[part.ticket.client] = OrderedDict()
         parts[part] = None
-        level.images += len(part.positions)
-        self.images += len(part.positions)
+        images = len(part.positions)
+        level.images += images
+        self.images += images
 
     def head(self) -> Part[TicketT] | None:
         """Give the part whose turn it is; None where nothing waits."""
         if not self.images:
             return None
-        level, _ = self._next(1)
+        level = self._chosen = self._next()
         return next(iter(next(iter(level.clients.values()))))
 
     def take(self, room: int) -> Part[TicketT]:
         """Take images of the head out, at most `room`; the rest of it stays the head."""
-        level, room = self._next(room)
+        level = self._chosen or self._next()
+        self._chosen = None
         client, parts = next(iter(level.clients.items()))
-        if len(level.clients) > 1:
-            room = min(room, level.left)
+        if len(level.clients) > 1 and room > level.left:
+            room = level.left
+        alone = level.images == self.images
+        if not alone and level.overtaken >= OVERTAKERS:
+            room = min(room, level.overtaken // OVERTAKERS)
         head = taken = next(iter(parts))
-        if len(head.positions) > room:
+        images = len(head.positions)
+        if images > room:
+            images = room
             taken = Part(head.ticket, head.positions[:room], head.ready_s)
             head.positions = head.positions[room:]
         else:
             del parts[head]
-        images = len(taken.positions)
         level.left -= images
-        self._count_out(level, images)
+        level.images -= images
+        self.images -= images
         if not parts:
             self._forget(level, client)
         elif level.left <= 0:
             level.clients.move_to_end(client)
             level.left = self._quantum
-        level.overtaken = max(0, level.overtaken - OVERTAKERS * images) if level.images else 0
-        for lower in self._levels[level.number + 1 :]:
-            if lower.images:
-                lower.overtaken += images
+        if not alone:
+            self._count_overtaken(level, images)
         return taken
 
     def remove(self, part: Part[TicketT]) -> None:
         """Take a part out that nobody waits for."""
-        level, client = self._level(part), part.ticket.client
+        self._chosen = None
+        level, client = self._levels[part.ticket.priority - 1], part.ticket.client
         parts = level.clients[client]
         del parts[part]
-        self._count_out(level, len(part.positions))
+        level.images -= len(part.positions)
+        self.images -= len(part.positions)
         if not parts:
             self._forget(level, client)
         if not level.images:
@@ -138,27 +147,27 @@ class FairQueue(Generic[TicketT]):
             for part in parts
         )
 
-    def _level(self, part: Part[TicketT]) -> _Level[TicketT]:
-        """Find where a part waits."""
-        return self._levels[part.ticket.priority - 1]
-
-    def _next(self, room: int) -> tuple[_Level[TicketT], int]:
-        """Say from which level to take, and how much at most."""
+    def _next(self) -> _Level[TicketT]:
+        """Say from which level to take."""
         first: _Level[TicketT] | None = None
         for level in self._levels:
             if not level.images:
                 continue
+            if level.images == self.images:
+                return level
             if first is None:
                 first = level
             elif level.overtaken >= OVERTAKERS:
-                return level, min(room, level.overtaken // OVERTAKERS)
+                return level
         assert first is not None
-        return first, room
+        return first
 
-    def _count_out(self, level: _Level[TicketT], images: int) -> None:
-        """Count images that have left."""
-        level.images -= images
-        self.images -= images
+    def _count_overtaken(self, level: _Level[TicketT], images: int) -> None:
+        """Count images taken against the lower levels that wait, and off what this was owed."""
+        level.overtaken = max(0, level.overtaken - OVERTAKERS * images) if level.images else 0
+        for lower in self._levels[level.number + 1 :]:
+            if lower.images:
+                lower.overtaken += images
 
     def _forget(self, level: _Level[TicketT], client: str) -> None:
         """Drop a client of whom nothing waits; the turn passes on if it was its."""

@@ -19,22 +19,12 @@ Switches", 1998 (a queue may grow to a multiple, here 8, of what is free).
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
 from typing import Generic
 
-from serve.tickets import TicketT
+from serve.tickets import Holding, TicketT
 
 SHARE = 8
 """How many times of what stays free one client may hold."""
-
-
-@dataclass(eq=False, slots=True)
-class _Holding:
-    """What one client holds."""
-
-    requests: int = 0
-    images: int = 0
-    bytes: int = 0
 
 
 class Room(Generic[TicketT]):
@@ -51,7 +41,7 @@ class Room(Generic[TicketT]):
         self.max_bytes = max_bytes
         self.requests = self.images = self.bytes = 0
         self.lined_up = self.lined_up_bytes = 0
-        self._holdings: dict[str, _Holding] = {}
+        self._holdings: dict[str, Holding] = {}
         self._line: OrderedDict[str, OrderedDict[TicketT, None]] = OrderedDict()
 
     def __repr__(self) -> str:
@@ -70,6 +60,10 @@ class Room(Generic[TicketT]):
         """Those in line, by client."""
         return tuple(ticket for tickets in self._line.values() for ticket in tickets)
 
+    def holding(self, client: str) -> Holding | None:
+        """Give what a client holds; None where that is nothing."""
+        return self._holdings.get(client)
+
     def admits(self, ticket: TicketT) -> bool:
         """Whether a newcomer may come in now."""
         if not self._line:
@@ -85,7 +79,8 @@ class Room(Generic[TicketT]):
         self.bytes += ticket.held_bytes
         holding = self._holdings.get(ticket.client)
         if holding is None:
-            holding = self._holdings[ticket.client] = _Holding()
+            holding = self._holdings[ticket.client] = Holding()
+        ticket.holding = holding
         holding.requests += 1
         holding.images += ticket.images
         holding.bytes += ticket.held_bytes
@@ -95,7 +90,8 @@ class Room(Generic[TicketT]):
         self.requests -= 1
         self.images -= ticket.images
         self.bytes -= ticket.held_bytes
-        holding = self._holdings[ticket.client]
+        holding = ticket.holding
+        assert holding is not None
         holding.requests -= 1
         holding.images -= ticket.images
         holding.bytes -= ticket.held_bytes

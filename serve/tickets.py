@@ -27,6 +27,23 @@ def read_priority(priority: int) -> int:
     return priority or DEFAULT_PRIORITY
 
 
+@dataclass(eq=False, slots=True)
+class Holding:
+    """What one client holds of a model, all of its requests together.
+
+    Attributes:
+        requests: those that are admitted and not over.
+        images: their images.
+        bytes: their bytes.
+        pending: of the images those in no batch yet, the first priority first.
+    """
+
+    requests: int = 0
+    images: int = 0
+    bytes: int = 0
+    pending: list[int] = field(default_factory=lambda: [0] * LOWEST_PRIORITY)
+
+
 @dataclass(eq=False, kw_only=True)
 class Ticket:
     """One request in the batcher, from its admission until it is over.
@@ -42,6 +59,7 @@ class Ticket:
         waiting: images that are ready and in no batch yet.
         running: images in batches that run.
         gone: whether its caller has gone, so that nothing more of it is computed.
+        holding: its client's, from its admission on.
     """
 
     images: int
@@ -54,6 +72,7 @@ class Ticket:
     waiting: int = field(init=False, default=0)
     running: int = field(init=False, default=0)
     gone: bool = field(init=False, default=False)
+    holding: Holding | None = field(init=False, default=None, repr=False)
 
     @property
     def over(self) -> bool:

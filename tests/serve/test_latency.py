@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from serve.backlog import Backlog
 from serve.latency import BELIEVED_S, MIN_BATCHES, Lag, LatencyModel
-from serve.tickets import Ticket
+from serve.tickets import Holding, Ticket
 
 
 def trained(a, b, *, batches=200, sizes=range(1, 33), noise=0.0, seed=0):
@@ -119,26 +119,39 @@ def test_a_lag_is_allowed_for_with_its_spread():
     assert jumping.seconds > 0.02
 
 
+def pending(backlog, images, holdings, **fields):
+    """Let images of a client pend; the request."""
+    ticket = Ticket(images=images, **fields)
+    ticket.holding = holdings.setdefault(ticket.client, Holding())
+    backlog.add(ticket, images)
+    return ticket
+
+
+def ahead(backlog, holdings, **fields):
+    """How many images run before one more."""
+    newcomer = Ticket(**({"images": 1} | fields))
+    return backlog.ahead_of(newcomer, holdings.get(newcomer.client), clients=len(holdings))
+
+
 def test_the_backlog_counts_what_runs_before_a_newcomer():
     """Its own client's images, higher priorities, and as many turns of others as it takes."""
-    backlog = Backlog(quantum_images=8)
-    backlog.add(Ticket(images=100, client="bulk"), 100)
-    backlog.add(Ticket(images=5, client="own"), 5)
-    assert backlog.ahead_of(Ticket(images=1, client="bulk")) == 100 + 5
-    assert backlog.ahead_of(Ticket(images=1, client="own")) == 5 + 8
-    assert backlog.ahead_of(Ticket(images=1, client="new")) == 8 + 8, "two turns"
-    assert backlog.ahead_of(Ticket(images=1, client="new", priority=1)) == 0
-    high = Ticket(images=50, client="bulk", priority=1)
-    backlog.add(high, 50)
-    assert backlog.ahead_of(Ticket(images=1, client="new", priority=3)) == 50 + 105
-    backlog.remove(high, 50)
-    assert backlog.ahead_of(Ticket(images=1, client="new", priority=1)) == 0
+    backlog, holdings = Backlog(quantum_images=8), {}
+    pending(backlog, 100, holdings, client="bulk")
+    pending(backlog, 5, holdings, client="own")
+    assert ahead(backlog, holdings, client="bulk") == 100 + 5
+    assert ahead(backlog, holdings, client="own") == 5 + 8
+    assert ahead(backlog, holdings, client="new") == 8 + 8, "two turns"
+    assert ahead(backlog, holdings, client="new", priority=1) == 0
+    high = pending(backlog, 50, holdings, client="bulk", priority=1)
+    assert ahead(backlog, holdings, client="new", priority=3) == 50 + 105
+    backlog.add(high, -50)
+    assert ahead(backlog, holdings, client="new", priority=1) == 0
     assert repr(backlog) == "<Backlog (0, 105, 0) images>"
 
 
 def test_the_backlog_counts_what_lower_priorities_are_owed():
     """Of sixteen images one may be of a lower priority."""
-    backlog = Backlog(quantum_images=8)
-    backlog.add(Ticket(images=100, priority=3), 100)
-    assert backlog.ahead_of(Ticket(images=29, priority=1)) == 1
-    assert backlog.ahead_of(Ticket(images=30, priority=1)) == 2
+    backlog, holdings = Backlog(quantum_images=8), {}
+    pending(backlog, 100, holdings, priority=3)
+    assert ahead(backlog, holdings, images=29, priority=1) == 1
+    assert ahead(backlog, holdings, images=30, priority=1) == 2
