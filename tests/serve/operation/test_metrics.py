@@ -12,10 +12,14 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 
 from models.errors import UsageError
+from models.wire import image_to_wire
+from protos import horace_pb2 as pb
+from protos import horace_pb2_grpc as pb_grpc
 from serve.client import AsyncClient, Client, RetryPolicy
 from serve.errors import UnauthenticatedError
 from serve.http.options import HttpOptions
@@ -134,6 +138,38 @@ def test_names_and_types_are_tritons(serving, fake):
     gauges = {"nv_inference_pending_request_count"}
     assert {name for name, kind in types.items() if kind == "gauge"} == gauges
     assert {name for name, kind in types.items() if kind == "counter"} == TRITON_NAMES - gauges
+
+
+def test_what_callers_write_makes_no_series(serving, fake, image):
+    """Names, ids and headers of a caller's own choosing, a thousand of each: not one more."""
+    picture = image_to_wire(image(1))
+
+    async def main():
+        async with (
+            serving(fake, metrics=MetricsOptions(port=0)) as server,
+            grpc.aio.insecure_channel(server.address) as channel,
+        ):
+            stub = pb_grpc.HoraceStub(channel)
+
+            async def ask(n: int) -> None:
+                request = pb.EmbedRequest(
+                    model=f"model-{n}" if n % 2 else "", images=[picture], request_id=f"id-{n}"
+                )
+                metadata = (("x-request-id", f"id-{n}"), (f"x-{n}", "x"))
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    await stub.Embed(request, metadata=metadata)
+
+            await asyncio.gather(*map(ask, range(2)))
+            before = samples((await get(server, "/metrics"))[1])
+            for start in range(0, 1000, 50):
+                await asyncio.gather(*map(ask, range(start, start + 50)))
+            return before, samples((await get(server, "/metrics"))[1])
+
+    before, after = asyncio.run(main())
+    assert set(after) == set(before)
+    method = ("method", "Embed")
+    assert after["horace_requests_total", (("code", "NOT_FOUND"), method)] == 501
+    assert after["horace_requests_total", (("code", "OK"), method)] == 501
 
 
 def test_no_series_is_there_twice(serving, fake):
