@@ -189,7 +189,7 @@ def search_range(
             filter=selection,
         )  # fmt: skip
         is_near = found.scores >= min_score
-        for place, query in enumerate(left):
+        for place, query in enumerate(left.tolist()):
             ids[query] = found.ids[place][is_near[place]]
             scores[query] = found.scores[place][is_near[place]]
         left = left[is_near[:, -1]] if k < most else left[:0]
