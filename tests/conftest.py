@@ -8,12 +8,17 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from hypothesis import HealthCheck, settings
 from onnx import TensorProto, helper, numpy_helper
 
 from models.bundle import Bundle, OutputSpec, write_bundle
 from models.preprocess import PreprocessSpec
 
 MakeBundle = Callable[..., Bundle]
+
+# How long an example takes is the machine's matter: no test fails because others run beside it.
+settings.register_profile("horace", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("horace")
 
 
 def write_tiny_graph(path: Path, *, spec: PreprocessSpec, dim: int, seed: int) -> None:

@@ -76,7 +76,7 @@ def test_a_filter_says_what_is_looked_at(tmp_path, make_collection):
         assert keys_of(collection, groups) == [["0001", "0004"]]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10**6), st.floats(0.3, 0.95))
 def test_what_is_deleted_has_a_twin_and_what_is_kept_has_none(seed, threshold):
     """Of any neighbourhoods, also where some are missed on one side."""

@@ -144,7 +144,6 @@ def test_a_long_list_is_no_deep_expression():
 texts = st.text(alphabet="ab'\"\\ %_é\n", max_size=6)
 
 
-@settings(deadline=None)
 @given(text=texts, double=st.booleans())
 def test_any_text_can_be_asked_for(text, double):
     """A quote is written twice, and nothing else means anything."""
@@ -184,7 +183,7 @@ def filters(draw, depth=0):
     return f"(({left}) or ({right}))", lambda a, b: means_left(a, b) or means_right(a, b)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(filters())
 def test_filters_mean_what_python_means(pair):
     """Of any rows, missing values included, those are left for which Python says so."""

@@ -3,7 +3,7 @@ import math
 import faiss
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -29,7 +29,6 @@ def banks(draw):
     return queries, bank, draw(st.integers(1, 50))
 
 
-@settings(deadline=None)
 @given(banks())
 def test_search_is_a_sort_of_all_products(case):
     """Exact means exact: ties go to the lower row, what does not exist is -1 and -inf."""
@@ -44,7 +43,6 @@ def test_search_is_a_sort_of_all_products(case):
     assert (scores[:, n_found:] == -np.inf).all()
 
 
-@settings(deadline=None)
 @given(banks(), st.integers(0, 40))
 def test_merged_banks_are_one_bank(case, cut):
     """Searching in two pieces and merging gives what searching the whole does."""
@@ -87,7 +85,6 @@ def test_queries_have_the_dimension_of_the_bank():
         knn_search(np.ones((1, 3), np.float32), np.ones((3, 2), np.float32), 1)
 
 
-@settings(deadline=None)
 @given(
     arrays(np.float32, (6, 7), elements=st.floats(-1, 1, width=32)),
     arrays(np.int64, (6, 7), elements=st.integers(-1, 3)),
