@@ -198,7 +198,7 @@ class Combined(_message.Message):
     def __init__(self, queries: _Optional[_Iterable[_Union[Combination, _Mapping]]] = ...) -> None: ...
 
 class SearchRequest(_message.Message):
-    __slots__ = ("collection", "images", "vectors", "ids", "combined", "k", "exact", "include_vectors", "request_id", "priority", "filter", "effort")
+    __slots__ = ("collection", "images", "vectors", "ids", "combined", "k", "exact", "include_vectors", "request_id", "priority", "filter", "effort", "min_score", "diversity")
     COLLECTION_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
     VECTORS_FIELD_NUMBER: _ClassVar[int]
@@ -211,6 +211,8 @@ class SearchRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     FILTER_FIELD_NUMBER: _ClassVar[int]
     EFFORT_FIELD_NUMBER: _ClassVar[int]
+    MIN_SCORE_FIELD_NUMBER: _ClassVar[int]
+    DIVERSITY_FIELD_NUMBER: _ClassVar[int]
     collection: str
     images: ImageQueries
     vectors: VectorQueries
@@ -223,7 +225,9 @@ class SearchRequest(_message.Message):
     priority: int
     filter: str
     effort: int
-    def __init__(self, collection: _Optional[str] = ..., images: _Optional[_Union[ImageQueries, _Mapping]] = ..., vectors: _Optional[_Union[VectorQueries, _Mapping]] = ..., ids: _Optional[_Union[IdQueries, _Mapping]] = ..., combined: _Optional[_Union[Combined, _Mapping]] = ..., k: _Optional[int] = ..., exact: _Optional[bool] = ..., include_vectors: _Optional[bool] = ..., request_id: _Optional[str] = ..., priority: _Optional[int] = ..., filter: _Optional[str] = ..., effort: _Optional[int] = ...) -> None: ...
+    min_score: float
+    diversity: float
+    def __init__(self, collection: _Optional[str] = ..., images: _Optional[_Union[ImageQueries, _Mapping]] = ..., vectors: _Optional[_Union[VectorQueries, _Mapping]] = ..., ids: _Optional[_Union[IdQueries, _Mapping]] = ..., combined: _Optional[_Union[Combined, _Mapping]] = ..., k: _Optional[int] = ..., exact: _Optional[bool] = ..., include_vectors: _Optional[bool] = ..., request_id: _Optional[str] = ..., priority: _Optional[int] = ..., filter: _Optional[str] = ..., effort: _Optional[int] = ..., min_score: _Optional[float] = ..., diversity: _Optional[float] = ...) -> None: ...
 
 class Hit(_message.Message):
     __slots__ = ("id", "score", "key", "label", "source")

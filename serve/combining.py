@@ -131,11 +131,7 @@ def search_combinations(
             statuses.append(pb.ItemStatus())
     ids, scores = no_neighbours()
     if queries:
-        found = collection.search(
-            np.stack(queries), query.k, fingerprint=collection.fingerprint, exact=query.exact,
-            parameters=query.parameters(collection), filter=query.selection,
-            without_QW=pad_ids(without),
-        )  # fmt: skip
+        found = query.search(collection, np.stack(queries), pad_ids(without))
         ids, scores = found.ids, found.scores
     return lay_out(collection, ids, scores, statuses, query)
 

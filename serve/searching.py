@@ -30,7 +30,7 @@ from serve.errors import RequestError
 from serve.reply_size import bytes_of_hit
 
 if TYPE_CHECKING:
-    from index.collection import Collection, Row
+    from index.collection import Collection, Neighbours, Row
     from index.selection import Selection
     from serve.catalog import ServedCollection
 
@@ -38,6 +38,9 @@ DEFAULT_NEIGHBOURS = 10
 
 MAX_EFFORT = 10_000
 """A search that needs more is cheaper as an exact one."""
+
+MAX_DIVERSE_NEIGHBOURS = 100
+"""Each is compared with five times as many candidates: .03 s for 100 of 512 dimensions."""
 
 FINGERPRINT = re.compile("[0-9a-f]{64}")
 
@@ -54,6 +57,8 @@ class Query:
         exact: whether every vector is compared, instead of asking the index.
         include_vectors: whether the hits' stored vectors are sent, too.
         effort: candidates that the index weighs for a query; 0 for as many as it is set to.
+        min_score: the least cosine of a hit; any where None.
+        diversity: 0 for the nearest, up to 1 for what is also unlike one another.
         selection: which images may be hits; all where None.
     """
 
@@ -61,11 +66,30 @@ class Query:
     exact: bool
     include_vectors: bool
     effort: int = 0
+    min_score: float | None = None
+    diversity: float = 0.0
     selection: Selection | None = None
 
-    def parameters(self, collection: Collection) -> dict[str, int] | None:
-        """Give the index's parameters for this search; None for its own."""
-        return collection.effort_parameters(self.effort) if self.effort else None
+    def search(
+        self,
+        collection: Collection,
+        queries_QD: NDArray[np.float32],
+        without_QW: NDArray[np.int64] | None = None,
+    ) -> Neighbours:
+        """Search by unit vectors of the collection's own encoder; see `Collection.search`."""
+        from index.ranking import Ranking
+
+        ranking = Ranking(min_score=self.min_score, diversity=self.diversity)
+        found = collection.search(
+            queries_QD,
+            ranking.pool(self.k),
+            fingerprint=collection.fingerprint,
+            exact=self.exact,
+            parameters=collection.effort_parameters(self.effort) if self.effort else None,
+            filter=self.selection,
+            without_QW=without_QW,
+        )
+        return ranking.rank(collection, found, self.k)
 
 
 def count_queries(request: pb.SearchRequest) -> int:
@@ -100,10 +124,16 @@ def read_query(
 
     Raises:
         RequestError: it is too much.
+        UsageError: a score or a diversity is out of bounds.
     """
+    from index.ranking import Ranking  # faiss: only where there is a collection
+
     k = request.k or DEFAULT_NEIGHBOURS
     if k > max_neighbours:
         raise RequestError("k", expected=f"1 to {max_neighbours}", found=f"{k}")
+    if request.diversity and k > MAX_DIVERSE_NEIGHBOURS:
+        expected = f"1 to {MAX_DIVERSE_NEIGHBOURS} with diversity"
+        raise RequestError("k", expected=expected, found=f"{k}")
     if request.effort > MAX_EFFORT:
         raise RequestError("effort", expected=f"0 to {MAX_EFFORT}", found=f"{request.effort}")
     hit_bytes = bytes_of_hit(dim, with_vector=request.include_vectors)
@@ -114,11 +144,15 @@ def read_query(
             found=f"{count} queries with {k} hits of some {hit_bytes} bytes",
             mend="ask for fewer hits, or split the request",
         )
+    min_score = request.min_score if request.HasField("min_score") else None
+    Ranking(min_score=min_score, diversity=request.diversity)  # refuses what cannot be meant
     return Query(
         k=k,
         exact=request.exact,
         include_vectors=request.include_vectors,
         effort=request.effort,
+        min_score=min_score,
+        diversity=request.diversity,
     )
 
 
@@ -179,14 +213,7 @@ def search_vectors(
     """
     ids, scores = no_neighbours()
     if len(vectors_QD):
-        found = collection.search(
-            finish_vectors(vectors_QD),
-            query.k,
-            fingerprint=collection.fingerprint,
-            exact=query.exact,
-            parameters=query.parameters(collection),
-            filter=query.selection,
-        )
+        found = query.search(collection, finish_vectors(vectors_QD))
         ids, scores = found.ids, found.scores
     return lay_out(collection, ids, scores, statuses, query)
 
@@ -197,10 +224,8 @@ def search_ids(collection: Collection, ids: Sequence[int], query: Query) -> list
     known = [id_ for id_, status in zip(ids, statuses, strict=True) if status.code == pb.OK]
     found_ids, scores = no_neighbours()
     if known:
-        found = collection.search_ids(
-            known, query.k, exact=query.exact, parameters=query.parameters(collection),
-            filter=query.selection,
-        )  # fmt: skip
+        without_QW = np.array(known, np.int64)[:, None]
+        found = query.search(collection, collection.vectors(known), without_QW)
         found_ids, scores = found.ids, found.scores
     return lay_out(collection, found_ids, scores, statuses, query)
 

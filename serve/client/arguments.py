@@ -35,6 +35,21 @@ def check_integer(name: str, value: object, least: int, most: int = MAX_UINT32) 
     return number
 
 
+def check_number(name: str, value: object, least: float, most: float) -> None:
+    """Refuse what is no number, or outside its bounds.
+
+    Raises:
+        UsageError: it is.
+    """
+    try:
+        good = least <= float(value) <= most  # type: ignore[arg-type]  # what is none raises
+    except (TypeError, ValueError):
+        good = False
+    if not good:
+        expected = f"a number, {least:g} to {most:g}"
+        raise UsageError(name, expected=expected, found=describe(value))
+
+
 def check_text(name: str, value: object) -> None:
     """Refuse what is neither text nor None.
 

@@ -155,6 +155,8 @@ class Client:
         filter: str | None = None,
         exact: bool = False,
         effort: int | None = None,
+        min_score: float | None = None,
+        diversity: float = 0.0,
         include_vectors: bool = False,
         request_id: str | None = None,
         priority: int = 0,
@@ -175,6 +177,9 @@ class Client:
             exact: whether every vector is compared, instead of asking the index.
             effort: candidates that the index weighs for a query, more for a better recall; as
                 many as the collection is set to where None.
+            min_score: the least cosine of a hit, -1 to 1; there may be fewer than k then.
+            diversity: 0 for the nearest, up to 1 for what is also unlike one another; above 0,
+                k is at most 100, and scores do not fall from hit to hit.
             include_vectors: whether the hits' stored vectors are sent, too.
             request_id: see `embed`.
             priority: see `embed`.
@@ -187,6 +192,8 @@ class Client:
             filter=filter,
             exact=exact,
             effort=effort,
+            min_score=min_score,
+            diversity=diversity,
             include_vectors=include_vectors,
             request_id=request_id,
             priority=priority,

@@ -24,6 +24,7 @@ from serve.client.arguments import (
     MAX_UINT64,
     ONE_IMAGE,
     check_integer,
+    check_number,
     check_request_id,
     check_text,
     describe,
@@ -85,6 +86,8 @@ class SearchOptions:
     include_vectors: bool = False
     filter: str | None = None
     effort: int | None = None
+    min_score: float | None = None
+    diversity: float = 0.0
     request_id: str | None = None
     priority: int = 0
 
@@ -101,6 +104,9 @@ class SearchOptions:
         check_text("filter", self.filter)
         if self.effort is not None:
             check_integer("effort", self.effort, 1)
+        if self.min_score is not None:
+            check_number("min_score", self.min_score, -1, 1)
+        check_number("diversity", self.diversity, 0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +161,9 @@ class Queries:
             request.k, request.exact = options.k, options.exact
             request.include_vectors = options.include_vectors
             request.filter, request.effort = options.filter or "", options.effort or 0
+            request.diversity = options.diversity
+            if options.min_score is not None:
+                request.min_score = options.min_score
             request.request_id = options.request_id or ""
             request.priority = options.priority
             yield request, group

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import binascii
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeGuard, TypeVar
 
@@ -50,6 +51,8 @@ SEARCH_FIELDS = (
     "exact",
     "effort",
     "filter",
+    "min_score",
+    "diversity",
     "include_vectors",
     "request_id",
     "priority",
@@ -110,6 +113,8 @@ def read_search(body: Body, request_id: str) -> tuple[pb.SearchRequest, Asked]:
         exact=fields.flag("exact"),
         effort=fields.integer("effort"),
         filter=fields.text("filter"),
+        min_score=fields.number("min_score"),
+        diversity=fields.number("diversity"),
         include_vectors=fields.flag("include_vectors"),
         request_id=fields.text("request_id") or request_id,
         priority=fields.integer("priority"),
@@ -181,6 +186,16 @@ class Fields:
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_UINT32:
             raise _wrong(name, f"an integer, 1 to {MAX_UINT32}", value)
         return value
+
+    def number(self, name: str) -> float | None:
+        """Give a number that float32 holds; None where it is not given."""
+        value = self._values.get(name)
+        if value is None:
+            return None
+        if self._is_form and isinstance(value, str):
+            with suppress(ValueError):
+                value = float(value)
+        return _number(name, value)
 
     def flag(self, name: str, *, default: bool = False) -> bool:
         """Give a yes or a no."""

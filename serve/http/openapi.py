@@ -141,6 +141,13 @@ def _search(limits: RequestLimits) -> Json:
             {"type": "string", "maxLength": MAX_FIELD_BYTES},
             "which images may be hits, such as: label = 'Coat'",
         ),
+        "min_score": _described(
+            {"type": "number", "minimum": -1, "maximum": 1}, "the least cosine of a hit"
+        ),
+        "diversity": _described(
+            {"type": "number", "minimum": 0, "maximum": 1},
+            "0 for the nearest, up to 1 for what is also unlike one another",
+        ),
         "include_vectors": _described({"type": "boolean"}, "send the vectors of hits, too"),
         "request_id": _described(STRING, "comes back in the reply, and stands in the log"),
         "priority": _count("1 is served before 2 and 3; 2 where not given", LOWEST_PRIORITY),

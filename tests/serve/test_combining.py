@@ -249,6 +249,14 @@ def test_what_no_client_of_ours_sends_is_a_status_or_a_refusal(place, searching)
                     pb.SearchRequest(ids=pb.IdQueries(ids=[1]), effort=10_001),
                     "effort: expected 0 to 10000, found 10001",
                 ),
+                (
+                    pb.SearchRequest(ids=pb.IdQueries(ids=[1]), min_score=float("nan")),
+                    "minimal score: expected -1 to 1, found nan",
+                ),
+                (
+                    pb.SearchRequest(ids=pb.IdQueries(ids=[1]), diversity=2),
+                    "diversity: expected 0 to 1, found 2",
+                ),
             ):
                 with pytest.raises(grpc.aio.AioRpcError) as error:
                     await stub.Search(request)
@@ -285,6 +293,33 @@ def test_more_effort_finds_what_exact_search_finds(place, searching):
                     assert ids_of(client.search(ids=ids, effort=200)) == ids_of(exact)
 
             await asyncio.to_thread(work)
+
+    asyncio.run(main())
+
+
+def test_hits_near_enough_and_hits_that_differ(searching):
+    """Through the server as in the collection; a diverse k is bounded."""
+    ids = [id_of("c0/00.png")]
+
+    async def main():
+        async with searching() as server, AsyncClient(server.address) as client:
+            (hits,) = (await client.search(ids=ids, k=59)).hits
+            least = (hits[6].score + hits[7].score) / 2
+            (near,) = (await client.search(ids=ids, k=59, min_score=least)).hits
+            assert near == hits[:7]
+            (diverse,) = (await client.search(ids=ids, k=5, diversity=0.8)).hits
+            assert diverse[0] == hits[0]
+            assert len({hit.id for hit in diverse}) == 5
+            assert diverse != hits[:5]
+            one = Combination(positives=ids)
+            (combined,) = (await client.search(combined=[one], k=5, diversity=0.8)).hits
+            assert [hit.id for hit in combined] == [hit.id for hit in diverse]
+            with pytest.raises(RequestError, match="k: expected 1 to 100 with diversity"):
+                await client.search(ids=ids, k=101, diversity=0.1)
+            with pytest.raises(UsageError, match="min_score: expected a number, -1 to 1, found 2"):
+                await client.search(ids=ids, min_score=2)
+            with pytest.raises(UsageError, match="diversity: expected a number, 0 to 1, found 'x'"):
+                await client.search(ids=ids, diversity="x")
 
     asyncio.run(main())
 

@@ -78,3 +78,15 @@ def test_memory_of_bodies_is_given_back(sizes):
                 held.grow(size)
             assert memory.held_bytes == max([0, *grown])
     assert repr(memory) == "<BodyMemory 0 of 100 bytes>"
+
+
+@pytest.mark.parametrize(("value", "is_form"), [(0.5, False), ("0.5", True), (None, False)])
+def test_a_least_score_is_a_number_in_json_and_in_a_form(value, is_form):
+    """0 is one, too; where it is not given there is none."""
+    body = Body(fields={"ids": [1], "min_score": value, "diversity": 0}, is_form=is_form)
+    message, _ = read_search(body, "")
+    assert message.HasField("min_score") == (value is not None)
+    assert message.min_score == (0 if value is None else 0.5)
+    for wrong in ("near", [1], True, float("nan")):
+        with pytest.raises(RequestError, match="min_score: expected a number, found"):
+            read_search(Body(fields={"ids": [1], "min_score": wrong}, is_form=is_form), "")
