@@ -42,6 +42,9 @@ MAX_CHARACTERS = 1 << 16
 MAX_DEPTH = 64
 """Of parentheses and `not`s within one another."""
 
+MAX_TESTS = 256
+"""Of one filter, each of which looks at every row; a list in `in` is one."""
+
 SHOWN_CHARACTERS = 40
 """Of what was found, in an error."""
 
@@ -160,6 +163,7 @@ class _Parser:
         self._tokens = tokens
         self._schema = schema
         self._next = 0
+        self._tests = 0
 
     def filter(self, depth: int) -> pc.Expression:
         """Read `and {"or" and}`."""
@@ -194,6 +198,9 @@ class _Parser:
 
     def _test(self) -> pc.Expression:
         """Read one test of one column."""
+        self._tests += 1
+        if self._tests > MAX_TESTS:
+            raise self._token.error(f"at most {MAX_TESTS} tests; a list in 'in' is one")
         field = self._column()
         column = pc.field(field.name)
         token = self._token
@@ -334,7 +341,7 @@ def _fold(
     parts: Sequence[pc.Expression],
     join: Callable[[pc.Expression, pc.Expression], pc.Expression],
 ) -> pc.Expression:
-    """Join expressions as a balanced tree: as a chain, some thousands overflow a stack."""
+    """Join expressions as a balanced tree, which a recursion over it does not mind."""
     while len(parts) > 1:
         pairs = [join(a, b) for a, b in zip(parts[::2], parts[1::2], strict=False)]
         parts = [*pairs, *parts[len(parts) - len(parts) % 2 :]]

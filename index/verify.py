@@ -182,14 +182,14 @@ def _check_vectors(folder: Path, segment: Segment) -> Iterator[str]:
 
 def _check_ids(folder: Path, segment: Segment) -> Iterator[str]:
     """Hold every id against its key."""
-    keys = segment.rows["key"].to_pylist()
-    for row, (id_, key) in enumerate(zip(segment.ids_N.tolist(), keys, strict=True)):
-        if key is None or id_of(str(key)) != id_:
-            yield (
-                f"{folder / 'rows.parquet'}: expected the id of key {key!r}, found {id_} in row "
-                f"{row}"
-            )
-            return
+    for start in range(0, len(segment.ids_N), BLOCK_ROWS):
+        ids = segment.ids_N[start : start + BLOCK_ROWS].tolist()
+        keys = segment.rows["key"].slice(start, BLOCK_ROWS).to_pylist()
+        for row, (id_, key) in enumerate(zip(ids, keys, strict=True), start):
+            if key is None or id_of(str(key)) != id_:
+                found = f"expected the id of key {key!r}, found {id_} in row {row}"
+                yield f"{folder / 'rows.parquet'}: {found}"
+                return
 
 
 def _check_rejects(file: Path) -> Iterator[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import faiss
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from index.build import BuildOptions, build
@@ -140,8 +141,23 @@ def test_an_index_of_other_vectors_is_found(built_hnsw, copy_collection):
     ]
 
 
-def test_ids_of_other_keys_and_ids_twice_are_found(built, copy_collection, make_collection):
-    """An id is its key's, and an image is there once."""
+def test_an_id_of_another_key_is_found(built, copy_collection):
+    """Though ids.npy and rows.parquet agree on it."""
+    path = copy_collection(built)
+    folder = path / "segments/000000"
+    ids = np.load(folder / "ids.npy")
+    ids[5] += 1
+    np.save(folder / "ids.npy", ids)
+    table = pq.read_table(folder / "rows.parquet")
+    pq.write_table(table.set_column(0, table.schema.field(0), [ids]), folder / "rows.parquet")
+    rehash(path)
+    (fault,) = verify(path).faults
+    assert fault.startswith(f"{folder / 'rows.parquet'}: expected the id of key '")
+    assert fault.endswith(f"', found {ids[5]} in row 5")
+
+
+def test_ids_that_are_there_twice_are_found(built, copy_collection):
+    """An image is there once, in whatever segment."""
     path = copy_collection(built)
     manifest = read_manifest(path)
     (entry,) = manifest.segments
