@@ -127,7 +127,7 @@ class Supervisor:
         if self._start_error is not None:
             raise self._start_error
         if self._bad_ends:
-            raise cut_off("calls", "; ".join(self._bad_ends))
+            raise cut_off("calls", "; ".join(sorted(self._bad_ends)))
         log.info("stopped; every worker has drained")
 
     # Events.

@@ -1,0 +1,53 @@
+"""Workers that serve nothing and behave as a test wants: the targets of real processes.
+
+FAKE_WORKERS in the environment says how; a directory in FAKE_PLACE keeps what they remember.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from serve.workers.messages import Failed, Order, Ready
+
+HELD = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+
+
+def fake_worker(options, place, pipe) -> None:
+    """Behave."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
+    behaviour = os.environ["FAKE_WORKERS"]
+    memory = Path(os.environ["FAKE_PLACE"])
+    if behaviour == "bad use":
+        pipe.send(Failed(line="--this: expected that", bad_use=True))
+        sys.exit(1)
+    if behaviour == "one dies" and place.index == 1:
+        sys.exit(3)
+    pipe.send(Ready(line=f"serving on port {options.port > 0}"))
+    if behaviour == "one dies later" and place.index == 1:
+        mark = memory / "died"
+        if not mark.exists():
+            mark.write_text("")
+            pipe.send(Failed(line="a reason", bad_use=False))
+            sys.exit(4)
+    obey(behaviour, pipe, memory / f"reloads-{place.index}")
+
+
+def obey(behaviour: str, pipe, reloads: Path) -> None:
+    """Take orders until one of them is the last."""
+    while True:
+        order = pipe.recv()
+        if order is Order.RELOAD:
+            reloads.write_text("reloaded")
+        elif order is Order.STOP and behaviour == "stubborn":
+            reloads.with_name("told").write_text("")
+        elif order is Order.STOP and behaviour == "deaf":
+            time.sleep(60)
+        elif order is Order.STOP:
+            return
+        elif order is Order.CUT_OFF:
+            pipe.send(Failed(line="drain: 2 cut off", bad_use=False))
+            sys.exit(1)

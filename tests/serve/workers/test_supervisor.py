@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+
+from models.errors import UsageError
+from serve.config import ServeOptions
+from serve.errors import StartError, UnavailableError
+from serve.running import Orders
+from serve.workers import supervisor as module
+from serve.workers.supervisor import Supervisor
+
+FAKES = Path(__file__).with_name("fake_workers.py")
+
+
+@pytest.fixture
+def supervise(monkeypatch, tmp_path, caplog):
+    """A coroutine function: mind two fake workers, with a script that gives the orders."""
+    spec = importlib.util.spec_from_file_location("fake_workers", FAKES)
+    fakes = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "fake_workers", fakes)
+    monkeypatch.syspath_prepend(FAKES.parent)  # the processes import it, too
+    spec.loader.exec_module(fakes)
+    monkeypatch.setattr(module, "run_worker", fakes.fake_worker)
+    monkeypatch.setenv("FAKE_PLACE", str(tmp_path))
+    caplog.set_level(logging.INFO, "horace.serve")
+
+    def run(behaviour: str, script=None, *, early: bool = False) -> tuple[list[str], Supervisor]:
+        monkeypatch.setenv("FAKE_WORKERS", behaviour)
+
+        async def main():
+            ready, lines, orders = asyncio.Event(), [], Orders()
+
+            def on_ready(line: str) -> None:
+                lines.append(line)
+                ready.set()
+
+            if early:
+                orders.stops.put_nowait("SIGTERM")
+            minding = Supervisor(ServeOptions(port=0, workers=2, drain_s=0), on_ready=on_ready)
+            running = asyncio.create_task(minding.run(orders))
+            if script is not None:
+                await asyncio.wait(
+                    [running, asyncio.create_task(ready.wait())],
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                await script(minding, orders)
+            await running
+            return lines, minding
+
+        return asyncio.run(main())
+
+    return run
+
+
+async def stop(_: Supervisor, orders: Orders) -> None:
+    """One order to stop."""
+    orders.stops.put_nowait("SIGTERM")
+
+
+def test_all_ready_is_told_once_and_all_end(supervise):
+    """The line is a worker's; afterwards no process is left."""
+    lines, minding = supervise("good", stop)
+    assert lines == ["serving on port True"]
+    assert repr(minding) == "<Supervisor stopping worker 0 dead, worker 1 dead>"
+
+
+def test_a_worker_that_dies_is_followed_by_another(supervise, caplog, eventually):
+    """With its last words in the log; the ready line does not come again."""
+
+    async def script(minding, orders):
+        await eventually(lambda: "worker 1 serves again" in caplog.text)
+        assert repr(minding) == "<Supervisor worker 0 ready, worker 1 ready>"
+        orders.stops.put_nowait("SIGTERM")
+
+    lines, _ = supervise("one dies later", script)
+    assert len(lines) == 1
+    assert "worker 1 ended with status 4: a reason; another follows in 0.1 s" in caplog.text
+
+
+def test_an_order_to_reload_reaches_all(supervise, tmp_path, eventually):
+    """Each of the two has it."""
+
+    async def script(minding, orders):
+        orders.reloads.put_nowait("SIGHUP")
+        await eventually(lambda: all((tmp_path / f"reloads-{n}").exists() for n in (0, 1)))
+        await stop(minding, orders)
+
+    supervise("good", script)
+
+
+def test_bad_use_is_told_in_the_workers_words(supervise):
+    """It is bad use for the whole command, too."""
+    with pytest.raises(UsageError, match=r"^--this: expected that$"):
+        supervise("bad use")
+
+
+def test_a_worker_without_words_ends_the_start(supervise):
+    """The others are stopped, and the line says how it ended."""
+    with pytest.raises(
+        StartError, match=r"^worker 1: expected one that becomes ready, found one that ended with"
+    ):
+        supervise("one dies")
+
+
+def test_a_second_order_cuts_off(supervise, tmp_path, eventually):
+    """The drain takes its time; the second order ends it, and that is no good end."""
+
+    async def script(minding, orders):
+        await stop(minding, orders)
+        await eventually((tmp_path / "told").exists)
+        await stop(minding, orders)
+
+    with pytest.raises(UnavailableError, match="drain: 2 cut off"):
+        supervise("stubborn", script)
+
+
+def test_what_does_not_end_is_killed(supervise, monkeypatch):
+    """Beyond the drain and some grace nobody is waited for."""
+    monkeypatch.setattr(module, "GRACE_S", 0.1)
+    with pytest.raises(UnavailableError, match="worker 0 died of SIGKILL; worker 1 died of SIGK"):
+        supervise("deaf", stop)
+
+
+def test_an_order_before_they_are_ready_ends_well(supervise):
+    """Nothing was accepted, so nothing is lost, and nothing is announced."""
+    lines, _ = supervise("good", early=True)
+    assert lines == []
