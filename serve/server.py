@@ -131,6 +131,7 @@ class Server:
                 self.health,
                 loads=self.lifecycle.statistics,
                 reloads=self.reloads.statistics,
+                in_flight=self.security.interceptor.in_flight,
             ),
             place=place,
             also=(statistics,),

@@ -71,6 +71,9 @@ class Source(Protocol):
     def active(self) -> int:
         """Count the calls under way."""
 
+    def message_bytes(self) -> int:
+        """Count the bytes of their messages."""
+
     def ready(self) -> bool:
         """Say whether the server serves."""
 
@@ -145,6 +148,8 @@ class Metrics(Collector):
             )
         active, ready = self._source.active(), self._source.ready()
         yield GaugeMetricFamily("horace_calls_active", "Calls under way.", active)
+        size = self._source.message_bytes()
+        yield GaugeMetricFamily("horace_message_bytes", "Of messages of calls under way.", size)
         yield GaugeMetricFamily("horace_ready", "Whether the server says that it serves.", ready)
         yield GaugeMetricFamily("process_threads", "Threads of the process.", count_threads())
         build = InfoMetricFamily("horace_build", "What runs here.")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from serve.calls import Calls
 from serve.catalog import Catalog, ServedModel
 from serve.health import Health
+from serve.in_flight import InFlight
 from serve.lifecycle.reloading import ReloadStatistics
 from serve.lifecycle.sources import LoadStatistics
 from serve.tickets import BatcherStatistics
@@ -45,8 +46,10 @@ class ServerState:
         *,
         loads: Callable[[], Mapping[str, LoadStatistics]],
         reloads: Callable[[], ReloadStatistics],
+        in_flight: InFlight,
     ) -> None:
         """Read these; they belong to the server."""
+        self._in_flight = in_flight
         self.loads = loads
         self.reloads = reloads
         self._catalog = catalog
@@ -72,6 +75,10 @@ class ServerState:
     def active(self) -> int:
         """Count the calls under way."""
         return self._calls.active
+
+    def message_bytes(self) -> int:
+        """Count the bytes of their messages."""
+        return self._in_flight.bytes
 
     def ready(self) -> bool:
         """Say whether the server serves."""

@@ -66,7 +66,7 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
         """
         self._guard = guard
         self._max_images = max_images
-        self._in_flight = InFlight(max_bytes=max_in_flight_bytes)
+        self.in_flight = InFlight(max_bytes=max_in_flight_bytes)
         self._sleep = sleep
         self._on_turned_away = on_turned_away
         self._guarded: dict[str, tuple[Handler, Handler]] = {}
@@ -119,7 +119,7 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
         async def answer(incoming: Any, context: Context) -> Any:
             try:
                 entered = enter(context)
-                with self._guard.under_way(entered), self._in_flight.hold(incoming):
+                with self._guard.under_way(entered), self.in_flight.hold(incoming):
                     return await behaviour(take_in(entered, incoming), context)
             except grpc.aio.AbortError:
                 raise
@@ -134,7 +134,7 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
         async def answer(incoming: Any, context: Context) -> AsyncIterator[Any]:
             try:
                 entered = enter(context)
-                with self._guard.under_way(entered), self._in_flight.hold(incoming):
+                with self._guard.under_way(entered), self.in_flight.hold(incoming):
                     async with aclosing(behaviour(take_in(entered, incoming), context)) as replies:
                         async for reply in replies:
                             yield reply

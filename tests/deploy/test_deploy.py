@@ -115,6 +115,10 @@ class Everything:
         """None."""
         return 0
 
+    def message_bytes(self):
+        """None."""
+        return 0
+
     def ready(self):
         """It is."""
         return True
