@@ -73,6 +73,10 @@ TOO_LARGE = "message larger than max"
 """What gRPC itself says with RESOURCE_EXHAUSTED where no later attempt can do better."""
 
 
+TIME_IS_UP = "Deadline Exceeded"
+"""What gRPC itself says with DEADLINE_EXCEEDED."""
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """Make this call and send back its reply, or a `Failure`."""
@@ -306,7 +310,7 @@ class Planner:
                     mend="start it with `python -m serve`, or check host and port",
                 )
             case grpc.StatusCode.DEADLINE_EXCEEDED:
-                return self._late(what, timeout_s)
+                return self._late(what, timeout_s, failure.details)
         return from_status(failure.code, failure.details)
 
     def closed(self) -> UnavailableError:
@@ -384,12 +388,12 @@ class Planner:
         )
         return wait_s if wait_s is not None and self._budget.spend() else None
 
-    def _late(self, what: str, timeout_s: float) -> DeadlineError:
-        """Say that there was no reply in time."""
+    def _late(self, what: str, timeout_s: float, details: str = "") -> DeadlineError:
+        """Say that there was no reply in time; a server that gave up first may say why."""
         return DeadlineError(
             f"{what} at {self.target}",
             expected=f"a reply within {timeout_s:g} s",
-            found="none",
+            found="none" if not details or TIME_IS_UP in details else details,
             mend="allow more with timeout_s",
         )
 

@@ -11,15 +11,16 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 from numpy.typing import NDArray
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from models.errors import ImageError, UsageError
 from models.image_source import ImageData
 from serve.client.blocking import Client
+from serve.client.combining import Combination
 from serve.client.commands.connecting import ServerOptions
 from serve.client.commands.files import ImageFile, read_files
 from serve.client.requests import SearchOptions
@@ -38,6 +39,12 @@ class SearchCommand(ServerOptions):
     """Image files to search with; a folder gives all images below it."""
     id: tuple[int, ...] = ()
     """Ids of stored images to search with."""
+    together: bool = False
+    """Make one query of all files and ids that are searched with: their mean."""
+    negatives: Annotated[tuple[Path, ...], arg(name="not")] = ()
+    """Image files that the answer is to be unlike; implies --together."""
+    not_id: tuple[int, ...] = ()
+    """Ids of stored images that the answer is to be unlike; implies --together."""
     vectors: Path | None = None
     """A .npy file of (N, D) vectors to search with, of the encoder that --fingerprint names."""
     fingerprint: str | None = None
@@ -75,10 +82,19 @@ class SearchCommand(ServerOptions):
                 expected="--fingerprint of the encoder that made them beside it",
                 found="none",
             )
+        if self.is_combined and self.vectors is not None:
+            raise UsageError("--vectors", expected="no --together and no --not", found="either")
+        if self.is_combined and not (self.images or self.id):
+            raise UsageError("--together", expected="image files or --id", found="none")
         if self.grid is not None and self.grid.suffix.lower() != ".png":
             raise UsageError("--grid", expected="a name that ends in .png", found=str(self.grid))
         if self.grid is not None and self.pictures is None:
             raise UsageError("--grid", expected="--pictures SOURCE beside it", found="none")
+
+    @property
+    def is_combined(self) -> bool:
+        """Whether all that is searched with is one query."""
+        return self.together or bool(self.negatives or self.not_id)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,14 +122,10 @@ def main(options: SearchCommand) -> None:
     """
     vectors = None if options.vectors is None else _read_vectors(options.vectors)
     with options.connect() as client:
-        found = _search_files(client, options)
-        if options.id:
-            result = _search(client, options, ids=options.id)
-            found += _join([Found(query=str(id_)) for id_ in options.id], result)
-        if vectors is not None:
-            result = _search(client, options, vectors=vectors, fingerprint=options.fingerprint)
-            rows = [Found(query=f"{options.vectors}[{n}]") for n in range(len(vectors))]
-            found += _join(rows, result)
+        if options.is_combined:
+            found = _search_together(client, options)
+        else:
+            found = _search_each(client, options, vectors)
     print(_as_json(found) if options.json else _as_text(found))
     if options.grid is not None:
         _draw(options.grid, options.pictures or "", found)
@@ -122,6 +134,44 @@ def main(options: SearchCommand) -> None:
         raise FailedItemsError(
             f"{len(errors)} of {len(found)} queries", expected="neighbours", found=errors[0]
         )
+
+
+def _search_each(
+    client: Client, options: SearchCommand, vectors: NDArray[np.float32] | None
+) -> list[Found]:
+    """Search by each file, each id and each vector."""
+    found = _search_files(client, options)
+    if options.id:
+        result = _search(client, options, ids=options.id)
+        found += _join([Found(query=str(id_)) for id_ in options.id], result)
+    if vectors is not None:
+        result = _search(client, options, vectors=vectors, fingerprint=options.fingerprint)
+        rows = [Found(query=f"{options.vectors}[{n}]") for n in range(len(vectors))]
+        found += _join(rows, result)
+    return found
+
+
+def _search_together(client: Client, options: SearchCommand) -> list[Found]:
+    """Make one query of everything; each of its files has to be good.
+
+    Raises:
+        ImageError: one cannot be read.
+    """
+    likes, unlikes = ([*read_files(paths)] for paths in (options.images, options.negatives))
+    for file in (*likes, *unlikes):
+        if file.error is not None:
+            raise file.error
+    combination = Combination(
+        positives=[*map(_data, likes), *options.id],
+        negatives=[*map(_data, unlikes), *options.not_id],
+    )
+    positives = [*(file.name for file in likes), *map(str, options.id)]
+    negatives = [*(file.name for file in unlikes), *map(str, options.not_id)]
+    query = " and ".join(positives) + (f", not {' nor '.join(negatives)}" if negatives else "")
+    picture = likes[0].data if likes else None
+    return _join(
+        [Found(query=query, image=picture)], _search(client, options, combined=[combination])
+    )
 
 
 def _search_files(client: Client, options: SearchCommand) -> list[Found]:
@@ -152,6 +202,7 @@ def _search(
     images: Sequence[ImageData] | None = None,
     ids: Sequence[int] | None = None,
     vectors: NDArray[np.float32] | None = None,
+    combined: Sequence[Combination] | None = None,
     fingerprint: str | None = None,
 ) -> SearchResult:
     """Search by one kind of query."""
@@ -159,6 +210,7 @@ def _search(
         images,
         vectors=vectors,
         ids=ids,
+        combined=combined,
         fingerprint=fingerprint,
         collection=options.collection,
         k=options.k,

@@ -193,6 +193,15 @@ def test_a_server_that_takes_less_than_before_gets_less(refusal):
     ]  # fmt: skip
 
 
+def test_a_server_that_gives_up_first_says_why():
+    """One that cannot be in time refuses at once, which is no silence."""
+    code = grpc.StatusCode.DEADLINE_EXCEEDED
+    for details, found in (("too many wait", "too many wait"), ("", "none")):
+        drive = Drive(Failure(code, details))
+        with pytest.raises(DeadlineError, match=f"within 60 s, found {found}; allow more with"):
+            drive.run(drive.planner.list_models(60))
+
+
 def test_a_server_that_stops_is_not_called_absent():
     """Who drains says so; the advice is not to start another."""
     drive = Drive(Failure(grpc.StatusCode.UNAVAILABLE, "the server is stopping; call another"))

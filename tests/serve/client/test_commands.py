@@ -121,6 +121,34 @@ def test_search_finds_by_files_ids_and_vectors(command, serving, stored, tmp_pat
     assert grid.read_bytes().startswith(b"\x89PNG")
 
 
+def test_search_takes_several_examples_as_one_query(command, serving, stored, tmp_path):
+    """Like some, unlike others; examples of the collection are not found."""
+    bad = tmp_path / "bad.png"
+    bad.touch()
+    like, unlike = stored.files[0], stored.files[-1]
+
+    async def main():
+        async with command(serving(**of(stored))) as (_, call):
+            _, out, _ = await call("search", like, "--not", unlike, "--json")
+            ids = [hit["id"] for hit in json.loads(out)["queries"][0]["hits"]]
+            _, text, _ = await call(
+                "search", "--id", ids[0], ids[1], "--together", "--not-id", ids[-1]
+            )
+            broken = await call("search", bad, "--together")
+            return out, ids, text, broken
+
+    out, ids, text, broken = asyncio.run(main())
+    (query,) = json.loads(out)["queries"]
+    assert query["query"] == f"{like}, not {unlike}"
+    assert query["hits"][0]["key"] == "class-0/00.png"
+    assert text.startswith(f"{ids[0]} and {ids[1]}, not {ids[-1]}\n")
+    assert len(text.splitlines()) == 2 + 12 - 3
+    assert (broken[0], broken[2]) == (
+        1,
+        f"python -m serve.client search: {bad}: expected an image, found no bytes",
+    )
+
+
 def test_search_answers_the_good_queries(command, serving, stored, tmp_path):
     """Each bad one has a line, and the status is 1."""
     bad, empty = tmp_path / "bad.png", tmp_path / "empty.png"
@@ -256,6 +284,8 @@ def test_options_of_tls_make_a_client_of_tls(monkeypatch):
         (["search", "x", "--k", "0"], "k: expected an integer, 1 to"),
         (["search", "--vectors", "v.npy"], "--vectors: expected --fingerprint"),
         (["search", "--vectors", "no.npy", "--fingerprint", "f"], "--vectors no.npy: expected a"),
+        (["search", "--not", "x", "--id", "1", "--vectors", "v.npy"], "--vectors: expected"),
+        (["search", "--vectors", "v", "--not-id", "1"], "--vectors: expected --fingerprint"),
         (["search", "x", "--grid", "g.jpg"], "--grid: expected a name that ends in .png"),
         (["search", "x", "--grid", "g.png"], "--grid: expected --pictures SOURCE beside it"),
         (["bench", "--concurrency", "0"], "--concurrency: expected at least 1, found 0"),

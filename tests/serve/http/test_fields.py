@@ -4,6 +4,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from protos import horace_pb2 as pb
 from serve.errors import RequestError
 from serve.http.body import Body, BodyMemory
 from serve.http.fields import EMBED_FIELDS, SEARCH_FIELDS, read_embed, read_search
@@ -66,6 +67,17 @@ def test_the_description_names_every_field(path, names):
     assert set(content["application/json"]["schema"]["properties"]) == set(names)
     form = set(content["multipart/form-data"]["schema"]["properties"])
     assert form <= set(names)
+
+
+@pytest.mark.parametrize(
+    ("message", "names"), [(pb.EmbedRequest, EMBED_FIELDS), (pb.SearchRequest, SEARCH_FIELDS)]
+)
+def test_whatever_grpc_can_be_asked_http_can(message, names):
+    """A field that is new in the contract is not forgotten here."""
+    fields_of_grpc = set(message.DESCRIPTOR.fields_by_name)
+    assert {"normalize" if name == "skip_normalize" else name for name in fields_of_grpc} <= set(
+        names
+    )
 
 
 @given(st.lists(st.lists(st.integers(0, 50), max_size=4), max_size=6))
