@@ -7,9 +7,9 @@ metrics; what it takes (memory, threads, descriptors) from `/proc`, its workers'
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,7 +24,6 @@ from models.cpu import cpu_budget, cpu_name
 from serve.errors import ServeError
 
 READY = "horace serving on "
-METRICS_LINE = re.compile(r"metrics on (http://\S+)")
 HELD = ("horace_held_images", "horace_held_bytes", "nv_inference_pending_request_count")
 """Gauges of every model that are zero where nothing is held for anybody."""
 
@@ -69,20 +68,20 @@ class Served:
         """
         self._log = folder / "server.log"
         self.arguments = arguments
+        port = _free_port()
         with self._log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "serve", "--port", "0", "--metrics.port", "0",
+                [sys.executable, "-m", "serve", "--port", "0", "--metrics.port", str(port),
                  "--metrics.host", "127.0.0.1", *arguments],
                 stdout=subprocess.PIPE, stderr=log, text=True,
             )  # fmt: skip
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        found = METRICS_LINE.search(self.log)
-        if not line.startswith(READY) or found is None:
+        if not line.startswith(READY):
             self.process.kill()
             raise ServedError("server", expected="one that is ready", found=self.log)
         self.address = line.split()[3]
-        self._metrics = found[1]
+        self._metrics = f"http://127.0.0.1:{port}/metrics"
         self._began_s = time.monotonic()
 
     @property
@@ -145,6 +144,13 @@ class Served:
             self.process.wait()
         if self.process.stdout is not None:
             self.process.stdout.close()
+
+
+def _free_port() -> int:
+    """Find a port that nobody has."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def environment(*distributions: str) -> dict[str, Json]:

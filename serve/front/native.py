@@ -184,6 +184,7 @@ class NativeFront:
             else:
                 call = self._calls[call_id] = NativeCall(call_id, *details)
                 call.task = loop.create_task(self._answer(native, call, method_id, payload))
+                call.task.add_done_callback(partial(self._forget, native, call))
 
     async def _answer(
         self, native: NativeGrpcFront, call: NativeCall, method_id: int, payload: bytes
@@ -207,9 +208,13 @@ class NativeFront:
                 _end(native, call.call_id, *call.status, call.trailing)
             else:
                 native.respond(call.call_id, reply, call.initial, call.trailing or None)
-        finally:
-            del self._calls[call.call_id]
-            call.finish()
+
+    def _forget(self, native: NativeGrpcFront, call: NativeCall, task: asyncio.Task[None]) -> None:
+        """Strike a call off; a task that is cancelled before its first step runs nothing of it."""
+        del self._calls[call.call_id]
+        if task.cancelled() and not call.is_gone:  # cut off by a stop
+            _end(native, call.call_id, grpc.StatusCode.CANCELLED, STOPPING)
+        call.finish()
 
     async def _intercept(self, ask: Ask, path: str, call: NativeCall) -> Handler:
         """Let the interceptors see a call, and give the handler that they agree on."""

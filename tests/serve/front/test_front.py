@@ -14,6 +14,7 @@ import grpc
 import numpy as np
 import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from pygrpc_native import EVENT_CALL, EVENT_CANCEL
 
 from models.wire import image_to_wire
 from protos import horace_pb2 as pb
@@ -62,6 +63,9 @@ class Parrot:
             case b"abort":
                 code = grpc.StatusCode.RESOURCE_EXHAUSTED
                 await context.abort(code, "no room: \N{SNOWMAN}", (("retry-after-ms", "7"),))
+            case b"later":
+                times = (("grpc-retry-pushback-ms", "7"), ("retry-after-ms", "7"))
+                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "later", times)
             case b"code":
                 context.set_code(grpc.StatusCode.NOT_FOUND)
                 context.set_details("not here")
@@ -302,6 +306,35 @@ def test_the_bound_on_calls_holds_and_lets_go(parrot, eventually):
             assert await say(b"hello") == b"hello"
             bird.heard.gate.set()
             assert await asyncio.gather(*held) == [b"wait"] * 3
+
+    asyncio.run(main())
+
+
+def test_a_refusal_with_a_trailer_of_grpc_is_a_refusal(parrot):
+    """pygrpc-native takes no name that begins with `grpc-`; the call ends all the same."""
+
+    async def main():
+        async with parrot() as (_, _, channel):
+            error = await failure(channel.unary_unary("/Parrot/Say")(b"later", timeout=30))
+            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert dict(error.trailing_metadata())["retry-after-ms"] == "7"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("frontend", ["native"])
+def test_a_call_that_is_gone_before_it_begins_leaves_no_trace(parrot, eventually):
+    """Its task is cancelled before its first step, in which it would clear up after itself."""
+
+    async def main():
+        async with parrot() as (bird, front, channel):
+            native, loop = front._native, asyncio.get_running_loop()
+            for call_id in range(1 << 40, (1 << 40) + 10):
+                come = (EVENT_CALL, call_id, 0, b"hello", None, ((), "ipv4:192.0.2.1:1", None))
+                front._take(native, loop, [come, (EVENT_CANCEL, call_id, 0, None, None, None)])
+                await eventually(lambda: "calls=0/" in repr(front))
+            assert bird.heard.calls == 0
+            assert await channel.unary_unary("/Parrot/Say")(b"hello", timeout=30) == b"hello"
 
     asyncio.run(main())
 
