@@ -14,26 +14,23 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import platform
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import tritonclient.grpc
 
 from benchmarks.fetch_perf_analyzer import CLIENT, PerfAnalyzer, fetch_perf_analyzer
+from benchmarks.peers.processes import BenchmarkError, cpu_s
+from benchmarks.served import Served, environment
 from models.bundle import SHIPPED_BUNDLE, Json, read_bundle
 from models.command import progress, run_command
-from models.cpu import cpu_budget, cpu_name
-from models.errors import HoraceError, UsageError
+from models.errors import UsageError
 
 WINDOWS = 3
 
@@ -56,10 +53,6 @@ COLUMNS = {
     "server_compute_output_ms": ("Server Compute Output", 1e-3),
 }
 """What becomes of the columns of perf_analyzer's table, whose times are in microseconds."""
-
-
-class BenchmarkError(HoraceError):
-    """A server or a client that did not do as it should."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,12 +94,8 @@ def main(options: PerfAnalyzerOptions) -> None:
     """Measure, print, and write the result."""
     analyzer = fetch_perf_analyzer()
     report: dict[str, Json] = {
-        "hardware": f"{cpu_name()}, {cpu_budget()} CPUs",
-        "versions": {
-            "python": platform.python_version(),
-            "perf_analyzer": f"of {CLIENT}",
-            **{name: version(name) for name in ("grpcio", "pygrpc-native", "onnxruntime", "numpy")},
-        },
+        **environment("pygrpc-native", "onnxruntime", "numpy"),
+        "perf_analyzer": f"of {CLIENT}",
         "encoder": read_bundle(options.bundle).name,
         "frontend": options.frontend,
         "images_a_request": 1,
@@ -127,11 +116,15 @@ def measure(
     cases = [(mode, count) for mode in options.modes for count in options.concurrencies]
     found: dict[tuple[str, int], list[dict[str, float]]] = {case: [] for case in cases}
     rounds = [case for _ in range(options.rounds) for case in cases]
-    with tempfile.TemporaryDirectory() as folder, serve(options, Path(folder)) as server:
+    arguments = ("--bundle", str(options.bundle), "--frontend", options.frontend)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        server = Served(Path(folder), *arguments)
+        stack.callback(server.kill)
         for mode, count in progress(rounds, what="perf_analyzer", total=len(rounds), unit="run"):
-            before = server.answered(), server.cpu_s()
-            row = call(analyzer, server.address, options, mode, count, Path(folder))
-            requests, taken_s = server.answered() - before[0], server.cpu_s() - before[1]
+            pid, address = server.process.pid, server.address
+            before = answered(address), cpu_s(pid)
+            row = call(analyzer, address, options, mode, count, Path(folder))
+            requests, taken_s = answered(address) - before[0], cpu_s(pid) - before[1]
             row["server_cpu_ms_a_request"] = 1e3 * taken_s / requests
             found[mode, count].append(row)
     for mode in options.modes:
@@ -182,49 +175,11 @@ def call(
     return {name: float(row[column]) * scale for name, (column, scale) in COLUMNS.items()}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Served:
-    """A server that is ready."""
-
-    process: subprocess.Popen[str]
-    address: str
-
-    def cpu_s(self) -> float:
-        """Give the CPU seconds, user and system, that it has taken."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    def answered(self) -> int:
-        """Give how many requests it has answered, those of the client's warm-up included."""
-        with tritonclient.grpc.InferenceServerClient(self.address) as client:
-            statistics = client.get_inference_statistics()
-        return sum(model.inference_stats.success.count for model in statistics.model_stats)
-
-
-@contextmanager
-def serve(options: PerfAnalyzerOptions, folder: Path) -> Iterator[Served]:
-    """Run `python -m serve` until the block ends.
-
-    Raises:
-        BenchmarkError: it did not start.
-    """
-    argv = [
-        sys.executable, "-m", "serve", "--bundle", str(options.bundle), "--port", "0",
-        "--frontend", options.frontend,
-    ]  # fmt: skip
-    log = folder / "server.log"
-    with (
-        log.open("w") as output,
-        subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=output, text=True) as process,
-    ):
-        assert process.stdout is not None
-        try:
-            line = process.stdout.readline()
-            if not line.startswith("horace serving on "):
-                raise BenchmarkError("server", expected="a start", found=log.read_text()[-500:])
-            yield Served(process=process, address=line.split()[3])
-        finally:
-            process.send_signal(signal.SIGTERM)
+def answered(address: str) -> int:
+    """Give how many requests a server has answered, those of the client's warm-up included."""
+    with tritonclient.grpc.InferenceServerClient(address) as client:
+        counted = client.get_inference_statistics()
+    return sum(model.inference_stats.success.count for model in counted.model_stats)
 
 
 if __name__ == "__main__":

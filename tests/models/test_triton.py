@@ -75,19 +75,23 @@ class Fake(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     Attributes:
         config: what it says of its model.
+        changes: of the tensor in its replies.
         faults: given, one a request, instead of vectors; None for vectors.
         always: given whenever there is no fault.
         gate: requests wait here; open unless a test closes it.
         requests: how many it has had.
+        said: the fingerprint in its replies; none where empty.
     """
 
     def __init__(self) -> None:
         self.config = config()
+        self.changes: dict[str, object] = {}
         self.faults: list[grpc.StatusCode | None] = []
         self.always: grpc.StatusCode | None = None
         self.gate = threading.Event()
         self.gate.set()
         self.requests = 0
+        self.said = ""
         self.address = ""
 
     def ModelConfig(self, request, context):
@@ -104,7 +108,10 @@ class Fake(service_pb2_grpc.GRPCInferenceServiceServicer):
         images = np.frombuffer(request.raw_input_contents[0], np.uint8).reshape(shape)
         sums = images.sum(axis=(1, 2, 3), dtype=np.float32)[:, None]
         reply = service_pb2.ModelInferResponse(raw_output_contents=[sums.tobytes()])
-        reply.outputs.add(name="embeddings", datatype="FP32", shape=sums.shape)
+        told = {"name": "embeddings", "datatype": "FP32", "shape": sums.shape} | self.changes
+        reply.outputs.add(**told)
+        if self.said:
+            reply.parameters["fingerprint"].string_param = self.said
         return reply
 
 
@@ -284,6 +291,46 @@ def test_an_encoder_that_is_changed_in_place_is_noticed(two):
         clock.now_s += RECHECK_S
         with pytest.raises(FingerprintMismatchError, match="have every endpoint serve one enc"):
             encoder.encode(IMAGES[:1])
+
+
+def test_a_reply_that_says_whose_it_is_is_held_to_it(two):
+    """As Horace's do: not even one vector of another encoder is taken."""
+    two[0].said = "e" * 64
+    with opened(*two) as encoder:
+        for _ in range(3):
+            assert encoder.encode(IMAGES[:1]).tolist() == SUMS[:1].tolist()
+        assert two[1].requests == 3
+    with opened(two[0]) as encoder, pytest.raises(FingerprintMismatchError, match="e" * 64):
+        encoder.encode(IMAGES[:1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"shape": (1, 2)}, r"found \[1, 2\] in 4 bytes"),
+        ({"shape": (2, 1)}, r"found \[2, 1\] in 4 bytes"),
+        ({"datatype": "FP16"}, "found none"),
+        ({"name": "other"}, "found none"),
+    ],
+)
+def test_a_reply_of_another_shape_is_an_error(two, changes, found):
+    """And never somebody's vectors."""
+    two[0].changes = changes
+    with opened(two[0]) as encoder, pytest.raises(EncoderError, match=found):
+        encoder.encode(IMAGES[:1])
+
+
+def test_a_closed_encoder_waits_for_nothing(two):
+    """Who waits to try again gives up at once."""
+    for fake in two:
+        fake.always = grpc.StatusCode.UNAVAILABLE
+    with opened(*two, timeout_s=600) as encoder, ThreadPoolExecutor(1) as pool:
+        call = pool.submit(encoder.encode, IMAGES[:1])
+        while sum(fake.requests for fake in two) < 4:
+            time.sleep(0.001)
+        encoder.close()
+        with pytest.raises(EncoderError):
+            call.result(timeout=30)
 
 
 def test_an_endpoint_that_is_down_at_the_start_joins_later(two):
