@@ -74,7 +74,7 @@ class Answering:
     async def answer(self, call: Call, work: Coroutine[Any, Any, Reply], context: Context) -> Reply:
         """Await `work`; what it raises becomes the status of the call."""
         metadata: Metadata = ()
-        with self.calls.counted(), self._observed(call):
+        with self.calls.counted():
             try:
                 self.calls.check_open()
                 reply = await work
@@ -86,6 +86,7 @@ class Answering:
                 return reply
             finally:
                 work.close()
+                self._observer.answered(call, self.clock() - call.arrived_s)
         await context.abort(call.code, call.message, metadata)
         raise AssertionError("abort raises")
 

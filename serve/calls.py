@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+from serve.bracket import Bracket
 from serve.errors import STOPPING, UnavailableError
 
 
@@ -29,6 +30,7 @@ class Calls:
         self._idle.set()
         self._draining = False
         self._readers: set[asyncio.Task[Any]] = set()
+        self._counted = Bracket(self._begin, self._end)
 
     def __repr__(self) -> str:
         return f"<Calls {'draining' if self._draining else 'open'} active={self._active}>"
@@ -63,17 +65,20 @@ class Calls:
         """Wait until no call is under way."""
         await self._idle.wait()
 
-    @contextmanager
-    def counted(self) -> Iterator[None]:
+    def counted(self) -> AbstractContextManager[None]:
         """Count a call as under way."""
+        return self._counted
+
+    def _begin(self) -> None:
+        """Count one more."""
         self._active += 1
         self._idle.clear()
-        try:
-            yield
-        finally:
-            self._active -= 1
-            if not self._active:
-                self._idle.set()
+
+    def _end(self) -> None:
+        """Count one less."""
+        self._active -= 1
+        if not self._active:
+            self._idle.set()
 
     @contextmanager
     def reading(self, reader: asyncio.Task[Any]) -> Iterator[None]:

@@ -31,7 +31,7 @@ from typing import Any, TypeAlias
 import grpc
 from pygrpc_native import EVENT_CANCEL, NativeGrpcFront
 
-from serve.errors import STOPPING, StartError, to_status
+from serve.errors import STOPPING, QueueFullError, StartError, to_status
 from serve.front.grpcio import GrpcioFront
 from serve.front.native_call import NativeCall
 from serve.front.port import check_address, join_address, refuse_address
@@ -194,7 +194,10 @@ class NativeFront:
         try:
             if self._ask is not None:
                 handler = await self._intercept(self._ask, path, call)
-            reply = await self._run(handler, call, payload)
+            behaviour: Any = handler.unary_unary
+            reply: Any = await behaviour(self._parse(handler, payload), call)
+            if handler.response_serializer is not None:
+                reply = handler.response_serializer(reply)
         except asyncio.CancelledError:
             if not call.is_gone:  # cut off by a stop
                 _end(native, call.call_id, grpc.StatusCode.CANCELLED, STOPPING)
@@ -225,19 +228,19 @@ class NativeFront:
         assert not chosen.response_streaming, f"{path} answers with one message"
         return chosen
 
-    async def _run(self, handler: Handler, call: NativeCall, payload: bytes) -> bytes:
-        """Parse, handle, and write the reply."""
+    def _parse(self, handler: Handler, payload: bytes) -> Any:
+        """Read a message.
+
+        Raises:
+            QueueFullError: it is larger than a message may be; in grpcio's own words.
+        """
         if len(payload) > self._max_message_bytes:
-            await call.abort(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
+            raise QueueFullError(
                 "SERVER: Received message larger than max "
-                f"({len(payload)} vs. {self._max_message_bytes})",  # grpcio's own words
+                f"({len(payload)} vs. {self._max_message_bytes})"
             )
-        parse, write = handler.request_deserializer, handler.response_serializer
-        request = payload if parse is None else parse(payload)
-        behaviour: Any = handler.unary_unary
-        reply: Any = await behaviour(request, call)
-        return reply if write is None else write(reply)
+        parse = handler.request_deserializer
+        return payload if parse is None else parse(payload)
 
 
 def _chain(
