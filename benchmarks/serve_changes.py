@@ -100,12 +100,14 @@ class ChangesOptions:
     """Processes that call."""
     frontend: Literal["auto", "native", "grpcio"] = "auto"
     """The server's."""
+    workers: int = 1
+    """The server's, but where one is killed: there are two."""
     out: Path | None = None
     """JSON file for the result."""
 
     def __post_init__(self) -> None:
-        if self.seconds <= 0 or self.every_s <= 0 or self.callers < 1:
-            raise UsageError("--seconds, --every-s, --callers", expected="more than 0")
+        if self.seconds <= 0 or self.every_s <= 0 or self.callers < 1 or self.workers < 1:
+            raise UsageError("--seconds, --every-s, --callers, --workers", expected="more than 0")
 
 
 # The caller's side: a process of its own.
@@ -271,8 +273,9 @@ class ServerProcess:
 
     @property
     def resident_mib(self) -> float:
-        """Memory of the process, without its workers'."""
-        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        """Memory of the process and its workers, what they share counted for each."""
+        pids = (self.process.pid, *self.workers())
+        pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
         return pages * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
 
     def workers(self) -> list[int]:
@@ -286,10 +289,10 @@ class ServerProcess:
         """Tell it to stop, and give the number of calls that it has accepted."""
         self.process.send_signal(signal.SIGTERM)
         status = self.process.wait()
-        found = re.search(r"stopped; every call was answered, (\d+) in all", self.log)
-        if status or found is None:
+        found = re.findall(r"stopped; every call was answered, (\d+) in all", self.log)
+        if status or not found:
             raise ChangesError("server", expected="exit status 0 after a drain", found=self.log)
-        return int(found[1])
+        return sum(map(int, found))
 
 
 def put_bundle(path: Path, n: int) -> None:
@@ -357,6 +360,11 @@ def paced(options: ChangesOptions) -> Iterator[int]:
         n += 1
 
 
+def server_arguments(options: ChangesOptions) -> list[str]:
+    """Give the options that every scenario's server has."""
+    return ["--frontend", options.frontend, "--workers", str(options.workers)]
+
+
 def start_callers(count: int, calling: Calling) -> list[Caller]:
     """Start callers and let them get going."""
     callers = [Caller(calling) for _ in range(count)]
@@ -380,7 +388,7 @@ def change_while_called(
     ca: str | None = None,
 ) -> Outcome:
     """Call a server, and change something and send SIGHUP, again and again."""
-    server = ServerProcess(folder, "--frontend", options.frontend, *arguments)
+    server = ServerProcess(folder, *server_arguments(options), *arguments)
     calling = Calling(address=server.address, search=search, ca=ca)
     callers = start_callers(options.callers, calling)
     changes, resident_mib = 0, []
@@ -394,6 +402,7 @@ def change_while_called(
     refused = server.log.count(" refused, what was served is served")
     notes: dict[str, Json] = {
         "reloads": server.log.count("reloading on SIGHUP"),
+        "swaps": len(re.findall(r" is served (?:in version|with) \d", server.log)),
         "refused_reloads": refused,
         "resident_mib_first_middle_last": [
             resident_mib[0], resident_mib[len(resident_mib) // 2], resident_mib[-1],
@@ -456,7 +465,7 @@ def run_certificate(options: ChangesOptions, folder: Path) -> Outcome:
 
 def run_sigterm(options: ChangesOptions, folder: Path) -> Outcome:
     """Stop a server under load, and start it anew on its port, again and again."""
-    server = ServerProcess(folder, "--frontend", options.frontend)
+    server = ServerProcess(folder, *server_arguments(options))
     port = int(server.address.rpartition(":")[2])
     callers = start_callers(options.callers, Calling(address=server.address))
     stops, accepted = 0, 0
@@ -465,7 +474,7 @@ def run_sigterm(options: ChangesOptions, folder: Path) -> Outcome:
         time.sleep(options.every_s)
         accepted += server.stop()
         stops += 1
-        server = ServerProcess(folder, "--frontend", options.frontend, port=port)
+        server = ServerProcess(folder, *server_arguments(options), port=port)
     seen = stop_callers(callers)
     accepted += server.stop()
     return Outcome(changes=stops, accepted=accepted, seen=seen)
@@ -572,6 +581,7 @@ def main(options: ChangesOptions) -> None:
         "caller_processes": options.callers,
         "calls_under_way_each": CONCURRENCY,
         "frontend": options.frontend,
+        "workers": options.workers,
         "scenarios": scenarios,
     }
     if options.out is not None:
