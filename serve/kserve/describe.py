@@ -91,12 +91,12 @@ def model_config(model: ServedModel, *, max_images: int, max_batch_images: int) 
     return config
 
 
-def model_statistics(model: ServedModel, counts: ModelCounts | None) -> Any:
+def model_statistics(model: ServedModel, counted: ModelCounts | None) -> Any:
     """Give what was counted of a model."""
     statistics = kserve.ModelStatistics(name=model.name, version=model.version)
-    if counts is None:
+    if counted is None:
         return statistics
-    with counts.lock:
+    with counted.read() as counts:
         statistics.last_inference = round(counts.last_s * 1e3)
         statistics.inference_count = counts.images
         statistics.execution_count = sum(batch.count for batch in counts.batches.values())

@@ -2,7 +2,7 @@
 
 Rules:
     Every request and batch counts, whichever protocol it came by.
-    To hear of a request takes a lock for a few additions, and never more.
+    A request is noted, and counted with many others later (`serve.operation.histogram`).
     A few versions of each model are remembered, the newest ones.
 """
 
@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from serve.job import Embedded
+from serve.operation.histogram import Notes
 from serve.operation.observer import Nobody
 
 KEPT_VERSIONS = 8
@@ -33,13 +35,12 @@ class Duration:
         self.total_s += seconds
 
 
-@dataclass(eq=False, kw_only=True)
-class ModelCounts:
-    """Hears of the work of one version of one model; may be told by several threads.
+@dataclass(slots=True)
+class Counts:
+    """What one version of one model has done.
 
     Attributes:
-        clock: seconds since 1970.
-        last_s: when a request was answered last.
+        last_s: when a request was answered last, in seconds since 1970.
         images: that left the encoder with vectors.
         success: requests that got their vectors, from arrival to reply.
         fail: requests that got none.
@@ -50,7 +51,6 @@ class ModelCounts:
         batches: by their size, with the encoder's time.
     """
 
-    clock: Callable[[], float] = time.time
     last_s: float = 0.0
     images: int = 0
     success: Duration = field(default_factory=Duration)
@@ -60,31 +60,57 @@ class ModelCounts:
     inference: Duration = field(default_factory=Duration)
     output: Duration = field(default_factory=Duration)
     batches: dict[int, Duration] = field(default_factory=dict)
-    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+
+class ModelCounts:
+    """Hears of the work of one version of one model; may be told by several threads."""
+
+    def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
+        """Start at nothing; `clock` gives seconds since 1970."""
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._counts = Counts()
+        self._answered: Notes[tuple[float, float, float, float]] = Notes(
+            self._fold_answered, self._lock
+        )
+
+    def __repr__(self) -> str:
+        return f"<ModelCounts {self._counts!r}>"
 
     def answered(self, embedded: Embedded, total_s: float) -> None:
-        """Count a request that got its vectors."""
-        computed_s = embedded.decode_s + embedded.queue_s + embedded.inference_s
-        with self.lock:
-            self.last_s = self.clock()
-            self.success.add(total_s)
-            self.decode.add(embedded.decode_s)
-            self.queue.add(embedded.queue_s)
-            self.inference.add(embedded.inference_s)
-            self.output.add(max(0.0, total_s - computed_s))
+        """Note a request that got its vectors."""
+        self._counts.last_s = self._clock()
+        self._answered.add((embedded.decode_s, embedded.queue_s, embedded.inference_s, total_s))
 
     def failed(self, error: BaseException, images: int, total_s: float) -> None:
         """Count a request that got none."""
-        with self.lock:
-            self.fail.add(total_s)
+        with self._lock:
+            self._counts.fail.add(total_s)
 
     def computed(self, images: int, inference_s: float, *, failed: bool = False) -> None:
         """Count a batch; one that failed is counted with its requests."""
         if failed:
             return
-        with self.lock:
-            self.images += images
-            self.batches.setdefault(images, Duration()).add(inference_s)
+        with self._lock:
+            self._counts.images += images
+            self._counts.batches.setdefault(images, Duration()).add(inference_s)
+
+    @contextmanager
+    def read(self) -> Iterator[Counts]:
+        """Give the counts, up to date; they do not change within the context."""
+        with self._lock:
+            self._answered.fold()
+            yield self._counts
+
+    def _fold_answered(self, notes: list[tuple[float, float, float, float]]) -> None:
+        """Count requests."""
+        counts = self._counts
+        for decode_s, queue_s, inference_s, total_s in notes:
+            counts.success.add(total_s)
+            counts.decode.add(decode_s)
+            counts.queue.add(queue_s)
+            counts.inference.add(inference_s)
+            counts.output.add(max(0.0, total_s - decode_s - queue_s - inference_s))
 
 
 class Statistics(Nobody):
@@ -100,7 +126,7 @@ class Statistics(Nobody):
     def watch_model(self, name: str, version: str) -> ModelCounts:
         """Give the counts of one version of a model."""
         versions = [pair for pair in list(self._counts) if pair[0] == name]
-        for pair in versions[: len(versions) - KEPT_VERSIONS + 1]:
+        for pair in versions[: max(0, len(versions) - KEPT_VERSIONS + 1)]:
             self._counts.pop(pair, None)
         return self._counts.setdefault((name, version), ModelCounts())
 
