@@ -92,7 +92,7 @@ class Options:
     """Client processes."""
 
     serve: str = ""
-    """More options for `python -m serve`, as one string."""
+    """More options for `python -m serve`, as one string: `--serve="--max-calls 256"`."""
 
     out: Path | None = None
     """Where to write the figures as JSON."""

@@ -23,6 +23,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import grpc
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -53,6 +54,7 @@ from serve.pool import ThreadPool
 from serve.recovery import Recovery
 from serve.security.security import Security
 from serve.services import HoraceServicer
+from serve.valve import LoopLag, Valve
 from serve.watchdog import Watchdog
 from serve.workers.place import ALONE, WorkerPlace
 
@@ -91,12 +93,15 @@ class Server:
         self._options = options
         self.place = place
         self.reloads = Reloads()
+        self._lag = LoopLag()
+        self.valve = Valve(self._lag)
         self.security = Security(
             tls=options.tls,
             keys=options.keys,
             limits=options.limits,
             max_images=options.max_images_per_request,
             max_in_flight_bytes=options.max_in_flight_mib * MIB,
+            refuses=self.valve.refuses,
             on_turned_away=lambda code: self.operation.observer.turned_away(code),
         )
         self._shares = share_cpus(place.share_of(options.cpu_budget or cpu_budget()))
@@ -164,6 +169,7 @@ class Server:
             reuse_port=place.shares_ports,
             tls=options.tls.is_on,
             host=options.host,
+            refuses=self._turn_away,
         )
         self.http = self._make_http_door()
         self.port = 0
@@ -188,6 +194,8 @@ class Server:
         """
         self._loop = asyncio.get_running_loop()
         self._watchdog.start()
+        self._lag.start()
+        self._closing.callback(self._lag.stop)
         try:
             if not self.place.shares_ports:
                 self._listen()
@@ -288,6 +296,12 @@ class Server:
         """Say whether every model can serve."""
         well = self.catalog.alive and not self.recovery.in_trouble
         self.health.set_serving(self._ready and well)
+
+    def _turn_away(self, remaining_s: float | None) -> str | None:
+        """Say why a call is turned away at the front end, and count it."""
+        if (refusal := self.valve.refuses(remaining_s)) is not None:
+            self.operation.observer.turned_away(grpc.StatusCode.DEADLINE_EXCEEDED)
+        return refusal
 
     def _on_trouble(self) -> None:
         """Hear, on any thread, that one has died or hangs."""

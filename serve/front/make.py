@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import grpc
 
@@ -10,6 +11,7 @@ from serve.front.base import Front, FrontKind
 from serve.front.grpcio import GrpcioFront
 from serve.front.native import NativeFront
 from serve.front.port import is_loopback
+from serve.valve import Refuses, never
 
 
 def make_front(
@@ -22,6 +24,7 @@ def make_front(
     reuse_port: bool = False,
     tls: bool = False,
     host: str = "127.0.0.1",
+    refuses: Refuses = never,
 ) -> Front:
     """Make the front end that serves what is asked; it serves nothing yet.
 
@@ -35,9 +38,12 @@ def make_front(
         reuse_port: whether other processes share the port.
         tls: whether it will listen with credentials.
         host: where it will listen.
+        refuses: turns calls away unparsed, by the seconds that they have; the native front end
+            asks it first of all, grpcio cannot.
     """
     is_native = kind == "native" or (kind == "auto" and not tls and is_loopback(host))
-    return (NativeFront if is_native else GrpcioFront)(
+    make = partial(NativeFront, refuses=refuses) if is_native else GrpcioFront
+    return make(
         max_message_bytes=max_message_bytes,
         max_calls=max_calls,
         max_calls_a_connection=max_calls_a_connection,

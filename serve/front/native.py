@@ -23,6 +23,7 @@ import logging
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,7 @@ from serve.front.grpcio import GrpcioFront
 from serve.front.native_call import NativeCall
 from serve.front.port import check_address, join_address, refuse_address
 from serve.front.registry import Handler, Registry
+from serve.valve import Refuses, never
 
 log = logging.getLogger("horace.serve")
 
@@ -55,6 +57,9 @@ RESERVED = "grpc-"
 """How names of metadata begin that pygrpc-native refuses with an exception, such as
 `grpc-retry-pushback-ms`, which grpcio sends."""
 
+HEALTH = "/grpc.health."
+"""Probes are answered however busy this is."""
+
 Event: TypeAlias = tuple[int, int, int, Any, Any, Any]
 
 Ask: TypeAlias = "Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]"
@@ -73,8 +78,10 @@ class NativeFront:
         max_calls_a_connection: int = 1024,
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         reuse_port: bool = False,
+        refuses: Refuses = never,
     ) -> None:
         """Make the server; see `make_front`."""
+        self._refuses = refuses
         self._max_message_bytes = max_message_bytes
         self._max_calls = max_calls
         self._max_calls_a_connection = max_calls_a_connection
@@ -164,15 +171,21 @@ class NativeFront:
         """Bring calls to the event loop, a burst at a time, until the server closes."""
         while (events := native.recv_batch_details(BURST)) is not None:
             try:
-                loop.call_soon_threadsafe(self._take, native, loop, events)
+                received_s = time.monotonic()  # what deadlines are left, is counted from now
+                loop.call_soon_threadsafe(self._take, native, loop, events, received_s)
             except RuntimeError:  # the loop was closed without `stop`
                 native.close()
                 return
 
     def _take(
-        self, native: NativeGrpcFront, loop: asyncio.AbstractEventLoop, events: list[Event]
+        self,
+        native: NativeGrpcFront,
+        loop: asyncio.AbstractEventLoop,
+        events: list[Event],
+        received_s: float,
     ) -> None:
         """Begin to answer the calls of a burst, and stop where callers have gone."""
+        waited_s = time.monotonic() - received_s
         for kind, call_id, method_id, payload, _, details in events:
             if kind == EVENT_CANCEL:
                 if (gone := self._calls.get(call_id)) is not None:
@@ -182,7 +195,14 @@ class NativeFront:
             elif len(self._calls) >= self._max_calls:
                 _end(native, call_id, grpc.StatusCode.RESOURCE_EXHAUSTED, TOO_MANY)
             else:
-                call = self._calls[call_id] = NativeCall(call_id, *details)
+                metadata, peer, left_s = details
+                if left_s is not None:
+                    left_s -= waited_s
+                is_probe = self._methods[method_id][0].startswith(HEALTH)
+                if not is_probe and (refusal := self._refuses(left_s)) is not None:
+                    _end(native, call_id, grpc.StatusCode.DEADLINE_EXCEEDED, refusal)
+                    continue
+                call = self._calls[call_id] = NativeCall(call_id, metadata, peer, left_s)
                 call.task = loop.create_task(self._answer(native, call, method_id, payload))
                 call.task.add_done_callback(partial(self._forget, native, call))
 

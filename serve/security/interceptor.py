@@ -24,13 +24,20 @@ from typing import Any, NoReturn, TypeAlias
 
 import grpc
 
-from serve.errors import RequestError, UnauthenticatedError, retry_metadata, to_status
+from serve.errors import (
+    DeadlineError,
+    RequestError,
+    UnauthenticatedError,
+    retry_metadata,
+    to_status,
+)
 from serve.in_flight import InFlight
 from serve.security.buckets import Quota
 from serve.security.caller import CURRENT, Caller
 from serve.security.costs import count_images
 from serve.security.guard import HEALTH, Guard, Pass
 from serve.security.ring import ApiKey
+from serve.valve import Refuses, never
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -52,6 +59,7 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
         *,
         max_images: int = 1024,
         max_in_flight_bytes: int = 256 << 20,
+        refuses: Refuses = never,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         on_turned_away: Callable[[grpc.StatusCode], None] = lambda _: None,
     ) -> None:
@@ -61,11 +69,13 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
             guard: decides.
             max_images: the most that a request is charged for: what asks for more is refused.
             max_in_flight_bytes: of all messages of calls that are under way.
+            refuses: turns calls away unparsed, by the seconds that they have.
             sleep: waits until a stream's turn.
             on_turned_away: hears with which code a call ended that no service saw.
         """
         self._guard = guard
         self._max_images = max_images
+        self._refuses = refuses
         self.in_flight = InFlight(max_bytes=max_in_flight_bytes)
         self._sleep = sleep
         self._on_turned_away = on_turned_away
@@ -146,7 +156,13 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
         return answer
 
     def _enter(self, context: Context) -> Pass:
-        """Say who calls, here and to whoever answers this call."""
+        """Say who calls, here and to whoever answers this call.
+
+        Raises:
+            DeadlineError: this server is too busy to answer in time.
+        """
+        if (refusal := self._refuses(context.time_remaining())) is not None:
+            raise DeadlineError(refusal)
         entered = self._guard.name(
             _KEY.get(),
             context.invocation_metadata() or (),  # type: ignore[arg-type]  # pairs, if named ones

@@ -21,6 +21,7 @@ from serve.security.interceptor import GuardInterceptor
 from serve.security.options import CallerLimits, KeyOptions
 from serve.security.ring import KeyRing, read_ring
 from serve.security.tls import Certificates, Tls, TlsOptions
+from serve.valve import Refuses, never
 
 
 class Security:
@@ -34,6 +35,7 @@ class Security:
         limits: CallerLimits,
         max_images: int,
         max_in_flight_bytes: int = 256 << 20,
+        refuses: Refuses = never,
         on_turned_away: Callable[[grpc.StatusCode], None] = lambda _: None,
     ) -> None:
         """Read the files and watch them.
@@ -44,6 +46,7 @@ class Security:
             limits: how much each may ask for.
             max_images: the most that one request may ask for.
             max_in_flight_bytes: of all messages of calls that are under way.
+            refuses: turns calls away unparsed, by the seconds that they have.
             on_turned_away: hears with which code a call ended that no service saw.
 
         Raises:
@@ -60,6 +63,7 @@ class Security:
             self.guard,
             max_images=max_images,
             max_in_flight_bytes=max_in_flight_bytes,
+            refuses=refuses,
             on_turned_away=on_turned_away,
         )
         self._files: list[Reloadable[Any]] = [

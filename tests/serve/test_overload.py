@@ -8,6 +8,7 @@ import time
 import grpc
 import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from models.wire import image_to_wire
 from protos import horace_pb2 as pb
@@ -15,6 +16,7 @@ from protos import horace_pb2_grpc as pb_grpc
 from serve.errors import QueueFullError
 from serve.in_flight import InFlight
 from serve.latency import MIN_BATCHES
+from serve.valve import EVERY_S, LoopLag, Valve
 
 FRONTENDS = pytest.mark.parametrize("frontend", ["grpcio", "native"])
 
@@ -151,3 +153,69 @@ def test_where_nothing_is_under_way_any_message_fits():
         with in_flight.hold(object()):
             assert in_flight.calls == 2
     assert (in_flight.bytes, in_flight.calls) == (0, 0)
+
+
+class SlowTurns:
+    """An event loop whose turns take a second."""
+
+    seconds = 1.0
+
+
+def test_a_call_needs_time_for_a_few_turns_of_the_loop():
+    """Nearer deadlines are turned away, further ones and none are not."""
+    valve = Valve(SlowTurns())
+    assert valve.refuses(3.9) == (
+        "deadline: expected over 4000 ms while this server is so busy, found 3900 ms; "
+        "allow more time, or try elsewhere"
+    )
+    assert valve.refuses(4.1) is None
+    assert valve.refuses(None) is None
+    assert valve.turned_away == 1
+
+
+def test_nobody_is_turned_away_while_turns_are_short():
+    """A deadline of a millisecond is the caller's own affair."""
+    valve = Valve(LoopLag(clock=lambda: 0.0))
+    assert valve.refuses(0.001) is None
+    assert repr(valve) == "<Valve <LoopLag 0.0 ms>, 0 turned away>"
+
+
+def test_a_turn_is_measured_and_what_is_overdue_counts_at_once():
+    """A loop that has hung for two seconds is known to be slow before it goes on."""
+    now = [0.0]
+
+    async def main():
+        lag = LoopLag(clock=lambda: now[0])
+        lag.start()
+        now[0] = 2.0 + EVERY_S
+        assert lag.seconds == pytest.approx(2.0)
+        lag._measure()
+        assert lag.seconds == pytest.approx(2.0)
+        lag.stop()
+        assert lag.seconds == 0.0
+
+    asyncio.run(main())
+
+
+@FRONTENDS
+def test_a_busy_server_turns_away_at_the_door(serving, fake, image, frontend):
+    """Before anything is parsed; health is answered all the same."""
+
+    async def main():
+        async with (
+            serving(fake, frontend=frontend) as server,
+            grpc.aio.insecure_channel(server.address) as channel,
+        ):
+            stub = pb_grpc.HoraceStub(channel)
+            server.valve._lag = SlowTurns()
+            code, message, _ = await refusal(stub.Embed(request_of(image(1)), timeout=3))
+            assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+            assert message.startswith("deadline: expected over 4000 ms while this server is so")
+            health = health_pb2_grpc.HealthStub(channel)
+            reply = await health.Check(health_pb2.HealthCheckRequest(), timeout=3)
+            assert reply.status == health_pb2.HealthCheckResponse.SERVING
+            await stub.Embed(request_of(image(2)))
+            assert fake.computed == [2]
+            assert server.catalog.model("fake").engine.statistics().unmeetable_requests == 0
+
+    asyncio.run(main())

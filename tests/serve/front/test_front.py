@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 import struct
+import time
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -331,7 +332,8 @@ def test_a_call_that_is_gone_before_it_begins_leaves_no_trace(parrot, eventually
             native, loop = front._native, asyncio.get_running_loop()
             for call_id in range(1 << 40, (1 << 40) + 10):
                 come = (EVENT_CALL, call_id, 0, b"hello", None, ((), "ipv4:192.0.2.1:1", None))
-                front._take(native, loop, [come, (EVENT_CANCEL, call_id, 0, None, None, None)])
+                gone = (EVENT_CANCEL, call_id, 0, None, None, None)
+                front._take(native, loop, [come, gone], time.monotonic())
                 await eventually(lambda: "calls=0/" in repr(front))
             assert bird.heard.calls == 0
             assert await channel.unary_unary("/Parrot/Say")(b"hello", timeout=30) == b"hello"
