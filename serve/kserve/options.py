@@ -16,7 +16,8 @@ class KserveOptions:
 
     shared_memory: Literal["local", "off"] = "local"
     """Whether callers on this machine may register system shared memory, from which images
-    are read and to which vectors are written."""
+    are read and to which vectors are written. Behind a proxy on this machine everybody calls
+    from it: switch it off there."""
 
     max_regions: int = 256
     """Regions of shared memory that are registered at once; each is an open file."""

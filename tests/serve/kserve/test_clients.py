@@ -272,6 +272,44 @@ def test_shared_memory_may_be_switched_off(serving, fake, memory):
     ask(serving, fake, work, kserve=KserveOptions(shared_memory="off"))
 
 
+class Elsewhere:
+    """The context of a call from another machine."""
+
+    def __init__(self, peer: str) -> None:
+        self.peer = lambda: peer
+
+    def invocation_metadata(self):
+        """Nothing came with it."""
+        return ()
+
+    def auth_context(self):
+        """It is not encrypted."""
+        return {}
+
+    async def abort(self, code, message, metadata=()):
+        """End the call."""
+        raise ConnectionAbortedError(f"{code.name}: {message}")
+
+
+@pytest.mark.parametrize(
+    "peer", ["ipv4:10.1.2.3:50000", "ipv6:%5B2001:db8::1%5D:50000", "ipv4:127.0.0.2:1", "", "x"]
+)
+@pytest.mark.parametrize("frontend", ["native"])  # it has no part in this
+def test_shared_memory_is_for_this_machine(serving, fake, memory, peer):
+    """Whoever calls from elsewhere cannot mean ours."""
+    key, _ = memory(100)
+
+    async def work(client, server):
+        request = service_pb2.SystemSharedMemoryRegisterRequest(name="r", key=key, byte_size=100)
+        with pytest.raises(
+            ConnectionAbortedError, match=r"FAILED_PRECONDITION: .* found one elsew"
+        ):
+            await server.kserve.SystemSharedMemoryRegister(request, Elsewhere(peer))
+        assert await client.get_system_shared_memory_status(as_json=True) == {}
+
+    ask(serving, fake, work)
+
+
 def test_statistics_count_what_was_done(serving, fake):
     """Requests of every protocol, images, batches by size, failures."""
 
