@@ -4,6 +4,8 @@ Rules:
     Orders come from signals or from a supervisor; here they are names in two queues.
     The first order to stop drains, the second cuts off at once. One that comes before the
     server is ready ends it then and there.
+    A signal that comes again within a moment is its echo, not a second order: `timeout` and
+    process managers signal a process and then its whole group.
 """
 
 from __future__ import annotations
@@ -20,6 +22,10 @@ from serve.errors import UnavailableError
 from serve.server import Server
 
 log = logging.getLogger("horace.serve")
+
+
+ECHO_S = 0.25
+"""The longest between a signal and its echo; nobody presses Ctrl-C twice so fast."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +45,16 @@ def orders_by_signal() -> Orders:
     """Take orders from SIGTERM and SIGINT, and from SIGHUP."""
     orders = Orders()
     loop = asyncio.get_running_loop()
+    heard_s: dict[str, float] = {}
+
+    def stop(name: str) -> None:
+        now_s = loop.time()
+        if now_s - heard_s.get(name, -ECHO_S) >= ECHO_S:
+            orders.stops.put_nowait(name)
+        heard_s[name] = now_s
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, orders.stops.put_nowait, number.name)
+        loop.add_signal_handler(number, stop, number.name)
     loop.add_signal_handler(signal.SIGHUP, orders.reloads.put_nowait, signal.SIGHUP.name)
     return orders
 
@@ -115,7 +129,9 @@ async def _drain(server: Server, stops: asyncio.Queue[str], drain_s: float) -> N
         with contextlib.suppress(asyncio.CancelledError):
             await draining
         await server.kill()
-        raise cut_off(calls, f"a second signal, {again.result()}")
+        if calls:
+            raise cut_off(calls, f"a second signal, {again.result()}")
+        return
     again.cancel()
     if calls := draining.result():
         raise cut_off(calls, f"that {drain_s:g} s were over")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import grpc
 import numpy as np
+import onnxruntime as ort
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -164,6 +165,28 @@ def test_a_second_signal_cuts_off_at_once(start_server, make_bundle):
     outcomes = asyncio.run(main())
     assert any(isinstance(outcome, grpc.aio.AioRpcError) for outcome in outcomes)
     assert server.process.wait(30) == 1
+
+
+def test_a_signal_and_its_echo_are_one(start_server, make_bundle):
+    """`timeout` signals a process and then its group: nothing is cut off for it."""
+    server = start_server(
+        "--bundle", str(make_bundle().path), "--max-batch-images", "1",
+        "--max-queue-images", "100000",
+    )  # fmt: skip
+
+    async def main() -> int:
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            stub = pb_grpc.HoraceStub(channel)
+            image = image_to_wire(np.zeros((28, 28, 1), np.uint8))
+            request = pb.EmbedRequest(images=[image] * 256)
+            calls = [asyncio.ensure_future(stub.Embed(request)) for _ in range(8)]
+            await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+            server.process.send_signal(signal.SIGTERM)
+            server.process.send_signal(signal.SIGTERM)
+            return sum(reply.vectors.rows for reply in await asyncio.gather(*calls))
+
+    assert asyncio.run(main()) == 8 * 256
+    assert server.process.wait(30) == 0
 
 
 def test_a_signal_ends_a_start_that_hangs():
@@ -396,6 +419,16 @@ def test_it_serves_on_ipv6(fake, serving, image):
                 assert (await client.embed([image(1)])).statuses[0].ok
 
     asyncio.run(main())
+
+
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" in ort.get_available_providers(), reason="it is offered here"
+)
+def test_a_provider_that_is_not_there_is_one_line(make_bundle):
+    """Asked for CUDA where there is none, the server does not start, and says how it would."""
+    line = refusal("--port", "0", "--bundle", f"{make_bundle().path},provider=cuda")
+    assert " on cuda: expected an ONNX Runtime with CUDAExecutionProvider, found " in line
+    assert "pip install -e '.[gpu]'; or ask for provider=cpu" in line
 
 
 def test_a_missing_bundle_is_one_line(tmp_path):
