@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 from google.protobuf.message import Message
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
@@ -26,8 +27,9 @@ from serve.errors import DeadlineError, RequestError
 from serve.http.body import Body, BodyMemory, read_body
 from serve.http.context import HttpContext
 from serve.http.doorman import Doorman
-from serve.http.faults import Aborted, code_of, refuse, refuse_with
+from serve.http.faults import code_of, refuse, refuse_with
 from serve.http.fields import read_embed, read_search
+from serve.http.linger import Linger
 from serve.http.openapi import describe
 from serve.http.replies import (
     collections_reply,
@@ -69,6 +71,7 @@ def make_app(doorman: Doorman) -> Starlette:
             Route("/v1/search", routes.search, methods=["POST"]),
         ],
         exception_handlers={HTTPException: _refuse_route},
+        middleware=[Middleware(Linger)],
     )
 
 
@@ -137,6 +140,7 @@ class _Routes:
                 message, asked = read_embed(body, request_id_of(context.invocation_metadata()))
                 del body  # its images are in the message now
                 self._charge(entered, message)
+                context.is_with_service = True
                 call = self._doorman.services.Embed(message, cast(Any, context))
                 reply = await _unless_gone(request, call)
             document = embed_reply(reply, asked.refused, as_base64=asked.as_base64)
@@ -153,6 +157,7 @@ class _Routes:
                 message, asked = read_search(body, request_id_of(context.invocation_metadata()))
                 del body
                 self._charge(entered, message)
+                context.is_with_service = True
                 call = self._doorman.services.Search(message, cast(Any, context))
                 reply = await _unless_gone(request, call)
             return json_response(search_reply(reply, asked.refused))
@@ -167,31 +172,45 @@ class _Routes:
         method: str,
         work: Callable[[HttpContext, Pass], Awaitable[Response]],
     ) -> Response:
-        """Let the call in and await `work` within the deadline; an error becomes a status."""
-        headers = {}
-        if request_id := request_id_of(request.headers.items()):
-            headers["x-request-id"] = request_id
+        """Answer with what `work` gives; an error becomes a status."""
+        context = self._context(request)
         try:
-            timeout_s = self._timeout_s(request)
-            context = self._context(request, timeout_s)
-            entered = self._enter(method, context)
-            self._doorman.check_open()
-            with self._doorman.guard.under_way(entered):
-                async with asyncio.timeout(timeout_s):
-                    response = await work(context, entered)
-        except TimeoutError:
-            late = DeadlineError(
-                method, expected=f"a body and a reply within {timeout_s:g} s", found="none"
-            )
-            return refuse(late, headers)
+            response = await self._let_in(method, request, context, work)
         except ClientDisconnect:
             return Response(status_code=499)  # nobody reads it
         except Exception as error:
-            if not isinstance(error, Aborted):  # which a service has counted
+            if not context.is_with_service:  # which would have counted it
                 self._doorman.on_turned_away(code_of(error))
-            return refuse(error, headers)
-        response.headers.update(headers)
+            response = refuse(error)
+        if request_id := request_id_of(context.invocation_metadata()):
+            response.headers["x-request-id"] = request_id
+        if not self._doorman.is_serving():
+            response.headers["connection"] = "close"  # the next request goes where it is served
         return response
+
+    async def _let_in(
+        self,
+        method: str,
+        request: Request,
+        context: HttpContext,
+        work: Callable[[HttpContext, Pass], Awaitable[Response]],
+    ) -> Response:
+        """Let the call in, and await `work` within the deadline.
+
+        Raises:
+            ServeError: it is not let in, or too late; or what `work` raises.
+        """
+        entered = self._enter(method, context)
+        self._doorman.check_open()
+        timeout_s = self._timeout_s(request)
+        context.deadline_s = self._doorman.clock() + timeout_s
+        try:
+            with self._doorman.guard.under_way(entered):
+                async with asyncio.timeout(timeout_s):
+                    return await work(context, entered)
+        except TimeoutError as error:
+            expected = f"a body and a reply within {timeout_s:g} s"
+            raise DeadlineError(method, expected=expected, found="none") from error
 
     def _enter(self, method: str, context: HttpContext) -> Pass:
         """Let a call in, and say who makes it, here and to whoever answers it.
@@ -223,15 +242,13 @@ class _Routes:
             request, held, max_bytes=limits.max_message_bytes, max_images=limits.max_images
         )
 
-    def _context(self, request: Request, timeout_s: float) -> HttpContext:
+    def _context(self, request: Request) -> HttpContext:
         """Describe the call as gRPC would."""
-        clock = self._doorman.clock
         client = request.client
         return HttpContext(
             headers=request.headers.items(),
             peer=None if client is None else (client.host, client.port),
-            deadline_s=clock() + timeout_s,
-            clock=clock,
+            clock=self._doorman.clock,
             auth_context=request.scope.get("state", {}).get(CALLER_STATE),
         )
 

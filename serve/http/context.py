@@ -20,14 +20,18 @@ PUSH_BACK_KEY = "retry-after-ms"
 
 
 class HttpContext:
-    """One call over HTTP. Belongs to one event loop."""
+    """One call over HTTP. Belongs to one event loop.
+
+    Attributes:
+        deadline_s: on the clock; none until it is set.
+        is_with_service: whether a service has the call, and keeps account of it.
+    """
 
     def __init__(
         self,
         *,
         headers: Iterable[tuple[str, str]],
         peer: tuple[str, int] | None,
-        deadline_s: float,
         clock: Callable[[], float],
         auth_context: Mapping[str, Iterable[bytes]] | None = None,
     ) -> None:
@@ -36,22 +40,22 @@ class HttpContext:
         Args:
             headers: names in lower case.
             peer: host and port of the caller.
-            deadline_s: on `clock`.
             clock: monotonic seconds.
             auth_context: what TLS found out about the caller.
         """
         self._headers = tuple(headers)
         self._peer = peer
-        self._deadline_s = deadline_s
+        self.deadline_s = math.inf
+        self.is_with_service = False
         self._clock = clock
         self._auth_context = auth_context or {}
         self._trailing: Metadata = ()
 
     def time_remaining(self) -> float | None:
         """Give the seconds until the deadline; None where there is none."""
-        if math.isinf(self._deadline_s):
+        if math.isinf(self.deadline_s):
             return None
-        return max(0.0, self._deadline_s - self._clock())
+        return max(0.0, self.deadline_s - self._clock())
 
     def invocation_metadata(self) -> Metadata:
         """Give the headers."""

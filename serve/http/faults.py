@@ -84,20 +84,15 @@ def code_of(error: Exception) -> grpc.StatusCode:
     return Code.INVALID_ARGUMENT if type(error) in OWN_STATUS else Code.INTERNAL
 
 
-def refuse(error: Exception, headers: Mapping[str, str]) -> Response:
-    """Answer with what went wrong.
-
-    Args:
-        error: a servicer's `Aborted`, or whatever was raised on the way to it.
-        headers: that go with the reply.
-    """
+def refuse(error: Exception) -> Response:
+    """Answer with what went wrong: a servicer's `Aborted`, or whatever was raised before."""
     if isinstance(error, Aborted):
-        return _answer(error.code, error.message, error.retry_after_s, headers)
+        return _answer(error.code, error.message, error.retry_after_s)
     for kind, (status, code) in OWN_STATUS.items():
         if isinstance(error, kind):
-            return refuse_with(status, code, str(error), headers)
+            return refuse_with(status, code, str(error), {})
     grpc_code, message = to_status(error)
-    return _answer(grpc_code, message, getattr(error, "retry_after_s", None), headers)
+    return _answer(grpc_code, message, getattr(error, "retry_after_s", None))
 
 
 def refuse_with(status: int, code: str, message: str, headers: Mapping[str, str]) -> Response:
@@ -105,20 +100,18 @@ def refuse_with(status: int, code: str, message: str, headers: Mapping[str, str]
     return json_response({"error": {"code": code, "message": message}}, status, headers)
 
 
-def _answer(
-    code: grpc.StatusCode, message: str, retry_after_s: float | None, headers: Mapping[str, str]
-) -> Response:
+def _answer(code: grpc.StatusCode, message: str, retry_after_s: float | None) -> Response:
     """Answer as the table has it."""
     status = HTTP_STATUS[code]
-    extra = {}
+    headers = {}
     if status in (429, 503):
         wait_s = RETRY_AFTER_S if retry_after_s is None else retry_after_s
         if wait_s >= 0:
-            extra["retry-after"] = str(math.ceil(wait_s))  # the header counts whole seconds
-            extra["retry-after-ms"] = str(math.ceil(wait_s * 1e3))
+            headers["retry-after"] = str(math.ceil(wait_s))  # the header counts whole seconds
+            headers["retry-after-ms"] = str(math.ceil(wait_s * 1e3))
     if status == 401:
-        extra["www-authenticate"] = 'Bearer realm="horace"'
-    return refuse_with(status, code.name.lower(), message, {**headers, **extra})
+        headers["www-authenticate"] = 'Bearer realm="horace"'
+    return refuse_with(status, code.name.lower(), message, headers)
 
 
 assert set(STATUS_CODES.values()) <= set(HTTP_STATUS), "an error without a status of HTTP"

@@ -55,6 +55,10 @@ class SearchCommand(ServerOptions):
     """Neighbours a query."""
     filter: str | None = None
     """Which images may be hits, such as: label = 'Coat'."""
+    min_score: float | None = None
+    """The least cosine of a hit, -1 to 1."""
+    diversity: float = 0.0
+    """0 for the nearest, up to 1 for hits that are also unlike one another."""
     exact: bool = False
     """Compare every vector, and ask no index."""
     json: bool = False
@@ -72,7 +76,13 @@ class SearchCommand(ServerOptions):
             UsageError: a value makes no sense.
         """
         super().__post_init__()
-        SearchOptions(collection=self.collection, k=self.k, filter=self.filter)
+        SearchOptions(
+            collection=self.collection,
+            k=self.k,
+            filter=self.filter,
+            min_score=self.min_score,
+            diversity=self.diversity,
+        )
         if not (self.images or self.id or self.vectors):
             expected = "image files, --id or --vectors"
             raise UsageError("queries", expected=expected, found="none of them")
@@ -215,6 +225,8 @@ def _search(
         collection=options.collection,
         k=options.k,
         filter=options.filter,
+        min_score=options.min_score,
+        diversity=options.diversity,
         exact=options.exact,
     )
 

@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 
 from serve.http.options import HttpOptions
+from serve.security.options import KeyOptions
+from serve.security.ring import hash_token
 from serve.server import Server
 
 
@@ -49,3 +51,11 @@ def http_serving(serving):
             yield server, client
 
     return run
+
+
+@pytest.fixture
+def keys(tmp_path):
+    """A key file with the key `sesame` of `alice`, who may ask for four images a second."""
+    path = tmp_path / "keys"
+    path.write_text(f"alice:{hash_token('sesame').hex()}:images=4\n")
+    return KeyOptions(file=str(path))

@@ -41,6 +41,7 @@ def test_draining_answers_what_is_under_way(http_serving, fake, png, eventually)
     assert (held.status_code, late.status_code, unready.status_code) == (200, 503, 503)
     assert "the server is stopping" in late.json()["error"]["message"]
     assert "retry-after" in late.headers
+    assert held.headers["connection"] == late.headers["connection"] == "close"
 
 
 def test_the_process_says_where_http_is_and_drains(start_server):

@@ -183,6 +183,36 @@ def test_a_body_is_refused_before_it_is_read(http_serving, fake):
     asyncio.run(main())
 
 
+def test_a_refusal_reaches_who_still_sends(http_serving, fake, keys):
+    """Half a megabyte is thrown away, and the reply is read: no reset takes it away."""
+
+    async def main():
+        async with http_serving(fake, keys=keys) as (_, http):
+            for _ in range(20):
+                reply = await http.post("/v1/embed", files=files(bytes(500_000)))
+                assert reply.status_code == 401
+                reply = await http.post("/nowhere", files=files(bytes(500_000)))
+                assert reply.status_code == 404
+
+    asyncio.run(main())
+
+
+def test_who_asks_before_sending_is_told_at_once(http_serving, fake, keys):
+    """And sends nothing."""
+    head = (
+        "POST /v1/embed HTTP/1.1\nhost: h\ncontent-type: application/json\n"
+        f"content-length: {1 << 20}\nexpect: 100-continue"
+    )
+
+    async def main():
+        async with http_serving(fake, keys=keys) as (server, _):
+            reader, writer = await raw_request(server.http.url, head)
+            assert (await reader.readline()).startswith(b"HTTP/1.1 401")
+            writer.close()
+
+    asyncio.run(main())
+
+
 def test_bodies_together_are_bounded(http_serving, fake, png):
     """One that announces more than is left is told when to come back; the rest go on."""
     options = HttpOptions(port=0, max_body_mib=1)

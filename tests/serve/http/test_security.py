@@ -10,22 +10,13 @@ from cryptography import x509
 
 from serve.http.tls import write_name
 from serve.security.caller import CURRENT
-from serve.security.options import CallerLimits, KeyOptions
-from serve.security.ring import hash_token
+from serve.security.options import CallerLimits
 from serve.security.tls import TlsOptions
 
 
 def files(*images):
     """Images as parts of a form."""
     return [("images", (f"{n}.png", data)) for n, data in enumerate(images)]
-
-
-@pytest.fixture
-def keys(tmp_path):
-    """A key file with the key `sesame` of `alice`, who may ask for four images a second."""
-    path = tmp_path / "keys"
-    path.write_text(f"alice:{hash_token('sesame').hex()}:images=4\n")
-    return KeyOptions(file=str(path))
 
 
 @pytest.mark.parametrize(
