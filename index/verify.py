@@ -1,12 +1,14 @@
-"""`python -m index.verify C`: whether a collection is what it was when it was written.
+"""`python -m index.verify C`: whether a collection, or a bundle, is what it was when written.
 
-It looks at everything: size and SHA-256 of every file that the manifest names; the manifest
-itself, to the byte; arrays, metadata and index by type, size and content; that vectors are
-unit vectors, ids those of their keys and each there once, and that the index holds the same
-vectors as are stored beside it.
+Of a collection it looks at everything: size and SHA-256 of every file that the manifest names;
+the manifest itself, to the byte; arrays, metadata and index by type, size and content; that
+vectors are unit vectors, ids those of their keys and each there once, and that the index holds
+the same vectors as are stored beside it. Of a bundle: every file's SHA-256, the fingerprint, and
+`bundle.json` to the byte.
 
 Rules:
-    Every fault is found in one run, and each names its file; status 1 where there is one.
+    Every fault of a collection is found in one run, and each names its file; status 1 where
+    there is one.
     Nothing is changed. Memory holds a block of vectors and the index, whatever a header says.
     What the manifest does not name is not part of the collection: it is mentioned, no fault.
 """
@@ -35,7 +37,9 @@ from index.manifest import (
     read_manifest,
 )
 from index.segment import Segment, open_segment, segment_files
+from models.bundle import BUNDLE_FILE, is_as_written, read_bundle
 from models.command import run_command
+from models.errors import BundleError, HoraceError
 
 BLOCK_ROWS = 16384
 UNIT_TOLERANCE = 1e-4
@@ -44,10 +48,10 @@ UNIT_TOLERANCE = 1e-4
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions:
-    """Check every file of a collection; status 1 where something is wrong."""
+    """Check every file of a collection or of a bundle; status 1 where something is wrong."""
 
-    collection: Positional[Path]
-    """The collection's directory."""
+    path: Positional[Path]
+    """The collection's directory, or the bundle's."""
     json: bool = False
     """Print what was found as JSON."""
 
@@ -57,14 +61,14 @@ class Verification:
     """What was looked at and what was found.
 
     Attributes:
-        images: vectors in the collection; 0 where the manifest cannot be read.
+        content: what it is, such as `12 images`; empty where that cannot be told.
         files: files that the manifest names, and itself.
         size_bytes: of those.
         faults: one line each, with the file's name.
-        unknown: files in the directory that the manifest does not name.
+        unknown: files in the directory that nothing names.
     """
 
-    images: int
+    content: str
     files: int
     size_bytes: int
     faults: Sequence[str]
@@ -77,15 +81,15 @@ def main(options: VerifyOptions) -> None:
     Raises:
         CollectionError: there is a fault, or there are several, which have been printed.
     """
-    found = verify(options.collection)
+    found = verify(options.path)
     if options.json:
         print(json.dumps(asdict(found), indent=2))
     else:
         for name in found.unknown:
-            print(f"{options.collection / name}: no part of the collection")
+            print(f"{options.path / name}: no part of it")
         if not found.faults:
             print(
-                f"{options.collection}: {found.images} images in {found.files} files, "
+                f"{options.path}: {found.content} in {found.files} files, "
                 f"{found.size_bytes} bytes: sound"
             )
         elif len(found.faults) > 1:
@@ -97,21 +101,45 @@ def main(options: VerifyOptions) -> None:
 
 
 def verify(path: Path) -> Verification:
-    """Look at everything in a collection's directory."""
+    """Look at everything in the directory of a collection or of a bundle."""
+    if (path / BUNDLE_FILE).is_file():
+        return _verify_bundle(path)
     try:
         manifest = read_manifest(path)
     except CollectionError as error:
-        return Verification(images=0, files=1, size_bytes=0, faults=[str(error)], unknown=[])
+        return _unreadable(error)
     faults = [*_check_manifest(path, manifest), *_check_files(path, manifest)]
     if not faults:  # what follows reads the files that have just been found to be right
         faults += _check_content(path, manifest)
     return Verification(
-        images=manifest.count,
+        content=f"{manifest.count} images",
         files=len(manifest.files) + 1,
         size_bytes=sum(entry.size_bytes for entry in manifest.files.values()),
         faults=faults,
-        unknown=_find_unknown(path, manifest),
+        unknown=_find_unknown(path, {MANIFEST_FILE, *manifest.files}),
     )
+
+
+def _verify_bundle(path: Path) -> Verification:
+    """Look at everything in a bundle's directory, up to the first fault."""
+    try:
+        bundle = read_bundle(path)
+        as_written = is_as_written(path)
+    except BundleError as error:
+        return _unreadable(error)
+    fault = f"{path / BUNDLE_FILE}: expected the bytes that were written, found others"
+    return Verification(
+        content=f"an encoder of {bundle.dim} dimensions",
+        files=len(bundle.files) + 1,
+        size_bytes=sum((path / name).stat().st_size for name in bundle.files),
+        faults=[] if as_written else [fault],
+        unknown=_find_unknown(path, {BUNDLE_FILE, *bundle.files}),
+    )
+
+
+def _unreadable(error: HoraceError) -> Verification:
+    """Say that nothing more can be looked at."""
+    return Verification(content="", files=1, size_bytes=0, faults=[str(error)], unknown=[])
 
 
 def _check_manifest(path: Path, manifest: Manifest) -> Iterator[str]:
@@ -202,9 +230,8 @@ def _check_rejects(file: Path) -> Iterator[str]:
         yield f"{file}: expected a JSON object with a key on every line, found something else"
 
 
-def _find_unknown(path: Path, manifest: Manifest) -> list[str]:
-    """List files that are no part of the collection."""
-    known = {MANIFEST_FILE, *manifest.files}
+def _find_unknown(path: Path, known: set[str]) -> list[str]:
+    """List files that nothing names."""
     files = (file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir())
     return sorted(set(files) - known)
 

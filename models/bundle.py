@@ -184,8 +184,7 @@ def write_bundle(
             "files": hashes,
             "provenance": dict(provenance),
         }
-        text = json.dumps(document, indent=2, allow_nan=False)
-        (temporary / BUNDLE_FILE).write_text(text + "\n")
+        (temporary / BUNDLE_FILE).write_bytes(document_bytes(cast(Mapping[str, Json], document)))
     return read_bundle(path)
 
 
@@ -209,7 +208,7 @@ def record_evaluation(path: Path, name: str, result: Json) -> None:
     evaluations = cast(dict[str, Json], provenance.setdefault("evaluations", {}))
     evaluations[name if precision == "fp32" else f"{name}.{precision}"] = result
     with atomic_file(path / BUNDLE_FILE) as temporary:
-        temporary.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n")
+        temporary.write_bytes(document_bytes(document))
 
 
 def read_bundle(path: Path, *, verify: bool = True) -> Bundle:
@@ -225,6 +224,7 @@ def read_bundle(path: Path, *, verify: bool = True) -> Bundle:
     """
     path, _ = split_precision(path)
     document = _read_document(path)
+    _check_document(path / BUNDLE_FILE, document)
     try:
         bundle = Bundle(
             path=path,
@@ -247,6 +247,45 @@ def read_bundle(path: Path, *, verify: bool = True) -> Bundle:
     _check_files(bundle, verify=verify)
     _check_fingerprint(bundle)
     return bundle
+
+
+def document_bytes(document: Mapping[str, Json]) -> bytes:
+    """Give the content of `bundle.json`: what is to stand in it, and a checksum of that."""
+    whole = {**document, "checksum": _checksum(document)}
+    return (json.dumps(whole, indent=2, allow_nan=False) + "\n").encode()
+
+
+def is_as_written(path: Path) -> bool:
+    """Tell whether a bundle's `bundle.json` has the very bytes that were written.
+
+    Raises:
+        BundleError: it cannot be read.
+    """
+    return (path / BUNDLE_FILE).read_bytes() == document_bytes(_read_document(path))
+
+
+def _checksum(document: Mapping[str, Json]) -> str:
+    """Hash everything but the checksum itself."""
+    rest = {key: value for key, value in document.items() if key != "checksum"}
+    return hashlib.sha256(canonical_json(rest)).hexdigest()
+
+
+def _check_document(file: Path, document: Mapping[str, Json]) -> None:
+    """Hold the document against its checksum; one of an earlier version has none."""
+    recorded = document.get("checksum")
+    if recorded is None:
+        return
+    try:
+        found = _checksum(document)
+    except (ValueError, RecursionError):
+        found = "a number that is none"
+    if recorded != found:
+        raise BundleError(
+            str(file),
+            expected=f"checksum {recorded}",
+            found=found,
+            mend="the file is damaged or was edited: copy the bundle again, or export it again",
+        )
 
 
 def _input_json(preprocessing: PreprocessSpec) -> dict[str, Json]:

@@ -67,7 +67,7 @@ def test_a_sound_collection(run, with_rejects):
     assert out == f"{with_rejects}: 12 images in 6 files, {size} bytes: sound\n"
     status, out, _ = run(with_rejects, "--json")
     found = json.loads(out)
-    assert (status, found["images"], found["faults"], found["unknown"]) == (0, 12, [], [])
+    assert (status, found["content"], found["faults"], found["unknown"]) == (0, "12 images", [], [])
     assert before == {file: file.read_bytes() for file in with_rejects.rglob("*") if file.is_file()}
 
 
@@ -88,6 +88,22 @@ def test_one_flipped_byte_in_any_file_is_found(run, with_rejects, name):
     assert run(with_rejects)[0] == 0
 
 
+@pytest.mark.parametrize("name", ["bundle.json", "encoder.onnx", "random.onnx"])
+def test_one_flipped_byte_in_a_bundle_is_found(run, new_bundle, name):
+    """Also where it stands in what the fingerprint does not cover."""
+    bundle = new_bundle()
+    status, out, _ = run(bundle.path)
+    assert (status, "an encoder of 16 dimensions in 3 files" in out) == (0, True)
+    file = bundle.path / name
+    content = file.read_bytes()
+    for at in {*np.linspace(0, len(content) - 1, 40).astype(int).tolist()}:
+        damaged = bytearray(content)
+        damaged[at] ^= 0x01
+        file.write_bytes(damaged)
+        status, _, err = run(bundle.path)
+        assert (status, str(file) in err or "bundle.json" in err) == (1, True), f"byte {at}"
+
+
 def test_every_fault_is_told_at_once(run, with_rejects):
     """A line each, and how many at the end; what is no part of it is mentioned."""
     (with_rejects / "segments/000000/ids.npy").unlink()
@@ -97,7 +113,7 @@ def test_every_fault_is_told_at_once(run, with_rejects):
     status, out, err = run(with_rejects)
     lines = out.splitlines()
     assert status == 1
-    assert lines[0] == f"{with_rejects / 'notes.txt'}: no part of the collection"
+    assert lines[0] == f"{with_rejects / 'notes.txt'}: no part of it"
     assert "ids.npy: expected a file that manifest.json lists, found none" in lines[1]
     assert "index.faiss: expected " in lines[2]
     assert err.startswith("python -m index.verify: 2 faults, the first: ")

@@ -19,9 +19,11 @@ SPEC = PreprocessSpec(height=28, width=28, channels=1, resize=28)
 
 
 def edit(bundle: Bundle, **fields: object) -> None:
-    """Change fields of a bundle's description in place."""
+    """Change fields of a bundle's description in place, with no checksum to tell."""
     file = bundle.path / "bundle.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    document = json.loads(file.read_text()) | fields
+    del document["checksum"]
+    file.write_text(json.dumps(document))
 
 
 def test_written_bundle_reads_back_equal(make_bundle):
@@ -220,3 +222,25 @@ def test_a_bundle_without_its_encoder_is_not_written(tmp_path):
             provenance={},
         )
     assert not (tmp_path / "b").exists()
+
+
+def test_an_edit_that_the_fingerprint_does_not_cover_is_found(make_bundle):
+    """`bundle.json` has a checksum of its own; one of an earlier version has none."""
+    bundle = make_bundle()
+    file = bundle.path / "bundle.json"
+    text = file.read_text()
+    name = f'"name": "{bundle.name}"'
+    assert name in text
+    file.write_text(text.replace(name, '"name": "another"'))
+    with pytest.raises(BundleError, match=r"bundle.json: expected checksum [0-9a-f]{64}, found"):
+        read_bundle(bundle.path)
+    file.write_text(text.replace('"dim": ', '"dim": NaN, "was": '))
+    with pytest.raises(BundleError, match="found a number that is none"):
+        read_bundle(bundle.path)
+    document = json.loads(text)
+    del document["checksum"]
+    file.write_text(json.dumps(document))
+    assert read_bundle(bundle.path).fingerprint == bundle.fingerprint
+    record_evaluation(bundle.path, "knn", {"top1": 0.9})
+    assert "checksum" in json.loads(file.read_text())
+    assert read_bundle(bundle.path).provenance["evaluations"] == {"knn": {"top1": 0.9}}
