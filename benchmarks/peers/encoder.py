@@ -89,7 +89,7 @@ class PeerEncoder:
         """Give the pixels of a body, (N, H, W, C) uint8."""
         spec = self.spec
         if self._is_jpeg:
-            return np.stack([preprocess(jpeg, spec) for jpeg in split(body)])
+            return np.stack([preprocess(jpeg, spec) for jpeg in split(bytes(body))])
         return np.frombuffer(body, np.uint8).reshape(-1, spec.height, spec.width, spec.channels)
 
     def encode(self, images: Sequence[Any]) -> list[Any]:

@@ -29,7 +29,7 @@ JPEG_PX = {1: (28, 28), 3: (500, 375)}
 EMBED = "/horace.v1.Horace/Embed"
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 PATHS = {
-    "horace-embed": EMBED, "horace-kserve": INFER, "triton": INFER,
+    "horace-embed": EMBED, "horace-kserve": INFER, "horace_grpcio-kserve": INFER, "triton": INFER,
     "mosec": "/inference", "litserve": "/predict", "bentoml": "/embed",
 }  # fmt: skip
 
@@ -64,13 +64,16 @@ def write_bodies(images: list[NDArray[np.uint8] | bytes], folder: Path) -> dict[
     bodies = {
         "horace-embed": _frame(pb.EmbedRequest(images=map(image_to_wire, images))),
         "horace-kserve": _frame(_infer_request(images, plain)),
+        "horace_grpcio-kserve": _frame(_infer_request(images, plain)),
         "triton": _frame(_triton_request(images, plain)),
         "mosec": plain,
         "litserve": json.dumps({"images": text}).encode(),
         "bentoml": json.dumps({"bodies": [text]}).encode(),
     }
     types = dict.fromkeys(("litserve", "bentoml"), "application/json")
-    grpc_types = dict.fromkeys(("horace-embed", "horace-kserve", "triton"), "application/grpc")
+    grpc_types = {
+        name: "application/grpc" for name, path in PATHS.items() if path in (EMBED, INFER)
+    }
     targets = {}
     for name, body in bodies.items():
         file = folder / f"{name}.body"

@@ -87,6 +87,12 @@ def horace(setting: Setting, home: Path) -> tuple[list[str], dict[str, str]]:
     return argv, {"PYTHONPATH": str(ROOT)}
 
 
+def horace_grpcio(setting: Setting, home: Path) -> tuple[list[str], dict[str, str]]:
+    """Say how Horace is started on grpcio, to show what its front end is worth."""
+    argv, environment = horace(setting, home)
+    return [*argv, "--frontend", "grpcio"], environment
+
+
 def triton(setting: Setting, home: Path) -> tuple[list[str], dict[str, str]]:
     """Lay out a repository, and say how Triton is started."""
     wheel = fetch_triton(home)
@@ -198,6 +204,7 @@ def answers_http(url: str) -> Callable[[], bool]:
 
 COMMANDS: dict[str, Callable[[Setting, Path], tuple[list[str], dict[str, str]]]] = {
     "horace": horace,
+    "horace_grpcio": horace_grpcio,
     "triton": triton,
     "mosec": peer("mosec", "{BIN}/python", str(ROOT / "benchmarks/peers/mosec_server.py")),
     "litserve": peer("litserve", "{BIN}/python", str(ROOT / "benchmarks/peers/litserve_server.py")),
@@ -209,6 +216,7 @@ COMMANDS: dict[str, Callable[[Setting, Path], tuple[list[str], dict[str, str]]]]
 
 ANSWERS: dict[str, Callable[[str], Callable[[], bool]]] = {
     "horace": answers_grpc,
+    "horace_grpcio": answers_grpc,
     "triton": answers_grpc,
     "mosec": answers_http,
     "litserve": answers_http,
