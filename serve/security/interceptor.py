@@ -131,7 +131,7 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
                 entered = enter(context)
                 with self._guard.under_way(entered), self.in_flight.hold(incoming):
                     return await behaviour(take_in(entered, incoming), context)
-            except grpc.aio.AbortError:
+            except grpc.aio.BaseError:  # the call was ended, or its caller has gone
                 raise
             except Exception as error:
                 await self._end(context, error)
@@ -148,7 +148,7 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
                     async with aclosing(behaviour(take_in(entered, incoming), context)) as replies:
                         async for reply in replies:
                             yield reply
-            except grpc.aio.AbortError:
+            except grpc.aio.BaseError:  # the call was ended, or its caller has gone
                 raise
             except Exception as error:
                 await self._end(context, error)
@@ -175,7 +175,8 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
     def _take_message(self, parse: Parse, entered: Pass, raw: bytes) -> Any:
         """Parse the one message of a call, and charge for it."""
         request = _parse(parse, raw)
-        self._guard.charge(entered, images=self._count(request))
+        if entered.quota.is_rated:
+            self._guard.charge(entered, images=self._count(request))
         return request
 
     async def _take_stream(
