@@ -72,6 +72,10 @@ class Endpoints:
         chosen.in_flight += 1
         return chosen
 
+    def has_other(self, now_s: float, *, tried: Collection[Endpoint]) -> bool:
+        """Whether an endpoint may be tried now on which a request has not failed."""
+        return any(_is_usable(e, now_s) for e in self.all if e not in tried)
+
     def give_back(self, endpoint: Endpoint) -> None:
         """Take back an endpoint whose request says nothing about it."""
         endpoint.in_flight -= 1

@@ -186,7 +186,7 @@ class TritonEncoder:
             except Failure as failure:
                 tried.add(endpoint)
                 all_tried = len(tried) == len(self._endpoints.all)
-                pause_s = self._note(endpoint, failure, all_tried=all_tried)
+                pause_s = self._note(endpoint, failure, tried)
                 in_vain = failure.is_final or (failure.is_lasting and all_tried)
                 late = self._clock() + pause_s >= deadline_s
                 if in_vain or late or self._closed.wait(pause_s):
@@ -243,15 +243,17 @@ class TritonEncoder:
             raise Failure(error, is_lasting=True)
         connection.checked_s = now_s
 
-    def _note(self, endpoint: Endpoint, failure: Failure, *, all_tried: bool) -> float:
+    def _note(self, endpoint: Endpoint, failure: Failure, tried: set[Endpoint]) -> float:
         """Keep account of a failure; give how long to wait before the next attempt."""
         with self._lock:
+            now_s = self._clock()
             if failure.is_final or failure.is_busy:
                 self._endpoints.give_back(endpoint)
-                return BUSY_PAUSE_S if all_tried else 0.0
-            if self._endpoints.failed(endpoint, self._clock()):
+            elif self._endpoints.failed(endpoint, now_s):
                 log.warning("%s; it is left out for a while", failure.error)
-            return self._endpoints.wait_s(self._clock()) if all_tried else 0.0
+            if self._endpoints.has_other(now_s, tried=tried):
+                return 0.0
+            return max(self._endpoints.wait_s(now_s), BUSY_PAUSE_S if failure.is_busy else 0.0)
 
     def _left_s(self, deadline_s: float) -> float:
         """Give the time that one attempt may take."""

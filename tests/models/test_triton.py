@@ -19,7 +19,7 @@ from models.encoder import open_encoder
 from models.endpoints import BASE_EJECTION_S
 from models.errors import EncoderError, EncoderUnavailableError, FingerprintMismatchError
 from models.preprocess import PreprocessSpec
-from models.triton import RECHECK_S, TritonEncoder
+from models.triton import BUSY_PAUSE_S, RECHECK_S, TritonEncoder
 from tests.tritonserver import SITE_PACKAGES, free_port, tritonserver
 from train.export.triton import TritonOptions, write_model
 
@@ -232,6 +232,15 @@ def test_a_fleet_that_stays_down_is_an_error_after_the_time_of_the_call(two):
         ),
     ):
         encoder.encode(IMAGES[:1])
+
+
+def test_an_endpoint_without_room_is_not_hammered(two):
+    """Also where the other is left out: it is asked again at intervals, not in a loop."""
+    two[0].always = grpc.StatusCode.RESOURCE_EXHAUSTED
+    two[1].always = grpc.StatusCode.UNAVAILABLE
+    with opened(*two, timeout_s=0.6) as encoder, pytest.raises(EncoderError):
+        encoder.encode(IMAGES[:1])
+    assert two[0].requests <= 0.6 / BUSY_PAUSE_S + 1
 
 
 def test_an_endpoint_that_hangs_costs_one_attempt(two):
