@@ -68,6 +68,7 @@ bench: $(VENV)/.installed data ## Run the benchmarks: hours, on a quiet machine 
 	$(BIN)/python -m benchmarks.int8 --out $(RESULTS)/int8.json
 	$(BIN)/python -m benchmarks.observers --out $(RESULTS)/observers.json
 	$(BIN)/python -m benchmarks.perf_analyzer --out $(RESULTS)/perf_analyzer.json
+	$(BIN)/python -m benchmarks.serve_peers --out $(RESULTS)/serve_peers.json
 	$(BIN)/python -m benchmarks.ablations --out $(RESULTS)/ablations.json
 
 data: ## Fashion-MNIST from Debian, where that is possible; the commands download it otherwise

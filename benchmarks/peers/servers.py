@@ -3,10 +3,10 @@
 Rules:
     All run the same ONNX file in the same version of ONNX Runtime, one instance with as many
     threads as there are CPUs, that do not spin. Batches are at most 64 images, of whole
-    requests; where a server waits for a fuller batch it waits 1 ms at most. Horace and Triton
-    wait for nothing: they batch what comes while the encoder is busy.
+    requests, and 32 for Horace; where a server waits for a fuller batch it waits 1 ms at most.
+    Horace and Triton wait for nothing: they batch what comes while the encoder is busy.
     Python-served peers have an environment of their own, made once under artifacts/.
-    Horace is as `python -m serve` starts it, but for the bundle, the port and the batch.
+    Horace is as `python -m serve` starts it, but for the bundle and the port.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def horace(setting: Setting, home: Path) -> tuple[list[str], dict[str, str]]:
     """Say how Horace is started."""
     argv = [
         sys.executable, "-m", "serve", "--port", str(setting.port),
-        "--bundle", f"{MODEL}={setting.bundle}", "--max-batch-images", str(MAX_BATCH_IMAGES),
+        "--bundle", f"{MODEL}={setting.bundle}",
     ]  # fmt: skip
     return argv, {"PYTHONPATH": str(ROOT)}
 
