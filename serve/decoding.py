@@ -4,6 +4,9 @@ Rules:
     Images are decoded by a pool, a few at a time, each with its own error: a bad image is
     settled here and its batchmates never hear of it. Pixels that need no more than a cut do
     not change threads for it.
+    What waits to be decoded is in the same order as what waits to be computed: by priority,
+    clients in turns (`serve.fair_queue`). A pool that several models share is taken by them in
+    the order in which their images came.
     Every image is reported once, good or bad, whatever becomes of the thread that was at it:
     where that dies or hangs, those that it had taken have an error.
     Nothing is decoded for a job that is gone.
@@ -24,8 +27,10 @@ from numpy.typing import NDArray
 from models.errors import ImageError, ImageFault
 from models.image_source import ImageData
 from models.preprocess import ImageLimits, PreprocessSpec, preprocess
+from serve.fair_queue import FairQueue
 from serve.job import Job
 from serve.pool import ThreadPool
+from serve.tickets import Part
 
 log = logging.getLogger("horace.serve")
 
@@ -39,6 +44,16 @@ class Prepared(Protocol):
 
     def __call__(self, job: Job, good: Sequence[int], bad: int) -> None:
         """Take the positions of those that can be computed, and the number of the others."""
+
+
+class _Task:
+    """What one task of the pool is at, and whether that was told."""
+
+    __slots__ = ("part", "told")
+
+    def __init__(self) -> None:
+        self.part: Part[Job] | None = None
+        self.told = threading.Lock()
 
 
 class Decoder:
@@ -59,6 +74,8 @@ class Decoder:
         self._spec = spec
         self._limits = limits
         self._prepared = prepared
+        self._lock = threading.Lock()
+        self._queue: FairQueue[Job] = FairQueue(quantum_images=CHUNK_IMAGES)
 
     def prepare(self, job: Job) -> None:
         """Prepare at once what needs no decoding; give the rest to the pool in chunks."""
@@ -71,29 +88,42 @@ class Decoder:
         if not there:
             return
         step = max(1, min(CHUNK_IMAGES, math.ceil(len(there) / self._pool.size)))
-        for start in range(0, len(there), step):
-            chunk, told = there[start : start + step], threading.Lock()
-            self._pool.submit(
-                partial(self._run, job, chunk, told), partial(self._lose, job, chunk, told)
+        chunks = [there[start : start + step] for start in range(0, len(there), step)]
+        with self._lock:
+            for chunk in chunks:
+                self._queue.push(Part(job, chunk, job.arrived_s))
+        for _ in chunks:
+            self._submit()
+
+    def _submit(self) -> None:
+        """Have the pool decode what is next by then."""
+        task = _Task()
+        self._pool.submit(partial(self._run, task), partial(self._lose, task))
+
+    def _run(self, task: _Task) -> None:
+        """Decode what is next; who takes `told` first tells what became of it."""
+        with self._lock:
+            head = self._queue.head()
+            part = task.part = self._queue.take(CHUNK_IMAGES)
+        if part is not head:  # it was cut: the rest is a task more
+            self._submit()
+        good, bad = self._decode(part.ticket, part.positions)
+        if task.told.acquire(blocking=False):
+            self._prepared(part.ticket, good, bad)
+
+    def _lose(self, task: _Task) -> None:
+        """Give the images of a task an error whose thread died or hangs."""
+        part = task.part
+        if part is None or not task.told.acquire(blocking=False):
+            return
+        for n in part.positions:
+            part.ticket.errors[n] = ImageError(
+                ImageFault.UNREADABLE,
+                "image",
+                expected="one that decodes",
+                found="one that stopped the decoder, or shared a task with it",
             )
-
-    def _run(self, job: Job, chunk: Sequence[int], told: threading.Lock) -> None:
-        """Decode a chunk; who takes `told` first tells what became of it."""
-        good, bad = self._decode(job, chunk)
-        if told.acquire(blocking=False):
-            self._prepared(job, good, bad)
-
-    def _lose(self, job: Job, chunk: Sequence[int], told: threading.Lock) -> None:
-        """Give the images of a chunk an error whose thread died or hangs."""
-        if told.acquire(blocking=False):
-            for n in chunk:
-                job.errors[n] = ImageError(
-                    ImageFault.UNREADABLE,
-                    "image",
-                    expected="one that decodes",
-                    found="one that stopped the decoder, or shared a task with it",
-                )
-            self._prepared(job, (), len(chunk))
+        self._prepared(part.ticket, (), len(part.positions))
 
     def _decode(self, job: Job, positions: Sequence[int]) -> tuple[list[int], int]:
         """Bring images to the encoder's input, or to their errors.

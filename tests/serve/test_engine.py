@@ -329,6 +329,36 @@ def test_a_single_request_does_not_wait_for_a_bulk_client(fake, image):
     asyncio.run(main())
 
 
+def test_a_single_file_is_not_decoded_behind_all_of_a_bulk_client(fake, image, monkeypatch):
+    """Clients take turns at the decoders, too, and a higher priority goes first."""
+    decoded = []
+
+    def preprocess(data, spec, limits):
+        decoded.append(data[:1])
+        return image(data[0])
+
+    monkeypatch.setattr(serve.decoding, "preprocess", preprocess)
+    busy = threading.Event()
+
+    async def main():
+        async with running(fake) as engine:
+            for _ in range(engine._decoder._pool.size):
+                engine._decoder._pool.submit(lambda: busy.wait(30))
+            bulk = [
+                asyncio.create_task(embed(engine, [b"b"] * 40, client="bulk")) for _ in range(3)
+            ]
+            single = asyncio.create_task(embed(engine, [b"s"], client="single"))
+            first = asyncio.create_task(embed(engine, [b"f"], client="bulk", priority=1))
+            await asyncio.sleep(0)
+            busy.set()
+            await asyncio.gather(*bulk, single, first)
+            assert len(decoded) == 122
+            assert decoded.index(b"f") < 9, "nothing but what another thread has taken already"
+            assert decoded.index(b"s") < 26, "after a turn or two of the bulk client"
+
+    asyncio.run(main())
+
+
 def test_a_priority_that_is_none_is_refused(fake, image):
     """Before anything is held for it."""
 
