@@ -33,6 +33,8 @@ import re
 import shlex
 import shutil
 import signal
+import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -386,8 +388,12 @@ def change_while_called(
     *,
     search: bool = False,
     ca: str | None = None,
+    look: Callable[[str], dict[str, Json]] = lambda address: {},
 ) -> Outcome:
-    """Call a server, and change something and send SIGHUP, again and again."""
+    """Call a server, and change something and send SIGHUP, again and again.
+
+    At the end `look` is given its address, and what it finds is noted.
+    """
     server = ServerProcess(folder, *server_arguments(options), *arguments)
     calling = Calling(address=server.address, search=search, ca=ca)
     callers = start_callers(options.callers, calling)
@@ -398,6 +404,7 @@ def change_while_called(
         resident_mib.append(round(server.resident_mib, 1))
         changes += 1
     seen = stop_callers(callers)
+    found = look(server.address)
     accepted = server.stop()
     refused = server.log.count(" refused, what was served is served")
     notes: dict[str, Json] = {
@@ -407,6 +414,7 @@ def change_while_called(
         "resident_mib_first_middle_last": [
             resident_mib[0], resident_mib[len(resident_mib) // 2], resident_mib[-1],
         ],
+        **found,
     }  # fmt: skip
     return Outcome(changes=changes, accepted=accepted, seen=seen, notes=notes)
 
@@ -453,6 +461,10 @@ def run_certificate(options: ChangesOptions, folder: Path) -> Outcome:
             new.write_bytes(b"".join(blob.bytes() for blob in blobs))
             new.replace(folder / name)
 
+    def look(address: str) -> dict[str, Json]:
+        latest = ssl.PEM_cert_to_DER_cert((folder / "cert.pem").read_text())
+        return {"latest_certificate_is_served": served_certificate(address) == latest}
+
     put(0)
     return change_while_called(
         options,
@@ -460,7 +472,21 @@ def run_certificate(options: ChangesOptions, folder: Path) -> Outcome:
         ["--tls.cert", str(folder / "cert.pem"), "--tls.key", str(folder / "key.pem")],
         put,
         ca=str(folder / "ca.pem"),
+        look=look,
     )
+
+
+def served_certificate(address: str) -> bytes | None:
+    """Connect anew, and give the certificate that the server shows, as DER."""
+    host, _, port = address.rpartition(":")
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    with (
+        socket.create_connection((host, int(port))) as connection,
+        context.wrap_socket(connection) as secure,
+    ):
+        return secure.getpeercert(binary_form=True)
 
 
 def run_sigterm(options: ChangesOptions, folder: Path) -> Outcome:

@@ -33,7 +33,9 @@ CHANNEL_OPTIONS: tuple[tuple[str, int | str], ...] = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.enable_retries", 0),  # `RetryPolicy` decides
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    # gRPC's name for the least time that an attempt to connect has: with 100 ms a handshake
+    # of TLS with a busy server was given up. What is refused is tried again as fast as ever.
+    ("grpc.min_reconnect_backoff_ms", 5_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 )
 
