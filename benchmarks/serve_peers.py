@@ -13,8 +13,8 @@ with 64. Every reply is held against in-process vectors once before a contender 
 ceiling is the encoder in a process of its own without any server.
 
 Contenders take turns within a round; ratios are paired within rounds. Each measurement is
-kept in OUT's neighbour `artifacts/bench/peers/measurements.jsonl` as soon as it is made, and
-a run that was interrupted goes on from there; `--fresh` forgets it.
+kept under artifacts/bench/peers/ as soon as it is made, and a run that was interrupted goes on
+from there; `--fresh` forgets it.
 
 gRPC: perf_analyzer, and h2load where it cannot (JPEGs, Horace's own Embed); HTTP: wrk, and
 h2load at a rate. Clients differ in cost, so the CPU of server and client is counted apart.
@@ -120,6 +120,9 @@ class Options:
     seconds: float = 3.0
     """How long each measurement takes; longer for the large encoder."""
 
+    instances: int = 1
+    """Of the encoder in every server; they share the CPUs."""
+
     home: Path = Path("artifacts/bench/peers")
     """Where environments, bundles and measurements are kept."""
 
@@ -135,6 +138,9 @@ class Options:
         Raises:
             UsageError: there is no such case or contender.
         """
+        for option, value in (("--rounds", self.rounds), ("--instances", self.instances)):
+            if value < 1:
+                raise UsageError(option, expected="at least 1", found=str(value))
         known = {"--cases": [case.name for case in CASES], "--contenders": [*CONTENDERS, ON_GRPCIO]}
         for option, names in (("--cases", self.cases), ("--contenders", self.contenders)):
             for name in set(names) - set(known[option]):
@@ -181,7 +187,8 @@ def main(options: Options) -> None:
     """Measure in turns, print and write."""
     _check_tools()
     options.home.mkdir(parents=True, exist_ok=True)
-    kept = Measurements(options.home / "measurements.jsonl", fresh=options.fresh)
+    file = f"measurements-{options.instances}.jsonl"
+    kept = Measurements(options.home / file, fresh=options.fresh)
     turns = [
         (n, case, server)
         for n in range(options.rounds)
@@ -232,7 +239,9 @@ def take_turn(n: int, case: Case, server: str, options: Options, kept: Measureme
     who = [name for name in _who(case, options) if server_of(name) == server]
     if all(not list(_loads_left(n, case, name, seconds, kept)) for name in who):
         return
-    with serve(server, bundle, case.payload, case.images, home) as running:
+    with serve(
+        server, bundle, case.payload, images=case.images, instances=options.instances, home=home
+    ) as running:
         for name in who:
             target = replace(targets[name], url=running.url)
             check_answer(name, target, expected_ND)
@@ -285,7 +294,9 @@ def client_of(name: str, payload: str) -> str:
 
 def run_ceiling(bundle: Path, payload: str, one: Target, seconds: float) -> Row:
     """Measure the encoder in a process of its own."""
-    setting = Setting(bundle=bundle, payload=payload, port=0, threads=cpu_budget(), max_requests=1)
+    setting = Setting(
+        bundle=bundle, payload=payload, port=0, instances=1, threads=cpu_budget(), max_requests=1
+    )
     argv = [sys.executable, "-m", "benchmarks.peers.ceiling", str(one.body), str(2 * seconds)]
     done = subprocess.run(
         argv, env=os.environ | setting.environment(), capture_output=True, text=True, check=True
@@ -315,6 +326,7 @@ def summarise(options: Options, kept: Measurements) -> dict[str, object]:
         },
         "rounds": options.rounds,
         "seconds": options.seconds,
+        "instances": options.instances,
         "bars": {case.name: bars(case, kept) for case in cases},
         "cases": figures,
     }

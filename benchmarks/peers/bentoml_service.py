@@ -11,7 +11,9 @@ from benchmarks.peers.encoder import PeerEncoder, Setting
 SETTING = Setting.read()
 
 
-@bentoml.service(workers=1, traffic={"timeout": 60}, logging={"access": {"enabled": False}})
+@bentoml.service(
+    workers=SETTING.instances, traffic={"timeout": 60}, logging={"access": {"enabled": False}}
+)
 class EncoderService:
     """Decodes and encodes batches."""
 

@@ -36,13 +36,15 @@ class Setting:
         bundle: directory of the encoder.
         payload: `tensor` or `jpeg`.
         port: where to listen.
-        threads: of ONNX Runtime.
+        instances: of the encoder, that run side by side.
+        threads: of ONNX Runtime, in each.
         max_requests: the largest batch, in requests.
     """
 
     bundle: Path
     payload: str
     port: int
+    instances: int
     threads: int
     max_requests: int
 
@@ -54,6 +56,7 @@ class Setting:
             bundle=Path(value["PEER_BUNDLE"]),
             payload=value["PEER_PAYLOAD"],
             port=int(value["PEER_PORT"]),
+            instances=int(value["PEER_INSTANCES"]),
             threads=int(value["PEER_THREADS"]),
             max_requests=int(value["PEER_MAX_REQUESTS"]),
         )
@@ -64,6 +67,7 @@ class Setting:
             "PEER_BUNDLE": str(self.bundle.resolve()),
             "PEER_PAYLOAD": self.payload,
             "PEER_PORT": str(self.port),
+            "PEER_INSTANCES": str(self.instances),
             "PEER_THREADS": str(self.threads),
             "PEER_MAX_REQUESTS": str(self.max_requests),
         }

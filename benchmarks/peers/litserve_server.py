@@ -46,7 +46,9 @@ class EncoderApi(litserve.LitAPI):
 
 if __name__ == "__main__":
     api = EncoderApi(max_batch_size=SETTING.max_requests, batch_timeout=0.001)
-    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=1, fast_queue=True)
+    server = litserve.LitServer(
+        api, accelerator="cpu", workers_per_device=SETTING.instances, fast_queue=True
+    )
     server.run(
         host="127.0.0.1", port=SETTING.port, num_api_servers=1, log_level="warning",
         generate_client_file=False, access_log=False,

@@ -60,5 +60,7 @@ if __name__ == "__main__":
     server = Server()
     if SETTING.payload == "jpeg":
         server.append_worker(Decode, num=2)
-    server.append_worker(Encode, num=1, max_batch_size=SETTING.max_requests, max_wait_time=1)
+    server.append_worker(
+        Encode, num=SETTING.instances, max_batch_size=SETTING.max_requests, max_wait_time=1
+    )
     server.run()

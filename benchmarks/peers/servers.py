@@ -1,10 +1,11 @@
 """The servers that are compared, each set up for throughput as its documentation advises.
 
 Rules:
-    All run the same ONNX file in the same version of ONNX Runtime, one instance with as many
-    threads as there are CPUs, that do not spin. Batches are at most 64 images, of whole
-    requests, and 32 for Horace; where a server waits for a fuller batch it waits 1 ms at most.
-    Horace and Triton wait for nothing: they batch what comes while the encoder is busy.
+    All run the same ONNX file in the same version of ONNX Runtime, in as many instances, whose
+    threads are as many as there are CPUs between them, and do not spin. Batches are at most 64
+    images, of whole requests, and 32 for Horace; where a server waits for a fuller batch it
+    waits 1 ms at most. Horace and Triton wait for nothing: they batch what comes while the
+    encoder is busy.
     Python-served peers have an environment of their own, made once under artifacts/.
     Horace is as `python -m serve` starts it, but for the bundle and the port.
 """
@@ -53,7 +54,9 @@ class Running:
 
 
 @contextmanager
-def serve(name: str, bundle: Path, payload: str, images: int, home: Path) -> Iterator[Running]:
+def serve(
+    name: str, bundle: Path, payload: str, *, images: int, instances: int, home: Path
+) -> Iterator[Running]:
     """Run a server for requests of `images` images, until the block ends.
 
     Raises:
@@ -64,7 +67,8 @@ def serve(name: str, bundle: Path, payload: str, images: int, home: Path) -> Ite
         bundle=bundle,
         payload=payload,
         port=port,
-        threads=cpu_budget(),
+        instances=instances,
+        threads=max(1, cpu_budget() // instances),
         max_requests=max(1, MAX_BATCH_IMAGES // images),
     )
     url = f"127.0.0.1:{port}"
@@ -82,7 +86,7 @@ def horace(setting: Setting, home: Path) -> tuple[list[str], dict[str, str]]:
     """Say how Horace is started."""
     argv = [
         sys.executable, "-m", "serve", "--port", str(setting.port),
-        "--bundle", f"{MODEL}={setting.bundle}",
+        "--bundle", f"{MODEL}={setting.bundle}", "--instances", str(setting.instances),
     ]  # fmt: skip
     return argv, {"PYTHONPATH": str(ROOT)}
 
@@ -122,6 +126,7 @@ def write_repository(setting: Setting, repository: Path) -> None:
     argv = [
         sys.executable, "-m", "train.export.triton", str(setting.bundle), "--out", str(repository),
         "--name", MODEL, "--backend", "python", "--threads", str(setting.threads),
+        "--instances", str(setting.instances),
         "--max-batch-size", str(MAX_BATCH_IMAGES),
         "--site-packages", str(Path(grpc.__file__).parents[1]),
     ]  # fmt: skip
