@@ -69,6 +69,10 @@ bench: $(VENV)/.installed data ## Run the benchmarks: hours, on a quiet machine 
 	$(BIN)/python -m benchmarks.observers --out $(RESULTS)/observers.json
 	$(BIN)/python -m benchmarks.perf_analyzer --out $(RESULTS)/perf_analyzer.json
 	$(BIN)/python -m benchmarks.serve_peers --out $(RESULTS)/serve_peers.json
+	$(BIN)/python -m benchmarks.serve_hostile --frontend native --out $(RESULTS)/serve_hostile_native.json
+	$(BIN)/python -m benchmarks.serve_hostile --frontend grpcio --out $(RESULTS)/serve_hostile_grpcio.json
+	$(BIN)/python -m benchmarks.serve_soak --frontend native --out $(RESULTS)/serve_soak_native.json
+	$(BIN)/python -m benchmarks.serve_soak --frontend grpcio --out $(RESULTS)/serve_soak_grpcio.json
 	$(BIN)/python -m benchmarks.ablations --out $(RESULTS)/ablations.json
 
 data: ## Fashion-MNIST from Debian, where that is possible; the commands download it otherwise
