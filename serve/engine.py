@@ -10,7 +10,7 @@ Rules:
     that dies or hangs in it is replaced (`serve.crew`), and what it gives later is for nobody.
     One that dies in our own policy fails every request held, and the engine says so by
     `alive`: nothing is left waiting.
-    The requests that a batch completes reach the event loop in one call.
+    Results go back to the event loop a batch at a time: `serve.replies`.
 
 It does not truncate, normalise or pack: that is `models.vectors`.
 """
@@ -36,9 +36,10 @@ from serve.changing import Changing
 from serve.crew import Crew, Member
 from serve.decoding import Decoder
 from serve.errors import DeadlineError, InternalError, ServeError, UnavailableError
-from serve.job import NO_PIXELS, Embedded, Job, answer, tell_admitted
+from serve.job import NO_PIXELS, Embedded, Job
 from serve.operation.observer import NO_MODEL_OBSERVER, ModelObserver
 from serve.pool import ThreadPool
+from serve.replies import Replies
 from serve.tickets import Batch, BatcherStatistics, read_priority
 
 log = logging.getLogger("horace.serve")
@@ -91,12 +92,12 @@ class Engine:
         spec = encoder.preprocessing
         self._image_bytes = spec.height * spec.width * spec.channels
         self._changed = threading.Condition()
-        self._changing = Changing(self._changed, self._batcher, self._tell_admitted)
+        self._replies = Replies(clock, self._note_reply)
+        self._changing = Changing(self._changed, self._batcher, self._replies.admitted)
         self._closing = False
         self._observer = observer
         self._crashed = False
         self._idle_workers = 0
-        self._measures_loop = False
         self._crew = Crew(
             self._work,
             size=instances,
@@ -237,7 +238,7 @@ class Engine:
                 if self._batcher.admit(job, line_up=wait_for_room):
                     job.admitted.set_result(None)
             except DeadlineError:
-                self._measure_loop(job.loop)
+                self._replies.measure(job.loop)
                 raise
         await job.admitted
 
@@ -255,7 +256,7 @@ class Engine:
                 self._batcher.ready(job, good, now_s)
                 self._wake_worker()
         if complete:
-            self._deliver([job])
+            self._replies.deliver([job])
 
     def _work(self, member: Member) -> None:
         """Run batches until closed, or given up."""
@@ -277,7 +278,7 @@ class Engine:
                     self._wait(decision.wake_at_s)
             if decision.expired:
                 late = DeadlineError("the deadline is too near for these images to be computed")
-                self._deliver(decision.expired, late)
+                self._replies.deliver(decision.expired, late)
             if decision.batch is not None:
                 return decision.batch
 
@@ -299,7 +300,9 @@ class Engine:
         if batch is not None:
             with self._changing:
                 failed = self._batcher.finish(batch, self._clock(), failed=True)
-            self._deliver(failed, InternalError("the server has lost a thread at these images"))
+            self._replies.deliver(
+                failed, InternalError("the server has lost a thread at these images")
+            )
         elif not member.hangs:
             self._crashed = True
             self._crew.dismiss()
@@ -325,7 +328,7 @@ class Engine:
         except Exception as error:
             answer = self._explain(error, batch)
             self._observer.computed(batch.images, self._clock() - started_s, failed=True)
-            self._deliver(self._finish(member, batch, failed=True), answer)
+            self._replies.deliver(self._finish(member, batch, failed=True), answer)
             return
         inference_s = self._clock() - started_s
         self._observer.computed(batch.images, inference_s)
@@ -336,7 +339,7 @@ class Engine:
             job.queue_s = max(job.queue_s, started_s - part.ready_s)
             job.inference_s += inference_s
             at = end
-        self._deliver(self._finish(member, batch))
+        self._replies.deliver(self._finish(member, batch))
 
     def _explain(self, error: Exception, batch: Batch[Job]) -> ServeError:
         """Log why a batch failed; give what its callers are told."""
@@ -371,37 +374,9 @@ class Engine:
             jobs = self._batcher.tickets
             for job in jobs:
                 self._batcher.cancel(job)
-        self._deliver(jobs, error)
+        self._replies.deliver(jobs, error)
 
-    def _deliver(self, jobs: Sequence[Job], error: Exception | None = None) -> None:
-        """Answer jobs on their event loop, all in one call."""
-        if jobs:
-            self._post(jobs, self._answer, jobs, error, self._clock())
-
-    def _answer(self, jobs: Sequence[Job], error: Exception | None, posted_s: float) -> None:
-        """Answer jobs; once their replies have left, learn how long that took."""
-        answer(jobs, error)
-        jobs[0].loop.call_soon(self._note_reply, posted_s)
-
-    def _note_reply(self, posted_s: float) -> None:
+    def _note_reply(self, seconds: float) -> None:
         """Allow as much for replies to come."""
-        self._measures_loop = False
         with self._changed:
-            self._batcher.note_reply(self._clock() - posted_s)
-
-    def _measure_loop(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Learn how long a reply would take now, where all are refused and there are none."""
-        if not self._measures_loop:
-            self._measures_loop = True
-            loop.call_soon(loop.call_soon, self._note_reply, self._clock())
-
-    def _tell_admitted(self, jobs: Sequence[Job]) -> None:
-        """Let jobs go on that have waited in line."""
-        self._post(jobs, tell_admitted, jobs)
-
-    def _post(self, jobs: Sequence[Job], call: Callable[..., None], *arguments: object) -> None:
-        """Have the event loop of `jobs` call."""
-        try:
-            jobs[0].loop.call_soon_threadsafe(call, *arguments)
-        except RuntimeError:  # the loop is closed: nobody waits
-            log.debug("the event loop ended before %d requests", len(jobs))
+            self._batcher.note_reply(seconds)
