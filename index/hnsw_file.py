@@ -3,7 +3,8 @@
 Rules:
     It is deserialised within the bytes that it has: sizes claimed in its header are bounded
     (faiss#5400), and one of another type, size or metric is refused.
-    Links are checked once, since every search follows them unchecked.
+    Links are checked once, since every search follows them unchecked. faiss 1.15 does so
+    itself, earlier versions do not.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def open_hnsw(file: Path, entry: SegmentEntry, dim: int) -> faiss.IndexHNSW:
     )
     if not sound:
         raise CollectionError(str(file), expected=expected, found=found, mend=mend)
-    if (wrong := _graph_fault(cast(faiss.IndexHNSW, index))) is not None:
+    if (wrong := graph_fault(cast(faiss.IndexHNSW, index))) is not None:
         raise CollectionError(str(file), expected="links between its rows", found=wrong, mend=mend)
     return cast(faiss.IndexHNSW, index)
 
@@ -56,7 +57,7 @@ def stored_vectors(index: faiss.IndexHNSW, start: int, count: int) -> NDArray[np
     return cast(NDArray[np.float32], index.reconstruct_n(start, count))
 
 
-def _graph_fault(index: faiss.IndexHNSW) -> str | None:
+def graph_fault(index: faiss.IndexHNSW) -> str | None:
     """Say what is wrong with an index's links, if anything: faiss follows them unchecked."""
     hnsw = index.hnsw
     levels, widths = _view(hnsw.levels), _view(hnsw.cum_nneighbor_per_level)

@@ -12,6 +12,7 @@ import pytest
 from index.build import BuildOptions, build
 from index.collection import Collection
 from index.errors import CollectionError
+from index.hnsw_file import graph_fault
 from index.manifest import hash_files, read_manifest, write_manifest
 from index.segment import build_hnsw
 from index.verify import VerifyOptions, main, verify
@@ -225,17 +226,48 @@ def shift_offsets(hnsw):
     view(hnsw.offsets)[3] += 1
 
 
-@pytest.mark.parametrize(
-    ("change", "found"),
-    [
-        (link_far, "found a link to row 1073741824"),
-        (link_below, "found a link to row"),
-        (enter_elsewhere, "found an entry at row 60"),
-        (shift_offsets, "found nodes with other numbers of links than their levels have"),
-    ],
-)
+def shift_back(hnsw):
+    """Links of one node counted before those of another."""
+    view(hnsw.offsets)[3] = 0
+
+
+def end_early(hnsw):
+    """Fewer links than there are."""
+    view(hnsw.offsets)[60] -= 1
+
+
+def set_level(hnsw):
+    """A node higher than there are levels."""
+    view(hnsw.levels)[7] = 99
+
+
+def raise_top(hnsw):
+    """More levels than any node has."""
+    hnsw.max_level = 9
+
+
+BROKEN = [
+    (link_far, "a link to row 1073741824"),
+    (link_below, "a link to row "),
+    (enter_elsewhere, "an entry at row 60, level "),
+    (raise_top, ", level 9"),
+    (shift_offsets, "nodes with other numbers of links than their levels have"),
+    (shift_back, "offsets that do not rise"),
+    (end_early, "links where "),
+    (set_level, "a node of level 99"),
+]
+
+
+@pytest.mark.parametrize(("change", "found"), BROKEN)
+def test_links_that_lead_astray_are_told(change, found):
+    """Whatever version of faiss has read them."""
+    assert graph_fault(broken(lambda _: None)) is None
+    assert found in str(graph_fault(broken(change)))
+
+
+@pytest.mark.parametrize(("change", "found"), BROKEN)
 def test_links_that_lead_astray_are_refused_at_opening(built_hnsw, copy_collection, change, found):
-    """Faiss would follow them out of its memory."""
+    """Otherwise faiss would follow them out of its memory."""
     path = copy_collection(built_hnsw)
     faiss.write_index(broken(change), str(path / "segments/000000/index.faiss"))
     rehash(path)
