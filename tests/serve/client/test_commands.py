@@ -200,7 +200,7 @@ def test_bench_counts_what_was_answered(command, serving, fake, stored, mode):
     """Requests, images, latencies; images without a vector apart."""
     bad = stored.folder / "bad.png"
     bad.write_bytes(b"no image")
-    timing = ("--seconds", 0.3, "--warm-up-s", 0.1)
+    timing = ("--seconds", 1, "--warm-up-s", 0.1)
 
     async def main():
         async with command(serving(fake)) as (_, call):
@@ -225,7 +225,7 @@ def test_bench_counts_errors_by_code_and_hides_none(command, serving, fake):
     async def main():
         async with command(serving(fake, max_queue_images=1)) as (_, call):
             fake.failures += [RuntimeError()] * 100_000
-            timing = ("--seconds", 0.3, "--warm-up-s", 0)
+            timing = ("--seconds", 1, "--warm-up-s", 0)
             return await call("bench", "--json", "--concurrency", 4, *timing)
 
     status, out, error = asyncio.run(main())
