@@ -23,7 +23,8 @@ class HttpOptions:
     the header x-timeout-ms."""
 
     max_body_mib: int = 256
-    """MiB of request bodies that may be in memory at once; one beyond them is refused."""
+    """MiB of request bodies that may be in memory at once; one beyond them is refused. While
+    its images are read out of it, a body takes about twice its size."""
 
     def __post_init__(self) -> None:
         """Check every value.

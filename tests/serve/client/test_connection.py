@@ -14,6 +14,7 @@ from protos import horace_pb2_grpc as pb_grpc
 from serve.client import AsyncClient, Client, ClientTls, RetryPolicy
 from serve.client.connection import Connection
 from serve.errors import QueueFullError, UnavailableError
+from serve.security.options import CallerLimits
 
 
 class Servicer(pb_grpc.HoraceServicer):
@@ -181,3 +182,21 @@ def test_a_server_that_wants_no_more_calls_gets_none():
         client.list_collections()
     assert error.value.retry_after_s == -0.001
     assert len(servicer.metadata) == 1
+
+
+def test_every_front_end_says_when_to_come_back(serving, fake, image):
+    """What the server knows reaches the caller as a number of the error."""
+    limits = CallerLimits(requests_per_s=0.5)
+
+    async def main():
+        once = RetryPolicy(attempts=1)
+        async with (
+            serving(fake, limits=limits) as server,
+            AsyncClient(server.address, retry=once) as client,
+        ):
+            await client.list_models()
+            with pytest.raises(QueueFullError, match="rate of this caller") as error:
+                await client.embed([image(1)])
+            return error.value.retry_after_s
+
+    assert 0 < asyncio.run(main()) <= 2
