@@ -36,6 +36,9 @@ class ItemStatus:
         return self.code == "ok"
 
 
+OK_STATUS = ItemStatus()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Timings:
     """Where the server spent its time, in milliseconds; sums where a call was split.
@@ -193,6 +196,8 @@ def raise_for_statuses(what: str, statuses: Sequence[ItemStatus]) -> None:
 
 def read_status(message: pb.ItemStatus) -> ItemStatus:
     """Read one status; a code of a later version is given as its number."""
+    if message.code == pb.OK:
+        return OK_STATUS
     known = message.code in pb.ItemCode.values()
     code = pb.ItemCode.Name(message.code).lower() if known else f"code_{message.code}"
     return ItemStatus(code, message.message)
