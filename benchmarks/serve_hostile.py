@@ -19,8 +19,8 @@ resident after the first tenth, against the end.
 
 The inputs are `benchmarks.hostile_inputs`, the requests `benchmarks.hostile_requests`.
 
-Run from the root, for each front end:
-`python -m benchmarks.serve_hostile --frontend native --out benchmarks/results/serve_hostile_native.json`.
+Run from the root, for each front end: `python -m benchmarks.serve_hostile --frontend native
+--out benchmarks/results/serve_hostile_native.json`.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ at the end as after the first tenth; and nothing is held when all is over.
 
 Each caller has a connection of its own and makes a new one after some thousand requests.
 
-Run from the root, for each front end:
-`python -m benchmarks.serve_soak --frontend native --out benchmarks/results/serve_soak_native.json`.
+Run from the root, for each front end: `python -m benchmarks.serve_soak --frontend native
+--out benchmarks/results/serve_soak_native.json`.
 """
 
 from __future__ import annotations
