@@ -19,7 +19,7 @@ def run(*args: str, **options: object) -> subprocess.CompletedProcess[str]:
     "modules",
     [
         "serve.__main__, index.build",
-        "index.search, index.evaluate",
+        "index.search, index.evaluate, index.verify, index.duplicates",
         "serve.client",
         "models.images, models.preprocess, models.encoder, models.runtime, models.remote",
     ],
