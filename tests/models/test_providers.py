@@ -123,3 +123,16 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("HORACE_ENGINE_CACHE", str(tmp_path / "file"))
     with pytest.raises(EncoderError, match="name another with HORACE_ENGINE_CACHE"):
         session_providers(Placement(provider="tensorrt"), fingerprint="a" * 64)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_a_gpu_computes_what_the_cpu_computes(make_bundle, provider, tmp_path):
+    """To rounding; and TensorRT's engine is kept where the next start looks for it."""
+    path = make_bundle().path
+    images = np.random.default_rng(0).integers(0, 256, (5, 28, 28, 1), dtype=np.uint8)
+    placement = Placement(provider=provider, engine_cache=tmp_path / "engines")
+    on_cpu, on_gpu = open_encoder(path, threads=1), open_encoder(path, placement=placement)
+    np.testing.assert_allclose(on_gpu.encode(images), on_cpu.encode(images), rtol=1e-2, atol=1e-2)
+    if provider == "tensorrt":
+        assert list((tmp_path / "engines").glob("*/*.engine"))
