@@ -1,7 +1,8 @@
 """The routes: what is answered where, and how every request is answered.
 
 Rules:
-    Every refusal is JSON, also of what Starlette refuses itself.
+    Every refusal is JSON, also of what Starlette refuses itself; but for what uvicorn does not
+    pass on: a head that is no HTTP, and a connection too many.
     A deadline holds for the whole of a request, its body included.
     While a request is computed its connection is watched: a caller that hangs up cancels it.
 """

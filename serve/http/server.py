@@ -83,8 +83,10 @@ class HttpServer:
         addresses = socket.getaddrinfo(
             self._host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
+        v6_alone = any(family == socket.AF_INET for family, *_ in addresses)
         for family, _, _, _, (address, *_) in addresses:
-            self._sockets.append(self._bind(family, str(address), self.port or port))
+            listener = self._bind(family, str(address), self.port or port, v6_alone=v6_alone)
+            self._sockets.append(listener)
             self.port = self._sockets[0].getsockname()[1]
         return self.port
 
@@ -133,15 +135,15 @@ class HttpServer:
             listener.close()
         self._sockets.clear()
 
-    def _bind(self, family: int, host: str, port: int) -> socket.socket:
-        """Bind one address."""
+    def _bind(self, family: int, host: str, port: int, *, v6_alone: bool) -> socket.socket:
+        """Bind one address; that of every interface is also one of IPv4, unless it has its own."""
         listener = socket.socket(family, socket.SOCK_STREAM)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if self._reuse_port:
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             if family == socket.AF_INET6:
-                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(v6_alone))
             listener.bind((host, port))
             listener.listen()
             listener.setblocking(False)

@@ -56,6 +56,19 @@ def test_the_process_says_where_http_is_and_drains(start_server):
     assert server.stop(signal.SIGTERM) == 0
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "[::]", "localhost"])
+def test_every_address_of_a_host_is_listened_on(serving, fake, host):
+    """`[::]` is every interface, of IPv4 too, as it is for gRPC."""
+
+    async def main():
+        async with serving(fake, http=HttpOptions(port=0, host=host)) as server:
+            port = int(server.http.url.rpartition(":")[2])
+            async with httpx.AsyncClient() as http:
+                return await http.get(f"http://127.0.0.1:{port}/readyz")
+
+    assert asyncio.run(main()).status_code == 200
+
+
 def test_without_a_port_there_is_no_http(serving, fake):
     """Nothing listens that nobody asked for."""
 
