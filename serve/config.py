@@ -103,7 +103,9 @@ class ServeOptions:
     """Requests of one stream that are under way at once."""
 
     max_calls: int = 1024
-    """Calls and streams that are open at once; one beyond them is refused unread."""
+    """Calls and streams that are open at once; one beyond them is refused unread. On grpcio
+    some that wait to be read are ended from a quarter of this on (64 at least), and all from
+    half. Fewer help where many small requests have deadlines."""
 
     cpu_budget: int | None = None
     """CPUs for decoding and inference; those that the process may use where not given. The

@@ -12,6 +12,12 @@ MIN_CLIENT_PING_MS = 10_000
 """A client may ask this often whether we live; gRPC's default calls 5 minutes too often."""
 
 
+LEAST_PENDING = 64
+"""Calls that may wait inside gRPC for the event loop before it ends some unseen, and at twice
+as many all that come. grpc.aio takes in one a turn: called too often, it would come to each
+when nearly all of its deadline is gone, and answer hardly any in time."""
+
+
 class GrpcioFront:
     """Serves on `grpc.aio.server`. Belongs to one event loop."""
 
@@ -28,14 +34,19 @@ class GrpcioFront:
     ) -> None:
         """Make the server; see `make_front`."""
         self._reuse_port = reuse_port
+        pending = max(2 * LEAST_PENDING, max_calls // 2)
         self._server = grpc.aio.server(
             interceptors=interceptors,
             maximum_concurrent_rpcs=max_calls,
-            options=server_options(
-                max_message_bytes,
-                max_calls_a_connection=max_calls_a_connection,
-                reuse_port=reuse_port,
-            ),
+            options=[
+                *server_options(
+                    max_message_bytes,
+                    max_calls_a_connection=max_calls_a_connection,
+                    reuse_port=reuse_port,
+                ),
+                ("grpc.server.max_pending_requests", max(LEAST_PENDING, max_calls // 4)),
+                ("grpc.server.max_pending_requests_hard_limit", pending),
+            ],
         )
 
     def __repr__(self) -> str:

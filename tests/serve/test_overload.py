@@ -219,3 +219,27 @@ def test_a_busy_server_turns_away_at_the_door(serving, fake, image, frontend):
             assert server.catalog.model("fake").engine.statistics().unmeetable_requests == 0
 
     asyncio.run(main())
+
+
+def test_what_waits_inside_grpcio_is_bounded(serving, fake, image):
+    """Of calls that an event loop does not come to, those beyond a bound end at once."""
+
+    async def main():
+        async with serving(fake, frontend="grpcio", max_calls=256) as server:
+            with grpc.insecure_channel(server.address) as channel:
+                await asyncio.to_thread(grpc.channel_ready_future(channel).result, 10)
+                call = channel.unary_unary("/horace.v1.Horace/Embed").future
+                message = request_of(image(1)).SerializeToString()
+                calls = [call(message) for _ in range(250)]
+                give_up_s = time.monotonic() + 30
+                while sum(one.done() for one in calls) < 60:  # and the loop is kept from them
+                    assert time.monotonic() < give_up_s
+                replies = [asyncio.to_thread(one.exception) for one in calls]
+                failed = [error for error in await asyncio.gather(*replies) if error]
+            assert {error.code() for error in failed} <= {
+                grpc.StatusCode.CANCELLED,
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+            }
+            assert len(fake.computed) == 250 - len(failed) > 60
+
+    asyncio.run(main())
