@@ -33,6 +33,8 @@ from models.command import progress, run_command
 from models.errors import UsageError
 
 WINDOWS = 3
+TRIALS = 10
+"""Windows after which perf_analyzer gives up: one in which it was kept from measuring counts."""
 
 MODES: dict[str, tuple[str, ...]] = {
     "grpc": (),
@@ -158,7 +160,7 @@ def call(
     argv = [
         str(analyzer.binary), "-m", read_bundle(options.bundle).name, "-u", address, "-i", "grpc",
         "--concurrency-range", str(concurrency), "-b", "1", *MODES[mode],
-        "-p", str(round(1e3 * options.measurement_interval_s)), "-r", str(WINDOWS), "-s", "999",
+        "-p", str(round(1e3 * options.measurement_interval_s)), "-r", str(TRIALS), "-s", "100000",
         "-f", str(table), "--verbose-csv",
     ]  # fmt: skip
     table.unlink(missing_ok=True)
