@@ -67,8 +67,8 @@ def open_encoder(
 
     Args:
         path_or_uri: a bundle's directory, the file of one of its encoders, such as
-            `artifacts/bundles/mine/encoder.int8.onnx`, or `horace://host:port/model`, or
-            `triton://host:port,host2:port/model`.
+            `artifacts/bundles/mine/encoder.int8.onnx`, or `horace://host:port/model` (by TLS:
+            `horaces://`), or `triton://host:port,host2:port/model`.
         threads: CPU threads for inference; the CPU budget where None. A remote encoder
             has its own.
         precision: which of a bundle's encoders; the one that the path names where None. Not
@@ -92,10 +92,10 @@ def open_encoder(
             expected="none: a server chooses it for its models",
             found=repr(precision),
         )
-    if scheme == "horace":
+    if scheme in ("horace", "horaces"):
         from models.remote import RemoteEncoder  # only a remote encoder needs gRPC
 
-        return RemoteEncoder(rest)
+        return RemoteEncoder(rest, tls=scheme == "horaces")
     if scheme == "triton":
         from models.triton import TritonEncoder  # likewise
 

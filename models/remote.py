@@ -3,11 +3,19 @@
 Decoding happens here, on the machine that has the images; uint8 tensors cross the wire.
 The server's fingerprint and preprocessing are read once, on opening; a server that answers
 with another fingerprint later has changed its model, and that is an error, not a vector.
+
+`horaces://` connects by TLS, with the authorities of this system or those of the PEM file that
+the variable HORACE_TLS_CA names. An API key is in the variable HORACE_API_KEY: a URI is written
+into what is built with it, and a key must not be.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -44,6 +52,8 @@ CHANNEL_OPTIONS = (
     ),
 )
 
+KEY_VARIABLE, CA_VARIABLE = "HORACE_API_KEY", "HORACE_TLS_CA"
+
 IMAGE_OVERHEAD_BYTES = 64
 """What an image takes in a message beside its pixels, generously."""
 
@@ -51,16 +61,35 @@ IMAGE_OVERHEAD_BYTES = 64
 class RemoteEncoder:
     """One model of a Horace server. Safe to call from several threads."""
 
-    def __init__(self, target: str, *, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        target: str,
+        *,
+        tls: bool = False,
+        timeout_s: float = TIMEOUT_S,
+        environment: Mapping[str, str] = os.environ,
+    ) -> None:
         """Connect to `host:port/model`, or to the default model of `host:port`.
 
+        Args:
+            target: where, and which model.
+            tls: whether the connection is secured.
+            timeout_s: of one call.
+            environment: has the API key and the file of authorities, where there are any.
+
         Raises:
-            EncoderError: the server does not answer, or serves no such model.
+            EncoderError: the server does not answer, or serves no such model, or a variable
+                holds something that cannot be used.
         """
         address, _, model = target.partition("/")
-        self._uri = f"horace://{target}"
+        self._uri = f"horace{'s' if tls else ''}://{target}"
         self._timeout_s = timeout_s
-        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._metadata = _read_key(environment.get(KEY_VARIABLE, ""))
+        if tls:
+            credentials = grpc.ssl_channel_credentials(_read_ca(environment.get(CA_VARIABLE, "")))
+            self._channel = grpc.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
+        else:
+            self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._stub = pb_grpc.HoraceStub(self._channel)
         try:
             self._model = self._find_model(model)
@@ -127,7 +156,7 @@ class RemoteEncoder:
             skip_normalize=True,
         )
         try:
-            reply = self._stub.Embed(request, timeout=self._timeout_s)
+            reply = self._stub.Embed(request, timeout=self._timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise self._translate(error) from error
         if reply.fingerprint != self.fingerprint:
@@ -145,7 +174,9 @@ class RemoteEncoder:
     def _find_model(self, name: str) -> pb.Model:
         """Ask the server for the model of that name, or for its default where it is empty."""
         try:
-            reply = self._stub.ListModels(pb.ListModelsRequest(), timeout=self._timeout_s)
+            reply = self._stub.ListModels(
+                pb.ListModelsRequest(), timeout=self._timeout_s, metadata=self._metadata
+            )
         except grpc.RpcError as error:
             raise self._translate(error) from error
         models: list[pb.Model] = list(reply.models)
@@ -168,3 +199,35 @@ class RemoteEncoder:
             found=f"{code}: {details}",
             mend="check that `python -m serve` runs there",
         )
+
+
+def _read_key(key: str) -> tuple[tuple[str, str], ...]:
+    """Give the metadata of a key; none where there is no key.
+
+    Raises:
+        EncoderError: no header can carry it; it is not shown.
+    """
+    if not key:
+        return ()
+    if not re.fullmatch("[!-~]+", key):
+        raise EncoderError(
+            KEY_VARIABLE, expected="visible ASCII without spaces", found="something else"
+        )
+    return (("authorization", f"Bearer {key}"),)
+
+
+def _read_ca(path: str) -> bytes | None:
+    """Read the authorities that may vouch for the server; None for those of the system.
+
+    Raises:
+        EncoderError: the file cannot be read.
+    """
+    if not path:
+        return None
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        found = os.strerror(error.errno) if error.errno else str(error)
+        raise EncoderError(
+            f"{CA_VARIABLE} {path}", expected="a PEM file of authorities", found=found
+        ) from error

@@ -5,9 +5,13 @@ import socket
 
 import numpy as np
 import pytest
+import trustme
 
 from models.encoder import open_encoder
 from models.errors import EncoderError, FingerprintMismatchError
+from serve.security.options import KeyOptions
+from serve.security.ring import hash_token
+from serve.security.tls import TlsOptions
 
 
 def on_server(serving, bundles, work):
@@ -115,3 +119,50 @@ def test_a_server_in_front_of_a_server(serving, make_bundle):
             np.testing.assert_array_equal(found.vectors, expected.vectors)
 
     asyncio.run(main())
+
+
+def test_a_secured_server_is_reached_by_key_and_certificate(
+    serving, make_bundle, tmp_path, monkeypatch
+):
+    """Out of the environment, which no URI that is written down repeats."""
+    authority = trustme.CA()
+    certificate = authority.issue_cert("localhost", "127.0.0.1")
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    certificate.private_key_pem.write_to_path(str(tmp_path / "key.pem"))
+    (tmp_path / "cert.pem").write_bytes(certificate.cert_chain_pems[0].bytes())
+    (tmp_path / "keys").write_text(f"alice:{hash_token('sesame').hex()}\n")
+    secured = {
+        "tls": TlsOptions(cert=str(tmp_path / "cert.pem"), key=str(tmp_path / "key.pem")),
+        "keys": KeyOptions(file=str(tmp_path / "keys")),
+    }
+    monkeypatch.setenv("HORACE_TLS_CA", str(tmp_path / "ca.pem"))
+
+    def work(address):
+        with pytest.raises(EncoderError, match="UNAUTHENTICATED: API key: expected a key of this"):
+            open_encoder(f"horaces://{address}")
+        monkeypatch.setenv("HORACE_API_KEY", "sesame")
+        remote = open_encoder(f"horaces://{address}/tiny")
+        assert remote.encode(np.zeros((2, 28, 28, 1), np.uint8)).shape == (2, 16)
+        assert "sesame" not in repr(remote)
+        remote.close()
+
+    async def main():
+        async with serving(bundle=(str(make_bundle().path),), **secured) as server:
+            await asyncio.to_thread(work, server.address)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("HORACE_API_KEY", "two words", "HORACE_API_KEY: expected visible ASCII without spaces"),
+        ("HORACE_TLS_CA", "no.pem", "HORACE_TLS_CA no.pem: expected a PEM file of authorities"),
+    ],
+)
+def test_variables_that_cannot_be_used_are_one_line(monkeypatch, name, value, message):
+    """Before a server is asked; a key is not shown."""
+    monkeypatch.setenv(name, value)
+    with pytest.raises(EncoderError, match=message) as error:
+        open_encoder("horaces://localhost:1")
+    assert "two words" not in str(error.value)
