@@ -240,7 +240,7 @@ def test_an_endpoint_without_room_is_not_hammered(two):
     two[1].always = grpc.StatusCode.UNAVAILABLE
     with opened(*two, timeout_s=0.6) as encoder, pytest.raises(EncoderError):
         encoder.encode(IMAGES[:1])
-    assert two[0].requests <= 0.6 / BUSY_PAUSE_S + 1
+    assert two[0].requests <= 2 * 0.6 / BUSY_PAUSE_S  # a loop makes thousands
 
 
 def test_an_endpoint_that_hangs_costs_one_attempt(two):
