@@ -177,7 +177,9 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
 
         async def work() -> Message:
             model = self._catalog.model(request.name, request.version)
-            return describe.model_metadata(model, sorted(self._catalog.versions[model.name]))
+            return describe.model_metadata(
+                model, sorted(self._catalog.versions[model.name], key=int)
+            )
 
         return await self._answer("ModelMetadata", work(), context)
 

@@ -17,6 +17,8 @@ from tritonclient.utils import InferenceServerException, shared_memory
 
 from models.encoder import open_encoder
 from serve.kserve.options import KserveOptions
+from serve.security.options import KeyOptions
+from serve.security.ring import new_token, write_line
 
 
 def pixels(*values: int) -> InferInput:
@@ -411,3 +413,20 @@ def test_this_server_is_a_fleet_for_another(serving, make_bundle):
 
     expected = open_encoder(bundle.path, threads=1).encode(images)
     assert asyncio.run(scenario()).tobytes() == expected.tobytes()
+
+
+def test_a_key_travels_as_triton_s_clients_send_headers(serving, fake, tmp_path):
+    """Without it, nothing but health is answered."""
+    token = new_token()
+    file = tmp_path / "keys"
+    file.write_text(write_line("app", token) + "\n")
+
+    async def work(client, server):
+        with pytest.raises(InferenceServerException) as error:
+            await client.infer("fake", [pixels(1)])
+        assert error.value.status() == "StatusCode.UNAUTHENTICATED"
+        headers = {"authorization": f"Bearer {token}"}
+        reply = await client.infer("fake", [pixels(1)], headers=headers)
+        assert reply.as_numpy("embeddings")[0, 0] == 1
+
+    ask(serving, fake, work, keys=KeyOptions(file=str(file)))
