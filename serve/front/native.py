@@ -235,6 +235,7 @@ class NativeFront:
     def _forget(self, native: NativeGrpcFront, call: NativeCall, task: asyncio.Task[None]) -> None:
         """Strike a call off; a task that is cancelled before its first step runs nothing of it."""
         del self._calls[call.call_id]
+        call.task = None  # or a call, its task and the frame with its message keep one another
         if task.cancelled() and not call.is_gone:  # cut off by a stop
             _end(native, call.call_id, grpc.StatusCode.CANCELLED, STOPPING)
         call.finish()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import socket
 import struct
@@ -22,6 +23,7 @@ from protos import horace_pb2 as pb
 from protos import horace_pb2_grpc as pb_grpc
 from serve.errors import StartError
 from serve.front import make_front
+from serve.front.native_call import NativeCall
 from serve.front.port import is_loopback
 
 MAX_BYTES = 1 << 16
@@ -325,7 +327,10 @@ def test_a_refusal_with_a_trailer_of_grpc_is_a_refusal(parrot):
 
 @pytest.mark.parametrize("frontend", ["native"])
 def test_a_call_that_is_gone_before_it_begins_leaves_no_trace(parrot, eventually):
-    """Its task is cancelled before its first step, in which it would clear up after itself."""
+    """Its task is cancelled before its first step, in which it would clear up after itself.
+
+    Nor does it wait for the garbage collector, which would keep its message until then.
+    """
 
     async def main():
         async with parrot() as (bird, front, channel):
@@ -335,10 +340,16 @@ def test_a_call_that_is_gone_before_it_begins_leaves_no_trace(parrot, eventually
                 gone = (EVENT_CANCEL, call_id, 0, None, None, None)
                 front._take(native, loop, [come, gone], time.monotonic())
                 await eventually(lambda: "calls=0/" in repr(front))
+            assert not [left for left in gc.get_objects() if isinstance(left, NativeCall)]
             assert bird.heard.calls == 0
             assert await channel.unary_unary("/Parrot/Say")(b"hello", timeout=30) == b"hello"
 
-    asyncio.run(main())
+    gc.collect()
+    gc.disable()
+    try:
+        asyncio.run(main())
+    finally:
+        gc.enable()
 
 
 def test_a_stop_answers_what_is_under_way(parrot):

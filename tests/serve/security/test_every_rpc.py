@@ -130,6 +130,7 @@ def test_health_is_for_everyone(rpc, serving, fake, keys):
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("frontend", ["grpcio"])  # the only one that has TLS
 @pytest.mark.parametrize("rpc", RPCS, ids=str)
 def test_no_rpc_without_a_certificate_of_the_authority(rpc, serving, fake, pki):
     """mTLS: none, and one of another authority, do not get past the handshake."""

@@ -26,6 +26,12 @@ from serve.server import Server
 PATIENCE_S = 30
 
 
+@pytest.fixture
+def frontend() -> str:
+    """The only front end that has TLS."""
+    return "grpcio"
+
+
 async def get_in(channel) -> bool:
     """Whether a call gets an answer; False where the handshake is refused."""
     try:
