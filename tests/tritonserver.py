@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -18,6 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.ports import free_port
 
 WHEEL = "nvidia-pytriton==0.7.0"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "horace" / WHEEL
@@ -62,13 +63,6 @@ def backends() -> Path:
             shutil.copytree(triton / "python_backend_stubs" / PYTHON, backend, dirs_exist_ok=True)
             (backend / "triton_python_backend_stub").chmod(0o755)
     return target
-
-
-def free_port() -> int:
-    """Find a port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass

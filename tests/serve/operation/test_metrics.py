@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -28,6 +27,7 @@ from serve.operation.options import MetricsOptions
 from serve.operation.state import turns
 from serve.security import keys
 from serve.security.options import KeyOptions
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[3]
 
@@ -314,20 +314,9 @@ def test_a_metrics_port_in_use_is_one_line_before_anything_is_opened(start_serve
     assert first.stop() == 0
 
 
-def two_free_ports() -> int:
-    """The lower of two neighbours that nobody listens on."""
-    while True:
-        with socket.socket() as one, socket.socket() as other:
-            one.bind(("127.0.0.1", 0))
-            port = one.getsockname()[1]
-            with contextlib.suppress(OSError, OverflowError):
-                other.bind(("127.0.0.1", port + 1))
-                return port
-
-
 def test_each_worker_has_a_port_and_counts_for_itself(start_server, make_bundle):
     """The second worker's metrics are on the next port; together they have every request."""
-    port = two_free_ports()
+    port = free_port(neighbours=1)
     server = start_server(
         "--bundle", str(make_bundle().path), "--workers", "2", "--metrics.port", str(port)
     )

@@ -18,7 +18,7 @@ from protos import horace_pb2_grpc as pb_grpc
 from serve.security.options import CallerLimits, KeyOptions
 from serve.security.ring import new_token, write_line
 
-PATIENCE_S = 30
+PATIENCE_S = 120.0
 HEALTH = "grpc.health.v1.Health"
 REFLECTION = "grpc.reflection.v1alpha.ServerReflection"
 

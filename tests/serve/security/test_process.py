@@ -14,7 +14,7 @@ from serve.client import Client
 from serve.errors import UnauthenticatedError
 
 ROOT = Path(__file__).parents[3]
-PATIENCE_S = 30.0
+PATIENCE_S = 120.0
 
 
 def new_key(name: str, file: Path) -> str:

@@ -23,7 +23,7 @@ from serve.security.ring import new_token, write_line
 from serve.security.tls import TlsOptions, read_certificates
 from serve.server import Server
 
-PATIENCE_S = 30
+PATIENCE_S = 120.0
 
 
 @pytest.fixture
