@@ -155,7 +155,7 @@ _PATH = re.compile(
 
 def retry_after_ms(error: BaseException) -> int | None:
     """Give the whole milliseconds after which a refused call may be tried again."""
-    if isinstance(error, QueueFullError) and error.retry_after_s is not None:
+    if isinstance(error, QueueFullError | DeadlineError) and error.retry_after_s is not None:
         return math.ceil(error.retry_after_s * 1e3)
     return None
 

@@ -23,7 +23,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import grpc
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -169,7 +168,8 @@ class Server:
             reuse_port=place.shares_ports,
             tls=options.tls.is_on,
             host=options.host,
-            refuses=self._turn_away,
+            refuses=self.valve.refuses,
+            on_turned_away=self.operation.observer.turned_away,
         )
         self.http = self._make_http_door()
         self.port = 0
@@ -296,12 +296,6 @@ class Server:
         """Say whether every model can serve."""
         well = self.catalog.alive and not self.recovery.in_trouble
         self.health.set_serving(self._ready and well)
-
-    def _turn_away(self, remaining_s: float | None) -> str | None:
-        """Say why a call is turned away at the front end, and count it."""
-        if (refusal := self.valve.refuses(remaining_s)) is not None:
-            self.operation.observer.turned_away(grpc.StatusCode.DEADLINE_EXCEEDED)
-        return refusal
 
     def _on_trouble(self) -> None:
         """Hear, on any thread, that one has died or hangs."""

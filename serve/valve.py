@@ -20,6 +20,8 @@ import time
 from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
+from serve.errors import DeadlineError
+
 TURNS = 4.0
 """Turns of the loop that a call must have time for: to begin, to be computed, to be answered,
 and one for what comes between."""
@@ -76,7 +78,7 @@ class Lag(Protocol):
         """Seconds a turn."""
 
 
-Refuses: TypeAlias = Callable[[float | None], str | None]
+Refuses: TypeAlias = Callable[[float | None], DeadlineError | None]
 """Says why a call is turned away that has so many seconds left, or None."""
 
 
@@ -95,14 +97,18 @@ class Valve:
     def __repr__(self) -> str:
         return f"<Valve {self._lag!r}, {self.turned_away} turned away>"
 
-    def refuses(self, remaining_s: float | None) -> str | None:
+    def refuses(self, remaining_s: float | None) -> DeadlineError | None:
         """Say why a call is turned away that has so long; None where it is not."""
         if remaining_s is None or (turn_s := self._lag.seconds) < SHORT_S:
             return None
         if remaining_s > TURNS * turn_s:
             return None
         self.turned_away += 1
-        return (
-            f"deadline: expected over {TURNS * turn_s * 1e3:.0f} ms while this server is so busy, "
-            f"found {max(0.0, remaining_s) * 1e3:.0f} ms; allow more time, or try elsewhere"
+        error = DeadlineError(
+            "deadline",
+            expected=f"over {TURNS * turn_s * 1e3:.0f} ms while this server is so busy",
+            found=f"{max(0.0, remaining_s) * 1e3:.0f} ms",
+            mend="allow more time, or try elsewhere",
         )
+        error.retry_after_s = TURNS * turn_s  # what the loop has to do now is done by then
+        return error

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import grpc
 
+from serve.front.limit import PROBES, CallLimit, OnTurnedAway, hears_nothing
 from serve.front.port import check_address, join_address, refuse_address
 
 MIN_CLIENT_PING_MS = 10_000
@@ -31,13 +32,15 @@ class GrpcioFront:
         max_calls_a_connection: int | None = None,
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         reuse_port: bool = False,
+        on_turned_away: OnTurnedAway = hears_nothing,
     ) -> None:
         """Make the server; see `make_front`."""
         self._reuse_port = reuse_port
         pending = max(2 * LEAST_PENDING, max_calls // 2)
+        limit = CallLimit(max_calls=max_calls, on_turned_away=on_turned_away)
         self._server = grpc.aio.server(
-            interceptors=interceptors,
-            maximum_concurrent_rpcs=max_calls,
+            interceptors=(limit, *interceptors),
+            maximum_concurrent_rpcs=max_calls + 2 * PROBES,  # and those that are being refused
             options=[
                 *server_options(
                     max_message_bytes,

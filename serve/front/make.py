@@ -9,6 +9,7 @@ import grpc
 
 from serve.front.base import Front, FrontKind
 from serve.front.grpcio import GrpcioFront
+from serve.front.limit import OnTurnedAway, hears_nothing
 from serve.front.native import NativeFront
 from serve.front.port import is_loopback
 from serve.valve import Refuses, never
@@ -25,6 +26,7 @@ def make_front(
     tls: bool = False,
     host: str = "127.0.0.1",
     refuses: Refuses = never,
+    on_turned_away: OnTurnedAway = hears_nothing,
 ) -> Front:
     """Make the front end that serves what is asked; it serves nothing yet.
 
@@ -32,7 +34,8 @@ def make_front(
         kind: which; `auto` takes the native one where it serves what is asked: no TLS, and
             callers on this machine alone, since it reads any message before it refuses it.
         max_message_bytes: of a request.
-        max_calls: calls and streams that are open at once; one more is refused unread.
+        max_calls: calls and streams that are open at once, probes apart; one more is refused
+            unread.
         max_calls_a_connection: the same of one connection; clients wait for their turn.
         interceptors: see every call first, in this order.
         reuse_port: whether other processes share the port.
@@ -40,6 +43,7 @@ def make_front(
         host: where it will listen.
         refuses: turns calls away unparsed, by the seconds that they have; the native front end
             asks it first of all, grpcio cannot.
+        on_turned_away: hears of every call that the front end itself refuses.
     """
     is_native = kind == "native" or (kind == "auto" and not tls and is_loopback(host))
     make = partial(NativeFront, refuses=refuses) if is_native else GrpcioFront
@@ -49,4 +53,5 @@ def make_front(
         max_calls_a_connection=max_calls_a_connection,
         interceptors=interceptors,
         reuse_port=reuse_port,
+        on_turned_away=on_turned_away,
     )

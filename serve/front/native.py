@@ -32,8 +32,9 @@ from typing import Any, TypeAlias
 import grpc
 from pygrpc_native import EVENT_CANCEL, NativeGrpcFront
 
-from serve.errors import STOPPING, QueueFullError, StartError, to_status
+from serve.errors import STOPPING, QueueFullError, ServeError, StartError, retry_metadata, to_status
 from serve.front.grpcio import GrpcioFront
+from serve.front.limit import HEALTH, PROBES, OnTurnedAway, hears_nothing, too_many_calls
 from serve.front.native_call import NativeCall
 from serve.front.port import check_address, join_address, refuse_address
 from serve.front.registry import Handler, Registry
@@ -47,18 +48,12 @@ BURST = 256
 IO_THREADS = 1
 """Threads of Rust; one reads and writes more than two cores compute."""
 
-TOO_MANY = "Concurrent RPC limit exceeded!"
-"""grpcio's own words."""
-
 NOT_FOUND = "Method not found!"
 """grpcio's own words."""
 
 RESERVED = "grpc-"
 """How names of metadata begin that pygrpc-native refuses with an exception, such as
 `grpc-retry-pushback-ms`, which grpcio sends."""
-
-HEALTH = "/grpc.health."
-"""Probes are answered however busy this is."""
 
 Event: TypeAlias = tuple[int, int, int, Any, Any, Any]
 
@@ -79,15 +74,20 @@ class NativeFront:
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         reuse_port: bool = False,
         refuses: Refuses = never,
+        on_turned_away: OnTurnedAway = hears_nothing,
     ) -> None:
         """Make the server; see `make_front`."""
         self._refuses = refuses
+        self._on_turned_away = on_turned_away
         self._max_message_bytes = max_message_bytes
         self._max_calls = max_calls
         self._max_calls_a_connection = max_calls_a_connection
         self._reuse_port = reuse_port
         self._behind = GrpcioFront(
-            max_message_bytes=max_message_bytes, max_calls=max_calls, interceptors=interceptors
+            max_message_bytes=max_message_bytes,
+            max_calls=max_calls,
+            interceptors=interceptors,
+            on_turned_away=on_turned_away,
         )
         self._registry = Registry(self._behind.server)
         self._ask = _chain(interceptors, self._registry.unary)
@@ -192,19 +192,26 @@ class NativeFront:
                     gone.leave()
             elif self._stopping:
                 _end(native, call_id, grpc.StatusCode.UNAVAILABLE, STOPPING)
-            elif len(self._calls) >= self._max_calls:
-                _end(native, call_id, grpc.StatusCode.RESOURCE_EXHAUSTED, TOO_MANY)
             else:
                 metadata, peer, left_s = details
                 if left_s is not None:
                     left_s -= waited_s
-                is_probe = self._methods[method_id][0].startswith(HEALTH)
-                if not is_probe and (refusal := self._refuses(left_s)) is not None:
-                    _end(native, call_id, grpc.StatusCode.DEADLINE_EXCEEDED, refusal)
+                if (refusal := self._refusal(method_id, left_s)) is not None:
+                    code, message = to_status(refusal)
+                    self._on_turned_away(code)
+                    _end(native, call_id, code, message, retry_metadata(refusal))
                     continue
                 call = self._calls[call_id] = NativeCall(call_id, metadata, peer, left_s)
                 call.task = loop.create_task(self._answer(native, call, method_id, payload))
                 call.task.add_done_callback(partial(self._forget, native, call))
+
+    def _refusal(self, method_id: int, left_s: float | None) -> ServeError | None:
+        """Say why a call is not begun; probes are, however busy this is."""
+        if self._methods[method_id][0].startswith(HEALTH):
+            return too_many_calls() if len(self._calls) >= self._max_calls + PROBES else None
+        if len(self._calls) >= self._max_calls:
+            return too_many_calls()
+        return self._refuses(left_s)
 
     async def _answer(
         self, native: NativeGrpcFront, call: NativeCall, method_id: int, payload: bytes

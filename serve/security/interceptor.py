@@ -25,7 +25,6 @@ from typing import Any, NoReturn, TypeAlias
 import grpc
 
 from serve.errors import (
-    DeadlineError,
     RequestError,
     UnauthenticatedError,
     retry_metadata,
@@ -162,7 +161,7 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
             DeadlineError: this server is too busy to answer in time.
         """
         if (refusal := self._refuses(context.time_remaining())) is not None:
-            raise DeadlineError(refusal)
+            raise refusal
         entered = self._guard.name(
             _KEY.get(),
             context.invocation_metadata() or (),  # type: ignore[arg-type]  # pairs, if named ones

@@ -14,10 +14,14 @@ from models.wire import image_to_wire
 from protos import horace_pb2 as pb
 from protos import horace_pb2_grpc as pb_grpc
 from serve.errors import QueueFullError
+from serve.front.limit import TOO_MANY
+from serve.health import MAX_WATCHES, MAX_WATCHES_A_HOST
 from serve.in_flight import InFlight
 from serve.latency import MIN_BATCHES
+from serve.operation.options import MetricsOptions
 from serve.valve import EVERY_S, LoopLag, Valve
 
+METRICS = MetricsOptions(port=0)
 FRONTENDS = pytest.mark.parametrize("frontend", ["grpcio", "native"])
 
 
@@ -40,6 +44,13 @@ async def refusal(call) -> tuple[grpc.StatusCode, str, dict[str, str]]:
         await call
     error = refused.value
     return error.code(), error.details() or "", dict(error.trailing_metadata() or ())
+
+
+async def turned_away(server) -> dict[str, str]:
+    """How many calls no service saw, by status, of a server with metrics."""
+    lines = (await server.operation.metrics()).decode().splitlines()
+    start = 'horace_turned_away_total{code="'
+    return dict(line.removeprefix(start).split('"} ') for line in lines if line.startswith(start))
 
 
 @FRONTENDS
@@ -164,10 +175,12 @@ class SlowTurns:
 def test_a_call_needs_time_for_a_few_turns_of_the_loop():
     """Nearer deadlines are turned away, further ones and none are not."""
     valve = Valve(SlowTurns())
-    assert valve.refuses(3.9) == (
+    refusal = valve.refuses(3.9)
+    assert str(refusal) == (
         "deadline: expected over 4000 ms while this server is so busy, found 3900 ms; "
         "allow more time, or try elsewhere"
     )
+    assert refusal.retry_after_s == 4.0
     assert valve.refuses(4.1) is None
     assert valve.refuses(None) is None
     assert valve.turned_away == 1
@@ -203,13 +216,16 @@ def test_a_busy_server_turns_away_at_the_door(serving, fake, image, frontend):
 
     async def main():
         async with (
-            serving(fake, frontend=frontend) as server,
+            serving(fake, frontend=frontend, metrics=METRICS) as server,
             grpc.aio.insecure_channel(server.address) as channel,
         ):
             stub = pb_grpc.HoraceStub(channel)
             server.valve._lag = SlowTurns()
-            code, message, _ = await refusal(stub.Embed(request_of(image(1)), timeout=3))
+            call = stub.Embed(request_of(image(1)), timeout=3)
+            code, message, trailing = await refusal(call)
             assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+            assert trailing["retry-after-ms"] == "4000"
+            assert await turned_away(server) == {"DEADLINE_EXCEEDED": "1.0"}
             assert message.startswith("deadline: expected over 4000 ms while this server is so")
             health = health_pb2_grpc.HealthStub(channel)
             reply = await health.Check(health_pb2.HealthCheckRequest(), timeout=3)
@@ -241,5 +257,60 @@ def test_what_waits_inside_grpcio_is_bounded(serving, fake, image):
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
             }
             assert len(fake.computed) == 250 - len(failed) > 60
+
+    asyncio.run(main())
+
+
+@FRONTENDS
+def test_watchers_without_a_key_take_no_place_of_a_call(serving, fake, eventually, frontend):
+    """However many come, a few stay; calls and probes are answered beside them."""
+
+    async def main():
+        async with (
+            serving(fake, frontend=frontend, max_calls=8) as server,
+            grpc.aio.insecure_channel(server.address) as channel,
+        ):
+            health = health_pb2_grpc.HealthStub(channel)
+            ask = health_pb2.HealthCheckRequest()
+            watches = [health.Watch(ask) for _ in range(MAX_WATCHES)]
+            most = MAX_WATCHES if frontend == "native" else MAX_WATCHES_A_HOST
+            first = await asyncio.gather(*(one.read() for one in watches[:most]))
+            assert {reply.status for reply in first} == {health_pb2.HealthCheckResponse.SERVING}
+            code, message, trailing = await refusal(health.Watch(ask).read())
+            assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert message.startswith("health watches: expected at most 64, and 16 of one address")
+            assert trailing["retry-after-ms"] == "10000"
+            assert (await health.Check(ask, timeout=20)).status
+            await pb_grpc.HoraceStub(channel).ListModels(pb.ListModelsRequest(), timeout=20)
+            watches[0].cancel()
+            await eventually(lambda: server.health._watchers.total() == most - 1)
+            assert (await health.Watch(ask).read()).status
+
+    asyncio.run(main())
+
+
+@FRONTENDS
+def test_probes_pass_where_all_calls_are_taken(serving, fake, image, eventually, frontend):
+    """A call more hears when to come back, and is counted; the server is not called dead."""
+
+    async def main():
+        async with (
+            serving(fake, frontend=frontend, max_calls=2, metrics=METRICS) as server,
+            grpc.aio.insecure_channel(server.address) as channel,
+        ):
+            stub = pb_grpc.HoraceStub(channel)
+            fake.gate.clear()
+            held = [stub.Embed(request_of(image(1))), stub.Embed(request_of(image(1)))]
+            await eventually(lambda: server.calls.active == 2)
+            code, message, trailing = await refusal(stub.Embed(request_of(image(1))))
+            assert (code, message) == (grpc.StatusCode.RESOURCE_EXHAUSTED, TOO_MANY)
+            assert trailing["retry-after-ms"] == "1000"
+            assert await turned_away(server) == {"RESOURCE_EXHAUSTED": "1.0"}
+            health = health_pb2_grpc.HealthStub(channel)
+            for _ in range(4):
+                reply = await health.Check(health_pb2.HealthCheckRequest(), timeout=20)
+                assert reply.status == health_pb2.HealthCheckResponse.SERVING
+            fake.gate.set()
+            await asyncio.gather(*held)
 
     asyncio.run(main())

@@ -1,0 +1,92 @@
+"""How many calls may be open at once, on either front end; probes have places of their own.
+
+Rules:
+    A call above the limit is refused unread, in grpcio's own words, with the time after which
+    to try again, and is counted.
+    Probes (`grpc.health.v1`) take no place of a call, and find one when all calls are taken.
+    They need no key, so their places are bounded, too.
+
+Belongs to one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, NoReturn, TypeAlias
+
+import grpc
+
+from serve.errors import QueueFullError, retry_metadata, to_status
+
+TOO_MANY = "Concurrent RPC limit exceeded!"
+"""grpcio's own words."""
+
+RETRY_AFTER_S = 1.0
+"""Calls end within about that; nothing more is known of other people's."""
+
+HEALTH = "/grpc.health."
+
+PROBES = 128
+"""Probes that may be open at once; more than `serve.health.MAX_WATCHES` that stay open."""
+
+OnTurnedAway: TypeAlias = Callable[[grpc.StatusCode], None]
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+
+
+def hears_nothing(_: grpc.StatusCode) -> None:
+    """Count nothing."""
+
+
+def too_many_calls() -> QueueFullError:
+    """Say that all places are taken, and when to come back."""
+    return QueueFullError(TOO_MANY, retry_after_s=RETRY_AFTER_S)
+
+
+class CallLimit(grpc.aio.ServerInterceptor):
+    """Counts the calls of a grpcio server, before anything of them is read."""
+
+    def __init__(self, *, max_calls: int, on_turned_away: OnTurnedAway = hears_nothing) -> None:
+        """Count nothing yet.
+
+        Args:
+            max_calls: that are open at once, probes apart.
+            on_turned_away: hears of every call that is refused.
+        """
+        self._places = {False: max_calls, True: PROBES}
+        self._on_turned_away = on_turned_away
+
+    def __repr__(self) -> str:
+        return f"<CallLimit room for {self._places[False]} calls, {self._places[True]} probes>"
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        """Let a call pass while there is a place for it; the task that answers it holds it."""
+        is_probe = handler_call_details.method.startswith(HEALTH)
+        if self._places[is_probe] <= 0:
+            # As a stream, of which grpcio reads no message that it is not asked for.
+            return grpc.stream_stream_rpc_method_handler(self._refuse, None, None)
+        task = asyncio.current_task()
+        assert task is not None, "grpc.aio answers every call in a task"
+        self._places[is_probe] -= 1
+        task.add_done_callback(self._leave_probe if is_probe else self._leave_call)
+        return await continuation(handler_call_details)
+
+    def _leave_call(self, _: object) -> None:
+        """Give a place back."""
+        self._places[False] += 1
+
+    def _leave_probe(self, _: object) -> None:
+        """Give a place back."""
+        self._places[True] += 1
+
+    async def _refuse(self, _: object, context: grpc.aio.ServicerContext[Any, Any]) -> NoReturn:
+        """End a call for which there is no place."""
+        error = too_many_calls()
+        code, message = to_status(error)
+        self._on_turned_away(code)
+        await context.abort(code, message, retry_metadata(error))
+        raise AssertionError("abort raises")
