@@ -3,6 +3,7 @@
 Rules:
     A body that says that it is too long is refused before it is read, one that turns out so
     as soon as it does; what all bodies hold together is bounded, too.
+    JSON is parsed once its parts are counted on its bytes: what they take is bounded, too.
     A form is taken apart as it arrives; nothing of it is written to a disk.
     In a form, parts named `images` are images; every other part is a field, as text.
 """
@@ -32,6 +33,15 @@ MAX_FIELD_BYTES = 16 << 10
 """Of one part that is no image; a filter may be long."""
 
 MAX_PART_HEADERS = 8
+
+MAX_JSON_COMMAS = 1 << 20
+"""Values of a body in JSON; a number of two bytes takes sixteen times as much in memory."""
+
+OPENINGS_AN_IMAGE, QUOTES_AN_IMAGE = 8, 16
+"""Of lists and objects, and of texts: what an example of a combined query takes, and more."""
+
+OTHER_OPENINGS = OTHER_QUOTES = 4096
+"""Of all else; a filter may be long."""
 
 JSON_TYPE, FORM_TYPE = b"application/json", b"multipart/form-data"
 
@@ -132,7 +142,7 @@ async def read_body(request: Request, held: Held, *, max_bytes: int, max_images:
     if kind == FORM_TYPE:
         return await _read_form(chunks, parameters.get(b"boundary", b""), max_images)
     if kind == JSON_TYPE:
-        return _read_json(b"".join([chunk async for chunk in chunks]))
+        return _read_json(b"".join([chunk async for chunk in chunks]), max_images)
     found = f"content-type {kind.decode('latin-1')[:40]!r}" if kind else "no content-type"
     raise _wrong_type(found)
 
@@ -162,8 +172,9 @@ def _check_size(size_bytes: int, max_bytes: int) -> None:
         )
 
 
-def _read_json(data: bytes) -> Body:
+def _read_json(data: bytes, max_images: int) -> Body:
     """Read a JSON object."""
+    _check_json(data, max_images)
     try:
         document = orjson.loads(data)
     except orjson.JSONDecodeError as error:
@@ -171,6 +182,27 @@ def _read_json(data: bytes) -> Body:
     if not isinstance(document, dict):
         raise RequestError("body", expected="a JSON object", found=type(document).__name__)
     return Body(fields=document)
+
+
+def _check_json(data: bytes, max_images: int) -> None:
+    """Refuse a body of too many parts before it is parsed: each takes a hundred bytes or two.
+
+    Raises:
+        RequestError: it has more than any request can mean.
+    """
+    openings = data.count(b"{") + data.count(b"[")
+    for found, most, what in (
+        (openings, OPENINGS_AN_IMAGE * max_images + OTHER_OPENINGS, "lists and objects"),
+        (data.count(b'"'), QUOTES_AN_IMAGE * max_images + OTHER_QUOTES, "quotation marks"),
+        (data.count(b","), MAX_JSON_COMMAS, "commas"),
+    ):
+        if found > most:
+            raise RequestError(
+                "body",
+                expected=f"at most {most} {what}",
+                found=str(found),
+                mend="split the request",
+            )
 
 
 async def _read_form(chunks: AsyncIterator[bytes], boundary: bytes, max_images: int) -> Body:

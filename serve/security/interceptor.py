@@ -2,7 +2,8 @@
 
 Rules:
     A call is let in, counted and charged before anything is done for it, and a refused one
-    is never parsed. grpcio does not even read it.
+    is never parsed. grpcio does not even read it. Nor is a message parsed that holds more
+    parts than a request may have (`serve.security.wire`).
     Bytes that are no message of the method's kind are the caller's fault, INVALID_ARGUMENT,
     on both front ends alike, and never a traceback.
     A unary call above its rate is refused with the time to wait. A stream is held back: its
@@ -23,6 +24,7 @@ from functools import partial
 from typing import Any, NoReturn, TypeAlias
 
 import grpc
+from google.protobuf.descriptor import Descriptor
 
 from serve.errors import (
     RequestError,
@@ -36,7 +38,14 @@ from serve.security.caller import CURRENT, Caller
 from serve.security.costs import count_images
 from serve.security.guard import HEALTH, Guard, Pass
 from serve.security.ring import ApiKey
+from serve.security.wire import check_message, make_plan
 from serve.valve import Refuses, never
+
+FIELDS_AN_IMAGE = 4
+"""Of a message: a combined query of one example has three."""
+
+OTHER_FIELDS = 256
+"""Of a message, such as parameters of KServe."""
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -74,6 +83,7 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
         """
         self._guard = guard
         self._max_images = max_images
+        self._max_fields = FIELDS_AN_IMAGE * max_images + OTHER_FIELDS
         self._refuses = refuses
         self.in_flight = InFlight(max_bytes=max_in_flight_bytes)
         self._sleep = sleep
@@ -113,7 +123,7 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
         name, make = _KINDS[shape]
         behaviour: Behaviour = getattr(handler, name)
         take = self._take_stream if handler.request_streaming else self._take_message
-        take_in = partial(take, handler.request_deserializer or bytes)
+        take_in = partial(take, _reading(handler.request_deserializer or bytes, self._max_fields))
         enter = _enter_free if method.startswith(HEALTH) else self._enter
         if inspect.isasyncgenfunction(behaviour):
             guarded = self._guard_generator(behaviour, enter, take_in)
@@ -172,8 +182,8 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
         return entered
 
     def _take_message(self, parse: Parse, entered: Pass, raw: bytes) -> Any:
-        """Parse the one message of a call, and charge for it."""
-        request = _parse(parse, raw)
+        """Read the one message of a call, and charge for it."""
+        request = parse(raw)
         if entered.quota.is_rated:
             self._guard.charge(entered, images=self._count(request))
         return request
@@ -181,9 +191,9 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
     async def _take_stream(
         self, parse: Parse, entered: Pass, incoming: AsyncIterator[bytes]
     ) -> AsyncIterator[Any]:
-        """Parse the messages of a stream, each when it is its turn."""
+        """Read the messages of a stream, each when it is its turn."""
         async for raw in incoming:
-            request = _parse(parse, raw)
+            request = parse(raw)
             images = self._count(request)
             while wait_s := self._guard.wait_s(entered, images=images):
                 await self._sleep(wait_s)
@@ -236,7 +246,20 @@ _KINDS: dict[tuple[bool, bool], tuple[str, Callable[..., Handler]]] = {
 """By whether requests and replies are streams: a handler's function, and what makes one."""
 
 
-def _parse(parse: Parse, raw: bytes) -> Any:
+def _reading(parse: Parse, max_fields: int) -> Parse:
+    """Make what reads a message of a kind: counts what it holds, and then parses it."""
+    kind = getattr(getattr(parse, "__self__", None), "DESCRIPTOR", None)
+    plan = None if kind is None else make_plan(kind)
+
+    def read(raw: bytes) -> Any:
+        if plan is not None:
+            check_message(raw, plan, max_fields=max_fields)
+        return _parse(parse, raw, kind)
+
+    return read
+
+
+def _parse(parse: Parse, raw: bytes, kind: Descriptor | None) -> Any:
     """Parse a message.
 
     Raises:
@@ -245,7 +268,6 @@ def _parse(parse: Parse, raw: bytes) -> Any:
     try:
         return parse(raw)
     except Exception as error:  # protobuf's own, of another class in each implementation
-        kind = getattr(getattr(parse, "__self__", None), "DESCRIPTOR", None)
         name = "a message of this method" if kind is None else f"a {kind.full_name}"
         raise RequestError(
             "message", expected=f"{name} in protobuf's encoding", found=f"{len(raw)} other bytes"

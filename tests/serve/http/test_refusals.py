@@ -7,12 +7,20 @@ import re
 import httpx
 import pytest
 
+from serve.errors import RequestError
+from serve.http.body import _read_json
 from serve.http.options import HttpOptions
 
 
 def files(*images):
     """Images as parts of a form."""
     return [("images", (f"{n}.png", data)) for n, data in enumerate(images)]
+
+
+def test_numbers_of_a_body_are_bounded_too():
+    """Each takes its place in memory; a search by a thousand vectors has fewer."""
+    with pytest.raises(RequestError, match=r"body: expected at most 1048576 commas, found 1048577"):
+        _read_json(b"[" + b"," * 1_048_577, 8)
 
 
 async def raw_request(url, head, body=b""):
@@ -108,6 +116,16 @@ def a_form(*images, headers=None, **fields):
     ("body", "status", "message"),
     [
         (a_body(b"{", "application/json"), 400, "body: expected JSON, found"),
+        (
+            a_body(b'{"ids":[' + b"{}," * 5000 + b"0]}", "application/json"),
+            400,
+            "body: expected at most 4160 lists and objects, found 5002; split the request",
+        ),
+        (
+            a_body(b"[" + b'"",' * 5000 + b"0]", "application/json"),
+            400,
+            "body: expected at most 4224 quotation marks, found 10000; split the request",
+        ),
         (a_body(b"x"), 415, "expected application/json or multipart/form-data, not compressed"),
         (a_body(b"x", "text/plain"), 415, "found content-type 'text/plain'"),
         (
