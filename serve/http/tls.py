@@ -2,15 +2,17 @@
 
 Rules:
     A changed certificate, or a changed authority for callers, holds for every handshake after
-    it; open connections keep what they began with.
+    it, also for one that would resume a session from before; open connections keep what they
+    began with.
     Where an authority for callers is given, a caller without a certificate of its making does
     not get past the handshake.
 
 A caller's certificate is told to the services as gRPC tells it, so that one caller has one name
 on both ports.
 
-OpenSSL asks a callback for the context of each handshake; it is there for server names, and
-is asked also where a caller sends none.
+Each set of certificates has a context of its own, with its own keys for tickets and its own
+cache of sessions. To change the context within a handshake (`sni_callback`) is not enough: what
+was handed out before the change is resumed by the context that the handshake began with.
 """
 
 from __future__ import annotations
@@ -42,18 +44,32 @@ SHORT_NAMES = {
 
 def make_context(files: Reloadable[Certificates]) -> ssl.SSLContext:
     """Make a context that always has the certificates of the moment."""
-    current, context = files.value, _context_of(files.value)
-    front = _context_of(current)
+    return _Current(files)
 
-    def choose(connection: ssl.SSLObject, name: str | None, _: ssl.SSLContext) -> None:
-        nonlocal current, context
-        if files.value is not current:
-            current = files.value
-            context = _context_of(current)
-        connection.context = context
 
-    front.sni_callback = choose
-    return front
+class _Current(ssl.SSLContext):
+    """Gives every connection to a context of the certificates of the moment."""
+
+    _files: Reloadable[Certificates]
+    _certificates: Certificates
+    _context: ssl.SSLContext
+
+    def __new__(cls, files: Reloadable[Certificates]) -> _Current:
+        """Take the certificates that there are now."""
+        made = super().__new__(cls, ssl.PROTOCOL_TLS_SERVER)
+        made._files, made._certificates = files, files.value
+        made._context = _context_of(files.value)
+        return made
+
+    def __init__(self, files: Reloadable[Certificates]) -> None:
+        """Leave the making to `__new__`, as the class above does."""
+
+    def wrap_bio(self, *args: Any, **options: Any) -> ssl.SSLObject:
+        """Begin a connection; asyncio's are all made by this."""
+        if self._files.value is not self._certificates:
+            self._certificates = self._files.value
+            self._context = _context_of(self._certificates)
+        return self._context.wrap_bio(*args, **options)
 
 
 def _context_of(certificates: Certificates) -> ssl.SSLContext:

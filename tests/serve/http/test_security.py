@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 import ssl
 
 import httpx
@@ -186,6 +188,47 @@ def test_without_a_certificate_there_is_no_handshake(
     pem = caller.cert_chain_pems[0].bytes()
     assert seen == [x509.load_pem_x509_certificate(pem).subject.rfc4514_string()]
     assert "CN=Caller\\, Ltd" in seen[0]
+
+
+def shake_hands(url, context, session=None):
+    """Connect as a caller; give the answer to a request, and the session to resume."""
+    host, port = httpx.URL(url).host, httpx.URL(url).port
+    with (
+        socket.create_connection((host, port), timeout=30) as plain,
+        context.wrap_socket(plain, server_hostname="localhost", session=session) as secure,
+    ):
+        secure.sendall(b"GET /readyz HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+        answer = b"".join(iter(lambda: secure.recv(4096), b""))
+        return answer, secure.session
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+@pytest.mark.parametrize("tickets", [True, False])
+def test_a_session_ends_with_the_authority_that_it_began_with(
+    http_serving, fake, tmp_path, authority, version, tickets
+):
+    """A caller whose authority is no longer trusted does not get in by resuming one."""
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    certificate = write_certificate(tmp_path, authority)
+    tls = TlsOptions(**certificate, client_ca=str(tmp_path / "ca.pem"))
+    context = context_for(authority, authority.issue_cert("caller@example.org"))
+    context.minimum_version = context.maximum_version = version
+    if not tickets:
+        context.options |= ssl.OP_NO_TICKET
+
+    async def main():
+        async with http_serving(fake, tls=tls) as (server, _):
+            url = server.http.url
+            answer, session = await asyncio.to_thread(shake_hands, url, context)
+            assert answer.startswith(b"HTTP/1.1 200")
+            trustme.CA().cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+            server.security.certificates.reload()
+            for resumed in (session, None):
+                with contextlib.suppress(ssl.SSLError, ConnectionError):  # or an end unsaid
+                    answer, _ = await asyncio.to_thread(shake_hands, url, context, resumed)
+                    assert not answer
+
+    asyncio.run(main())
 
 
 def test_a_name_is_written_as_openssl_writes_it():
