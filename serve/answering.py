@@ -15,13 +15,13 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 import grpc
 
-from serve.calls import Calls, reader_error
+from serve.calls import AcceptedEarly, Calls, reader_error
 from serve.errors import retry_metadata, to_status
 from serve.operation.observer import NO_OBSERVER, Call, Observer
 from serve.security.caller import caller_of
@@ -74,9 +74,11 @@ class Answering:
     async def answer(self, call: Call, work: Coroutine[Any, Any, Reply], context: Context) -> Reply:
         """Await `work`; what it raises becomes the status of the call."""
         metadata: Metadata = ()
-        with self.calls.counted():
+        is_new = not isinstance(context, AcceptedEarly)
+        with self.calls.counted() if is_new else nullcontext():
             try:
-                self.calls.check_open()
+                if is_new:
+                    self.calls.check_open()
                 reply = await work
             except Exception as error:
                 call.code, call.message = to_status(error)

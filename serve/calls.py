@@ -2,6 +2,7 @@
 
 Rules:
     One account: the drain of a server ends when nothing that any service answers is left.
+    A call is accepted once: what was begun, its body included, is answered by a drain.
     After `drain` new calls are refused as UNAVAILABLE; streams read no more, answer what
     they have read, and end so, too.
 
@@ -17,6 +18,10 @@ from typing import Any
 
 from serve.bracket import Bracket
 from serve.errors import STOPPING, UnavailableError
+
+
+class AcceptedEarly:
+    """The context of a call that was accepted, and is counted, before a service sees it."""
 
 
 class Calls:
@@ -64,6 +69,17 @@ class Calls:
     async def wait_idle(self) -> None:
         """Wait until no call is under way."""
         await self._idle.wait()
+
+    @contextmanager
+    def accepted_early(self) -> Iterator[None]:
+        """Accept a call and count it as under way, before a service sees its `AcceptedEarly`.
+
+        Raises:
+            UnavailableError: the server drains.
+        """
+        self.check_open()
+        with self._counted:
+            yield
 
     def counted(self) -> AbstractContextManager[None]:
         """Count a call as under way."""

@@ -262,7 +262,7 @@ class Server:
         doorman = Doorman(
             services=self.services,
             limits=options.request_limits,
-            check_open=self.calls.check_open,
+            calls=self.calls,
             is_serving=lambda: self.health.serving,
             guard=self.security.guard,
             timeout_s=options.http.timeout_s,

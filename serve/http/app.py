@@ -3,6 +3,7 @@
 Rules:
     Every refusal is JSON, also of what Starlette refuses itself; but for what uvicorn does not
     pass on: a head that is no HTTP, and a connection too many.
+    A request is under way from its head on: a drain waits for its body, and answers it.
     A deadline holds for the whole of a request, its body included.
     While a request is computed its connection is watched: a caller that hangs up cancels it.
 """
@@ -202,11 +203,10 @@ class _Routes:
             ServeError: it is not let in, or too late; or what `work` raises.
         """
         entered = self._enter(method, context)
-        self._doorman.check_open()
         timeout_s = self._timeout_s(request)
         context.deadline_s = self._doorman.clock() + timeout_s
         try:
-            with self._doorman.guard.under_way(entered):
+            with self._doorman.calls.accepted_early(), self._doorman.guard.under_way(entered):
                 async with asyncio.timeout(timeout_s):
                     return await work(context, entered)
         except TimeoutError as error:

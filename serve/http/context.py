@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import grpc
 
+from serve.calls import AcceptedEarly
 from serve.http.faults import Aborted
 
 Metadata = Sequence[tuple[str, str | bytes]]
@@ -19,7 +20,7 @@ PUSH_BACK_KEY = "retry-after-ms"
 """Trailing metadata in which a servicer says when to come back."""
 
 
-class HttpContext:
+class HttpContext(AcceptedEarly):
     """One call over HTTP. Belongs to one event loop.
 
     Attributes:

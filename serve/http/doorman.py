@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import grpc
 
+from serve.calls import Calls
 from serve.security.guard import Guard
 from serve.services import HoraceServicer, RequestLimits
 
@@ -19,7 +20,7 @@ class Doorman:
     Attributes:
         services: answers every request.
         limits: what one request may ask for.
-        check_open: raises once the server takes no more requests.
+        calls: the server's account of calls under way.
         is_serving: whether the server says that it serves.
         guard: lets calls in, by the names that gRPC has for them.
         timeout_s: the longest that a request may take.
@@ -30,7 +31,7 @@ class Doorman:
 
     services: HoraceServicer
     limits: RequestLimits
-    check_open: Callable[[], None]
+    calls: Calls
     is_serving: Callable[[], bool]
     guard: Guard
     timeout_s: float = 60.0

@@ -44,6 +44,35 @@ def test_draining_answers_what_is_under_way(http_serving, fake, png, eventually)
     assert held.headers["connection"] == late.headers["connection"] == "close"
 
 
+def test_a_request_whose_body_is_not_here_yet_is_under_way(http_serving, fake, png, eventually):
+    """A drain waits for it, and answers it; it is accepted once, and counted once."""
+    form = httpx.Request("POST", "http://any", files=files(png(1)))
+
+    async def main():
+        async with http_serving(fake) as (server, http):
+            rest = asyncio.Event()
+
+            async def body():
+                yield form.read()[:50]
+                await rest.wait()
+                yield form.read()[50:]
+
+            fake.gate.clear()
+            headers = {"content-type": form.headers["content-type"]}
+            sent = asyncio.create_task(http.post("/v1/embed", content=body(), headers=headers))
+            await eventually(lambda: server.calls.active == 1)
+            draining = asyncio.create_task(server.drain(limit_s=30))
+            await eventually(lambda: not server.health.serving)
+            rest.set()
+            await eventually(fake.entered.is_set)
+            assert (server.calls.active, server.calls.accepted) == (1, 1)
+            fake.gate.set()
+            return await sent, await draining
+
+    reply, cut_off = asyncio.run(main())
+    assert (reply.status_code, cut_off) == (200, 0)
+
+
 def test_the_process_says_where_http_is_and_drains(start_server):
     """The ready line has the address; SIGTERM ends it with status 0."""
     server = start_server("--http.port", "0")
