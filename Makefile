@@ -11,7 +11,7 @@ SHIPPED_RUN := artifacts/runs/fashion-mnist
 DEBIAN_DATA := /usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow coverage check format protos shipped bench data clean
+.PHONY: help demo test test-slow coverage check format protos shipped bench data promtool clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,7 +19,7 @@ help: ## Show this list
 demo: $(VENV)/.installed data ## Train, export, index, evaluate, serve and search Fashion-MNIST
 	@BIN=$(BIN) OUT=$(DEMO) EPOCHS=$(DEMO_EPOCHS) bash examples/demo.sh
 
-test: $(VENV)/.installed ## The whole suite but what is marked slow or gpu
+test: $(VENV)/.installed promtool ## The whole suite but what is marked slow or gpu
 	$(BIN)/pytest -m "not slow and not gpu"
 
 test-slow: $(VENV)/.installed ## What takes over a minute a test
@@ -79,6 +79,11 @@ data: ## Fashion-MNIST from Debian, where that is possible; the commands downloa
 	@test -e $(DEBIAN_DATA) || ! command -v apt-get >/dev/null || [ "$$(id -u)" != 0 ] \
 	  || { apt-get update -qq && apt-get install -y -qq dataset-fashion-mnist >/dev/null; } \
 	  || echo "apt-get has no dataset-fashion-mnist here; it will be downloaded"
+
+promtool: # From Debian, where that is possible; without it the tests of the alarms are skipped
+	@command -v promtool >/dev/null || ! command -v apt-get >/dev/null || [ "$$(id -u)" != 0 ] \
+	  || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends prometheus >/dev/null; } \
+	  || echo "apt-get has no prometheus here; the tests of the alarms are skipped"
 
 clean: ## Remove the environment and every artefact
 	rm -rf $(VENV) artifacts .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -458,7 +458,7 @@ def test_a_full_disk_is_one_line(tmp_path, bundle, many_images, kind):
     [
         ({"--images": "/no/such"}, 1, "images '/no/such': expected fashion-mnist"),
         ({"--encoder": "/no/such"}, 1, "/no/such: expected a bundle directory, found no such"),
-        ({"--encoder": "ftp://x"}, 1, "ftp://x: expected a bundle directory or horace://"),
+        ({"--encoder": "ftp://x"}, 1, "ftp://x: expected a bundle directory, horace://"),
         ({"--out": "/dev/null/c"}, 1, "expected a directory that can be written, with room"),
         ({"--batch-size": "0"}, 2, "--batch-size: expected 1 to 65536, found 0"),
     ],
