@@ -20,7 +20,7 @@ from serve.lifecycle.reloading import ReloadStatistics
 from serve.lifecycle.sources import LoadStatistics
 from serve.operation.metrics import Metrics
 from serve.operation.observer import Call
-from serve.operation.state import ModelState
+from serve.operation.state import LOOP_TIMEOUT_S, ModelState
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -187,11 +187,18 @@ def test_the_images_command_is_one_that_the_server_understands(container):
     assert ports == {"grpc": options.port, "metrics": options.metrics.port}
 
 
-def test_probes_ask_the_grpc_health_of_the_servers_port(container):
-    """Startup, readiness and liveness; and Prometheus the metrics port."""
+def test_probes_ask_whether_it_serves_and_whether_it_lives(container):
+    """The first by gRPC's health, the second by /healthz: not serving is no reason to restart.
+
+    Prometheus asks the metrics port.
+    """
     options = options_of(*container["args"])
-    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+    for probe in ("startupProbe", "readinessProbe"):
         assert container[probe]["grpc"] == {"port": options.port}
+    liveness = container["livenessProbe"]
+    assert "grpc" not in liveness
+    assert liveness["httpGet"] == {"path": "/healthz", "port": "metrics"}
+    assert liveness["timeoutSeconds"] > LOOP_TIMEOUT_S
     annotations = manifest("Deployment")["spec"]["template"]["metadata"]["annotations"]
     assert annotations["prometheus.io/port"] == str(options.metrics.port)
 
