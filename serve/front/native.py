@@ -6,6 +6,7 @@ Rules:
     A burst of calls crosses from Rust to Python, and from its thread to the event loop, at
     once. Each call is a task of its own, with grpc.aio's context, so that services and
     interceptors are the same ones as on grpcio, and so are limits, statuses and trailers.
+    Whatever goes wrong with one call, it is answered, and so are the others of its burst.
     A call whose caller has gone is cancelled. No exception text leaves.
     Stopping answers what it took: new calls are refused, those under way get their grace,
     and the port closes last.
@@ -32,7 +33,15 @@ from typing import Any, TypeAlias
 import grpc
 from pygrpc_native import EVENT_CANCEL, NativeGrpcFront
 
-from serve.errors import STOPPING, QueueFullError, ServeError, StartError, retry_metadata, to_status
+from serve.errors import (
+    STOPPING,
+    QueueFullError,
+    ServeError,
+    StartError,
+    UnavailableError,
+    retry_metadata,
+    to_status,
+)
 from serve.front.grpcio import GrpcioFront
 from serve.front.limit import HEALTH, PROBES, OnTurnedAway, hears_nothing, too_many_calls
 from serve.front.native_call import NativeCall
@@ -190,23 +199,29 @@ class NativeFront:
             if kind == EVENT_CANCEL:
                 if (gone := self._calls.get(call_id)) is not None:
                     gone.leave()
-            elif self._stopping:
-                _end(native, call_id, grpc.StatusCode.UNAVAILABLE, STOPPING)
-            else:
+                continue
+            try:
                 metadata, peer, left_s = details
                 if left_s is not None:
                     left_s -= waited_s
                 if (refusal := self._refusal(method_id, left_s)) is not None:
                     code, message = to_status(refusal)
-                    self._on_turned_away(code)
+                    if not self._stopping:
+                        self._on_turned_away(code)
                     _end(native, call_id, code, message, retry_metadata(refusal))
                     continue
-                call = self._calls[call_id] = NativeCall(call_id, metadata, peer, left_s)
+                call = NativeCall(call_id, metadata, peer, left_s)
                 call.task = loop.create_task(self._answer(native, call, method_id, payload))
+            except Exception as error:  # a fault of ours; the rest of the burst is answered
+                _end(native, call_id, *to_status(error))
+            else:
+                self._calls[call_id] = call
                 call.task.add_done_callback(partial(self._forget, native, call))
 
     def _refusal(self, method_id: int, left_s: float | None) -> ServeError | None:
         """Say why a call is not begun; probes are, however busy this is."""
+        if self._stopping:
+            return UnavailableError(STOPPING)
         if self._methods[method_id][0].startswith(HEALTH):
             return too_many_calls() if len(self._calls) >= self._max_calls + PROBES else None
         if len(self._calls) >= self._max_calls:
@@ -225,6 +240,10 @@ class NativeFront:
             reply: Any = await behaviour(self._parse(handler, payload), call)
             if handler.response_serializer is not None:
                 reply = handler.response_serializer(reply)
+            if call.status is not None and call.status[0] is not grpc.StatusCode.OK:
+                _end(native, call.call_id, *call.status, call.trailing)
+            else:
+                native.respond(call.call_id, reply, call.initial, call.trailing or None)
         except asyncio.CancelledError:
             if not call.is_gone:  # cut off by a stop
                 _end(native, call.call_id, grpc.StatusCode.CANCELLED, STOPPING)
@@ -233,11 +252,6 @@ class NativeFront:
             _end(native, call.call_id, code, message, call.trailing)
         except Exception as error:
             _end(native, call.call_id, *to_status(error))
-        else:
-            if call.status is not None and call.status[0] is not grpc.StatusCode.OK:
-                _end(native, call.call_id, *call.status, call.trailing)
-            else:
-                native.respond(call.call_id, reply, call.initial, call.trailing or None)
 
     def _forget(self, native: NativeGrpcFront, call: NativeCall, task: asyncio.Task[None]) -> None:
         """Strike a call off; a task that is cancelled before its first step runs nothing of it."""
@@ -303,5 +317,9 @@ def _end(
     trailing: Sequence[tuple[str, str | bytes]] = (),
 ) -> None:
     """End a call with an error; what the caller waits for is never lost over its trailers."""
-    kept = [(key, value) for key, value in trailing if not key.startswith(RESERVED)]
-    native.fail(call_id, code.value[0], message, kept or None)
+    try:
+        kept = [(key, value) for key, value in trailing if not key.startswith(RESERVED)]
+        native.fail(call_id, code.value[0], message, kept or None)
+    except Exception as error:  # metadata that HTTP/2 does not carry
+        code, message = to_status(error)
+        native.fail(call_id, code.value[0], message, None)

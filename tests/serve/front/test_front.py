@@ -69,6 +69,10 @@ class Parrot:
             case b"later":
                 times = (("grpc-retry-pushback-ms", "7"), ("retry-after-ms", "7"))
                 await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "later", times)
+            case b"bad reply":
+                context.set_trailing_metadata([("no name", "1")])
+            case b"bad abort":
+                await context.abort(grpc.StatusCode.NOT_FOUND, "no", (("no name", "1"),))
             case b"code":
                 context.set_code(grpc.StatusCode.NOT_FOUND)
                 context.set_details("not here")
@@ -321,6 +325,53 @@ def test_a_refusal_with_a_trailer_of_grpc_is_a_refusal(parrot):
             error = await failure(channel.unary_unary("/Parrot/Say")(b"later", timeout=30))
             assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
             assert dict(error.trailing_metadata())["retry-after-ms"] == "7"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("frontend", ["native"])
+@pytest.mark.parametrize("word", [b"bad reply", b"bad abort"])
+def test_metadata_that_cannot_be_sent_leaves_nobody_waiting(parrot, word, caplog):
+    """It is a fault of ours, which the caller hears of."""
+
+    async def main():
+        async with parrot() as (_, _, channel):
+            say = channel.unary_unary("/Parrot/Say")
+            error = await failure(say(word, timeout=30))
+            assert error.code() is grpc.StatusCode.INTERNAL
+            assert await say(b"hello", timeout=30) == b"hello"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("frontend", ["native"])
+def test_a_fault_at_one_call_leaves_the_others_of_its_burst(parrot, caplog):
+    """It is answered as INTERNAL, and they are answered as ever."""
+    left = iter([ValueError("a fault of ours")])
+
+    def refuses(_):
+        for error in left:
+            raise error
+
+    async def main():
+        async with parrot(refuses=refuses) as (_, front, channel):
+            say = channel.unary_unary("/Parrot/Say")
+            taken, take = asyncio.Event(), front._take
+
+            def hold(native, loop, events, received_s):
+                held.extend(events)
+                if len(held) == 3:
+                    taken.set()
+
+            held = []
+            front._take = hold
+            calls = [say(b"hello", timeout=30) for _ in range(3)]
+            await asyncio.wait_for(taken.wait(), 30)
+            front._take = take
+            take(front._native, asyncio.get_running_loop(), held, time.monotonic())
+            replies = await asyncio.gather(*calls, return_exceptions=True)
+            faults = [reply for reply in replies if reply != b"hello"]
+            assert [fault.code() for fault in faults] == [grpc.StatusCode.INTERNAL]
 
     asyncio.run(main())
 
