@@ -36,7 +36,7 @@ from serve.catalog import Catalog
 from serve.config import MIB, ServeOptions
 from serve.engine import Engine
 from serve.front import make_front
-from serve.front.port import join_address
+from serve.front.port import is_loopback, join_address
 from serve.health import Health
 from serve.http.door import HttpDoor
 from serve.http.doorman import Doorman
@@ -158,6 +158,8 @@ class Server:
             max_batch_images=options.max_batch_images,
             statistics=statistics,
             control=self.lifecycle,
+            max_message_bytes=options.max_message_mib * MIB,
+            unix_is_local=is_loopback(options.host),
         )
         self._front = make_front(
             options.frontend,

@@ -31,7 +31,7 @@ from models.errors import ImageError, ImageFault
 from models.image_source import ImageData
 from serve.errors import RequestError
 from serve.kserve.memory import find_slice
-from serve.kserve.regions import Regions
+from serve.kserve.regions import OwnRegions, Slice
 from serve.kserve.signature import INPUT, ITEM_BYTES, PRECISION_DTYPES
 
 CHANNELS = (1, 3, 4)
@@ -56,8 +56,14 @@ class Inputs:
     payload_bytes: int
 
 
-def read_inputs(request: Any, regions: Regions, *, max_images: int) -> Inputs:
+def read_inputs(request: Any, regions: OwnRegions, *, max_images: int, max_bytes: int) -> Inputs:
     """Find the images of a request.
+
+    Args:
+        request: which may name shared memory.
+        regions: the caller's.
+        max_images: of a request.
+        max_bytes: of its images in shared memory; those in a message are within its bound.
 
     Raises:
         RequestError: they are not what a model takes, or too many.
@@ -74,15 +80,23 @@ def read_inputs(request: Any, regions: Regions, *, max_images: int) -> Inputs:
             found=str(list(shape)),
             mend=mend,
         )
+    part = find_slice(tensor.parameters, regions)
+    if part is not None and part.byte_size > max_bytes:
+        raise RequestError(
+            f"{INPUT} in shared memory",
+            expected=f"at most {max_bytes} bytes",
+            found=str(part.byte_size),
+            mend="split the request",
+        )
     if tensor.datatype == "BYTES":
-        return _read_encoded(request, tensor, shape, regions)
+        return _read_encoded(request, tensor, shape, part)
     if tensor.datatype not in PRECISION_DTYPES:
         raise RequestError(
             f"datatype of {INPUT}",
             expected="UINT8 or FP32 pixels, or BYTES of encoded images",
             found=f"{tensor.datatype!r:.40}",
         )
-    return _read_pixels(request, tensor, shape, regions)
+    return _read_pixels(request, tensor, shape, part)
 
 
 def _only_input(request: Any) -> Any:
@@ -98,7 +112,7 @@ def _only_input(request: Any) -> Any:
     return inputs[0]
 
 
-def _read_pixels(request: Any, tensor: Any, shape: tuple[int, ...], regions: Regions) -> Inputs:
+def _read_pixels(request: Any, tensor: Any, shape: tuple[int, ...], part: Slice | None) -> Inputs:
     """Find pixels."""
     if len(shape) != 4 or min(shape) < 1 or shape[3] not in CHANNELS:
         raise RequestError(
@@ -107,7 +121,7 @@ def _read_pixels(request: Any, tensor: Any, shape: tuple[int, ...], regions: Reg
             found=str(list(shape)),
         )
     expected = shape[0] * shape[1] * shape[2] * shape[3] * ITEM_BYTES[tensor.datatype]
-    if part := find_slice(tensor.parameters, regions):
+    if part is not None:
         _check_length(part.byte_size, expected, shape)
         images = _iterate_pixels(part.read, tensor.datatype, shape, expected)
         return Inputs(images=images, count=shape[0], payload_bytes=expected)
@@ -181,17 +195,19 @@ def _typed_pixels(tensor: Any) -> bytes:
     return values.astype(np.uint8).tobytes()
 
 
-def _read_encoded(request: Any, tensor: Any, shape: tuple[int, ...], regions: Regions) -> Inputs:
+def _read_encoded(request: Any, tensor: Any, shape: tuple[int, ...], part: Slice | None) -> Inputs:
     """Find encoded images."""
     if shape not in ((shape[0],), (shape[0], 1)):
         raise RequestError(
             f"shape of {INPUT}", expected="(N) or (N, 1) of BYTES", found=str(list(shape))
         )
-    copies = 2
-    if part := find_slice(tensor.parameters, regions):
-        raw, copies = part.read(), 1
-        images = split_bytes(raw, shape[0])
-    elif request.raw_input_contents:
+    if part is not None:
+        return Inputs(
+            images=_iterate_encoded(part, shape[0]),
+            count=shape[0],
+            payload_bytes=2 * part.byte_size,  # while it is split
+        )
+    if request.raw_input_contents:
         images = split_bytes(_only_raw(request), shape[0])
     else:
         images = list(tensor.contents.bytes_contents)
@@ -199,8 +215,13 @@ def _read_encoded(request: Any, tensor: Any, shape: tuple[int, ...], regions: Re
         raise RequestError(
             f"contents of {INPUT}", expected=f"{shape[0]} elements", found=str(len(images))
         )
-    payload_bytes = copies * sum(map(len, images))
+    payload_bytes = 2 * sum(map(len, images))
     return Inputs(images=iter(images), count=shape[0], payload_bytes=payload_bytes)
+
+
+def _iterate_encoded(part: Slice, count: int) -> Iterator[bytes]:
+    """Read encoded images out of shared memory, once there is room for them."""
+    yield from split_bytes(part.read(), count)
 
 
 def split_bytes(raw: bytes, count: int) -> list[bytes]:

@@ -9,18 +9,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from serve.errors import RequestError
-from serve.kserve.regions import Regions, Slice
+from serve.kserve.regions import OwnRegions, Slice
 
 REGION = "shared_memory_region"
 OFFSET = "shared_memory_offset"
 BYTE_SIZE = "shared_memory_byte_size"
 
 
-def find_slice(parameters: Mapping[str, Any], regions: Regions) -> Slice | None:
+def find_slice(parameters: Mapping[str, Any], regions: OwnRegions) -> Slice | None:
     """Find the part of a region that a tensor's parameters name; None where they name none.
 
     Raises:
-        UnknownNameError: no such region is registered.
+        UnknownNameError: the caller has registered no such region.
+        PreconditionError: the caller may use none.
         RequestError: the part is not within the region.
     """
     if not parameters or REGION not in parameters:

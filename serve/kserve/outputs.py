@@ -33,7 +33,7 @@ from serve.job import Embedded
 from serve.kserve.inputs import LENGTH
 from serve.kserve.memory import find_slice, note_slice
 from serve.kserve.parameters import Asked
-from serve.kserve.regions import Regions, Slice, check_fits
+from serve.kserve.regions import OwnRegions, Slice, check_fits
 from serve.kserve.signature import (
     DATATYPES,
     EMBEDDINGS,
@@ -69,7 +69,7 @@ PLAIN = {datatype: (Wanted(EMBEDDINGS, datatype),) for datatype in ("FP32", "FP1
 """What most requests want: vectors alone, in the reply."""
 
 
-def read_outputs(request: Any, asked: Asked, regions: Regions) -> tuple[Wanted, ...]:
+def read_outputs(request: Any, asked: Asked, regions: OwnRegions) -> tuple[Wanted, ...]:
     """Read which outputs a request wants.
 
     Raises:
@@ -91,7 +91,7 @@ def read_outputs(request: Any, asked: Asked, regions: Regions) -> tuple[Wanted, 
     return tuple(_read_output(output, asked, regions) for output in outputs)
 
 
-def _read_output(output: Any, asked: Asked, regions: Regions) -> Wanted:
+def _read_output(output: Any, asked: Asked, regions: OwnRegions) -> Wanted:
     """Read one output that is asked for."""
     name = output.name
     if name not in DATATYPES:

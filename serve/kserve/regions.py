@@ -10,8 +10,10 @@ Rules:
     file has become smaller since, when it is made.
     A region stays open while a request uses it, also where it is unregistered meanwhile.
     No error names a path.
+    A name belongs to who registered it: nobody else reads, writes, lists or forgets what it
+    names. In Triton names are everybody's.
 
-Names are known to every caller, as in Triton. Belongs to one event loop.
+Belongs to one event loop.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import os
 import re
 import stat
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,13 +133,13 @@ class Regions:
         """
         self._max_regions = max_regions
         self._directory = directory
-        self._regions: dict[str, Region] = {}
+        self._regions: dict[tuple[str, str], Region] = {}
 
     def __repr__(self) -> str:
-        return f"<Regions {list(self._regions)}>"
+        return f"<Regions {[name for _, name in self._regions]}>"
 
-    def register(self, name: str, key: str, offset: int, byte_size: int) -> None:
-        """Register a region.
+    def register(self, owner: str, name: str, key: str, offset: int, byte_size: int) -> None:
+        """Register a region for a caller.
 
         Raises:
             RequestError: the name is taken or none, or there is no such memory, or not so much.
@@ -145,7 +148,7 @@ class Regions:
         if not 1 <= len(name) <= MAX_NAME_CHARACTERS:
             expected = f"1 to {MAX_NAME_CHARACTERS} characters"
             raise RequestError("name of the region", expected=expected, found=f"{len(name)}")
-        if name in self._regions:
+        if (owner, name) in self._regions:
             raise RequestError(
                 f"shared memory region {name!r}",
                 expected="a name of its own",
@@ -159,34 +162,38 @@ class Regions:
                 found="as many registered",
                 mend="unregister some",
             )
-        self._regions[name] = self._open(name, key, offset, byte_size)
+        self._regions[owner, name] = self._open(name, key, offset, byte_size)
 
-    def unregister(self, name: str) -> None:
-        """Forget a region, or all where the name is empty; unknown ones are forgotten already."""
-        if name:
-            self._regions.pop(name, None)
-        else:
-            self._regions.clear()
+    def unregister(self, owner: str, name: str) -> None:
+        """Forget one of a caller's regions, or all of them where the name is empty.
 
-    def find(self, name: str) -> Region:
-        """Find a region by name.
+        Those that are not known are forgotten already.
+        """
+        for known in [known for known in self._regions if known[0] == owner]:
+            if not name or known[1] == name:
+                del self._regions[known]
+
+    def find(self, owner: str, name: str) -> Region:
+        """Find one of a caller's regions by name.
 
         Raises:
             UnknownNameError: there is none of that name.
         """
-        if name not in self._regions:
+        if (owner, name) not in self._regions:
             raise UnknownNameError(
                 "shared memory region", expected="one that is registered", found=f"{name!r:.80}"
             )
-        return self._regions[name]
+        return self._regions[owner, name]
 
-    def status(self, name: str) -> list[Region]:
-        """List one region, or all where the name is empty.
+    def status(self, owner: str, name: str) -> list[Region]:
+        """List one of a caller's regions, or all of them where the name is empty.
 
         Raises:
             UnknownNameError: there is none of that name.
         """
-        return [self.find(name)] if name else list(self._regions.values())
+        if name:
+            return [self.find(owner, name)]
+        return [region for (its, _), region in self._regions.items() if its == owner]
 
     def _open(self, name: str, key: str, offset: int, byte_size: int) -> Region:
         """Open the memory that a key names."""
@@ -215,6 +222,23 @@ class Regions:
                 found=f"{byte_size} bytes at {offset} of {found.st_size}",
             )
         return region
+
+
+@dataclass(frozen=True, slots=True)
+class OwnRegions:
+    """The regions of one caller; who that is, is asked where a request names a region."""
+
+    regions: Regions
+    owner: Callable[[], str]
+
+    def find(self, name: str) -> Region:
+        """Find a region by name.
+
+        Raises:
+            UnknownNameError: the caller registered none of that name.
+            PreconditionError: the caller may use none.
+        """
+        return self.regions.find(self.owner(), name)
 
 
 def check_fits(part: Slice, byte_size: int) -> None:

@@ -6,7 +6,9 @@ Rules:
     A caller's deadline is the earlier of gRPC's and of the parameter `timeout`.
     A request of a stream that is refused is answered with `error_message` and its id, and
     the stream goes on, in the order of its requests.
-    Shared memory is for callers on this machine.
+    Shared memory is for callers on this machine, whenever they use it, and what one has
+    registered is no other's: a caller is its key's name, or its certificate's subject; all
+    on this machine that have neither are one.
 
 How calls are counted, observed and ended is `serve.answering`.
 
@@ -16,6 +18,7 @@ Source: Triton's grpc_service.proto, as the wheel of tritonclient has it.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Coroutine
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -33,12 +36,12 @@ from serve.kserve.inputs import Inputs, read_inputs
 from serve.kserve.options import KserveOptions
 from serve.kserve.outputs import Head, check_room, read_outputs, write_response
 from serve.kserve.parameters import Asked, read_parameters
-from serve.kserve.regions import Regions
+from serve.kserve.regions import OwnRegions, Regions
 from serve.kserve.repository import ModelControl, check_change, repository_index
 from serve.kserve.settings import log_settings, refuse_changes, trace_settings
 from serve.kserve.statistics import Statistics
 from serve.operation.observer import Call
-from serve.security.caller import host_of
+from serve.security.caller import caller_of, host_of
 
 SERVICE_NAME = kserve.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 
@@ -63,6 +66,8 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
         max_batch_images: int,
         statistics: Statistics,
         control: ModelControl,
+        max_message_bytes: int,
+        unix_is_local: bool = True,
     ) -> None:
         """Serve the models of `catalog`, whose engines have owners.
 
@@ -75,6 +80,9 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
             max_batch_images: of one batch.
             statistics: what was counted of every model.
             control: loads and unloads models, where callers may.
+            max_message_bytes: of a request, in the message or in shared memory.
+            unix_is_local: whether who comes over a socket of this machine is on it. Behind the
+                native front end streams do, whoever calls.
         """
         self._catalog = catalog
         self._answering = answering
@@ -84,6 +92,8 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
         self._max_batch_images = max_batch_images
         self._control = control
         self._statistics = statistics
+        self._max_message_bytes = max_message_bytes
+        self._local = LOCAL if unix_is_local else LOCAL[1:]
         self._regions = Regions(max_regions=options.max_regions)
 
     def __repr__(self) -> str:
@@ -99,7 +109,8 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
         """Embed one to many images."""
         answering = self._answering
         call = answering.new_call("ModelInfer", request.id, context)
-        work = self._infer(request, call, answering.deadline_s(context))
+        own = self._own_regions(context)
+        work = self._infer(request, call, answering.deadline_s(context), own)
         return await answering.answer(call, work, context)
 
     async def ModelStreamInfer(
@@ -108,10 +119,11 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
         """Embed requests as they come; see the module's rules."""
         answering = self._answering
         deadline_s = answering.deadline_s(context)
+        own = self._own_regions(context)
 
         async def answer(request: Message, on_admitted: Callable[[], None]) -> Message:
             call = answering.new_call("ModelStreamInfer", request.id, context)
-            work = self._infer_in_stream(request, call, deadline_s, on_admitted)
+            work = self._infer_in_stream(request, call, deadline_s, own, on_admitted)
 
             def refuse(call: Call, _: Exception) -> Message:
                 return _refusal(request, call.message)
@@ -122,10 +134,15 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
         await answering.stream(request_iterator, context, answer, window=window)
 
     async def _infer_in_stream(
-        self, request: Message, call: Call, deadline_s: float, on_admitted: Callable[[], None]
+        self,
+        request: Message,
+        call: Call,
+        deadline_s: float,
+        own: OwnRegions,
+        on_admitted: Callable[[], None],
     ) -> Message:
         """Embed one request of a stream; it has one reply, which is its last."""
-        response = await self._infer(request, call, deadline_s, on_admitted)
+        response = await self._infer(request, call, deadline_s, own, on_admitted)
         response.parameters["triton_final_response"].bool_param = True
         return kserve.ModelStreamInferResponse(infer_response=response)
 
@@ -134,6 +151,7 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
         request: Message,
         call: Call,
         deadline_s: float,
+        own: OwnRegions,
         on_admitted: Callable[[], None] | None = None,
     ) -> Message:
         """Embed as a request asks; with `on_admitted` it waits for room, and says when."""
@@ -141,8 +159,10 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
             call.model, call.version = model.name, model.version
             encoder = model.encoder
             asked = read_parameters(request.parameters, dim=encoder.dim)
-            wanted = read_outputs(request, asked, self._regions)
-            inputs = read_inputs(request, self._regions, max_images=self._max_images)
+            wanted = read_outputs(request, asked, own)
+            inputs = read_inputs(
+                request, own, max_images=self._max_images, max_bytes=self._max_message_bytes
+            )
             call.images = inputs.count
             check_room(wanted, images=inputs.count, dims=asked.dims or encoder.dim)
             deadline_s = min(deadline_s, call.arrived_s + asked.timeout_s)
@@ -245,7 +265,11 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
 
         async def work() -> Message:
             response = kserve.SystemSharedMemoryStatusResponse()
-            for region in self._regions.status(request.name):
+            if self._is_local(context):
+                regions = self._regions.status(self._owner(context), request.name)
+            else:
+                regions = []
+            for region in regions:
                 entry = response.regions[region.name]
                 entry.name, entry.key = region.name, region.key
                 entry.offset, entry.byte_size = region.offset, region.byte_size
@@ -257,15 +281,18 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
         """Register a region, for a caller on this machine."""
 
         async def work() -> Message:
-            self._check_shared_memory(context)
-            self._regions.register(request.name, request.key, request.offset, request.byte_size)
+            owner = self._owner(context)
+            self._regions.register(
+                owner, request.name, request.key, request.offset, request.byte_size
+            )
             return kserve.SystemSharedMemoryRegisterResponse()
 
         return await self._answer("SystemSharedMemoryRegister", work(), context)
 
     async def SystemSharedMemoryUnregister(self, request: Message, context: Context) -> Message:
-        """Forget one region, or all."""
-        self._regions.unregister(request.name)
+        """Forget one of the caller's regions, or all; who may have none has none to forget."""
+        if self._is_local(context):
+            self._regions.unregister(self._owner(context), request.name)
         return kserve.SystemSharedMemoryUnregisterResponse()
 
     async def CudaSharedMemoryStatus(self, request: Message, context: Context) -> Message:
@@ -325,21 +352,30 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
         names = [self._catalog.model(name).name] if name else list(self._catalog.versions)
         return [model for name in names for model in self._catalog.versions[name].values()]
 
-    def _check_shared_memory(self, context: Context) -> None:
-        """Refuse shared memory where the options do, and to callers elsewhere.
+    def _is_local(self, context: Context) -> bool:
+        """Whether a caller may use shared memory."""
+        return self._options.shared_memory != "off" and host_of(context.peer()) in self._local
+
+    def _owner(self, context: Context) -> str:
+        """Name whose regions a caller's are.
 
         Raises:
-            PreconditionError: it is refused.
+            PreconditionError: shared memory is off, or the caller is elsewhere.
         """
-        host = host_of(context.peer())
-        if self._options.shared_memory == "off" or host not in LOCAL:
+        if not self._is_local(context):
             off = "a server that has it switched off"
             raise PreconditionError(
                 "shared memory",
                 expected="a caller on the server's machine",
-                found=off if host in LOCAL else "one elsewhere",
+                found=off if self._options.shared_memory == "off" else "one elsewhere",
                 mend="send tensors in the request",
             )
+        client = caller_of(context).client
+        return "" if client in LOCAL else client
+
+    def _own_regions(self, context: Context) -> OwnRegions:
+        """Give the regions that the requests of a caller may name."""
+        return OwnRegions(self._regions, partial(self._owner, context))
 
 
 async def _compute(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import queue
 import uuid
 from functools import partial
@@ -288,6 +289,10 @@ class Elsewhere:
         """It is not encrypted."""
         return {}
 
+    def time_remaining(self):
+        """It has all the time."""
+        return None
+
     async def abort(self, code, message, metadata=()):
         """End the call."""
         raise ConnectionAbortedError(f"{code.name}: {message}")
@@ -310,6 +315,97 @@ def test_shared_memory_is_for_this_machine(serving, fake, memory, peer):
         assert await client.get_system_shared_memory_status(as_json=True) == {}
 
     ask(serving, fake, work)
+
+
+@pytest.mark.parametrize("frontend", ["native"])  # it has no part in this
+def test_a_caller_elsewhere_reaches_no_region(serving, fake, memory):
+    """Not to read it, nor to write it, nor to list or forget it, once another has made it."""
+    (key, _), away = memory(1000), Elsewhere("ipv4:10.1.2.3:50000")
+    own = Elsewhere("ipv4:127.0.0.1:50000")
+
+    def request(*, given: bool):
+        message = service_pb2.ModelInferRequest(model_name="fake")
+        tensor = message.inputs.add(name="images", datatype="UINT8", shape=[1, 8, 8, 1])
+        place = tensor if given else message.outputs.add(name="embeddings")
+        place.parameters["shared_memory_region"].string_param = "r"
+        place.parameters["shared_memory_byte_size"].int64_param = 64
+        if not given:
+            message.raw_input_contents.append(bytes(64))
+        return message
+
+    async def work(client, server):
+        kserve = server.kserve
+        await client.register_system_shared_memory("r", key, 1000)
+        for given in (True, False):
+            with pytest.raises(ConnectionAbortedError, match="FAILED_PRECONDITION: shared memory"):
+                await kserve.ModelInfer(request(given=given), away)
+        status = service_pb2.SystemSharedMemoryStatusRequest()
+        assert not (await kserve.SystemSharedMemoryStatus(status, away)).regions
+        everything = service_pb2.SystemSharedMemoryUnregisterRequest()
+        await kserve.SystemSharedMemoryUnregister(everything, away)
+        assert set((await kserve.SystemSharedMemoryStatus(status, own)).regions) == {"r"}
+        assert fake.computed == []
+        await kserve.ModelInfer(request(given=True), own)
+
+    ask(serving, fake, work)
+
+
+def test_regions_are_their_callers_own(serving, fake, memory, tmp_path):
+    """Another key on this machine may use the same name for its own memory, and sees no other."""
+    (one_key, _), (two_key, _) = memory(1000), memory(1000)
+    tokens = {name: new_token() for name in ("one", "two")}
+    file = tmp_path / "keys"
+    file.write_text("".join(write_line(name, token) + "\n" for name, token in tokens.items()))
+    one, two = ({"authorization": f"Bearer {token}"} for token in tokens.values())
+
+    async def work(client, server):
+        await client.register_system_shared_memory("r", one_key, 1000, headers=one)
+        tensor = InferInput("images", [1, 8, 8, 1], "UINT8")
+        tensor.set_shared_memory("r", 64)
+        with pytest.raises(InferenceServerException, match="expected one that is registered"):
+            await client.infer("fake", [tensor], headers=two)
+        with pytest.raises(InferenceServerException, match="expected one that is registered"):
+            await client.get_system_shared_memory_status("r", headers=two)
+        await client.register_system_shared_memory("r", two_key, 500, headers=two)
+        await client.unregister_system_shared_memory(headers=two)
+        status = await client.get_system_shared_memory_status(headers=one, as_json=True)
+        assert status["regions"]["r"]["key"] == one_key
+        assert len((await client.infer("fake", [tensor], headers=one)).as_numpy("embeddings")) == 1
+
+    ask(serving, fake, work, keys=KeyOptions(file=str(file)))
+
+
+def test_shared_memory_is_read_once_there_is_room_and_never_too_much(
+    serving, fake, memory, eventually
+):
+    """A part above a message's bound is not read; nor is one for which the queue has no room."""
+    key, _ = memory(2 << 20)
+
+    def encoded(byte_size: int) -> InferInput:
+        tensor = InferInput("images", [1], "BYTES")
+        tensor.set_shared_memory("r", byte_size)
+        return tensor
+
+    async def work(client, server):
+        await client.register_system_shared_memory("r", key, 2 << 20)
+        os.truncate(f"/dev/shm/{key}", 0)  # whoever reads it finds fewer bytes
+        with pytest.raises(InferenceServerException) as refused:
+            await client.infer("fake", [encoded(2 << 20)])
+        assert refused.value.message() == (
+            "images in shared memory: expected at most 1048576 bytes, found 2097152; "
+            "split the request"
+        )
+        fake.gate.clear()
+        held = asyncio.ensure_future(client.infer("fake", [pixels(1)]))
+        await eventually(fake.entered.is_set)
+        with pytest.raises(InferenceServerException, match="1 of 1 images"):
+            await client.infer("fake", [encoded(100)])
+        fake.gate.set()
+        await held
+        with pytest.raises(InferenceServerException, match="as it was registered, found fewer"):
+            await client.infer("fake", [encoded(100)])
+
+    ask(serving, fake, work, max_message_mib=1, max_queue_images=1)
 
 
 def test_statistics_count_what_was_done(serving, fake):

@@ -38,8 +38,8 @@ def make(shm: Path, key: str, size: int) -> Path:
 def test_a_part_is_read_and_written_where_it_says(regions, shm):
     """Offsets of the region and of the part add up, and nothing beside them changes."""
     file = make(shm, "mine", 100)
-    regions.register("images", "/mine", 10, 50)
-    part = regions.find("images").slice(5, 4)
+    regions.register("", "images", "/mine", 10, 50)
+    part = regions.find("", "images").slice(5, 4)
     assert part.read() == bytes([15, 16, 17, 18])
     part.write(b"abc")
     assert file.read_bytes()[14:20] == bytes([14]) + b"abc" + bytes([18, 19])
@@ -53,7 +53,7 @@ def test_a_key_that_leads_elsewhere_is_refused(regions, shm, key):
     """It is a name, and never a path."""
     make(shm.parent, "x", 10)
     with pytest.raises(RequestError, match="expected a name, such as '/images'") as error:
-        regions.register("r", key, 0, 1)
+        regions.register("", "r", key, 0, 1)
     assert str(shm) not in str(error.value)
 
 
@@ -61,7 +61,7 @@ def test_a_link_is_not_followed(regions, shm):
     """Wherever it leads."""
     (shm / "link").symlink_to(make(shm.parent, "secret", 10))
     with pytest.raises(RequestError, match="expected shared memory that this server may") as error:
-        regions.register("r", "/link", 0, 1)
+        regions.register("", "r", "/link", 0, 1)
     assert str(shm) not in str(error.value)
 
 
@@ -71,8 +71,8 @@ def test_what_is_no_memory_is_refused(regions, shm):
     os.mkfifo(shm / "pipe")
     for key in ("directory", "pipe", "none"):
         with pytest.raises(RequestError, match="shared memory"):
-            regions.register("r", key, 0, 1)
-    assert regions.status("") == []
+            regions.register("", "r", key, 0, 1)
+    assert regions.status("", "") == []
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_a_region_is_within_its_file(regions, shm, offset, size):
     """Or it is refused."""
     make(shm, "mine", 100)
     with pytest.raises(RequestError, match="expected a part of what its key names"):
-        regions.register("r", "mine", offset, size)
+        regions.register("", "r", "mine", offset, size)
 
 
 @pytest.mark.parametrize(
@@ -91,16 +91,16 @@ def test_a_region_is_within_its_file(regions, shm, offset, size):
 def test_a_part_is_within_its_region(regions, shm, offset, size):
     """Also where the file goes on."""
     make(shm, "mine", 100)
-    regions.register("r", "mine", 10, 50)
+    regions.register("", "r", "mine", 10, 50)
     with pytest.raises(RequestError, match="region 'r': expected a part within its 50 bytes"):
-        regions.find("r").slice(offset, size)
+        regions.find("", "r").slice(offset, size)
 
 
 def test_a_region_that_is_cut_off_is_an_error_and_no_signal(regions, shm):
     """Its owner may make it smaller at any time."""
     file = make(shm, "mine", 100)
-    regions.register("r", "mine", 0, 100)
-    part = regions.find("r").slice(50, 50)
+    regions.register("", "r", "mine", 0, 100)
+    part = regions.find("", "r").slice(50, 50)
     os.truncate(file, 60)
     with pytest.raises(RequestError, match="expected 100 bytes, as it was registered, found few"):
         part.read()
@@ -113,9 +113,9 @@ def test_what_does_not_fit_is_not_written(regions, shm):
     """Not even its beginning."""
     file = make(shm, "mine", 100)
     before = file.read_bytes()
-    regions.register("r", "mine", 0, 100)
+    regions.register("", "r", "mine", 0, 100)
     with pytest.raises(RequestError, match="region 'r': expected room for 11 bytes, found 10"):
-        regions.find("r").slice(0, 10).write(bytes(11))
+        regions.find("", "r").slice(0, 10).write(bytes(11))
     assert file.read_bytes() == before
 
 
@@ -123,21 +123,21 @@ def test_names_are_unique_and_few(regions, shm):
     """Each is an open file."""
     make(shm, "mine", 10)
     for name in "abc":
-        regions.register(name, "mine", 0, 10)
+        regions.register("", name, "mine", 0, 10)
     with pytest.raises(RequestError, match="expected a name of its own, found one that is reg"):
-        regions.register("a", "mine", 0, 10)
+        regions.register("", "a", "mine", 0, 10)
     with pytest.raises(QueueFullError, match="expected at most 3, found as many registered"):
-        regions.register("d", "mine", 0, 10)
+        regions.register("", "d", "mine", 0, 10)
     for name in ("", "x" * 257):
         with pytest.raises(RequestError, match="expected 1 to 256 characters"):
-            regions.register(name, "mine", 0, 10)
-    regions.unregister("b")
-    regions.unregister("never registered")
-    assert [region.name for region in regions.status("")] == ["a", "c"]
+            regions.register("", name, "mine", 0, 10)
+    regions.unregister("", "b")
+    regions.unregister("", "never registered")
+    assert [region.name for region in regions.status("", "")] == ["a", "c"]
     with pytest.raises(UnknownNameError, match="expected one that is registered, found 'b'"):
-        regions.status("b")
-    regions.unregister("")
-    assert regions.status("") == []
+        regions.status("", "b")
+    regions.unregister("", "")
+    assert regions.status("", "") == []
 
 
 @pytest.fixture
@@ -153,15 +153,15 @@ def test_a_region_stays_open_while_it_is_used_and_no_longer(regions, shm):
     """A request that has begun ends as it began, also where the name is taken anew."""
     make(shm, "mine", 10)
     make(shm, "other", 10).write_bytes(bytes(10))
-    regions.register("r", "mine", 0, 10)
-    part = regions.find("r").slice(1, 2)
-    regions.unregister("r")
-    regions.register("r", "other", 0, 10)
+    regions.register("", "r", "mine", 0, 10)
+    part = regions.find("", "r").slice(1, 2)
+    regions.unregister("", "r")
+    regions.register("", "r", "other", 0, 10)
     assert part.read() == bytes([1, 2])
     del part
-    regions.unregister("")
+    regions.unregister("", "")
     with pytest.raises(HoraceError):
-        regions.register("r", "mine", 0, 11)
+        regions.register("", "r", "mine", 0, 11)
 
 
 def test_the_system_s_own_directory(tmp_path):
@@ -171,7 +171,7 @@ def test_the_system_s_own_directory(tmp_path):
     file.write_bytes(b"abc")
     try:
         regions = Regions(max_regions=1)
-        regions.register("r", f"/{key}", 0, 3)
-        assert regions.find("r").slice(0, 3).read() == b"abc"
+        regions.register("", "r", f"/{key}", 0, 3)
+        assert regions.find("", "r").slice(0, 3).read() == b"abc"
     finally:
         file.unlink()
