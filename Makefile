@@ -69,6 +69,8 @@ bench: $(VENV)/.installed data ## Run the benchmarks: hours, on a quiet machine 
 	$(BIN)/python -m benchmarks.observers --out $(RESULTS)/observers.json
 	$(BIN)/python -m benchmarks.perf_analyzer --out $(RESULTS)/perf_analyzer.json
 	$(BIN)/python -m benchmarks.serve_peers --out $(RESULTS)/serve_peers.json
+	$(BIN)/python -m benchmarks.serve_overload --out $(RESULTS)/serve_overload.json
+	$(BIN)/python -m benchmarks.serve_changes --out $(RESULTS)/serve_changes.json
 	$(BIN)/python -m benchmarks.serve_hostile --frontend native --out $(RESULTS)/serve_hostile_native.json
 	$(BIN)/python -m benchmarks.serve_hostile --frontend grpcio --out $(RESULTS)/serve_hostile_grpcio.json
 	$(BIN)/python -m benchmarks.serve_soak --frontend native --out $(RESULTS)/serve_soak_native.json
