@@ -148,8 +148,8 @@ def call_with_wrk(target: Target, load: Load) -> Timed:
     return Timed(
         requests=int(_find(r"(\d+) requests in", text)),
         rate=float(_find(r"Requests/sec:\s+([\d.]+)", text)),
-        p50_ms=_milliseconds(_find(r"50%\s+(\S+)", text)),
-        p99_ms=_milliseconds(_find(r"99%\s+(\S+)", text)),
+        p50_ms=_milliseconds(_find(r"(?m)^ +50% +(\S+)", text)),
+        p99_ms=_milliseconds(_find(r"(?m)^ +99% +(\S+)", text)),
     )
 
 
