@@ -136,17 +136,25 @@ def to_status(error: BaseException) -> tuple[grpc.StatusCode, str]:
 def without_paths(text: str) -> str:
     """Leave of every path in a text its last part: where things lie is nobody's business.
 
-    Errors that are written for callers name no paths; this is for those that come to them
-    from further down, such as why a bundle could not be loaded.
+    Errors that are written for callers name no paths, and why something could not be loaded
+    is told to none of them; this is for what comes to one by an oversight. Where a path ends
+    cannot always be told: of one with spaces a word may be left.
     """
     if "/" not in text:  # a refusal under load is not to cost a search
         return text
-    return _PATH.sub(lambda match: "..." + match[0][match[0].rindex("/") :], text)
+    return _PATH.sub(_leave_last, text)
+
+
+def _leave_last(path: re.Match[str]) -> str:
+    """Give the last part of a path."""
+    return ".../" + path[0].rstrip("/").rpartition("/")[2]
 
 
 _PATH = re.compile(
     r"""(?<![\w./:~-])
-    (?: ~? (?:/[\w.@+~=-]+){2,}           # from the root, or from a home
+    (?: (?:file:/{0,2})? ~? (?:/[\w.@+~=-]+){2,} /?  # from the root, or from a home
+      | (?<!['"]) ~? /[\w.@+~=-]+ /?                  # just below it
+      | [\w.@+~=-]+ (?:/[\w.@+~=-]+){2,} /?           # through a directory to another
       | [\w.@+~=-]+ (?:/[\w.@+~=-]+)* /[\w@+~=-]*\.[A-Za-z]\w{0,7}  # to a file with a suffix
     )(?![\w/])""",
     re.VERBOSE,

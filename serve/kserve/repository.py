@@ -1,7 +1,10 @@
 """Loading and unloading of models by KServe's RPCs: the messages; `serve.lifecycle` does it.
 
-A model is loaded from where the server was told that it is: a caller brings no files and no
-configuration.
+Rules:
+    A model is loaded from where the server was told that it is: a caller brings no files and
+    no configuration.
+    Why a model could not be loaded is for the operator, since it says where things lie: it is
+    in the log. A caller hears that it could not.
 """
 
 from __future__ import annotations
@@ -11,10 +14,17 @@ from typing import Any, Protocol
 
 from tritonclient.grpc import service_pb2 as kserve
 
-from serve.errors import RequestError, without_paths
+from models.errors import HoraceError
+from serve.errors import PreconditionError, RequestError, UnknownNameError
 from serve.lifecycle.sources import ModelStatus
 
 READY = "ready"
+
+UNLOADED = "unloaded"
+"""The one reason that says nothing of the server."""
+
+LOOK = "the server's log says why"
+REFUSED = f"the last load was refused; {LOOK}"
 
 
 class ModelControl(Protocol):
@@ -50,9 +60,26 @@ def repository_index(models: Iterable[ModelStatus], *, ready_only: bool) -> Any:
                 name=model.name,
                 version=model.version,
                 state=model.state.upper(),
-                reason=without_paths(model.reason),
+                reason=model.reason if model.reason in ("", UNLOADED) else REFUSED,
             )
     return index
+
+
+async def load(control: ModelControl, name: str) -> None:
+    """Load a model for a caller; the log has what `control` found wrong.
+
+    Raises:
+        PreconditionError: callers may not, or it cannot be loaded.
+        UnknownNameError: the server knows no such model.
+    """
+    try:
+        await control.load(name)
+    except (PreconditionError, UnknownNameError):
+        raise
+    except HoraceError as error:
+        raise PreconditionError(
+            f"model {name!r:.80}", expected="one that can be loaded", found="another", mend=LOOK
+        ) from error
 
 
 def check_change(repository: str, parameters: Mapping[str, Any]) -> None:

@@ -37,7 +37,7 @@ from serve.kserve.options import KserveOptions
 from serve.kserve.outputs import Head, check_room, read_outputs, write_response
 from serve.kserve.parameters import Asked, read_parameters
 from serve.kserve.regions import OwnRegions, Regions
-from serve.kserve.repository import ModelControl, check_change, repository_index
+from serve.kserve.repository import ModelControl, check_change, load, repository_index
 from serve.kserve.settings import log_settings, refuse_changes, trace_settings
 from serve.kserve.statistics import Statistics
 from serve.operation.observer import Call
@@ -243,7 +243,7 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
 
         async def work() -> Message:
             check_change(request.repository_name, request.parameters)
-            await self._control.load(request.model_name)
+            await load(self._control, request.model_name)
             return kserve.RepositoryModelLoadResponse()
 
         return await self._answer("RepositoryModelLoad", work(), context)

@@ -462,6 +462,33 @@ def test_models_are_loaded_and_unloaded_where_that_is_allowed(serving, make_bund
     asyncio.run(scenario())
 
 
+def test_why_a_model_cannot_be_loaded_is_for_the_log(serving, make_bundle, caplog):
+    """It says where things lie; callers hear that it cannot, in a reply and in the index."""
+    bundle = make_bundle("cats", dim=16)
+
+    async def scenario():
+        async with (
+            serving(bundle=(str(bundle.path),), model_control=True) as server,
+            tritonclient.grpc.aio.InferenceServerClient(server.address) as client,
+        ):
+            (bundle.path / "bundle.json").write_text("{}")
+            with pytest.raises(InferenceServerException) as error:
+                await client.load_model("cats")
+            assert error.value.status() == "StatusCode.FAILED_PRECONDITION"
+            assert error.value.message() == (
+                "model 'cats': expected one that can be loaded, found another; "
+                "the server's log says why"
+            )
+            (listed,) = (await client.get_model_repository_index()).models
+            assert (listed.state, listed.reason) == (
+                "READY",
+                "the last load was refused; the server's log says why",
+            )
+            assert str(bundle.path) in caplog.text
+
+    asyncio.run(scenario())
+
+
 def test_models_are_left_alone_where_it_is_not(serving, fake):
     """As in Triton, an operator has to allow it."""
 
