@@ -11,7 +11,7 @@ Rules:
     Stopping answers what it took: new calls are refused, those under way get their grace,
     and the port closes last.
 
-It has no TLS, and it reads a message of any size before anything can refuse it: see
+It has no TLS, and it reads and inflates a message of any size before anything can refuse it: see
 docs/decisions/0012-front-ends.md for where that makes `auto` choose grpcio.
 
 Source: https://github.com/pygrpc/pygrpc-native, its low-level API, which is promised to stay.
