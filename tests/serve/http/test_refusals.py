@@ -19,7 +19,7 @@ def files(*images):
 
 def test_numbers_of_a_body_are_bounded_too():
     """Each takes its place in memory; a search by a thousand vectors has fewer."""
-    with pytest.raises(RequestError, match=r"body: expected at most 1048576 commas, found 1048577"):
+    with pytest.raises(RequestError, match=r"body: expected at most 1048576 commas, found more"):
         _read_json(b"[" + b"," * 1_048_577, 8)
 
 
@@ -119,12 +119,12 @@ def a_form(*images, headers=None, **fields):
         (
             a_body(b'{"ids":[' + b"{}," * 5000 + b"0]}", "application/json"),
             400,
-            "body: expected at most 4160 lists and objects, found 5002; split the request",
+            "body: expected at most 4160 lists and objects, found more; split the request",
         ),
         (
             a_body(b"[" + b'"",' * 5000 + b"0]", "application/json"),
             400,
-            "body: expected at most 4224 quotation marks, found 10000; split the request",
+            "body: expected at most 4224 quotation marks, found more; split the request",
         ),
         (a_body(b"x"), 415, "expected application/json or multipart/form-data, not compressed"),
         (a_body(b"x", "text/plain"), 415, "found content-type 'text/plain'"),
