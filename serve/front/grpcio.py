@@ -37,9 +37,9 @@ class GrpcioFront:
         """Make the server; see `make_front`."""
         self._reuse_port = reuse_port
         pending = max(2 * LEAST_PENDING, max_calls // 2)
-        limit = CallLimit(max_calls=max_calls, on_turned_away=on_turned_away)
+        self.limit = CallLimit(max_calls=max_calls, on_turned_away=on_turned_away)
         self._server = grpc.aio.server(
-            interceptors=(limit, *interceptors),
+            interceptors=(self.limit, *interceptors),
             maximum_concurrent_rpcs=max_calls + 2 * PROBES,  # and those that are being refused
             options=[
                 *server_options(

@@ -4,7 +4,8 @@ Rules:
     A call above the limit is refused unread, in grpcio's own words, with the time after which
     to try again, and is counted.
     Probes (`grpc.health.v1`) take no place of a call, and find one when all calls are taken.
-    They need no key, so their places are bounded, too.
+    They need no key, so their places are bounded, too; and where all are taken, a probe that
+    has not sent its message gives way to one that comes, the oldest first.
 
 Belongs to one event loop.
 """
@@ -12,7 +13,9 @@ Belongs to one event loop.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any, NoReturn, TypeAlias
 
 import grpc
@@ -54,10 +57,16 @@ class CallLimit(grpc.aio.ServerInterceptor):
             on_turned_away: hears of every call that is refused.
         """
         self._places = {False: max_calls, True: PROBES}
+        self._silent: dict[asyncio.Task[Any], None] = {}
         self._on_turned_away = on_turned_away
 
     def __repr__(self) -> str:
         return f"<CallLimit room for {self._places[False]} calls, {self._places[True]} probes>"
+
+    @property
+    def probes_left(self) -> int:
+        """How many probes may still come."""
+        return self._places[True]
 
     async def intercept_service(
         self,
@@ -66,21 +75,59 @@ class CallLimit(grpc.aio.ServerInterceptor):
     ) -> Handler | None:
         """Let a call pass while there is a place for it; the task that answers it holds it."""
         is_probe = handler_call_details.method.startswith(HEALTH)
-        if self._places[is_probe] <= 0:
+        if self._places[is_probe] <= 0 and not (is_probe and self._end_silent_probe()):
             # As a stream, of which grpcio reads no message that it is not asked for.
             return grpc.stream_stream_rpc_method_handler(self._refuse, None, None)
         task = asyncio.current_task()
         assert task is not None, "grpc.aio answers every call in a task"
         self._places[is_probe] -= 1
-        task.add_done_callback(self._leave_probe if is_probe else self._leave_call)
-        return await continuation(handler_call_details)
+        if not is_probe:
+            task.add_done_callback(self._leave_call)
+            return await continuation(handler_call_details)
+        self._silent[task] = None
+        task.add_done_callback(self._leave_probe)
+        return self._listen_to(await continuation(handler_call_details), task)
+
+    def _end_silent_probe(self) -> bool:
+        """End the oldest probe whose message has not come; whether there was one."""
+        for task in self._silent:
+            del self._silent[task]
+            return task.cancel()
+        return False
+
+    def _listen_to(self, handler: Handler | None, task: asyncio.Task[Any]) -> Handler | None:
+        """Note when the message of a probe has come; that of a refused one is not waited for."""
+        if handler is None or handler.request_streaming:
+            return handler
+        name = "unary_stream" if handler.response_streaming else "unary_unary"
+        behaviour: Callable[..., Any] = getattr(handler, name)
+
+        async def answer(request: Any, context: Any) -> Any:
+            self._silent.pop(task, None)
+            return await behaviour(request, context)
+
+        async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
+            self._silent.pop(task, None)
+            async with aclosing(behaviour(request, context)) as replies:
+                async for reply in replies:
+                    yield reply
+
+        is_generator = inspect.isasyncgenfunction(behaviour)  # as grpc.aio tells them apart
+        make = getattr(grpc, f"{name}_rpc_method_handler")
+        listening: Handler = make(
+            stream if is_generator else answer,
+            handler.request_deserializer,
+            handler.response_serializer,
+        )
+        return listening
 
     def _leave_call(self, _: object) -> None:
         """Give a place back."""
         self._places[False] += 1
 
-    def _leave_probe(self, _: object) -> None:
+    def _leave_probe(self, task: asyncio.Task[Any]) -> None:
         """Give a place back."""
+        self._silent.pop(task, None)
         self._places[True] += 1
 
     async def _refuse(self, _: object, context: grpc.aio.ServicerContext[Any, Any]) -> NoReturn:

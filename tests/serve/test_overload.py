@@ -14,13 +14,14 @@ from models.wire import image_to_wire
 from protos import horace_pb2 as pb
 from protos import horace_pb2_grpc as pb_grpc
 from serve.errors import QueueFullError
-from serve.front.limit import TOO_MANY
+from serve.front.limit import PROBES, TOO_MANY
 from serve.health import MAX_WATCHES, MAX_WATCHES_A_HOST
 from serve.in_flight import InFlight
 from serve.latency import MIN_BATCHES
 from serve.operation.options import MetricsOptions
 from serve.valve import EVERY_S, LoopLag, Valve
 
+OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
 METRICS = MetricsOptions(port=0)
 FRONTENDS = pytest.mark.parametrize("frontend", ["grpcio", "native"])
 
@@ -312,5 +313,34 @@ def test_probes_pass_where_all_calls_are_taken(serving, fake, image, eventually,
                 assert reply.status == health_pb2.HealthCheckResponse.SERVING
             fake.gate.set()
             await asyncio.gather(*held)
+
+    asyncio.run(main())
+
+
+@FRONTENDS
+def test_probes_that_never_ask_keep_no_place_from_those_that_do(
+    serving, fake, eventually, frontend
+):
+    """Without a key, and without a message, however many: the oldest of them give way."""
+
+    async def main():
+        async with (
+            serving(fake, frontend=frontend) as server,
+            grpc.aio.insecure_channel(server.address) as silence,
+            grpc.aio.insecure_channel(server.address, options=OWN_CONNECTION) as channel,
+        ):
+            method = "/grpc.health.v1.Health/"
+            silent = [silence.stream_stream(method + "Check")() for _ in range(PROBES)]
+            silent += [silence.stream_stream(method + "Watch")() for _ in range(PROBES)]
+            front = server._front
+            limit = (front._behind if frontend == "native" else front).limit
+            await eventually(lambda: limit.probes_left <= 0)
+            health = health_pb2_grpc.HealthStub(channel)
+            for _ in range(3):
+                reply = await health.Check(health_pb2.HealthCheckRequest(), timeout=20)
+                assert reply.status == health_pb2.HealthCheckResponse.SERVING
+            assert (await health.Watch(health_pb2.HealthCheckRequest()).read()).status
+            for call in silent:
+                call.cancel()
 
     asyncio.run(main())
