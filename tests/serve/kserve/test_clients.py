@@ -350,6 +350,29 @@ def test_a_caller_elsewhere_reaches_no_region(serving, fake, memory):
     ask(serving, fake, work)
 
 
+@pytest.mark.parametrize("frontend", ["native"])  # which hands streams on over such a socket
+@pytest.mark.parametrize(("host", "is_refused"), [("127.0.0.1", False), ("0.0.0.0", True)])
+def test_a_socket_of_this_machine_proves_nothing_where_others_may_call(
+    serving, fake, memory, host, is_refused
+):
+    """Whose stream it is that comes over it, cannot be told."""
+    key, _ = memory(1000)
+    request = service_pb2.ModelInferRequest(model_name="fake")
+    tensor = request.inputs.add(name="images", datatype="UINT8", shape=[1, 8, 8, 1])
+    tensor.parameters["shared_memory_region"].string_param = "r"
+    tensor.parameters["shared_memory_byte_size"].int64_param = 64
+
+    async def work(client, server):
+        await client.register_system_shared_memory("r", key, 1000)
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            (reply,) = [reply async for reply in stub.ModelStreamInfer(iter([request]))]
+        assert reply.error_message.startswith("shared memory: expected a caller") is is_refused
+        assert bool(fake.computed) is not is_refused
+
+    ask(serving, fake, work, host=host)
+
+
 def test_regions_are_their_callers_own(serving, fake, memory, tmp_path):
     """Another key on this machine may use the same name for its own memory, and sees no other."""
     (one_key, _), (two_key, _) = memory(1000), memory(1000)
