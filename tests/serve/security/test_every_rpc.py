@@ -23,6 +23,10 @@ HEALTH = "grpc.health.v1.Health"
 REFLECTION = "grpc.reflection.v1alpha.ServerReflection"
 
 
+CLIENTS_OWN = "Internal error from Core"
+"""What grpc.aio's client says now and then of a stream that was refused while it still wrote."""
+
+
 @dataclass(frozen=True)
 class Rpc:
     """One method, found in a descriptor."""
@@ -53,6 +57,8 @@ class Rpc:
             await call
         except grpc.aio.AioRpcError:
             pass
+        if await call.details() == CLIENTS_OWN:
+            return await self.call(channel, metadata, raw)
         return await call.code(), await call.details()
 
 
