@@ -57,6 +57,11 @@ class ThreadPool:
         return self._crew.size
 
     @property
+    def alive(self) -> bool:
+        """Whether it has a thread that does not hang, or may have one in a moment."""
+        return self._crew.present > 0
+
+    @property
     def wait_s(self) -> float | None:
         """How long a task given now would wait, going by those of late; None without any."""
         return self.waiting * self._task_s / self.size or None

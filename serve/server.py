@@ -117,6 +117,8 @@ class Server:
         self._watchdog.watch(self._search_pool)
         self._opening_pool = self._make_pool("open", threads=1)
         self._disposal_pool = self._make_pool("dispose", threads=1)
+        for pool in (self._opening_pool, self._disposal_pool):
+            self._watchdog.watch(pool, limit_s=options.watchdog.opening_s)
         self.catalog = Catalog(dispose=self._disposal_pool.submit)
         self._closing.callback(self.catalog.close)
         self.lifecycle = self._make_lifecycle(open_model)
@@ -136,12 +138,14 @@ class Server:
                 loads=self.lifecycle.statistics,
                 reloads=self.reloads.statistics,
                 in_flight=self.security.interceptor.in_flight,
+                lives=self._lives,
             ),
             place=place,
             also=(statistics,),
             keyed=options.keys.file is not None,
         )
         self._closing.callback(self.operation.close)
+        self._watchdog.watch(self.operation)
         answering = Answering(calls=self.calls, observer=self.operation.observer)
         self.services = HoraceServicer(
             self.catalog,
@@ -298,6 +302,11 @@ class Server:
         """Say whether every model can serve."""
         well = self.catalog.alive and not self.recovery.in_trouble
         self.health.set_serving(self._ready and well)
+
+    def _lives(self) -> bool:
+        """Say, on any thread, whether every thread is there that nothing else replaces."""
+        pools = (self._decode_pool, self._search_pool, self._opening_pool, self._disposal_pool)
+        return self._front.alive and all(pool.alive for pool in pools)
 
     def _on_trouble(self) -> None:
         """Hear, on any thread, that one has died or hangs."""

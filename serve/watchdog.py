@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 from models.errors import UsageError
 
@@ -34,6 +34,10 @@ class WatchdogOptions:
     """How long a batch, a few images to decode, or a search may take before its thread is
     replaced and its callers are told; 0: as long as they like."""
 
+    opening_s: float = 900.0
+    """How long opening or closing one model or collection may take before its thread is replaced,
+    so that the next can be opened; engines for GPUs are built for minutes."""
+
     every_s: float = 1.0
     """How often the threads are looked at."""
 
@@ -43,7 +47,11 @@ class WatchdogOptions:
         Raises:
             UsageError: one makes no sense.
         """
-        for name, least, most in (("stuck_s", 0, 86400), ("every_s", 0.01, 60)):
+        for name, least, most in (
+            ("stuck_s", 0, 86400),
+            ("opening_s", 0.01, 86400),
+            ("every_s", 0.01, 60),
+        ):
             value = getattr(self, name)
             if not least <= value <= most:
                 option = "--watchdog." + name.replace("_", "-")
@@ -102,7 +110,7 @@ class Watchdog:
         """Watch nothing yet; `start` it."""
         self._options = options
         self._clock = clock
-        self._watched: WeakSet[Watched] = WeakSet()
+        self._watched: WeakKeyDictionary[Watched, float] = WeakKeyDictionary()
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._last_s = clock()
@@ -112,10 +120,15 @@ class Watchdog:
         state = "running" if self._thread.is_alive() else "not running"
         return f"<Watchdog {state}, {len(self._watched)} watched>"
 
-    def watch(self, watched: Watched) -> None:
-        """Look after this, too, as long as anybody else refers to it."""
+    def watch(self, watched: Watched, *, limit_s: float | None = None) -> None:
+        """Look after this, too, as long as anybody else refers to it.
+
+        Args:
+            watched: what has threads.
+            limit_s: how long one piece of its work may take; as the options say where None.
+        """
         with self._lock:
-            self._watched.add(watched)
+            self._watched[watched] = self._options.stuck_s if limit_s is None else limit_s
 
     def start(self) -> None:
         """Begin to look."""
@@ -134,10 +147,10 @@ class Watchdog:
         elapsed_s = min(now_s - self._last_s, 2 * self._options.every_s)
         self._last_s = now_s
         with self._lock:
-            watched = list(self._watched)
-        for one in watched:
+            watched = list(self._watched.items())
+        for one, limit_s in watched:
             try:
-                one.look(elapsed_s=elapsed_s, limit_s=self._options.stuck_s)
+                one.look(elapsed_s=elapsed_s, limit_s=limit_s)
             except Exception:
                 log.exception("looking after %r failed", one)
 

@@ -20,6 +20,10 @@ class Front(Protocol):
     def server(self) -> grpc.aio.Server:
         """What `add_XServicer_to_server` and reflection take; before `start`."""
 
+    @property
+    def alive(self) -> bool:
+        """Whether calls are read, or can be once it starts; also while it stops."""
+
     def listen(
         self, host: str, port: int, credentials: grpc.ServerCredentials | None = None
     ) -> int:

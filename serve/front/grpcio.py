@@ -60,6 +60,11 @@ class GrpcioFront:
         """What `add_XServicer_to_server` and reflection take."""
         return self._server
 
+    @property
+    def alive(self) -> bool:
+        """Whether calls are read, as far as can be told: gRPC's own threads read them."""
+        return True
+
     def listen(
         self, host: str, port: int, credentials: grpc.ServerCredentials | None = None
     ) -> int:

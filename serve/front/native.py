@@ -105,6 +105,7 @@ class NativeFront:
         self._folder: Path | None = None
         self._calls: dict[int, NativeCall] = {}
         self._stopping = False
+        self._receiver: threading.Thread | None = None
 
     def __repr__(self) -> str:
         state = "stopping" if self._stopping else "open"
@@ -114,6 +115,11 @@ class NativeFront:
     def server(self) -> grpc.aio.Server:
         """What `add_XServicer_to_server` and reflection take."""
         return self._registry
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread that reads calls lives, or is not needed."""
+        return self._stopping or self._receiver is None or self._receiver.is_alive()
 
     def listen(
         self, host: str, port: int, credentials: grpc.ServerCredentials | None = None
@@ -149,12 +155,13 @@ class NativeFront:
         self._methods = list(self._registry.unary.items())
         self._native.add_methods([(path, False) for path, _ in self._methods])
         self._native.start()
-        threading.Thread(
+        self._receiver = threading.Thread(
             target=self._receive,
             args=(self._native, asyncio.get_running_loop()),
             name="grpc-receive",
             daemon=True,
-        ).start()
+        )
+        self._receiver.start()
 
     async def stop(self, grace_s: float | None) -> None:
         """Take no more calls; cut off after `grace_s` those under way."""
@@ -178,13 +185,14 @@ class NativeFront:
 
     def _receive(self, native: NativeGrpcFront, loop: asyncio.AbstractEventLoop) -> None:
         """Bring calls to the event loop, a burst at a time, until the server closes."""
-        while (events := native.recv_batch_details(BURST)) is not None:
-            try:
+        try:
+            while (events := native.recv_batch_details(BURST)) is not None:
                 received_s = time.monotonic()  # what deadlines are left, is counted from now
                 loop.call_soon_threadsafe(self._take, native, loop, events, received_s)
-            except RuntimeError:  # the loop was closed without `stop`
-                native.close()
-                return
+        except Exception:
+            if not loop.is_closed():  # without `stop`
+                log.exception("calls are read no more")  # and `alive` says so
+            native.close()
 
     def _take(
         self,

@@ -16,20 +16,15 @@ import socket
 import ssl
 from collections.abc import Iterator
 
-import h11
 import uvicorn
 from starlette.applications import Starlette
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from serve.errors import StartError
 from serve.front.port import check_address, join_address, refuse_address
-from serve.http.tls import CALLER_STATE, describe_caller
+from serve.http.protocol import PatientProtocol
 
 IDLE_CONNECTION_S = 75
 """How long a connection may wait for its next request."""
-
-HEAD_S = 20.0
-"""How long the head of a request may take, from its first byte."""
 
 MAX_HEAD_BYTES = 32 << 10
 """Of request line and headers."""
@@ -98,7 +93,7 @@ class HttpServer:
         """
         config = uvicorn.Config(
             app,
-            http=_Protocol,
+            http=PatientProtocol,
             ws="none",
             lifespan="off",
             loop="none",
@@ -151,48 +146,6 @@ class HttpServer:
             listener.close()
             raise refuse_address(host, port, "one that was taken meanwhile") from error
         return listener
-
-
-class _Protocol(H11Protocol):
-    """uvicorn's reader of HTTP/1.1, with two things more.
-
-    It tells the application who showed a certificate, and closes a connection that begins a
-    request and does not come to the end of its head: the application, which has deadlines for
-    all that follows, never hears of such a one.
-    """
-
-    _head_timer: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Note what the handshake found out; it is in the state of every request."""
-        super().connection_made(transport)
-        caller = describe_caller(transport.get_extra_info("ssl_object"))
-        self.app_state = {**self.app_state, CALLER_STATE: caller}
-        self._await_head()
-
-    def data_received(self, data: bytes) -> None:
-        """Read on; note whether a head has begun that is not complete."""
-        super().data_received(data)
-        if self.conn.their_state is h11.IDLE:
-            self._await_head()
-        else:
-            self._forget_head()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Wait for nothing more."""
-        self._forget_head()
-        super().connection_lost(exc)
-
-    def _await_head(self) -> None:
-        """Give the head of a request its time, once."""
-        if self._head_timer is None:
-            self._head_timer = self.loop.call_later(HEAD_S, self.transport.abort)
-
-    def _forget_head(self) -> None:
-        """Wait for a head no more."""
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
 
 
 class _Uvicorn(uvicorn.Server):

@@ -5,8 +5,10 @@ Rules:
     network, and listens on the loopback address unless told otherwise.
     It runs on a thread and an event loop of its own: it answers while the server's loop is
     busy, and that the server's loop turns is what /healthz is about.
-    /healthz is 200 while the process can go on (restart it when it is not); /readyz is 200
+    /healthz is 200 while the process can go on: its loop turns and calls are read, and decoding,
+    searches and opening each have a thread (restart it when it is not); /readyz is 200
     while it serves (send it nothing when it does not), and 503 while it starts and drains.
+    A connection that asks for nothing is closed; a thread that dies is replaced, by the watchdog.
     It stays open until the drain is over, so that the last counts are scraped.
 
 Source: https://kubernetes.io/docs/concepts/configuration/liveness-readiness-startup-probes/
@@ -27,12 +29,16 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from serve.errors import StartError
+from serve.http.protocol import PatientProtocol
 from serve.operation.metrics import CONTENT_TYPE
 
 log = logging.getLogger("horace.serve")
 
 MAX_CONNECTIONS = 64
 """Connections that are answered at once; a scraper and a prober need one each."""
+
+HEAD_S = 5.0
+"""How long a connection may take to ask; silent ones would keep probes out."""
 
 CLOSE_TIMEOUT_S = 2.0
 
@@ -60,10 +66,34 @@ class Endpoint:
             pages: what to show.
             listener: see `listen_on`.
         """
+        self._application = make_application(pages)
+        self._listener = listener
+        self._closing = False
+        self._start()
+
+    def __repr__(self) -> str:
+        return f"<Endpoint {self._listener!r}>"
+
+    def revive(self) -> None:
+        """Answer again if the thread has died."""
+        if not self._closing and not self._thread.is_alive():
+            log.error("the metrics port has lost its thread and gets another")
+            self._start()
+
+    def close(self) -> None:
+        """Stop answering."""
+        self._closing = True
+        self._server.should_exit = True
+        self._thread.join(CLOSE_TIMEOUT_S)
+        self._listener.close()
+
+    def _start(self) -> None:
+        """Serve on a thread."""
         self._server = uvicorn.Server(
             uvicorn.Config(
-                make_application(pages),
+                self._application,
                 access_log=False,
+                http=_Protocol,
                 lifespan="off",
                 limit_concurrency=MAX_CONNECTIONS,
                 log_config=None,
@@ -73,25 +103,22 @@ class Endpoint:
                 ws="none",
             )
         )
-        self._listener = listener
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
         self._thread.start()
-
-    def __repr__(self) -> str:
-        return f"<Endpoint {self._listener!r}>"
-
-    def close(self) -> None:
-        """Stop answering."""
-        self._server.should_exit = True
-        self._thread.join(CLOSE_TIMEOUT_S)
-        self._listener.close()
 
     def _run(self) -> None:
         """Serve until closed; the server goes on without this where it fails."""
         try:
-            asyncio.run(self._server.serve(sockets=[self._listener]))
+            with self._listener.dup() as listener:  # uvicorn closes what it is given
+                asyncio.run(self._server.serve(sockets=[listener]))
         except Exception:
             log.exception("the metrics port failed")
+
+
+class _Protocol(PatientProtocol):
+    """Waits for less long than the port for callers: whoever asks here is near."""
+
+    head_s = HEAD_S
 
 
 def make_application(pages: Pages) -> Starlette:

@@ -23,6 +23,7 @@ from serve.operation.state import ServerState, turns
 from serve.workers.place import ALONE, WorkerPlace
 
 if TYPE_CHECKING:
+    from serve.operation.endpoint import Endpoint
     from serve.operation.metrics import Metrics
 
 log = logging.getLogger("horace.serve")
@@ -62,6 +63,7 @@ class Operation:
         self._closing = ExitStack()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._metrics: Metrics | None = None
+        self._endpoint: Endpoint | None = None
         self.address = ""
         """Where the metrics port listens, as host:port; empty where there is none."""
         observers: list[Observer] = [RequestLog(logs), *also]
@@ -94,8 +96,14 @@ class Operation:
 
         listener = listen_on(self._options.host, self._place.own_port(self._options.port))
         self.address = join_address(self._options.host, listener.getsockname()[1])
-        self._closing.callback(Endpoint(self, listener).close)
+        self._endpoint = Endpoint(self, listener)
+        self._closing.callback(self._endpoint.close)
         log.info("metrics on http://%s/metrics", self.address)
+
+    def look(self, *, elapsed_s: float, limit_s: float) -> None:
+        """Have a port whose thread has died answer again; see `serve.watchdog`."""
+        if self._endpoint is not None:
+            self._endpoint.revive()
 
     def close(self) -> None:
         """Close the port and send the last traces."""
@@ -108,8 +116,8 @@ class Operation:
         return self._metrics.render() if self._metrics else b""
 
     async def alive(self) -> bool:
-        """Say whether the server's loop turns."""
-        return self._loop is not None and await turns(self._loop)
+        """Say whether the server's loop turns, and it has the threads that it needs."""
+        return self._loop is not None and self._state.lives() and await turns(self._loop)
 
     async def ready(self) -> bool:
         """Say whether the server serves."""

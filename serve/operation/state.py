@@ -47,8 +47,13 @@ class ServerState:
         loads: Callable[[], Mapping[str, LoadStatistics]],
         reloads: Callable[[], ReloadStatistics],
         in_flight: InFlight,
+        lives: Callable[[], bool] = lambda: True,
     ) -> None:
-        """Read these; they belong to the server."""
+        """Read these; they belong to the server.
+
+        `lives` says whether every thread is there that nothing else replaces.
+        """
+        self.lives = lives
         self._in_flight = in_flight
         self.loads = loads
         self.reloads = reloads

@@ -7,6 +7,7 @@ import pytest
 
 from models.errors import UsageError
 from serve.crew import Crew
+from serve.errors import InternalError
 from serve.recovery import Recovery
 from serve.watchdog import Pulse, Watchdog, WatchdogOptions, is_stuck
 
@@ -59,6 +60,43 @@ def test_a_process_that_was_stopped_has_no_stuck_threads_for_it():
     assert seen.seen == [1.0, 2.0, 1.5]
 
 
+def test_a_load_or_a_close_that_hangs_keeps_nothing_else_from_being_opened(serving, fake):
+    """Its thread is replaced after a time of its own, which is longer than that of a batch."""
+    options = WatchdogOptions(opening_s=0.5, every_s=0.02)
+    gate = threading.Event()
+
+    async def main():
+        async with serving(fake, watchdog=options) as server:
+            for pool in (server._opening_pool, server._disposal_pool):
+                hanging = pool.run(lambda: gate.wait(120))
+                with pytest.raises(InternalError, match="has lost a thread"):
+                    await asyncio.wait_for(hanging, 60)
+                assert await asyncio.wait_for(pool.run(lambda: "opened"), 60) == "opened"
+                assert pool.alive
+            gate.set()  # or closing waits for them
+
+    try:
+        asyncio.run(main())
+    finally:
+        gate.set()
+
+
+def test_what_has_a_limit_of_its_own_is_held_to_that():
+    """All else to the limit of the options."""
+    watchdog = Watchdog(WatchdogOptions(stuck_s=60))
+    limits = []
+
+    class Limited(Seen):
+        def look(self, *, elapsed_s, limit_s):
+            limits.append(limit_s)
+
+    patient, other = Limited(), Limited()
+    watchdog.watch(patient, limit_s=900)
+    watchdog.watch(other)
+    watchdog.look()
+    assert sorted(limits) == [60, 900]
+
+
 def test_what_fails_to_be_looked_at_hides_nothing_else(caplog):
     """A fault of one is logged, and the others are looked at."""
     watchdog = Watchdog(WatchdogOptions())
@@ -99,6 +137,7 @@ def test_without_a_limit_nobody_looks():
     ("options", "line"),
     [
         ({"stuck_s": -1}, "--watchdog.stuck-s: expected 0 to 86400, found -1"),
+        ({"opening_s": 0}, "--watchdog.opening-s: expected 0.01 to 86400, found 0"),
         ({"every_s": 0}, "--watchdog.every-s: expected 0.01 to 60, found 0"),
     ],
 )

@@ -296,7 +296,7 @@ def test_a_deadline_holds_for_all_of_a_request(http_serving, fake, png):
 
 def test_a_head_that_does_not_end_is_cut_off(http_serving, fake, png, monkeypatch, eventually):
     """However slowly it goes on; a connection that says nothing at all is, too."""
-    monkeypatch.setattr("serve.http.server.HEAD_S", 0.1)
+    monkeypatch.setattr("serve.http.protocol.PatientProtocol.head_s", 0.1)
 
     async def cut_off(url, *lines):
         """Open a connection, send lines for ever, and wait for its end."""

@@ -4,12 +4,15 @@ import asyncio
 import contextlib
 import json
 import re
+import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import numpy as np
@@ -22,11 +25,14 @@ from protos import horace_pb2_grpc as pb_grpc
 from serve.client import AsyncClient, Client, RetryPolicy
 from serve.errors import UnauthenticatedError
 from serve.http.options import HttpOptions
+from serve.http.protocol import PatientProtocol
+from serve.operation import endpoint
 from serve.operation.metrics import as_triton_types_it, count_threads, cpu_throttled_s
 from serve.operation.options import MetricsOptions
 from serve.operation.state import turns
 from serve.security import keys
 from serve.security.options import KeyOptions
+from serve.watchdog import WatchdogOptions
 from tests.ports import free_port
 
 ROOT = Path(__file__).parents[3]
@@ -264,6 +270,64 @@ def test_probes_follow_the_servers_life(serving, fake, image, eventually):
             assert await draining == 0
             with pytest.raises(OSError, match="refused"):
                 await get(server, "/readyz")
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("frontend", ["native"])
+def test_a_front_end_that_reads_no_more_is_not_alive(serving, fake, eventually, caplog):
+    """Nothing else would say so: the loop turns, and no call comes that could fail."""
+
+    async def main():
+        async with serving(fake, metrics=MetricsOptions(port=0)) as server:
+            assert await get(server, "/healthz") == (200, "alive\n")
+            front = server._front
+
+            def fail(*_):
+                raise ValueError("a fault of ours")
+
+            loop = asyncio.get_running_loop()
+            native = SimpleNamespace(recv_batch_details=fail, close=lambda: None)
+            front._receiver = threading.Thread(target=front._receive, args=(native, loop))
+            front._receiver.start()
+            await asyncio.to_thread(front._receiver.join, 30)
+            assert await get(server, "/healthz") == (503, "not alive\n")
+
+    asyncio.run(main())
+    assert "calls are read no more" in caplog.text
+
+
+def test_a_metrics_port_whose_thread_died_answers_again(serving, fake, eventually, caplog):
+    """On the same port; without it /healthz would say nothing and the process be killed."""
+
+    async def main():
+        watchdog = WatchdogOptions(every_s=0.02)
+        async with serving(fake, metrics=MetricsOptions(port=0), watchdog=watchdog) as server:
+            server.operation._endpoint._server.should_exit = True  # nothing else ends it
+            await eventually(lambda: "gets another" in caplog.text)
+            assert await get(server, "/healthz") == (200, "alive\n")
+
+    asyncio.run(main())
+
+
+def test_connections_that_ask_for_nothing_do_not_keep_probes_out(
+    serving, fake, eventually, monkeypatch
+):
+    """As many as are answered at once, and silent: they are closed."""
+    monkeypatch.setattr(PatientProtocol, "head_s", 0.2)
+    monkeypatch.setattr(endpoint._Protocol, "head_s", 0.2)
+
+    async def main():
+        async with serving(fake, metrics=MetricsOptions(port=0)) as server:
+            host, _, port = server.operation.address.rpartition(":")
+            with contextlib.ExitStack() as silent:
+                for _ in range(endpoint.MAX_CONNECTIONS):
+                    silent.enter_context(socket.create_connection((host, int(port)), timeout=30))
+                answers = []
+                deadline_s = time.monotonic() + 60
+                while answers[-1:] != [(200, "alive\n")]:
+                    assert time.monotonic() < deadline_s, answers[-1]
+                    answers.append(await get(server, "/healthz"))
 
     asyncio.run(main())
 
