@@ -14,7 +14,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import grpc
@@ -22,14 +23,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.encoder import check_batch
-from models.errors import EncoderError, FingerprintMismatchError, HoraceError
+from models.errors import (
+    EncoderError,
+    EncoderUnavailableError,
+    FingerprintMismatchError,
+    HoraceError,
+)
 from models.preprocess import PreprocessSpec, preprocess
 from models.wire import image_to_wire, vectors_from_wire
 from protos import horace_pb2 as pb
 from protos import horace_pb2_grpc as pb_grpc
 
-TIMEOUT_S = 60.0
-"""Deadline of one call; a batch of a large encoder takes seconds on a CPU."""
+TIMEOUT_S = 30.0
+"""Of one `encode`, every request and attempt included: a batch of a large encoder takes seconds
+on a CPU, and a server takes the thread that calls this for stuck after a minute."""
+
+AWAY = frozenset(
+    {
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+    }
+)
+"""What a server says, or gRPC for it, that may answer later."""
 
 RETRY = {
     "maxAttempts": 5,
@@ -68,13 +84,15 @@ class RemoteEncoder:
         tls: bool = False,
         timeout_s: float = TIMEOUT_S,
         environment: Mapping[str, str] = os.environ,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Connect to `host:port/model`, or to the default model of `host:port`.
 
         Args:
             target: where, and which model.
             tls: whether the connection is secured.
-            timeout_s: of one call.
+            timeout_s: of one `encode`, of however many requests; and of opening.
+            clock: monotonic seconds.
             environment: has the API key and the file of authorities, where there are any.
 
         Raises:
@@ -83,7 +101,7 @@ class RemoteEncoder:
         """
         address, _, model = target.partition("/")
         self._uri = f"horace{'s' if tls else ''}://{target}"
-        self._timeout_s = timeout_s
+        self._timeout_s, self._clock = timeout_s, clock
         self._metadata = _read_key(environment.get(KEY_VARIABLE, ""))
         if tls:
             credentials = grpc.ssl_channel_credentials(_read_ca(environment.get(CA_VARIABLE, "")))
@@ -130,11 +148,16 @@ class RemoteEncoder:
 
         Raises:
             EncoderError: the batch is of the wrong shape, or the server failed.
+            EncoderUnavailableError: it does not answer, or has no room, for now.
             FingerprintMismatchError: the server has changed its model.
         """
         check_batch(images_NHWC, self.preprocessing)
         step = self._images_per_request()
-        parts = [self._encode(images_NHWC[n : n + step]) for n in range(0, len(images_NHWC), step)]
+        deadline_s = self._clock() + self._timeout_s
+        parts = [
+            self._encode(images_NHWC[n : n + step], deadline_s)
+            for n in range(0, len(images_NHWC), step)
+        ]
         return np.concatenate([np.empty((0, self.dim), np.float32), *parts])
 
     def close(self) -> None:
@@ -148,15 +171,16 @@ class RemoteEncoder:
         by_bytes = self._model.max_request_bytes // image_bytes
         return max(1, min(self._model.max_images_per_request, by_bytes))
 
-    def _encode(self, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def _encode(self, images_NHWC: NDArray[np.uint8], deadline_s: float) -> NDArray[np.float32]:
         """Embed one request's worth of images."""
         request = pb.EmbedRequest(
             model=self.name,
             images=[image_to_wire(image) for image in images_NHWC],
             skip_normalize=True,
         )
+        left_s = max(0.001, deadline_s - self._clock())
         try:
-            reply = self._stub.Embed(request, timeout=self._timeout_s, metadata=self._metadata)
+            reply = self._stub.Embed(request, timeout=left_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise self._translate(error) from error
         if reply.fingerprint != self.fingerprint:
@@ -193,7 +217,8 @@ class RemoteEncoder:
         """Turn gRPC's error into one line."""
         code = error.code().name if isinstance(error, grpc.Call) else type(error).__name__
         details = error.details() if isinstance(error, grpc.Call) else str(error)
-        return EncoderError(
+        is_away = isinstance(error, grpc.Call) and error.code() in AWAY
+        return (EncoderUnavailableError if is_away else EncoderError)(
             self._uri,
             expected="a Horace server that answers",
             found=f"{code}: {details}",

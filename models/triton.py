@@ -39,7 +39,8 @@ from models.triton_wire import TritonModel, read_reply, write_request
 log = logging.getLogger("horace.triton")
 
 TIMEOUT_S = 30.0
-"""Of one batch, every attempt included: well before a server takes the thread for stuck."""
+"""Of one `encode`, every part and attempt included: well before a server takes the thread that
+calls it for stuck."""
 
 ATTEMPT_TIMEOUT_S = 10.0
 """Of one attempt: an endpoint that hangs must leave time for another."""
@@ -71,8 +72,8 @@ class TritonEncoder:
 
         Args:
             target: where, and which model.
-            timeout_s: of one batch.
-            attempt_timeout_s: of one attempt of it.
+            timeout_s: of one `encode`, of however many requests.
+            attempt_timeout_s: of one attempt of a request.
             clock: monotonic seconds.
 
         Raises:
@@ -132,7 +133,11 @@ class TritonEncoder:
         """
         check_batch(images_NHWC, self.preprocessing)
         step = self._model.max_batch_size
-        parts = [self._encode(images_NHWC[n : n + step]) for n in range(0, len(images_NHWC), step)]
+        deadline_s = self._clock() + self._timeout_s
+        parts = [
+            self._encode(images_NHWC[n : n + step], deadline_s)
+            for n in range(0, len(images_NHWC), step)
+        ]
         if len(parts) == 1:
             return parts[0]
         return np.concatenate([np.empty((0, self.dim), np.float32), *parts])
@@ -173,10 +178,9 @@ class TritonEncoder:
 
     # Encoding.
 
-    def _encode(self, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def _encode(self, images_NHWC: NDArray[np.uint8], deadline_s: float) -> NDArray[np.float32]:
         """Embed one request's worth of images, on whichever endpoint can."""
         request = write_request(self.name, images_NHWC)
-        deadline_s = self._clock() + self._timeout_s
         tried: set[Endpoint] = set()
         while True:
             with self._lock:

@@ -17,6 +17,9 @@ from models.errors import UsageError
 from models.providers import PROVIDERS, Placement, Provider
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+A_FLEETS_INSTANCES = 2
+"""Batches that are under way at each endpoint of a fleet, so that there is always one to take."""
+
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
@@ -36,7 +39,8 @@ class ModelOptions(NamedPath):
         precision: which of the bundle's encoders; the one that the path names where None.
         provider: where it computes.
         device: the number of the GPU.
-        instances: batches that run at once; the server's where None.
+        instances: batches that run at once; the server's where None, but of a fleet two for each
+            endpoint: one computes while another is on its way.
         threads: CPU threads of the encoder; its share of the CPU budget where None.
         keep: how many versions are served, the newest of them by default.
     """
@@ -85,6 +89,8 @@ def read_model_options(text: str) -> ModelOptions:
         if word in values:
             raise UsageError(f"--bundle {text}", expected=f"one {word}", found="two")
         values[word] = _read_value(text, word, value)
+    if named.path.startswith("triton://"):
+        values.setdefault("instances", A_FLEETS_INSTANCES * (1 + where.count(",")))
     options = ModelOptions(name=named.name, path=named.path, **values)  # type: ignore[arg-type]
     if options.is_remote and (of_a_bundle := values.keys() - {"instances"}):
         raise UsageError(

@@ -82,6 +82,7 @@ class Fake(service_pb2_grpc.GRPCInferenceServiceServicer):
         gate: requests wait here; open unless a test closes it.
         requests: how many it has had.
         said: the fingerprint in its replies; none where empty.
+        on_request: hears of each, with the seconds that it has.
     """
 
     def __init__(self) -> None:
@@ -93,6 +94,7 @@ class Fake(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.gate.set()
         self.requests = 0
         self.said = ""
+        self.on_request: Callable[[float], object] = lambda _: None
         self.address = ""
 
     def ModelConfig(self, request, context):
@@ -102,6 +104,7 @@ class Fake(service_pb2_grpc.GRPCInferenceServiceServicer):
     def ModelInfer(self, request, context):
         """Give vectors, or the next fault."""
         self.requests += 1
+        self.on_request(context.time_remaining())
         self.gate.wait(30)
         if fault := (self.faults.pop(0) if self.faults else self.always):
             context.abort(fault, "as the test wants it")
@@ -233,6 +236,21 @@ def test_a_fleet_that_stays_down_is_an_error_after_the_time_of_the_call(two):
         ),
     ):
         encoder.encode(IMAGES[:1])
+
+
+def test_a_batch_of_many_requests_has_one_deadline(two):
+    """Or its parts together would take longer than a server waits for a thread of its own."""
+    clock = Clock()
+    left: list[float] = []
+
+    def note(left_s: float) -> None:
+        left.append(left_s)
+        clock.now_s += 10
+
+    two[0].on_request = note
+    with opened(two[0], clock=clock, timeout_s=30, attempt_timeout_s=30) as encoder:
+        assert encoder.encode(IMAGES).tolist() == SUMS.tolist()
+    assert all(left_s <= most for left_s, most in zip(left, (31, 21), strict=True))
 
 
 def test_an_endpoint_without_room_is_not_hammered(two):

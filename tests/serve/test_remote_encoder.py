@@ -1,17 +1,27 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import socket
+from concurrent.futures import ThreadPoolExecutor
 
+import grpc
 import numpy as np
 import pytest
 import trustme
 
 from models.encoder import open_encoder
-from models.errors import EncoderError, FingerprintMismatchError
+from models.errors import EncoderError, EncoderUnavailableError, FingerprintMismatchError
+from models.preprocess import PreprocessSpec
+from models.remote import TIMEOUT_S, RemoteEncoder
+from models.wire import vectors_to_wire
+from protos import horace_pb2 as pb
+from protos import horace_pb2_grpc as pb_grpc
 from serve.security.options import KeyOptions
 from serve.security.ring import hash_token
 from serve.security.tls import TlsOptions
+from serve.watchdog import WatchdogOptions
 
 
 def on_server(serving, bundles, work):
@@ -83,6 +93,70 @@ def test_no_server_is_one_line():
             open_encoder(f"horace://127.0.0.1:{port}")
     assert f"horace://127.0.0.1:{port}: expected a Horace server that answers" in str(error.value)
     assert "check that `python -m serve` runs there" in str(error.value)
+
+
+class Answers(pb_grpc.HoraceServicer):
+    """A server whose model takes one image a request, and ten seconds by its own clock."""
+
+    def __init__(self, code=None):
+        self.code, self.left_s, self.now_s = code, [], 0.0
+
+    def ListModels(self, request, context):
+        """Tell of it."""
+        spec = json.dumps(PreprocessSpec(height=8, width=8, channels=1, resize=8).to_json())
+        model = pb.Model(name="m", fingerprint="f", dim=1, preprocessing_json=spec, is_default=True)
+        model.max_images_per_request, model.max_request_bytes = 1, 1 << 20
+        return pb.ListModelsResponse(models=[model])
+
+    def Embed(self, request, context):
+        """Give a vector, or the code."""
+        self.left_s.append(context.time_remaining())
+        self.now_s += 10
+        if self.code:
+            context.abort(self.code, "as the test wants it")
+        vectors = vectors_to_wire(np.ones((1, 1), np.float32))
+        return pb.EmbedResponse(vectors=vectors, statuses=[pb.ItemStatus()], fingerprint="f")
+
+
+@contextlib.contextmanager
+def answering(servicer, **options):
+    """An encoder behind such a server."""
+    server = grpc.server(ThreadPoolExecutor(2))
+    pb_grpc.add_HoraceServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    encoder = RemoteEncoder(f"127.0.0.1:{port}", clock=lambda: servicer.now_s, **options)
+    try:
+        yield encoder
+    finally:
+        encoder.close()
+        server.stop(None).wait(30)
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        (grpc.StatusCode.UNAVAILABLE, EncoderUnavailableError),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, EncoderUnavailableError),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, EncoderUnavailableError),
+        (grpc.StatusCode.INTERNAL, EncoderError),
+    ],
+)
+def test_a_server_that_is_away_or_full_is_told_from_one_that_fails(code, error):
+    """So that the callers of a server in front of it are told to try again."""
+    with answering(Answers(code), timeout_s=3) as encoder:
+        with pytest.raises(EncoderError, match=r"as the test wants it|Deadline") as raised:
+            encoder.encode(np.zeros((1, 8, 8, 1), np.uint8))
+        assert type(raised.value) is error
+
+
+def test_a_batch_of_many_requests_has_one_deadline():
+    """Or its parts together would take longer than a server waits for a thread of its own."""
+    servicer = Answers()
+    with answering(servicer) as encoder:
+        assert encoder.encode(np.zeros((3, 8, 8, 1), np.uint8)).shape == (3, 1)
+    assert all(left_s <= most for left_s, most in zip(servicer.left_s, (31, 21, 11), strict=True))
+    assert WatchdogOptions().stuck_s >= 1.5 * TIMEOUT_S
 
 
 def test_a_server_that_changes_its_model_is_noticed(serving, make_bundle):

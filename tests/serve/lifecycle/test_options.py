@@ -20,6 +20,10 @@ from serve.lifecycle.options import ModelOptions, read_model_options
             ),
         ),
         (
+            "m=triton://one:8001,two:8001,three:8001/m",
+            ModelOptions(name="m", path="triton://one:8001,two:8001,three:8001/m", instances=6),
+        ),
+        (
             "m=triton://one:8001,two:8001/m,instances=4",
             ModelOptions(name="m", path="triton://one:8001,two:8001/m", instances=4),
         ),
