@@ -1,7 +1,8 @@
 """A context manager that holds nothing of its own, so that one serves every call.
 
-A generator under `contextlib.contextmanager` takes 2 us to make, enter and leave, which every
-call pays several times; this takes .3 us.
+A generator under `contextlib.contextmanager` takes 1.4 us to make, enter and leave, which every
+call pays several times; this takes .3 us. (`timeit` of a `with` around nothing, the least of 15
+repeats of 20,000; one core of an AMD EPYC of the Zen 3 kind, Python 3.11.)
 """
 
 from __future__ import annotations

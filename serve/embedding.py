@@ -78,7 +78,8 @@ def finish(
 def _surely_finite(rows: NDArray[np.float32]) -> bool:
     """Whether one cheap number proves all finite; that of huge ones overflows, and proves nothing.
 
-    For one vector it takes 1 us, where to look at every value takes 4.
+    For one vector of 512 it takes 1.2 us, where `np.isfinite(rows).all()` takes 2.0. (`timeit`,
+    the least of 15 repeats of 20,000; one core of an AMD EPYC of the Zen 3 kind, Python 3.11.)
     """
     flat = rows.reshape(-1)
     return flat.size <= SMALL and math.isfinite(np.dot(flat, flat))

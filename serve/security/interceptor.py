@@ -1,9 +1,10 @@
 """The guard in front of every gRPC call, on either front end.
 
 Rules:
-    A call is let in, counted and charged before anything is done for it, and a refused one
-    is never parsed. grpcio does not even read it. Nor is a message parsed that holds more
-    parts than a request may have (`serve.security.wire`).
+    A call is let in, counted and charged before anything is computed for it. One that is
+    refused for its caller, its deadline or the bytes under way is never parsed; without a key
+    grpcio does not even read it. Nor is a message parsed that holds more parts than a request
+    may have (`serve.security.wire`). What is charged for its images is parsed to count them.
     Bytes that are no message of the method's kind are the caller's fault, INVALID_ARGUMENT,
     on both front ends alike, and never a traceback.
     A unary call above its rate is refused with the time to wait. A stream is held back: its
