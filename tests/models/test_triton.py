@@ -140,6 +140,14 @@ def two() -> Iterator[tuple[Fake, Fake]]:
         yield a, b
 
 
+def wait_until(holds: Callable[[], bool]) -> None:
+    """Wait for what other threads do."""
+    deadline_s = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline_s, "it never came true"
+        time.sleep(0.001)
+
+
 class Clock:
     """Time that a test moves."""
 
@@ -277,8 +285,7 @@ def test_threads_keep_every_endpoint_busy(two):
         fake.gate.clear()
     with opened(*two) as encoder, ThreadPoolExecutor(4) as pool:
         calls: list[Future] = [pool.submit(encoder.encode, IMAGES[:1]) for _ in range(4)]
-        while sum(fake.requests for fake in two) < 4:
-            time.sleep(0.001)
+        wait_until(lambda: sum(fake.requests for fake in two) >= 4)
         assert [fake.requests for fake in two] == [2, 2]
         for fake in two:
             fake.gate.set()
@@ -354,8 +361,7 @@ def test_a_closed_encoder_waits_for_nothing(two):
         fake.always = grpc.StatusCode.UNAVAILABLE
     with opened(*two, timeout_s=600) as encoder, ThreadPoolExecutor(1) as pool:
         call = pool.submit(encoder.encode, IMAGES[:1])
-        while sum(fake.requests for fake in two) < 4:
-            time.sleep(0.001)
+        wait_until(lambda: sum(fake.requests for fake in two) >= 4)
         encoder.close()
         with pytest.raises(EncoderError):
             call.result(timeout=30)
@@ -369,7 +375,9 @@ def test_an_endpoint_that_is_down_at_the_start_joins_later(two):
     with opened(late, two[1], clock=clock) as encoder:
         encoder.encode(IMAGES[:1])
         with serve(late, int(late.address.rpartition(":")[2])):
+            deadline_s = time.monotonic() + 60
             while not late.requests:
+                assert time.monotonic() < deadline_s, encoder
                 clock.now_s += 60
                 encoder.encode(IMAGES[:1])
 

@@ -48,7 +48,7 @@ async def hold(engine, encoder, image):
     encoder.gate.clear()
     encoder.entered.clear()
     task = asyncio.create_task(embed(engine, [image(0)]))
-    await asyncio.to_thread(encoder.entered.wait)
+    assert await asyncio.to_thread(encoder.entered.wait, 120)
     return task
 
 
@@ -270,7 +270,7 @@ def test_an_image_that_takes_its_decoder_along_has_an_error(fake, image, monkeyp
     async def main():
         async with running(fake) as engine:
             request = asyncio.create_task(embed(engine, [image(1), b"evil", image(2)]))
-            await asyncio.to_thread(entered.wait)
+            assert await asyncio.to_thread(entered.wait, 120)
             if fault == "hangs":
                 engine._decoder._pool.look(elapsed_s=1.0, limit_s=0.5)
                 engine._decoder._pool.look(elapsed_s=1.0, limit_s=0.5)

@@ -82,7 +82,7 @@ def test_a_task_that_hangs_is_reported_and_its_thread_replaced():
 
     async def main():
         hanging = asyncio.create_task(pool.run(lambda: (entered.set(), gate.wait(30))))
-        await asyncio.to_thread(entered.wait)
+        assert await asyncio.to_thread(entered.wait, 120)
         for _ in range(2):
             pool.look(elapsed_s=1.0, limit_s=0.5)
         with pytest.raises(InternalError, match="lost a thread that was at this request"):

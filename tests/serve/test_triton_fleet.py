@@ -56,9 +56,10 @@ def test_a_triton_killed_under_load_fails_no_request(serving, make_bundle, tmp_p
             async def answer(count: int) -> None:
                 """Wait for so many more answers."""
                 enough = len(answered) + count
-                while len(answered) < enough:
-                    assert not any(caller.done() for caller in callers), callers
-                    await asyncio.sleep(0.01)
+                async with asyncio.timeout(120):
+                    while len(answered) < enough:
+                        assert not any(caller.done() for caller in callers), callers
+                        await asyncio.sleep(0.01)
 
             await answer(200)
             first.kill()
@@ -68,8 +69,9 @@ def test_a_triton_killed_under_load_fails_no_request(serving, make_bundle, tmp_p
             port = int(first.address.rpartition(":")[2])
             again = tritonserver(repository, tmp_path, port=port)
             await asyncio.to_thread(stack.enter_context, again)
-            while f"{first.address} failed" in repr(encoder):
-                await answer(20)
+            async with asyncio.timeout(240):
+                while f"{first.address} failed" in repr(encoder):
+                    await answer(20)
             going.clear()
             await asyncio.gather(*callers)
 

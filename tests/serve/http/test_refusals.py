@@ -240,11 +240,13 @@ def test_bodies_together_are_bounded(http_serving, fake, png):
         async with http_serving(fake, http=options) as (server, http):
             _, slow = await raw_request(server.http.url, head + f"content-length: {900 << 10}")
             small = await http.post("/v1/embed", files=files(png(1)))
-            while (large := await http.post("/v1/embed", files=files(bytes(500 << 10)))).is_success:
-                pass  # until the slow one has been looked at
-            slow.close()
-            while not (again := await http.post("/v1/embed", files=files(png(1)))).is_success:
-                pass
+            async with asyncio.timeout(60):  # until the slow one has been looked at, and forgotten
+                body = files(bytes(500 << 10))
+                while (large := await http.post("/v1/embed", files=body)).is_success:
+                    pass
+                slow.close()
+                while not (again := await http.post("/v1/embed", files=files(png(1)))).is_success:
+                    pass
             return small, large, again
 
     small, large, again = asyncio.run(main())
@@ -303,9 +305,10 @@ def test_a_head_that_does_not_end_is_cut_off(http_serving, fake, png, monkeypatc
         address = httpx.URL(url)
         reader, writer = await asyncio.open_connection(address.host, address.port)
         reading = asyncio.ensure_future(reader.read())
-        while not reading.done():
-            writer.writelines(lines)
-            await asyncio.wait([reading], timeout=0.01)
+        async with asyncio.timeout(60):
+            while not reading.done():
+                writer.writelines(lines)
+                await asyncio.wait([reading], timeout=0.01)
         with contextlib.suppress(ConnectionError):
             assert reading.result() == b""
         writer.close()

@@ -97,10 +97,11 @@ def test_readiness_ends_with_the_drain_and_before_it_calls_are_answered(serving,
     async def work(client, server):
         fake.gate.clear()
         call = asyncio.create_task(client.infer("fake", [pixels(1)]))
-        await asyncio.to_thread(fake.entered.wait)
+        assert await asyncio.to_thread(fake.entered.wait, 120)
         draining = asyncio.create_task(server.drain(limit_s=30))
-        while await client.is_server_ready():
-            pass
+        async with asyncio.timeout(120):
+            while await client.is_server_ready():
+                pass
         assert await client.is_server_live()
         assert not await client.is_model_ready("fake")
         with pytest.raises(InferenceServerException, match="the server is stopping") as error:

@@ -268,7 +268,7 @@ def test_a_timeout_in_microseconds_is_a_deadline(serving, fake):
         async with serving(fake, max_batch_images=1) as server:
             fake.gate.clear()
             first = asyncio.create_task(infer(server, pixels(stack(1))))
-            await asyncio.to_thread(fake.entered.wait)
+            assert await asyncio.to_thread(fake.entered.wait, 120)
             second = asyncio.create_task(infer(server, pixels(stack(2)), timeout=60_000_000))
             with pytest.raises(InferenceServerException, match="deadline") as error:
                 await infer(server, pixels(stack(3)), timeout=1)

@@ -19,7 +19,7 @@ def test_perf_analyzer_measures_this_server(tmp_path):
         sys.executable, "-m", "benchmarks.perf_analyzer", "--rounds", "1", "--concurrencies", "4",
         "--measurement-interval-s", "1", "--out", str(tmp_path / "report.json"),
     ]  # fmt: skip
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     modes = json.loads((tmp_path / "report.json").read_text())["modes"]
     assert set(modes) == {"grpc", "streaming", "shared_memory"}

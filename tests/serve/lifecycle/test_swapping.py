@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 
 import numpy as np
 
@@ -37,8 +38,9 @@ async def while_calling(call, change) -> list:
     for n in range(SWAPS):
         await change(n)
         enough = len(outcomes) + 2 * CALLERS
-        while len(outcomes) < enough and not any(caller.done() for caller in callers):
-            await asyncio.wait(callers, timeout=0.01)
+        async with asyncio.timeout(120):
+            while len(outcomes) < enough and not any(caller.done() for caller in callers):
+                await asyncio.wait(callers, timeout=0.01)
     done.set()
     await asyncio.gather(*callers)
     return outcomes
@@ -110,6 +112,7 @@ def test_a_signal_reloads(start_server, put_bundle, tmp_path):
         assert client.embed([IMAGE]).fingerprint == one.fingerprint
         two = put_bundle(tmp_path / "m", 2)
         server.process.send_signal(signal.SIGHUP)
+        deadline_s = time.monotonic() + 120
         while client.embed([IMAGE]).fingerprint != two.fingerprint:
-            pass
+            assert time.monotonic() < deadline_s, server.log.read_text()
     assert server.stop() == 0

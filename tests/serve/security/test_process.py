@@ -20,7 +20,9 @@ PATIENCE_S = 120.0
 def new_key(name: str, file: Path) -> str:
     """Have the command make a key."""
     command = [sys.executable, "-m", "serve.security.keys", "new", name, "--file", str(file)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
+    )
     return done.stdout.strip()
 
 
