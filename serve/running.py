@@ -13,7 +13,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -41,15 +43,15 @@ class Orders:
     reloads: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
 
 
-def orders_by_signal() -> Orders:
+def orders_by_signal(*, clock: Callable[[], float] = time.monotonic) -> Orders:
     """Take orders from SIGTERM and SIGINT, and from SIGHUP."""
     orders = Orders()
     loop = asyncio.get_running_loop()
     heard_s: dict[str, float] = {}
 
     def stop(name: str) -> None:
-        now_s = loop.time()
-        if now_s - heard_s.get(name, -ECHO_S) >= ECHO_S:
+        now_s = clock()
+        if now_s - heard_s.get(name, -math.inf) >= ECHO_S:
             orders.stops.put_nowait(name)
         heard_s[name] = now_s
 

@@ -166,28 +166,6 @@ def test_a_second_signal_cuts_off_at_once(start_server, make_bundle):
     assert server.process.wait(120) == 1
 
 
-def test_a_signal_and_its_echo_are_one(start_server, make_bundle):
-    """`timeout` signals a process and then its group: nothing is cut off for it."""
-    server = start_server(
-        "--bundle", str(make_bundle().path), "--max-batch-images", "1",
-        "--max-queue-images", "100000",
-    )  # fmt: skip
-
-    async def main() -> int:
-        async with grpc.aio.insecure_channel(server.address) as channel:
-            stub = pb_grpc.HoraceStub(channel)
-            image = image_to_wire(np.zeros((28, 28, 1), np.uint8))
-            request = pb.EmbedRequest(images=[image] * 256)
-            calls = [asyncio.ensure_future(stub.Embed(request)) for _ in range(8)]
-            await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
-            server.process.send_signal(signal.SIGTERM)
-            server.process.send_signal(signal.SIGTERM)
-            return sum(reply.vectors.rows for reply in await asyncio.gather(*calls))
-
-    assert asyncio.run(main()) == 8 * 256
-    assert server.process.wait(120) == 0
-
-
 def test_a_signal_ends_a_start_that_hangs():
     """The server of a remote model never answers: SIGTERM is heard all the same."""
     with socket.socket() as silent:
