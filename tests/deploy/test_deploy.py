@@ -294,6 +294,7 @@ def test_prometheus_own_tool_accepts_the_files_and_the_alerts_sound(command):
         capture_output=True,
         text=True,
         check=False,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

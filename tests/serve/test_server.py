@@ -69,7 +69,12 @@ def test_importing_the_server_loads_nothing_heavy():
         " & {'torch', 'faiss', 'pyarrow', 'matplotlib', 'scipy', 'pandas'}))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
     )
     assert done.stdout.strip() == "[]"
 

@@ -64,6 +64,7 @@ def test_the_commands_of_the_page_run(page, tmp_path):
             env=os.environ | {"PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
+            timeout=300,
         )
         assert done.returncode == 0, f"{line}: {done.stderr}"
         assert done.stdout or (tmp_path / "vectors.npy").exists(), line

@@ -411,7 +411,12 @@ def test_what_is_not_asked_for_is_not_loaded():
         " & {'prometheus_client', 'opentelemetry', 'uvicorn', 'starlette'}))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
     )
     assert done.stdout.strip() == "[]"
 
