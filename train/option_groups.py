@@ -21,6 +21,11 @@ LIBRARIES = ("torchvision", "timm")
 """What a layout may name a backbone of, as in `timm:convnext_tiny`."""
 
 
+LEAST_WIDTH = 8
+"""On CPUs without AVX-512 the oneDNN of torch 2.14.1 writes past its buffers in the backward pass of a
+strided 1x1 convolution, channels last, of fewer channels: seen with 4, on an AMD EPYC (family 25)."""
+
+
 def require(is_sound: bool, option: str, expected: str, found: object) -> None:
     """Refuse an option's value.
 
@@ -72,7 +77,8 @@ class NetworkOptions:
 
     def __post_init__(self) -> None:
         _check_layout(self.layout)
-        require(self.width >= 1, "--network.width", "at least 1", self.width)
+        least = f"at least {LEAST_WIDTH}"
+        require(self.width >= LEAST_WIDTH, "--network.width", least, self.width)
         require(1 <= self.stages <= 4, "--network.stages", "1 to 4", self.stages)
         widths_are_sound = bool(self.projector_widths) and min(self.projector_widths) >= 1
         require(

@@ -36,7 +36,7 @@ def run_options(mini_source: str) -> RunOptions:
             "checkpoint_every_steps": 4,
             "log_every_steps": 5,
             "threads": 1,
-            "network": NetworkOptions(layout="resnet10", width=4, projector_widths=(32, 32)),
+            "network": NetworkOptions(layout="resnet10", width=8, projector_widths=(32, 32)),
             "views": ViewOptions(crop_area=(0.4, 1.0)),
         }
         return PretrainOptions(**(values | changes))  # type: ignore[arg-type]  # any option

@@ -91,7 +91,7 @@ def test_our_own_networks_are_built_with_their_options() -> None:
     """Width, stem and heads as the options say; the same seed gives the same weights."""
     options = NetworkOptions(
         layout="resnet10",
-        width=4,
+        width=8,
         stem="large",
         projector_widths=(16, 8),
         projector_batch_norm=False,
@@ -103,7 +103,7 @@ def test_our_own_networks_are_built_with_their_options() -> None:
         network = build_network(options, 2, 32)
         states.append(network.state_dict())
     assert isinstance(network.backbone, ResNet)
-    assert network.backbone.conv1.weight.shape == (4, 2, 7, 7)
+    assert network.backbone.conv1.weight.shape == (8, 2, 7, 7)
     assert states[0]["projector.0.bias"].shape == (16,)
     assert states[0]["predictor.0.weight"].shape == (6, 8)
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])

@@ -101,7 +101,7 @@ def test_a_senseless_view_is_named(changes: dict[str, object], message: str) -> 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"width": 0}, "--network.width: expected at least 1, found 0"),
+        ({"width": 7}, "--network.width: expected at least 8, found 7"),
         ({"projector_widths": ()}, "--network.projector-widths: expected one or more widths,"),
         ({"predictor_width": -1}, "--network.predictor-width: expected at least 0, found -1"),
         (

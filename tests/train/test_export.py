@@ -93,7 +93,7 @@ def test_the_graph_takes_uint8_nhwc_and_gives_float32(bundle: Bundle) -> None:
         [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
         for value in (given, made)
     ]
-    assert shapes == [[BATCH_NAME, 14, 14, 1], [BATCH_NAME, 32]]
+    assert shapes == [[BATCH_NAME, 14, 14, 1], [BATCH_NAME, 64]]
     assert given.type.tensor_type.elem_type == onnx.TensorProto.UINT8
     assert made.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
     assert {path.name for path in bundle.path.iterdir()} == {
@@ -245,7 +245,7 @@ def test_the_command_writes_all_that_is_asked_for_and_says_so(
 def test_a_summary_for_machines_is_json(bundle: Bundle) -> None:
     """It has the figures that the lines are made of."""
     summary = json.loads(json.dumps(summarise(bundle)))
-    assert (summary["name"], summary["dim"], summary["precisions"]) == ("mini", 32, {})
+    assert (summary["name"], summary["dim"], summary["precisions"]) == ("mini", 64, {})
     assert summary["readouts"]["trained"]["whitened"] is None
     assert summary["fingerprint"] == bundle.fingerprint
 
@@ -298,7 +298,7 @@ def test_whitening_is_fitted_fused_and_scored(
     described = white.provenance["readout"]
     assert (described["stages"], described["grids"]) == ([2, 3], [2, 1])
     assert described["whitening"]["images"] == 360
-    assert (described["whitening"]["dims_in"], described["whitening"]["dims_out"]) == (48, 24)
+    assert (described["whitening"]["dims_in"], described["whitening"]["dims_out"]) == (96, 24)
 
 
 def test_the_twin_has_the_same_readout_and_its_own_fit(

@@ -68,7 +68,7 @@ def test_two_gpus_do_what_one_does(tmp_path: Path, run_options: RunOptions) -> N
         "-m", "train.pretrain", one.source, "--out", str(tmp_path / "two"), "--device", "cuda",
         "--precision", "fp32", "--optimizer", "sgd", "--image-size-px", "14", "--channels", "1",
         "--epochs", "3", "--batch-size", "32", "--lr-peak", "3e-3", "--threads", "1",
-        "--network.layout", "resnet10", "--network.width", "4", "--network.stem", "small",
+        "--network.layout", "resnet10", "--network.width", "8", "--network.stem", "small",
         "--network.zero-init-residual", "--network.projector-widths", "32", "32",
         "--views.crop-area", ".4", "1",
         "--views.blur-probability", "0", "0", "--views.solarise-probability", "0", "0",

@@ -167,7 +167,7 @@ def test_a_linear_probe_stands_beside_its_baselines(linear: LinearOptions, run: 
     assert [row.name for row in report.rows] == [
         "encoder", "random encoder", "whitened pixels", "raw pixels"
     ]  # fmt: skip
-    assert [row.dim for row in report.rows] == [32, 32, 196, 196]
+    assert [row.dim for row in report.rows] == [64, 64, 196, 196]
     for row in report.rows:
         assert row.top1 is not None
         assert row.top5 is not None
@@ -218,7 +218,7 @@ def test_the_readout_of_a_run_is_a_choice(linear: LinearOptions, finished_run: P
     """Several stages on a grid give their dimensions, to the twin, too."""
     with closing(opened(finished_run, stages=(2, 4), grid=2)) as probed:
         assert probed.twin is not None
-        assert probed.encoder.dim == probed.twin.dim == (8 + 32) * 4
+        assert probed.encoder.dim == probed.twin.dim == (16 + 64) * 4
     with pytest.raises(UsageError, match="expected different numbers of 1 to 4, found 5"):
         opened(finished_run, stages=(5,))
 

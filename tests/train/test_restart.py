@@ -35,7 +35,7 @@ def command_line(options: PretrainOptions, *more: str, launch: tuple[str, ...]) 
         "--batch-size", "32", "--optimizer", options.optimizer, "--lr-peak", str(options.lr_peak),
         "--checkpoint-every-steps", "4", "--log-every-steps", "5", "--threads", "1",
         "--precision", options.precision, "--network.layout", "resnet10",
-        "--network.width", "4", "--network.stem", "small", "--network.zero-init-residual",
+        "--network.width", "8", "--network.stem", "small", "--network.zero-init-residual",
         "--network.projector-widths", "32", "32", "--views.crop-area", ".4", "1",
         "--views.blur-probability", "0", "0", "--views.solarise-probability", "0", "0", *more,
     ]  # fmt: skip

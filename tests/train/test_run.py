@@ -31,7 +31,7 @@ def arguments(options: PretrainOptions, *more: str) -> list[str]:
     return [
         *MODULE, options.source, "--out", str(options.out), "--image-size-px", "14",
         "--channels", "1", "--batch-size", "32", "--lr-peak", "3e-3", "--threads", "1",
-        "--network.layout", "resnet10", "--network.width", "4", "--network.stem", "small",
+        "--network.layout", "resnet10", "--network.width", "8", "--network.stem", "small",
         "--network.projector-widths", "32", "32", "--views.crop-area", ".4", "1",
         "--views.blur-probability", "0", "0", "--views.solarise-probability", "0", "0",
         "--network.zero-init-residual", "--epochs", str(options.epochs), *more,

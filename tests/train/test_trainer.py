@@ -115,7 +115,7 @@ def test_the_options_of_the_loss_reach_it(options: PretrainOptions, loss: LossOp
 def test_stop_gradient_and_predictor_break_the_symmetry(options: PretrainOptions) -> None:
     """View 2's embedding becomes a constant; view 1's passes the predictor."""
     network = NetworkOptions(
-        layout="resnet10", width=4, projector_widths=(16, 16), predictor_width=8
+        layout="resnet10", width=8, projector_widths=(16, 16), predictor_width=8
     )
     built = build_network(network, options.channels, options.image_size_px)
     view = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))

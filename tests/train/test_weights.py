@@ -252,7 +252,7 @@ def test_what_holds_no_weights_is_one_line(content: object, found: str, tmp_path
 
 def network_of_run() -> BarlowTwins:
     """Give a network as the finished run of the tests has it."""
-    return BarlowTwins(ResNet(layout="resnet10", width=4, in_channels=1), (32, 32))
+    return BarlowTwins(ResNet(layout="resnet10", width=8, in_channels=1), (32, 32))
 
 
 def check_is_run(report: WeightsReport, network: BarlowTwins, checkpoint: Path) -> None:
