@@ -22,8 +22,9 @@ LIBRARIES = ("torchvision", "timm")
 
 
 LEAST_WIDTH = 8
-"""On CPUs without AVX-512 the oneDNN of torch 2.14.1 writes past its buffers in the backward pass of a
-strided 1x1 convolution, channels last, of fewer channels: seen with 4, on an AMD EPYC (family 25)."""
+"""On CPUs without AVX-512 the oneDNN of torch 2.14.1 writes past its buffers in the backward pass
+of a strided 1x1 convolution, channels last, of fewer channels: seen with 4, on an AMD EPYC
+(family 25)."""
 
 
 def require(is_sound: bool, option: str, expected: str, found: object) -> None:
