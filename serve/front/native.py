@@ -69,6 +69,11 @@ Event: TypeAlias = tuple[int, int, int, Any, Any, Any]
 Ask: TypeAlias = "Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]"
 
 
+LEAVING_S = 0.2
+"""How long replies that were handed over may take to leave before the port closes: the library
+closes at once, what it has not written yet is lost, and it says of nothing when it was written."""
+
+
 class NativeFront:
     """Serves on `NativeGrpcFront`. Belongs to one event loop."""
 
@@ -177,6 +182,8 @@ class NativeFront:
         await asyncio.gather(*tasks, return_exceptions=True)
         await behind
         if self._native is not None:
+            if grace_s:
+                await asyncio.sleep(min(grace_s, LEAVING_S))
             await asyncio.to_thread(self._native.close)
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
