@@ -36,7 +36,7 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
-from index.baselines import Whitening
+from index.evaluation.baselines import Whitening
 from models.bundle import SHIPPED_BUNDLE, Bundle, Json, read_bundle
 from models.command import progress, run_command
 from models.cpu import cpu_budget

@@ -41,8 +41,8 @@ from numpy.typing import NDArray
 
 from index.collection import Collection, id_of
 from index.knn import MISSING, faiss_threads
-from index.manifest import Manifest, SegmentEntry, hash_files, write_manifest
-from index.segment import EF_SEARCH, HNSW, ROW_SCHEMA, Block, write_segment
+from index.storage.manifest import Manifest, SegmentEntry, hash_files, write_manifest
+from index.storage.segment import EF_SEARCH, HNSW, ROW_SCHEMA, Block, write_segment
 from models.command import progress, run_command
 from models.cpu import cpu_budget, cpu_name
 from models.encoder import open_encoder
@@ -179,7 +179,7 @@ def filtered(collection: Collection, text: str) -> dict[str, Search]:
         ).ids
 
     def through_index(queries_QD: NDArray[np.float32]) -> NDArray[np.int64]:
-        with patch("index.segment.is_exact_cheaper", return_value=False):
+        with patch("index.storage.segment.is_exact_cheaper", return_value=False):
             return run(queries_QD)
 
     return {

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import tyro
 
-from index.plots import Tile, draw_grid
+from index.evaluation.plots import Tile, draw_grid
 from models.command import run_command
 from models.images import ImageData, ImageRecord, ImageSource, open_source
 from serve.client import Client, Hit

@@ -30,9 +30,11 @@ import faiss
 import numpy as np
 import pyarrow as pa
 
+from index.building.part_file import RunKey
+from index.building.parts import PartStore, read_run_id
 from index.embed import decode_batches, embed
 from index.errors import CollectionError
-from index.manifest import (
+from index.storage.manifest import (
     MANIFEST_FILE,
     REJECTS_FILE,
     Manifest,
@@ -41,9 +43,7 @@ from index.manifest import (
     read_manifest,
     write_manifest,
 )
-from index.part_file import RunKey
-from index.parts import PartStore, read_run_id
-from index.segment import EF_SEARCH, FLAT, HNSW, write_segment
+from index.storage.segment import EF_SEARCH, FLAT, HNSW, write_segment
 from models.command import progress, run_command
 from models.encoder import Encoder, open_encoder
 from models.errors import UsageError

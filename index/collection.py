@@ -26,9 +26,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from index.errors import CollectionError, UnknownIdError
 from index.knn import MISSING, merge_neighbours
-from index.manifest import METRIC, Manifest, read_manifest
-from index.segment import FLAT, Segment, open_segment
 from index.selection import Selection, Selector
+from index.storage.manifest import METRIC, Manifest, read_manifest
+from index.storage.segment import FLAT, Segment, open_segment
 from models.cpu import cpu_budget
 from models.errors import FingerprintMismatchError, UsageError
 

@@ -1,7 +1,7 @@
 """`python -m index.duplicates C`: near-duplicates, to look at and to delete.
 
-What a group is, and that groups do not chain, is `index.near`. With `--out` there are, in a
-directory that appears whole:
+What a group is, and that groups do not chain, is `index.curation.near`. With `--out` there are,
+in a directory that appears whole:
     index.html   the groups with pictures, the largest first; one file, nothing from elsewhere.
     delete.csv   the images that may go, each with the one that stays and how near it is.
     groups.json  the same for a machine, and by which encoder and threshold.
@@ -22,10 +22,10 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from index.collection import Collection, Row
+from index.curation.near import Group, find_groups
+from index.curation.page import Html, figure, page, tag
 from index.errors import CollectionError
 from index.grid import load_images
-from index.near import Group, find_groups
-from index.page import Html, figure, page, tag
 from models.bundle import Json
 from models.command import run_command
 from models.errors import UsageError

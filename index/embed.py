@@ -44,7 +44,7 @@ class Reject:
 
     Attributes:
         key: its key in the source.
-        fault: the value of an `ImageFault`, or one of `index.parts`'s own.
+        fault: the value of an `ImageFault`, or one of `index.building.parts`'s own.
         message: what was expected, what was found.
     """
 

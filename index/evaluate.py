@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from index.evaluate_knn import KnnOptions
-from index.evaluate_knn import main as evaluate_knn
+from index.evaluation.evaluate_knn import KnnOptions
+from index.evaluation.evaluate_knn import main as evaluate_knn
 from models.command import run_command
 
 PROG = "python -m index.evaluate"

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from index.collection import Collection, Row
+from index.evaluation.plots import MAX_GRID_ROWS, Tile, draw_grid
 from index.found import Found
-from index.plots import MAX_GRID_ROWS, Tile, draw_grid
 from models.errors import ImageError, SourceError
 from models.images import ImageData, ImageSource, open_source
 

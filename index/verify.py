@@ -25,10 +25,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tyro.conf import Positional
 
+from index.ann.hnsw_file import stored_vectors
 from index.collection import id_of
 from index.errors import CollectionError
-from index.hnsw_file import stored_vectors
-from index.manifest import (
+from index.storage.manifest import (
     MANIFEST_FILE,
     REJECTS_FILE,
     Manifest,
@@ -36,7 +36,7 @@ from index.manifest import (
     manifest_bytes,
     read_manifest,
 )
-from index.segment import Segment, open_segment, segment_files
+from index.storage.segment import Segment, open_segment, segment_files
 from models.bundle import BUNDLE_FILE, is_as_written, read_bundle
 from models.command import run_command
 from models.errors import BundleError, HoraceError

@@ -17,11 +17,11 @@ from PIL import Image
 
 import index.build
 from index.build import BuildOptions, build, choose_factory, main
+from index.building.part_file import RunKey
+from index.building.parts import PartStore, parts_directory
 from index.collection import Collection, id_of
 from index.embed import ImageBatch, Reject, embed
 from index.errors import CollectionError
-from index.part_file import RunKey
-from index.parts import PartStore, parts_directory
 from models.command import run_command
 from models.errors import HoraceError, UsageError
 from models.images import ImageRecord, open_source

@@ -9,8 +9,8 @@ import pytest
 
 from index.collection import Collection, id_of
 from index.errors import CollectionError, UnknownIdError
-from index.manifest import Manifest, hash_files, read_manifest, write_manifest
-from index.segment import build_hnsw
+from index.storage.manifest import Manifest, hash_files, read_manifest, write_manifest
+from index.storage.segment import build_hnsw
 from models.errors import FingerprintMismatchError, UsageError
 
 FINGERPRINT = "f" * 64
@@ -375,7 +375,7 @@ def test_a_segment_whose_file_is_not_listed_is_refused(built, copy_collection):
 )
 def test_a_manifest_that_makes_no_sense_is_refused(built, copy_collection, change):
     """Fields are checked even where the checksum was made to agree."""
-    from index.manifest import _checksum
+    from index.storage.manifest import _checksum
 
     path = copy_collection(built)
     document = json.loads((path / "manifest.json").read_text())

@@ -10,8 +10,8 @@ from PIL import Image
 
 from index.build import BuildOptions, build
 from index.collection import Collection, id_of
+from index.curation.near import Grouping, find_groups
 from index.duplicates import DuplicateOptions, main
-from index.near import Grouping, find_groups
 from models.command import run_command
 
 

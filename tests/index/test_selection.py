@@ -79,7 +79,7 @@ def test_a_filter_far_from_the_query_is_searched_again_exactly(
     centres = np.eye(3, 16)[np.arange(3000) % 3]  # the labels of `make_collection`
     vectors = centres + 0.1 * rng.standard_normal((3000, 16))
     vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
-    monkeypatch.setattr("index.segment.is_exact_cheaper", lambda **_: False)
+    monkeypatch.setattr("index.storage.segment.is_exact_cheaper", lambda **_: False)
     with Collection.open(make_collection(tmp_path, vectors, factory="HNSW32")) as collection:
         queries = vectors[:30]
         mask = np.array(collection.labels()) == "2"

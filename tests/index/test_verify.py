@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from index.ann.hnsw_file import graph_fault
 from index.build import BuildOptions, build
 from index.collection import Collection
 from index.errors import CollectionError
-from index.hnsw_file import graph_fault
-from index.manifest import hash_files, read_manifest, write_manifest
-from index.segment import build_hnsw
+from index.storage.manifest import hash_files, read_manifest, write_manifest
+from index.storage.segment import build_hnsw
 from index.verify import VerifyOptions, main, verify
 from models.command import run_command
 

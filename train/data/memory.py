@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index.embed import Reject
-from index.knn_scores import number_labels
+from index.evaluation.knn_scores import number_labels
 from models.command import progress
 from models.cpu import cpu_budget
 from models.errors import ImageError

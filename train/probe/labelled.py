@@ -21,9 +21,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from index.baselines import reduce_pixels
 from index.embed import decode_batches
-from index.knn_scores import number_labels
+from index.evaluation.baselines import reduce_pixels
+from index.evaluation.knn_scores import number_labels
 from models.command import progress
 from models.encoder import Encoder
 from models.images import ImageRecord, ImageSource

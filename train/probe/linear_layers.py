@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from index.baselines import Whitening
+from index.evaluation.baselines import Whitening
 from models.bundle import Json
 from models.encoder import Encoder
 from models.errors import UsageError

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from index.knn_scores import ClassScore, class_scores, confusion_matrix
+from index.evaluation.knn_scores import ClassScore, class_scores, confusion_matrix
 from models.bundle import Json
 from models.files import atomic_file
 from train.errors import TrainError

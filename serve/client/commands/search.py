@@ -28,7 +28,7 @@ from serve.client.results import Hit, SearchResult
 from serve.errors import FailedItemsError
 
 if TYPE_CHECKING:
-    from index.plots import Tile
+    from index.evaluation.plots import Tile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,7 +297,11 @@ def _draw(path: Path, pictures: str, found: Sequence[Found]) -> None:
     Raises:
         HoraceError: the pictures cannot be had, or the file cannot be written.
     """
-    from index.plots import MAX_GRID_ROWS, Tile, draw_grid  # matplotlib: only for a picture
+    from index.evaluation.plots import (  # matplotlib: only for a picture
+        MAX_GRID_ROWS,
+        Tile,
+        draw_grid,
+    )
     from models.images import open_source
 
     source = open_source(pictures)

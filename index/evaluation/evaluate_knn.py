@@ -29,24 +29,24 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from index import baselines
-from index.baselines import Seen, see_images
 from index.collection import Collection
 from index.errors import EvaluationError
-from index.knn import MISSING, knn_search, weighted_knn_vote
-from index.knn_report import (
+from index.evaluation import baselines
+from index.evaluation.baselines import Seen, see_images
+from index.evaluation.knn_report import (
     BaselineRow,
     IndexDelta,
     KnnReport,
     as_text,
 )
-from index.knn_scores import (
+from index.evaluation.knn_scores import (
     Accuracy,
     class_scores,
     confusion_matrix,
     recall_per_query,
 )
-from index.knn_task import Task, make_task
+from index.evaluation.knn_task import Task, make_task
+from index.knn import MISSING, knn_search, weighted_knn_vote
 from index.search import open_collection_encoder
 from models.bundle import record_evaluation
 from models.encoder import Encoder
@@ -331,7 +331,7 @@ def _record(options: KnnOptions, report: KnnReport) -> None:
 
 def _write_files(out: Path, report: KnnReport, text: str, document: str) -> None:
     """Write the report and the picture of the confusion matrix."""
-    from index.plots import draw_confusion  # matplotlib: only for a picture
+    from index.evaluation.plots import draw_confusion  # matplotlib: only for a picture
 
     try:
         for name, content in (("report.txt", text), ("report.json", document)):

@@ -27,11 +27,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from index.ann.hnsw_file import open_hnsw
 from index.errors import CollectionError
-from index.hnsw_file import open_hnsw
 from index.knn import faiss_threads, knn_search, pad_neighbours, search_threads
-from index.manifest import Manifest, SegmentEntry, check_file
 from index.selection import count_candidates, is_exact_cheaper, keep_chosen
+from index.storage.manifest import Manifest, SegmentEntry, check_file
 from models.errors import UsageError
 
 FLAT = "Flat"
@@ -239,7 +239,9 @@ def open_segment(
         vectors_ND=vectors_ND,
         ids_N=ids_N,
         rows=_open_rows(files[2], ids_N),
-        index=None if entry.factory == FLAT else open_hnsw(files[3], entry, manifest.dim),
+        index=None
+        if entry.factory == FLAT
+        else open_hnsw(files[3], factory=entry.factory, count=entry.count, dim=manifest.dim),
     )
 
 

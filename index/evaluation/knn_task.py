@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from index.baselines import Seen
 from index.collection import Collection
 from index.errors import EvaluationError
+from index.evaluation.baselines import Seen
+from index.evaluation.knn_scores import Accuracy, accuracies, number_labels
 from index.knn import MISSING
-from index.knn_scores import Accuracy, accuracies, number_labels
 
 
 @dataclass(frozen=True, kw_only=True)

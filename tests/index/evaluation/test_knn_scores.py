@@ -1,6 +1,6 @@
 import numpy as np
 
-from index.knn_scores import (
+from index.evaluation.knn_scores import (
     ClassScore,
     class_scores,
     confusion_matrix,

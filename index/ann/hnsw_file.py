@@ -18,15 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index.errors import CollectionError
-from index.manifest import SegmentEntry
 
 _deserialisation = threading.Lock()  # faiss's limit is one for the whole process
 
 
-def open_hnsw(file: Path, entry: SegmentEntry, dim: int) -> faiss.IndexHNSW:
-    """Deserialise an index within bounds and hold it against the manifest."""
+def open_hnsw(file: Path, *, factory: str, count: int, dim: int) -> faiss.IndexHNSW:
+    """Deserialise an index within bounds and hold it against what it must be."""
     mend = "the file is not this collection's: copy or build the collection again"
-    expected = f"{entry.factory} of {entry.count} x {dim}, inner product"
+    expected = f"{factory} of {count} x {dim}, inner product"
     with _deserialisation:
         before = faiss.get_deserialization_vector_byte_limit()
         faiss.set_deserialization_vector_byte_limit(file.stat().st_size)
@@ -42,7 +41,7 @@ def open_hnsw(file: Path, entry: SegmentEntry, dim: int) -> faiss.IndexHNSW:
     found = f"{type(index).__name__} of {index.ntotal} x {index.d}, metric {index.metric_type}"
     sound = (
         isinstance(index, faiss.IndexHNSW)
-        and (index.ntotal, index.d) == (entry.count, dim)
+        and (index.ntotal, index.d) == (count, dim)
         and index.metric_type == faiss.METRIC_INNER_PRODUCT
     )
     if not sound:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from index.knn_scores import Accuracy, ClassScore
+from index.evaluation.knn_scores import Accuracy, ClassScore
 
 MAX_PRINTED_CLASSES = 20
 """A wider confusion matrix fits no terminal; the picture and the JSON have all of it."""

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from index import baselines
-from index.baselines import (
+from index.evaluation import baselines
+from index.evaluation.baselines import (
     Whitening,
     pixel_neighbours,
     reduce_pixels,

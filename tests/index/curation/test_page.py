@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from index.page import THUMBNAIL_PX, Html, figure, page, tag, thumbnail
+from index.curation.page import THUMBNAIL_PX, Html, figure, page, tag, thumbnail
 
 
 def encoded(height, width, kind="PNG"):

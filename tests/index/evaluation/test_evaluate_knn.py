@@ -19,13 +19,13 @@ from index.collection import Collection
 from index.embed import embed
 from index.errors import EvaluationError
 from index.evaluate import run
-from index.evaluate_knn import KnnOptions, evaluate
-from index.manifest import read_manifest, write_manifest
+from index.evaluation.evaluate_knn import KnnOptions, evaluate
+from index.storage.manifest import read_manifest, write_manifest
 from models.bundle import read_bundle
 from models.images import open_source
 from models.runtime import open_bundle
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 MINI = ROOT / "tests/data/fashion-mnist-mini"
 KS = (1, 5, 10, 20, 100, 200)
 

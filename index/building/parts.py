@@ -1,7 +1,7 @@
 """Parts: what a build has embedded so far, on disk, so that a killed build goes on.
 
 Beside the collection `C` that is being built lies the directory `C.parts`. Each part is one
-file of consecutive records, see `index.part_file`.
+file of consecutive records, see `index.building.part_file`.
 
 Rules:
     A part is whole or absent, and its name says where it starts: what is there is done.
@@ -30,11 +30,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from index.building.part_file import COLUMNS, Part, RunKey, open_part, read_part, write_part
 from index.collection import id_of
 from index.embed import ImageBatch, Reject
 from index.errors import CollectionError
-from index.part_file import COLUMNS, Part, RunKey, open_part, read_part, write_part
-from index.segment import ROW_SCHEMA, Block
+from index.storage.segment import ROW_SCHEMA, Block
 from models.files import atomic_file
 from models.image_source import ImageRecord
 

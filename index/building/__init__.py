@@ -1,0 +1,1 @@
+"""From the images of a source to the parts and segments of a collection."""

@@ -1,0 +1,1 @@
+"""How good an encoder and an index are, judged through a collection."""

@@ -1,0 +1,1 @@
+"""Collections on disk: manifest, segments, journal, and the one who writes them."""
