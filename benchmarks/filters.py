@@ -42,7 +42,8 @@ from numpy.typing import NDArray
 from index.collection import Collection, id_of
 from index.knn import MISSING, faiss_threads
 from index.storage.manifest import Manifest, SegmentEntry, hash_files, write_manifest
-from index.storage.segment import EF_SEARCH, HNSW, ROW_SCHEMA, Block, write_segment
+from index.storage.rows import ROW_SCHEMA
+from index.storage.segment import EF_SEARCH, HNSW, Block, write_segment
 from models.command import progress, run_command
 from models.cpu import cpu_budget, cpu_name
 from models.encoder import open_encoder

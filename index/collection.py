@@ -28,6 +28,8 @@ from index.errors import CollectionError, UnknownIdError
 from index.knn import MISSING, merge_neighbours
 from index.selection import Selection, Selector
 from index.storage.manifest import METRIC, Manifest, read_manifest
+from index.storage.rows import Row as Row
+from index.storage.rows import read_rows
 from index.storage.segment import FLAT, Segment, open_segment
 from models.cpu import cpu_budget
 from models.errors import FingerprintMismatchError, UsageError
@@ -44,23 +46,6 @@ class Neighbours:
 
     ids: NDArray[np.int64]
     scores: NDArray[np.float32]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One image of a collection.
-
-    Attributes:
-        id: its 63-bit id.
-        key: where it stands in its source.
-        label: its class, where the source knew one.
-        source: the source's URI; `models.images.open_source(source).load(key)` reads it.
-    """
-
-    id: int
-    key: str
-    label: str | None
-    source: str
 
 
 def id_of(key: str) -> int:
@@ -84,7 +69,9 @@ class Collection:
         # One more than there are rows, so that row -1 has the id -1.
         self._ids = np.concatenate([*(segment.ids_N for segment in segments), [MISSING]])
         self._by_id = np.argsort(self._ids[:-1], kind="stable")
-        self._rows = pa.concat_tables([segment.rows for segment in segments])
+        self._rows = pa.concat_tables(
+            [segment.rows for segment in segments], promote_options="default"
+        )
         self._selector = Selector(self._rows)
 
     @classmethod
@@ -236,7 +223,7 @@ class Collection:
         """Choose the images of which a filter is true, for one search or many.
 
         Args:
-            filter: see `index.filters`; its columns are those of `Row`.
+            filter: see `index.filters`; its columns are those of `table()`.
             source_names: gives the name by which the filter knows a source; its URI where None.
 
         Raises:
@@ -293,12 +280,15 @@ class Collection:
         Raises:
             UnknownIdError: an id is not in the collection.
         """
-        taken = self._rows.take(self.row_numbers(ids))
-        columns = [taken[name].to_pylist() for name in ("id", "key", "label", "source")]
-        return [
-            Row(id=id_, key=key, label=label, source=source)
-            for id_, key, label, source in zip(*columns, strict=True)
-        ]
+        return read_rows(self._rows.take(self.row_numbers(ids)))
+
+    def table(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Give the metadata of every row, in the order of `self.ids`.
+
+        Args:
+            columns: which; all that there are where None, see `index.storage.rows`.
+        """
+        return self._rows if columns is None else self._rows.select(list(columns))
 
     def row_numbers(self, ids: ArrayLike) -> NDArray[np.int64]:
         """Give the places of ids within `self.ids`.

@@ -11,7 +11,6 @@ Nothing is deleted.
 from __future__ import annotations
 
 import csv
-import dataclasses
 import json
 import os
 import sys
@@ -139,10 +138,10 @@ def _document(
         "duplicates": sum(len(group.others) for group in groups),
         "groups": [
             {
-                "kept": dataclasses.asdict(group.kept),
+                "kept": group.kept.to_json(),
                 "labels": list(group.labels),
                 "others": [
-                    {"score": score, **dataclasses.asdict(row)}
+                    {"score": score, **row.to_json()}
                     for score, row in zip(group.scores, group.others, strict=True)
                 ],
             }

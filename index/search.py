@@ -287,7 +287,7 @@ def _as_json(collection: Collection, options: SearchOptions, found: Sequence[Fou
                 "query": one.query,
                 "label": one.label,
                 "error": None if one.error is None else str(one.error),
-                "hits": [{"score": hit.score, **dataclasses.asdict(hit.row)} for hit in one.hits],
+                "hits": [{"score": hit.score, **hit.row.to_json()} for hit in one.hits],
             }
             for one in found
         ],

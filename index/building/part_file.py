@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from index.collection import id_of
 from index.embed import Reject
 from index.errors import CollectionError
-from index.storage.segment import ROW_SCHEMA
+from index.storage.rows import ROW_SCHEMA
 from models.bundle import Json
 from models.files import atomic_file, canonical_json
 

@@ -34,7 +34,8 @@ from index.building.part_file import COLUMNS, Part, RunKey, open_part, read_part
 from index.collection import id_of
 from index.embed import ImageBatch, Reject
 from index.errors import CollectionError
-from index.storage.segment import ROW_SCHEMA, Block
+from index.storage.rows import ROW_SCHEMA
+from index.storage.segment import Block
 from models.files import atomic_file
 from models.image_source import ImageRecord
 

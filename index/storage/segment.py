@@ -3,7 +3,8 @@
 Files, under `segments/NAME/` of a collection:
     vectors.npy   (N, D) float32, unit length; memory-mapped, never overwritten.
     ids.npy       (N,) int64, row by row those of vectors.npy.
-    rows.parquet  id, key, label (may be null), source; the same rows in the same order.
+    rows.parquet  id, key, label (may be null), source, and further columns
+                  (`index.storage.rows`); the same rows in the same order.
     index.faiss   the FAISS index, only where the factory is not `Flat`: Flat searches
                   vectors.npy itself, so nothing is stored twice.
 
@@ -32,6 +33,8 @@ from index.errors import CollectionError
 from index.knn import faiss_threads, knn_search, pad_neighbours, search_threads
 from index.selection import count_candidates, is_exact_cheaper, keep_chosen
 from index.storage.manifest import Manifest, SegmentEntry, check_file
+from index.storage.rows import ROW_SCHEMA as ROW_SCHEMA
+from index.storage.rows import is_row_schema
 from models.errors import UsageError
 
 FLAT = "Flat"
@@ -42,21 +45,13 @@ SEGMENTS = "segments"
 BUILD_BLOCK = 16384
 """Vectors added to an index at a time; a constant, since it decides HNSW's insertion order."""
 
-_FIELDS: dict[str, pa.DataType] = {
-    "id": pa.int64(),
-    "key": pa.string(),
-    "label": pa.string(),
-    "source": pa.string(),
-}
-ROW_SCHEMA = pa.schema(_FIELDS)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
     """Consecutive rows on their way into a segment.
 
     Attributes:
-        rows: a table of `ROW_SCHEMA`, n rows.
+        rows: a table of the segment's schema, n rows.
         vectors_ND: (n, D) float32, unit length.
     """
 
@@ -72,7 +67,7 @@ class Segment:
         entry: what the manifest says of it.
         vectors_ND: (N, D) float32, a read-only memory map.
         ids_N: (N,) int64.
-        rows: a table of `ROW_SCHEMA`.
+        rows: a table of `ROW_SCHEMA` and further columns.
         index: the FAISS index; None where the factory is `Flat`.
     """
 
@@ -186,7 +181,12 @@ def segment_files(entry: SegmentEntry) -> list[str]:
 
 
 def write_segment(
-    directory: Path, entry: SegmentEntry, blocks: Iterable[Block], dim: int
+    directory: Path,
+    entry: SegmentEntry,
+    blocks: Iterable[Block],
+    dim: int,
+    *,
+    schema: pa.Schema = ROW_SCHEMA,
 ) -> list[str]:
     """Write a segment's files below the collection `directory`; memory holds one block.
 
@@ -195,13 +195,14 @@ def write_segment(
         entry: name, number of rows and index of the segment.
         blocks: the rows, `entry.count` of them in all.
         dim: length of a vector.
+        schema: of the rows of every block; see `index.storage.rows`.
 
     Returns:
         The names of the files, as for the manifest.
     """
     folder = directory / SEGMENTS / entry.name
     folder.mkdir(parents=True)
-    ids_N = _write_rows_and_vectors(folder, entry.count, blocks, dim)
+    ids_N = _write_rows_and_vectors(folder, entry.count, blocks, dim, schema)
     np.save(folder / "ids.npy", ids_N)
     if entry.factory != FLAT:
         vectors_ND = np.load(folder / "vectors.npy", mmap_mode="r")
@@ -246,14 +247,14 @@ def open_segment(
 
 
 def _write_rows_and_vectors(
-    folder: Path, count: int, blocks: Iterable[Block], dim: int
+    folder: Path, count: int, blocks: Iterable[Block], dim: int, schema: pa.Schema
 ) -> NDArray[np.int64]:
     """Stream blocks to vectors.npy and rows.parquet; give the ids."""
     ids: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
     # Plain writes, not a memory map: on a full disk a map kills the process.
     with (
         (folder / "vectors.npy").open("wb") as file,
-        pq.ParquetWriter(folder / "rows.parquet", ROW_SCHEMA, compression="zstd") as rows,
+        pq.ParquetWriter(folder / "rows.parquet", schema, compression="zstd") as rows,
     ):
         header = {"descr": "<f4", "fortran_order": False, "shape": (count, dim)}
         np.lib.format.write_array_header_1_0(file, header)
@@ -297,7 +298,7 @@ def _open_rows(file: Path, ids_N: NDArray[np.int64]) -> pa.Table:
             count = parquet.metadata.num_rows  # may be anything, and is not read then
             rows = parquet.read() if count == len(ids_N) else ROW_SCHEMA.empty_table()
         found = f"{count} rows of {', '.join(rows.column_names)} that do not match"
-        sound = rows.schema.equals(ROW_SCHEMA) and np.array_equal(rows["id"].to_numpy(), ids_N)
+        sound = is_row_schema(rows.schema) and np.array_equal(rows["id"].to_numpy(), ids_N)
     except (pa.ArrowException, OSError, MemoryError) as error:
         found, sound = f"no such table ({str(error).splitlines()[0]})", False
     if not sound:

@@ -17,7 +17,8 @@ from PIL import Image
 from index.build import BuildOptions, build
 from index.collection import id_of
 from index.storage.manifest import Manifest, SegmentEntry, hash_files, write_manifest
-from index.storage.segment import ROW_SCHEMA, Block, write_segment
+from index.storage.rows import ROW_SCHEMA
+from index.storage.segment import Block, write_segment
 from models.bundle import Bundle, OutputSpec, write_bundle
 from models.preprocess import PreprocessSpec
 

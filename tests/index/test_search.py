@@ -58,7 +58,9 @@ def test_json_for_machines(search, built, bundle, test_folder):
     assert [hit["label"] for query in queries for hit in query["hits"]] == ["red"] * 2 + [
         "blue"
     ] * 2
-    assert set(queries[0]["hits"][0]) == {"score", "id", "key", "label", "source"}
+    assert set(queries[0]["hits"][0]) == {
+        "score", "id", "key", "label", "source", "metadata"
+    }  # fmt: skip
 
 
 def test_stored_images_by_key_and_id(search, built_hnsw):

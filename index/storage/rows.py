@@ -1,0 +1,118 @@
+"""The metadata of a collection's images: one row each, in the order of their vectors.
+
+Every row has the columns of `ROW_SCHEMA`. Further columns are the user's own (`index.build
+--metadata`), and `digest`, the BLAKE2b hash of the image's bytes, by which `--sync` knows it.
+
+Rules:
+    A column is of one of `COLUMN_TYPES` and its name is its own: what is stored is what
+    filters, `Row.metadata` and JSON can carry.
+    A table may lack further columns: a row without a value has null.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import date
+from typing import cast
+
+import pyarrow as pa
+
+from models.bundle import Json
+
+_FIELDS: dict[str, pa.DataType] = {
+    "id": pa.int64(),
+    "key": pa.string(),
+    "label": pa.string(),
+    "source": pa.string(),
+}
+ROW_SCHEMA = pa.schema(_FIELDS)
+
+DIGEST = "digest"
+
+COLUMN_TYPES: tuple[pa.DataType, ...] = (
+    pa.string(),
+    pa.int64(),
+    pa.float64(),
+    pa.bool_(),
+    pa.date32(),
+    pa.timestamp("us"),
+    pa.timestamp("us", "UTC"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One image of a collection.
+
+    Attributes:
+        id: its 63-bit id.
+        key: where it stands in its source.
+        label: its class, where the source knew one.
+        source: the source's URI; `models.images.open_source(source).load(key)` reads it.
+        digest: hash of its bytes when it was embedded; None where nobody took it.
+        metadata: the collection's further columns: text, int, float, bool, date or datetime,
+            None where there is no value.
+    """
+
+    id: int
+    key: str
+    label: str | None
+    source: str
+    digest: str | None = None
+    metadata: Mapping[str, object] = field(default_factory=dict, hash=False)
+
+    def to_json(self) -> dict[str, Json]:
+        """Give what a person or a program asks of an image; dates are ISO 8601 texts."""
+        return {
+            "id": self.id,
+            "key": self.key,
+            "label": self.label,
+            "source": self.source,
+            "metadata": metadata_to_json(self.metadata),
+        }
+
+
+def metadata_to_json(metadata: Mapping[str, object]) -> dict[str, Json]:
+    """Give metadata as JSON can carry it; dates are ISO 8601 texts."""
+    return {
+        name: value.isoformat() if isinstance(value, date) else cast(Json, value)
+        for name, value in metadata.items()
+    }
+
+
+def read_rows(table: pa.Table) -> list[Row]:
+    """Turn a table of metadata into rows."""
+    names = metadata_columns(table.schema)
+    columns = [table[name].to_pylist() for name in names]
+    core = [table[name].to_pylist() for name in ROW_SCHEMA.names]
+    digests = table[DIGEST].to_pylist() if DIGEST in table.column_names else [None] * len(table)
+    further = zip(*columns, strict=True) if columns else (() for _ in range(len(table)))
+    return [
+        Row(
+            id=cast(int, id_),
+            key=cast(str, key),
+            label=cast(str | None, label),
+            source=cast(str, source),
+            digest=cast(str | None, digest),
+            metadata=dict(zip(names, values, strict=True)),
+        )
+        for id_, key, label, source, digest, values in zip(*core, digests, further, strict=True)
+    ]
+
+
+def metadata_columns(schema: pa.Schema) -> list[str]:
+    """Name the further columns that are the user's own."""
+    return [name for name in schema.names if name not in _FIELDS and name != DIGEST]
+
+
+def is_row_schema(schema: pa.Schema) -> bool:
+    """Tell whether a table has the columns of `ROW_SCHEMA`, and further ones of known types."""
+    names = schema.names
+    further = list(schema)[len(_FIELDS) :]
+    return (
+        len(set(names)) == len(names)
+        and pa.schema(list(schema)[: len(_FIELDS)]).equals(ROW_SCHEMA)
+        and all(one.type in COLUMN_TYPES for one in further)
+        and all(one.type == pa.string() for one in further if one.name == DIGEST)
+    )

@@ -1,0 +1,100 @@
+import json
+from datetime import UTC, date, datetime
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from index.collection import Collection, id_of
+from index.storage.manifest import Manifest, SegmentEntry, hash_files, write_manifest
+from index.storage.rows import ROW_SCHEMA, Row, is_row_schema, read_rows
+from index.storage.segment import Block, write_segment
+
+FURTHER = {
+    "digest": pa.string(),
+    "price": pa.float64(),
+    "count": pa.int64(),
+    "sold": pa.bool_(),
+    "day": pa.date32(),
+    "taken": pa.timestamp("us", "UTC"),
+}
+NOON = datetime(2024, 5, 1, 12, tzinfo=UTC)
+
+
+def rows_of(keys, *, further=FURTHER):
+    """Make a table of rows; every second one has no further values."""
+    values = {
+        "digest": "ab", "price": 1.5, "count": 3, "sold": True, "day": date(2024, 5, 1),
+        "taken": NOON,
+    }  # fmt: skip
+    columns = {
+        "id": [id_of(key) for key in keys],
+        "key": keys,
+        "label": [None] * len(keys),
+        "source": ["folder:/nowhere"] * len(keys),
+    }
+    for name in further:
+        columns[name] = [None if n % 2 else values[name] for n in range(len(keys))]
+    return pa.table(columns, schema=pa.schema([*ROW_SCHEMA, *further.items()]))
+
+
+def test_a_row_carries_what_its_table_has():
+    """Typed values, None where there are none, and the digest apart from what is the user's."""
+    first, second = read_rows(rows_of(["a", "b"]))
+    assert first == Row(
+        id=id_of("a"), key="a", label=None, source="folder:/nowhere", digest="ab",
+        metadata={
+            "price": 1.5, "count": 3, "sold": True, "day": date(2024, 5, 1), "taken": NOON
+        },
+    )  # fmt: skip
+    assert json.loads(json.dumps(first.to_json()))["metadata"] == {
+        "price": 1.5, "count": 3, "sold": True, "day": "2024-05-01",
+        "taken": "2024-05-01T12:00:00+00:00",
+    }  # fmt: skip
+    assert second.digest is None
+    assert set(second.metadata.values()) == {None}
+    (plain,) = read_rows(rows_of(["a"], further={}))
+    assert (plain.digest, plain.metadata) == (None, {})
+    assert len({first, second, plain}) == 3  # a row can be a member of a set
+
+
+@pytest.mark.parametrize(
+    ("fields", "sound"),
+    [
+        ([], True),
+        ([*FURTHER.items()], True),
+        ([("taken", pa.timestamp("us"))], True),
+        ([("count", pa.int32())], False),
+        ([("digest", pa.int64())], False),
+        ([("words", pa.list_(pa.string()))], False),
+        ([("one", pa.int64()), ("one", pa.int64())], False),
+    ],
+)
+def test_which_columns_may_be_stored(fields, sound):
+    """Those that filters and JSON can carry, each once."""
+    assert is_row_schema(pa.schema([*ROW_SCHEMA, *fields])) is sound
+    assert not is_row_schema(pa.schema([*list(ROW_SCHEMA)[1:], *fields]))
+
+
+def test_segments_of_other_columns_are_one_collection(tmp_path, unit_rows):
+    """A row of a segment without a column has null there, and filters see it so."""
+    entries, names, vectors = [], [], unit_rows(4, 8)
+    for number, (keys, further) in enumerate([(["a", "b"], {}), (["c", "d"], FURTHER)]):
+        rows = rows_of(keys, further=further)
+        entry = SegmentEntry(name=f"{number:06}", count=2, factory="Flat")
+        block = Block(rows=rows, vectors_ND=vectors[2 * number :][:2])
+        names += write_segment(tmp_path, entry, [block], 8, schema=rows.schema)
+        entries.append(entry)
+    manifest = Manifest(
+        name="made", fingerprint="f" * 64, dim=8, encoder="/nowhere", preprocessing={},
+        sources={"folder:/nowhere": 4}, segments=tuple(entries),
+        files=hash_files(tmp_path, names), versions={}, build={},
+    )  # fmt: skip
+    write_manifest(tmp_path, manifest)
+    with Collection.open(tmp_path) as collection:
+        found = {row.key: row.metadata["price"] for row in collection.rows(collection.ids)}
+        assert found == {"a": None, "b": None, "c": 1.5, "d": None}
+        assert collection.select("price > 1").mask_N.tolist() == [False, False, True, False]
+        assert collection.select("price is null").count == 3
+        assert collection.table(["key"]).to_pydict() == {"key": ["a", "b", "c", "d"]}
+        np.testing.assert_array_equal(collection.vectors([id_of("c")])[0], vectors[2])
