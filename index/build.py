@@ -1,7 +1,8 @@
 """`python -m index.build`: embed the images of a source and make a collection of them.
 
 Rules:
-    Memory holds a few batches, one part and the index, whatever the size of the source.
+    Decoding, encoding and writing go on at the same time, see `index.building.pipeline`.
+    Memory holds a few batches, two parts and the index, whatever the size of the source.
     A build that was killed goes on where it stood when the same command is run again, and
     ends in the same files as one that was not: finished parts are never embedded twice.
     An image that cannot be used, or whose key another has, is written to `rejects.jsonl` and
@@ -32,7 +33,7 @@ import pyarrow as pa
 
 from index.building.part_file import RunKey
 from index.building.parts import PartStore, read_run_id
-from index.embed import decode_batches, embed
+from index.building.pipeline import ENCODE_THREADS, choose_crew, make_parts
 from index.errors import CollectionError
 from index.storage.manifest import (
     MANIFEST_FILE,
@@ -45,6 +46,7 @@ from index.storage.manifest import (
 )
 from index.storage.segment import EF_SEARCH, FLAT, HNSW, write_segment
 from models.command import progress, run_command
+from models.cpu import cpu_budget
 from models.encoder import Encoder, open_encoder
 from models.errors import UsageError
 from models.files import atomic_directory, publish_directory
@@ -150,7 +152,7 @@ def build(options: BuildOptions) -> BuildSummary:
         HoraceError: source, encoder or target are not usable; what was embedded is kept.
     """
     source = open_source(options.images)
-    with closing(open_encoder(options.encoder)) as encoder:
+    with closing(open_encoder(options.encoder, threads=ENCODE_THREADS)) as encoder:
         if isinstance(source, FolderSource) and source.ignored:
             log.info("%s: %d files that are no images are passed over", source.uri, source.ignored)
         key = RunKey(
@@ -185,11 +187,13 @@ def _build(
     _check_target(out, replace=options.replace)
     restart = options.restart or finished is not None  # the parts are in that collection
     with PartStore(out, key, restart=restart) as store, _resumable(store):
-        reused, n_parts = store.n_images, len(store.finished)
-        if n_parts:
-            log.info("reusing %d images in %d finished parts of %s", reused, n_parts, out)
-        embed_s = _embed_missing(store, source, encoder)
+        kept = [part.start for part in store.finished]
+        if kept:
+            log.info("reusing %d images in %d finished parts of %s", store.n_images, len(kept), out)
+        embed_s = _embed_missing(options, store, source, encoder)
+        store.settle()
         _check_images(store)
+        reused = sum(map(store.count_images, kept))
         start_s = time.monotonic()
         with atomic_directory(store.directory / "collection") as directory:
             manifest = _write_collection(directory, options, encoder, store)
@@ -212,22 +216,17 @@ def _resumable(store: PartStore) -> Iterator[None]:
         raise KeyboardInterrupt(*([kept] if store.finished else [])) from None
 
 
-def _embed_missing(store: PartStore, source: ImageSource, encoder: Encoder) -> float:
+def _embed_missing(
+    options: BuildOptions, store: PartStore, source: ImageSource, encoder: Encoder
+) -> float:
     """Embed every record that no part covers yet; give the seconds that it took."""
     key, start_s = store.key, time.monotonic()
     total = None if key.source_count is None else key.source_count - store.n_records
-    records = store.resume(source.records())
-    batches = decode_batches(records, encoder, batch_size=key.batch_size)
-    waiting, vectors = [], []
-    with closing(batches):
-        for batch in progress(batches, what="embedding", total=total, size=len):
-            waiting.append(batch)
-            vectors.append(embed(encoder, batch.images_NHWC))
-            if len(waiting) == BATCHES_PER_PART:
-                store.add(waiting, vectors)
-                waiting, vectors = [], []
-    if waiting:
-        store.add(waiting, vectors)
+    crew = choose_crew(cpu_budget(), is_remote="://" in options.encoder)
+    batches = store.missing(source.records())
+    with closing(make_parts(batches, encoder, store, crew=crew)) as made:
+        for _ in progress(made, what="embedding", total=total, size=int):
+            pass
     return time.monotonic() - start_s
 
 

@@ -1,12 +1,13 @@
-"""Images to vectors as a stream: decoding runs ahead of encoding, in bounded memory.
+"""Images to vectors: one batch, or a stream that decodes ahead of its reader.
 
 Rules:
-    Batches are `batch_size` consecutive records, in the source's order, whatever the number
-    of threads; an image that cannot be used leaves a gap and a `Reject`, never an error.
-    At most `BATCHES_AHEAD` batches are read and decoded before they are asked for.
+    Batches are consecutive records, in the source's order, whatever the number of threads;
+    an image that cannot be used leaves a gap and a `Reject`, never an error.
+    `decode_batches` has at most `BATCHES_AHEAD` batches read and decoded before they are
+    asked for.
     A vector is `finish_vectors(encoder.encode(batch))`, the same as the server gives.
 
-It writes nothing; `index.build` and `index.evaluate` do.
+It writes nothing: `index.building` does, whose pipeline keeps several batches at work.
 
 Shapes: N images of a batch, H, W, C of the encoder's input, D dimensions.
 """
@@ -14,7 +15,7 @@ Shapes: N images of a batch, H, W, C of the encoder's input, D dimensions.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -44,7 +45,7 @@ class Reject:
 
     Attributes:
         key: its key in the source.
-        fault: the value of an `ImageFault`, or one of `index.building.parts`'s own.
+        fault: the value of an `ImageFault`, or one of `index.building`'s own.
         message: what was expected, what was found.
     """
 
@@ -67,6 +68,28 @@ class ImageBatch:
     keys: list[str]
     labels: list[str | None]
     images_NHWC: NDArray[np.uint8]
+    rejects: list[Reject]
+
+    def __len__(self) -> int:
+        return len(self.keys) + len(self.rejects)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddedBatch:
+    """Consecutive records of a source, embedded.
+
+    Attributes:
+        start: number of the first of them in the source.
+        keys: of the N images that could be used.
+        labels: of the same.
+        vectors_ND: of the same, float32, unit length unless the encoder failed in silence.
+        rejects: the others. `len(batch)` counts both.
+    """
+
+    start: int
+    keys: list[str]
+    labels: list[str | None]
+    vectors_ND: NDArray[np.float32]
     rejects: list[Reject]
 
     def __len__(self) -> int:
@@ -98,15 +121,38 @@ def decode_batches(
     )
     waiting: deque[list[Future[list[_Outcome]]]] = deque()
     try:
-        for batch in _split(records, batch_size):
-            tasks = [pool.submit(_decode, chunk, encoder) for chunk in _split(batch, CHUNK)]
+        for batch in split(records, batch_size):
+            tasks = [pool.submit(_decode, chunk, encoder) for chunk in split(batch, CHUNK)]
             waiting.append(tasks)
             if len(waiting) > BATCHES_AHEAD:
-                yield _gather(waiting.popleft(), encoder)
+                yield _gather(_results(waiting.popleft()), encoder)
         while waiting:
-            yield _gather(waiting.popleft(), encoder)
+            yield _gather(_results(waiting.popleft()), encoder)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def embed_records(
+    records: Sequence[ImageRecord], encoder: Encoder, *, start: int = 0
+) -> EmbeddedBatch:
+    """Read, decode and encode one batch, on the calling thread.
+
+    Args:
+        records: of the batch.
+        encoder: what embeds them.
+        start: number of the first of them in the source.
+
+    Raises:
+        EncoderError: the runtime failed.
+    """
+    batch = _gather(_decode(records, encoder), encoder)
+    return EmbeddedBatch(
+        start=start,
+        keys=batch.keys,
+        labels=batch.labels,
+        vectors_ND=embed(encoder, batch.images_NHWC),
+        rejects=batch.rejects,
+    )
 
 
 def embed(encoder: Encoder, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -118,6 +164,13 @@ def embed(encoder: Encoder, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float3
     return finish_vectors(encoder.encode(images_NHWC), normalize=True)
 
 
+def split(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Cut into lists of `size`; the last may be shorter."""
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk
+
+
 @dataclass(frozen=True)
 class _Outcome:
     """What became of one record: pixels, or the error."""
@@ -126,7 +179,7 @@ class _Outcome:
     result: NDArray[np.uint8] | ImageError
 
 
-def _decode(records: list[ImageRecord], encoder: Encoder) -> list[_Outcome]:
+def _decode(records: Sequence[ImageRecord], encoder: Encoder) -> list[_Outcome]:
     """Read and preprocess a chunk; runs in the pool."""
     outcomes = []
     for record in records:
@@ -137,10 +190,16 @@ def _decode(records: list[ImageRecord], encoder: Encoder) -> list[_Outcome]:
     return outcomes
 
 
-def _gather(tasks: list[Future[list[_Outcome]]], encoder: Encoder) -> ImageBatch:
-    """Wait for the chunks of a batch and put them together."""
+def _results(tasks: Iterable[Future[list[_Outcome]]]) -> Iterator[_Outcome]:
+    """Wait for the chunks of a batch, in order."""
+    for task in tasks:
+        yield from task.result()
+
+
+def _gather(outcomes: Iterable[_Outcome], encoder: Encoder) -> ImageBatch:
+    """Put the images of a batch together, and the rejects."""
     keys, labels, images, rejects = [], [], [], []
-    for outcome in (outcome for task in tasks for outcome in task.result()):
+    for outcome in outcomes:
         record, result = outcome.record, outcome.result
         if isinstance(result, ImageError):
             rejects.append(Reject(key=record.key, fault=result.fault.value, message=str(result)))
@@ -152,10 +211,3 @@ def _gather(tasks: list[Future[list[_Outcome]]], encoder: Encoder) -> ImageBatch
     empty = np.empty((0, spec.height, spec.width, spec.channels), np.uint8)
     images_NHWC = np.stack(images) if images else empty
     return ImageBatch(keys=keys, labels=labels, images_NHWC=images_NHWC, rejects=rejects)
-
-
-def _split(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Cut into lists of `size`; the last may be shorter."""
-    iterator = iter(items)
-    while chunk := list(islice(iterator, size)):
-        yield chunk

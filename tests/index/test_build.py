@@ -20,7 +20,7 @@ from index.build import BuildOptions, build, choose_factory, main
 from index.building.part_file import RunKey
 from index.building.parts import PartStore, parts_directory
 from index.collection import Collection, id_of
-from index.embed import ImageBatch, Reject, embed
+from index.embed import EmbeddedBatch, Reject, embed
 from index.errors import CollectionError
 from models.command import run_command
 from models.errors import HoraceError, UsageError
@@ -152,14 +152,15 @@ def test_a_second_image_of_a_key_is_rejected(tmp_path, bundle):
 def test_a_vector_that_is_no_number_is_rejected(tmp_path):
     """An encoder that fails in silence spoils no search."""
     key = RunKey(source="", source_count=None, fingerprint="", dim=2, batch_size=3, part_size=48)
-    batch = ImageBatch(
+    batch = EmbeddedBatch(
+        start=0,
         keys=["a", "b", "c"],
         labels=[None] * 3,
-        images_NHWC=np.zeros((3, 1, 1, 1), np.uint8),
+        vectors_ND=np.array([[1, 0], [np.nan, 0], [0, np.inf]], np.float32),
         rejects=[],
     )
     with PartStore(tmp_path / "c", key) as store:
-        store.add([batch], [np.array([[1, 0], [np.nan, 0], [0, np.inf]], np.float32)])
+        store.add([batch])
         assert [block.rows["key"].to_pylist() for block in store.blocks()] == [["a"]]
         assert [(reject.key, reject.fault) for reject in store.rejects] == [
             ("b", "not_finite"),
@@ -278,10 +279,10 @@ def interrupted(tmp_path, monkeypatch, bundle, many_images):
     )
     add = PartStore.add
 
-    def add_or_end(store, batches, vectors):
+    def add_or_end(store, batches):
         if len(store.finished) == 5:
             raise KeyboardInterrupt
-        add(store, batches, vectors)
+        add(store, batches)
 
     with monkeypatch.context() as patch:
         patch.setattr(PartStore, "add", add_or_end)
@@ -349,10 +350,10 @@ def test_parts_of_another_run_are_refused_and_dropped_on_request(interrupted, ot
 
 
 def test_a_damaged_part_is_embedded_again(interrupted, tmp_path):
-    """What a disk has lost is made anew, from there on."""
+    """What a disk has lost is made anew, and nothing else."""
     part = parts_directory(interrupted.out) / "part-000000000256.parquet"
     part.write_bytes(part.read_bytes()[:1000])
-    assert build(interrupted).reused == 2 * 128
+    assert build(interrupted).reused == 4 * 128
     build(with_options(interrupted, out=tmp_path / "whole", name="c"))
     assert content(interrupted.out) == content(tmp_path / "whole")
 
@@ -497,21 +498,22 @@ def test_a_part_with_a_flipped_byte_is_not_built_into_a_collection(interrupted):
     assert str(error.value).endswith("delete this file and run the same command again")
     assert not interrupted.out.exists()
     part.unlink()
-    assert build(interrupted).reused == 2 * 128
+    assert build(interrupted).reused == 6000 - 128
 
 
 def test_no_flipped_bit_of_a_part_is_a_traceback(tmp_path):
     """A damaged part is embedded again, or named in one line; never anything else."""
     out = tmp_path / "c"
     key = RunKey(source="", source_count=None, fingerprint="", dim=2, batch_size=2, part_size=32)
-    batch = ImageBatch(
+    batch = EmbeddedBatch(
+        start=0,
         keys=["a", "b"],
         labels=["x", None],
-        images_NHWC=np.zeros((2, 1, 1, 1), np.uint8),
+        vectors_ND=np.eye(2, dtype=np.float32),
         rejects=[Reject(key="c", fault="empty", message="c: empty")],
     )
     with PartStore(out, key) as store:
-        store.add([batch], [np.eye(2, dtype=np.float32)])
+        store.add([batch])
     (file,) = parts_directory(out).glob("part-*")
     sound = file.read_bytes()
     refused = 0
@@ -521,7 +523,8 @@ def test_no_flipped_bit_of_a_part_is_a_traceback(tmp_path):
         file.write_bytes(data)
         try:
             with PartStore(out, key) as store:
-                store.resume(iter([ImageRecord(key, None, bytes) for key in "abc"]))
+                list(store.missing(iter([ImageRecord(key, None, bytes) for key in "abc"])))
+                store.settle()
                 list(store.blocks())
         except HoraceError:
             refused += 1

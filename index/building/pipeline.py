@@ -1,0 +1,143 @@
+"""From records to finished parts: decoding, encoding and writing at the same time.
+
+Rules:
+    A worker takes a batch through reading, decoding and encoding on one thread; there are as
+    many workers as CPUs, so that all of them are busy whatever the two cost, and no stage
+    waits for another. More workers wait for a remote encoder, so that its wire is never idle.
+    A local encoder computes a batch on the worker's thread alone (`ENCODE_THREADS`): a vector
+    depends on neither the number of CPUs nor of processes.
+    Parts are written, and synced, by a thread of their own while the next is embedded.
+    Batches come out in the source's order. Memory holds the pixels of a batch a worker, the
+    records of `WINDOW` batches a worker, and the vectors of two parts and of that window.
+    An error ends the stream once what came before it is in parts that are whole; what has
+    begun is waited for, the rest is dropped.
+
+It chooses neither records nor names: see `index.building.part_set`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+from numpy.typing import NDArray
+
+from index.building.part_set import PartSet, RecordBatch
+from index.embed import EmbeddedBatch, embed_records
+from models.encoder import Encoder
+
+ENCODE_THREADS = 1
+"""Of the encoder that `make_parts` is given: open it with `open_encoder(..., threads=1)`."""
+
+WINDOW = 2
+"""Batches a worker that are begun or done before the oldest is: one that takes longer than its
+neighbours holds nobody up."""
+
+REMOTE_REQUESTS = 4
+"""Batches on their way to a remote encoder: one is computed, one waits there, two travel."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crew:
+    """How many batches are at work.
+
+    Attributes:
+        workers: threads that each take a batch from its records to its vectors.
+        encoding: how many of them may be with the encoder at once.
+    """
+
+    workers: int
+    encoding: int
+
+
+def choose_crew(cpus: int, *, is_remote: bool, requests: int = REMOTE_REQUESTS) -> Crew:
+    """Share CPUs among workers; those who wait for a server need none.
+
+    Args:
+        cpus: that this process may use.
+        is_remote: whether the encoder computes elsewhere.
+        requests: batches on their way to a remote encoder at once.
+    """
+    if is_remote:
+        return Crew(workers=cpus + requests, encoding=requests)
+    return Crew(workers=cpus, encoding=cpus)
+
+
+def make_parts(
+    batches: Iterator[RecordBatch], encoder: Encoder, parts: PartSet, *, crew: Crew
+) -> Generator[int, None, None]:
+    """Embed batches and write them as parts; yield the number of records of each batch.
+
+    Args:
+        batches: what `PartSet.missing` gives: in order, none across two parts.
+        encoder: opened with `ENCODE_THREADS`.
+        parts: where the parts go.
+        crew: how many batches are at work.
+
+    Raises:
+        SourceError: the source is damaged; what came before it and fills a part is kept.
+        EncoderError: the runtime failed; likewise.
+        OSError: a part cannot be written.
+    """
+    with (
+        closing(embed_batches(batches, encoder, crew=crew)) as embedded,
+        ThreadPoolExecutor(1, thread_name_prefix="write") as writer,
+    ):
+        writing: Future[None] | None = None
+        for _, group in groupby(embedded, lambda batch: parts.number(batch.start)):
+            whole = []
+            for batch in group:
+                whole.append(batch)
+                yield len(batch)
+            if writing is not None:
+                writing.result()
+            writing = writer.submit(parts.add, whole)
+        if writing is not None:
+            writing.result()
+
+
+def embed_batches(
+    batches: Iterable[RecordBatch], encoder: Encoder, *, crew: Crew
+) -> Generator[EmbeddedBatch, None, None]:
+    """Embed batches with several workers; give them in order.
+
+    Closing the iterator, or an error, waits for what has begun and drops the rest.
+    """
+    gated = _Gated(encoder, crew.encoding)
+    pool = ThreadPoolExecutor(crew.workers, thread_name_prefix="embed")
+    begun: deque[Future[EmbeddedBatch]] = deque()
+    try:
+        for batch in batches:
+            task = pool.submit(embed_records, batch.records, gated, start=batch.start)
+            begun.append(task)
+            if len(begun) >= WINDOW * crew.workers:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class _Gated:
+    """An encoder that computes at most some batches at once; the others wait outside."""
+
+    def __init__(self, encoder: Encoder, at_once: int) -> None:
+        self._encoder = encoder
+        self._gate = threading.BoundedSemaphore(at_once)
+        self.name, self.fingerprint, self.dim = encoder.name, encoder.fingerprint, encoder.dim
+        self.preprocessing = encoder.preprocessing
+        self.preprocess = encoder.preprocess
+
+    def encode(self, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Embed, when there is room."""
+        with self._gate:
+            return self._encoder.encode(images_NHWC)
+
+    def close(self) -> None:
+        """Do nothing: the encoder is its owner's."""
