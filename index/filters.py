@@ -14,11 +14,16 @@ Grammar:
             | COLUMN "is" ["not"] "null"
     VALUE   = TEXT | integer | number | "true" | "false"
     TEXT    = between ' or ", where the same quote twice stands for itself
+    COLUMN  = a word, or any name between two `
+
+    label = 'Coat' and price < 9.5 and taken >= '2024-05-01' and `shot by` is not null
 
 Rules:
     A test is true or false, never unknown: of an image without a label `label = 'Coat'` is
     false, and `label != 'Coat'`, its opposite, is true.
     Words are the same in capitals; names of columns and texts are not.
+    Dates and times are texts of ISO 8601, `2024-05-01` or `2024-05-01T18:30:00`. A time with an
+    offset, such as `Z`, is put at its place in UTC, and so is one without where the column is.
     Nothing is evaluated but what the grammar has: the result is an expression of pyarrow.
     An error names the character where it stands, and the columns that there are.
     Length and depth are bounded: a filter may come from anybody.
@@ -29,7 +34,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from datetime import UTC, date, datetime
+from typing import Any, TypeAlias, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -51,6 +57,7 @@ SHOWN_CHARACTERS = 40
 _TOKEN = re.compile(
     r"""\s*(?:
         (?P<text>'(?:[^']|'')*'|"(?:[^"]|"")*")
+      | (?P<name>`[^`]+`)
       | (?P<number>[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?(?!\w))
       | (?P<word>[^\W\d]\w*)
       | (?P<sign>==|!=|<=|>=|[=<>(),])
@@ -62,7 +69,7 @@ _KEYWORDS = frozenset(
     ("and", "or", "not", "in", "is", "null", "true", "false", "startswith", "endswith", "contains")
 )
 
-Value: TypeAlias = str | int | float | bool
+Value: TypeAlias = str | int | float | bool | date
 Field: TypeAlias = "pa.Field[pa.DataType]"
 
 _COMPARISONS: dict[str, Callable[[pc.Expression, pc.Expression], pc.Expression]] = {
@@ -110,7 +117,7 @@ def parse_filter(text: str, schema: pa.Schema) -> pc.Expression:
 
 @dataclass(frozen=True, slots=True)
 class _Token:
-    """One word of a filter; `kind` is text, number, word, sign or end."""
+    """One word of a filter; `kind` is text, number, word, name, sign or end."""
 
     kind: str
     text: str
@@ -143,7 +150,7 @@ def _tokens(text: str) -> list[_Token]:
         match = _TOKEN.match(text, position)
         if match is None:
             start = position + len(text[position:]) - len(text[position:].lstrip())
-            if text[start] in "'\"":
+            if text[start] in "'\"`":
                 quote = text[start]
                 raise _Token("text", text[start:], start).error(f"a closing {quote}")
             rest = re.match(r"\S+", text[start:])
@@ -228,7 +235,7 @@ class _Parser:
         ordered = operator.text not in ("=", "==", "!=")
         if ordered and pa.types.is_boolean(field.type):
             raise operator.error(f"= or != for {field.name}, which is true or false")
-        literal = pc.scalar(value).cast(field.type)
+        literal = pc.scalar(cast(Any, pa.scalar(value, field.type)))  # its stubs know no dates
         if operator.text == "!=":
             return pc.invert(pc.equal(column, literal) & column.is_valid())
         return _COMPARISONS[operator.text](column, literal) & column.is_valid()
@@ -246,12 +253,11 @@ class _Parser:
     def _column(self) -> Field:
         """Read the name of a column."""
         token = self._advance()
-        known = f"a column: {', '.join(self._schema.names)}"
-        if token.kind != "word" or token.keyword in _KEYWORDS:
-            raise token.error(known)
-        if token.text not in self._schema.names:
-            raise token.error(known)
-        return self._schema.field(token.text)
+        name = token.text.strip("`") if token.kind == "name" else token.text
+        is_name = token.kind == "name" or (token.kind == "word" and token.keyword not in _KEYWORDS)
+        if not is_name or name not in self._schema.names:
+            raise token.error(f"a column: {', '.join(map(_shown_name, self._schema.names))}")
+        return self._schema.field(name)
 
     def _values(self, field: Field) -> list[Value]:
         """Read a list of values in parentheses."""
@@ -280,6 +286,8 @@ class _Parser:
             if token.kind == "number":
                 return float(token.text)
             raise token.error(f"a number, as {field.name} is one")
+        if pa.types.is_date(kind) or pa.types.is_timestamp(kind):
+            return _date(token, field)
         raise token.error(f"'is null' or 'is not null': {field.name} is {kind}")
 
     # Tokens.
@@ -324,6 +332,31 @@ def _integer(token: _Token, field: Field) -> int:
     except (pa.ArrowInvalid, OverflowError):
         raise token.error(f"{expected} of type {field.type}") from None
     return value
+
+
+def _date(token: _Token, field: Field) -> date:
+    """Read a date, or a time where the column has times."""
+    is_time = isinstance(field.type, pa.TimestampType)
+    kind = "a time such as '2024-05-01T18:30:00'" if is_time else "a date such as '2024-05-01'"
+    expected = f"{kind}, as {field.name} is one"
+    if token.kind != "text":
+        raise token.error(expected)
+    try:
+        if not is_time:
+            return date.fromisoformat(_unquote(token))
+        value = datetime.fromisoformat(_unquote(token))
+        zone = UTC if cast(pa.TimestampType, field.type).tz else None
+        if value.tzinfo is not None:
+            value = value.astimezone(UTC)
+        return value.replace(tzinfo=zone)
+    except (ValueError, OverflowError):
+        raise token.error(expected) from None
+
+
+def _shown_name(name: str) -> str:
+    """Write the name of a column as a filter has it."""
+    is_word = re.fullmatch(r"[^\W\d]\w*", name) and name.lower() not in _KEYWORDS
+    return name if is_word else f"`{name}`"
 
 
 def _is_text(kind: pa.DataType) -> bool:

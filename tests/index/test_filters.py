@@ -1,3 +1,5 @@
+from datetime import UTC, date, datetime
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -14,6 +16,10 @@ SCHEMA = pa.schema(
         "sharp": pa.bool_(),
         "score": pa.float32(),
         "taken": pa.timestamp("s"),
+        "day": pa.date32(),
+        "seen": pa.timestamp("us", "UTC"),
+        "shot by": pa.string(),
+        "words": pa.list_(pa.string()),
     }
 )
 ROWS = pa.table(
@@ -24,6 +30,15 @@ ROWS = pa.table(
         "sharp": [True, None, False, True],
         "score": [0.5, 1.5, None, -2e3],
         "taken": [0, 1, None, 2],
+        "day": [date(2024, 5, 1), date(2023, 12, 31), None, date(1969, 7, 20)],
+        "seen": [
+            datetime(2024, 5, 1, 12, tzinfo=UTC),
+            None,
+            None,
+            datetime(1999, 1, 1, tzinfo=UTC),
+        ],
+        "shot by": ["Ann", None, "Bo", "in"],
+        "words": [["a"], None, None, None],
     },
     schema=SCHEMA,
 )
@@ -52,6 +67,15 @@ def chosen(filter):
         ("sharp = true", [1, 4]),
         ("sharp in (false)", [3]),
         ("taken is not null", [1, 2, 4]),
+        ("taken > '1970-01-01'", [2, 4]),
+        ("taken in ('1970-01-01T00:00:01', '1970-01-01T01:00:02+01:00')", [2, 4]),
+        ("day >= '2023-12-31' and not day = '2024-05-01'", [2]),
+        ("day in ('1969-07-20')", [4]),
+        ("seen = '2024-05-01T14:00:00+02:00'", [1]),
+        ("seen < '2024-05-01 12:00:00.000001Z'", [1, 4]),
+        ("seen != '2024-05-01T12:00'", [2, 3, 4]),
+        ("`shot by` = 'Ann' or `id` = 4", [1, 4]),
+        ("words is null", [2, 3, 4]),
         ("  label\n=\t'coat' ", [1]),
         ("label='coat'or id=2", [1, 2]),
     ],
@@ -92,11 +116,11 @@ def test_and_binds_more_than_or_and_parentheses_more_than_both():
     [
         (
             "lable = 'coat'",
-            "filter, character 1: expected a column: id, key, label, sharp, score, taken, "
-            "found 'lable'",
+            "filter, character 1: expected a column: id, key, label, sharp, score, taken, day, "
+            "seen, `shot by`, words, found 'lable'",
         ),
         ("id = 1 and Label = 'x'", "character 12: expected a column: id, key, label, sharp"),
-        ("", "character 1: expected a column: id, key, label, sharp, score, taken, found the end"),
+        ("", "character 1: expected a column: id, key, label, sharp, score, taken, day, seen"),
         ("1 = 1", "character 1: expected a column"),
         ("and", "character 1: expected a column"),
         ("label", "character 6: expected a comparison, 'in', 'startswith', 'endswith', 'contains'"),
@@ -116,7 +140,17 @@ def test_and_binds_more_than_or_and_parentheses_more_than_both():
         ("sharp = 'yes'", "character 9: expected true or false, as sharp is"),
         ("sharp < true", "character 7: expected = or != for sharp, which is true or false"),
         ("score = 'x'", "character 9: expected a number, as score is one"),
-        ("taken = 3", "character 9: expected 'is null' or 'is not null': taken is timestamp[s]"),
+        (
+            "taken = 3",
+            "9: expected a time such as '2024-05-01T18:30:00', as taken is one, found '3'",
+        ),
+        ("seen > 'noon'", "character 8: expected a time such as '2024-05-01T18:30:00', as seen is"),
+        ("day = '1.5.2024'", "character 7: expected a date such as '2024-05-01', as day is one"),
+        ("day = '2024-05-01T12:00'", "character 7: expected a date such as '2024-05-01', as day"),
+        ("day contains '2024'", "character 5: expected a comparison or 'in' for day, which is no"),
+        ("words = 'a'", "'is null' or 'is not null': words is list<"),
+        ("`label = 'a'", "character 1: expected a closing `, found"),
+        ("`shot` = 'a'", "character 1: expected a column: id, key, label"),
         ("label is 'x'", "character 10: expected 'null'"),
         ("id = 1; drop", "character 7: expected a column, a value or an operator, found ';'"),
         ("__import__('os')", "character 1: expected a column"),
