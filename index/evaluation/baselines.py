@@ -10,7 +10,6 @@ Shapes: N images, H, W, C of the encoder's input, P pixels a reduced image, D di
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 
 from index.embed import Reject, decode_batches, embed
 from index.errors import EvaluationError
+from index.evaluation.same_images import content_digest
 from index.knn import MISSING, knn_search, merge_neighbours
 from models.bundle import Json
 from models.command import progress
@@ -62,6 +62,17 @@ class Seen:
     digests: list[bytes]
     vectors_ND: list[NDArray[np.float32]]
     pixels_NP: NDArray[np.uint8] | None
+
+    def pick(self, numbers: NDArray[np.int64]) -> Seen:
+        """Give what was seen of the images with these numbers, in this order."""
+        return Seen(
+            keys=[self.keys[n] for n in numbers],
+            labels=[self.labels[n] for n in numbers],
+            rejects=self.rejects,
+            digests=[self.digests[n] for n in numbers],
+            vectors_ND=[vectors_ND[numbers] for vectors_ND in self.vectors_ND],
+            pixels_NP=None if self.pixels_NP is None else self.pixels_NP[numbers],
+        )
 
 
 def see_images(
@@ -127,27 +138,32 @@ def _hashed(record: ImageRecord, digests: dict[str, bytes]) -> ImageRecord:
 
     def read() -> ImageData:
         data = record.read()
-        shape = b"" if isinstance(data, bytes) else repr(data.shape).encode()
-        content = data if isinstance(data, bytes) else data.tobytes()
-        digests[record.key] = hashlib.blake2b(content, digest_size=16, key=shape).digest()
+        digests[record.key] = content_digest(data)
         return data
 
     return ImageRecord(record.key, record.label, read)
 
 
-def require_same_images(seen: Seen, keys: Sequence[str], collection: str) -> None:
-    """Check that the sources still give the collection's images, in its order.
+def match_images(seen: Seen, keys: Sequence[str], collection: str) -> Seen:
+    """Give what was seen of a collection's images, in its order.
+
+    What the sources have beyond them was deleted from the collection, or came later.
 
     Raises:
-        EvaluationError: they do not, so that labels and pixels would not match.
+        EvaluationError: an image was not seen, so that labels and pixels would not match.
     """
-    if seen.keys != list(keys):
+    if seen.keys == list(keys):
+        return seen
+    numbers = {key: n for n, key in enumerate(seen.keys)}
+    missing = [key for key in keys if key not in numbers]
+    if missing:
         raise EvaluationError(
             f"sources of collection {collection}",
             expected=f"the {len(keys)} images that were indexed, for the baselines",
-            found=f"{len(seen.keys)} images, or others",
+            found=f"no image {missing[0]!r}, and {len(missing) - 1} more missing",
             mend="build the collection again, or leave the baselines out with --no-baselines",
         )
+    return seen.pick(np.array([numbers[key] for key in keys], np.int64))
 
 
 def reduced_side(side_px: int) -> int:

@@ -15,21 +15,15 @@ vote and its k and T.
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import shlex
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from index.collection import Collection
+from index.collection import Collection, Neighbours
 from index.errors import EvaluationError
 from index.evaluation import baselines
 from index.evaluation.baselines import Seen, see_images
@@ -43,22 +37,21 @@ from index.evaluation.knn_scores import (
     Accuracy,
     class_scores,
     confusion_matrix,
-    recall_per_query,
 )
 from index.evaluation.knn_task import Task, make_task
+from index.evaluation.output import hand_over, record, versions
+from index.evaluation.places import Places
+from index.evaluation.recall_scores import recall_by_score, worst_mean
+from index.evaluation.same_images import is_same_vector, sources_of
 from index.knn import MISSING, knn_search, weighted_knn_vote
 from index.search import open_collection_encoder
-from models.bundle import record_evaluation
 from models.encoder import Encoder
 from models.errors import SourceError, UsageError
-from models.files import atomic_file
 from models.images import ImageSource, open_source
 from models.runtime import OnnxEncoder, open_random_twin
 
 HEADLINE_K = 20
 RECALL_K = 10
-SAME_VECTOR = 1e-6
-"""Cosines this close to 1 are those of one image: float32 rounds unit vectors by some 1e-7."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,20 +86,25 @@ class KnnOptions:
 
 
 def main(options: KnnOptions) -> None:
-    """Evaluate, and show the report as text or JSON, and as files on request.
-
-    What took minutes to measure is shown first: a file that cannot be written loses nothing.
-    """
+    """Evaluate, and hand the report over."""
     report = evaluate(options)
-    text = as_text(report)
-    document = json.dumps(dataclasses.asdict(report), indent=2)
-    print(document if options.json else text)
-    if options.out is not None:
-        _write_files(options.out, report, text, document)
-        if not options.json:
-            print(f"\nreport and confusion matrix: {options.out}")
+    document = dataclasses.asdict(report)
+
+    def draw(out: Path) -> None:
+        from index.evaluation.plots import draw_confusion
+
+        headline = report.encoder_by_k[report.headline_k]
+        draw_confusion(
+            out / "confusion.png",
+            np.array(report.confusion),
+            report.classes,
+            title=f"{report.encoder}: k = {report.headline_k}, {headline.top1:.2%} top-1",
+        )
+
+    hand_over(as_text(report), document, as_json=options.json, out=options.out, draw=draw)
     if options.record:
-        _record(options, report)
+        kept = {name: value for name, value in document.items() if name != "confusion"}
+        record("knn", kept, collection=options.collection, encoder=options.encoder)
 
 
 def evaluate(options: KnnOptions) -> KnnReport:
@@ -152,7 +150,8 @@ def _report(
     k_max = task.ks[-1]
     vectors_QD = queries.vectors_ND[0]
     exact = collection.search(vectors_QD, k_max, fingerprint=encoder.fingerprint, exact=True)
-    rows_QK = _row_numbers(collection, exact.ids)
+    places = Places(collection.ids)
+    rows_QK = places.of(exact.ids)
     by_k = task.score(exact.scores, rows_QK)
     votes_QC = weighted_knn_vote(
         exact.scores,
@@ -182,25 +181,22 @@ def _report(
         ks=list(task.ks),
         headline_k=HEADLINE_K,
         encoder_by_k=by_k,
-        index=_index_delta(collection, vectors_QD, exact.ids, task, by_k),
+        index=_index_delta(collection, places, vectors_QD, exact, task, by_k),
         baselines=rows,
-        same_vector=int((exact.scores[:, 0] >= 1 - SAME_VECTOR).sum()),
+        same_vector=int(is_same_vector(exact.scores[:, 0], collection.metric).sum()),
         duplicates=duplicates,
         per_class=class_scores(confusion_CC, task.classes),
         confusion=confusion_CC.tolist(),
         notes=notes,
-        versions={
-            "faiss": faiss.__version__,
-            "horace": _own_version(),
-            "numpy": np.__version__,
-        },
+        versions=versions(),
     )
 
 
 def _index_delta(
     collection: Collection,
+    places: Places,
     vectors_QD: NDArray[np.float32],
-    exact_QK: NDArray[np.int64],
+    exact: Neighbours,
     task: Task,
     by_k: dict[int, Accuracy],
 ) -> IndexDelta | None:
@@ -213,10 +209,9 @@ def _index_delta(
     through: dict[int, Accuracy] = {}
     for k in task.ks:
         found = collection.search(vectors_QD, k, fingerprint=collection.fingerprint)
-        through |= task.score(found.scores, _row_numbers(collection, found.ids), (k,))
+        through |= task.score(found.scores, places.of(found.ids), (k,))
     at_10 = collection.search(vectors_QD, RECALL_K, fingerprint=collection.fingerprint)
-    recall_Q = np.sort(recall_per_query(at_10.ids, exact_QK, RECALL_K))
-    worst = recall_Q[: max(1, len(recall_Q) // 20)]
+    recall_Q = recall_by_score(collection, vectors_QD, at_10, exact, RECALL_K)
     return IndexDelta(
         factory=collection.factory,
         by_k={
@@ -224,14 +219,14 @@ def _index_delta(
             for k in task.ks
         },
         recall_at_10=float(recall_Q.mean()),
-        worst_5_percent=float(worst.mean()),
+        worst_5_percent=worst_mean(recall_Q),
     )
 
 
 def _open_bank(collection: Collection) -> list[ImageSource]:
     """Open the collection's own images, which the baselines are measured on."""
     try:
-        return [open_source(uri) for uri in collection.manifest.sources]
+        return sources_of(collection)
     except SourceError as error:
         raise EvaluationError(
             f"sources of collection {collection.name}",
@@ -255,8 +250,7 @@ def _see_bank(
         with_pixels=True,
         what="baselines",
     )
-    baselines.require_same_images(bank, collection.keys(), collection.name)
-    return bank
+    return baselines.match_images(bank, collection.keys(), collection.name)
 
 
 def _baseline_rows(
@@ -293,62 +287,3 @@ def _open_twin(collection: Collection, options: KnnOptions) -> OnnxEncoder | Non
     """Open the untrained twin; a remote encoder shows none."""
     uri = options.encoder or collection.manifest.encoder
     return None if "://" in uri else open_random_twin(Path(uri))
-
-
-def _own_version() -> str:
-    """Give the version of this code; `unknown` where it runs without being installed."""
-    try:
-        return version("horace")
-    except PackageNotFoundError:
-        return "unknown"
-
-
-def _row_numbers(collection: Collection, ids_QK: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Turn ids into rows of the collection; -1 stays -1."""
-    rows_QK = np.full(ids_QK.shape, MISSING, np.int64)
-    rows_QK[ids_QK >= 0] = collection.row_numbers(ids_QK[ids_QK >= 0])
-    return rows_QK
-
-
-def _record(options: KnnOptions, report: KnnReport) -> None:
-    """Keep the report with the encoder that it is about; the confusion matrix stays out."""
-    with Collection.open(options.collection, verify=False) as collection:
-        uri = options.encoder or collection.manifest.encoder
-    if "://" in uri:
-        raise UsageError(
-            "--record", expected="an encoder that is a bundle's directory here", found=uri
-        )
-    kept = {
-        name: value for name, value in dataclasses.asdict(report).items() if name != "confusion"
-    }
-    command = f"python {shlex.join(sys.orig_argv[1:])}"
-    result = json.loads(json.dumps({"command": command, **kept}))  # the keys by_k become text
-    try:
-        record_evaluation(Path(uri), "knn", result)
-    except OSError as error:
-        raise _unwritable("--record", f"a bundle at {uri} that can be written", error) from error
-
-
-def _write_files(out: Path, report: KnnReport, text: str, document: str) -> None:
-    """Write the report and the picture of the confusion matrix."""
-    from index.evaluation.plots import draw_confusion  # matplotlib: only for a picture
-
-    try:
-        for name, content in (("report.txt", text), ("report.json", document)):
-            with atomic_file(out / name) as temporary:
-                temporary.write_text(content + "\n")
-        headline = report.encoder_by_k[report.headline_k]
-        draw_confusion(
-            out / "confusion.png",
-            np.array(report.confusion),
-            report.classes,
-            title=f"{report.encoder}: k = {report.headline_k}, {headline.top1:.2%} top-1",
-        )
-    except OSError as error:
-        raise _unwritable(f"--out {out}", "a directory that can be written", error) from error
-
-
-def _unwritable(what: str, expected: str, error: OSError) -> EvaluationError:
-    """Make the error for a result that has no place."""
-    found = os.strerror(error.errno) if error.errno else str(error)
-    return EvaluationError(what, expected=expected, found=found, mend="choose another place")

@@ -123,15 +123,3 @@ def class_scores(confusion_CC: NDArray[np.int64], classes: Sequence[str]) -> lis
             )
         )
     return scores
-
-
-def recall_per_query(
-    found_QK: NDArray[np.int64], exact_QK: NDArray[np.int64], k: int
-) -> NDArray[np.float64]:
-    """Give the share of each query's exact first k that were found among its first k."""
-    k = min(k, exact_QK.shape[1])
-    exact, found = exact_QK[:, :k], found_QK[:, :k]
-    exists = exact >= 0
-    hits = (exact[:, :, None] == found[:, None, :]).any(axis=2) & exists
-    recall: NDArray[np.float64] = hits.sum(axis=1) / np.maximum(exists.sum(axis=1), 1)
-    return recall

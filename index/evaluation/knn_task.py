@@ -103,7 +103,7 @@ def make_task(
     if ks[-1] > collection.count:
         notes.append(f"k above {collection.count} takes all {collection.count} images")
     task = Task(classes=classes, bank_N=bank_N, truth_Q=truth_Q, ks=ks, temperature=temperature)
-    return task, _keep(queries, labelled_Q), notes
+    return task, queries.pick(np.flatnonzero(labelled_Q)), notes
 
 
 def _label_notes(
@@ -137,19 +137,6 @@ def _label_notes(
     if len(classes) <= 5:
         notes.append(f"top-5 is left out: there are {len(classes)} classes")
     return notes
-
-
-def _keep(queries: Seen, kept_Q: NDArray[np.bool_]) -> Seen:
-    """Leave out the queries that do not count."""
-    pick = np.flatnonzero(kept_Q)
-    return Seen(
-        keys=[queries.keys[n] for n in pick],
-        labels=[queries.labels[n] for n in pick],
-        rejects=queries.rejects,
-        digests=[queries.digests[n] for n in pick],
-        vectors_ND=[vectors[pick] for vectors in queries.vectors_ND],
-        pixels_NP=None if queries.pixels_NP is None else queries.pixels_NP[pick],
-    )
 
 
 def _require_labels(what: str, labels: list[str], mend: str) -> None:

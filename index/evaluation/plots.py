@@ -91,7 +91,7 @@ def draw_grid(path: Path, rows: Sequence[tuple[Tile, Sequence[Tile]]], *, title:
             frame = {True: RIGHT, False: WRONG, None: FAINT}[tile.is_match]
             line = 1.0 if tile.is_match is None else 2.0
             place(first + column * (cell + gap), top, tile, frame, line)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_confusion(
@@ -121,14 +121,14 @@ def draw_confusion(
     axes.set_ylabel("true", color=MUTED, fontsize=9)
     step = max(1, n_classes // 40)
     ticks = range(0, n_classes, step)
-    names = [_shorten(classes[tick], 14) for tick in ticks]
+    names = [shorten(classes[tick], 14) for tick in ticks]
     axes.set_xticks(ticks, names, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
     axes.set_yticks(ticks, names, fontsize=8)
     axes.tick_params(length=0, colors=INK)
     axes.spines[:].set_visible(False)
     if n_classes <= MAX_ANNOTATED_CLASSES:
         _annotate(axes, confusion_CC, shares)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _annotate(axes: Axes, counts: NDArray[np.int64], shares: NDArray[np.float64]) -> None:
@@ -166,7 +166,7 @@ def _draw_tile(axes: Axes, tile: Tile, frame: str, line: float) -> None:
     for spine in axes.spines.values():
         spine.set_color(frame)
         spine.set_linewidth(line)
-    caption = "\n".join(_shorten(line_, 17) for line_ in tile.caption.split("\n"))
+    caption = "\n".join(shorten(line_, 17) for line_ in tile.caption.split("\n"))
     axes.set_xlabel(caption, fontsize=7, color=INK, labelpad=3, linespacing=1.25)
 
 
@@ -180,7 +180,7 @@ def _thumbnail(image: ImageData) -> NDArray[np.uint8] | None:
         return None
 
 
-def _shorten(text: str, length: int) -> str:
+def shorten(text: str, length: int) -> str:
     """Cut a text in its middle, where keys say least."""
     if len(text) <= length:
         return text
@@ -188,7 +188,7 @@ def _shorten(text: str, length: int) -> str:
     return f"{text[: length - tail - 1]}…{text[-tail:]}"
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG, whole or not at all."""
     FigureCanvasAgg(figure)
     with atomic_file(path) as temporary:

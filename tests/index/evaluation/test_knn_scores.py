@@ -5,7 +5,6 @@ from index.evaluation.knn_scores import (
     class_scores,
     confusion_matrix,
     number_labels,
-    recall_per_query,
     truth_ranks,
 )
 
@@ -32,10 +31,3 @@ def test_confusion_and_its_reading():
         ClassScore(label="b", n=1, accuracy=1.0, confused_with=None, n_confused=0),
         ClassScore(label="c", n=0, accuracy=None, confused_with=None, n_confused=0),
     ]
-
-
-def test_recall_counts_what_exists():
-    """Padding is neither missed nor found."""
-    exact = np.array([[1, 2, 3], [4, 5, -1]])
-    found = np.array([[3, 9, 1], [5, -1, -1]])
-    np.testing.assert_allclose(recall_per_query(found, exact, 3), [2 / 3, 1 / 2])

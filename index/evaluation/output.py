@@ -1,0 +1,108 @@
+"""How every evaluation hands over what it found: as text or JSON, as files, with its encoder.
+
+Rules:
+    What took minutes to measure is shown first: a file that cannot be written loses nothing.
+    A report that is kept says which versions measured it, and one that is recorded says by
+    which command.
+    Pictures are drawn only where files are asked for: matplotlib takes half a second to load.
+
+It measures nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import faiss
+import numpy as np
+
+from index.collection import Collection
+from index.errors import EvaluationError
+from models.bundle import record_evaluation
+from models.errors import UsageError
+from models.files import atomic_file
+
+
+def hand_over(
+    text: str,
+    document: Mapping[str, object],
+    *,
+    as_json: bool,
+    out: Path | None,
+    draw: Callable[[Path], None],
+) -> None:
+    """Print a report, and write it with its pictures where that was asked for.
+
+    Args:
+        text: the report for people.
+        document: the same for machines.
+        as_json: whether to print the document instead of the text.
+        out: directory for report.txt, report.json and the pictures; none where None.
+        draw: writes the pictures into that directory.
+
+    Raises:
+        EvaluationError: the files cannot be written.
+    """
+    written = json.dumps(document, indent=2, allow_nan=False)
+    print(written if as_json else text)
+    if out is None:
+        return
+    try:
+        for name, content in (("report.txt", text), ("report.json", written)):
+            with atomic_file(out / name) as temporary:
+                temporary.write_text(content + "\n")
+        draw(out)
+    except OSError as error:
+        raise unwritable(f"--out {out}", "a directory that can be written", error) from error
+    if not as_json:
+        print(f"\nreport and pictures: {out}")
+
+
+def record(
+    kind: str, document: Mapping[str, object], *, collection: Path, encoder: str | None
+) -> None:
+    """Keep a report in the bundle of the encoder that it is about.
+
+    Args:
+        kind: of evaluation; an older result of the same kind goes.
+        document: the report, without what is too long to keep.
+        collection: whose encoder it is.
+        encoder: the bundle; the one that built the collection where None.
+
+    Raises:
+        UsageError: the encoder is no bundle on this machine.
+        EvaluationError: the bundle cannot be written.
+    """
+    with Collection.open(collection, verify=False) as opened:
+        uri = encoder or opened.manifest.encoder
+    if "://" in uri:
+        raise UsageError(
+            "--record", expected="an encoder that is a bundle's directory here", found=uri
+        )
+    command = f"python {shlex.join(sys.orig_argv[1:])}"
+    result = json.loads(json.dumps({"command": command, **document}))  # number keys become text
+    try:
+        record_evaluation(Path(uri), kind, result)
+    except OSError as error:
+        raise unwritable("--record", f"a bundle at {uri} that can be written", error) from error
+
+
+def versions() -> dict[str, str]:
+    """Name the libraries that decide what is measured."""
+    try:
+        own = version("horace")
+    except PackageNotFoundError:  # it runs without being installed
+        own = "unknown"
+    return {"faiss": faiss.__version__, "horace": own, "numpy": np.__version__}
+
+
+def unwritable(what: str, expected: str, error: OSError) -> EvaluationError:
+    """Make the error for a result that has no place."""
+    found = os.strerror(error.errno) if error.errno else str(error)
+    return EvaluationError(what, expected=expected, found=found, mend="choose another place")

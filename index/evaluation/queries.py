@@ -1,0 +1,138 @@
+"""What a collection is asked with: its own images, another collection's, or a source's.
+
+Rules:
+    Queries are of the collection's encoder; another one's are refused.
+    Vectors are given in blocks, so that a million queries are never in memory at once, unless
+    they were embedded for this evaluation.
+    Where there are more queries than wanted, a seeded sample of them stands for all.
+
+Shapes: Q queries, D dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from index.collection import Collection
+from index.embed import Reject
+from index.evaluation.baselines import see_images
+from index.evaluation.same_images import collection_digests
+from index.search import open_collection_encoder
+from index.storage.manifest import MANIFEST_FILE
+from models.images import open_source
+
+
+@dataclass(frozen=True, kw_only=True)
+class Queries:
+    """Images to ask a collection with.
+
+    Attributes:
+        name: where they come from, for people.
+        keys: of the Q images.
+        labels: of the same.
+        ids_Q: their ids, where they are images of the collection itself; else None.
+        n_all: how many there were before a sample was taken.
+        rejects: images that could not be read.
+        vectors: gives (n, D) float32 of the queries with these numbers.
+        digests: gives a hash of each query's content; slow, since it may read them all.
+    """
+
+    name: str
+    keys: Sequence[str]
+    labels: Sequence[str | None]
+    ids_Q: NDArray[np.int64] | None
+    n_all: int
+    rejects: Sequence[Reject] = ()
+    vectors: Callable[[NDArray[np.int64]], NDArray[np.float32]]
+    digests: Callable[[], list[bytes]]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def pick(self, numbers: NDArray[np.int64]) -> Queries:
+        """Give the queries with these numbers, in this order."""
+        vectors, digests = self.vectors, self.digests
+
+        def picked_digests() -> list[bytes]:
+            found = digests()
+            return [found[n] for n in numbers]
+
+        return replace(
+            self,
+            keys=[self.keys[n] for n in numbers],
+            labels=[self.labels[n] for n in numbers],
+            ids_Q=None if self.ids_Q is None else self.ids_Q[numbers],
+            vectors=lambda rows: vectors(numbers[rows]),
+            digests=picked_digests,
+        )
+
+    def sample(self, n: int, *, seed: int) -> Queries:
+        """Give at most n of the queries, in their order, drawn without replacement; 0 for all."""
+        if n == 0 or len(self) <= n:
+            return self
+        drawn = np.random.default_rng(seed).choice(len(self), n, replace=False)
+        return self.pick(np.sort(drawn))
+
+
+def open_queries(
+    stack: ExitStack, collection: Collection, queries: str | None, *, encoder: str | None = None
+) -> Queries:
+    """Open what the collection is asked with.
+
+    Args:
+        stack: closes what is opened.
+        collection: what is asked.
+        queries: directory of another collection, or a source as for `index.build`; the
+            collection's own images where None.
+        encoder: embeds the images of a source; the one that built the collection where None.
+
+    Raises:
+        FingerprintMismatchError: another encoder made the queries.
+        HoraceError: they cannot be opened or read.
+    """
+    if queries is None:
+        return _stored(collection, collection, name=f"of {collection.name} itself")
+    if (Path(queries) / MANIFEST_FILE).is_file():
+        other = stack.enter_context(Collection.open(queries))
+        collection.require(other.fingerprint)
+        return _stored(other, None, name=f"of collection {queries}")
+    with closing(open_collection_encoder(collection, encoder)) as opened:
+        seen = see_images(
+            [open_source(queries)], [opened],
+            preprocess_for=opened, with_pixels=False, what="queries",
+        )  # fmt: skip
+    return Queries(
+        name=queries,
+        keys=seen.keys,
+        labels=seen.labels,
+        ids_Q=None,
+        n_all=len(seen.keys),
+        rejects=seen.rejects,
+        vectors=lambda rows: seen.vectors_ND[0][rows],
+        digests=lambda: seen.digests,
+    )
+
+
+def _stored(asking: Collection, itself: Collection | None, *, name: str) -> Queries:
+    """Make queries of the images of a collection."""
+    ids_Q, keys = asking.ids, asking.keys()
+
+    def digests() -> list[bytes]:
+        by_key = collection_digests(asking)
+        return [by_key[key] for key in keys]
+
+    return Queries(
+        name=name,
+        keys=keys,
+        labels=asking.labels(),
+        ids_Q=None if itself is None else ids_Q,
+        n_all=len(keys),
+        vectors=lambda rows: asking.vectors(ids_Q[rows]),
+        digests=digests,
+    )
