@@ -24,7 +24,8 @@ Rules:
     Words are the same in capitals; names of columns and texts are not.
     Dates and times are texts of ISO 8601, `2024-05-01` or `2024-05-01T18:30:00`. A time with an
     offset, such as `Z`, is put at its place in UTC, and so is one without where the column is.
-    Nothing is evaluated but what the grammar has: the result is an expression of pyarrow.
+    Nothing is evaluated but what the grammar has: the result is an expression of pyarrow, or
+    of whatever other dialect is given (`index.filter_dialects`).
     An error names the character where it stands, and the columns that there are.
     Length and depth are bounded: a filter may come from anybody.
 """
@@ -35,11 +36,12 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
-from typing import Any, TypeAlias, cast
+from typing import Generic, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from index.filter_dialects import ArrowDialect, Dialect, Expression, Field, Value
 from models.errors import UsageError
 
 MAX_CHARACTERS = 1 << 16
@@ -69,23 +71,8 @@ _KEYWORDS = frozenset(
     ("and", "or", "not", "in", "is", "null", "true", "false", "startswith", "endswith", "contains")
 )
 
-Value: TypeAlias = str | int | float | bool | date
-Field: TypeAlias = "pa.Field[pa.DataType]"
-
-_COMPARISONS: dict[str, Callable[[pc.Expression, pc.Expression], pc.Expression]] = {
-    "=": pc.equal,
-    "==": pc.equal,
-    "<": pc.less,
-    "<=": pc.less_equal,
-    ">": pc.greater,
-    ">=": pc.greater_equal,
-}
-
-_TEXT_TESTS: dict[str, Callable[[pc.Expression, str], pc.Expression]] = {
-    "startswith": lambda column, text: pc.starts_with(column, text),
-    "endswith": lambda column, text: pc.ends_with(column, text),
-    "contains": lambda column, text: pc.match_substring(column, text),
-}
+_COMPARISONS = ("=", "==", "!=", "<", "<=", ">", ">=")
+_TEXT_TESTS = ("startswith", "endswith", "contains")
 
 
 class FilterError(UsageError):
@@ -93,7 +80,16 @@ class FilterError(UsageError):
 
 
 def parse_filter(text: str, schema: pa.Schema) -> pc.Expression:
-    """Turn a filter into an expression over the columns of `schema`.
+    """Turn a filter into an expression of pyarrow over the columns of `schema`.
+
+    Raises:
+        FilterError: see `parse_filter_as`.
+    """
+    return parse_filter_as(ArrowDialect(), text, schema)
+
+
+def parse_filter_as(dialect: Dialect[Expression], text: str, schema: pa.Schema) -> Expression:
+    """Turn a filter into an expression of a dialect over the columns of `schema`.
 
     Raises:
         FilterError: it is not of the grammar, too long or too deep, names no column, or
@@ -109,7 +105,7 @@ def parse_filter(text: str, schema: pa.Schema) -> pc.Expression:
     if not text.isprintable() and (lone := re.search("[\ud800-\udfff]", text)):
         token = _Token("sign", lone[0], lone.start())
         raise token.error("text that UTF-8 can hold")
-    parser = _Parser(_tokens(text), schema)
+    parser = _Parser(_tokens(text), schema, dialect)
     expression = parser.filter(0)
     parser.expect_end()
     return expression
@@ -163,84 +159,86 @@ def _tokens(text: str) -> list[_Token]:
     return [*tokens, _Token("end", "", length)]
 
 
-class _Parser:
+class _Parser(Generic[Expression]):
     """Reads tokens by recursive descent, a method a rule of the grammar."""
 
-    def __init__(self, tokens: Sequence[_Token], schema: pa.Schema) -> None:
+    def __init__(
+        self, tokens: Sequence[_Token], schema: pa.Schema, dialect: Dialect[Expression]
+    ) -> None:
         self._tokens = tokens
+        self._make = dialect
         self._schema = schema
         self._next = 0
         self._tests = 0
 
-    def filter(self, depth: int) -> pc.Expression:
+    def filter(self, depth: int) -> Expression:
         """Read `and {"or" and}`."""
         parts = [self._conjunction(depth)]
         while self._take("or"):
             parts.append(self._conjunction(depth))
-        return _fold(parts, lambda a, b: a | b)
+        return _fold(parts, self._make.either)
 
     def expect_end(self) -> None:
         """Refuse what is left over."""
         if self._token.kind != "end":
             raise self._token.error("'and', 'or' or the end")
 
-    def _conjunction(self, depth: int) -> pc.Expression:
+    def _conjunction(self, depth: int) -> Expression:
         """Read `term {"and" term}`."""
         parts = [self._term(depth)]
         while self._take("and"):
             parts.append(self._term(depth))
-        return _fold(parts, lambda a, b: a & b)
+        return _fold(parts, self._make.both)
 
-    def _term(self, depth: int) -> pc.Expression:
+    def _term(self, depth: int) -> Expression:
         """Read a negation, a filter in parentheses, or a test."""
         if depth > MAX_DEPTH:
             raise self._token.error(f"at most {MAX_DEPTH} parentheses and nots within one another")
         if self._take("not"):
-            return ~self._term(depth + 1)
+            return self._make.negate(self._term(depth + 1))
         if self._take("("):
             inner = self.filter(depth + 1)
             self._expect(")")
             return inner
         return self._test()
 
-    def _test(self) -> pc.Expression:
+    def _test(self) -> Expression:
         """Read one test of one column."""
         self._tests += 1
         if self._tests > MAX_TESTS:
             raise self._token.error(f"at most {MAX_TESTS} tests; a list in 'in' is one")
         field = self._column()
-        column = pc.field(field.name)
-        token = self._token
         if self._take("is"):
             is_negated = self._take("not")
             self._expect("null")
-            return pc.is_valid(column) if is_negated else pc.is_null(column)
-        if token.keyword == "!=" or token.keyword in _COMPARISONS:
-            return self._comparison(field, column)
+            return self._negated(self._make.is_null(field), is_negated)
+        if self._token.keyword in _COMPARISONS:
+            return self._comparison(field)
         is_negated = self._take("not")
         token = self._token
         if self._take("in"):
-            test = column.isin(pa.array(self._values(field), field.type))
+            test = self._make.is_in(field, self._values(field))
         elif token.keyword in _TEXT_TESTS:
-            test = self._text_test(field, column)
+            test = self._text_test(field)
         else:
             raise token.error("a comparison, 'in', 'startswith', 'endswith', 'contains' or 'is'")
-        known = test & column.is_valid()
-        return ~known if is_negated else known
+        return self._negated(test, is_negated)
 
-    def _comparison(self, field: Field, column: pc.Expression) -> pc.Expression:
+    def _negated(self, test: Expression, is_negated: bool) -> Expression:
+        """Give a test or its opposite."""
+        return self._make.negate(test) if is_negated else test
+
+    def _comparison(self, field: Field) -> Expression:
         """Read an operator and a value."""
         operator = self._advance()
         value = self._value(field)
-        ordered = operator.text not in ("=", "==", "!=")
-        if ordered and pa.types.is_boolean(field.type):
+        is_equality = operator.text in ("=", "==", "!=")
+        if not is_equality and pa.types.is_boolean(field.type):
             raise operator.error(f"= or != for {field.name}, which is true or false")
-        literal = pc.scalar(cast(Any, pa.scalar(value, field.type)))  # its stubs know no dates
-        if operator.text == "!=":
-            return pc.invert(pc.equal(column, literal) & column.is_valid())
-        return _COMPARISONS[operator.text](column, literal) & column.is_valid()
+        test = self._make.compare(field, "=" if is_equality else operator.text, value)
+        return self._negated(test, operator.text == "!=")
 
-    def _text_test(self, field: Field, column: pc.Expression) -> pc.Expression:
+    def _text_test(self, field: Field) -> Expression:
         """Read an operator that texts alone have, and its text."""
         operator = self._advance()
         if not _is_text(field.type):
@@ -248,7 +246,7 @@ class _Parser:
         token = self._advance()
         if token.kind != "text":
             raise token.error("a text between quotes")
-        return _TEXT_TESTS[operator.keyword](column, _unquote(token))
+        return self._make.text_test(field, operator.keyword, _unquote(token))
 
     def _column(self) -> Field:
         """Read the name of a column."""
@@ -371,9 +369,8 @@ def _unquote(token: _Token) -> str:
 
 
 def _fold(
-    parts: Sequence[pc.Expression],
-    join: Callable[[pc.Expression, pc.Expression], pc.Expression],
-) -> pc.Expression:
+    parts: Sequence[Expression], join: Callable[[Expression, Expression], Expression]
+) -> Expression:
     """Join expressions as a balanced tree, which a recursion over it does not mind."""
     while len(parts) > 1:
         pairs = [join(a, b) for a, b in zip(parts[::2], parts[1::2], strict=False)]
