@@ -10,9 +10,7 @@ Nothing is deleted.
 
 from __future__ import annotations
 
-import csv
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,13 +20,12 @@ from tyro.conf import Positional
 
 from index.collection import Collection, Row
 from index.curation.near import Group, find_groups
-from index.curation.page import Html, figure, page, tag
-from index.errors import CollectionError
+from index.curation.page import Html, caption, figure, page, tag
+from index.curation.report import report_directory, require_place, write_csv
 from index.grid import load_images
 from models.bundle import Json
 from models.command import run_command
 from models.errors import UsageError
-from models.files import atomic_directory
 
 GROUPS_FILE, DELETE_FILE, PAGE_FILE = "groups.json", "delete.csv", "index.html"
 
@@ -61,14 +58,7 @@ class DuplicateOptions:
             raise UsageError("--threshold", expected="above 0, up to 1", found=f"{self.threshold}")
         if self.max_groups < 1:
             raise UsageError("--max-groups", expected="at least 1", found=str(self.max_groups))
-        out = self.out
-        if out is not None and out.exists() and not (out / GROUPS_FILE).is_file():
-            raise UsageError(
-                f"--out {out}",
-                expected="a new directory, or an earlier report to replace",
-                found="something else of that name",
-                mend="choose another name",
-            )
+        require_place(self.out, GROUPS_FILE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,30 +162,20 @@ def _write(
     document: dict[str, Json],
 ) -> None:
     """Write the report's directory, whole or not at all."""
-    try:
-        with atomic_directory(out, replace=True) as directory:
-            text = json.dumps(document, indent=2)
-            (directory / GROUPS_FILE).write_text(text + "\n")
-            _write_list(directory / DELETE_FILE, groups)
-            (directory / PAGE_FILE).write_text(_page(collection, options, groups))
-    except OSError as error:
-        raise CollectionError(
-            f"--out {out}",
-            expected="a directory that can be written",
-            found=os.strerror(error.errno) if error.errno else str(error),
-            mend="choose another name",
-        ) from error
+    with report_directory(out) as directory:
+        (directory / GROUPS_FILE).write_text(json.dumps(document, indent=2) + "\n")
+        _write_list(directory / DELETE_FILE, groups)
+        (directory / PAGE_FILE).write_text(_page(collection, options, groups))
 
 
 def _write_list(file: Path, groups: Sequence[Duplicates]) -> None:
     """Write what may be deleted."""
-    with file.open("w", newline="") as lines:
-        writer = csv.writer(lines)
-        writer.writerow(["key", "source", "id", "score", "kept_key", "kept_id"])
-        for group in groups:
-            for score, row in zip(group.scores, group.others, strict=True):
-                kept = group.kept
-                writer.writerow([row.key, row.source, row.id, f"{score:.6f}", kept.key, kept.id])
+    rows = (
+        [row.key, row.source, row.id, f"{score:.6f}", group.kept.key, group.kept.id]
+        for group in groups
+        for score, row in zip(group.scores, group.others, strict=True)
+    )
+    write_csv(file, ["key", "source", "id", "score", "kept_key", "kept_id"], rows)
 
 
 def _page(collection: Collection, options: DuplicateOptions, groups: Sequence[Duplicates]) -> str:
@@ -226,11 +206,11 @@ def _section(number: int, group: Duplicates) -> Html:
     figures = [
         figure(
             image,
-            tag("span", " · ".join(filter(None, (caption, row.label, row.key)))),
+            caption(first, row.label, row.key),
             alt=row.key,
             class_="kept" if n == 0 else "",
         )
-        for n, (row, image, caption) in enumerate(zip(rows, images, captions, strict=False))
+        for n, (row, image, first) in enumerate(zip(rows, images, captions, strict=False))
     ]
     count = 1 + len(group.others)
     more = f", the nearest {MAX_SHOWN}" if count > MAX_SHOWN else ""
