@@ -1,0 +1,279 @@
+"""What is known of images besides their pixels: a table of the user's, joined by key.
+
+The file is CSV (`.csv`, `.tsv`, also compressed) or parquet. Its column `key` names the images as
+their source does; every other column goes into the collection, beside the vectors of the same
+rows, under its own name.
+
+Rules:
+    A key stands there once. An image without a row has nulls; a row without an image is
+    counted and said, never an error, unless no row has one.
+    A column `label` is the class where it has a value; the source's own stands elsewhere.
+    Types are those of `index.storage.rows`. Those of a CSV are told from all of its values: an
+    empty field is null, and a column with one word in it is text.
+    What JSON cannot carry, NaN and infinity, is null.
+
+The table is held in memory, as it is in every process that opens the collection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+
+from index.errors import CollectionError
+from index.storage.rows import DIGEST, ROW_SCHEMA
+from models.bundle import Json
+from models.errors import UsageError
+from models.files import sha256_file
+
+KEY, LABEL = "key", "label"
+RESERVED = (*(name for name in ROW_SCHEMA.names if name not in (KEY, LABEL)), DIGEST)
+"""Names of columns that Horace fills itself."""
+
+Column: TypeAlias = "pa.ChunkedArray[pa.Scalar[pa.DataType]]"
+
+CSV_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".csv.zst", ".tsv.zst")
+MAX_CSV_BLOCK_BYTES = 1 << 30
+"""Types are told from the first block, so that the file is one: up to this size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinReport:
+    """How images and rows of metadata met.
+
+    Attributes:
+        file: the table's path.
+        sha256: of the file.
+        columns: names and types of what it adds to the collection.
+        rows: in the table.
+        without_image: of those, how many name no image.
+        without_row: images that the table does not name.
+    """
+
+    file: str
+    sha256: str
+    columns: dict[str, str]
+    rows: int
+    without_image: int
+    without_row: int
+
+    def to_json(self) -> dict[str, Json]:
+        """Give the report as it stands in the manifest's."""
+        return dict(vars(self))
+
+    def __str__(self) -> str:
+        columns = ", ".join(f"{name} ({kind})" for name, kind in self.columns.items())
+        lines = f"metadata of {self.rows} rows: {columns or 'no column of its own'}"
+        if self.without_image:
+            lines += f"; {self.without_image} rows name no image"
+        if self.without_row:
+            lines += f"; {self.without_row} images have no row"
+        return lines
+
+
+class Metadata:
+    """A table of metadata in memory."""
+
+    def __init__(self, file: Path) -> None:
+        """Read and check the table.
+
+        Raises:
+            UsageError: its name tells no format.
+            CollectionError: it cannot be read, lacks keys, or has a column that cannot be kept.
+        """
+        self.file = file
+        table = _with_stored_types(file, _read(file))
+        _check_keys(file, table[KEY])
+        self.sha256 = sha256_file(file)
+        self._keys = cast("pa.Array[pa.StringScalar]", table[KEY].combine_chunks())
+        self._values = table.drop_columns([KEY])
+        self._is_met_M = np.zeros(len(table), np.bool_)
+        self._n_without_row = 0
+        self._example = ""
+
+    @property
+    def columns(self) -> pa.Schema:
+        """The further columns that it gives to rows; `label` is none of them."""
+        return pa.schema([one for one in self._values.schema if one.name != LABEL])
+
+    def join(self, rows: pa.Table) -> pa.Table:
+        """Append its columns to rows, by their keys, and keep count.
+
+        Args:
+            rows: with the columns of `ROW_SCHEMA`; those of the same name as one of the table's
+                are replaced, also by null.
+        """
+        places = pc.index_in(rows[KEY].combine_chunks(), value_set=self._keys)
+        met = places.drop_null().to_numpy()
+        self._is_met_M[met] = True
+        self._n_without_row += len(rows) - len(met)
+        if len(rows):
+            self._example = str(rows[KEY][0])
+        values = self._values.take(places)
+        for name in values.column_names:
+            column = values[name]
+            if name == LABEL:
+                column = pc.coalesce(column, rows[LABEL])
+            if name in rows.column_names:
+                rows = rows.set_column(rows.column_names.index(name), name, column)
+            else:
+                rows = rows.append_column(name, column)
+        return rows
+
+    def report(self) -> JoinReport:
+        """Say how the rows that were joined so far met the table's.
+
+        Raises:
+            CollectionError: not one row of the table names an image.
+        """
+        n_met = int(self._is_met_M.sum())
+        if len(self._keys) and self._example and not n_met:
+            raise CollectionError(
+                f"--metadata {self.file}",
+                expected=f"keys of images, such as {self._example!r}",
+                found=f"{len(self._keys)} rows of others, such as {self._keys[0].as_py()!r}",
+                mend="write the keys as the source does, paths below its root",
+            )
+        return JoinReport(
+            file=str(self.file),
+            sha256=self.sha256,
+            columns={one.name: str(one.type) for one in self._values.schema},
+            rows=len(self._keys),
+            without_image=len(self._keys) - n_met,
+            without_row=self._n_without_row,
+        )
+
+
+def _read(file: Path) -> pa.Table:
+    """Read the whole table, with keys as text."""
+    name = file.name.lower()
+    if not name.endswith((".parquet", *CSV_SUFFIXES)):
+        raise UsageError(
+            f"--metadata {file}",
+            expected="a name that ends in .csv, .tsv or .parquet",
+            found=repr(file.suffix),
+        )
+    try:
+        if name.endswith(".parquet"):
+            return pq.ParquetFile(file).read()
+        inflation = 1 if name.endswith((".csv", ".tsv")) else 16
+        size_bytes = min(max(file.stat().st_size * inflation, 1 << 20), MAX_CSV_BLOCK_BYTES)
+        return pacsv.read_csv(
+            file,
+            read_options=pacsv.ReadOptions(block_size=size_bytes),
+            parse_options=pacsv.ParseOptions(
+                delimiter="\t" if ".tsv" in name else ",", newlines_in_values=True
+            ),
+            convert_options=pacsv.ConvertOptions(
+                column_types={KEY: pa.string(), LABEL: pa.string()},
+                null_values=[""],
+                strings_can_be_null=True,
+                quoted_strings_can_be_null=False,
+            ),
+        )
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise CollectionError(
+            f"--metadata {file}",
+            expected="a table in CSV or parquet",
+            found=str(error).splitlines()[0],
+            mend="check the file; its first line names the columns",
+        ) from error
+
+
+def _with_stored_types(file: Path, table: pa.Table) -> pa.Table:
+    """Turn every column into one of the types that a collection keeps."""
+    names = table.column_names
+    if KEY not in names:
+        raise CollectionError(
+            f"--metadata {file}",
+            expected=f"a column {KEY!r} that names the images",
+            found=f"columns {', '.join(names)}",
+            mend="rename the column that does",
+        )
+    for name in names:
+        _check_name(file, name, names)
+    columns = [_as_stored(file, name, table[name]) for name in names]
+    return pa.table(columns, names=names)
+
+
+def _check_name(file: Path, name: str, names: Sequence[str]) -> None:
+    """Refuse a column that could not be told from another, or not be named in a filter."""
+    if name in RESERVED:
+        found = "one of that name, which the collection fills itself"
+    elif names.count(name) > 1:
+        found = f"{names.count(name)} of that name"
+    elif not name or "`" in name:
+        found = "a name that no filter can have"
+    else:
+        return
+    raise CollectionError(
+        f"--metadata {file}, column {name!r}",
+        expected="a name of its own",
+        found=found,
+        mend="rename it",
+    )
+
+
+def _as_stored(file: Path, name: str, column: Column) -> Column:
+    """Turn a column into the type in which it is kept."""
+    wanted = pa.string() if name in (KEY, LABEL) else _stored_type(column.type)
+    try:
+        if wanted is None:
+            raise pa.ArrowInvalid(f"values of {column.type}")
+        # A moment between two microseconds is put at the earlier.
+        kept = pc.cast(column, wanted, safe=not pa.types.is_timestamp(wanted))
+    except (pa.ArrowException, NotImplementedError) as error:
+        raise CollectionError(
+            f"--metadata {file}, column {name!r}",
+            expected="texts, numbers, true or false, dates or times",
+            found=str(error).splitlines()[0],
+            mend="write it as text, or leave it out",
+        ) from error
+    if pa.types.is_floating(kept.type):
+        kept = pc.if_else(pc.is_finite(kept), kept, pa.scalar(None, kept.type))
+    return kept
+
+
+def _stored_type(kind: pa.DataType) -> pa.DataType | None:
+    """Choose the type in which values of `kind` are kept; None where there is none."""
+    if isinstance(kind, pa.DictionaryType):
+        return _stored_type(kind.value_type)
+    if isinstance(kind, pa.TimestampType):
+        return pa.timestamp("us", "UTC") if kind.tz else pa.timestamp("us")
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    if is_text or pa.types.is_null(kind) or pa.types.is_time(kind):
+        return pa.string()
+    if pa.types.is_boolean(kind):
+        return pa.bool_()
+    if pa.types.is_integer(kind):
+        return pa.int64()
+    if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+        return pa.float64()
+    return pa.date32() if pa.types.is_date(kind) else None
+
+
+def _check_keys(file: Path, keys: Column) -> None:
+    """Refuse a table in which a key is missing or stands twice."""
+    if keys.null_count:
+        row = int(np.flatnonzero(keys.is_null().to_numpy())[0])
+        found = f"none in row {row + 1}"
+    else:
+        values, counts_M = keys.value_counts().flatten()
+        twice = np.flatnonzero(counts_M.to_numpy() > 1)
+        if not twice.size:
+            return
+        found = f"{counts_M[twice[0]]} rows of {values[twice[0]].as_py()!r}"
+    raise CollectionError(
+        f"--metadata {file}",
+        expected="one row an image, with its key",
+        found=found,
+        mend="leave one row for each key",
+    )
