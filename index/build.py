@@ -7,6 +7,7 @@ Rules:
     ends in the same files as one that was not: finished parts are never embedded twice.
     An image that cannot be used, or whose key another has, is written to `rejects.jsonl` and
     counted, never fatal.
+    Metadata is joined by key as the rows are written, so that it stands beside its own vector.
     The collection appears whole, by a rename; a replaced one stays readable to those who
     have it open.
 """
@@ -20,18 +21,19 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import faiss
 import numpy as np
 import pyarrow as pa
 
-from index.building.part_file import RunKey
+from index.building.metadata import JoinReport, Metadata, join_blocks
+from index.building.part_file import PART_ROW_SCHEMA, RunKey
 from index.building.parts import PartStore, read_run_id
 from index.building.pipeline import ENCODE_THREADS, choose_crew, make_parts
 from index.errors import CollectionError
@@ -45,6 +47,7 @@ from index.storage.manifest import (
     write_manifest,
 )
 from index.storage.segment import EF_SEARCH, FLAT, HNSW, write_segment
+from models.bundle import Json
 from models.command import progress, run_command
 from models.cpu import cpu_budget
 from models.encoder import Encoder, open_encoder
@@ -76,6 +79,8 @@ class BuildOptions:
     """The collection's name; that of its directory where none is given."""
     index: Literal["auto", "flat", "hnsw"] = "auto"
     """flat searches every vector; hnsw is approximate; auto takes flat up to 20,000 images."""
+    metadata: Path | None = None
+    """A CSV or parquet file with a column `key`; its other columns are stored with the images."""
     batch_size: int = 64
     """Images encoded at once."""
     replace: bool = False
@@ -112,6 +117,7 @@ class BuildSummary:
         reused: images whose vectors an earlier, unfinished run had made.
         embed_s: seconds for embedding the others.
         index_s: seconds for writing the collection and its index.
+        metadata: how images and rows of `--metadata` met; None where none was given.
     """
 
     collection: str
@@ -123,6 +129,7 @@ class BuildSummary:
     reused: int
     embed_s: float
     index_s: float
+    metadata: Mapping[str, Json] | None
 
 
 def main(options: BuildOptions) -> None:
@@ -141,6 +148,8 @@ def main(options: BuildOptions) -> None:
         f"embedded {embedded} in {summary.embed_s:.1f} s{rate}, reused {summary.reused}, "
         f"rejected {summary.rejects}; collection and index written in {summary.index_s:.1f} s"
     )
+    if summary.metadata is not None:
+        print(JoinReport.from_json(summary.metadata))
     if summary.rejects:
         print(f"the rejected images and why: {Path(summary.collection) / REJECTS_FILE}")
 
@@ -152,6 +161,7 @@ def build(options: BuildOptions) -> BuildSummary:
         HoraceError: source, encoder or target are not usable; what was embedded is kept.
     """
     source = open_source(options.images)
+    metadata = None if options.metadata is None else Metadata(options.metadata)
     with closing(open_encoder(options.encoder, threads=ENCODE_THREADS)) as encoder:
         if isinstance(source, FolderSource) and source.ignored:
             log.info("%s: %d files that are no images are passed over", source.uri, source.ignored)
@@ -164,7 +174,7 @@ def build(options: BuildOptions) -> BuildSummary:
             part_size=options.batch_size * BATCHES_PER_PART,
         )
         try:
-            return _build(options, key, source, encoder)
+            return _build(options, key, source, encoder, metadata)
         except OSError as error:
             raise CollectionError(
                 str(options.out),
@@ -175,12 +185,16 @@ def build(options: BuildOptions) -> BuildSummary:
 
 
 def _build(
-    options: BuildOptions, key: RunKey, source: ImageSource, encoder: Encoder
+    options: BuildOptions,
+    key: RunKey,
+    source: ImageSource,
+    encoder: Encoder,
+    metadata: Metadata | None,
 ) -> BuildSummary:
     """Embed what is missing, write the collection, put it in its place."""
     out = options.target
     finished = _find_finished(out)
-    if finished is not None and _is_same(finished, options, key):
+    if finished is not None and _is_same(finished, options, key, metadata):
         log.info("%s was finished by an earlier run, which was killed before it could say so", out)
         with PartStore(out, key, restart=True):
             return _summary(out, finished)
@@ -196,7 +210,7 @@ def _build(
         reused = sum(map(store.count_images, kept))
         start_s = time.monotonic()
         with atomic_directory(store.directory / "collection") as directory:
-            manifest = _write_collection(directory, options, encoder, store)
+            manifest = _write_collection(directory, options, encoder, store, metadata)
             times = {"embed_s": embed_s, "index_s": time.monotonic() - start_s}
             report = {**manifest.build, "reused": reused, **times}
             manifest = dataclasses.replace(manifest, build=report)
@@ -244,7 +258,11 @@ def _check_images(store: PartStore) -> None:
 
 
 def _write_collection(
-    directory: Path, options: BuildOptions, encoder: Encoder, store: PartStore
+    directory: Path,
+    options: BuildOptions,
+    encoder: Encoder,
+    store: PartStore,
+    metadata: Metadata | None,
 ) -> Manifest:
     """Write every file of the collection but the manifest, which is returned."""
     factory = choose_factory(options.index, store.n_images)
@@ -255,8 +273,12 @@ def _write_collection(
         parameters={} if factory == FLAT else {"efSearch": EF_SEARCH},
     )
     log.info("writing %d vectors, index %s", entry.count, factory)
+    blocks, schema = store.blocks(), PART_ROW_SCHEMA
+    if metadata is not None:
+        blocks = join_blocks(metadata, blocks)
+        schema = pa.schema([*schema, *metadata.columns])
     try:
-        names = write_segment(directory, entry, store.blocks(), encoder.dim)
+        names = write_segment(directory, entry, blocks, encoder.dim, schema=schema)
     except RuntimeError as error:  # faiss's own, for a file that it cannot write
         raise OSError(None, str(error).splitlines()[0]) from error
     lines = [json.dumps(dataclasses.asdict(reject)) + "\n" for reject in store.rejects]
@@ -282,6 +304,7 @@ def _write_collection(
             "run_id": store.run_id,
             "run": store.key.to_json(),
             "rejects": len(store.rejects),
+            "metadata": None if metadata is None else metadata.report().to_json(),
         },
     )
 
@@ -325,18 +348,22 @@ def _find_finished(out: Path) -> Manifest | None:
     return manifest if manifest.build.get("run_id") == run_id else None
 
 
-def _is_same(manifest: Manifest, options: BuildOptions, key: RunKey) -> bool:
+def _is_same(
+    manifest: Manifest, options: BuildOptions, key: RunKey, metadata: Metadata | None
+) -> bool:
     """Tell whether a collection is what these options would build."""
+    joined = cast(Mapping[str, Json] | None, manifest.build.get("metadata"))
     return (
         manifest.build.get("run") == key.to_json()
         and manifest.name == (options.name or options.target.name)
+        and (joined and joined["sha256"]) == (metadata and metadata.sha256)
         and manifest.segments[0].factory == choose_factory(options.index, manifest.count)
     )
 
 
 def _summary(out: Path, manifest: Manifest) -> BuildSummary:
     """Take the summary from the manifest's build report."""
-    report = cast(dict[str, int], manifest.build)
+    report = cast(dict[str, Any], manifest.build)
     return BuildSummary(
         collection=str(out),
         name=manifest.name,
@@ -347,6 +374,7 @@ def _summary(out: Path, manifest: Manifest) -> BuildSummary:
         reused=report["reused"],
         embed_s=report["embed_s"],
         index_s=report["index_s"],
+        metadata=report.get("metadata"),
     )
 
 

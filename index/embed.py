@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from models.cpu import cpu_budget, share_cpus
 from models.encoder import Encoder
 from models.errors import ImageError
-from models.images import ImageRecord
+from models.image_source import ImageRecord, digest_of
 from models.vectors import finish_vectors
 
 BATCHES_AHEAD = 2
@@ -47,11 +47,13 @@ class Reject:
         key: its key in the source.
         fault: the value of an `ImageFault`, or one of `index.building`'s own.
         message: what was expected, what was found.
+        digest: of what was read, see `models.image_source`; None where nothing could be.
     """
 
     key: str
     fault: str
     message: str
+    digest: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +63,14 @@ class ImageBatch:
     Attributes:
         keys: of the N images that could be used.
         labels: of the same.
+        digests: of what was read for them.
         images_NHWC: the encoder's input, uint8.
         rejects: the others. `len(batch)` counts both.
     """
 
     keys: list[str]
     labels: list[str | None]
+    digests: list[str]
     images_NHWC: NDArray[np.uint8]
     rejects: list[Reject]
 
@@ -82,6 +86,7 @@ class EmbeddedBatch:
         start: number of the first of them in the source.
         keys: of the N images that could be used.
         labels: of the same.
+        digests: of what was read for them.
         vectors_ND: of the same, float32, unit length unless the encoder failed in silence.
         rejects: the others. `len(batch)` counts both.
     """
@@ -89,6 +94,7 @@ class EmbeddedBatch:
     start: int
     keys: list[str]
     labels: list[str | None]
+    digests: list[str]
     vectors_ND: NDArray[np.float32]
     rejects: list[Reject]
 
@@ -150,6 +156,7 @@ def embed_records(
         start=start,
         keys=batch.keys,
         labels=batch.labels,
+        digests=batch.digests,
         vectors_ND=embed(encoder, batch.images_NHWC),
         rejects=batch.rejects,
     )
@@ -173,20 +180,24 @@ def split(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What became of one record: pixels, or the error."""
+    """What became of one record: pixels, or the error; and what was read."""
 
     record: ImageRecord
     result: NDArray[np.uint8] | ImageError
+    digest: str | None
 
 
 def _decode(records: Sequence[ImageRecord], encoder: Encoder) -> list[_Outcome]:
     """Read and preprocess a chunk; runs in the pool."""
     outcomes = []
     for record in records:
+        digest = None
         try:
-            outcomes.append(_Outcome(record, encoder.preprocess(record.read())))
+            data = record.read()
+            digest = digest_of(data)
+            outcomes.append(_Outcome(record, encoder.preprocess(data), digest))
         except ImageError as error:
-            outcomes.append(_Outcome(record, error))
+            outcomes.append(_Outcome(record, error, digest))
     return outcomes
 
 
@@ -198,16 +209,21 @@ def _results(tasks: Iterable[Future[list[_Outcome]]]) -> Iterator[_Outcome]:
 
 def _gather(outcomes: Iterable[_Outcome], encoder: Encoder) -> ImageBatch:
     """Put the images of a batch together, and the rejects."""
-    keys, labels, images, rejects = [], [], [], []
+    keys, labels, digests, images, rejects = [], [], [], [], []
     for outcome in outcomes:
-        record, result = outcome.record, outcome.result
+        record, result, digest = outcome.record, outcome.result, outcome.digest
         if isinstance(result, ImageError):
-            rejects.append(Reject(key=record.key, fault=result.fault.value, message=str(result)))
+            fault, message = result.fault.value, str(result)
+            rejects.append(Reject(key=record.key, fault=fault, message=message, digest=digest))
         else:
+            assert digest is not None
             keys.append(record.key)
             labels.append(record.label)
+            digests.append(digest)
             images.append(result)
     spec = encoder.preprocessing
     empty = np.empty((0, spec.height, spec.width, spec.channels), np.uint8)
     images_NHWC = np.stack(images) if images else empty
-    return ImageBatch(keys=keys, labels=labels, images_NHWC=images_NHWC, rejects=rejects)
+    return ImageBatch(
+        keys=keys, labels=labels, digests=digests, images_NHWC=images_NHWC, rejects=rejects
+    )

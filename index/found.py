@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from index.collection import Collection, Neighbours, Row
+from index.storage.rows import metadata_to_json
 from models.errors import HoraceError
 
 
@@ -70,6 +71,8 @@ def as_text(found: Sequence[Found]) -> str:
         width = max(5, *(len(label) for label in labels)) if labels else 5
         lines.append(f"  {'score':>7}  {'label':<{width}}  key")
         for hit, label in zip(one.hits, labels, strict=True):
-            lines.append(f"  {hit.score:7.4f}  {label:<{width}}  {hit.row.key}")
+            known = metadata_to_json(hit.row.metadata).items()
+            further = "".join(f"  {name}={value}" for name, value in known if value is not None)
+            lines.append(f"  {hit.score:7.4f}  {label:<{width}}  {hit.row.key}{further}")
         lines.append("")
     return "\n".join(lines).rstrip()

@@ -12,6 +12,7 @@ Nothing here decodes: see `models.preprocess`.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -82,6 +83,19 @@ class ImageSource(Protocol):
             ImageError: the key is not in the source, or its image cannot be read.
         """
         ...
+
+
+def digest_of(data: ImageData) -> str:
+    """Hash what a record reads: the first 128 bits of its BLAKE2b, in hexadecimal.
+
+    Of encoded files it is the hash of the bytes, of pixels that of their shape and values.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    if isinstance(data, np.ndarray):
+        digest.update(f"{data.dtype.str} {data.shape} ".encode())
+        data = np.ascontiguousarray(data).tobytes()
+    digest.update(data)
+    return digest.hexdigest()
 
 
 def read_image_file(path: Path, name: str) -> bytes:

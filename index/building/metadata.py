@@ -17,10 +17,10 @@ The table is held in memory, as it is in every process that opens the collection
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 
 from index.errors import CollectionError
 from index.storage.rows import DIGEST, ROW_SCHEMA
+from index.storage.segment import Block
 from models.bundle import Json
 from models.errors import UsageError
 from models.files import sha256_file
@@ -68,6 +69,11 @@ class JoinReport:
     def to_json(self) -> dict[str, Json]:
         """Give the report as it stands in the manifest's."""
         return dict(vars(self))
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Json]) -> JoinReport:
+        """Read it from there."""
+        return cls(**cast(dict[str, Any], document))
 
     def __str__(self) -> str:
         columns = ", ".join(f"{name} ({kind})" for name, kind in self.columns.items())
@@ -115,7 +121,7 @@ class Metadata:
         met = places.drop_null().to_numpy()
         self._is_met_M[met] = True
         self._n_without_row += len(rows) - len(met)
-        if len(rows):
+        if len(rows) and not self._example:
             self._example = str(rows[KEY][0])
         values = self._values.take(places)
         for name in values.column_names:
@@ -150,6 +156,12 @@ class Metadata:
             without_image=len(self._keys) - n_met,
             without_row=self._n_without_row,
         )
+
+
+def join_blocks(metadata: Metadata, blocks: Iterator[Block]) -> Iterator[Block]:
+    """Give the blocks with the columns of the table."""
+    for block in blocks:
+        yield replace(block, rows=metadata.join(block.rows))
 
 
 def _read(file: Path) -> pa.Table:

@@ -1,7 +1,7 @@
 """The file of one part of a build: images in parquet, and in its metadata what it belongs to.
 
-Columns are id, key, label and vector of every image; the metadata holds the parameters of the
-run, where the part starts, how many records it covers, and the rejects among them.
+Columns are id, key, label, digest and vector of every image; the metadata holds the parameters of
+the run, where the part starts, how many records it covers, and the rejects among them.
 
 Rules:
     Pages carry checksums: a byte that a disk has lost is found when the part is read.
@@ -24,12 +24,14 @@ from numpy.typing import NDArray
 from index.collection import id_of
 from index.embed import Reject
 from index.errors import CollectionError
-from index.storage.rows import ROW_SCHEMA
+from index.storage.rows import DIGEST, ROW_SCHEMA
 from models.bundle import Json
 from models.files import atomic_file, canonical_json
 
 METADATA_KEY = b"horace.part"
-COLUMNS = ("id", "key", "label", "vector")
+COLUMNS = ("id", "key", "label", "digest", "vector")
+PART_ROW_SCHEMA = pa.schema([*ROW_SCHEMA, (DIGEST, pa.string())])
+"""Of the rows that come out of a part."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +84,7 @@ def write_part(
     key: RunKey,
     keys: Sequence[str],
     labels: Sequence[str | None],
+    digests: Sequence[str],
     vectors_ND: NDArray[np.float32],
 ) -> None:
     """Write a part's file, whole or not at all."""
@@ -97,6 +100,7 @@ def write_part(
             "id": [id_of(key) for key in keys],
             "key": keys,
             "label": labels,
+            DIGEST: digests,
             "vector": pa.FixedSizeListArray.from_arrays(values, key.dim),
         },
         schema=_schema(COLUMNS, key.dim),
@@ -114,6 +118,8 @@ def open_part(file: Path, key: RunKey) -> Part | None:
     try:
         with pq.ParquetFile(file) as parquet:
             n_images = parquet.metadata.num_rows
+            if parquet.schema_arrow.names != list(COLUMNS):
+                return None  # of a version that wrote others
             about = json.loads((parquet.schema_arrow.metadata or {})[METADATA_KEY])
         found, start, n_records = dict(about["key"]), int(about["start"]), int(about["n_records"])
         rejects = tuple(Reject(**reject) for reject in about["rejects"])
@@ -148,7 +154,7 @@ def read_part(part: Part, columns: Sequence[str], dim: int) -> pa.Table:
 
 def _schema(columns: Sequence[str], dim: int) -> pa.Schema:
     """Give the types of columns of a part."""
-    types = {field.name: field.type for field in ROW_SCHEMA}
+    types = {field.name: field.type for field in PART_ROW_SCHEMA}
     types["vector"] = pa.list_(pa.float32(), dim)
     return pa.schema({name: types[name] for name in columns})
 

@@ -26,10 +26,17 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from index.building.part_file import COLUMNS, Part, RunKey, open_part, read_part, write_part
+from index.building.part_file import (
+    COLUMNS,
+    PART_ROW_SCHEMA,
+    Part,
+    RunKey,
+    open_part,
+    read_part,
+    write_part,
+)
 from index.embed import EmbeddedBatch, Reject
 from index.errors import CollectionError
-from index.storage.rows import ROW_SCHEMA
 from index.storage.segment import Block
 from models.image_source import ImageRecord
 
@@ -165,10 +172,11 @@ class PartSet:
         assert start % self.key.part_size == 0, f"a part cannot start at record {start}"
         keys = [key for batch in batches for key in batch.keys]
         labels = [label for batch in batches for label in batch.labels]
+        digests = [digest for batch in batches for digest in batch.digests]
         vectors_ND = np.concatenate([batch.vectors_ND for batch in batches])
         is_finite_N = np.logical_and.reduce(np.isfinite(vectors_ND), axis=1)
         kept = np.flatnonzero(is_finite_N).tolist()
-        unsound = [_not_finite(keys[row]) for row in np.flatnonzero(~is_finite_N)]
+        unsound = [_not_finite(keys[row], digests[row]) for row in np.flatnonzero(~is_finite_N)]
         part = Part(
             file=self._file(start),
             start=start,
@@ -177,7 +185,12 @@ class PartSet:
             rejects=(*(reject for batch in batches for reject in batch.rejects), *unsound),
         )
         write_part(
-            part, self.key, [keys[n] for n in kept], [labels[n] for n in kept], vectors_ND[kept]
+            part,
+            self.key,
+            [keys[n] for n in kept],
+            [labels[n] for n in kept],
+            [digests[n] for n in kept],
+            vectors_ND[kept],
         )
         self._parts[start] = part
 
@@ -214,7 +227,9 @@ class PartSet:
             source = pa.array([self.key.source] * len(table), pa.string())
             rows = table.drop_columns(["vector"]).append_column("source", source)
             yield Block(
-                rows=rows.cast(ROW_SCHEMA).replace_schema_metadata(),
+                rows=rows.select(PART_ROW_SCHEMA.names)
+                .cast(PART_ROW_SCHEMA)
+                .replace_schema_metadata(),
                 vectors_ND=vectors.reshape(len(table), self.key.dim),
             )
 
@@ -223,8 +238,9 @@ class PartSet:
         yield from part.rejects
         repeats = self._repeats.get(part.start)
         if repeats is not None:
-            keys = read_part(part, ["key"], self.key.dim)["key"].take(repeats)
-            yield from map(_repeated, cast(list[str], keys.to_pylist()))
+            table = read_part(part, ["key", "digest"], self.key.dim).take(repeats)
+            for key, digest in zip(*map(_texts, table.columns), strict=True):
+                yield _repeated(key, digest)
 
     def _check_keys(self, part: Part, found: Sequence[str]) -> None:
         """Refuse a source that lists others than a part was made of."""
@@ -245,13 +261,18 @@ class PartSet:
         return self.directory / f"{PART_PREFIX}{start:012}.parquet"
 
 
-def _not_finite(key: str) -> Reject:
+def _texts(column: pa.ChunkedArray[pa.StringScalar]) -> list[str]:
+    """Give the values of a column without nulls."""
+    return cast(list[str], column.to_pylist())
+
+
+def _not_finite(key: str, digest: str) -> Reject:
     """Reject an image whose vector is no vector."""
     message = f"{key}: expected a finite vector, found NaN or infinity"
-    return Reject(key=key, fault=NOT_FINITE, message=message)
+    return Reject(key=key, fault=NOT_FINITE, message=message, digest=digest)
 
 
-def _repeated(key: str) -> Reject:
+def _repeated(key: str, digest: str) -> Reject:
     """Reject an image that came before."""
     message = f"{key}: expected a key of its own, found an earlier image of this key"
-    return Reject(key=key, fault=DUPLICATE_KEY, message=message)
+    return Reject(key=key, fault=DUPLICATE_KEY, message=message, digest=digest)

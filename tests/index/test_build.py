@@ -9,6 +9,7 @@ import sys
 import tarfile
 import time
 from contextlib import closing
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from index.embed import EmbeddedBatch, Reject, embed
 from index.errors import CollectionError
 from models.command import run_command
 from models.errors import HoraceError, UsageError
+from models.image_source import digest_of
 from models.images import ImageRecord, open_source
 from models.runtime import open_bundle
 
@@ -124,7 +126,45 @@ def test_the_summary_as_json(tmp_path, capsys, bundle, train_folder):
         "images": 60,
         "rejects": 0,
         "reused": 0,
+        "metadata": None,
     }
+
+
+def test_metadata_stands_beside_its_own_image(tmp_path, capsys, bundle, new_folder):
+    """By key; what has no partner is counted; a filter asks for it and a hit shows it."""
+    facts = tmp_path / "facts.csv"
+    facts.write_text("key,price,taken\nred/001.png,9.5,2024-05-01\nblue/000.png,2,\ngone.png,1,\n")
+    out = tmp_path / "c"
+    args = ("--images", new_folder(), "--encoder", bundle.path, "--out", out, "--metadata", facts)
+    status, text, _ = run_in_process(capsys, *args)
+    assert status == 0
+    assert "metadata of 3 rows: price (double), taken (date32[day]); 1 rows name no image" in text
+    assert "; 10 images have no row" in text
+    with Collection.open(out) as collection, closing(open_bundle(bundle.path)) as encoder:
+        rows = {row.key: row for row in collection.rows(collection.ids)}
+        assert rows["red/001.png"].metadata == {"price": 9.5, "taken": date(2024, 5, 1)}
+        assert rows["red/000.png"].metadata == {"price": None, "taken": None}
+        chosen = collection.select("price > 3 and taken < '2025-01-01'")
+        assert collection.ids[chosen.mask_N].tolist() == [id_of("red/001.png")]
+        data = open_source(str(tmp_path / "images")).load("red/001.png")
+        assert rows["red/001.png"].digest == digest_of(data)
+        vector = embed(encoder, encoder.preprocess(data)[None])[0]
+        np.testing.assert_array_equal(collection.vectors([id_of("red/001.png")])[0], vector)
+
+
+def test_metadata_that_names_no_image_costs_no_embedding(tmp_path, capsys, bundle, new_folder):
+    """It is an error, and the parts are kept for the mended table."""
+    facts, out = tmp_path / "facts.csv", tmp_path / "c"
+    facts.write_text("key,price\nred/001,9.5\n")
+    args = ("--images", new_folder(), "--encoder", bundle.path, "--out", out, "--metadata", facts)
+    status, _, err = run_in_process(capsys, *args)
+    assert status == 1
+    assert "expected keys of images, such as 'blue/000.png', found 1 rows of others" in err
+    assert not out.exists()
+    facts.write_text("key,price\nred/001.png,9.5\n")
+    status, text, _ = run_in_process(capsys, *args, "--json")
+    summary = json.loads(text)
+    assert (status, summary["reused"], summary["metadata"]["without_row"]) == (0, 12, 11)
 
 
 def test_a_second_image_of_a_key_is_rejected(tmp_path, bundle):
@@ -146,6 +186,7 @@ def test_a_second_image_of_a_key_is_rejected(tmp_path, bundle):
         "key": "twice.tar/a.png",
         "fault": "duplicate_key",
         "message": "twice.tar/a.png: expected a key of its own, found an earlier image of this key",
+        "digest": digest_of(stream.getvalue()),
     }
 
 
@@ -156,6 +197,7 @@ def test_a_vector_that_is_no_number_is_rejected(tmp_path):
         start=0,
         keys=["a", "b", "c"],
         labels=[None] * 3,
+        digests=["1", "2", "3"],
         vectors_ND=np.array([[1, 0], [np.nan, 0], [0, np.inf]], np.float32),
         rejects=[],
     )
@@ -166,6 +208,7 @@ def test_a_vector_that_is_no_number_is_rejected(tmp_path):
             ("b", "not_finite"),
             ("c", "not_finite"),
         ]
+        assert store.rejects[1].digest == "3"
         assert store.rejects[0].message == "b: expected a finite vector, found NaN or infinity"
 
 
@@ -509,6 +552,7 @@ def test_no_flipped_bit_of_a_part_is_a_traceback(tmp_path):
         start=0,
         keys=["a", "b"],
         labels=["x", None],
+        digests=["1", "2"],
         vectors_ND=np.eye(2, dtype=np.float32),
         rejects=[Reject(key="c", fault="empty", message="c: empty")],
     )
