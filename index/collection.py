@@ -30,7 +30,7 @@ from index.selection import Selection, Selector
 from index.storage.manifest import METRIC, Manifest, read_manifest
 from index.storage.rows import Row as Row
 from index.storage.rows import read_rows
-from index.storage.segment import FLAT, Segment, open_segment
+from index.storage.segment import Segment, open_segment
 from models.cpu import cpu_budget
 from models.errors import FingerprintMismatchError, UsageError
 
@@ -236,8 +236,13 @@ class Collection:
 
         None where every search is exact anyway.
         """
-        indexed = all(segment.factory != FLAT for segment in self.manifest.segments)
-        return {"efSearch": candidates} if indexed else {}
+        segments = self._open_segments()
+        found: dict[str, int] = {}
+        for segment in segments:
+            if segment.index is None:
+                return {}
+            found |= segment.index.effort_parameters(candidates, segment.entry.parameters)
+        return found
 
     def search_ids(
         self,

@@ -1,6 +1,8 @@
-"""Exact nearest neighbours by inner product, and the weighted vote over their labels.
+"""Exact nearest neighbours by cosine or distance, and the weighted vote over their labels.
 
 Rules:
+    Scores are better when higher: inner products, which are the cosines of unit vectors, or
+    minus the squared Euclidean distance.
     Exact means exact, ties included: of similarities that are equal in float32 the lower
     row of the bank comes first, whichever of them faiss happens to keep.
     What does not exist is row -1 with similarity -inf, and it has no vote.
@@ -27,6 +29,9 @@ from numpy.typing import NDArray
 from models.cpu import cpu_budget
 from models.errors import UsageError
 
+COSINE, EUCLIDEAN = "cosine", "euclidean"
+"""How vectors are compared: unit vectors by their inner product, or any by their distance."""
+
 MISSING = -1
 """Stands for a neighbour that does not exist."""
 
@@ -43,22 +48,24 @@ def knn_search(
     k: int,
     *,
     rows_M: NDArray[np.int64] | None = None,
+    metric: str = COSINE,
     threads: int | None = None,
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Find each query's k rows of largest inner product, best first.
+    """Find each query's k rows of largest inner product, or of least distance, best first.
 
     Args:
         queries_QD: (Q, D) float32.
         bank_ND: (N, D) float32, C-contiguous; may be a memory map.
         k: how many, at least 1; beyond N the result is padded.
         rows_M: (M,) the only rows that may be found, each once and ascending; all where None.
+        metric: `cosine` or `euclidean`.
         threads: CPU threads; the CPU budget where None.
 
     Returns:
-        (Q, k) float32 similarities and (Q, k) int64 rows of the bank; padded with -inf, -1.
+        (Q, k) float32 scores and (Q, k) int64 rows of the bank; padded with -inf, -1.
 
     Raises:
-        UsageError: k is below 1, or the dimensions differ.
+        UsageError: k is below 1, the dimensions differ, or there is no such metric.
     """
     if k < 1:
         raise UsageError("k", expected="at least 1", found=str(k))
@@ -76,15 +83,26 @@ def knn_search(
     queries_QD = np.ascontiguousarray(queries_QD, dtype=np.float32)
     with faiss_threads(search_threads(threads or cpu_budget(), len(queries_QD))):
         if rows_M is None:
-            scores, rows = _knn(queries_QD, bank_ND, n_asked)
+            scores, rows = _knn(queries_QD, bank_ND, n_asked, metric)
         else:
-            scores, rows = _knn_among(queries_QD, bank_ND, rows_M, n_asked)
+            scores, rows = _knn_among(queries_QD, bank_ND, rows_M, n_asked, metric)
     _lower_row_first(scores, rows)
     if n_asked > n_found:
         tied_Q = scores[:, n_found - 1] == scores[:, n_found]
         scores, rows = scores[:, :n_found].copy(), rows[:, :n_found].copy()
-        _settle_ties(queries_QD, bank_ND, rows_M, np.flatnonzero(tied_Q), scores, rows)
+        _settle_ties(queries_QD, bank_ND, rows_M, np.flatnonzero(tied_Q), metric, scores, rows)
     return pad_neighbours(scores, rows, k)
+
+
+def faiss_metric(metric: str) -> int:
+    """Give FAISS's number of a metric.
+
+    Raises:
+        UsageError: it is neither `cosine` nor `euclidean`.
+    """
+    if metric not in (COSINE, EUCLIDEAN):
+        raise UsageError("metric", expected=f"{COSINE} or {EUCLIDEAN}", found=str(metric))
+    return int(faiss.METRIC_L2 if metric == EUCLIDEAN else faiss.METRIC_INNER_PRODUCT)
 
 
 @contextmanager
@@ -180,10 +198,12 @@ def weighted_knn_vote(
 
 
 def _knn(
-    queries_QD: NDArray[np.float32], bank_ND: NDArray[np.float32], k: int
+    queries_QD: NDArray[np.float32], bank_ND: NDArray[np.float32], k: int, metric: str
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Search a whole bank, of at least k rows."""
-    scores, rows = faiss.knn(queries_QD, bank_ND, k, metric=faiss.METRIC_INNER_PRODUCT)
+    scores, rows = faiss.knn(queries_QD, bank_ND, k, metric=faiss_metric(metric))
+    if metric == EUCLIDEAN:
+        np.negative(scores, out=scores)
     return scores, rows
 
 
@@ -192,6 +212,7 @@ def _knn_among(
     bank_ND: NDArray[np.float32],
     rows_M: NDArray[np.int64],
     k: int,
+    metric: str,
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Search some rows of a bank, at least k.
 
@@ -204,17 +225,21 @@ def _knn_among(
         scores = np.empty((n_queries, k), np.float32)
         rows = np.empty((n_queries, k), np.int64)
         pointers = [faiss.swig_ptr(a) for a in (queries_QD, bank_ND, rows_M, scores, rows)]
+        is_euclidean = faiss_metric(metric) == faiss.METRIC_L2
+        name = "knn_L2sqr_by_idx" if is_euclidean else "knn_inner_products_by_idx"
         # The last 0: all queries share the rows. Its default is wrong in faiss 1.15: it steps
         # from one query's rows to the next by the bank's size.
-        faiss.knn_inner_products_by_idx(  # type: ignore[attr-defined]  # not in its stubs
+        getattr(faiss, name)(
             *pointers[:3], dim, n_queries, len(bank_ND), len(rows_M), k, *pointers[3:], 0
         )
+        if is_euclidean:
+            np.negative(scores, out=scores)
         return scores, rows
     step = max(k, BLOCK_BYTES // (4 * dim))
     parts: list[tuple[NDArray[np.float32], NDArray[np.int64]]] = []
     for start in range(0, len(rows_M), step):
         block_M = rows_M[start : start + step]
-        scores, places = _knn(queries_QD, bank_ND[block_M], min(k, len(block_M)))
+        scores, places = _knn(queries_QD, bank_ND[block_M], min(k, len(block_M)), metric)
         parts = [merge_neighbours([*parts, (scores, block_M[places])], k)]
     return parts[0]
 
@@ -231,6 +256,7 @@ def _settle_ties(
     bank_ND: NDArray[np.float32],
     rows_M: NDArray[np.int64] | None,
     tied: NDArray[np.int64],
+    metric: str,
     scores_QK: NDArray[np.float32],
     rows_QK: NDArray[np.int64],
 ) -> None:
@@ -239,7 +265,8 @@ def _settle_ties(
     step = max(1, BLOCK_BYTES // (4 * len(bank_ND)))
     for start in range(0, len(tied), step):
         block = tied[start : start + step]
-        for query, all_scores in zip(block, queries_QD[block] @ bank_ND.T, strict=True):
+        scores_BN = _all_scores(queries_QD[block], bank_ND, metric)
+        for query, all_scores in zip(block, scores_BN, strict=True):
             if rows_M is not None:
                 all_scores = all_scores[rows_M]
             last = np.partition(all_scores, -k)[-k]
@@ -249,3 +276,19 @@ def _settle_ties(
             order = np.lexsort((chosen, -all_scores[chosen]))
             rows_QK[query] = chosen[order] if rows_M is None else rows_M[chosen[order]]
             scores_QK[query] = all_scores[chosen[order]]
+
+
+def _all_scores(
+    queries_QD: NDArray[np.float32], bank_ND: NDArray[np.float32], metric: str
+) -> NDArray[np.float32]:
+    """Score every row, (Q, N): equal rows get equal scores."""
+    if metric == COSINE:
+        return queries_QD @ bank_ND.T
+    scores_QN = np.empty((len(queries_QD), len(bank_ND)), np.float32)
+    step = max(1, BLOCK_BYTES // (4 * bank_ND.shape[1]))
+    for start in range(0, len(bank_ND), step):
+        block_ND = bank_ND[start : start + step]
+        for query_D, scores_N in zip(queries_QD, scores_QN, strict=True):
+            differences_ND = block_ND - query_D
+            scores_N[start : start + step] = -np.einsum("nd,nd->n", differences_ND, differences_ND)
+    return scores_QN

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tyro.conf import Positional
 
-from index.ann.hnsw_file import stored_vectors
+from index.ann.checking import index_fault
 from index.collection import id_of
 from index.errors import CollectionError
 from index.storage.manifest import (
@@ -184,7 +184,7 @@ def _check_content(path: Path, manifest: Manifest) -> Iterator[str]:
 
 
 def _check_vectors(folder: Path, segment: Segment) -> Iterator[str]:
-    """Look at every vector: unit length, and the same in the index."""
+    """Look at every vector: of unit length, and in the index what was made of it."""
     for start in range(0, len(segment.vectors_ND), BLOCK_ROWS):
         block_ND = segment.vectors_ND[start : start + BLOCK_ROWS]
         lengths_N = np.sqrt(np.square(block_ND, dtype=np.float64).sum(axis=1))
@@ -196,16 +196,8 @@ def _check_vectors(folder: Path, segment: Segment) -> Iterator[str]:
                 f"row {row}"
             )
             return
-        if segment.index is None:
-            continue
-        differs = (stored_vectors(segment.index, start, len(block_ND)) != block_ND).any(axis=1)
-        if differs.any():
-            row = start + int(differs.argmax())
-            yield (
-                f"{folder / 'index.faiss'}: expected the vectors of vectors.npy, found another in "
-                f"row {row}"
-            )
-            return
+    if segment.index is not None and (fault := index_fault(segment.index)) is not None:
+        yield f"{folder / 'index.faiss'}: {fault}"
 
 
 def _check_ids(folder: Path, segment: Segment) -> Iterator[str]:

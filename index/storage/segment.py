@@ -6,13 +6,14 @@ Files, under `segments/NAME/` of a collection:
     rows.parquet  id, key, label (may be null), source, and further columns
                   (`index.storage.rows`); the same rows in the same order.
     index.faiss   the FAISS index, only where the factory is not `Flat`: Flat searches
-                  vectors.npy itself, so nothing is stored twice.
+                  vectors.npy itself. A graph's nodes are rows of vectors.npy, and what was
+                  stored in codes is ranked again by them, so that nothing is stored twice.
 
 Rules:
     A file is no larger in memory than it may be, whatever its header says, and one of another
     type, size or content is refused.
     Parameters of a search belong to the call; the shared index is never changed.
-    HNSW is built by one thread: with several its links depend on their timing.
+    A graph is built by one thread: with several its links depend on their timing.
 """
 
 from __future__ import annotations
@@ -20,30 +21,28 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
-import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from index.ann.hnsw_file import open_hnsw
+from index.ann.ann_index import AnnIndex
+from index.ann.kinds import EF_SEARCH as EF_SEARCH
+from index.ann.kinds import FLAT as FLAT
+from index.ann.kinds import HNSW as HNSW
+from index.ann.kinds import parameter_names
+from index.ann.making import build_index, write_index
+from index.ann.opening import open_index
 from index.errors import CollectionError
-from index.knn import faiss_threads, knn_search, pad_neighbours, search_threads
+from index.knn import COSINE, knn_search, pad_neighbours
 from index.selection import count_candidates, is_exact_cheaper, keep_chosen
 from index.storage.manifest import Manifest, SegmentEntry, check_file
 from index.storage.rows import ROW_SCHEMA as ROW_SCHEMA
 from index.storage.rows import is_row_schema
 from models.errors import UsageError
 
-FLAT = "Flat"
-HNSW = "HNSW32"
-EF_CONSTRUCTION = 80
-EF_SEARCH = 64
 SEGMENTS = "segments"
-BUILD_BLOCK = 16384
-"""Vectors added to an index at a time; a constant, since it decides HNSW's insertion order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,14 +67,16 @@ class Segment:
         vectors_ND: (N, D) float32, a read-only memory map.
         ids_N: (N,) int64.
         rows: a table of `ROW_SCHEMA` and further columns.
-        index: the FAISS index; None where the factory is `Flat`.
+        index: the index over them; None where the factory is `Flat`.
+        metric: `cosine` or `euclidean`.
     """
 
     entry: SegmentEntry
     vectors_ND: NDArray[np.float32]
     ids_N: NDArray[np.int64]
     rows: pa.Table
-    index: faiss.IndexHNSW | None
+    index: AnnIndex | None
+    metric: str = COSINE
 
     def search(
         self,
@@ -102,14 +103,13 @@ class Segment:
         """
         settings = {**self.entry.parameters, **parameters}
         _check_parameters(settings, self.entry.factory)
-        ef_search = settings.get("efSearch", EF_SEARCH)
         if mask_N is not None:
             return self._search_chosen(
-                queries_QD, k, mask_N, exact=exact, ef_search=ef_search, threads=threads
+                queries_QD, k, mask_N, exact=exact, parameters=settings, threads=threads
             )
         if exact or self.index is None:
-            return knn_search(queries_QD, self.vectors_ND, k, threads=threads)
-        return self._search_index(queries_QD, k, ef_search=ef_search, threads=threads)
+            return self._compare(queries_QD, k, threads=threads)
+        return self.index.search(queries_QD, k, parameters=settings, threads=threads)
 
     def _search_chosen(
         self,
@@ -118,51 +118,48 @@ class Segment:
         mask_N: NDArray[np.bool_],
         *,
         exact: bool,
-        ef_search: int,
+        parameters: Mapping[str, int],
         threads: int,
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Search among the rows of a mask, in the cheaper of two ways: see `index.selection`."""
         rows_M = np.flatnonzero(mask_N)
+        if exact or self.index is None:
+            return self._compare(queries_QD, k, rows_M=rows_M, threads=threads)
         n_found = min(k, len(rows_M))
         candidates = count_candidates(
-            n_found, chosen=len(rows_M), count=self.entry.count, ef_search=ef_search
+            n_found,
+            chosen=len(rows_M),
+            count=self.entry.count,
+            ef_search=self.index.candidates(n_found, parameters),
         )
-        if (
-            exact
-            or self.index is None
-            or is_exact_cheaper(chosen=len(rows_M), candidates=candidates, queries=len(queries_QD))
-        ):
-            return knn_search(queries_QD, self.vectors_ND, k, rows_M=rows_M, threads=threads)
-        found = self._search_index(queries_QD, candidates, ef_search=ef_search, threads=threads)
+        if is_exact_cheaper(chosen=len(rows_M), candidates=candidates, queries=len(queries_QD)):
+            return self._compare(queries_QD, k, rows_M=rows_M, threads=threads)
+        wider = self.index.widen(parameters, n_found, candidates)
+        found = self.index.search(queries_QD, candidates, parameters=wider, threads=threads)
         scores, rows, short = keep_chosen(*found, mask_N, n_found)
         if short.size:
-            scores[short], rows[short] = knn_search(
-                queries_QD[short], self.vectors_ND, n_found, rows_M=rows_M, threads=threads
+            scores[short], rows[short] = self._compare(
+                queries_QD[short], n_found, rows_M=rows_M, threads=threads
             )
         return pad_neighbours(scores, rows, k)
 
-    def _search_index(
-        self, queries_QD: NDArray[np.float32], k: int, *, ef_search: int, threads: int
+    def _compare(
+        self,
+        queries_QD: NDArray[np.float32],
+        k: int,
+        *,
+        rows_M: NDArray[np.int64] | None = None,
+        threads: int,
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Ask the index, without changing it."""
-        assert self.index is not None
-        n_asked = min(k, self.entry.count)
-        # Every field is set: what is left out goes back to the class's own default, not to
-        # that of the index.
-        settings = faiss.SearchParametersHNSW(  # type: ignore[attr-defined]  # not in its stubs
-            efSearch=max(ef_search, n_asked),
-            check_relative_distance=True,
-            bounded_queue=True,
+        """Compare every row, or those of some numbers."""
+        return knn_search(
+            queries_QD, self.vectors_ND, k, rows_M=rows_M, metric=self.metric, threads=threads
         )
-        with faiss_threads(search_threads(threads, len(queries_QD))):
-            scores, rows = self.index.search(queries_QD, n_asked, params=settings)
-        scores[rows < 0] = -np.inf
-        return pad_neighbours(scores, rows, k)
 
 
 def _check_parameters(parameters: Mapping[str, int], factory: str) -> None:
     """Refuse a search parameter that an index of this kind does not have, or below 1."""
-    known = () if factory == FLAT else ("efSearch",)
+    known = parameter_names(factory)
     for name, value in parameters.items():
         if name not in known or value < 1:
             raise UsageError(
@@ -187,6 +184,9 @@ def write_segment(
     dim: int,
     *,
     schema: pa.Schema = ROW_SCHEMA,
+    metric: str = COSINE,
+    threads: int | None = None,
+    memory_bytes: int | None = None,
 ) -> list[str]:
     """Write a segment's files below the collection `directory`; memory holds one block.
 
@@ -196,9 +196,15 @@ def write_segment(
         blocks: the rows, `entry.count` of them in all.
         dim: length of a vector.
         schema: of the rows of every block; see `index.storage.rows`.
+        metric: `cosine` or `euclidean`.
+        threads: CPU threads that build the index; the CPU budget where None.
+        memory_bytes: most that building the index may take; unbounded where None.
 
     Returns:
         The names of the files, as for the manifest.
+
+    Raises:
+        UsageError: the index is of no known kind, or does not fit the vectors or the memory.
     """
     folder = directory / SEGMENTS / entry.name
     folder.mkdir(parents=True)
@@ -206,19 +212,11 @@ def write_segment(
     np.save(folder / "ids.npy", ids_N)
     if entry.factory != FLAT:
         vectors_ND = np.load(folder / "vectors.npy", mmap_mode="r")
-        faiss.write_index(build_hnsw(vectors_ND, entry.factory), str(folder / "index.faiss"))
+        index = build_index(
+            vectors_ND, entry.factory, metric=metric, threads=threads, memory_bytes=memory_bytes
+        )
+        write_index(index, folder / "index.faiss", entry.factory)
     return segment_files(entry)
-
-
-def build_hnsw(vectors_ND: NDArray[np.float32], factory: str) -> faiss.IndexHNSW:
-    """Build an HNSW index over unit vectors; the same vectors give the same bytes."""
-    made = faiss.index_factory(vectors_ND.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
-    index = cast(faiss.IndexHNSW, made)
-    index.hnsw.efConstruction = EF_CONSTRUCTION
-    with faiss_threads(1):  # with more, the graph depends on their race
-        for start in range(0, len(vectors_ND), BUILD_BLOCK):
-            index.add(np.ascontiguousarray(vectors_ND[start : start + BUILD_BLOCK]))
-    return index
 
 
 def open_segment(
@@ -242,7 +240,14 @@ def open_segment(
         rows=_open_rows(files[2], ids_N),
         index=None
         if entry.factory == FLAT
-        else open_hnsw(files[3], factory=entry.factory, count=entry.count, dim=manifest.dim),
+        else open_index(
+            files[3],
+            factory=entry.factory,
+            count=entry.count,
+            dim=manifest.dim,
+            metric=COSINE,
+            vectors_ND=vectors_ND,
+        ),
     )
 
 

@@ -7,10 +7,10 @@ import faiss
 import numpy as np
 import pytest
 
+from index.ann.making import build_index as build_hnsw
 from index.collection import Collection, id_of
 from index.errors import CollectionError, UnknownIdError
 from index.storage.manifest import Manifest, hash_files, read_manifest, write_manifest
-from index.storage.segment import build_hnsw
 from models.errors import FingerprintMismatchError, UsageError
 
 FINGERPRINT = "f" * 64

@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from index.ann.hnsw_file import graph_fault
+from index.ann.making import build_index as build_hnsw
 from index.build import BuildOptions, build
 from index.collection import Collection
 from index.errors import CollectionError
 from index.storage.manifest import hash_files, read_manifest, write_manifest
-from index.storage.segment import build_hnsw
 from index.verify import VerifyOptions, main, verify
 from models.command import run_command
 

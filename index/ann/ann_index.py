@@ -1,0 +1,196 @@
+"""An index that was opened over a segment's vectors, and how it is searched.
+
+Rules:
+    Parameters of a search belong to the call: every field that FAISS has is set each time, since
+    what is left out goes back to the class's own default (efSearch 16, nprobe 1), and the
+    shared index is never changed.
+    Re-ranking reads the segment's memory-mapped float32 vectors where they lie, within the same
+    call of FAISS: one call a query, no second copy in memory.
+    Scores are better when higher: cosines, or minus the squared distance.
+
+Any number of threads may search it.
+
+Shapes: Q queries, N rows, D dimensions, K neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from index.ann.kinds import EF_SEARCH, Kind, lists_of
+from index.knn import (
+    EUCLIDEAN,
+    faiss_metric,
+    faiss_threads,
+    pad_neighbours,
+    search_threads,
+)
+
+MAX_KEPT_SETTINGS = 256
+"""Sets of FAISS's search parameters that are kept made; a few microseconds each to make."""
+
+
+class AnnIndex:
+    """An opened index over a segment's vectors. Made by `index.ann.opening.open_index`.
+
+    Attributes:
+        kind: what it is.
+        metric: `cosine` or `euclidean`.
+        count: vectors in it.
+        vectors_ND: (N, D) float32, the segment's.
+        base: FAISS's index, without re-ranking.
+        own_storage: what a graph's file has of the vectors; None where that is nothing.
+    """
+
+    def __init__(
+        self, kind: Kind, base: faiss.Index, vectors_ND: NDArray[np.float32], *, metric: str
+    ) -> None:
+        """Take over an index that was checked, and put the vectors beneath it."""
+        self.kind = kind
+        self.metric = metric
+        self.count = len(vectors_ND)
+        self.base = base
+        self.vectors_ND = vectors_ND  # FAISS borrows it, and what follows
+        self._flat = flat_over(vectors_ND, metric)
+        storage = base.storage if kind.family == "graph" else None
+        self.own_storage = None if storage is None else faiss.downcast_index(storage)
+        self._settings: dict[tuple[int, ...], faiss.SearchParameters] = {}
+        self._top: faiss.Index
+        if kind.refines:
+            self._top = faiss.IndexRefine(base, self._flat)
+        else:
+            self._top, base.storage, base.own_fields = base, self._flat, False
+
+    def __repr__(self) -> str:
+        return f"<AnnIndex {self.kind.factory} over {self.count} vectors, {self.metric}>"
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """The search parameters that it has, by FAISS's names."""
+        return tuple(self.kind.defaults)
+
+    def search(
+        self,
+        queries_QD: NDArray[np.float32],
+        k: int,
+        *,
+        parameters: Mapping[str, int],
+        threads: int,
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Find about the k nearest rows: (Q, k) scores and rows, padded with -inf and -1.
+
+        Args:
+            queries_QD: (Q, D) float32, C-contiguous.
+            k: how many.
+            parameters: of this call, by FAISS's names; the kind's defaults where left out.
+            threads: CPU threads.
+        """
+        n_asked = min(k, self.count)
+        settings = self._settings_of(n_asked, {**self.kind.defaults, **parameters})
+        with faiss_threads(search_threads(threads, len(queries_QD))):
+            scores, rows = self._top.search(queries_QD, n_asked, params=settings)
+        if self.metric == EUCLIDEAN:
+            np.negative(scores, out=scores)
+        scores[rows < 0] = -np.inf
+        return pad_neighbours(scores, rows, k) if n_asked < k else (scores, rows)
+
+    def widen(self, parameters: Mapping[str, int], k: int, candidates: int) -> dict[str, int]:
+        """Give the parameters by which so many of the nearest are found as well as k were.
+
+        A graph looks at as many as it is asked for anyway. Lists that held the k nearest hold
+        less of the next ones: more are looked into.
+        """
+        found = {**self.kind.defaults, **parameters}
+        if self.kind.family == "lists" and candidates > k:
+            ratio = candidates / max(1, k)
+            found["nprobe"] = min(self.kind.lists, round(found["nprobe"] * ratio**0.5))
+            found["k_factor"] = max(2, round(found["k_factor"] / ratio**0.5))
+        return found
+
+    def candidates(self, k: int, parameters: Mapping[str, int]) -> int:
+        """Say how many rows a search for k weighs by these parameters."""
+        found = {**self.kind.defaults, **parameters}
+        return max(found.get("efSearch", 0), k * found.get("k_factor", 1))
+
+    def effort_parameters(self, candidates: int, parameters: Mapping[str, int]) -> dict[str, int]:
+        """Give the parameters by which so many candidates are weighed for a query.
+
+        Of lists as many more are looked into, and as many more ranked again, as these are more
+        than what a search for ten weighs by `parameters`.
+        """
+        found = {**self.kind.defaults, **parameters}
+        if self.kind.family == "graph":
+            return {**found, "efSearch": candidates}
+        ratio = candidates / (10 * found["k_factor"])
+        return {
+            "nprobe": min(self.kind.lists, max(1, round(found["nprobe"] * ratio))),
+            "k_factor": max(1, round(found["k_factor"] * ratio)),
+        }
+
+    def _settings_of(self, k: int, parameters: Mapping[str, int]) -> faiss.SearchParameters:
+        """Make FAISS's own parameters, or take those that were made before."""
+        key = (k, *parameters.values())
+        kept = self._settings.get(key)
+        if kept is not None:
+            return kept
+        made = make_settings(self.kind, self.base, k, parameters)
+        if len(self._settings) < MAX_KEPT_SETTINGS:
+            self._settings[key] = made
+        return made
+
+
+def make_settings(
+    kind: Kind, base: faiss.Index, k: int, parameters: Mapping[str, int]
+) -> faiss.SearchParameters:
+    """Make FAISS's search parameters with every field set."""
+    factor = parameters.get("k_factor", 1)
+    if kind.family == "graph":
+        settings = faiss.SearchParametersHNSW(
+            efSearch=max(parameters.get("efSearch", EF_SEARCH), k * factor),
+            check_relative_distance=True,
+            bounded_queue=True,
+        )
+    else:
+        settings = _list_settings(kind, base, parameters["nprobe"])
+    if kind.refines:
+        settings = faiss.IndexRefineSearchParameters(k_factor=factor, base_index_params=settings)
+    return settings
+
+
+def _list_settings(kind: Kind, base: faiss.Index, nprobe: int) -> faiss.SearchParameters:
+    """Make the parameters of inverted lists."""
+    fields = {
+        "nprobe": min(nprobe, kind.lists),
+        "max_codes": 0,
+        "max_lists_num": 0,
+        "ensure_topk_full": False,
+        "max_empty_result_buckets": 0,
+    }
+    if kind.codec != "RaBitQ":
+        return faiss.SearchParametersIVF(**fields)
+    lists = lists_of(base)
+    settings = faiss.IVFRaBitQSearchParameters(**fields, qb=lists.qb, centered=False)
+    return faiss.SearchParametersPreTransform(index_params=settings)
+
+
+def flat_over(vectors_ND: NDArray[np.float32], metric: str) -> faiss.IndexFlat:
+    """Make a flat index whose vectors are those of an array: nothing is copied.
+
+    FAISS borrows the array, which must outlive the index.
+    """
+    assert vectors_ND.dtype == np.float32
+    assert vectors_ND.flags.c_contiguous
+    flat = faiss.IndexFlat(vectors_ND.shape[1], faiss_metric(metric))
+    if len(vectors_ND):
+        data = faiss.swig_ptr(vectors_ND.reshape(-1).view(np.uint8))
+        codes = flat.codes  # faiss's MaybeOwnedVector; `create_view` wants an owner
+        codes.is_owned = False
+        codes.view_data = codes.c_ptr = data
+        codes.view_size = codes.c_size = vectors_ND.nbytes
+    flat.ntotal = len(vectors_ND)
+    return cast(faiss.IndexFlat, flat)

@@ -1,0 +1,144 @@
+"""Holds an opened index against the vectors that it was made of: nobody else does.
+
+Rules:
+    What an index keeps of a vector is made again from `vectors.npy` by the index's own codec. A
+    sum that BLAS rounds otherwise may change a byte of it, another vector changes most.
+    A graph whose nodes are the rows of `vectors.npy` keeps nothing of them, and RaBitQ's scanned
+    codes are not to be had again: there some rows are searched for, and most must be found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from index.ann.ann_index import AnnIndex
+from index.ann.kinds import lists_of
+from index.ann.memory import BUILD_BLOCK, release_pages
+from index.knn import knn_search
+
+PROBES = 64
+MIN_FOUND = 0.5
+"""Of the probes: an index of these vectors finds nearly all of them, one of others hardly any."""
+
+MAX_CHANGED = 0.25
+"""Of the bytes of a code."""
+
+Codes = NDArray[np.uint8]
+CodesOf = Callable[[NDArray[np.float32], int], tuple[Codes, Codes]]
+"""Gives the stored and the remade codes, (n, bytes) each, of n vectors from a row on."""
+
+
+def index_fault(index: AnnIndex) -> str | None:
+    """Say in what an index differs from the vectors that it should be of, if in anything."""
+    codes_of = _choose(index)
+    if codes_of is None:
+        return _find_self(index)
+    for start in range(0, index.count, BUILD_BLOCK):
+        stop = min(index.count, start + BUILD_BLOCK)
+        stored, made = codes_of(np.ascontiguousarray(index.vectors_ND[start:stop]), start)
+        release_pages(index.vectors_ND, start, stop)
+        changed_N = (stored != made).mean(axis=1)
+        if (changed_N > MAX_CHANGED).any():
+            row = start + int((changed_N > MAX_CHANGED).argmax())
+            return f"expected the vectors of vectors.npy, found another in row {row}"
+    return None
+
+
+def _choose(index: AnnIndex) -> CodesOf | None:
+    """Choose how to remake an index's codes; None where there are none to be had."""
+    kind = index.kind
+    if kind.family == "graph":
+        return _graph_codes(index) if index.own_storage is not None else None
+    return None if kind.codec == "RaBitQ" and kind.is_fast_scan else _list_codes(index)
+
+
+def _graph_codes(index: AnnIndex) -> CodesOf:
+    """Compare the codes of a graph's nodes, which lie in the order of the rows."""
+    storage = index.own_storage
+    assert storage is not None
+    stored = faiss.rev_swig_ptr(storage.codes.data(), storage.codes.size())
+    stored_NB = stored.reshape(-1, storage.code_size)
+
+    def codes_of(block_ND: NDArray[np.float32], start: int) -> tuple[Codes, Codes]:
+        return stored_NB[start : start + len(block_ND)], storage.sa_encode(block_ND)
+
+    return codes_of
+
+
+def _list_codes(index: AnnIndex) -> CodesOf:
+    """Compare the codes of inverted lists, which lie anywhere."""
+    lists = lists_of(index.base)
+    list_N, place_N = _find_places(lists, index.count)
+
+    def codes_of(block_ND: NDArray[np.float32], start: int) -> tuple[Codes, Codes]:
+        if index.kind.rotates:
+            block_ND = faiss.downcast_VectorTransform(index.base.chain.at(0)).apply(block_ND)
+        rows = slice(start, start + len(block_ND))
+        numbers = np.ascontiguousarray(list_N[rows])
+        made = np.zeros((len(block_ND), lists.code_size), np.uint8)
+        pointers = [faiss.swig_ptr(a) for a in (block_ND, numbers, made)]
+        lists.encode_vectors(len(block_ND), *pointers)
+        return _stored_codes(lists, numbers, place_N[rows]), made
+
+    return codes_of
+
+
+def _find_places(lists: faiss.IndexIVF, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Give the list of every row, and its place there."""
+    list_N, place_N = np.empty(count, np.int64), np.empty(count, np.int64)
+    for number in range(lists.nlist):
+        size = lists.invlists.list_size(number)
+        if size:
+            ids = faiss.rev_swig_ptr(lists.invlists.get_ids(number), size)
+            list_N[ids], place_N[ids] = number, np.arange(size)
+    return list_N, place_N
+
+
+def _stored_codes(
+    lists: faiss.IndexIVF, list_N: NDArray[np.int64], place_N: NDArray[np.int64]
+) -> Codes:
+    """Collect codes from their lists."""
+    found = np.zeros((len(list_N), lists.code_size), np.uint8)
+    invlists = faiss.downcast_InvertedLists(lists.invlists)
+    is_packed = isinstance(invlists, faiss.BlockInvertedLists)
+    for number in np.unique(list_N):
+        here = np.flatnonzero(list_N == number)
+        size = invlists.list_size(int(number))
+        if is_packed:
+            codes = _unpack(invlists, int(number), size, lists.code_size)
+        else:
+            data = faiss.rev_swig_ptr(invlists.get_codes(int(number)), size * lists.code_size)
+            codes = data.reshape(size, -1)
+        found[here] = codes[place_N[here]]
+    return found
+
+
+def _unpack(invlists: faiss.BlockInvertedLists, number: int, size: int, code_size: int) -> Codes:
+    """Lay the codes of a list out one after the other: they are packed for registers."""
+    n_block, block_bytes = invlists.n_per_block, invlists.block_size
+    n_blocks = -(-size // n_block)
+    packed = faiss.rev_swig_ptr(invlists.get_codes(number), n_blocks * block_bytes)
+    codes = np.zeros((n_blocks * n_block, code_size), np.uint8)
+    packer = invlists.packer
+    for block in range(n_blocks):
+        packer.unpack_all(
+            faiss.swig_ptr(packed[block * block_bytes :]),
+            faiss.swig_ptr(codes[block * n_block :]),
+        )
+    return codes[:size]
+
+
+def _find_self(index: AnnIndex) -> str | None:
+    """Search for some of the rows: what is found is as near to them as they are themselves."""
+    rows = np.unique(np.linspace(0, index.count - 1, PROBES).astype(np.int64))
+    queries_QD = np.ascontiguousarray(index.vectors_ND[rows])
+    scores, _ = index.search(queries_QD, 1, parameters={}, threads=1)
+    own, _ = knn_search(queries_QD, queries_QD, 1, metric=index.metric, threads=1)
+    found = float(np.mean(scores[:, 0] >= own[:, 0] - 1e-4 * np.abs(own[:, 0])))
+    if found >= MIN_FOUND:
+        return None
+    return f"expected the vectors of vectors.npy, found {found:.0%} of those that were searched for"

@@ -1,0 +1,140 @@
+"""Every kind of index, through the files that a segment keeps."""
+
+import faiss
+import numpy as np
+import pytest
+
+from index.ann.checking import index_fault
+from index.ann.kinds import default_parameters, parse_kind
+from index.ann.making import build_index, write_index
+from index.ann.opening import open_index
+from index.knn import knn_search
+
+COUNT, DIM, K = 3000, 32, 10
+FACTORIES = [
+    "HNSW32",
+    "HNSW16,SQ8,RFlat",
+    "HNSW16,SQfp16,RFlat",
+    "IVF32,PQ16x4fs,RFlat",
+    "RR,IVF32,RaBitQ,RFlat",
+    "RR,IVF32,RaBitQ4,RFlat",
+    "RR,IVF32,RaBitQfs,RFlat",
+]
+METRICS = ["cosine", "euclidean"]
+
+
+def draw(n, *, seed, metric="cosine"):
+    """Draw vectors around thirty centres, of unit length where they are compared by cosine."""
+    shape, draw = np.random.default_rng(0), np.random.default_rng(seed)
+    centres = shape.standard_normal((30, DIM))
+    rows = centres[draw.integers(0, 30, n)] + 0.4 * draw.standard_normal((n, DIM))
+    if metric == "cosine":
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows.astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def make_index(tmp_path_factory):
+    """Give a function that builds, writes and opens an index, each once."""
+    made = {}
+
+    def make(factory, metric="cosine"):
+        if (factory, metric) not in made:
+            folder = tmp_path_factory.mktemp("index")
+            np.save(folder / "vectors.npy", draw(COUNT, seed=1, metric=metric))
+            vectors = np.load(folder / "vectors.npy", mmap_mode="r")
+            index = build_index(vectors, factory, metric=metric, threads=1)
+            write_index(index, folder / "index.faiss", factory)
+            made[factory, metric] = folder / "index.faiss", vectors
+        file, vectors = made[factory, metric]
+        return open_index(
+            file, factory=factory, count=COUNT, dim=DIM, metric=metric, vectors_ND=vectors
+        )
+
+    return make
+
+
+def recall(found, truth):
+    """Give the share of the true neighbours that were found."""
+    return np.mean([np.isin(t, f).mean() for f, t in zip(found, truth, strict=True)])
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_every_kind_finds_nearly_all_neighbours(make_index, factory, metric):
+    """By its own default parameters, on clustered vectors, by either metric."""
+    index = make_index(factory, metric)
+    queries = draw(100, seed=2, metric=metric)
+    scores, rows = index.search(queries, K, parameters={}, threads=1)
+    _, truth = knn_search(queries, index.vectors_ND, K, metric=metric)
+    assert recall(rows, truth) > 0.95
+    assert (np.diff(scores, axis=1) <= 0).all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_scores_are_those_of_the_vectors(make_index, factory, metric):
+    """Whatever the codes are: found rows are ranked again by the segment's own vectors."""
+    index = make_index(factory, metric)
+    queries = draw(20, seed=3, metric=metric)
+    scores, rows = index.search(queries, K, parameters={}, threads=2)
+    found = index.vectors_ND[rows]
+    if metric == "cosine":
+        expected = np.einsum("qd,qkd->qk", queries, found)
+    else:
+        expected = -np.square(queries[:, None] - found).sum(axis=2)
+    np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_parameters_belong_to_the_call(make_index, factory):
+    """More effort finds more, and a call without parameters is as it was before."""
+    index = make_index(factory)
+    queries = draw(100, seed=4)
+    _, truth = knn_search(queries, index.vectors_ND, K)
+    least = dict.fromkeys(index.parameter_names, 1)
+    most = {name: 100 * value for name, value in default_parameters(factory).items()}
+
+    def search(parameters):
+        return index.search(queries, K, parameters=parameters, threads=1)[1]
+
+    before = search({})
+    assert recall(search(least), truth) < recall(search(most), truth)
+    assert recall(search(most), truth) > 0.99
+    np.testing.assert_array_equal(search({}), before)
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_more_than_there_are_are_padded(make_index, factory):
+    """Missing places are row -1 and score -inf, after every row that was found."""
+    index = make_index(factory)
+    scores, rows = index.search(draw(2, seed=5), COUNT + 7, parameters={}, threads=1)
+    assert rows.shape == scores.shape == (2, COUNT + 7)
+    assert ((rows == -1) == (scores == -np.inf)).all()
+    assert (np.diff((rows < 0).astype(int), axis=1) >= 0).all()
+    for row in rows:
+        found = row[row >= 0]
+        assert len(np.unique(found)) == len(found) > 0
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_an_index_is_that_of_its_vectors(make_index, factory):
+    """What it keeps of them is made again and compared; other vectors are told."""
+    index = make_index(factory)
+    assert index_fault(index) is None
+    index.vectors_ND = draw(COUNT, seed=9)
+    if index.own_storage is None and parse_kind(factory).family == "graph":
+        index._top.storage = other = faiss.IndexFlatIP(DIM)
+        other.add(draw(COUNT, seed=9))
+        index.kept = other
+    assert "expected the vectors of vectors.npy, found" in str(index_fault(index))
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_the_same_vectors_give_the_same_bytes(factory):
+    """Whatever the number of threads, but for those that link a graph."""
+    vectors = draw(1000, seed=1)
+    first, second = (
+        faiss.serialize_index(build_index(vectors, factory, threads=threads)) for threads in (1, 2)
+    )
+    np.testing.assert_array_equal(first, second)
