@@ -18,35 +18,26 @@ import dataclasses
 import json
 import logging
 import os
-import platform
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
-import faiss
-import numpy as np
-import pyarrow as pa
-
-from index.building.metadata import JoinReport, Metadata, join_blocks
-from index.building.part_file import PART_ROW_SCHEMA, RunKey
-from index.building.parts import PartStore, read_run_id
-from index.building.pipeline import ENCODE_THREADS, choose_crew, make_parts
+from index.building.assemble import choose_factory, write_collection
+from index.building.metadata import Metadata
+from index.building.part_file import RunKey
+from index.building.part_set import Share
+from index.building.parts import PartStore
+from index.building.pipeline import ENCODE_THREADS, REMOTE_REQUESTS, choose_crew, make_parts
+from index.building.processes import make_parts_in_processes
+from index.building.summary import BuildSummary, as_text, summarise
+from index.building.target import check_target, find_finished
+from index.building.worker import Job
 from index.errors import CollectionError
-from index.storage.manifest import (
-    MANIFEST_FILE,
-    REJECTS_FILE,
-    Manifest,
-    SegmentEntry,
-    hash_files,
-    read_manifest,
-    write_manifest,
-)
-from index.storage.segment import EF_SEARCH, FLAT, HNSW, write_segment
+from index.storage.manifest import Manifest, write_manifest
 from models.bundle import Json
 from models.command import progress, run_command
 from models.cpu import cpu_budget
@@ -56,10 +47,10 @@ from models.files import atomic_directory, publish_directory
 from models.image_folder import FolderSource
 from models.images import ImageSource, open_source
 
-FLAT_MAX_COUNT = 20_000
-"""Up to here `auto` searches every vector: some milliseconds a query, and always exact."""
-
 BATCHES_PER_PART = 16
+
+MAX_AT_ONCE = 1024
+"""Processes, or requests; more is a slip of the finger."""
 
 log = logging.getLogger("horace.index")
 
@@ -72,7 +63,8 @@ class BuildOptions:
     """The images: a folder (or folder:PATH), tar shards (or wds:PATTERN), idx:IMAGES[,LABELS],
     or fashion-mnist[:train|:test]."""
     encoder: str
-    """The encoder: a bundle's directory, or horace://host:port/model."""
+    """The encoder: a bundle's directory, or one of a server: horace://host:port/model (by TLS:
+    horaces://), or triton://host:port[,host2:port...]/model."""
     out: Path
     """The collection's directory, to be made."""
     name: str | None = None
@@ -83,6 +75,10 @@ class BuildOptions:
     """A CSV or parquet file with a column `key`; its other columns are stored with the images."""
     batch_size: int = 64
     """Images encoded at once."""
+    processes: int = 1
+    """Processes that share the work: one fills some sixteen CPUs. What they make is the same."""
+    requests: int = REMOTE_REQUESTS
+    """Batches on their way to a server's encoder at once."""
     replace: bool = False
     """Replace the collection that stands at --out."""
     restart: bool = False
@@ -96,40 +92,14 @@ class BuildOptions:
             raise UsageError("--out", expected="a directory with a name", found=str(self.out))
         if not 1 <= self.batch_size <= 65536:
             raise UsageError("--batch-size", expected="1 to 65536", found=str(self.batch_size))
+        for name, value in (("--processes", self.processes), ("--requests", self.requests)):
+            if not 1 <= value <= MAX_AT_ONCE:
+                raise UsageError(name, expected=f"1 to {MAX_AT_ONCE}", found=str(value))
 
     @property
     def target(self) -> Path:
         """The collection's directory, absolute and with a name even for `--out .`."""
         return Path(os.path.abspath(self.out))
-
-
-@dataclass(frozen=True, kw_only=True)
-class BuildSummary:
-    """What a build did.
-
-    Attributes:
-        collection: its directory.
-        name: its name.
-        fingerprint: of the encoder.
-        index: FAISS factory string, or `Flat`.
-        images: vectors in the collection.
-        rejects: images that could not be used.
-        reused: images whose vectors an earlier, unfinished run had made.
-        embed_s: seconds for embedding the others.
-        index_s: seconds for writing the collection and its index.
-        metadata: how images and rows of `--metadata` met; None where none was given.
-    """
-
-    collection: str
-    name: str
-    fingerprint: str
-    index: str
-    images: int
-    rejects: int
-    reused: int
-    embed_s: float
-    index_s: float
-    metadata: Mapping[str, Json] | None
 
 
 def main(options: BuildOptions) -> None:
@@ -138,20 +108,7 @@ def main(options: BuildOptions) -> None:
     if options.json:
         print(json.dumps(dataclasses.asdict(summary), indent=2))
         return
-    print(
-        f"{summary.collection}: {summary.images} images, {summary.index}, "
-        f"encoder {summary.fingerprint[:12]}"
-    )
-    embedded = summary.images - summary.reused
-    rate = f" ({embedded / summary.embed_s:.0f}/s)" if embedded and summary.embed_s > 0 else ""
-    print(
-        f"embedded {embedded} in {summary.embed_s:.1f} s{rate}, reused {summary.reused}, "
-        f"rejected {summary.rejects}; collection and index written in {summary.index_s:.1f} s"
-    )
-    if summary.metadata is not None:
-        print(JoinReport.from_json(summary.metadata))
-    if summary.rejects:
-        print(f"the rejected images and why: {Path(summary.collection) / REJECTS_FILE}")
+    print(as_text(summary))
 
 
 def build(options: BuildOptions) -> BuildSummary:
@@ -193,12 +150,12 @@ def _build(
 ) -> BuildSummary:
     """Embed what is missing, write the collection, put it in its place."""
     out = options.target
-    finished = _find_finished(out)
+    finished = find_finished(out)
     if finished is not None and _is_same(finished, options, key, metadata):
         log.info("%s was finished by an earlier run, which was killed before it could say so", out)
         with PartStore(out, key, restart=True):
-            return _summary(out, finished)
-    _check_target(out, replace=options.replace)
+            return summarise(out, finished)
+    check_target(out, replace=options.replace)
     restart = options.restart or finished is not None  # the parts are in that collection
     with PartStore(out, key, restart=restart) as store, _resumable(store):
         kept = [part.start for part in store.finished]
@@ -210,14 +167,22 @@ def _build(
         reused = sum(map(store.count_images, kept))
         start_s = time.monotonic()
         with atomic_directory(store.directory / "collection") as directory:
-            manifest = _write_collection(directory, options, encoder, store, metadata)
+            manifest = write_collection(
+                directory,
+                store,
+                encoder,
+                name=options.name or out.name,
+                uri=options.encoder,
+                factory=choose_factory(options.index, store.n_images),
+                metadata=metadata,
+            )
             times = {"embed_s": embed_s, "index_s": time.monotonic() - start_s}
             report = {**manifest.build, "reused": reused, **times}
             manifest = dataclasses.replace(manifest, build=report)
             write_manifest(directory, manifest)
         publish_directory(store.directory / "collection", out, replace=options.replace)
         store.discard()
-    return _summary(out, manifest)
+    return summarise(out, manifest)
 
 
 @contextmanager
@@ -236,9 +201,21 @@ def _embed_missing(
     """Embed every record that no part covers yet; give the seconds that it took."""
     key, start_s = store.key, time.monotonic()
     total = None if key.source_count is None else key.source_count - store.n_records
-    crew = choose_crew(cpu_budget(), is_remote="://" in options.encoder)
-    batches = store.missing(source.records())
-    with closing(make_parts(batches, encoder, store, crew=crew)) as made:
+    is_remote = "://" in options.encoder
+    crew = choose_crew(cpu_budget(), is_remote=is_remote, requests=options.requests)
+    if options.processes == 1:
+        made = make_parts(store.missing(source.records()), encoder, store, crew=crew)
+    else:
+        job = Job(
+            images=options.images,
+            encoder=options.encoder,
+            directory=store.directory,
+            key=key,
+            share=Share(),
+            crew=crew,
+        )
+        made = make_parts_in_processes(job, store, processes=options.processes)
+    with closing(made):
         for _ in progress(made, what="embedding", total=total, size=int):
             pass
     return time.monotonic() - start_s
@@ -257,97 +234,6 @@ def _check_images(store: PartStore) -> None:
         )
 
 
-def _write_collection(
-    directory: Path,
-    options: BuildOptions,
-    encoder: Encoder,
-    store: PartStore,
-    metadata: Metadata | None,
-) -> Manifest:
-    """Write every file of the collection but the manifest, which is returned."""
-    factory = choose_factory(options.index, store.n_images)
-    entry = SegmentEntry(
-        name="000000",
-        count=store.n_images,
-        factory=factory,
-        parameters={} if factory == FLAT else {"efSearch": EF_SEARCH},
-    )
-    log.info("writing %d vectors, index %s", entry.count, factory)
-    blocks, schema = store.blocks(), PART_ROW_SCHEMA
-    if metadata is not None:
-        blocks = join_blocks(metadata, blocks)
-        schema = pa.schema([*schema, *metadata.columns])
-    try:
-        names = write_segment(directory, entry, blocks, encoder.dim, schema=schema)
-    except RuntimeError as error:  # faiss's own, for a file that it cannot write
-        raise OSError(None, str(error).splitlines()[0]) from error
-    lines = [json.dumps(dataclasses.asdict(reject)) + "\n" for reject in store.rejects]
-    (directory / REJECTS_FILE).write_text("".join(lines))
-    uri = options.encoder
-    return Manifest(
-        name=options.name or options.target.name,
-        fingerprint=encoder.fingerprint,
-        dim=encoder.dim,
-        encoder=uri if "://" in uri else str(Path(uri).resolve()),
-        preprocessing=dict(encoder.preprocessing.to_json()),
-        sources={store.key.source: entry.count},
-        segments=(entry,),
-        files=hash_files(directory, [*names, REJECTS_FILE]),
-        versions={
-            "faiss": faiss.__version__,
-            "numpy": np.__version__,
-            "pyarrow": pa.__version__,
-            "python": platform.python_version(),
-        },
-        build={
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "run_id": store.run_id,
-            "run": store.key.to_json(),
-            "rejects": len(store.rejects),
-            "metadata": None if metadata is None else metadata.report().to_json(),
-        },
-    )
-
-
-def choose_factory(index: Literal["auto", "flat", "hnsw"], count: int) -> str:
-    """Turn the option and the number of images into a FAISS factory string."""
-    if index == "auto":
-        index = "flat" if count <= FLAT_MAX_COUNT else "hnsw"
-    return FLAT if index == "flat" else HNSW
-
-
-def _check_target(out: Path, *, replace: bool) -> None:
-    """Leave alone what exists, unless it is a collection and may be replaced."""
-    if not out.exists() and not out.is_symlink():
-        return
-    if not (out / MANIFEST_FILE).is_file():
-        raise UsageError(
-            f"--out {out}",
-            expected="a new directory, or a collection to replace",
-            found="something else of that name",
-            mend="choose another name",
-        )
-    if not replace:
-        raise UsageError(
-            f"--out {out}",
-            expected="a new directory",
-            found="a collection",
-            mend="choose another name, or replace it with --replace",
-        )
-
-
-def _find_finished(out: Path) -> Manifest | None:
-    """Read the collection whose run was killed between its last two steps; None if none was."""
-    run_id = read_run_id(out)
-    if run_id is None or not (out / MANIFEST_FILE).is_file():
-        return None
-    try:
-        manifest = read_manifest(out)
-    except CollectionError:
-        return None
-    return manifest if manifest.build.get("run_id") == run_id else None
-
-
 def _is_same(
     manifest: Manifest, options: BuildOptions, key: RunKey, metadata: Metadata | None
 ) -> bool:
@@ -358,23 +244,6 @@ def _is_same(
         and manifest.name == (options.name or options.target.name)
         and (joined and joined["sha256"]) == (metadata and metadata.sha256)
         and manifest.segments[0].factory == choose_factory(options.index, manifest.count)
-    )
-
-
-def _summary(out: Path, manifest: Manifest) -> BuildSummary:
-    """Take the summary from the manifest's build report."""
-    report = cast(dict[str, Any], manifest.build)
-    return BuildSummary(
-        collection=str(out),
-        name=manifest.name,
-        fingerprint=manifest.fingerprint,
-        index=manifest.segments[0].factory,
-        images=manifest.count,
-        rejects=report["rejects"],
-        reused=report["reused"],
-        embed_s=report["embed_s"],
-        index_s=report["index_s"],
-        metadata=report.get("metadata"),
     )
 
 

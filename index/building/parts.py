@@ -16,6 +16,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import time
 import uuid
 from contextlib import suppress
 from pathlib import Path
@@ -28,6 +29,9 @@ from models.files import atomic_file
 
 LOCK_FILE = "lock"
 RUN_ID_FILE = "run-id"
+
+LOCK_PATIENCE_S, LOCK_PAUSE_S = 1.0, 0.02
+"""How long a lock is waited for: the workers of a killed build end a moment after it."""
 
 
 class PartStore(PartSet):
@@ -69,6 +73,11 @@ class PartStore(PartSet):
         if not self.finished:
             self.discard()
         os.close(self._lock)
+
+    @property
+    def lock(self) -> int:
+        """The descriptor of the lock: it holds until every process that has it has ended."""
+        return self._lock
 
     def discard(self) -> None:
         """Delete the directory: the collection is made, or nothing was.
@@ -115,18 +124,23 @@ def _lock(file: Path) -> int:
     Raises:
         CollectionError: another process has it.
     """
+    give_up_s = time.monotonic() + LOCK_PATIENCE_S
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(descriptor)
-            raise CollectionError(
-                str(file.parent),
-                expected="no other build of this collection",
-                found="one at work",
-                mend="wait for it, or choose another --out",
-            ) from error
+            if time.monotonic() >= give_up_s:
+                raise CollectionError(
+                    str(file.parent),
+                    expected="no other build of this collection",
+                    found="one at work",
+                    mend="wait for it, or choose another --out",
+                ) from error
+            time.sleep(LOCK_PAUSE_S)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            continue
         if file.exists() and os.fstat(descriptor).st_ino == file.stat().st_ino:
             return descriptor
         os.close(descriptor)  # its holder has just finished and deleted it

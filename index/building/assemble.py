@@ -1,0 +1,97 @@
+"""From finished parts to the files of a collection."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+import faiss
+import numpy as np
+import pyarrow as pa
+
+from index.building.metadata import Metadata, join_blocks
+from index.building.part_file import PART_ROW_SCHEMA
+from index.building.parts import PartStore
+from index.storage.manifest import REJECTS_FILE, Manifest, SegmentEntry, hash_files
+from index.storage.segment import EF_SEARCH, FLAT, HNSW, write_segment
+from models.encoder import Encoder
+
+FLAT_MAX_COUNT = 20_000
+"""Up to here `auto` searches every vector: some milliseconds a query, and always exact."""
+
+log = logging.getLogger("horace.index")
+
+
+def choose_factory(index: Literal["auto", "flat", "hnsw"], count: int) -> str:
+    """Turn the option and the number of images into a FAISS factory string."""
+    if index == "auto":
+        index = "flat" if count <= FLAT_MAX_COUNT else "hnsw"
+    return FLAT if index == "flat" else HNSW
+
+
+def write_collection(
+    directory: Path,
+    store: PartStore,
+    encoder: Encoder,
+    *,
+    name: str,
+    uri: str,
+    factory: str,
+    metadata: Metadata | None,
+) -> Manifest:
+    """Write every file of the collection but the manifest, which is returned.
+
+    Args:
+        directory: of the collection.
+        store: settled, see `PartSet.settle`.
+        encoder: what made the vectors.
+        name: of the collection.
+        uri: of the encoder, or the path of its bundle.
+        factory: of the index.
+        metadata: what is joined to the rows.
+    """
+    entry = SegmentEntry(
+        name="000000",
+        count=store.n_images,
+        factory=factory,
+        parameters={} if factory == FLAT else {"efSearch": EF_SEARCH},
+    )
+    log.info("writing %d vectors, index %s", entry.count, factory)
+    blocks, schema = store.blocks(), PART_ROW_SCHEMA
+    if metadata is not None:
+        blocks = join_blocks(metadata, blocks)
+        schema = pa.schema([*schema, *metadata.columns])
+    try:
+        names = write_segment(directory, entry, blocks, encoder.dim, schema=schema)
+    except RuntimeError as error:  # faiss's own, for a file that it cannot write
+        raise OSError(None, str(error).splitlines()[0]) from error
+    lines = [json.dumps(dataclasses.asdict(reject)) + "\n" for reject in store.rejects]
+    (directory / REJECTS_FILE).write_text("".join(lines))
+    return Manifest(
+        name=name,
+        fingerprint=encoder.fingerprint,
+        dim=encoder.dim,
+        encoder=uri if "://" in uri else str(Path(uri).resolve()),
+        preprocessing=dict(encoder.preprocessing.to_json()),
+        sources={store.key.source: entry.count},
+        segments=(entry,),
+        files=hash_files(directory, [*names, REJECTS_FILE]),
+        versions={
+            "faiss": faiss.__version__,
+            "numpy": np.__version__,
+            "pyarrow": pa.__version__,
+            "python": platform.python_version(),
+        },
+        build={
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "run_id": store.run_id,
+            "run": store.key.to_json(),
+            "rejects": len(store.rejects),
+            "metadata": None if metadata is None else metadata.report().to_json(),
+        },
+    )

@@ -1,0 +1,76 @@
+"""What a build did, for people and for machines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from index.building.metadata import JoinReport
+from index.storage.manifest import REJECTS_FILE, Manifest
+from models.bundle import Json
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildSummary:
+    """What a build did.
+
+    Attributes:
+        collection: its directory.
+        name: its name.
+        fingerprint: of the encoder.
+        index: FAISS factory string, or `Flat`.
+        images: vectors in the collection.
+        rejects: images that could not be used.
+        reused: images whose vectors an earlier, unfinished run had made.
+        embed_s: seconds for embedding the others.
+        index_s: seconds for writing the collection and its index.
+        metadata: how images and rows of `--metadata` met; None where none was given.
+    """
+
+    collection: str
+    name: str
+    fingerprint: str
+    index: str
+    images: int
+    rejects: int
+    reused: int
+    embed_s: float
+    index_s: float
+    metadata: Mapping[str, Json] | None
+
+
+def summarise(out: Path, manifest: Manifest) -> BuildSummary:
+    """Take the summary from the manifest's build report."""
+    report = cast(dict[str, Any], manifest.build)
+    return BuildSummary(
+        collection=str(out),
+        name=manifest.name,
+        fingerprint=manifest.fingerprint,
+        index=manifest.segments[0].factory,
+        images=manifest.count,
+        rejects=report["rejects"],
+        reused=report["reused"],
+        embed_s=report["embed_s"],
+        index_s=report["index_s"],
+        metadata=report.get("metadata"),
+    )
+
+
+def as_text(summary: BuildSummary) -> str:
+    """Say it in two or three lines."""
+    embedded = summary.images - summary.reused
+    rate = f" ({embedded / summary.embed_s:.0f}/s)" if embedded and summary.embed_s > 0 else ""
+    lines = [
+        f"{summary.collection}: {summary.images} images, {summary.index}, "
+        f"encoder {summary.fingerprint[:12]}",
+        f"embedded {embedded} in {summary.embed_s:.1f} s{rate}, reused {summary.reused}, "
+        f"rejected {summary.rejects}; collection and index written in {summary.index_s:.1f} s",
+    ]
+    if summary.metadata is not None:
+        lines.append(str(JoinReport.from_json(summary.metadata)))
+    if summary.rejects:
+        rejects = Path(summary.collection) / REJECTS_FILE
+        lines.append(f"the rejected images and why: {rejects}")
+    return "\n".join(lines)

@@ -1,0 +1,46 @@
+"""What stands where a collection is to be built: nothing, a collection, or something else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from index.building.parts import read_run_id
+from index.errors import CollectionError
+from index.storage.manifest import MANIFEST_FILE, Manifest, read_manifest
+from models.errors import UsageError
+
+
+def check_target(out: Path, *, replace: bool) -> None:
+    """Leave alone what exists, unless it is a collection and may be replaced.
+
+    Raises:
+        UsageError: it must stay.
+    """
+    if not out.exists() and not out.is_symlink():
+        return
+    if not (out / MANIFEST_FILE).is_file():
+        raise UsageError(
+            f"--out {out}",
+            expected="a new directory, or a collection to replace",
+            found="something else of that name",
+            mend="choose another name",
+        )
+    if not replace:
+        raise UsageError(
+            f"--out {out}",
+            expected="a new directory",
+            found="a collection",
+            mend="choose another name, or replace it with --replace",
+        )
+
+
+def find_finished(out: Path) -> Manifest | None:
+    """Read the collection whose run was killed between its last two steps; None if none was."""
+    run_id = read_run_id(out)
+    if run_id is None or not (out / MANIFEST_FILE).is_file():
+        return None
+    try:
+        manifest = read_manifest(out)
+    except CollectionError:
+        return None
+    return manifest if manifest.build.get("run_id") == run_id else None
