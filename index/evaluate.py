@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
-from index.evaluation import evaluate_knn, evaluate_retrieval
+from index.evaluation import evaluate_knn, evaluate_retrieval, evaluate_space
 from models.command import run_command
+
+Options = TypeVar("Options")
+Kind = Callable[[Sequence[str]], int]
+"""Takes the arguments after the kind's name, gives the exit status."""
 
 PROG = "python -m index.evaluate"
 USAGE = f"""usage: {PROG} KIND [OPTIONS]
@@ -17,28 +22,20 @@ USAGE = f"""usage: {PROG} KIND [OPTIONS]
 kinds:
   knn        accuracy of a weighted vote of the nearest neighbours, beside baselines
   retrieval  whether what ranks first is of the query's class: P@k, mAP@R, nDCG
+  space      the space itself: rank, spread, hubs, drift from another encoder
 
 {PROG} KIND --help shows the options of a kind."""
 
 
-def _run_knn(argv: Sequence[str]) -> int:
-    """Evaluate the vote of the nearest."""
-    return run_command(evaluate_knn.KnnOptions, evaluate_knn.main, prog=f"{PROG} knn", argv=argv)
+def _kind(name: str, options: type[Options], main: Callable[[Options], None]) -> Kind:
+    """Make a command of a kind of evaluation."""
+    return lambda argv: run_command(options, main, prog=f"{PROG} {name}", argv=argv)
 
 
-def _run_retrieval(argv: Sequence[str]) -> int:
-    """Evaluate rankings."""
-    return run_command(
-        evaluate_retrieval.RetrievalOptions,
-        evaluate_retrieval.main,
-        prog=f"{PROG} retrieval",
-        argv=argv,
-    )
-
-
-KINDS: Mapping[str, Callable[[Sequence[str]], int]] = {
-    "knn": _run_knn,
-    "retrieval": _run_retrieval,
+KINDS: Mapping[str, Kind] = {
+    "knn": _kind("knn", evaluate_knn.KnnOptions, evaluate_knn.main),
+    "retrieval": _kind("retrieval", evaluate_retrieval.RetrievalOptions, evaluate_retrieval.main),
+    "space": _kind("space", evaluate_space.SpaceOptions, evaluate_space.main),
 }
 
 

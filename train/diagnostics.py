@@ -25,13 +25,11 @@ import math
 import torch
 from torch import Tensor, nn
 
+from index.evaluation import space_measures
+from index.evaluation.space_measures import DEAD_SHARE_OF_SCALE, UNIFORMITY_T
+
 MAX_ROWS = 256
 """Embeddings of a batch that `embedding_diagnostics` looks at: a spectrum costs N^2 D."""
-
-DEAD_SHARE_OF_SCALE = 1e-3
-"""A dimension is dead where its deviation is at most this share of the entries' RMS."""
-
-UNIFORMITY_T = 2.0
 
 
 def embedding_diagnostics(features_ND: Tensor, z1_ND: Tensor, z2_ND: Tensor) -> dict[str, float]:
@@ -92,10 +90,7 @@ def rankme(z_ND: Tensor) -> float:
 
 def entropy_rank(sigma_K: Tensor) -> float:
     """Give RankMe of singular values that are known already."""
-    total = sigma_K.sum()
-    if total == 0:
-        return 0.0
-    return float(torch.special.entr(sigma_K / total).sum().exp())
+    return space_measures.entropy_rank(sigma_K.double().numpy(force=True))
 
 
 def alpha_req(z_ND: Tensor) -> float:
@@ -131,7 +126,7 @@ def spread(z_ND: Tensor) -> float:
 
 
 def dead_share(z_ND: Tensor) -> float:
-    """Give the share of dimensions that do not vary, 0 to 1; see `DEAD_SHARE_OF_SCALE`."""
+    """Give the share of dimensions that do not vary, 0 to 1, as `index.evaluate space` does."""
     z_ND = z_ND.float()
     limit = DEAD_SHARE_OF_SCALE * z_ND.square().mean().sqrt()
     if not torch.isfinite(limit):

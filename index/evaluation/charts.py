@@ -9,12 +9,15 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FuncFormatter, NullLocator
 
 from index.evaluation.plots import DPI, FAINT, INK, MUTED, PAPER, WRONG, save_figure, shorten
 from index.evaluation.retrieval_report import RetrievalReport
 from index.evaluation.retrieval_scores import MAP_AT_R
+from index.evaluation.space_report import Drift, SpaceReport
 
 BLUE, ORANGE = "#0969da", "#bc4c00"
 MAX_CLASSES = 40
@@ -32,7 +35,8 @@ def draw_retrieval(path: Path, report: RetrievalReport) -> None:
     maps = [100 * (one.means or {})[MAP_AT_R] for one in shown]
     firsts = [100 * (one.means or {})["P@1"] for one in shown]
     overall = report.measures[MAP_AT_R]
-    axes.barh(places, maps, height=0.62, color=[WRONG, *[BLUE] * (len(shown) - 1)], label=MAP_AT_R)
+    axes.barh(places, maps, height=0.62, color=BLUE, label=MAP_AT_R)
+    axes.barh(places[:1], maps[:1], height=0.62, color=WRONG, label="worst class")
     axes.scatter(firsts, places, s=26, color=INK, zorder=3, label="P@1")
     axes.axvspan(100 * overall.low, 100 * overall.high, color=ORANGE, alpha=0.25, lw=0)
     axes.axvline(100 * overall.mean, color=ORANGE, lw=1.4, label=f"{MAP_AT_R} of all queries")
@@ -43,13 +47,80 @@ def draw_retrieval(path: Path, report: RetrievalReport) -> None:
     finish_axes(
         axes,
         title=f"{report.collection}: {overall.mean:.2%} {MAP_AT_R}{more}",
-        x="% of the queries' own ideal",
+        x="%",
     )
     figure.legend(
         *axes.get_legend_handles_labels(),
-        loc="outside lower center", ncols=3, frameon=False, fontsize=8,
+        loc="outside lower center", ncols=4, frameon=False, fontsize=8,
     )  # fmt: skip
     save_figure(figure, path)
+
+
+def draw_space(path: Path, report: SpaceReport) -> None:
+    """Draw the spectrum, how often images are found, and the shared neighbours, as PNG."""
+    drift = report.drift
+    figure = new_figure(9.6 if drift is None else 13.6, 4.0)
+    panels = figure.subplots(1, 2 if drift is None else 3)
+    _draw_spectrum(panels[0], report)
+    _draw_occurrences(panels[1], report)
+    if drift is not None:
+        _draw_overlap(panels[2], drift)
+    save_figure(figure, path)
+
+
+def _draw_spectrum(axes: Axes, report: SpaceReport) -> None:
+    """Draw singular values by rank, both logarithmic; what is 0 cannot be."""
+    values = np.array(report.singular_values)
+    ranks = np.arange(1, 1 + len(values))
+    seen = values > 0
+    axes.plot(ranks[seen], values[seen] / values[0], color=BLUE, lw=1.6)
+    axes.axvline(report.rankme, color=ORANGE, lw=1.2, label=f"RankMe {report.rankme:.0f}")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=min(0.1, 10 ** np.floor(np.log10(values[seen][-1] / values[0]))))
+    quiet_logarithms(axes.xaxis, axes.yaxis)
+    finish_axes(
+        axes,
+        title=f"{report.collection}: {report.rankme:.0f} of {report.rankme_limit} directions",
+        x="rank",
+        y="singular value, share of the largest",
+    )
+    axes.legend(frameon=False, fontsize=8, loc="lower left")
+
+
+def _draw_occurrences(axes: Axes, report: SpaceReport) -> None:
+    """Draw how many images are in so many neighbour lists."""
+    k, counts = report.hubness.k, np.array(report.occurrence_histogram)
+    shown = counts > 0
+    axes.scatter(np.flatnonzero(shown), counts[shown], s=9, color=BLUE, label="images")
+    axes.axvline(k, color=ORANGE, lw=1.2, label=f"mean {k}")
+    axes.set_yscale("log")
+    quiet_logarithms(axes.yaxis)
+    skewness = report.hubness.skewness
+    title = "nobody stands out" if skewness is None else f"skewness {skewness:.2f}"
+    finish_axes(
+        axes,
+        title=f"hubs: {title}, {report.hubness.anti_hubs:.1%} in no list",
+        x=f"lists of the {k} nearest that an image is in",
+        y=f"images, of {report.hubness.n:,}",
+    )
+    axes.legend(frameon=False, fontsize=8, loc="upper right")
+
+
+def _draw_overlap(axes: Axes, drift: Drift) -> None:
+    """Draw how many images share so many of their neighbours in both spaces."""
+    counts = np.array(drift.overlap_histogram)
+    axes.bar(np.arange(len(counts)), counts, width=0.7, color=BLUE)
+    k = len(counts) - 1
+    axes.axvline(k * drift.neighbour_overlap, color=ORANGE, lw=1.2, label="mean")
+    cka = "" if drift.linear_cka is None else f", CKA {drift.linear_cka:.3f}"
+    finish_axes(
+        axes,
+        title=f"drift: {drift.neighbour_overlap:.1%} the same{cka}",
+        x=f"of the {k} nearest also nearest in {shorten(drift.collection, 24)}",
+        y=f"images, of {drift.n_overlap:,}",
+    )
+    axes.legend(frameon=False, fontsize=8)
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -60,6 +131,13 @@ def new_figure(width: float, height: float) -> Figure:
         facecolor=PAPER,
         layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1),
     )
+
+
+def quiet_logarithms(*sides: Axis) -> None:
+    """Write 1, 10, 100 at a logarithmic side and nothing in between."""
+    for side in sides:
+        side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        side.set_minor_locator(NullLocator())
 
 
 def finish_axes(axes: Axes, *, title: str, x: str = "", y: str = "") -> None:

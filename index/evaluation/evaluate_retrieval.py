@@ -243,7 +243,7 @@ def _rank(
     scores_QM = np.empty((len(queries), len(MEASURES)))
     best_Q = np.empty(len(queries), np.float32)
     for block in progress(
-        _blocks(order, n_relevant_Q), what="ranking", total=len(queries), unit="query", size=len
+        _blocks(order, n_relevant_Q), what="ranking", total=len(queries), size=len
     ):
         k = max(LEAST_PLACES, int(n_relevant_Q[block].max()))
         found = collection.search(

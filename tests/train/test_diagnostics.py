@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from index.evaluation import space_measures
+from index.evaluation.space_measures import Moments, entropy_rank
 from train.diagnostics import (
     MAX_ROWS,
     alignment,
@@ -198,3 +200,19 @@ def test_what_is_not_finite_gives_no_number_and_no_error() -> None:
     values = embedding_diagnostics(z, z, z)
     bounds = {"rankme_limit", "z_rankme_limit"}
     assert all(math.isnan(value) for name, value in values.items() if name not in bounds)
+
+
+def test_a_collections_space_is_measured_alike():
+    """What `index.evaluate space` says of stored vectors is what a training's log says of them."""
+    z = noise(200, 12)
+    z[:, 3] = 0.5
+    moments = Moments.none(12)
+    moments.add(z.numpy())
+    assert entropy_rank(moments.singular_values()) == pytest.approx(rankme(z))
+    assert len(moments.dead()) / 12 == pytest.approx(dead_share(z))
+    unit = torch.nn.functional.normalize(z)
+    assert space_measures.uniformity(unit.numpy()) == pytest.approx(uniformity(z), abs=1e-5)
+    other = torch.nn.functional.normalize(noise(200, 12, seed=1))
+    assert space_measures.alignment(unit.numpy(), other.numpy()) == pytest.approx(
+        alignment(unit, other), rel=1e-5
+    )

@@ -317,7 +317,7 @@ def test_a_result_that_cannot_be_recorded_is_one_line(tmp_path, mini, bundle, ca
 @pytest.mark.parametrize(
     ("args", "status", "message"),
     [
-        ([], 2, "kind of evaluation: expected knn or retrieval"),
+        ([], 2, "kind of evaluation: expected knn"),
         (["k-means"], 2, "found 'k-means'; see python -m index.evaluate --help"),
         (["knn", "--collection", "/no", "--images", "TEST"], 1, "/no: expected a collection dir"),
         (["knn", "--collection", "BUILT", "--images", "/no"], 1, "images '/no': expected"),
