@@ -4,18 +4,19 @@ Rules:
     Every query says which encoder made it; another encoder's is refused, whatever its
     dimension. Scores are cosines, best first.
     Ids are 63-bit hashes of the images' keys: they outlive a rebuild and fit an int64.
-    An open collection never changes; any number of threads may search it.
+    An open collection never changes, whatever is written to its files; any number of threads
+    may search it. `latest` gives what is there now, and shares what has not changed.
+    Deleted images are nowhere: not found, not counted, not chosen by a filter.
     Files are held against the manifest's checksums before they are read.
 
-It does not embed (`index.embed`), nor write (`index.build`).
+It does not embed (`index.embed`), nor write (`index.build`, `index.storage.writer`).
 
 Shapes: Q queries, N rows, D dimensions, K neighbours.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -26,11 +27,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from index.errors import CollectionError, UnknownIdError
 from index.knn import MISSING, merge_neighbours
-from index.selection import Selection, Selector
-from index.storage.manifest import METRIC, Manifest, read_manifest
+from index.selection import Selection
+from index.storage.ids import id_of as id_of
+from index.storage.publishing import count_sources
 from index.storage.rows import Row as Row
 from index.storage.rows import read_rows
-from index.storage.segment import Segment, open_segment
+from index.storage.segment import FLAT
+from index.storage.snapshot import Snapshot, in_schema
+from index.storage.store import Store
 from models.cpu import cpu_budget
 from models.errors import FingerprintMismatchError, UsageError
 
@@ -48,31 +52,20 @@ class Neighbours:
     scores: NDArray[np.float32]
 
 
-def id_of(key: str) -> int:
-    """Give the id of an image: the first 63 bits of the BLAKE2b hash of its key."""
-    digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
 class Collection:
     """An open collection. Use `Collection.open`; close it, or use it as a context manager."""
 
-    def __init__(
-        self, path: Path, manifest: Manifest, segments: Sequence[Segment], *, threads: int
-    ) -> None:
-        """Take over opened segments, in the manifest's order."""
-        self.path = path
-        self.manifest = manifest
-        self._segments: tuple[Segment, ...] | None = tuple(segments)
-        self._starts = np.cumsum([0, *(segment.entry.count for segment in segments)])
+    def __init__(self, store: Store, snapshot: Snapshot, *, threads: int) -> None:
+        """Look at a snapshot of a store; use `open`."""
+        self.path = store.path
+        self.manifest = snapshot.manifest
+        self._store = store
+        self._kept: Snapshot | None = snapshot
         self._threads = threads
-        # One more than there are rows, so that row -1 has the id -1.
-        self._ids = np.concatenate([*(segment.ids_N for segment in segments), [MISSING]])
-        self._by_id = np.argsort(self._ids[:-1], kind="stable")
-        self._rows = pa.concat_tables(
-            [segment.rows for segment in segments], promote_options="default"
-        )
-        self._selector = Selector(self._rows)
+        self.version: Hashable = snapshot.version
+        """Of what is there; another after every write."""
+        self.count = snapshot.count
+        """Images in the collection."""
 
     @classmethod
     def open(
@@ -88,10 +81,23 @@ class Collection:
         Raises:
             CollectionError: there is none, or a file is missing, damaged or foreign.
         """
-        path = Path(path)
-        manifest = read_manifest(path)
-        segments = [open_segment(path, manifest, s, verify=verify) for s in manifest.segments]
-        return cls(path, manifest, segments, threads=threads or cpu_budget())
+        store = Store(Path(path), verify=verify)
+        return cls(store, store.snapshot, threads=threads or cpu_budget())
+
+    def latest(self) -> Collection:
+        """Give the collection as it is now, by whatever process it was written.
+
+        Returns:
+            This one where nothing was written. Where the directory was replaced by another
+            collection's, that one; its fingerprint may be another.
+
+        Raises:
+            CollectionError: it is closed, or a new file is missing, damaged or foreign.
+        """
+        kept, snapshot = self._snapshot, self._store.latest()
+        return (
+            self if snapshot is kept else Collection(self._store, snapshot, threads=self._threads)
+        )
 
     def __repr__(self) -> str:
         return (
@@ -107,7 +113,7 @@ class Collection:
 
     def close(self) -> None:
         """Let go of files and memory; searches that are under way end well."""
-        self._segments = None
+        self._kept = None
 
     @property
     def name(self) -> str:
@@ -126,23 +132,24 @@ class Collection:
 
     @property
     def metric(self) -> str:
-        """How vectors are compared: `cosine`."""
-        return METRIC
+        """How vectors are compared: `cosine` or `euclidean`."""
+        return self.manifest.metric
 
     @property
     def factory(self) -> str:
         """The FAISS factory string, or `Flat` where every search is exact."""
-        return "+".join(dict.fromkeys(segment.factory for segment in self.manifest.segments))
-
-    @property
-    def count(self) -> int:
-        """Images in the collection."""
-        return self.manifest.count
+        factories = dict.fromkeys(segment.factory for segment in self.manifest.segments)
+        return "+".join(factories) or FLAT
 
     @property
     def ids(self) -> NDArray[np.int64]:
-        """(N,) int64: the id of every row, in the order of the sources."""
-        return self._ids[:-1]
+        """(N,) int64: the id of every image, in the order in which they were written."""
+        return self._snapshot.ids
+
+    @property
+    def sources(self) -> dict[str, int]:
+        """URI and number of images of each source."""
+        return count_sources(self._snapshot.parts)
 
     def require(self, fingerprint: str) -> None:
         """Refuse another encoder's vectors.
@@ -199,25 +206,31 @@ class Collection:
             raise UsageError(
                 f"query {wrong[0]}", expected="finite numbers", found="NaN or infinity"
             )
+        snapshot = self._snapshot
         selection = self.select(filter) if isinstance(filter, str) else filter
         if selection is not None and len(selection.mask_N) != self.count:
             raise UsageError(
                 "filter", expected=f"a selection of collection {self.name}", found="another's"
             )
+        masks = (
+            [None] * len(snapshot.parts) if selection is None else snapshot.part_masks(selection)
+        )
         n_without = 0 if without_QW is None else without_QW.shape[1]
         k_asked = min(k + n_without, self.count)
-        parts = []
-        for start, segment in zip(self._starts[:-1], self._open_segments(), strict=True):
-            own = slice(start, start + segment.entry.count)
-            mask_N = None if selection is None else selection.mask_N[own]
-            scores, rows = segment.search(
-                queries_QD, k_asked, exact=exact, parameters=parameters or {},
+        own = snapshot.own_parameters(parameters or {})
+        found = []
+        for part, part_parameters, mask_N in zip(snapshot.parts, own, masks, strict=True):
+            scores, rows = part.search(
+                queries_QD, k_asked, exact=exact, parameters=part_parameters,
                 threads=self._threads, mask_N=mask_N,
             )  # fmt: skip
-            parts.append((scores, np.where(rows < 0, MISSING, rows + start)))
-        scores, rows = merge_neighbours(parts, k_asked)
-        found = Neighbours(ids=self._ids[rows], scores=scores)
-        return found if without_QW is None else _leave_out(found, without_QW, k)
+            ids = part.segment.ids_N[rows]  # of row -1 the last, which is put right
+            found.append((scores, np.where(rows < 0, MISSING, ids)))
+        if not found:
+            return _nothing(len(queries_QD))
+        scores, ids = merge_neighbours(found, k_asked)
+        neighbours = Neighbours(ids=ids, scores=scores)
+        return neighbours if without_QW is None else _leave_out(neighbours, without_QW, k)
 
     def select(self, filter: str, *, source_names: Callable[[str], str] | None = None) -> Selection:
         """Choose the images of which a filter is true, for one search or many.
@@ -229,19 +242,18 @@ class Collection:
         Raises:
             FilterError: the filter cannot be read.
         """
-        return self._selector.select(filter, source_names=source_names)
+        return self._snapshot.select(filter, source_names)
 
     def effort_parameters(self, candidates: int) -> dict[str, int]:
         """Give the parameters by which the index weighs so many candidates for a query.
 
         None where every search is exact anyway.
         """
-        segments = self._open_segments()
         found: dict[str, int] = {}
-        for segment in segments:
-            if segment.index is None:
-                return {}
-            found |= segment.index.effort_parameters(candidates, segment.entry.parameters)
+        for part in self._snapshot.parts:
+            index = part.segment.index
+            if index is not None:
+                found |= index.effort_parameters(candidates, part.segment.entry.parameters)
         return found
 
     def search_ids(
@@ -272,11 +284,11 @@ class Collection:
         Raises:
             UnknownIdError: an id is not in the collection.
         """
-        rows = self.row_numbers(ids)
+        parts, rows = self._locate(ids)
         vectors_ND = np.empty((len(rows), self.dim), np.float32)
-        for start, segment in zip(self._starts[:-1], self._open_segments(), strict=True):
-            here = (rows >= start) & (rows < start + segment.entry.count)
-            vectors_ND[here] = segment.vectors_ND[rows[here] - start]
+        for number, part in enumerate(self._snapshot.parts):
+            here = parts == number
+            vectors_ND[here] = part.segment.vectors_ND[rows[here]]
         return vectors_ND
 
     def rows(self, ids: ArrayLike) -> list[Row]:
@@ -285,15 +297,25 @@ class Collection:
         Raises:
             UnknownIdError: an id is not in the collection.
         """
-        return read_rows(self._rows.take(self.row_numbers(ids)))
+        snapshot = self._snapshot
+        parts, part_rows = self._locate(ids)
+        rows: list[Row | None] = [None] * len(part_rows)
+        for number, part in enumerate(snapshot.parts):
+            here = np.flatnonzero(parts == number)
+            if here.size:
+                taken = in_schema(part.segment.rows.take(part_rows[here]), snapshot.schema)
+                for place, row in zip(here.tolist(), read_rows(taken), strict=True):
+                    rows[place] = row
+        return cast(list[Row], rows)
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """Give the metadata of every row, in the order of `self.ids`.
+        """Give the metadata of every image, in the order of `self.ids`.
 
         Args:
             columns: which; all that there are where None, see `index.storage.rows`.
         """
-        return self._rows if columns is None else self._rows.select(list(columns))
+        rows = self._snapshot.rows
+        return rows if columns is None else rows.select(list(columns))
 
     def row_numbers(self, ids: ArrayLike) -> NDArray[np.int64]:
         """Give the places of ids within `self.ids`.
@@ -302,17 +324,9 @@ class Collection:
             UnknownIdError: an id is not in the collection.
         """
         asked = np.asarray(ids, dtype=np.int64)
-        ranks = np.searchsorted(self.ids, asked, sorter=self._by_id)
-        places = np.append(self._by_id, MISSING)[ranks]
-        unknown = asked[(places == MISSING) | (self._ids[places] != asked)]
-        if unknown.size:
-            raise UnknownIdError(
-                f"id {unknown[0]}",
-                expected=f"an id of the {self.count} in collection {self.name}",
-                found="none such",
-                mend="take ids from a search of this collection",
-            )
-        return places
+        places = self._snapshot.places(asked.reshape(-1))
+        self._require_known(asked.reshape(-1), places)
+        return places.reshape(asked.shape)
 
     def find_key(self, key: str) -> int:
         """Give the id of the image with this key.
@@ -330,23 +344,54 @@ class Collection:
                 f"key {key!r}",
                 expected=f"a key of the {self.count} in collection {self.name}",
                 found="none such",
-                mend=f"keys here look like {self._rows['key'][0].as_py()!r}",
+                mend=self._shown_key(),
             )
         return id_
 
     def labels(self) -> list[str | None]:
-        """Give the label of every row, in the order of `self.ids`."""
-        return cast(list[str | None], self._rows["label"].to_pylist())
+        """Give the label of every image, in the order of `self.ids`."""
+        return cast(list[str | None], self._snapshot.rows["label"].to_pylist())
 
     def keys(self) -> list[str]:
-        """Give the key of every row, in the order of `self.ids`."""
-        return cast(list[str], self._rows["key"].to_pylist())
+        """Give the key of every image, in the order of `self.ids`."""
+        return cast(list[str], self._snapshot.rows["key"].to_pylist())
 
-    def _open_segments(self) -> tuple[Segment, ...]:
-        """Give the segments, unless they were closed."""
-        if self._segments is None:
+    @property
+    def _snapshot(self) -> Snapshot:
+        """Give the snapshot, unless the collection was closed."""
+        if self._kept is None:
             raise CollectionError(f"collection {self.name}", expected="an open one", found="closed")
-        return self._segments
+        return self._kept
+
+    def _locate(self, ids: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Give the part and the row in it of each id."""
+        asked = np.asarray(ids, dtype=np.int64).reshape(-1)
+        parts, rows = self._snapshot.locate(asked)
+        self._require_known(asked, parts)
+        return parts, rows
+
+    def _require_known(self, asked: NDArray[np.int64], found: NDArray[np.int64]) -> None:
+        """Refuse ids that are not there."""
+        unknown = asked[found == MISSING]
+        if unknown.size:
+            raise UnknownIdError(
+                f"id {unknown[0]}",
+                expected=f"an id of the {self.count} in collection {self.name}",
+                found="none such",
+                mend="take ids from a search of this collection",
+            )
+
+    def _shown_key(self) -> str:
+        """Show what keys look like here."""
+        rows = self._snapshot.rows
+        return f"keys here look like {rows['key'][0].as_py()!r}" if len(rows) else "it is empty"
+
+
+def _nothing(n_queries: int) -> Neighbours:
+    """Give what a search of an empty collection finds."""
+    return Neighbours(
+        ids=np.empty((n_queries, 0), np.int64), scores=np.empty((n_queries, 0), np.float32)
+    )
 
 
 def _leave_out(found: Neighbours, without_QW: NDArray[np.int64], k: int) -> Neighbours:

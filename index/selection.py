@@ -58,11 +58,14 @@ class Selection:
         filter: its text.
         mask_N: (N,) bool, whether each row was chosen; nobody may write to it.
         count: how many were.
+        masks: the same for the rows of each part of a collection, dead ones among them, none of
+            which was chosen; empty where nobody has worked that out.
     """
 
     filter: str
     mask_N: NDArray[np.bool_]
     count: int
+    masks: tuple[NDArray[np.bool_], ...] = ()
 
 
 class Selector:

@@ -28,6 +28,7 @@ from tyro.conf import Positional
 from index.ann.checking import index_fault
 from index.collection import id_of
 from index.errors import CollectionError
+from index.storage.lock import LOCK_FILE
 from index.storage.manifest import (
     MANIFEST_FILE,
     REJECTS_FILE,
@@ -111,12 +112,13 @@ def verify(path: Path) -> Verification:
     faults = [*_check_manifest(path, manifest), *_check_files(path, manifest)]
     if not faults:  # what follows reads the files that have just been found to be right
         faults += _check_content(path, manifest)
+    journal = "" if manifest.journal is None else manifest.journal.name
     return Verification(
         content=f"{manifest.count} images",
         files=len(manifest.files) + 1,
         size_bytes=sum(entry.size_bytes for entry in manifest.files.values()),
         faults=faults,
-        unknown=_find_unknown(path, {MANIFEST_FILE, *manifest.files}),
+        unknown=_find_unknown(path, {MANIFEST_FILE, LOCK_FILE, journal, *manifest.files}),
     )
 
 

@@ -53,9 +53,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o644)
-        _sync(temporary)
+        sync(temporary)
         temporary.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -82,7 +82,7 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o755)
         for file in (temporary, *temporary.rglob("*")):
-            _sync(file)
+            sync(file)
         publish_directory(temporary, path, replace=replace)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # what failed, or what was replaced
@@ -104,7 +104,7 @@ def publish_directory(built: Path, path: Path, *, replace: bool) -> None:
         _exchange(built, path)
     else:
         built.rename(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def _exchange(one: Path, other: Path) -> None:
@@ -127,7 +127,7 @@ def _exchange(one: Path, other: Path) -> None:
     aside.rename(one)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Ask the kernel to put a file's content, or a directory's names, on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -1,11 +1,14 @@
 """The manifest of a collection: the one file that says what the collection is.
 
-A collection is a directory. Its files never change once they are written; `manifest.json`
-names the ones that count, with their sizes and SHA-256, and whoever replaces the manifest
-by a rename replaces the collection. What the manifest does not name is not there.
+A collection is a directory. Its files never change once they are written, but for the journal,
+which grows; `manifest.json` names the ones that count, with their sizes and SHA-256, and whoever
+replaces the manifest by a rename replaces the collection. What the manifest does not name is
+not there.
 
 Rules:
     The manifest carries a checksum of itself: an edited one is found, like any other file.
+    Every manifest of a directory has a generation above that of the one it replaced.
+    A manifest of schema 1, which knew no journal and no tombstones, is still read.
     Names in it stay inside the collection's directory.
     Times and dates stand in the manifest's build report only, never in a file with a hash,
     so that two builds of the same images by the same encoder give the same files.
@@ -15,22 +18,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import cast
 
 from index.errors import CollectionError
+from index.knn import COSINE, EUCLIDEAN
 from models.bundle import Json
 from models.files import atomic_file, canonical_json, sha256_file
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE_VERSIONS = (1, SCHEMA_VERSION)
 MANIFEST_FILE = "manifest.json"
 REJECTS_FILE = "rejects.jsonl"
 MAX_MANIFEST_BYTES = 64 << 20
 """More is refused unread: a manifest grows by some hundred bytes a segment."""
-
-METRIC = "cosine"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,21 +46,38 @@ class FileEntry:
 
 
 @dataclass(frozen=True, kw_only=True)
+class JournalEntry:
+    """The journal of this generation.
+
+    Attributes:
+        name: its file in the collection's directory.
+        id: 32 hexadecimal digits that no other journal has.
+    """
+
+    name: str
+    id: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class SegmentEntry:
     """One immutable segment.
 
     Attributes:
         name: its directory under `segments/`.
-        count: vectors in it.
+        count: vectors in it, dead ones too.
         factory: `Flat`, or the factory string of the FAISS index in `index.faiss`.
         parameters: search parameters by FAISS's own names, such as `efSearch`, for searches
             whose caller names no others.
+        tombstones: the file that lists its dead rows; empty where all are alive.
+        dead: how many those are.
     """
 
     name: str
     count: int
     factory: str
     parameters: Mapping[str, int] = field(default_factory=dict)
+    tombstones: str = ""
+    dead: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +90,17 @@ class Manifest:
         dim: length of a vector.
         encoder: URI or absolute path of that encoder when the collection was built.
         preprocessing: of that encoder, as JSON.
-        sources: URI and number of images of each source, in order.
+        sources: URI and number of living images of each source, in order; the journal's are
+            not counted.
         segments: in the order of their rows.
-        files: by path within the collection, with `/`.
+        files: by path within the collection, with `/`; the journal is not among them.
         versions: of the libraries that wrote it.
         build: the report of the build: images, rejects, seconds, parameters.
+        metric: `cosine` or `euclidean`.
+        generation: above that of every manifest that stood here before.
+        journal: what was written since; None where nobody wrote.
+        tuning: the report of `index.tune`; empty where it was not run.
+        schema_version: of the file that it was read from.
     """
 
     name: str
@@ -86,11 +113,51 @@ class Manifest:
     files: Mapping[str, FileEntry]
     versions: Mapping[str, str]
     build: Mapping[str, Json]
+    metric: str = COSINE
+    generation: int = 0
+    journal: JournalEntry | None = None
+    tuning: Mapping[str, Json] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
 
     @property
     def count(self) -> int:
-        """Vectors in all segments."""
-        return sum(segment.count for segment in self.segments)
+        """Living vectors in all segments; those of the journal come on top."""
+        return sum(segment.count - segment.dead for segment in self.segments)
+
+
+class ManifestFile:
+    """A manifest as it was read, and whether it still is the one of its directory."""
+
+    def __init__(self, directory: Path) -> None:
+        """Read and check the manifest; no other file is opened.
+
+        Raises:
+            CollectionError: there is none, it is of another schema, or it was damaged or edited.
+        """
+        self._path = directory / MANIFEST_FILE
+        self._directory = directory
+        self._descriptor = _open_descriptor(directory)
+        self._directory_inode = os.stat(directory).st_ino
+        self.manifest = _parse(self._descriptor, self._path)
+
+    def __del__(self) -> None:
+        # While it is open no other file gets its inode, so that a number says who is who.
+        if (descriptor := getattr(self, "_descriptor", None)) is not None:
+            os.close(descriptor)
+
+    def is_current(self) -> bool:
+        """Tell whether no other manifest has taken its place."""
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(self._descriptor))
+        except OSError:
+            return False
+
+    def is_here(self) -> bool:
+        """Tell whether its directory was not exchanged for another since."""
+        try:
+            return os.stat(self._directory).st_ino == self._directory_inode
+        except OSError:
+            return False
 
 
 def hash_files(directory: Path, names: Iterable[str]) -> dict[str, FileEntry]:
@@ -122,13 +189,18 @@ def read_manifest(directory: Path) -> Manifest:
     Raises:
         CollectionError: there is none, it is of another schema, or it was damaged or edited.
     """
-    document = _read_document(directory)
+    return ManifestFile(directory).manifest
+
+
+def _parse(descriptor: int, file: Path) -> Manifest:
+    """Read the manifest from an open file."""
+    document = _read_document(descriptor, file)
     try:
         return _from_json(document)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CollectionError(
-            str(directory / MANIFEST_FILE),
-            expected=f"a manifest of schema {SCHEMA_VERSION}",
+            str(file),
+            expected=f"a manifest of schema {document['schema_version']}",
             found=f"no usable field {error}",
             mend="build the collection again",
         ) from error
@@ -163,31 +235,44 @@ def check_file(directory: Path, name: str, entry: FileEntry | None, *, verify: b
 
 
 def _to_json(manifest: Manifest) -> dict[str, Json]:
-    """Lay the manifest out for people to read."""
-    return {
-        "schema_version": SCHEMA_VERSION,
+    """Lay the manifest out for people to read, as its schema version has it."""
+    document: dict[str, Json] = {
+        "schema_version": manifest.schema_version,
         "name": manifest.name,
         "fingerprint": manifest.fingerprint,
         "dim": manifest.dim,
-        "metric": METRIC,
+        "metric": manifest.metric,
         "count": manifest.count,
         "encoder": {"uri": manifest.encoder, "preprocessing": dict(manifest.preprocessing)},
         "sources": [{"uri": uri, "count": count} for uri, count in manifest.sources.items()],
-        "segments": [
-            {
-                "name": segment.name,
-                "count": segment.count,
-                "factory": segment.factory,
-                "parameters": dict(segment.parameters),
-            }
-            for segment in manifest.segments
-        ],
+        "segments": [_segment_to_json(segment) for segment in manifest.segments],
         "files": {
             name: {"sha256": entry.sha256, "bytes": entry.size_bytes}
             for name, entry in sorted(manifest.files.items())
         },
         "versions": dict(manifest.versions),
         "build": dict(manifest.build),
+    }
+    if manifest.schema_version == 1:
+        return document
+    journal = manifest.journal
+    return {
+        **document,
+        "generation": manifest.generation,
+        "journal": None if journal is None else {"name": journal.name, "id": journal.id},
+        "tuning": dict(manifest.tuning),
+    }
+
+
+def _segment_to_json(segment: SegmentEntry) -> dict[str, Json]:
+    """Lay out one segment; tombstones are named where there are any."""
+    dead: dict[str, Json] = {"tombstones": segment.tombstones, "dead": segment.dead}
+    return {
+        "name": segment.name,
+        "count": segment.count,
+        "factory": segment.factory,
+        "parameters": dict(segment.parameters),
+        **(dead if segment.tombstones else {}),
     }
 
 
@@ -196,16 +281,21 @@ def _from_json(document: Mapping[str, Json]) -> Manifest:
 
     A right checksum says only that the file is as its writer left it, whoever that was.
     """
+    version = cast(int, document["schema_version"])
     encoder = cast(dict[str, Json], document["encoder"])
     sources = cast(list[dict[str, Json]], document["sources"])
-    segments = cast(list[dict[str, Json]], document["segments"])
     files = cast(dict[str, dict[str, Json]], document["files"])
-    if document["metric"] != METRIC:
-        raise ValueError(f"metric {document['metric']!r}")
-    names = [_text(segment["name"]) for segment in segments]
-    if not names or len(set(names)) < len(names):
+    segments = tuple(
+        _segment_from_json(segment) for segment in cast(list[dict[str, Json]], document["segments"])
+    )
+    names = [segment.name for segment in segments]
+    if (version == 1 and not names) or len(set(names)) < len(names):
         raise ValueError(f"segments {names!r}")
-    for name in (*files, *names):
+    metric = document["metric"]
+    if metric not in ((COSINE,) if version == 1 else (COSINE, EUCLIDEAN)):
+        raise ValueError(f"metric {metric!r}")
+    journal = cast(dict[str, Json] | None, None if version == 1 else document["journal"])
+    for name in (*files, *names, *(segment.tombstones for segment in segments)):
         _refuse_escape(name)
     return Manifest(
         name=_text(document["name"]),
@@ -214,25 +304,43 @@ def _from_json(document: Mapping[str, Json]) -> Manifest:
         encoder=_text(encoder["uri"]),
         preprocessing=dict(cast(dict[str, Json], encoder["preprocessing"])),
         sources={_text(source["uri"]): _number(source["count"]) for source in sources},
-        segments=tuple(
-            SegmentEntry(
-                name=name,
-                count=_number(segment["count"]),
-                factory=_text(segment["factory"]),
-                parameters={
-                    _text(key): _number(value)
-                    for key, value in cast(dict[str, Json], segment["parameters"]).items()
-                },
-            )
-            for name, segment in zip(names, segments, strict=True)
-        ),
+        segments=segments,
         files={
             name: FileEntry(sha256=_text(entry["sha256"]), size_bytes=_number(entry["bytes"], 0))
             for name, entry in files.items()
         },
         versions=dict(cast(dict[str, str], document["versions"])),
         build=dict(cast(dict[str, Json], document["build"])),
+        metric=_text(metric),
+        generation=0 if version == 1 else _number(document["generation"], 0),
+        journal=None if journal is None else _journal_from_json(journal),
+        tuning={} if version == 1 else dict(cast(dict[str, Json], document["tuning"])),
+        schema_version=version,
     )
+
+
+def _segment_from_json(segment: Mapping[str, Json]) -> SegmentEntry:
+    """Read one segment."""
+    parameters = cast(dict[str, Json], segment["parameters"])
+    entry = SegmentEntry(
+        name=_text(segment["name"]),
+        count=_number(segment["count"]),
+        factory=_text(segment["factory"]),
+        parameters={_text(key): _number(value) for key, value in parameters.items()},
+        tombstones=_text(segment.get("tombstones", "")),
+        dead=_number(segment.get("dead", 0), 0),
+    )
+    if entry.dead > entry.count or bool(entry.dead) != bool(entry.tombstones):
+        raise ValueError(f"dead {entry.dead} of {entry.count}")
+    return entry
+
+
+def _journal_from_json(journal: Mapping[str, Json]) -> JournalEntry:
+    """Read the journal's name, which is that of a file in the directory itself."""
+    entry = JournalEntry(name=_text(journal["name"]), id=_text(journal["id"]))
+    if len(bytes.fromhex(entry.id)) != 16 or PurePosixPath(entry.name).name != entry.name:
+        raise ValueError(f"journal {entry.name!r}")
+    return entry
 
 
 def _text(value: Json) -> str:
@@ -249,18 +357,23 @@ def _number(value: Json, least: int = 1) -> int:
     return value
 
 
-def _read_document(directory: Path) -> dict[str, Json]:
-    """Parse `manifest.json` and check its schema version and its checksum."""
-    file = directory / MANIFEST_FILE
-    if not file.is_file():
+def _open_descriptor(directory: Path) -> int:
+    """Open `manifest.json`."""
+    try:
+        return os.open(directory / MANIFEST_FILE, os.O_RDONLY)
+    except OSError as error:
         found = f"no {MANIFEST_FILE} in it" if directory.is_dir() else "no such directory"
         raise CollectionError(
             str(directory),
             expected="a collection directory",
             found=found,
             mend="make one with `python -m index.build --images SRC --encoder BUNDLE --out C`",
-        )
-    if (size_bytes := file.stat().st_size) > MAX_MANIFEST_BYTES:
+        ) from error
+
+
+def _read_document(descriptor: int, file: Path) -> dict[str, Json]:
+    """Parse `manifest.json` and check its schema version and its checksum."""
+    if (size_bytes := os.fstat(descriptor).st_size) > MAX_MANIFEST_BYTES:
         raise CollectionError(
             str(file),
             expected=f"at most {MAX_MANIFEST_BYTES} bytes",
@@ -268,19 +381,20 @@ def _read_document(directory: Path) -> dict[str, Json]:
             mend="the file is damaged: restore it, or build the collection again",
         )
     try:
-        document = json.loads(file.read_bytes())
+        with open(descriptor, "rb", closefd=False) as content:
+            document = json.loads(content.read(MAX_MANIFEST_BYTES))
         version, checksum = document["schema_version"], _checksum(document)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CollectionError(
             str(file),
             expected="JSON with a schema_version",
             found="something else",
             mend="the file is damaged: restore it, or build the collection again",
         ) from error
-    if version != SCHEMA_VERSION:
+    if type(version) is not int or version not in READABLE_VERSIONS:
         raise CollectionError(
             str(file),
-            expected=f"schema version {SCHEMA_VERSION}",
+            expected=f"schema version {' or '.join(map(str, READABLE_VERSIONS))}",
             found=f"version {version}",
             mend="open it with the Horace that wrote it, or build the collection again",
         )

@@ -18,8 +18,9 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +36,8 @@ from index.ann.kinds import parameter_names
 from index.ann.making import build_index, write_index
 from index.ann.opening import open_index
 from index.errors import CollectionError
-from index.knn import COSINE, knn_search, pad_neighbours
-from index.selection import count_candidates, is_exact_cheaper, keep_chosen
+from index.knn import COSINE, MISSING, knn_search, pad_neighbours
+from index.selection import Selector, count_candidates, is_exact_cheaper, keep_chosen
 from index.storage.manifest import Manifest, SegmentEntry, check_file
 from index.storage.rows import ROW_SCHEMA as ROW_SCHEMA
 from index.storage.rows import is_row_schema
@@ -58,7 +59,7 @@ class Block:
     vectors_ND: NDArray[np.float32]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Segment:
     """An open segment; any number of threads may search it.
 
@@ -77,6 +78,29 @@ class Segment:
     rows: pa.Table
     index: AnnIndex | None
     metric: str = COSINE
+
+    @cached_property
+    def _by_id(self) -> NDArray[np.int64]:
+        """Give the rows in the order of their ids; of one id, in the order of the rows."""
+        return np.argsort(self.ids_N, kind="stable")
+
+    def find(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Give the row of each id, the last where an id is there again, -1 where none is."""
+        if not len(self.ids_N):
+            return np.full(len(ids), MISSING, np.int64)
+        places = np.searchsorted(self.ids_N, ids, side="right", sorter=self._by_id) - 1
+        rows = self._by_id[places]  # of place -1 the last, which has another id
+        return np.where(self.ids_N[rows] == ids, rows, MISSING)
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """The search parameters that its index has."""
+        return tuple(parameter_names(self.entry.factory))
+
+    @cached_property
+    def selector(self) -> Selector:
+        """Works out filters over the rows, dead ones too."""
+        return Selector(self.rows)
 
     def search(
         self,
@@ -102,7 +126,7 @@ class Segment:
             UsageError: a parameter that the index does not have.
         """
         settings = {**self.entry.parameters, **parameters}
-        _check_parameters(settings, self.entry.factory)
+        check_parameters(settings, self.parameter_names, self.entry.factory)
         if mask_N is not None:
             return self._search_chosen(
                 queries_QD, k, mask_N, exact=exact, parameters=settings, threads=threads
@@ -157,9 +181,12 @@ class Segment:
         )
 
 
-def _check_parameters(parameters: Mapping[str, int], factory: str) -> None:
-    """Refuse a search parameter that an index of this kind does not have, or below 1."""
-    known = parameter_names(factory)
+def check_parameters(parameters: Mapping[str, int], known: Collection[str], factory: str) -> None:
+    """Refuse a search parameter that an index of this kind does not have, or below 1.
+
+    Raises:
+        UsageError: there is one; says which there are.
+    """
     for name, value in parameters.items():
         if name not in known or value < 1:
             raise UsageError(
@@ -231,8 +258,8 @@ def open_segment(
         check_file(directory, name, manifest.files.get(name), verify=verify)
         for name in segment_files(entry)
     ]
-    vectors_ND = _open_array(files[0], np.float32, (entry.count, manifest.dim), mapped=True)
-    ids_N = _open_array(files[1], np.int64, (entry.count,), mapped=False)
+    vectors_ND = open_array(files[0], np.float32, (entry.count, manifest.dim), mapped=True)
+    ids_N = open_array(files[1], np.int64, (entry.count,), mapped=False)
     return Segment(
         entry=entry,
         vectors_ND=vectors_ND,
@@ -245,9 +272,10 @@ def open_segment(
             factory=entry.factory,
             count=entry.count,
             dim=manifest.dim,
-            metric=COSINE,
+            metric=manifest.metric,
             vectors_ND=vectors_ND,
         ),
+        metric=manifest.metric,
     )
 
 
@@ -272,7 +300,7 @@ def _write_rows_and_vectors(
     return ids_N
 
 
-def _open_array(
+def open_array(
     file: Path, dtype: type[np.generic], shape: tuple[int, ...], *, mapped: bool
 ) -> np.ndarray:
     """Open a .npy file that must have this dtype and shape; nothing is unpickled.

@@ -334,7 +334,7 @@ def test_an_edited_manifest_is_found(built, copy_collection):
     [
         ("not JSON", "expected JSON with a schema_version, found something else"),
         ("[]", "expected JSON with a schema_version"),
-        ('{"schema_version": 9}', "expected schema version 1, found version 9"),
+        ('{"schema_version": 9}', "expected schema version 1 or 2, found version 9"),
         ('{"schema_version": 1, "dim": NaN}', "expected JSON with a schema_version"),
         ('{"schema_version": 1, "dim": 1e999}', "expected JSON with a schema_version"),
         ("[" * 100_000, "expected JSON with a schema_version"),
@@ -361,9 +361,14 @@ def test_a_segment_whose_file_is_not_listed_is_refused(built, copy_collection):
     "change",
     [
         lambda document: document.pop("segments"),
-        lambda document: document.update(metric="euclidean"),
+        lambda document: document.update(metric="manhattan"),
         lambda document: document.update(files={"../../etc/passwd": {"sha256": "", "bytes": 1}}),
-        lambda document: document.update(segments=[]),
+        lambda document: document.update(generation=-1),
+        lambda document: document.update(journal={"name": "../journal", "id": "00" * 16}),
+        lambda document: document.update(journal={"name": "journal", "id": "00"}),
+        lambda document: document["segments"][0].update(dead=3),
+        lambda document: document["segments"][0].update(dead=61, tombstones="dead.npy"),
+        lambda document: document["segments"][0].update(dead=1, tombstones="../dead.npy"),
         lambda document: document["segments"].append(document["segments"][0]),
         lambda document: document["segments"][0].update(count="60"),
         lambda document: document["segments"][0].update(count=-60),
@@ -382,7 +387,7 @@ def test_a_manifest_that_makes_no_sense_is_refused(built, copy_collection, chang
     change(document)
     document["checksum"] = _checksum(document)
     (path / "manifest.json").write_text(json.dumps(document))
-    with pytest.raises(CollectionError, match="expected a manifest of schema 1, found no usable"):
+    with pytest.raises(CollectionError, match="expected a manifest of schema 2, found no usable"):
         Collection.open(path)
 
 

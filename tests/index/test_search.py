@@ -211,7 +211,8 @@ def test_an_encoder_that_has_moved_is_asked_for(search, new_bundle, new_folder, 
         (
             ["COLLECTION", "--key", "red/001.png", "--filter", "colour = 'red'"],
             2,
-            "filter, character 1: expected a column: id, key, label, source, digest, found 'colour'",
+            "filter, character 1: expected a column: id, key, label, source, digest, "
+            "found 'colour'",
         ),
         (
             ["COLLECTION", "--key", "red/001.png", "--min-score", "2"],

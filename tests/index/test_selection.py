@@ -144,7 +144,7 @@ def test_selections_are_kept_within_bounds(tmp_path, unit_rows, make_collection)
     """The one that was used longest ago goes first."""
     path = make_collection(tmp_path, unit_rows(100, 8))
     with Collection.open(path) as collection:
-        selector = Selector(collection.select("id > 0") and collection._rows, max_kept_bytes=250)
+        selector = Selector(collection.table(), max_kept_bytes=250)
         first = selector.select("label = '0'")
         second = selector.select("label = '1'")
         assert selector.select("label = '0'") is first

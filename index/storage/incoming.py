@@ -1,0 +1,144 @@
+"""What may come into a collection: rows with keys, vectors of its kind, nothing twice."""
+
+from __future__ import annotations
+
+from typing import TypeAlias, cast
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import ArrayLike, NDArray
+
+from index.errors import CollectionError
+from index.knn import COSINE
+from index.storage.ids import id_of
+from index.storage.rows import COLUMN_TYPES, ROW_SCHEMA
+from index.storage.snapshot import Snapshot
+from models.errors import UsageError
+
+Column: TypeAlias = "pa.ChunkedArray[pa.Scalar[pa.DataType]]"
+
+UNIT_TOLERANCE = 1e-4
+"""Of a vector's length, as in `index.verify`."""
+
+
+def check_vectors(
+    vectors_ND: ArrayLike, count: int, *, dim: int, metric: str
+) -> NDArray[np.float32]:
+    """Give vectors as float32, in C order.
+
+    Raises:
+        UsageError: they are not (count, dim), not finite, or not of unit length for cosines.
+    """
+    vectors = np.ascontiguousarray(vectors_ND, dtype=np.float32)
+    if vectors.shape != (count, dim):
+        raise UsageError("vectors", expected=f"({count}, {dim})", found=str(vectors.shape))
+    lengths_N = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64))
+    wrong = np.flatnonzero(~np.isfinite(lengths_N))
+    if wrong.size:
+        raise UsageError(f"vector {wrong[0]}", expected="finite numbers", found="NaN or infinity")
+    wrong = np.flatnonzero(np.abs(lengths_N - 1) > UNIT_TOLERANCE)
+    if metric == COSINE and wrong.size:
+        raise UsageError(
+            f"vector {wrong[0]}",
+            expected="length 1",
+            found=f"{lengths_N[wrong[0]]:.4g}",
+            mend="divide every vector by its length",
+        )
+    return vectors
+
+
+def prepare_rows(rows: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Give rows their ids and the types of the collection's columns.
+
+    Args:
+        rows: key, source, label where known, and further columns.
+        schema: of the collection; columns that it lacks are kept as they come.
+
+    Raises:
+        UsageError: a column is missing, of another type, or null where a value must be.
+    """
+    columns = {}
+    for name in ("key", "label", "source"):
+        columns[name] = _text_column(rows, name)
+    ids = [
+        id_of(str(key))
+        for key in cast("pa.ChunkedArray[pa.StringScalar]", columns["key"]).to_pylist()
+    ]
+    further = {name: rows[name] for name in rows.column_names if name not in ROW_SCHEMA.names}
+    table = pa.table({"id": pa.array(ids, pa.int64()), **columns})
+    for name, column in further.items():
+        if name in schema.names and column.type != schema.field(name).type:
+            column = _cast(column, schema.field(name))
+        if column.type not in COLUMN_TYPES:
+            known = ", ".join(map(str, COLUMN_TYPES))
+            raise UsageError(f"column {name}", expected=f"one of {known}", found=str(column.type))
+        table = table.append_column(pa.field(name, column.type), column)
+    return table
+
+
+def check_keys(snapshot: Snapshot, rows: pa.Table, *, replace: bool) -> None:
+    """Refuse keys that come twice, ids that other keys have, and keys that are there.
+
+    Args:
+        snapshot: what is there.
+        rows: what comes, with ids.
+        replace: whether keys may be there already.
+
+    Raises:
+        UsageError: a key comes twice, or is there already.
+        CollectionError: another key has the id of one.
+    """
+    ids_N = rows["id"].to_numpy()
+    keys = rows["key"]
+    _, first, counts = np.unique(ids_N, return_index=True, return_counts=True)
+    for at in first[counts > 1][:1]:
+        again = int(np.flatnonzero(ids_N == ids_N[at])[1])
+        _refuse_collision(keys[again].as_py(), keys[int(at)].as_py())
+        raise UsageError(
+            f"key {keys[int(at)].as_py()!r}", expected="every key once", found="it again"
+        )
+    parts, part_rows = snapshot.locate(ids_N)
+    for at in np.flatnonzero(parts >= 0):
+        key = keys[int(at)].as_py()
+        part = snapshot.parts[parts[at]]
+        _refuse_collision(key, part.segment.rows["key"][int(part_rows[at])].as_py())
+        if not replace:
+            raise UsageError(
+                f"key {key!r}",
+                expected="one that is not in the collection",
+                found="it there",
+                mend="replace it with upsert",
+            )
+
+
+def _refuse_collision(key: str, other: str) -> None:
+    """Refuse two keys of one id."""
+    if key != other:
+        raise CollectionError(
+            f"key {key!r}",
+            expected="an id of its own",
+            found=f"that of key {other!r}, {id_of(key)}",
+            mend="rename one of the two",
+        )
+
+
+def _text_column(rows: pa.Table, name: str) -> Column:
+    """Take a column of texts; only labels may be missing or null."""
+    if name not in rows.column_names:
+        if name != "label":
+            raise UsageError("rows", expected=f"a column {name}", found=f"{rows.column_names}")
+        return pa.chunked_array([pa.nulls(len(rows), pa.string())])
+    column = _cast(rows[name], ROW_SCHEMA.field(name))
+    if name != "label" and column.null_count:
+        raise UsageError(f"column {name}", expected="a text in every row", found="null")
+    return column
+
+
+def _cast(column: Column, field: pa.Field[pa.DataType]) -> Column:
+    """Give a column the collection's type."""
+    try:
+        return column.cast(field.type)
+    except pa.ArrowException as error:
+        raise UsageError(
+            f"column {field.name}", expected=str(field.type), found=str(column.type)
+        ) from error

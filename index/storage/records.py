@@ -1,0 +1,91 @@
+"""What the records of a journal say: these images are there from now on, those no more.
+
+    put     = bytes of the table (8) | rows (8) | table as an Arrow stream | vectors, float32
+    delete  = ids, int64
+
+A put replaces what has the same ids. All numbers are little-endian.
+
+Rules:
+    Whatever a body claims, it is no larger in memory than its bytes.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from index.errors import CollectionError
+from index.storage.journal import Record
+from index.storage.rows import is_row_schema
+from index.storage.segment import Block
+
+PUT, DELETE = 1, 2
+_PUT_HEAD = struct.Struct("<QQ")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delete:
+    """Ids that are there no more."""
+
+    ids: NDArray[np.int64]
+
+
+def encode_put(block: Block) -> list[bytes | memoryview]:
+    """Lay rows and vectors out as the body of a record."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, block.rows.schema) as stream:
+        stream.write_table(block.rows)
+    table = memoryview(sink.getvalue())
+    vectors = np.ascontiguousarray(block.vectors_ND, "<f4").data.cast("B")
+    return [_PUT_HEAD.pack(len(table), len(block.rows)), table, vectors]
+
+
+def encode_delete(ids: NDArray[np.int64]) -> list[bytes | memoryview]:
+    """Lay ids out as the body of a record."""
+    return [np.ascontiguousarray(ids, "<i8").tobytes()]
+
+
+def decode(record: Record, dim: int, file: str) -> Block | Delete:
+    """Read a record's body.
+
+    Args:
+        record: whose digest is known to be right.
+        dim: of the collection's vectors.
+        file: the journal, for the error.
+
+    Raises:
+        CollectionError: it is not what a writer of this collection writes.
+    """
+    try:
+        if record.kind == DELETE:
+            return Delete(ids=np.frombuffer(record.body, "<i8"))
+        if record.kind == PUT:
+            return _decode_put(record.body, dim)
+        found = f"kind {record.kind}"
+    except (pa.ArrowException, ValueError, KeyError, struct.error, MemoryError) as error:
+        found = (str(error).splitlines() or [type(error).__name__])[0]
+    raise CollectionError(
+        file,
+        expected=f"rows of this collection in record {record.position.n_records - 1}",
+        found=found,
+        mend="the file is not this collection's: copy or build the collection again",
+    )
+
+
+def _decode_put(body: bytes, dim: int) -> Block:
+    """Read rows and vectors."""
+    table_bytes, n_rows = _PUT_HEAD.unpack_from(body)
+    start = _PUT_HEAD.size + table_bytes
+    if len(body) != start + n_rows * dim * 4 or n_rows == 0:
+        raise ValueError(f"{len(body)} bytes for {n_rows} rows of {dim} dimensions")
+    with pa.ipc.open_stream(pa.py_buffer(body)[_PUT_HEAD.size : start]) as stream:
+        rows = stream.read_all()
+    rows.validate(full=True)
+    if len(rows) != n_rows or not is_row_schema(rows.schema) or rows["id"].null_count:
+        raise ValueError(f"{len(rows)} rows of {', '.join(rows.column_names)}")
+    vectors_ND = np.frombuffer(body, "<f4", n_rows * dim, start).reshape(n_rows, dim)
+    return Block(rows=rows, vectors_ND=vectors_ND)

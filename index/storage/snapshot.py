@@ -1,0 +1,264 @@
+"""A snapshot: what a collection held at one moment. It never changes, and parts are shared.
+
+A part is a segment, or the rows that the delta had then, and which of them are alive.
+
+Rules:
+    Dead rows are never given out: neither found, nor chosen by a filter, nor counted.
+    k living rows are found where so many are alive: a few more than k are asked for, and a
+    query that has too few left of those is searched again among living rows alone.
+    Places, as in `ids` and in the mask of a selection, count living rows only.
+
+Shapes: N rows, Q queries, K neighbours, D dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from index.filters import parse_filter
+from index.knn import MISSING, pad_neighbours
+from index.selection import CHANCE, Selection, Selector, SourceNames, keep_chosen
+from index.storage.manifest import Manifest
+from index.storage.rows import ROW_SCHEMA
+from index.storage.segment import FLAT, Segment, check_parameters
+
+SPARE = 4
+"""Dead rows that a search allows for beyond what chance puts among the nearest: of an image that
+was replaced the old vector lies near the new one."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Part:
+    """Rows of a collection; any number of threads may use it.
+
+    Attributes:
+        segment: the rows, dead ones too.
+        alive_N: (N,) bool, which are alive; None where all are. Nobody may write to it.
+        count: how many are alive.
+    """
+
+    segment: Segment
+    alive_N: NDArray[np.bool_] | None
+    count: int
+
+    def search(
+        self,
+        queries_QD: NDArray[np.float32],
+        k: int,
+        *,
+        exact: bool,
+        parameters: Mapping[str, int],
+        threads: int,
+        mask_N: NDArray[np.bool_] | None = None,
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Find the k nearest living rows; see `Segment.search`.
+
+        Args:
+            queries_QD: see there; so are the next four.
+            k: see there.
+            exact: see there.
+            parameters: see there.
+            threads: see there.
+            mask_N: (N,) bool, the rows that may be found, no dead one among them.
+        """
+
+        def search(
+            queries_QD: NDArray[np.float32], k: int, mask_N: NDArray[np.bool_] | None
+        ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+            return self.segment.search(
+                queries_QD, k, exact=exact, parameters=parameters, threads=threads, mask_N=mask_N
+            )
+
+        if mask_N is not None or self.alive_N is None:
+            return search(queries_QD, k, mask_N)
+        n_rows = len(self.alive_N)
+        if 2 * self.count < n_rows:
+            return search(queries_QD, k, self.alive_N)
+        wanted = min(k, self.count)
+        asked = wanted + spare_rows(wanted, dead=n_rows - self.count, count=n_rows)
+        found = search(queries_QD, asked, None)
+        scores_QK, rows_QK, short = keep_chosen(*found, self.alive_N, wanted)
+        if short.size:
+            scores_QK[short], rows_QK[short] = search(queries_QD[short], wanted, self.alive_N)
+        return pad_neighbours(scores_QK, rows_QK, k)
+
+    def find(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Give the living row of each id, -1 where there is none."""
+        rows_N = self.segment.find(ids)
+        if self.alive_N is None:
+            return rows_N
+        return np.where(self.alive_N[rows_N] & (rows_N != MISSING), rows_N, MISSING)
+
+    @property
+    def ids_N(self) -> NDArray[np.int64]:
+        """The ids of living rows."""
+        ids_N = self.segment.ids_N
+        return ids_N if self.alive_N is None else ids_N[self.alive_N]
+
+    def rows(self, schema: pa.Schema) -> pa.Table:
+        """Give the metadata of living rows, with all columns of a schema."""
+        rows = in_schema(self.segment.rows, schema)
+        return rows if self.alive_N is None else rows.filter(pa.array(self.alive_N))
+
+    @cached_property
+    def ranks_N(self) -> NDArray[np.int64]:
+        """Of every living row, how many living ones come before it."""
+        if self.alive_N is None:
+            return np.arange(len(self.segment.ids_N))
+        return np.cumsum(self.alive_N, dtype=np.int64) - 1
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Snapshot:
+    """What a collection held at one moment.
+
+    Attributes:
+        manifest: that of its generation.
+        version: grows with every write.
+        parts: in the order of their rows.
+    """
+
+    manifest: Manifest
+    version: tuple[int, int]
+    parts: Sequence[Part]
+
+    @cached_property
+    def count(self) -> int:
+        """Living rows."""
+        return sum(part.count for part in self.parts)
+
+    @cached_property
+    def starts(self) -> NDArray[np.int64]:
+        """The place of each part's first living row, and the number of all at the end."""
+        return np.cumsum([0, *(part.count for part in self.parts)])
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """The columns of the metadata: those of every part."""
+        schemas = [ROW_SCHEMA, *(part.segment.rows.schema for part in self.parts)]
+        return unify(schemas)
+
+    @cached_property
+    def ids(self) -> NDArray[np.int64]:
+        """(N,) int64: the id of every living row."""
+        return np.concatenate([np.empty(0, np.int64), *(part.ids_N for part in self.parts)])
+
+    @cached_property
+    def rows(self) -> pa.Table:
+        """The metadata of every living row."""
+        tables = [part.rows(self.schema) for part in self.parts]
+        return pa.concat_tables([self.schema.empty_table(), *tables])
+
+    def own_parameters(self, parameters: Mapping[str, int]) -> list[dict[str, int]]:
+        """Give each part those search parameters that its index has.
+
+        Raises:
+            UsageError: no part has one of them, or it is below 1.
+        """
+        if not parameters:
+            return [{}] * len(self.parts)
+        segments = [part.segment for part in self.parts]
+        known = list(dict.fromkeys(name for one in segments for name in one.parameter_names))
+        check_parameters(parameters, known, FLAT)
+        return [
+            {name: value for name, value in parameters.items() if name in one.parameter_names}
+            for one in segments
+        ]
+
+    def locate(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Give the part and the row in it of each id; -1 and -1 where there is none."""
+        parts, rows = np.full(len(ids), MISSING), np.full(len(ids), MISSING)
+        for number, part in enumerate(self.parts):
+            found = part.find(ids)
+            is_here = found != MISSING
+            parts[is_here], rows[is_here] = number, found[is_here]
+        return parts, rows
+
+    def places(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Give the place of each id among living rows; -1 where there is none."""
+        parts, rows = self.locate(ids)
+        places = np.full(len(ids), MISSING)
+        for number, part in enumerate(self.parts):
+            here = parts == number
+            places[here] = self.starts[number] + part.ranks_N[rows[here]]
+        return places
+
+    def select(self, filter: str, source_names: SourceNames | None) -> Selection:
+        """Choose the living rows of which a filter is true; see `Selector.select`.
+
+        What it chose in a part is kept with the part, for later snapshots, too.
+        """
+        parse_filter(filter, self.schema)  # as no part may have a column, or there be no part
+        masks = []
+        for part in self.parts:
+            selector = self._selector(part)
+            mask_N = selector.select(filter, source_names=source_names).mask_N
+            masks.append(mask_N if part.alive_N is None else mask_N & part.alive_N)
+        return join_masks(filter, masks, self.parts)
+
+    def part_masks(self, selection: Selection) -> Sequence[NDArray[np.bool_]]:
+        """Give what was chosen in each part, also where only places are known."""
+        if selection.masks:
+            return selection.masks
+        masks = []
+        for start, part in zip(self.starts[:-1], self.parts, strict=True):
+            chosen = selection.mask_N[start : start + part.count]
+            if part.alive_N is not None:
+                mask_N = np.zeros(len(part.alive_N), np.bool_)
+                mask_N[part.alive_N] = chosen
+                chosen = mask_N
+            masks.append(chosen)
+        return masks
+
+    def _selector(self, part: Part) -> Selector:
+        """Give what works out filters over a part, with the columns of all."""
+        if part.segment.rows.schema.equals(self.schema):
+            return part.segment.selector
+        return Selector(in_schema(part.segment.rows, self.schema))
+
+
+def join_masks(filter: str, masks: Sequence[NDArray[np.bool_]], parts: Sequence[Part]) -> Selection:
+    """Make one selection of what was chosen in each part."""
+    living = [
+        mask_N if part.alive_N is None else mask_N[part.alive_N]
+        for mask_N, part in zip(masks, parts, strict=True)
+    ]
+    mask_N = living[0] if len(living) == 1 else np.concatenate([np.empty(0, np.bool_), *living])
+    mask_N.flags.writeable = False
+    return Selection(
+        filter=filter, mask_N=mask_N, count=int(np.count_nonzero(mask_N)), masks=tuple(masks)
+    )
+
+
+def spare_rows(k: int, *, dead: int, count: int) -> int:
+    """Say how many rows to ask for beyond k, that k living ones are among them as a rule."""
+    expected = k * dead / count
+    return min(dead, SPARE + math.ceil(expected + CHANCE * math.sqrt(expected)))
+
+
+def unify(schemas: Sequence[pa.Schema]) -> pa.Schema:
+    """Give the columns of all schemas, the first's first; of one name they have one type."""
+    first, *others = [schema.remove_metadata() for schema in schemas]
+    if all(schema.equals(first) for schema in others):
+        return first
+    return pa.unify_schemas([first, *others])
+
+
+def in_schema(rows: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Give a table the columns of a schema, in its order; those that it lacks are null."""
+    if rows.schema.equals(schema):
+        return rows
+    columns = [
+        rows[field.name].cast(field.type)
+        if field.name in rows.column_names
+        else pa.nulls(len(rows), field.type)
+        for field in schema
+    ]
+    return pa.table(dict(zip(schema.names, columns, strict=True)), schema=schema)

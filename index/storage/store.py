@@ -1,0 +1,220 @@
+"""A collection in memory: what its files hold now, and snapshots of it that share what is equal.
+
+Rules:
+    A new snapshot shares every segment that stayed: files are opened, and held against their
+    checksums, once.
+    A file that is gone, or is another, because the collection was written meanwhile, is no
+    fault: the manifest has changed as well, and reading begins again with the new one.
+    Any number of threads may ask for the latest snapshot; one of them looks at the files.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from index.errors import CollectionError
+from index.storage.delta import Delta
+from index.storage.journal import JournalFile, Position, Record
+from index.storage.manifest import FileEntry, Manifest, ManifestFile, SegmentEntry, check_file
+from index.storage.records import Delete, decode
+from index.storage.segment import Block, Segment, open_array, open_segment, segment_files
+from index.storage.snapshot import Part, Snapshot
+
+
+class Contents:
+    """Segments, which of their rows are alive, and the delta; one thread at a time changes it."""
+
+    def __init__(
+        self, manifest: Manifest, segments: Sequence[Segment], alive: list[NDArray[np.bool_] | None]
+    ) -> None:
+        """Begin with what the manifest says, before anything in the journal."""
+        self.manifest = manifest
+        self._segments = segments
+        self._alive = alive
+        self._counts = [entry.count - entry.dead for entry in manifest.segments]
+        self.delta = Delta(manifest.dim, manifest.metric)
+
+    def put(self, block: Block) -> None:
+        """Add rows, in the place of what has their ids."""
+        self.kill(block.rows["id"].to_numpy())
+        self.delta.add(block)
+
+    def kill(self, ids: NDArray[np.int64]) -> int:
+        """Declare rows dead; give how many were alive."""
+        killed = self.delta.kill(ids)
+        for number, segment in enumerate(self._segments):
+            rows_N = segment.find(ids)
+            rows_N = np.unique(rows_N[rows_N >= 0])
+            alive_N = self._alive[number]
+            if alive_N is not None:
+                rows_N = rows_N[alive_N[rows_N]]
+            if rows_N.size:
+                alive_N = np.ones(segment.entry.count, np.bool_) if alive_N is None else alive_N
+                alive_N = alive_N.copy()  # older snapshots have the one that was
+                alive_N[rows_N] = False
+                self._alive[number] = alive_N
+                self._counts[number] -= len(rows_N)
+                killed += len(rows_N)
+        return killed
+
+    def snapshot(self, n_records: int) -> Snapshot:
+        """Give what is there now."""
+        parts = [
+            Part(segment=segment, alive_N=alive_N, count=count)
+            for segment, alive_N, count in zip(
+                self._segments, self._alive, self._counts, strict=True
+            )
+        ]
+        if self.delta.n_rows:
+            segment, alive_N = self.delta.view()
+            parts.append(Part(segment=segment, alive_N=alive_N, count=self.delta.n_alive))
+        version = (self.manifest.generation, n_records)
+        return Snapshot(manifest=self.manifest, version=version, parts=tuple(parts))
+
+
+class Store:
+    """The files of a collection and the latest snapshot of them."""
+
+    def __init__(self, path: Path, *, verify: bool) -> None:
+        """Read everything.
+
+        Args:
+            path: the collection's directory.
+            verify: whether to hash every file that is read.
+
+        Raises:
+            CollectionError: there is none, or a file is missing, damaged or foreign.
+        """
+        self.path = path
+        self.is_written_here = False
+        """Whether a writer of this process keeps the snapshot up to date."""
+        self._verify = verify
+        self._lock = threading.Lock()
+        self._segments: dict[str, tuple[list[FileEntry | None], Segment]] = {}
+        self.load()
+
+    def latest(self) -> Snapshot:
+        """Give what the files hold now: the same snapshot where they have not changed.
+
+        Raises:
+            CollectionError: a file that is new is missing, damaged or foreign.
+        """
+        if self.is_written_here:
+            return self.snapshot
+        with self._lock:
+            if self.is_written_here:
+                return self.snapshot
+            if not self._file.is_current() or not self._is_longer():
+                self.load()
+            else:
+                self._replay()
+            return self.snapshot
+
+    def load(self) -> None:
+        """Read the manifest and everything that it names, but segments that are open."""
+        while True:
+            file = ManifestFile(self.path)
+            try:
+                contents, journal = self._open(file.manifest)
+                is_here = file.is_here()
+            except CollectionError:
+                if file.is_current() and file.is_here():
+                    raise
+                continue
+            if is_here:
+                break
+        self._file, self.contents, self.journal = file, contents, journal
+        self.manifest = file.manifest
+        self.position = Position()
+        self._replay(is_new=True)
+
+    def apply(self, change: Block | Delete, position: Position) -> int:
+        """Take over what was written to the journal; give how many rows it killed."""
+        killed = 0
+        if isinstance(change, Delete):
+            killed = self.contents.kill(change.ids)
+        else:
+            self.contents.put(change)
+        self.position = position
+        return killed
+
+    def publish(self) -> None:
+        """Make what was applied the latest snapshot."""
+        self.snapshot = self.contents.snapshot(self.position.n_records)
+
+    def _open(self, manifest: Manifest) -> tuple[Contents, JournalFile | None]:
+        """Open what a manifest names and is not open."""
+        opened = {}
+        for entry in manifest.segments:
+            files = [manifest.files.get(name) for name in segment_files(entry)]
+            kept, segment = self._segments.get(entry.name, (None, None))
+            if segment is None or kept != files:
+                segment = open_segment(self.path, manifest, entry, verify=self._verify)
+            if segment.entry != entry:
+                segment = replace(segment, entry=entry)
+            opened[entry.name] = (files, segment)
+            self._segments[entry.name] = opened[entry.name]  # also where a later one fails
+        alive = [
+            read_alive(self.path, manifest, entry, verify=self._verify)
+            for entry in manifest.segments
+        ]
+        journal = None
+        if manifest.journal is not None:
+            journal = JournalFile(self.path, manifest.journal)
+            journal.committed()
+        self._segments = opened
+        segments = [segment for _, segment in opened.values()]
+        return Contents(manifest, segments, alive), journal
+
+    def _is_longer(self) -> bool:
+        """Tell whether the journal still has everything that was read of it."""
+        return self.journal is None or self.journal.size_bytes() >= self.position.end
+
+    def _replay(self, *, is_new: bool = False) -> None:
+        """Take over what the journal has beyond what was read of it."""
+        for record in self._records():
+            change = decode(record, self.manifest.dim, str(self.path / self._journal_name()))
+            self.apply(change, record.position)
+            is_new = True
+        if is_new:
+            self.publish()
+
+    def _records(self) -> Iterable[Record]:
+        """Read the records that are new."""
+        return () if self.journal is None else self.journal.read(self.position)
+
+    def _journal_name(self) -> str:
+        """Name the journal."""
+        return "" if self.manifest.journal is None else self.manifest.journal.name
+
+
+def read_alive(
+    directory: Path, manifest: Manifest, entry: SegmentEntry, *, verify: bool
+) -> NDArray[np.bool_] | None:
+    """Read which rows of a segment are alive; None where all are.
+
+    Raises:
+        CollectionError: the file is missing, damaged, or lists what are no rows.
+    """
+    if not entry.tombstones:
+        return None
+    file = check_file(
+        directory, entry.tombstones, manifest.files.get(entry.tombstones), verify=verify
+    )
+    dead = open_array(file, np.int64, (entry.dead,), mapped=False)
+    if (np.diff(dead) <= 0).any() or dead[0] < 0 or dead[-1] >= entry.count:
+        raise CollectionError(
+            str(file),
+            expected=f"rows of {entry.count}, each once and ascending",
+            found="others",
+            mend="the file is not this collection's: copy or build the collection again",
+        )
+    alive_N = np.ones(entry.count, np.bool_)
+    alive_N[dead] = False
+    return alive_N

@@ -1,0 +1,364 @@
+"""The one who writes a collection: adds, replaces and deletes images, and tidies up.
+
+Rules:
+    One writer a collection, in whatever process: the others are refused.
+    When a call returns, its write is on the disk and in `collection`; a process that is killed
+    before has written all of it or nothing.
+    Snapshots that were taken stay as they are; files that they need are deleted under them,
+    which a process that has them open does not notice.
+    Any number of threads may call; their writes come one after the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import ArrayLike, NDArray
+
+from index.collection import Collection
+from index.errors import CollectionError
+from index.knn import COSINE, EUCLIDEAN
+from index.storage.compaction import choose_index, choose_segments, default_parameters
+from index.storage.incoming import check_keys, check_vectors, prepare_rows
+from index.storage.journal import JournalFile
+from index.storage.lock import take_lock
+from index.storage.manifest import Manifest, read_manifest, write_manifest
+from index.storage.publishing import (
+    NewSegment,
+    begin_journal,
+    library_versions,
+    next_segment_name,
+    publish,
+    sweep,
+    write_parts,
+)
+from index.storage.records import DELETE, PUT, Delete, encode_delete, encode_put
+from index.storage.segment import FLAT, Block
+from index.storage.snapshot import Part
+from index.storage.store import Store
+from models.bundle import Json
+from models.cpu import cpu_budget
+from models.errors import UsageError
+from models.files import atomic_directory
+
+SEAL_ROWS, SEAL_BYTES = 16_384, 64 << 20
+"""Rows of the delta, or bytes of the journal, from which the delta becomes a segment: beyond,
+searching it takes milliseconds, and opening the collection a moment."""
+
+log = logging.getLogger("horace.index")
+
+
+class CollectionWriter:
+    """The open writer of a collection. Use as a context manager, or close it."""
+
+    def __init__(self, lock: int, store: Store, *, threads: int) -> None:
+        """Take over a locked collection; use `open` or `create`."""
+        self.path = store.path
+        self._descriptor: int | None = lock
+        self._store = store
+        self._threads = threads
+        self._lock, self._compaction = threading.RLock(), threading.Lock()
+        self._seal_rows, self._seal_bytes = SEAL_ROWS, SEAL_BYTES
+        self._journal: JournalFile | None = None
+        store.is_written_here = True
+        sweep(store.path, store.manifest)
+        if store.manifest.journal is not None:
+            self._open_journal()
+        self._take_over()
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        *,
+        name: str,
+        fingerprint: str,
+        dim: int,
+        encoder: str = "",
+        preprocessing: Mapping[str, Json] | None = None,
+        metric: str = COSINE,
+        threads: int | None = None,
+    ) -> CollectionWriter:
+        """Make an empty collection and open it.
+
+        Args:
+            path: a directory that does not exist.
+            name: a word for people.
+            fingerprint: of the encoder whose vectors it will hold.
+            dim: length of a vector.
+            encoder: that encoder's URI or absolute path.
+            preprocessing: of that encoder, as JSON.
+            metric: `cosine`, or `euclidean` for vectors of any length.
+            threads: CPU threads of a search; the CPU budget where None.
+
+        Raises:
+            UsageError: the path exists, or dim or metric make no sense.
+        """
+        path = Path(path)
+        if metric not in (COSINE, EUCLIDEAN):
+            raise UsageError("metric", expected=f"{COSINE} or {EUCLIDEAN}", found=metric)
+        if dim < 1:
+            raise UsageError("dim", expected="at least 1", found=str(dim))
+        manifest = Manifest(
+            name=name,
+            fingerprint=fingerprint,
+            dim=dim,
+            encoder=encoder,
+            preprocessing=preprocessing or {},
+            sources={},
+            segments=(),
+            files={},
+            versions=library_versions(),
+            build={},
+            metric=metric,
+        )
+        try:
+            with atomic_directory(path) as directory:
+                write_manifest(directory, manifest)
+        except FileExistsError as error:
+            raise UsageError(
+                str(path),
+                expected="a new directory",
+                found="one that exists",
+                mend="open it with CollectionWriter.open, or choose another name",
+            ) from error
+        return cls.open(path, threads=threads)
+
+    @classmethod
+    def open(
+        cls, path: str | Path, *, verify: bool = True, threads: int | None = None
+    ) -> CollectionWriter:
+        """Open a collection to write to it.
+
+        What a writer that was killed has left is taken over, where it was written whole, and
+        swept away elsewhere.
+
+        Args:
+            path: the collection's directory.
+            verify: whether to hash every file that is read.
+            threads: CPU threads of a search; the CPU budget where None.
+
+        Raises:
+            CollectionLockedError: another writer has it; names its process.
+            CollectionError: there is none, or a file is missing, damaged or foreign.
+        """
+        path = Path(path)
+        read_manifest(path)  # before a lock is put where no collection is
+        lock = take_lock(path)
+        try:
+            return cls(lock, Store(path, verify=verify), threads=threads or cpu_budget())
+        except BaseException:
+            os.close(lock)
+            raise
+
+    def __enter__(self) -> CollectionWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let other writers in; waits for what is under way. Snapshots stay usable."""
+        with self._compaction, self._lock:
+            if self._descriptor is not None:
+                self._store.is_written_here = False
+                os.close(self._descriptor)
+                self._descriptor = None
+
+    @property
+    def collection(self) -> Collection:
+        """What is there after the last write that was acknowledged; it never changes."""
+        return self._collection
+
+    def add(self, rows: pa.Table, vectors_ND: ArrayLike, *, fingerprint: str) -> None:
+        """Add images that are not there.
+
+        Args:
+            rows: key, source and, where known, label of each, and further columns; an id is
+                computed of the key.
+            vectors_ND: (n, D) float32, of unit length where the metric is cosine.
+            fingerprint: of the encoder that made them.
+
+        Raises:
+            FingerprintMismatchError: another encoder made the vectors.
+            UsageError: rows or vectors are not of this shape, or a key is there already.
+            CollectionError: the disk refuses, or another key has the same id.
+        """
+        self._put(rows, vectors_ND, fingerprint, replace=False)
+
+    def upsert(self, rows: pa.Table, vectors_ND: ArrayLike, *, fingerprint: str) -> None:
+        """Add images, in the place of those that have their keys; see `add`."""
+        self._put(rows, vectors_ND, fingerprint, replace=True)
+
+    def delete(self, ids: ArrayLike) -> int:
+        """Take images out; give how many of the ids were there."""
+        asked = np.unique(np.asarray(ids, dtype=np.int64).reshape(-1))
+        with self._lock:
+            self._require_open()
+            parts, _ = self._store.snapshot.locate(asked)
+            there = asked[parts >= 0]
+            if there.size:
+                self._write(DELETE, encode_delete(there), Delete(ids=there))
+        return len(there)
+
+    def seal(self) -> None:
+        """Make a segment of the delta and begin a new journal; nothing where neither has any."""
+        with self._lock, _disk(self.path):
+            self._require_open()
+            self._seal()
+
+    def compact(self, *, all: bool = False, index: str | None = None) -> None:
+        """Seal, then merge segments that are small or have many dead rows.
+
+        Other threads may write meanwhile; what they write survives.
+
+        Args:
+            all: whether to merge every segment into one, without dead rows.
+            index: FAISS factory string, or `Flat`; the collection's own where None.
+
+        Raises:
+            CollectionError: the disk refuses; nothing has changed then.
+        """
+        with self._compaction, _disk(self.path):
+            with self._lock:
+                self._require_open()
+                self._seal()
+                parts = self._store.snapshot.parts
+                chosen = choose_segments(self._store.manifest.segments, all=all)
+                if all and index is not None and not chosen:  # a new index for the only one
+                    chosen = [e.name for e in self._store.manifest.segments if e.factory != index]
+                name = next_segment_name(self.path)
+            if not chosen:
+                return
+            merged = [part for part in parts if part.segment.entry.name in chosen]
+            others = [part for part in parts if part not in merged]
+            new = self._merge(merged, others, name, index)
+            with self._lock:
+                new = dataclasses.replace(new, alive_N=self._still_alive(merged))
+                publish(self._store, added=new, merged=chosen)
+                self._take_over()
+
+    def _merge(
+        self, merged: Sequence[Part], others: Sequence[Part], name: str, index: str | None
+    ) -> NewSegment:
+        """Write the merged segment; writes go on meanwhile."""
+        factory, parameters = choose_index(
+            sum(part.count for part in merged),
+            [part.segment.entry for part in merged],
+            [part.segment.entry for part in others],
+        )
+        if index is not None and index != factory:
+            factory, parameters = index, default_parameters(index)
+        return write_parts(self._store, merged, name=name, factory=factory, parameters=parameters)
+
+    def _still_alive(self, merged: Sequence[Part]) -> NDArray[np.bool_] | None:
+        """Tell which rows of a merged segment were not killed while it was written."""
+        now = {part.segment.entry.name: part for part in self._store.snapshot.parts}
+        still = []
+        for part in merged:
+            alive_N = now[part.segment.entry.name].alive_N
+            if alive_N is None:
+                alive_N = np.ones(part.segment.entry.count, np.bool_)
+            still.append(alive_N if part.alive_N is None else alive_N[part.alive_N])
+        alive_N = np.concatenate(still)
+        return None if alive_N.all() else alive_N
+
+    def _put(
+        self, rows: pa.Table, vectors_ND: ArrayLike, fingerprint: str, *, replace: bool
+    ) -> None:
+        """Write images."""
+        self._collection.require(fingerprint)
+        vectors = check_vectors(
+            vectors_ND, len(rows), dim=self._store.manifest.dim, metric=self._store.manifest.metric
+        )
+        with self._lock:
+            self._require_open()
+            snapshot = self._store.snapshot
+            table = prepare_rows(rows, snapshot.schema)
+            check_keys(snapshot, table, replace=replace)
+            if len(table):
+                block = Block(rows=table, vectors_ND=vectors)
+                self._write(PUT, encode_put(block), block)
+
+    def _write(self, kind: int, body: Sequence[bytes | memoryview], change: Block | Delete) -> None:
+        """Put a change into the journal, then into memory, then into the collection."""
+        with _disk(self.path):
+            journal = self._open_journal()
+        position = journal.append(kind, body, self._store.position)
+        self._store.apply(change, position)
+        self._store.publish()
+        self._take_over()
+        delta = self._store.contents.delta
+        if delta.n_rows >= self._seal_rows or position.end >= self._seal_bytes:
+            self._seal_when_large()
+
+    def _seal_when_large(self) -> None:
+        """Make a segment of a large delta; what was written is safe without."""
+        try:
+            self._seal()
+        except OSError as error:
+            log.warning("%s: the delta stays in the journal: %s", self.path, error)
+            self._seal_rows, self._seal_bytes = 2 * self._seal_rows, 2 * self._seal_bytes
+
+    def _seal(self) -> None:
+        """Make a segment of the delta, where anything was written since the last."""
+        store = self._store
+        if store.position.n_records == 0:
+            return
+        added = None
+        if store.contents.delta.n_alive:
+            added = write_parts(
+                store, store.snapshot.parts[-1:], name=next_segment_name(self.path), factory=FLAT,
+                parameters={},
+            )  # fmt: skip
+        publish(store, added=added, journal=begin_journal(store))
+        self._journal = None
+        self._take_over()
+
+    def _open_journal(self) -> JournalFile:
+        """Give the journal to append to, and begin one where there is none."""
+        if self._journal is None:
+            if self._store.manifest.journal is None:
+                publish(self._store, journal=begin_journal(self._store))
+            entry = self._store.manifest.journal
+            assert entry is not None
+            self._journal = JournalFile(self.path, entry, writable=True)
+            self._journal.cut(self._store.position)
+        return self._journal
+
+    def _take_over(self) -> None:
+        """Make the store's snapshot the collection."""
+        self._collection = Collection(self._store, self._store.snapshot, threads=self._threads)
+
+    def _require_open(self) -> None:
+        """Refuse to write once others may."""
+        if self._descriptor is None:
+            raise CollectionError(f"writer of {self.path}", expected="an open one", found="closed")
+
+
+@contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    """Say in one line what the disk refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise CollectionError(
+            str(path),
+            expected="a collection that can be written, with room for more",
+            found=os.strerror(error.errno) if error.errno else str(error),
+            mend="make room; nothing was lost",
+        ) from error

@@ -1,0 +1,145 @@
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from index.collection import Collection, id_of
+from index.errors import CollectionError
+from index.storage.lock import CollectionLockedError
+from index.storage.writer import CollectionWriter
+from index.verify import verify
+from models.errors import FingerprintMismatchError, UsageError
+
+FINGERPRINT, DIM = "f" * 64, 8
+
+
+def table(*keys, **columns):
+    """Rows of these keys."""
+    return pa.table({"key": list(keys), "source": ["folder:/nowhere"] * len(keys), **columns})
+
+
+@pytest.fixture
+def writer(tmp_path):
+    """The writer of an empty collection."""
+    with CollectionWriter.create(
+        tmp_path / "c", name="made", fingerprint=FINGERPRINT, dim=DIM
+    ) as writer:
+        yield writer
+
+
+@pytest.fixture
+def vectors(unit_rows):
+    """40 unit vectors."""
+    return unit_rows(40, DIM)
+
+
+def nearest(collection, queries, k=1):
+    """The keys of the k nearest, by an exact search."""
+    found = collection.search(queries, k, fingerprint=FINGERPRINT, exact=True)
+    return [[row.key for row in collection.rows(ids[ids >= 0])] for ids in found.ids]
+
+
+def test_an_empty_collection_is_a_collection(writer, vectors):
+    """It is searched, filtered and verified like any other."""
+    collection = writer.collection
+    assert (collection.count, collection.keys(), collection.labels()) == (0, [], [])
+    assert collection.search(vectors, 5, fingerprint=FINGERPRINT).ids.shape == (40, 0)
+    assert collection.select("label = 'Coat'").count == 0
+    assert (collection.factory, collection.metric, collection.sources) == ("Flat", "cosine", {})
+    with pytest.raises(UsageError, match="expected a column: id, key, label, source, found"):
+        collection.select("size = 1")
+    assert verify(writer.path).faults == []
+
+
+def test_what_was_written_is_there_at_once(writer, vectors):
+    """For the writer and for whoever asks for the latest; older snapshots stay as they are."""
+    before = Collection.open(writer.path)
+    assert before.latest() is before
+    writer.add(table("a", "b", "c"), vectors[:3], fingerprint=FINGERPRINT)
+    after = before.latest()
+    assert after.keys() == writer.collection.keys() == ["a", "b", "c"]
+    assert (before.count, after.latest()) == (0, after)
+    assert before.version < after.version
+    writer.upsert(table("b", "d"), vectors[3:5], fingerprint=FINGERPRINT)
+    assert writer.delete([id_of("a"), id_of("nobody")]) == 1
+    latest = after.latest()
+    assert latest.keys() == ["c", "b", "d"]
+    assert nearest(latest, vectors[2:5]) == [["c"], ["b"], ["d"]]
+    assert nearest(after, vectors[:3]) == [["a"], ["b"], ["c"]]
+    np.testing.assert_array_equal(latest.vectors([id_of("b")]), vectors[3:4])
+
+
+def test_a_write_outlives_its_process(writer, vectors):
+    """Whoever opens the files next finds it, written or sealed or compacted."""
+    writer.add(table("a", "b"), vectors[:2], fingerprint=FINGERPRINT)
+    writer.delete([id_of("a")])
+    writer.close()
+    with CollectionWriter.open(writer.path) as again:
+        assert again.collection.keys() == ["b"]
+        again.upsert(table("a"), vectors[7:8], fingerprint=FINGERPRINT)
+        again.seal()
+        assert Collection.open(writer.path).keys() == ["b", "a"]
+        again.delete([id_of("b")])
+        again.add(table("z"), vectors[8:9], fingerprint=FINGERPRINT)
+        again.compact(all=True)
+    collection = Collection.open(writer.path)
+    assert collection.keys() == ["a", "z"]
+    assert [segment.count for segment in collection.manifest.segments] == [2]
+    assert verify(writer.path).faults == []
+
+
+def test_other_writers_are_refused(writer):
+    """In one line that names the process; after the first has closed they are let in."""
+    with pytest.raises(CollectionLockedError, match=r"expected no other writer, found process \d+"):
+        CollectionWriter.open(writer.path)
+    writer.close()
+    CollectionWriter.open(writer.path).close()
+    with pytest.raises(CollectionError, match="expected an open one, found closed"):
+        writer.seal()
+
+
+def test_what_does_not_belong_is_refused(writer, vectors):
+    """And nothing of it is written."""
+    writer.add(table("a"), vectors[:1], fingerprint=FINGERPRINT)
+    version = writer.collection.version
+    for message, rows, rows_vectors in [
+        ("key 'a': expected one that is not in the collection", table("b", "a"), vectors[:2]),
+        ("key 'b': expected every key once", table("b", "b"), vectors[:2]),
+        (r"vectors: expected \(2, 8\), found \(3, 8\)", table("b", "c"), vectors[:3]),
+        ("vector 1: expected length 1, found 2", table("b", "c"), vectors[:2] * [[1], [2]]),
+        ("vector 0: expected finite numbers", table("b"), vectors[:1] * np.nan),
+        ("rows: expected a column source", table("b").drop_columns(["source"]), vectors[:1]),
+        ("column key: expected a text in every row", table(None), vectors[:1]),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            writer.add(rows, rows_vectors, fingerprint=FINGERPRINT)
+    with pytest.raises(FingerprintMismatchError):
+        writer.add(table("b"), vectors[:1], fingerprint="e" * 64)
+    assert writer.collection.version == version
+    assert verify(writer.path).faults == []
+
+
+def test_a_key_whose_id_another_has_is_refused(writer, vectors, monkeypatch):
+    """Never is one image taken for another."""
+    monkeypatch.setattr("index.storage.incoming.id_of", lambda key: len(key))
+    writer.add(table("ab"), vectors[:1], fingerprint=FINGERPRINT)
+    for write in (writer.add, writer.upsert):
+        with pytest.raises(CollectionError, match="key 'cd': expected an id of its own, found"):
+            write(table("cd"), vectors[:1], fingerprint=FINGERPRINT)
+        with pytest.raises(CollectionError, match="key 'def': expected an id of its own"):
+            write(table("abc", "def"), vectors[:2], fingerprint=FINGERPRINT)
+
+
+def test_further_columns_stay_through_everything(writer, vectors):
+    """Images that were written without them have none; a type that differs is refused."""
+    writer.add(table("a"), vectors[:1], fingerprint=FINGERPRINT)
+    writer.seal()
+    writer.add(table("b", "c", width=[3, 5]), vectors[1:3], fingerprint=FINGERPRINT)
+    with pytest.raises(UsageError, match="column width: expected int64, found string"):
+        writer.add(table("d", width=["wide"]), vectors[3:4], fingerprint=FINGERPRINT)
+    for step in (lambda: None, writer.seal, lambda: writer.compact(all=True)):
+        step()
+        collection = writer.collection
+        rows = collection.rows([id_of("c"), id_of("a")])
+        assert [row.metadata for row in rows] == [{"width": 5}, {"width": None}]
+        assert collection.select("width > 4 or width is null").mask_N.tolist() == [1, 0, 1]
+    assert verify(writer.path).faults == []
