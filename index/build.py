@@ -27,13 +27,14 @@ from pathlib import Path
 from typing import Literal, cast
 
 from index.building.assemble import choose_factory, write_collection
+from index.building.dry_run import BuildPlan, plan_build
 from index.building.metadata import Metadata
 from index.building.part_file import RunKey
-from index.building.part_set import Share
-from index.building.parts import PartStore
-from index.building.pipeline import ENCODE_THREADS, REMOTE_REQUESTS, choose_crew, make_parts
+from index.building.part_set import PartSet, Share
+from index.building.parts import PartStore, parts_directory
+from index.building.pipeline import ENCODE_THREADS, REMOTE_REQUESTS, Crew, choose_crew, make_parts
 from index.building.processes import make_parts_in_processes
-from index.building.summary import BuildSummary, as_text, summarise
+from index.building.summary import BuildSummary, summarise
 from index.building.target import check_target, find_finished
 from index.building.worker import Job
 from index.errors import CollectionError
@@ -83,6 +84,8 @@ class BuildOptions:
     """Replace the collection that stands at --out."""
     restart: bool = False
     """Drop what an unfinished build of --out has embedded, instead of going on from it."""
+    dry_run: bool = False
+    """Say what would be done and how long it would take, and write nothing."""
     json: bool = False
     """Print the summary as JSON."""
 
@@ -104,11 +107,11 @@ class BuildOptions:
 
 def main(options: BuildOptions) -> None:
     """Build the collection and say what came of it."""
-    summary = build(options)
+    did = plan(options) if options.dry_run else build(options)
     if options.json:
-        print(json.dumps(dataclasses.asdict(summary), indent=2))
-        return
-    print(as_text(summary))
+        print(json.dumps(dataclasses.asdict(did), indent=2))
+    else:
+        print(did)
 
 
 def build(options: BuildOptions) -> BuildSummary:
@@ -117,8 +120,45 @@ def build(options: BuildOptions) -> BuildSummary:
     Raises:
         HoraceError: source, encoder or target are not usable; what was embedded is kept.
     """
+    with _opened(options) as (source, encoder, key):
+        metadata = None if options.metadata is None else Metadata(options.metadata)
+        try:
+            return _build(options, key, source, encoder, metadata)
+        except OSError as error:
+            raise CollectionError(
+                str(options.out),
+                expected="a directory that can be written, with room for the collection",
+                found=os.strerror(error.errno) if error.errno else str(error),
+                mend="make room or choose another --out; the same command goes on from here",
+            ) from error
+
+
+def plan(options: BuildOptions) -> BuildPlan:
+    """Say what `build` would do; nothing is written.
+
+    Raises:
+        HoraceError: as `build` would.
+    """
+    check_target(options.target, replace=options.replace)
+    with _opened(options) as (source, encoder, key):
+        parts = PartSet(parts_directory(options.target), key)
+        if options.restart:
+            parts.forget()
+        count = key.source_count
+        fixed = options.index != "auto" or count is not None
+        return plan_build(
+            parts,
+            parts.missing(source.records()),
+            encoder,
+            crew=_crew(options),
+            factory=choose_factory(options.index, count or 0) if fixed else None,
+        )
+
+
+@contextmanager
+def _opened(options: BuildOptions) -> Iterator[tuple[ImageSource, Encoder, RunKey]]:
+    """Open the source and the encoder, and say what decides the parts."""
     source = open_source(options.images)
-    metadata = None if options.metadata is None else Metadata(options.metadata)
     with closing(open_encoder(options.encoder, threads=ENCODE_THREADS)) as encoder:
         if isinstance(source, FolderSource) and source.ignored:
             log.info("%s: %d files that are no images are passed over", source.uri, source.ignored)
@@ -130,15 +170,7 @@ def build(options: BuildOptions) -> BuildSummary:
             batch_size=options.batch_size,
             part_size=options.batch_size * BATCHES_PER_PART,
         )
-        try:
-            return _build(options, key, source, encoder, metadata)
-        except OSError as error:
-            raise CollectionError(
-                str(options.out),
-                expected="a directory that can be written, with room for the collection",
-                found=os.strerror(error.errno) if error.errno else str(error),
-                mend="make room or choose another --out; the same command goes on from here",
-            ) from error
+        yield source, encoder, key
 
 
 def _build(
@@ -201,8 +233,7 @@ def _embed_missing(
     """Embed every record that no part covers yet; give the seconds that it took."""
     key, start_s = store.key, time.monotonic()
     total = None if key.source_count is None else key.source_count - store.n_records
-    is_remote = "://" in options.encoder
-    crew = choose_crew(cpu_budget(), is_remote=is_remote, requests=options.requests)
+    crew = _crew(options)
     if options.processes == 1:
         made = make_parts(store.missing(source.records()), encoder, store, crew=crew)
     else:
@@ -219,6 +250,12 @@ def _embed_missing(
         for _ in progress(made, what="embedding", total=total, size=int):
             pass
     return time.monotonic() - start_s
+
+
+def _crew(options: BuildOptions) -> Crew:
+    """Say how many batches are at work."""
+    is_remote = "://" in options.encoder
+    return choose_crew(cpu_budget(), is_remote=is_remote, requests=options.requests)
 
 
 def _check_images(store: PartStore) -> None:

@@ -104,6 +104,10 @@ class PartSet:
             elif file == self._file(part.start) and part.start % self.key.part_size == 0:
                 self._parts[part.start] = part
 
+    def forget(self) -> None:
+        """Take no part for finished, whatever lies there."""
+        self._parts.clear()
+
     @property
     def finished(self) -> list[Part]:
         """The finished parts, in the source's order."""

@@ -40,6 +40,22 @@ class BuildSummary:
     index_s: float
     metadata: Mapping[str, Json] | None
 
+    def __str__(self) -> str:
+        embedded = self.images - self.reused
+        rate = f" ({embedded / self.embed_s:.0f}/s)" if embedded and self.embed_s > 0 else ""
+        lines = [
+            f"{self.collection}: {self.images} images, {self.index}, "
+            f"encoder {self.fingerprint[:12]}",
+            f"embedded {embedded} in {self.embed_s:.1f} s{rate}, reused {self.reused}, "
+            f"rejected {self.rejects}; collection and index written in {self.index_s:.1f} s",
+        ]
+        if self.metadata is not None:
+            lines.append(str(JoinReport.from_json(self.metadata)))
+        if self.rejects:
+            rejects = Path(self.collection) / REJECTS_FILE
+            lines.append(f"the rejected images and why: {rejects}")
+        return "\n".join(lines)
+
 
 def summarise(out: Path, manifest: Manifest) -> BuildSummary:
     """Take the summary from the manifest's build report."""
@@ -56,21 +72,3 @@ def summarise(out: Path, manifest: Manifest) -> BuildSummary:
         index_s=report["index_s"],
         metadata=report.get("metadata"),
     )
-
-
-def as_text(summary: BuildSummary) -> str:
-    """Say it in two or three lines."""
-    embedded = summary.images - summary.reused
-    rate = f" ({embedded / summary.embed_s:.0f}/s)" if embedded and summary.embed_s > 0 else ""
-    lines = [
-        f"{summary.collection}: {summary.images} images, {summary.index}, "
-        f"encoder {summary.fingerprint[:12]}",
-        f"embedded {embedded} in {summary.embed_s:.1f} s{rate}, reused {summary.reused}, "
-        f"rejected {summary.rejects}; collection and index written in {summary.index_s:.1f} s",
-    ]
-    if summary.metadata is not None:
-        lines.append(str(JoinReport.from_json(summary.metadata)))
-    if summary.rejects:
-        rejects = Path(summary.collection) / REJECTS_FILE
-        lines.append(f"the rejected images and why: {rejects}")
-    return "\n".join(lines)

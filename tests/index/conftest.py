@@ -35,13 +35,13 @@ def write_graph(path: Path, *, seed: int, side: int = SIDE, dim: int = DIM) -> N
         helper.make_node("Cast", ["images"], ["floats"], to=TensorProto.FLOAT),
         helper.make_node("Sub", ["floats", "mean"], ["centred"]),
         helper.make_node("Flatten", ["centred"], ["flat"], axis=1),
-        helper.make_node("MatMul", ["flat", "weights"], ["vectors"]),
+        helper.make_node("MatMul", ["flat", "weights"], ["embeddings"]),
     ]
     graph = helper.make_graph(
         nodes,
         "encoder",
         [helper.make_tensor_value_info("images", TensorProto.UINT8, ["N", side, side, 3])],
-        [helper.make_tensor_value_info("vectors", TensorProto.FLOAT, ["N", dim])],
+        [helper.make_tensor_value_info("embeddings", TensorProto.FLOAT, ["N", dim])],
         [
             numpy_helper.from_array(np.float32(110), "mean"),
             numpy_helper.from_array(weights, "weights"),
