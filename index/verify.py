@@ -2,15 +2,17 @@
 
 Of a collection it looks at everything: size and SHA-256 of every file that the manifest names;
 the manifest itself, to the byte; arrays, metadata and index by type, size and content; that
-vectors are unit vectors, ids those of their keys and each there once, and that the index holds
-the same vectors as are stored beside it. Of a bundle: every file's SHA-256, the fingerprint, and
-`bundle.json` to the byte.
+vectors are unit vectors, ids those of their keys and each alive once; that the index holds the
+same vectors as are stored beside it; and every record of the journal. Of a bundle: every file's
+SHA-256, the fingerprint, and `bundle.json` to the byte.
 
 Rules:
     Every fault of a collection is found in one run, and each names its file; status 1 where
     there is one.
     Nothing is changed. Memory holds a block of vectors and the index, whatever a header says.
     What the manifest does not name is not part of the collection: it is mentioned, no fault.
+    Of the journal that is what was acknowledged; a torn write behind it never was.
+    A collection may be written meanwhile: where its manifest was replaced, all begins again.
 """
 
 from __future__ import annotations
@@ -18,26 +20,31 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 from tyro.conf import Positional
 
 from index.ann.checking import index_fault
 from index.collection import id_of
 from index.errors import CollectionError
+from index.knn import COSINE
+from index.storage.journal import JournalFile, Position
 from index.storage.lock import LOCK_FILE
 from index.storage.manifest import (
     MANIFEST_FILE,
     REJECTS_FILE,
     Manifest,
+    ManifestFile,
     check_file,
     manifest_bytes,
-    read_manifest,
 )
+from index.storage.records import Delete, decode
 from index.storage.segment import Segment, open_segment, segment_files
+from index.storage.store import Contents, read_alive
 from models.bundle import BUNDLE_FILE, is_as_written, read_bundle
 from models.command import run_command
 from models.errors import BundleError, HoraceError
@@ -105,20 +112,37 @@ def verify(path: Path) -> Verification:
     """Look at everything in the directory of a collection or of a bundle."""
     if (path / BUNDLE_FILE).is_file():
         return _verify_bundle(path)
-    try:
-        manifest = read_manifest(path)
-    except CollectionError as error:
-        return _unreadable(error)
+    while True:
+        try:
+            file = ManifestFile(path)
+        except CollectionError as error:
+            return _unreadable(error)
+        found = _verify_collection(path, file.manifest)
+        if not found.faults or (file.is_current() and file.is_here()):
+            return found
+
+
+def _verify_collection(path: Path, manifest: Manifest) -> Verification:
+    """Look at everything that a manifest names."""
+    journal = [] if manifest.journal is None else [manifest.journal.name]
     faults = [*_check_manifest(path, manifest), *_check_files(path, manifest)]
-    if not faults:  # what follows reads the files that have just been found to be right
-        faults += _check_content(path, manifest)
-    journal = "" if manifest.journal is None else manifest.journal.name
+    contents = Contents(replace(manifest, segments=()), [], [])
+    is_readable = not faults
+    if is_readable:  # what follows reads the files that have just been found to be right
+        contents, faults = _check_content(path, manifest)
+    try:
+        _read_journal(path, manifest, contents)
+    except CollectionError as error:
+        faults.append(str(error))
+    count = contents.snapshot(0).count if is_readable else manifest.count
+    sizes = [entry.size_bytes for entry in manifest.files.values()]
+    sizes += [(path / name).stat().st_size for name in journal if (path / name).is_file()]
     return Verification(
-        content=f"{manifest.count} images",
-        files=len(manifest.files) + 1,
-        size_bytes=sum(entry.size_bytes for entry in manifest.files.values()),
+        content=f"{count} images",
+        files=len(manifest.files) + len(journal) + 1,
+        size_bytes=sum(sizes),
         faults=faults,
-        unknown=_find_unknown(path, {MANIFEST_FILE, LOCK_FILE, journal, *manifest.files}),
+        unknown=_find_unknown(path, {MANIFEST_FILE, LOCK_FILE, *journal, *manifest.files}),
     )
 
 
@@ -148,8 +172,9 @@ def _check_manifest(path: Path, manifest: Manifest) -> Iterator[str]:
     """Hold the manifest against what it would be written as, and its segments' files."""
     if (path / MANIFEST_FILE).read_bytes() != manifest_bytes(manifest):
         yield f"{path / MANIFEST_FILE}: expected the bytes that were written, found others"
-    for name in (name for entry in manifest.segments for name in segment_files(entry)):
-        if name not in manifest.files:
+    names = [name for entry in manifest.segments for name in segment_files(entry)]
+    for name in (*names, *(entry.tombstones for entry in manifest.segments)):
+        if name and name not in manifest.files:
             yield f"{path / name}: expected a file that {MANIFEST_FILE} lists, found none"
 
 
@@ -162,19 +187,39 @@ def _check_files(path: Path, manifest: Manifest) -> Iterator[str]:
             yield str(error)
 
 
-def _check_content(path: Path, manifest: Manifest) -> Iterator[str]:
+def _check_content(path: Path, manifest: Manifest) -> tuple[Contents, list[str]]:
     """Open every segment and look at what is in it; the hashes are known to be right."""
-    ids: list[NDArray[np.int64]] = []
+    entries, segments, alive, faults = [], [], [], []
     for entry in manifest.segments:
         try:
             segment = open_segment(path, manifest, entry, verify=False)
+            alive_N = read_alive(path, manifest, entry, verify=False)
         except CollectionError as error:
-            yield str(error)
+            faults.append(str(error))
             continue
-        ids.append(segment.ids_N)
+        entries.append(entry)
+        alive.append(alive_N)
+        segments.append(segment)
         folder = path / Path(segment_files(entry)[0]).parent
-        yield from _check_vectors(folder, segment)
-        yield from _check_ids(folder, segment)
+        faults += _check_vectors(folder / "vectors.npy", segment.vectors_ND, manifest.metric)
+        if segment.index is not None and (fault := index_fault(segment.index)) is not None:
+            faults.append(f"{folder / 'index.faiss'}: {fault}")
+        faults += _check_ids(folder / "rows.parquet", segment.rows)
+    faults += _check_whole(path, manifest, segments, alive)
+    return Contents(replace(manifest, segments=tuple(entries)), segments, alive), faults
+
+
+def _check_whole(
+    path: Path,
+    manifest: Manifest,
+    segments: Sequence[Segment],
+    alive: Sequence[NDArray[np.bool_] | None],
+) -> Iterator[str]:
+    """Look at what no segment has alone."""
+    ids = [
+        segment.ids_N if alive_N is None else segment.ids_N[alive_N]
+        for segment, alive_N in zip(segments, alive, strict=True)
+    ]
     all_ids, counts = np.unique(np.concatenate([np.empty(0, np.int64), *ids]), return_counts=True)
     for id_ in all_ids[counts > 1][:1]:
         yield f"{path}: expected every id once, found {id_} again"
@@ -185,32 +230,54 @@ def _check_content(path: Path, manifest: Manifest) -> Iterator[str]:
         yield from _check_rejects(path / REJECTS_FILE)
 
 
-def _check_vectors(folder: Path, segment: Segment) -> Iterator[str]:
-    """Look at every vector: of unit length, and in the index what was made of it."""
-    for start in range(0, len(segment.vectors_ND), BLOCK_ROWS):
-        block_ND = segment.vectors_ND[start : start + BLOCK_ROWS]
+def _read_journal(path: Path, manifest: Manifest, contents: Contents) -> None:
+    """Replay the journal, and look at every record.
+
+    Raises:
+        CollectionError: one is not what a writer of this collection writes.
+    """
+    if manifest.journal is None:
+        return
+    journal = JournalFile(path, manifest.journal)
+    for record in journal.read(Position()):
+        change = decode(record, manifest.dim, str(journal.file))
+        if isinstance(change, Delete):
+            contents.kill(change.ids)
+            continue
+        number = record.position.n_records - 1
+        where = Path(f"{journal.file}, record {number}")
+        for fault in (
+            *_check_vectors(where, change.vectors_ND, manifest.metric),
+            *_check_ids(where, change.rows),
+        ):
+            raise CollectionError(fault)
+        contents.put(change)
+
+
+def _check_vectors(file: Path, vectors_ND: NDArray[np.float32], metric: str) -> Iterator[str]:
+    """Look at every vector: finite, and of unit length where cosines are meant."""
+    for start in range(0, len(vectors_ND), BLOCK_ROWS):
+        block_ND = vectors_ND[start : start + BLOCK_ROWS]
         lengths_N = np.sqrt(np.square(block_ND, dtype=np.float64).sum(axis=1))
-        wrong = np.flatnonzero(~(np.abs(lengths_N - 1) <= UNIT_TOLERANCE))
+        is_sound_N = np.isfinite(lengths_N)
+        if metric == COSINE:
+            is_sound_N = np.abs(lengths_N - 1) <= UNIT_TOLERANCE
+        wrong = np.flatnonzero(~is_sound_N)
         if wrong.size:
             row, length = start + wrong[0], lengths_N[wrong[0]]
-            yield (
-                f"{folder / 'vectors.npy'}: expected vectors of length 1, found {length:.4g} in "
-                f"row {row}"
-            )
+            expected = "vectors of length 1" if metric == COSINE else "finite vectors"
+            yield f"{file}: expected {expected}, found {length:.4g} in row {row}"
             return
-    if segment.index is not None and (fault := index_fault(segment.index)) is not None:
-        yield f"{folder / 'index.faiss'}: {fault}"
 
 
-def _check_ids(folder: Path, segment: Segment) -> Iterator[str]:
+def _check_ids(file: Path, rows: pa.Table) -> Iterator[str]:
     """Hold every id against its key."""
-    for start in range(0, len(segment.ids_N), BLOCK_ROWS):
-        ids = segment.ids_N[start : start + BLOCK_ROWS].tolist()
-        keys = segment.rows["key"].slice(start, BLOCK_ROWS).to_pylist()
+    for start in range(0, len(rows), BLOCK_ROWS):
+        ids = rows["id"].slice(start, BLOCK_ROWS).to_pylist()
+        keys = rows["key"].slice(start, BLOCK_ROWS).to_pylist()
         for row, (id_, key) in enumerate(zip(ids, keys, strict=True), start):
             if key is None or id_of(str(key)) != id_:
-                found = f"expected the id of key {key!r}, found {id_} in row {row}"
-                yield f"{folder / 'rows.parquet'}: {found}"
+                yield f"{file}: expected the id of key {key!r}, found {id_} in row {row}"
                 return
 
 

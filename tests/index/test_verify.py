@@ -6,6 +6,7 @@ from pathlib import Path
 
 import faiss
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -14,7 +15,11 @@ from index.ann.making import build_index as build_hnsw
 from index.build import BuildOptions, build
 from index.collection import Collection
 from index.errors import CollectionError
+from index.storage.journal import JournalFile, Position
 from index.storage.manifest import hash_files, read_manifest, write_manifest
+from index.storage.records import PUT, decode, encode_put
+from index.storage.segment import Block
+from index.storage.writer import CollectionWriter
 from index.verify import VerifyOptions, main, verify
 from models.command import run_command
 
@@ -87,6 +92,83 @@ def test_one_flipped_byte_in_any_file_is_found(run, with_rejects, name):
             assert (status, str(file) in err) == (1, True), f"byte {at} ^ {flip:#x}"
     file.write_bytes(content)
     assert run(with_rejects)[0] == 0
+
+
+@pytest.fixture
+def written(built_hnsw, copy_collection, unit_rows):
+    """An HNSW collection that was written to: tombstones, a segment more, and a journal."""
+    path = copy_collection(built_hnsw)
+    with CollectionWriter.open(path) as writer:
+        fingerprint = writer.collection.fingerprint
+        vectors = unit_rows(4, writer.collection.dim)
+
+        def add(key, row):
+            table = pa.table({"key": [key], "source": ["folder:/nowhere"]})
+            writer.upsert(table, vectors[row : row + 1], fingerprint=fingerprint)
+
+        writer.delete(writer.collection.ids[[3, 5]])
+        add("sealed", 0)
+        writer.seal()
+        add("in the journal", 1)
+        add("sealed", 2)
+        writer.delete(writer.collection.ids[:1])
+    return path
+
+
+def test_what_a_writer_wrote_is_sound(run, written):
+    """60 images, 3 deleted, 2 added; the journal is a file like the others, the lock is none."""
+    status, out, err = run(written)
+    assert (status, err) == (0, "")
+    assert out.startswith(f"{written}: 59 images in 11 files, ")
+
+
+@pytest.mark.parametrize("name", ["journal-", "segments/000000/tombstones-", "manifest.json"])
+def test_one_flipped_byte_of_what_a_writer_wrote_is_found(run, written, name):
+    """By verify, which names the file, and by opening, for the writer as for readers."""
+    (file,) = written.glob(f"{name}*")
+    content = file.read_bytes()
+    step = max(1, len(content) // 24)
+    for at in range(0, len(content), step):
+        damaged = bytearray(content)
+        damaged[at] ^= 0x20
+        file.write_bytes(damaged)
+        status, _, err = run(written)
+        assert (status, str(file) in err) == (1, True), f"byte {at}"
+        if name != "manifest.json":  # there, a space for another is no damage to its content
+            for opening in (Collection.open, CollectionWriter.open):
+                with pytest.raises(CollectionError, match=f"{file}: expected "):
+                    opening(written)
+    file.write_bytes(content[:-1])
+    status, _, err = run(written)
+    assert (status, str(file) in err) == (1, True)
+    file.write_bytes(content)
+    assert run(written)[0] == 0
+
+
+def test_a_journal_of_what_does_not_belong_is_found(written):
+    """Vectors of another length, ids of other keys, tables of other columns: digests are right."""
+    manifest = read_manifest(written)
+    journal = JournalFile(written, manifest.journal, writable=True)
+    (*_, last) = journal.read(Position())
+    good = next(
+        change
+        for record in journal.read(Position())
+        if isinstance(change := decode(record, manifest.dim, ""), Block)
+    )
+    ids = good.rows["id"].to_numpy() + 1
+    other_rows = good.rows.set_column(0, good.rows.schema.field(0), [ids])
+    for block, fault in [
+        (Block(rows=good.rows, vectors_ND=good.vectors_ND * 2), "found 2 in row 0"),
+        (Block(rows=other_rows, vectors_ND=good.vectors_ND), "expected the id of key 'in the jou"),
+        (Block(rows=good.rows, vectors_ND=good.vectors_ND[:, :8]), "bytes for 1 rows of 16 dim"),
+        (Block(rows=good.rows.select(["id"]), vectors_ND=good.vectors_ND), "found 1 rows of id"),
+    ]:
+        journal.append(PUT, encode_put(block), last.position)
+        (found,) = verify(written).faults
+        assert found.startswith(str(journal.file))
+        assert fault in found
+    journal.append(7, [b"what?"], last.position)
+    assert verify(written).faults[0].startswith(f"{journal.file}: expected rows of this collection")
 
 
 @pytest.mark.parametrize("name", ["bundle.json", "encoder.onnx", "random.onnx"])
