@@ -34,6 +34,7 @@ from index.building.part_set import PartSet, Share
 from index.building.parts import PartStore, parts_directory
 from index.building.pipeline import ENCODE_THREADS, REMOTE_REQUESTS, Crew, choose_crew, make_parts
 from index.building.processes import make_parts_in_processes
+from index.building.ray_engine import make_parts_on_ray
 from index.building.summary import BuildSummary, summarise
 from index.building.target import check_target, find_finished
 from index.building.worker import Job
@@ -76,6 +77,11 @@ class BuildOptions:
     """A CSV or parquet file with a column `key`; its other columns are stored with the images."""
     batch_size: int = 64
     """Images encoded at once."""
+    engine: Literal["local", "ray"] = "local"
+    """What embeds: this machine, or actors on Ray (extra `ray`): the cluster of RAY_ADDRESS, or a
+    Ray that is started here. What they make is the same."""
+    actors: int = 1
+    """Actors on Ray, each with an encoder of its own and one CPU."""
     processes: int = 1
     """Processes that share the work: one fills some sixteen CPUs. What they make is the same."""
     requests: int = REMOTE_REQUESTS
@@ -95,7 +101,12 @@ class BuildOptions:
             raise UsageError("--out", expected="a directory with a name", found=str(self.out))
         if not 1 <= self.batch_size <= 65536:
             raise UsageError("--batch-size", expected="1 to 65536", found=str(self.batch_size))
-        for name, value in (("--processes", self.processes), ("--requests", self.requests)):
+        at_once = {
+            "--actors": self.actors,
+            "--processes": self.processes,
+            "--requests": self.requests,
+        }
+        for name, value in at_once.items():
             if not 1 <= value <= MAX_AT_ONCE:
                 raise UsageError(name, expected=f"1 to {MAX_AT_ONCE}", found=str(value))
 
@@ -234,7 +245,9 @@ def _embed_missing(
     key, start_s = store.key, time.monotonic()
     total = None if key.source_count is None else key.source_count - store.n_records
     crew = _crew(options)
-    if options.processes == 1:
+    if options.engine == "ray":
+        made = make_parts_on_ray(source, options.encoder, store, actors=options.actors)
+    elif options.processes == 1:
         made = make_parts(store.missing(source.records()), encoder, store, crew=crew)
     else:
         job = Job(

@@ -103,7 +103,6 @@ class Metadata:
         self._values = table.drop_columns([KEY])
         self._is_met_M = np.zeros(len(table), np.bool_)
         self._n_without_row = 0
-        self._example = ""
 
     @property
     def columns(self) -> pa.Schema:
@@ -111,18 +110,13 @@ class Metadata:
         return pa.schema([one for one in self._values.schema if one.name != LABEL])
 
     def join(self, rows: pa.Table) -> pa.Table:
-        """Append its columns to rows, by their keys, and keep count.
+        """Append its columns to rows, by their keys.
 
         Args:
             rows: with the columns of `ROW_SCHEMA`; those of the same name as one of the table's
                 are replaced, also by null.
         """
         places = pc.index_in(rows[KEY].combine_chunks(), value_set=self._keys)
-        met = places.drop_null().to_numpy()
-        self._is_met_M[met] = True
-        self._n_without_row += len(rows) - len(met)
-        if len(rows) and not self._example:
-            self._example = str(rows[KEY][0])
         values = self._values.take(places)
         for name in values.column_names:
             column = values[name]
@@ -134,20 +128,33 @@ class Metadata:
                 rows = rows.append_column(name, column)
         return rows
 
-    def report(self) -> JoinReport:
-        """Say how the rows that were joined so far met the table's.
+    def meet(self, keys: Sequence[str]) -> None:
+        """Take note of which rows these images are."""
+        places = pc.index_in(pa.array(keys, pa.string()), value_set=self._keys)
+        met = places.drop_null().to_numpy()
+        self._is_met_M[met] = True
+        self._n_without_row += len(keys) - len(met)
+
+    def require_met(self, example: str) -> None:
+        """Refuse a table of which no row is an image that was met.
+
+        Args:
+            example: the key of an image.
 
         Raises:
-            CollectionError: not one row of the table names an image.
+            CollectionError: it is so, as where the keys were written in another way.
         """
-        n_met = int(self._is_met_M.sum())
-        if len(self._keys) and self._example and not n_met:
+        if len(self._keys) and not self._is_met_M.any():
             raise CollectionError(
                 f"--metadata {self.file}",
-                expected=f"keys of images, such as {self._example!r}",
+                expected=f"keys of images, such as {example!r}",
                 found=f"{len(self._keys)} rows of others, such as {self._keys[0].as_py()!r}",
                 mend="write the keys as the source does, paths below its root",
             )
+
+    def report(self) -> JoinReport:
+        """Say how images and rows met so far."""
+        n_met = int(self._is_met_M.sum())
         return JoinReport(
             file=str(self.file),
             sha256=self.sha256,
@@ -159,9 +166,19 @@ class Metadata:
 
 
 def join_blocks(metadata: Metadata, blocks: Iterator[Block]) -> Iterator[Block]:
-    """Give the blocks with the columns of the table."""
+    """Give the blocks with the columns of the table.
+
+    Raises:
+        CollectionError: at the end, where no row of the table is one of an image.
+    """
+    key = None
     for block in blocks:
+        keys = cast(list[str], block.rows[KEY].to_pylist())
+        key = next(iter(keys), key)
+        metadata.meet(keys)
         yield replace(block, rows=metadata.join(block.rows))
+    if key is not None:
+        metadata.require_met(key)
 
 
 def _read(file: Path) -> pa.Table:

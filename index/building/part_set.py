@@ -38,6 +38,7 @@ from index.building.part_file import (
 from index.embed import EmbeddedBatch, Reject
 from index.errors import CollectionError
 from index.storage.segment import Block
+from models.files import atomic_file
 from models.image_source import ImageRecord
 
 PART_PREFIX = "part-"
@@ -180,7 +181,7 @@ class PartSet:
         vectors_ND = np.concatenate([batch.vectors_ND for batch in batches])
         is_finite_N = np.logical_and.reduce(np.isfinite(vectors_ND), axis=1)
         kept = np.flatnonzero(is_finite_N).tolist()
-        unsound = [_not_finite(keys[row], digests[row]) for row in np.flatnonzero(~is_finite_N)]
+        unsound = [not_finite(keys[row], digests[row]) for row in np.flatnonzero(~is_finite_N)]
         part = Part(
             file=self._file(start),
             start=start,
@@ -197,6 +198,28 @@ class PartSet:
             vectors_ND[kept],
         )
         self._parts[start] = part
+
+    def adopt(self, start: int, data: bytes) -> int:
+        """Write the part that starts at a record, made elsewhere; give its number of records.
+
+        Args:
+            start: of the part.
+            data: its file.
+
+        Raises:
+            CollectionError: it is no part of this run.
+        """
+        file = self._file(start)
+        with atomic_file(file) as temporary:
+            temporary.write_bytes(data)
+        part = open_part(file, self.key)
+        if part is None or part.start != start:
+            file.unlink()
+            raise CollectionError(
+                str(file), expected="a part of this run", found="something else that was sent"
+            )
+        self._parts[start] = part
+        return part.n_records
 
     def settle(self) -> None:
         """Find the images whose id an earlier one has: from here on they are rejects.
@@ -270,7 +293,7 @@ def _texts(column: pa.ChunkedArray[pa.StringScalar]) -> list[str]:
     return cast(list[str], column.to_pylist())
 
 
-def _not_finite(key: str, digest: str) -> Reject:
+def not_finite(key: str, digest: str) -> Reject:
     """Reject an image whose vector is no vector."""
     message = f"{key}: expected a finite vector, found NaN or infinity"
     return Reject(key=key, fault=NOT_FINITE, message=message, digest=digest)

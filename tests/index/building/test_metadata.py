@@ -44,6 +44,7 @@ def test_a_csv_gives_typed_columns_by_key(write):
         "7,gone,2023-01-01,true,x,,\n"
     )
     metadata = Metadata(file)
+    metadata.meet(["a", "b", "c"])
     joined = metadata.join(rows_of("a", "b", "c"))
     assert is_row_schema(joined.schema)
     assert joined.schema.equals(pa.schema([*ROW_SCHEMA, *metadata.columns]))
@@ -157,9 +158,9 @@ def test_a_file_of_no_known_name_is_bad_use(write):
 def test_a_table_of_other_keys_is_an_error(write):
     """Somebody has named the images in another way: nulls everywhere are nobody's wish."""
     metadata = Metadata(write("key,n\ncats/1,1\n"))
-    metadata.join(rows_of("cats/1.jpg"))
+    metadata.meet(["cats/1.jpg"])
     with pytest.raises(CollectionError) as error:
-        metadata.report()
+        metadata.require_met("cats/1.jpg")
     assert (
         "expected keys of images, such as 'cats/1.jpg', found 1 rows of others, such as 'cats/1'"
         in str(error.value)
