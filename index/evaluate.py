@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
-from index.evaluation import evaluate_knn, evaluate_retrieval, evaluate_space
+from index.evaluation import evaluate_knn, evaluate_recall, evaluate_retrieval, evaluate_space
 from models.command import run_command
 
 Options = TypeVar("Options")
@@ -22,6 +22,7 @@ USAGE = f"""usage: {PROG} KIND [OPTIONS]
 kinds:
   knn        accuracy of a weighted vote of the nearest neighbours, beside baselines
   retrieval  whether what ranks first is of the query's class: P@k, mAP@R, nDCG
+  recall     what the index finds of what an exact search finds, how fast, at what size
   space      the space itself: rank, spread, hubs, drift from another encoder
 
 {PROG} KIND --help shows the options of a kind."""
@@ -35,6 +36,7 @@ def _kind(name: str, options: type[Options], main: Callable[[Options], None]) ->
 KINDS: Mapping[str, Kind] = {
     "knn": _kind("knn", evaluate_knn.KnnOptions, evaluate_knn.main),
     "retrieval": _kind("retrieval", evaluate_retrieval.RetrievalOptions, evaluate_retrieval.main),
+    "recall": _kind("recall", evaluate_recall.RecallOptions, evaluate_recall.main),
     "space": _kind("space", evaluate_space.SpaceOptions, evaluate_space.main),
 }
 

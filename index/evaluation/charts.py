@@ -15,6 +15,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from index.evaluation.plots import DPI, FAINT, INK, MUTED, PAPER, WRONG, save_figure, shorten
+from index.evaluation.recall_report import RecallReport
 from index.evaluation.retrieval_report import RetrievalReport
 from index.evaluation.retrieval_scores import MAP_AT_R
 from index.evaluation.space_report import Drift, SpaceReport
@@ -121,6 +122,65 @@ def _draw_overlap(axes: Axes, drift: Drift) -> None:
         y=f"images, of {drift.n_overlap:,}",
     )
     axes.legend(frameon=False, fontsize=8)
+
+
+def draw_recall(path: Path, report: RecallReport) -> None:
+    """Draw recall of every condition, and how long single queries take, as PNG."""
+    figure = new_figure(12.4, 1.9 + 0.42 * len(report.conditions))
+    left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
+    _draw_conditions(left, report)
+    _draw_latencies(right, report)
+    save_figure(figure, path)
+
+
+def _draw_conditions(axes: Axes, report: RecallReport) -> None:
+    """Draw a row a condition: mean recall, and that of the worst twentieth of the queries."""
+    ks = list(report.conditions[0].by_k)
+    k = report.exact.k if report.exact.k in ks else ks[len(ks) // 2]
+    places = np.arange(len(report.conditions))
+    means = 100 * np.array([one.by_k[k].mean for one in report.conditions])
+    worst = 100 * np.array([one.by_k[k].worst_5_percent for one in report.conditions])
+    axes.hlines(places, worst, means, color=FAINT, lw=2)
+    axes.scatter(worst, places, s=34, color=PAPER, edgecolors=WRONG, zorder=3, label="worst 5%")
+    axes.scatter(means, places, s=34, color=BLUE, zorder=4, label="all queries")
+    for place, mean in zip(places, means, strict=True):
+        axes.annotate(
+            f"{mean:.2f}", (mean, place), xytext=(0, 6), textcoords="offset points",
+            ha="center", fontsize=7, color=MUTED,
+        )  # fmt: skip
+    axes.set_yticks(places, [one.name for one in report.conditions])
+    axes.set_ylim(len(places) - 0.4, -0.7)
+    low = min(98.0, float(worst.min()))
+    axes.set_xlim(low - 0.06 * (100 - low), 100 + 0.06 * (100 - low))
+    finish_axes(axes, title=f"{report.collection}, {report.factory}: recall@{k}", x="%")
+    axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.13))
+
+
+def _draw_latencies(axes: Axes, report: RecallReport) -> None:
+    """Draw which share of single queries took how long at most."""
+    for name, timing, colour in (
+        ("through the index", report.conditions[0].timing, BLUE),
+        ("exact", report.exact, ORANGE),
+    ):
+        latencies = np.array(timing.latencies_ms)
+        shares = 100 * np.arange(1, 1 + len(latencies)) / len(latencies)
+        axes.plot(latencies, shares, color=colour, lw=1.6, drawstyle="steps-post", label=name)
+        axes.scatter([timing.p99_ms], [99], s=22, color=colour, zorder=3)
+        axes.annotate(
+            f"p99 {timing.p99_ms:.2g} ms", (timing.p99_ms, 99), xytext=(5, -11),
+            textcoords="offset points", ha="left", fontsize=7, color=colour,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.margins(x=0.12)
+    quiet_logarithms(axes.xaxis)
+    axes.set_ylim(0, 103)
+    finish_axes(
+        axes,
+        title=f"one query a call, k = {report.exact.k}, {report.threads} threads",
+        x="ms",
+        y="% of queries took no longer",
+    )
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
 
 
 def new_figure(width: float, height: float) -> Figure:

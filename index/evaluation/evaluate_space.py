@@ -110,7 +110,7 @@ def evaluate(options: SpaceOptions) -> SpaceReport:
         moments, by_class, together = _sums(collection)
         ids_S = _sample(collection.ids, options.sample, options.seed)
         vectors_SD = collection.vectors(ids_S)
-        counts_S = occurrences(neighbour_rows(vectors_SD, options.k))
+        counts_S = occurrences(neighbour_rows(vectors_SD, options.k, metric=collection.metric))
         drift: Drift | None = None
         notes: list[str] = []
         if options.other is not None:
@@ -182,8 +182,8 @@ def _drift(
     chosen = _sample(np.arange(len(ids_P)), options.sample, options.seed)
     k = min(options.k, len(chosen) - 1)
     shared = neighbour_overlap(
-        neighbour_rows(collection.vectors(ids_P[chosen]), k),
-        neighbour_rows(other.vectors(other_ids_P[chosen]), k),
+        neighbour_rows(collection.vectors(ids_P[chosen]), k, metric=collection.metric),
+        neighbour_rows(other.vectors(other_ids_P[chosen]), k, metric=other.metric),
     )
     notes = []
     if len(ids_P) < collection.count:

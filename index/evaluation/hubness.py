@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from index.knn import MISSING, knn_search
+from index.knn import COSINE, MISSING, knn_search
 
 HUB_DEVIATIONS = 2.0
 
@@ -46,9 +46,11 @@ class Hubness:
     largest: int
 
 
-def neighbour_rows(vectors_ND: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+def neighbour_rows(
+    vectors_ND: NDArray[np.float32], k: int, *, metric: str = COSINE
+) -> NDArray[np.int64]:
     """Give the k nearest other rows of every row, exactly: (N, k); -1 where there are fewer."""
-    _, rows = knn_search(vectors_ND, vectors_ND, k + 1)
+    _, rows = knn_search(vectors_ND, vectors_ND, k + 1, metric=metric)
     # Of several equal vectors, a row need not be its own first neighbour, nor among the first.
     is_own = rows == np.arange(len(rows))[:, None]
     is_own[~is_own.any(axis=1), -1] = True

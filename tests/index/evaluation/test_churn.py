@@ -1,0 +1,69 @@
+from contextlib import closing
+
+import numpy as np
+import pytest
+
+from index.collection import Collection
+from index.errors import EvaluationError
+from index.evaluation.churn import churned
+
+
+def contents(collection):
+    """Give key, label and vector of every image, in the order of the ids."""
+    order = np.argsort(collection.ids)
+    rows = collection.rows(collection.ids[order])
+    return [(row.key, row.label) for row in rows], collection.vectors(collection.ids[order])
+
+
+def files(path):
+    """Give every file's content."""
+    return {file: file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def test_images_go_and_come_back(tmp_path, make_collection, unit_rows):
+    """A fifth is deleted from the copy, and is as it was when it is back; nothing is left over."""
+    path = make_collection(tmp_path / "c", unit_rows(90, 8), factory="HNSW32", n_segments=2)
+    before, scratch = files(path), tmp_path / "scratch"
+    scratch.mkdir()
+    with Collection.open(path) as collection:
+        steps = churned(collection, 0.2, seed=1, scratch=scratch, threads=1)
+        name, copy = next(steps)
+        assert (name, copy.count) == ("20% deleted", 72)
+        gone = np.setdiff1d(collection.ids, copy.ids)
+        found = copy.search(collection.vectors(gone), 1, fingerprint=copy.fingerprint)
+        assert not np.isin(found.ids, gone).any()
+        name, copy = next(steps)
+        assert (name, copy.count) == ("and added back", 90)
+        rows, vectors = contents(copy)
+        expected_rows, expected_vectors = contents(collection)
+        assert rows == expected_rows
+        np.testing.assert_array_equal(vectors, expected_vectors)
+        found = copy.search(collection.vectors(gone), 1, fingerprint=copy.fingerprint)
+        assert found.ids[:, 0].tolist() == gone.tolist()
+        assert next(steps, None) is None
+    assert list(scratch.iterdir()) == []
+    assert files(path) == before
+
+
+def test_what_is_deleted_is_the_seeds(tmp_path, make_collection, unit_rows):
+    """The same images for the same seed; the copy goes when nobody asks on."""
+    path = make_collection(tmp_path / "c", unit_rows(40, 8))
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    kept = []
+    with Collection.open(path) as collection:
+        for seed in (1, 1, 2):
+            with closing(churned(collection, 0.5, seed=seed, scratch=scratch, threads=1)) as steps:
+                kept.append(next(steps)[1].ids.tolist())
+            assert list(scratch.iterdir()) == []
+    assert kept[0] == kept[1] != kept[2]
+
+
+def test_a_copy_that_has_no_room_is_said(tmp_path, make_collection, unit_rows):
+    """With the way out; here a file of the collection is gone before it is copied."""
+    path = make_collection(tmp_path / "c", unit_rows(40, 8))
+    with Collection.open(path) as collection:
+        (path / "segments/000000/ids.npy").unlink()
+        (path / "segments/000000/ids.npy").symlink_to(tmp_path / "nowhere")
+        with pytest.raises(EvaluationError, match=r"copy of collection made: .*with --churn 0"):
+            next(churned(collection, 0.5, seed=0, scratch=None, threads=1))
