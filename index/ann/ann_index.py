@@ -48,9 +48,24 @@ class AnnIndex:
     """
 
     def __init__(
-        self, kind: Kind, base: faiss.Index, vectors_ND: NDArray[np.float32], *, metric: str
+        self,
+        kind: Kind,
+        base: faiss.Index,
+        vectors_ND: NDArray[np.float32],
+        *,
+        metric: str,
+        rows_M: NDArray[np.int64] | None = None,
     ) -> None:
-        """Take over an index that was checked, and put the vectors beneath it."""
+        """Take over an index that was checked, and put the vectors beneath it.
+
+        Args:
+            kind: of the index.
+            base: the index, without re-ranking.
+            vectors_ND: (N, D) float32, whose rows the index finds.
+            metric: `cosine` or `euclidean`.
+            rows_M: the rows that it has, where those are not all: a graph's n-th node is the n-th
+                of them, and it keeps its own vectors.
+        """
         self.kind = kind
         self.metric = metric
         self.count = len(vectors_ND)
@@ -60,11 +75,18 @@ class AnnIndex:
         storage = base.storage if kind.family == "graph" else None
         self.own_storage = None if storage is None else faiss.downcast_index(storage)
         self._settings: dict[tuple[int, ...], faiss.SearchParameters] = {}
-        self._top: faiss.Index
+        searched = base
+        if kind.family == "graph" and rows_M is not None:
+            searched = self._numbered = _number(base, rows_M)
+        elif kind.family == "graph" and not kind.refines:
+            base.storage, base.own_fields = self._flat, False
+            if self.own_storage is not None:
+                self.own_storage.thisown = True  # of an older file: goes with this object
+        self._top = searched
         if kind.refines:
-            self._top = faiss.IndexRefine(base, self._flat)
-        else:
-            self._top, base.storage, base.own_fields = base, self._flat, False
+            self._flat.ntotal = searched.ntotal  # FAISS wants the same number of both at first
+            self._top = faiss.IndexRefine(searched, self._flat)
+            self._top.ntotal = self._flat.ntotal = len(vectors_ND)
 
     def __repr__(self) -> str:
         return f"<AnnIndex {self.kind.factory} over {self.count} vectors, {self.metric}>"
@@ -142,6 +164,14 @@ class AnnIndex:
         if len(self._settings) < MAX_KEPT_SETTINGS:
             self._settings[key] = made
         return made
+
+
+def _number(base: faiss.Index, rows_M: NDArray[np.int64]) -> faiss.IndexIDMap:
+    """Let an index know its vectors by other numbers."""
+    numbered = faiss.IndexIDMap(faiss.IndexFlat(base.d, base.metric_type))  # it wants an empty one
+    numbered.index, numbered.ntotal = base, base.ntotal
+    faiss.copy_array_to_vector(rows_M, numbered.id_map)
+    return numbered
 
 
 def make_settings(

@@ -27,6 +27,9 @@ MIN_FOUND = 0.5
 MAX_CHANGED = 0.25
 """Of the bytes of a code."""
 
+CENTRE = 1e-3
+"""Of a vector's length: nearer to its list's centre, it is that centre."""
+
 Codes = NDArray[np.uint8]
 CodesOf = Callable[[NDArray[np.float32], int], tuple[Codes, Codes]]
 """Gives the stored and the remade codes, (n, bytes) each, of n vectors from a row on."""
@@ -82,9 +85,31 @@ def _list_codes(index: AnnIndex) -> CodesOf:
         made = np.zeros((len(block_ND), lists.code_size), np.uint8)
         pointers = [faiss.swig_ptr(a) for a in (block_ND, numbers, made)]
         lists.encode_vectors(len(block_ND), *pointers)
-        return _stored_codes(lists, numbers, place_N[rows]), made
+        stored = _stored_codes(lists, numbers, place_N[rows])
+        return _signs(lists, block_ND, numbers, stored, made) if index.kind.rotates else (
+            stored, made
+        )  # fmt: skip
 
     return codes_of
+
+
+def _signs(
+    lists: faiss.IndexIVF,
+    block_ND: NDArray[np.float32],
+    numbers: NDArray[np.int64],
+    stored: Codes,
+    made: Codes,
+) -> tuple[Codes, Codes]:
+    """Take the signs of RaBitQ's codes; the factors behind them are sums, which round.
+
+    A vector that is the centre of its list has the signs of what was rounded.
+    """
+    quantizer = faiss.downcast_index(lists.quantizer)
+    off_N = np.linalg.norm(block_ND - quantizer.reconstruct_batch(numbers), axis=1)
+    is_centre_N = off_N <= CENTRE * np.linalg.norm(block_ND, axis=1)
+    n_bytes = (block_ND.shape[1] + 7) // 8
+    made[is_centre_N] = stored[is_centre_N]
+    return stored[:, :n_bytes], made[:, :n_bytes]
 
 
 def _find_places(lists: faiss.IndexIVF, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -3,11 +3,13 @@
 Rules:
     Memory holds the index, a block of vectors and a bounded sample; what was read of the map is
     given back as it goes.
-    The same vectors and the same kind give the same bytes: samples are drawn evenly from all
-    rows by a fixed seed, lists are learnt from fixed beginnings, and a graph is linked by one
-    thread. With `graph_threads=2` a graph takes a little over half the time, and depends on the
-    race between them.
+    The same vectors and the same kind give the same bytes, whatever the number of threads: samples
+    are drawn from all rows by a fixed seed, lists are learnt from fixed beginnings, rotations
+    are made by one thread, and FAISS links graphs in a fixed order since 1.15; before that one
+    thread links them.
     A graph's file has no vectors: `vectors.npy` beside it does.
+    Some rows may be held back, so that the index is tried out with vectors that it does not have;
+    they are added at the end, and the index is one over all rows in their order.
 """
 
 from __future__ import annotations
@@ -36,7 +38,6 @@ def build_index(
     *,
     metric: str = COSINE,
     threads: int | None = None,
-    graph_threads: int = 1,
     memory_bytes: int | None = None,
 ) -> faiss.Index:
     """Build an index over vectors.
@@ -45,9 +46,7 @@ def build_index(
         vectors_ND: (N, D) float32, best a memory map; of unit length where `metric` is `cosine`.
         factory: one of `index.ann.kinds`.
         metric: `cosine` or `euclidean`.
-        threads: CPU threads for what does not depend on their number; the CPU budget where None.
-        graph_threads: CPU threads that link a graph; with more than one its bytes differ from
-            build to build.
+        threads: CPU threads; the CPU budget where None.
         memory_bytes: most that building may take; unbounded where None.
 
     Returns:
@@ -56,24 +55,110 @@ def build_index(
     Raises:
         UsageError: the kind is unknown or does not fit the vectors or the budget.
     """
-    count, dim = vectors_ND.shape
-    kind = parse_kind(factory, dim)
-    check_budget(kind, count, dim, memory_bytes)
-    if kind.is_cagra:
-        return _build_cagra(kind, vectors_ND, metric)
-    index = faiss.index_factory(dim, kind.base, faiss_metric(metric))
-    if kind.family == "graph":
-        index.hnsw.efConstruction = EF_CONSTRUCTION
-    _train(index, kind, vectors_ND, threads or cpu_budget())
-    n_threads = graph_threads if kind.family == "graph" else threads or cpu_budget()
-    for start in range(0, count, BUILD_BLOCK):
-        block_ND = np.ascontiguousarray(vectors_ND[start : start + BUILD_BLOCK])
-        release_pages(vectors_ND, start, min(count, start + BUILD_BLOCK))
-        inner, block_ND = _rotate(index, block_ND)
-        with faiss_threads(n_threads):
-            inner.add(block_ND)
-    index.ntotal = count
-    return index
+    builder = Builder(vectors_ND, factory, metric=metric, threads=threads)
+    check_budget(builder.kind, len(vectors_ND), vectors_ND.shape[1], memory_bytes)
+    builder.start()
+    return builder.finish()
+
+
+class Builder:
+    """Builds an index in two steps: most rows, and those that were held back."""
+
+    def __init__(
+        self,
+        vectors_ND: NDArray[np.float32],
+        factory: str,
+        *,
+        metric: str = COSINE,
+        threads: int | None = None,
+        held_back: NDArray[np.int64] | None = None,
+    ) -> None:
+        """Set out to build; nothing is read yet.
+
+        Args:
+            vectors_ND: as of `build_index`.
+            factory: likewise.
+            metric: likewise.
+            threads: likewise.
+            held_back: rows that are added at the end, ascending.
+        """
+        self.kind = parse_kind(factory, vectors_ND.shape[1])
+        self.metric = metric
+        self.held_back = np.empty(0, np.int64) if held_back is None else held_back
+        self.rows_M = np.delete(np.arange(len(vectors_ND)), self.held_back)
+        self._vectors_ND = vectors_ND
+        self._threads = threads or cpu_budget()
+        self._index: faiss.Index | None = None
+
+    def start(self) -> faiss.Index:
+        """Build over all rows but those held back; lists know rows by their numbers.
+
+        A graph's n-th node is the n-th of `rows_M`, and keeps its own copy of the vectors.
+        """
+        vectors_ND, kind = self._vectors_ND, self.kind
+        if kind.lists > len(self.rows_M):
+            raise UsageError(
+                f"index {kind.factory}",
+                expected=f"at most as many lists as there are vectors, {len(self.rows_M)}",
+                found=str(kind.lists),
+            )
+        if kind.is_cagra:
+            self._index = _build_cagra(kind, vectors_ND[self.rows_M], self.metric)
+            return self._index
+        index = faiss.index_factory(vectors_ND.shape[1], kind.base, faiss_metric(self.metric))
+        if kind.family == "graph":
+            index.hnsw.efConstruction = EF_CONSTRUCTION
+        if not index.is_trained:
+            _train(index, kind, vectors_ND, self.rows_M, self._threads)
+        self._index = index
+        self._add(self.rows_M)
+        return index
+
+    def finish(self) -> faiss.Index:
+        """Add the rows that were held back, and bring all into their order."""
+        assert self._index is not None, "start comes first"
+        index, self._index = self._index, None
+        if not len(self.held_back):
+            return index
+        if self.kind.is_cagra:
+            return _build_cagra(self.kind, self._vectors_ND, self.metric)
+        self._index = index
+        self._add(self.held_back)
+        self._index = None
+        if self.kind.family == "graph":
+            order = np.argsort(np.concatenate([self.rows_M, self.held_back]))
+            index.permute_entries(order)
+        return index
+
+    def _add(self, rows: NDArray[np.int64]) -> None:
+        """Add rows, a block at a time."""
+        index = self._index
+        assert index is not None
+        for start in range(0, len(self._vectors_ND), BUILD_BLOCK):
+            stop = min(len(self._vectors_ND), start + BUILD_BLOCK)
+            first, last = np.searchsorted(rows, (start, stop))
+            if first == last:
+                continue
+            own = rows[first:last]
+            whole = len(own) == stop - start
+            block_ND = np.ascontiguousarray(
+                self._vectors_ND[start:stop] if whole else self._vectors_ND[own]
+            )
+            release_pages(self._vectors_ND, start, stop)
+            inner, block_ND = _rotate(index, block_ND)
+            with faiss_threads(
+                self._threads if self.kind.family == "lists" else graph_threads(self._threads)
+            ):
+                if self.kind.family == "lists":
+                    inner.add_with_ids(block_ND, own)
+                else:
+                    inner.add(block_ND)
+            index.ntotal = inner.ntotal
+
+
+def graph_threads(threads: int) -> int:
+    """Say how many threads may link a graph without a race between them."""
+    return threads if hasattr(faiss, "hnsw_add_vertices_deterministic") else 1
 
 
 def write_index(index: faiss.Index, file: Path, factory: str) -> None:
@@ -91,21 +176,19 @@ def write_index(index: faiss.Index, file: Path, factory: str) -> None:
         raise OSError(None, str(error).splitlines()[0]) from error
 
 
-def _train(index: faiss.Index, kind: Kind, vectors_ND: NDArray[np.float32], threads: int) -> None:
-    """Learn lists and codes from a sample of the vectors, the same for the same vectors."""
-    if index.is_trained:
-        return
-    if kind.lists > len(vectors_ND):
-        raise UsageError(
-            f"index {kind.factory}",
-            expected=f"at most as many lists as there are vectors, {len(vectors_ND)}",
-            found=str(kind.lists),
-        )
+def _train(
+    index: faiss.Index,
+    kind: Kind,
+    vectors_ND: NDArray[np.float32],
+    rows_M: NDArray[np.int64],
+    threads: int,
+) -> None:
+    """Learn lists and codes from a sample of the rows, the same for the same vectors."""
     if kind.family == "lists":
         lists = lists_of(index)
         lists.cp.niter, lists.cp.seed = KMEANS_ITERATIONS, SEED
         lists.cp.min_points_per_centroid = 1  # few vectors are no reason for a warning
-    sample_ND = draw_rows(vectors_ND, sample_rows(kind, len(vectors_ND)))
+    sample_ND = draw_rows(vectors_ND, rows_M, sample_rows(kind, len(rows_M)))
     if kind.rotates:
         faiss.downcast_VectorTransform(index.chain.at(0)).train(sample_ND)
     inner, sample_ND = _rotate(index, sample_ND)
@@ -128,19 +211,19 @@ def _rotate(
     return faiss.downcast_index(index.index), rotated_ND
 
 
-def draw_rows(vectors_ND: NDArray[np.float32], n: int, *, seed: int = SEED) -> NDArray[np.float32]:
-    """Copy n of the vectors, drawn from all of them; the memory map's pages are given back."""
-    if n >= len(vectors_ND):
-        rows = np.arange(len(vectors_ND))
-    else:
-        rows = np.sort(np.random.default_rng(seed).choice(len(vectors_ND), n, replace=False))
-    drawn = np.empty((len(rows), vectors_ND.shape[1]), np.float32)
+def draw_rows(
+    vectors_ND: NDArray[np.float32], rows_M: NDArray[np.int64], n: int
+) -> NDArray[np.float32]:
+    """Copy n of the rows, drawn from all of them; the memory map's pages are given back."""
+    if n < len(rows_M):
+        rows_M = np.sort(np.random.default_rng(SEED).choice(rows_M, n, replace=False))
+    drawn_ND = np.empty((len(rows_M), vectors_ND.shape[1]), np.float32)
     for start in range(0, len(vectors_ND), BUILD_BLOCK):
         stop = min(len(vectors_ND), start + BUILD_BLOCK)
-        first, last = np.searchsorted(rows, (start, stop))
-        drawn[first:last] = vectors_ND[rows[first:last]]
+        first, last = np.searchsorted(rows_M, (start, stop))
+        drawn_ND[first:last] = vectors_ND[rows_M[first:last]]
         release_pages(vectors_ND, start, stop)
-    return drawn
+    return drawn_ND
 
 
 def _build_cagra(kind: Kind, vectors_ND: NDArray[np.float32], metric: str) -> faiss.Index:

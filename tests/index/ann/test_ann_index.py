@@ -4,13 +4,14 @@ import faiss
 import numpy as np
 import pytest
 
+from index.ann.ann_index import AnnIndex
 from index.ann.checking import index_fault
 from index.ann.kinds import default_parameters, parse_kind
-from index.ann.making import build_index, write_index
+from index.ann.making import Builder, build_index, write_index
 from index.ann.opening import open_index
 from index.knn import knn_search
 
-COUNT, DIM, K = 3000, 32, 10
+COUNT, DIM, K = 1500, 32, 10
 FACTORIES = [
     "HNSW32",
     "HNSW16,SQ8,RFlat",
@@ -132,9 +133,33 @@ def test_an_index_is_that_of_its_vectors(make_index, factory):
 
 @pytest.mark.parametrize("factory", FACTORIES)
 def test_the_same_vectors_give_the_same_bytes(factory):
-    """Whatever the number of threads, but for those that link a graph."""
+    """Whatever the number of threads."""
     vectors = draw(1000, seed=1)
     first, second = (
         faiss.serialize_index(build_index(vectors, factory, threads=threads)) for threads in (1, 2)
     )
     np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_rows_that_are_held_back_come_at_the_end(make_index, factory, metric):
+    """Until then they are not found; then the index is one over all rows in their order."""
+    vectors = make_index(factory, metric).vectors_ND
+    held_back = np.arange(5, COUNT, 100)
+    builder = Builder(vectors, factory, metric=metric, held_back=held_back)
+    base = builder.start()
+    part = AnnIndex(builder.kind, base, vectors, metric=metric, rows_M=builder.rows_M)
+    queries = np.ascontiguousarray(vectors[held_back])
+    scores, rows = part.search(queries, K, parameters={}, threads=1)
+    _, truth = knn_search(queries, vectors, K, rows_M=builder.rows_M, metric=metric)
+    assert recall(rows, truth) > 0.9
+    assert not np.isin(rows, held_back).any()
+    if metric == "cosine":
+        expected = np.einsum("qd,qkd->qk", queries, vectors[rows])
+        np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-5)
+    del part
+    whole = AnnIndex(builder.kind, builder.finish(), vectors, metric=metric)
+    _, rows = whole.search(queries, 1, parameters={}, threads=1)
+    assert (rows[:, 0] == held_back).mean() > 0.9
+    assert index_fault(whole) is None
