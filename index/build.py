@@ -40,12 +40,13 @@ from index.building.target import check_target, find_finished
 from index.building.worker import Job
 from index.errors import CollectionError
 from index.storage.manifest import Manifest, write_manifest
+from index.storage.publishing import put_in_place
 from models.bundle import Json
 from models.command import progress, run_command
 from models.cpu import cpu_budget
 from models.encoder import Encoder, open_encoder
 from models.errors import UsageError
-from models.files import atomic_directory, publish_directory
+from models.files import atomic_directory
 from models.image_folder import FolderSource
 from models.images import ImageSource, open_source
 
@@ -223,7 +224,7 @@ def _build(
             report = {**manifest.build, "reused": reused, **times}
             manifest = dataclasses.replace(manifest, build=report)
             write_manifest(directory, manifest)
-        publish_directory(store.directory / "collection", out, replace=options.replace)
+        put_in_place(store.directory / "collection", out, replace=options.replace)
         store.discard()
     return summarise(out, manifest)
 
@@ -293,6 +294,7 @@ def _is_same(
         manifest.build.get("run") == key.to_json()
         and manifest.name == (options.name or options.target.name)
         and (joined and joined["sha256"]) == (metadata and metadata.sha256)
+        and len(manifest.segments) == 1
         and manifest.segments[0].factory == choose_factory(options.index, manifest.count)
     )
 

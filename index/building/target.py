@@ -6,6 +6,7 @@ from pathlib import Path
 
 from index.building.parts import read_run_id
 from index.errors import CollectionError
+from index.storage.lock import writer_lock
 from index.storage.manifest import MANIFEST_FILE, Manifest, read_manifest
 from models.errors import UsageError
 
@@ -15,6 +16,7 @@ def check_target(out: Path, *, replace: bool) -> None:
 
     Raises:
         UsageError: it must stay.
+        CollectionLockedError: a writer has the collection that is to be replaced.
     """
     if not out.exists() and not out.is_symlink():
         return
@@ -32,6 +34,8 @@ def check_target(out: Path, *, replace: bool) -> None:
             found="a collection",
             mend="choose another name, or replace it with --replace",
         )
+    with writer_lock(out):  # said now, not after an hour of embedding
+        pass
 
 
 def find_finished(out: Path) -> Manifest | None:

@@ -25,7 +25,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from index.errors import CollectionError
 from index.storage.journal import create_journal
+from index.storage.lock import writer_lock
 from index.storage.manifest import (
     MANIFEST_FILE,
     FileEntry,
@@ -33,13 +35,14 @@ from index.storage.manifest import (
     Manifest,
     SegmentEntry,
     hash_files,
+    read_manifest,
     write_manifest,
 )
 from index.storage.rows import ROW_SCHEMA
 from index.storage.segment import SEGMENTS, Block, segment_files, write_segment
 from index.storage.snapshot import Part, in_schema, unify
 from index.storage.store import Store
-from models.files import TEMPORARY_PREFIX, sync
+from models.files import TEMPORARY_PREFIX, publish_directory, sync
 
 JOURNAL_PREFIX = "journal-"
 BLOCK_ROWS = 16384
@@ -75,7 +78,11 @@ def publish(
         added: a segment to name.
         merged: the segments that it stands for; those of the delta where there are none.
         journal: a new one, where everything in the old one is in segments now; else that stays.
+
+    Raises:
+        CollectionError: another collection stands at the path, or none.
     """
+    store.require_current()
     old = store.manifest
     generation = old.generation + 1
     segments, files = [], dict(added.files) if added else {}
@@ -110,6 +117,30 @@ def publish(
     write_manifest(store.path, manifest)
     store.load()
     _remove(store.path, _names(old) | set(files), manifest)
+
+
+def put_in_place(built: Path, path: Path, *, replace: bool) -> None:
+    """Give a collection that was built elsewhere its name, maybe that of another.
+
+    Args:
+        built: its directory, on the file system of `path`.
+        path: its name from now on.
+        replace: whether a collection may stand there. Its generation goes on, so that readers
+            see a later version, and `built` is the old one afterwards.
+
+    Raises:
+        CollectionLockedError: a writer has the collection that stands there: what it wrote would
+            be lost, and what it writes, too.
+    """
+    if not (replace and (path / MANIFEST_FILE).is_file()):
+        publish_directory(built, path, replace=replace)
+        return
+    with writer_lock(path):
+        with suppress(CollectionError):  # to replace what is damaged is a good reason
+            generation = read_manifest(path).generation + 1
+            manifest = read_manifest(built)
+            write_manifest(built, dataclasses.replace(manifest, generation=generation))
+        publish_directory(built, path, replace=True)
 
 
 def begin_journal(store: Store) -> JournalEntry:

@@ -110,11 +110,29 @@ class Store:
         with self._lock:
             if self.is_written_here:
                 return self.snapshot
-            if not self._file.is_current() or not self._is_longer():
+            if not self.is_current() or not self._is_longer():
                 self.load()
             else:
                 self._replay()
             return self.snapshot
+
+    def is_current(self) -> bool:
+        """Tell whether the manifest that was read last still stands in its place."""
+        return self._file.is_current()
+
+    def require_current(self) -> None:
+        """Refuse to write where nobody would ever read it.
+
+        Raises:
+            CollectionError: another collection stands at the path, or none.
+        """
+        if not self.is_current():
+            raise CollectionError(
+                str(self.path),
+                expected="the collection that this writer opened",
+                found="another one, or none",
+                mend="open it again; what was moved away or replaced has what was written before",
+            )
 
     def load(self) -> None:
         """Read the manifest and everything that it names, but segments that are open."""

@@ -296,6 +296,7 @@ class CollectionWriter:
 
     def _write(self, kind: int, body: Sequence[bytes | memoryview], change: Block | Delete) -> None:
         """Put a change into the journal, then into memory, then into the collection."""
+        self._store.require_current()
         with _disk(self.path):
             journal = self._open_journal()
         position = journal.append(kind, body, self._store.position)
@@ -317,6 +318,7 @@ class CollectionWriter:
     def _seal(self) -> None:
         """Make a segment of the delta, where anything was written since the last."""
         store = self._store
+        store.require_current()
         if store.position.n_records == 0:
             return
         added = None

@@ -5,6 +5,7 @@ import pytest
 from index.collection import Collection, id_of
 from index.errors import CollectionError
 from index.storage.lock import CollectionLockedError
+from index.storage.publishing import put_in_place
 from index.storage.writer import CollectionWriter
 from index.verify import verify
 from models.errors import FingerprintMismatchError, UsageError
@@ -143,3 +144,41 @@ def test_further_columns_stay_through_everything(writer, vectors):
         assert [row.metadata for row in rows] == [{"width": 5}, {"width": None}]
         assert collection.select("width > 4 or width is null").mask_N.tolist() == [1, 0, 1]
     assert verify(writer.path).faults == []
+
+
+def test_a_collection_that_is_replaced(writer, vectors, tmp_path, make_collection):
+    """Not while a writer has it; readers go on with what they have and then see the new one."""
+    writer.add(table("a"), vectors[:1], fingerprint=FINGERPRINT)
+    reader = Collection.open(writer.path)
+    other = make_collection(tmp_path / "other", vectors)
+    with pytest.raises(CollectionLockedError, match="expected no other writer, found process"):
+        put_in_place(other, writer.path, replace=True)
+    writer.close()
+    put_in_place(other, writer.path, replace=True)
+    assert reader.keys() == ["a"]
+    latest = reader.latest()
+    assert (latest.count, latest.version > reader.version) == (40, True)
+    with CollectionWriter.open(writer.path) as again:
+        again.delete([id_of("0003")])
+    assert latest.latest().count == 39
+    assert verify(writer.path).faults == []
+
+
+def test_a_directory_that_is_moved_away_under_a_writer(writer, vectors, tmp_path, make_collection):
+    """By whoever asked for no lock: nothing is acknowledged that nobody would find."""
+    writer.add(table("a"), vectors[:1], fingerprint=FINGERPRINT)
+    writer.path.rename(tmp_path / "away")
+    make_collection(writer.path, vectors)
+    for write in (
+        lambda: writer.add(table("b"), vectors[:1], fingerprint=FINGERPRINT),
+        lambda: writer.delete([id_of("a")]),
+        writer.seal,
+        lambda: writer.compact(all=True),
+    ):
+        with pytest.raises(CollectionError, match="expected the collection that this writer open"):
+            write()
+    assert Collection.open(tmp_path / "away").keys() == ["a"]
+    assert verify(writer.path).faults == []
+    with CollectionWriter.open(writer.path):
+        pass
+    assert verify(writer.path).unknown == []
