@@ -36,11 +36,14 @@ from index.building.pipeline import ENCODE_THREADS, REMOTE_REQUESTS, Crew, choos
 from index.building.processes import make_parts_in_processes
 from index.building.ray_engine import make_parts_on_ray
 from index.building.summary import BuildSummary, summarise
+from index.building.sync import SyncSettings, sync_collection
+from index.building.sync_summary import SyncSummary
 from index.building.target import check_target, find_finished
 from index.building.worker import Job
 from index.errors import CollectionError
-from index.storage.manifest import Manifest, write_manifest
+from index.storage.manifest import MANIFEST_FILE, Manifest, write_manifest
 from index.storage.publishing import put_in_place
+from index.storage.writer import CollectionWriter
 from models.bundle import Json
 from models.command import progress, run_command
 from models.cpu import cpu_budget
@@ -91,6 +94,13 @@ class BuildOptions:
     """Replace the collection that stands at --out."""
     restart: bool = False
     """Drop what an unfinished build of --out has embedded, instead of going on from it."""
+    sync: bool = False
+    """Bring the collection at --out up to date with the images, or build it where there is none:
+    embed what is new or changed, drop what is gone. Other sources in it are left alone."""
+    checksum: bool = False
+    """With --sync: read and hash every file, also one whose size and times are as they were."""
+    moved_from: str | None = None
+    """With --sync: the source's URI in the collection, where it is at --images now."""
     dry_run: bool = False
     """Say what would be done and how long it would take, and write nothing."""
     json: bool = False
@@ -102,6 +112,7 @@ class BuildOptions:
             raise UsageError("--out", expected="a directory with a name", found=str(self.out))
         if not 1 <= self.batch_size <= 65536:
             raise UsageError("--batch-size", expected="1 to 65536", found=str(self.batch_size))
+        self._check_sync()
         at_once = {
             "--actors": self.actors,
             "--processes": self.processes,
@@ -111,6 +122,23 @@ class BuildOptions:
             if not 1 <= value <= MAX_AT_ONCE:
                 raise UsageError(name, expected=f"1 to {MAX_AT_ONCE}", found=str(value))
 
+    def _check_sync(self) -> None:
+        """Refuse what a sync cannot do, and what only a sync can."""
+        if not self.sync:
+            wrong = [("--checksum", self.checksum), ("--moved-from", self.moved_from is not None)]
+            expected = "--sync beside it"
+        else:
+            wrong = [
+                ("--replace", self.replace),
+                ("--restart", self.restart),
+                ("--engine ray", self.engine == "ray"),
+                ("--processes", self.processes > 1),
+            ]
+            expected = "none of it beside --sync, which goes on with what is there by itself"
+        for name, is_given in wrong:
+            if is_given:
+                raise UsageError(name, expected=expected, found="otherwise")
+
     @property
     def target(self) -> Path:
         """The collection's directory, absolute and with a name even for `--out .`."""
@@ -119,7 +147,9 @@ class BuildOptions:
 
 def main(options: BuildOptions) -> None:
     """Build the collection and say what came of it."""
-    did = plan(options) if options.dry_run else build(options)
+    did: BuildPlan | BuildSummary | SyncSummary
+    work = sync if options.sync else plan if options.dry_run else build
+    did = work(options)
     if options.json:
         print(json.dumps(dataclasses.asdict(did), indent=2))
     else:
@@ -143,6 +173,35 @@ def build(options: BuildOptions) -> BuildSummary:
                 found=os.strerror(error.errno) if error.errno else str(error),
                 mend="make room or choose another --out; the same command goes on from here",
             ) from error
+
+
+def sync(options: BuildOptions) -> BuildPlan | SyncSummary:
+    """Bring a collection up to date with its source; build it where there is none.
+
+    Raises:
+        HoraceError: source, encoder or collection are not usable; what was written is kept.
+    """
+    if not (options.target / MANIFEST_FILE).is_file():
+        if options.dry_run:
+            return plan(options)
+        return SyncSummary.of_build(build(options), open_source(options.images).uri)
+    for name, is_given in (("--name", options.name), ("--index", options.index != "auto")):
+        if is_given:
+            raise UsageError(
+                name,
+                expected="none, as the collection is there and keeps its own",
+                found="one beside --sync",
+            )
+    with _opened(options) as (source, encoder, _), CollectionWriter.open(options.target) as writer:
+        settings = SyncSettings(
+            batch_size=options.batch_size,
+            crew=_crew(options),
+            checksum=options.checksum,
+            moved_from=options.moved_from,
+            metadata=None if options.metadata is None else Metadata(options.metadata),
+            dry_run=options.dry_run,
+        )
+        return sync_collection(writer, source, encoder, settings)
 
 
 def plan(options: BuildOptions) -> BuildPlan:

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from tyro.conf import Positional
 
 from index.ann.checking import index_fault
+from index.building.sync_state import SYNC_FOLDER
 from index.collection import id_of
 from index.errors import CollectionError
 from index.knn import COSINE
@@ -292,9 +293,9 @@ def _check_rejects(file: Path) -> Iterator[str]:
 
 
 def _find_unknown(path: Path, known: set[str]) -> list[str]:
-    """List files that nothing names."""
+    """List files that nothing names, but those that only spare a sync some reading."""
     files = (file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir())
-    return sorted(set(files) - known)
+    return sorted(name for name in set(files) - known if not name.startswith(f"{SYNC_FOLDER}/"))
 
 
 if __name__ == "__main__":

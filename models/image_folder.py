@@ -123,6 +123,10 @@ class FolderSource:
             )
         return found
 
+    def file_of(self, key: str) -> Path:
+        """Give the file of a key that `records` gave; it may be gone since."""
+        return self._path(key)
+
     def _size_bytes(self, key: str) -> int | None:
         """Give the size of a file; None where it cannot be had."""
         try:

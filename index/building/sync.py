@@ -1,0 +1,381 @@
+"""`index.build --sync`: bring a collection up to date with one of its sources.
+
+Only what is new or changed is embedded; what moved keeps its vector, what is gone is dropped.
+What is to be done is decided by `index.building.sync_plan`.
+
+Rules:
+    Every write goes through the collection's writer, whole or not at all, and what is written is
+    not done again: a sync that was killed goes on when the same command is run again, and those
+    who search meanwhile see the collection of some moment in between.
+    What is gone is dropped last, so that a moved image is never missing.
+    Only rows of the source are touched; a source that the collection does not know is added.
+    Metadata stays with its image; a table that is given again has the last word.
+    Another encoder is refused before anything is read.
+
+Shapes: N images of a batch, D dimensions.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from index.building.metadata import Column, Metadata
+from index.building.part_set import DUPLICATE_KEY, RecordBatch, not_finite
+from index.building.pipeline import Crew, embed_batches
+from index.building.sync_plan import UNREADABLE, Stored, SyncPlan, plan_sync
+from index.building.sync_scan import Scan, scan_source
+from index.building.sync_state import (
+    SyncState,
+    read_rejects,
+    read_state,
+    rejects_file,
+    write_state,
+)
+from index.building.sync_summary import SyncSummary
+from index.collection import Collection, id_of
+from index.embed import EmbeddedBatch, Reject, split
+from index.storage.manifest import REJECTS_FILE
+from index.storage.rows import DIGEST
+from index.storage.writer import CollectionWriter
+from models.command import progress
+from models.encoder import Encoder
+from models.image_folder import FolderSource
+from models.image_source import ImageRecord, ImageSource
+
+WRITE_ROWS = 1024
+"""Rows of one write: what a killed sync has to embed again, at most."""
+
+log = logging.getLogger("horace.index")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyncSettings:
+    """How to bring a collection up to date.
+
+    Attributes:
+        batch_size: images encoded at once.
+        crew: how many batches are at work.
+        checksum: whether to read and hash every file, whatever its times say.
+        moved_from: the URI by which the collection knows the source, where it has another now.
+        metadata: a table to join; what is stored stays where None.
+        dry_run: whether to change nothing.
+    """
+
+    batch_size: int
+    crew: Crew
+    checksum: bool = False
+    moved_from: str | None = None
+    metadata: Metadata | None = None
+    dry_run: bool = False
+
+
+def sync_collection(
+    writer: CollectionWriter, source: ImageSource, encoder: Encoder, settings: SyncSettings
+) -> SyncSummary:
+    """Bring a collection up to date with a source.
+
+    Args:
+        writer: of the collection.
+        source: one that it knows, or another to be added.
+        encoder: the collection's, opened with `pipeline.ENCODE_THREADS`.
+        settings: how.
+
+    Raises:
+        FingerprintMismatchError: the collection is another encoder's.
+        HoraceError: source or encoder failed; what was written is kept.
+    """
+    writer.collection.require(encoder.fingerprint)
+    try:
+        return _Sync(writer, source, encoder, settings).run()
+    except KeyboardInterrupt:
+        kept = "what was embedded is in the collection; the same command goes on from there"
+        raise KeyboardInterrupt(kept) from None
+
+
+@dataclass
+class _Sync:
+    """One sync at work: what was there when it began, and what has come of it so far."""
+
+    writer: CollectionWriter
+    source: ImageSource
+    encoder: Encoder
+    settings: SyncSettings
+    rejects: list[Reject] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)
+    embedded: int = 0
+
+    def __post_init__(self) -> None:
+        self.collection: Collection = self.writer.collection
+        self.uri = self.source.uri
+        self.table = _with_digest(self.collection.table())
+        self.ids = self.collection.ids
+        mine = [uri for uri in (self.uri, self.settings.moved_from) if uri is not None]
+        is_own_N = pc.is_in(self.table["source"], value_set=pa.array(mine, pa.string()))
+        self.own_rows = np.flatnonzero(is_own_N.to_numpy())
+        self.keys = cast(list[str], self.table["key"].to_pylist())
+
+    def run(self) -> SyncSummary:
+        """Look, decide, write."""
+        start_s = time.monotonic()
+        state = self._read_state()
+        scan = self._scan(state)
+        metadata = self.settings.metadata
+        if metadata is not None and scan.seen:
+            metadata.meet([one.key for one in scan.seen])
+            metadata.require_met(scan.seen[0].key)
+        plan = self._plan(scan, state)
+        scan_s, start_s = time.monotonic() - start_s, time.monotonic()
+        self.rejects = list(plan.rejects)
+        unchanged, updated = self._find_updated(plan)
+        if not self.settings.dry_run:
+            self._write_stored(updated, cast(list[int], updated["row"].to_pylist()))
+            self._write_reused(plan)
+            self._embed(plan)
+            self.writer.delete(self.ids[np.array(plan.drop, np.int64)])
+            self.writer.compact()
+            self._write_state(scan)
+        return SyncSummary(
+            collection=str(self.writer.path),
+            source=self.uri,
+            fingerprint=self.encoder.fingerprint,
+            images=self.writer.collection.count,
+            new=plan.new,
+            changed=plan.changed,
+            moved=plan.moved,
+            gone=plan.gone,
+            updated=len(updated),
+            unchanged=unchanged,
+            unreadable=len(plan.retained),
+            rejected=len(self.rejects),
+            log=str(rejects_file(Path(self.writer.path), self.uri)),
+            embedded=len(plan.embed) if self.settings.dry_run else self.embedded,
+            read=scan.n_read,
+            scan_s=scan_s,
+            embed_s=time.monotonic() - start_s,
+            metadata=None if metadata is None else metadata.report().to_json(),
+            dry_run=self.settings.dry_run,
+        )
+
+    # Looking.
+
+    def _read_state(self) -> SyncState:
+        """Give what is remembered; of a source that was only built, its rejects."""
+        state = read_state(self.writer.path, self.uri)
+        run = cast(dict[str, object], self.collection.manifest.build.get("run") or {})
+        if not rejects_file(self.writer.path, self.uri).exists() and run.get("source") == self.uri:
+            state = SyncState(
+                stamps=state.stamps, rejects=read_rejects(self.writer.path / REJECTS_FILE)
+            )
+        return state
+
+    def _scan(self, state: SyncState) -> Scan:
+        """List the source, and hash what is not known by its stamp."""
+        scan = Scan()
+        known = {} if self.settings.checksum else state.stamps
+        need_digests = bool(len(self.own_rows) or state.rejects)
+        looking = scan_source(self.source, scan, known, need_digests=need_digests)
+        with closing(looking):
+            for _ in progress(looking, what="comparing", total=self.source.count(), size=int):
+                pass
+        return scan
+
+    def _plan(self, scan: Scan, state: SyncState) -> SyncPlan:
+        """Decide what becomes of every image."""
+        digests = cast(list[str | None], self.table[DIGEST].to_pylist())
+        by_digest: dict[str, int] = {}
+        for row, digest in enumerate(digests):
+            if digest is not None:
+                by_digest.setdefault(digest, row)
+        holders = dict(zip(self.ids.tolist(), [""] * len(self.keys), strict=True))
+        holders |= {int(self.ids[row]): self.keys[row] for row in self.own_rows}
+        taken = {
+            one.key for one in scan.seen if holders.setdefault(id_of(one.key), one.key) != one.key
+        }
+        return plan_sync(
+            scan.seen,
+            {self.keys[row]: Stored(row, digests[row]) for row in self.own_rows.tolist()},
+            by_digest=by_digest,
+            taken=taken,
+            rejected={
+                reject.key: reject
+                for reject in state.rejects.values()
+                if reject.fault not in (DUPLICATE_KEY, UNREADABLE)
+            },
+        )
+
+    def _find_updated(self, plan: SyncPlan) -> tuple[int, pa.Table]:
+        """Count what stays as it is; give the rows of which only metadata has changed."""
+        seen = [one for one, _ in plan.unchanged]
+        rows = [row for _, row in plan.unchanged]
+        new = self._rows(
+            rows,
+            [one.key for one in seen],
+            [one.label for one in seen],
+            [one.digest for one in seen],
+        )
+        old = self.table.take(pa.array(rows, pa.int64()))
+        is_other_N = np.zeros(len(rows), np.bool_)
+        for name in new.column_names:
+            is_other_N |= _differs(new[name], old[name] if name in old.column_names else None)
+        updated = new.append_column("row", pa.array(rows, pa.int64())).filter(pa.array(is_other_N))
+        return len(rows) - len(updated), updated
+
+    # Writing.
+
+    def _rows(
+        self,
+        old_rows: Sequence[int | None],
+        keys: Sequence[str],
+        labels: Sequence[str | None],
+        digests: Sequence[str | None],
+    ) -> pa.Table:
+        """Make rows: the metadata of stored ones, if any, with this key, label and digest."""
+        table = self.table.take(pa.array(old_rows, pa.int64())).drop_columns(["id"])
+        labels = [
+            self._label(key, label, row)
+            for key, label, row in zip(keys, labels, old_rows, strict=True)
+        ]
+        columns = {"key": keys, "label": labels, "source": [self.uri] * len(keys), DIGEST: digests}
+        for name, values in columns.items():
+            place = table.column_names.index(name)
+            table = table.set_column(place, name, pa.array(values, pa.string()))
+        metadata = self.settings.metadata
+        return table if metadata is None else metadata.join(table)
+
+    def _label(self, key: str, label: str | None, old_row: int | None) -> str | None:
+        """Give the label of an image; one that was given to it by hand stays.
+
+        In a folder the key tells the label: where a stored one is another, it came from a table
+        of metadata, and a sync without that table must not undo it.
+        """
+        if old_row is None or not isinstance(self.source, FolderSource):
+            return label
+        old_label = cast(str | None, self.table["label"][old_row].as_py())
+        folder, slash, _ = self.keys[old_row].partition("/")
+        return label if old_label == (folder if slash else None) else old_label
+
+    def _write_stored(self, rows: pa.Table, vector_rows: Sequence[int]) -> None:
+        """Write rows with vectors that are stored under whatever key."""
+        table = rows.drop_columns(["row"]) if "row" in rows.column_names else rows
+        for start in range(0, len(table), WRITE_ROWS):
+            ids = self.ids[vector_rows[start : start + WRITE_ROWS]]
+            self._write(table.slice(start, WRITE_ROWS), self.collection.vectors(ids))
+
+    def _write_reused(self, plan: SyncPlan) -> None:
+        """Write the keys that take over a vector."""
+        seen = [one.seen for one in plan.reuse]
+        rows = self._rows(
+            [one.metadata_row for one in plan.reuse],
+            [one.key for one in seen],
+            [one.label for one in seen],
+            [one.digest for one in seen],
+        )
+        self._write_stored(rows, [one.vector_row for one in plan.reuse])
+
+    def _embed(self, plan: SyncPlan) -> None:
+        """Embed what no vector is known of, and write it as it comes."""
+        if not plan.embed:
+            return
+        size = self.settings.batch_size
+        batches = (
+            RecordBatch(size * number, records)
+            for number, records in enumerate(split(self._wanted(plan), size))
+        )
+        waiting: list[EmbeddedBatch] = []
+        with closing(embed_batches(batches, self.encoder, crew=self.settings.crew)) as embedded:
+            total = len(plan.embed)
+            for batch in progress(embedded, what="embedding", total=total, size=len):
+                waiting.append(batch)
+                if sum(map(len, waiting)) >= WRITE_ROWS:
+                    self._write_embedded(plan, waiting)
+                    waiting = []
+        if waiting:
+            self._write_embedded(plan, waiting)
+
+    def _wanted(self, plan: SyncPlan) -> Iterator[ImageRecord]:
+        """Give the records to embed, of each key the first."""
+        waiting = set(plan.embed)
+        for record in self.source.records():
+            if record.key in waiting:
+                waiting.remove(record.key)
+                yield record
+
+    def _write_embedded(self, plan: SyncPlan, batches: Sequence[EmbeddedBatch]) -> None:
+        """Write what was embedded, and take note of what could not be."""
+        keys = [key for batch in batches for key in batch.keys]
+        labels = [label for batch in batches for label in batch.labels]
+        digests = [digest for batch in batches for digest in batch.digests]
+        vectors_ND = np.concatenate([batch.vectors_ND for batch in batches])
+        is_sound_N = np.isfinite(vectors_ND).all(axis=1)
+        for row in np.flatnonzero(~is_sound_N):
+            self._reject(plan, not_finite(keys[row], digests[row]))
+        for reject in (reject for batch in batches for reject in batch.rejects):
+            self._reject(plan, reject)
+        kept = np.flatnonzero(is_sound_N).tolist()
+        rows = self._rows(
+            [plan.embed[keys[n]] for n in kept],
+            [keys[n] for n in kept],
+            [labels[n] for n in kept],
+            [digests[n] for n in kept],
+        )
+        self._write(rows, vectors_ND[kept])
+        self.embedded += len(keys)
+        self.digests.update(zip(keys, digests, strict=True))
+
+    def _reject(self, plan: SyncPlan, reject: Reject) -> None:
+        """Take note of an image that turned out to be none; its old row goes, if it has one."""
+        self.rejects.append(reject)
+        if reject.digest is not None:
+            self.digests[reject.key] = reject.digest
+        old_row = plan.embed[reject.key]
+        if old_row is None:
+            plan.new -= 1
+            return
+        plan.changed -= 1
+        (plan.retained if reject.fault == UNREADABLE else plan.drop).append(old_row)
+
+    def _write(self, rows: pa.Table, vectors_ND: NDArray[np.float32]) -> None:
+        """Hand rows to the writer."""
+        self.writer.upsert(rows, vectors_ND, fingerprint=self.encoder.fingerprint)
+
+    def _write_state(self, scan: Scan) -> None:
+        """Remember stamps and rejects for the next time; it is no loss if that fails."""
+        digests = {one.key: one.digest for one in scan.seen} | self.digests
+        stamps = {
+            key: (stamp, digest)
+            for key, stamp in scan.stamps.items()
+            if (digest := digests.get(key)) is not None
+        }
+        try:
+            write_state(Path(self.writer.path), self.uri, stamps, self.rejects)
+        except OSError as error:
+            log.warning("%s: the next sync will read every file again: %s", self.uri, error)
+
+
+def _differs(new: Column, old: Column | None) -> NDArray[np.bool_]:
+    """Tell of every row whether two columns differ; a missing one is null."""
+    is_new_null = np.asarray(new.is_null(), np.bool_)
+    if old is None:
+        return ~is_new_null
+    is_old_null = np.asarray(old.is_null(), np.bool_)
+    equal = cast(Column, pc.equal(new, old))
+    is_equal = np.asarray(pc.fill_null(equal, pa.scalar(False)), np.bool_)
+    return np.where(is_new_null, ~is_old_null, ~is_equal)
+
+
+def _with_digest(table: pa.Table) -> pa.Table:
+    """Give a table that may lack digests a column of nulls."""
+    if DIGEST in table.column_names:
+        return table
+    return table.append_column(DIGEST, pa.nulls(len(table), pa.string()))

@@ -1,0 +1,187 @@
+"""What a sync has to do: the images of a source now, held against those of a collection.
+
+Rules:
+    An image is what its bytes are: the same digest under the same key is unchanged, another one
+    is changed. A new key whose digest the collection has takes over that vector; where the old
+    key is gone it is the same image, moved, and takes its metadata along.
+    What cannot be read now is no reason to drop what is stored: the file may be back tomorrow.
+    What can be read and is no image is dropped, and is not tried again until it changes.
+    Nothing of another source is touched: a key that another source's image has is refused.
+
+It decides and does nothing: see `index.building.sync`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass, field
+
+from index.building.part_set import DUPLICATE_KEY
+from index.embed import Reject
+
+UNREADABLE = "unreadable"
+"""The fault of an image that could not be read, as of `models.errors.ImageFault`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A record of the source.
+
+    Attributes:
+        key: its key.
+        label: the class that the source gives it.
+        digest: of its bytes; None where nobody has read them.
+        reject: why they cannot be read, if so.
+    """
+
+    key: str
+    label: str | None
+    digest: str | None
+    reject: Reject | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """An image of the same source in the collection; `row` is its place there."""
+
+    row: int
+    digest: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Reuse:
+    """A key that takes over a stored vector.
+
+    Attributes:
+        seen: the record.
+        vector_row: whose vector it takes.
+        metadata_row: whose metadata it keeps; None where it has none yet.
+    """
+
+    seen: Seen
+    vector_row: int
+    metadata_row: int | None
+
+
+@dataclass(kw_only=True)
+class SyncPlan:
+    """What is to be done, in the order of the source.
+
+    Attributes:
+        unchanged: keys that stay as they are, and their rows.
+        reuse: keys that are written with a vector that is there.
+        embed: keys that are to be embedded, and the rows whose metadata they keep.
+        drop: rows that are to be deleted.
+        retained: rows whose images cannot be read now, which stay.
+        rejects: images that are not tried, and why.
+        new: how many keys the collection did not have.
+        changed: how many it had of other content.
+        moved: how many had another key.
+        gone: how many of its keys the source has no more.
+    """
+
+    unchanged: list[tuple[Seen, int]] = field(default_factory=list)
+    reuse: list[Reuse] = field(default_factory=list)
+    embed: dict[str, int | None] = field(default_factory=dict)
+    drop: list[int] = field(default_factory=list)
+    retained: list[int] = field(default_factory=list)
+    rejects: list[Reject] = field(default_factory=list)
+    new: int = 0
+    changed: int = 0
+    moved: int = 0
+    gone: int = 0
+
+
+def plan_sync(
+    seen: Iterable[Seen],
+    stored: Mapping[str, Stored],
+    *,
+    by_digest: Mapping[str, int],
+    taken: Set[str] = frozenset(),
+    rejected: Mapping[str, Reject] | None = None,
+) -> SyncPlan:
+    """Decide what becomes of every image.
+
+    Args:
+        seen: the records of the source.
+        stored: the images of this source in the collection, by key.
+        by_digest: a row of each digest in the collection, of whatever source.
+        taken: keys whose ids images of other sources, or of other keys, have.
+        rejected: what an earlier run could not use, by key.
+    """
+    plan, rejected = SyncPlan(), rejected or {}
+    fresh: list[Seen] = []
+    met: set[str] = set()
+    unreadable_folders: list[str] = []
+    for one in seen:
+        old = stored.get(one.key)
+        if one.key in met:
+            plan.rejects.append(_refuse(one, "an earlier image of this key"))
+            continue
+        met.add(one.key)
+        if one.reject is not None:
+            plan.rejects.append(one.reject)
+            if old is not None:
+                is_away = one.reject.fault == UNREADABLE
+                (plan.retained if is_away else plan.drop).append(old.row)
+            if one.key.endswith("/"):
+                unreadable_folders.append(one.key)
+        elif one.key in taken:
+            plan.rejects.append(_refuse(one, "an image of another source with this key or its id"))
+        elif old is not None and one.digest is not None and old.digest == one.digest:
+            plan.unchanged.append((one, old.row))
+        elif (reject := rejected.get(one.key)) and one.digest and reject.digest == one.digest:
+            plan.rejects.append(reject)
+            if old is not None:
+                plan.drop.append(old.row)
+        elif old is None:
+            fresh.append(one)
+        else:
+            plan.changed += 1
+            _reuse_or_embed(plan, one, by_digest, metadata_row=old.row)
+    gone = _find_gone(plan, stored, met, unreadable_folders)
+    for one in fresh:
+        donors = gone.get(one.digest or "")
+        if donors:
+            row = donors.pop()
+            plan.moved += 1
+            plan.reuse.append(Reuse(one, row, row))
+        else:
+            plan.new += 1
+            _reuse_or_embed(plan, one, by_digest, metadata_row=None)
+    plan.gone = sum(map(len, gone.values()))
+    return plan
+
+
+def _find_gone(
+    plan: SyncPlan, stored: Mapping[str, Stored], met: Set[str], unreadable_folders: list[str]
+) -> dict[str, list[int]]:
+    """Find the rows whose keys the source has no more, by digest; they are dropped."""
+    gone: dict[str, list[int]] = {}
+    prefixes = tuple(unreadable_folders)
+    for key, old in stored.items():
+        if key in met:
+            continue
+        if prefixes and key.startswith(prefixes):
+            plan.retained.append(old.row)
+            continue
+        plan.drop.append(old.row)
+        gone.setdefault(old.digest or f"?{key}", []).append(old.row)
+    return gone
+
+
+def _reuse_or_embed(
+    plan: SyncPlan, one: Seen, by_digest: Mapping[str, int], *, metadata_row: int | None
+) -> None:
+    """Take a vector that is there, or plan to make one."""
+    row = None if one.digest is None else by_digest.get(one.digest)
+    if row is None:
+        plan.embed[one.key] = metadata_row
+    else:
+        plan.reuse.append(Reuse(one, row, metadata_row))
+
+
+def _refuse(one: Seen, found: str) -> Reject:
+    """Reject a key that is not its own."""
+    message = f"{one.key}: expected a key of its own, found {found}"
+    return Reject(key=one.key, fault=DUPLICATE_KEY, message=message, digest=one.digest)

@@ -1,0 +1,152 @@
+"""What a sync remembers of a source: which files it need not read again, and its rejects.
+
+Files, under `sync/` of the collection, named by a hash of the source's URI:
+    NAME.parquet  of files in a folder: key, size, times and digest when they were read.
+    NAME.jsonl    the images that could not be used, as in `rejects.jsonl`.
+
+Rules:
+    Nothing depends on them: where they are missing or damaged, files are read and hashed, and
+    rejects are tried again. They are no part of what the manifest lists.
+    A file is taken for unchanged where its size, its time of modification and its time of change,
+    which no program can set, are as they were, and where both were some seconds past when it
+    was read: what is written again within the grain of a file system's clock is not missed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from index.embed import Reject
+from models.files import atomic_file
+
+SYNC_FOLDER = "sync"
+
+SETTLED_S = 3.0
+"""Seconds that a file must have been left alone before it was read: the coarsest clock of a file
+system in use, FAT's, ticks every two."""
+
+_FIELDS: dict[str, pa.DataType] = {
+    "key": pa.string(),
+    "size": pa.int64(),
+    "modified_ns": pa.int64(),
+    "changed_ns": pa.int64(),
+    "digest": pa.string(),
+}
+_STAMPS = pa.schema(_FIELDS)
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """By what a file is known without reading it.
+
+    Attributes:
+        size: in bytes.
+        modified_ns: when its content was written, as its owner says.
+        changed_ns: when the file system last saw it change.
+    """
+
+    size: int
+    modified_ns: int
+    changed_ns: int
+
+    @classmethod
+    def of(cls, file: Path) -> Stamp | None:
+        """Read the stamp of a file; None where it cannot be had."""
+        try:
+            info = os.stat(file)
+        except OSError:
+            return None
+        return cls(info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+
+    def is_settled(self, now_ns: int) -> bool:
+        """Tell whether the file was left alone for a while."""
+        return max(self.modified_ns, self.changed_ns) < now_ns - int(SETTLED_S * 1e9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyncState:
+    """What an earlier run has left.
+
+    Attributes:
+        stamps: of files by key, and the digests that they had then.
+        rejects: the images that could not be used, by key.
+    """
+
+    stamps: Mapping[str, tuple[Stamp, str]]
+    rejects: Mapping[str, Reject]
+
+
+def read_state(collection: Path, source: str) -> SyncState:
+    """Read what is remembered of a source; nothing where there is nothing sound."""
+    return SyncState(
+        stamps=_read_stamps(_file(collection, source, ".parquet")),
+        rejects=read_rejects(rejects_file(collection, source)),
+    )
+
+
+def write_state(
+    collection: Path,
+    source: str,
+    stamps: Mapping[str, tuple[Stamp, str]],
+    rejects: Iterable[Reject],
+) -> None:
+    """Remember a source, in the place of what was remembered."""
+    lines = [json.dumps(dataclasses.asdict(reject)) + "\n" for reject in rejects]
+    with atomic_file(rejects_file(collection, source)) as temporary:
+        temporary.write_text("".join(lines))
+    columns = {
+        "key": list(stamps),
+        "size": [stamp.size for stamp, _ in stamps.values()],
+        "modified_ns": [stamp.modified_ns for stamp, _ in stamps.values()],
+        "changed_ns": [stamp.changed_ns for stamp, _ in stamps.values()],
+        "digest": [digest for _, digest in stamps.values()],
+    }
+    with atomic_file(_file(collection, source, ".parquet")) as temporary:
+        table = pa.table(columns, schema=_STAMPS)
+        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
+
+
+def rejects_file(collection: Path, source: str) -> Path:
+    """Name the log of the images of a source that could not be used."""
+    return _file(collection, source, ".jsonl")
+
+
+def read_rejects(file: Path) -> dict[str, Reject]:
+    """Read a log of rejects, by key; none where it is missing or damaged."""
+    try:
+        lines = file.read_text().splitlines()
+        rejects = [Reject(**json.loads(line)) for line in lines]
+        return {reject.key: reject for reject in rejects}
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _read_stamps(file: Path) -> dict[str, tuple[Stamp, str]]:
+    """Read the stamps, every page held against its checksum."""
+    try:
+        with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+            table = parquet.read()
+        if not table.schema.equals(_STAMPS):
+            return {}
+    except (pa.ArrowException, OSError, ValueError):
+        return {}
+    columns = [column.to_pylist() for column in table.columns]
+    return {
+        str(key): (Stamp(size, modified, changed), digest)
+        for key, size, modified, changed, digest in zip(*columns, strict=True)
+    }
+
+
+def _file(collection: Path, source: str, suffix: str) -> Path:
+    """Name a file of a source."""
+    digest = hashlib.blake2b(source.encode("utf-8", "surrogateescape"), digest_size=8)
+    return collection / SYNC_FOLDER / f"{digest.hexdigest()}{suffix}"

@@ -1,0 +1,281 @@
+import dataclasses
+import json
+import os
+import shutil
+from contextlib import closing
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import index.building.sync as sync_module
+from index.build import BuildOptions, build, main, sync
+from index.building import sync_state
+from index.building.sync_state import read_state
+from index.collection import Collection, id_of
+from index.embed import embed
+from index.verify import verify
+from models.command import run_command
+from models.errors import FingerprintMismatchError
+from models.images import open_source
+from models.runtime import open_bundle
+
+COUNTS = (
+    "new", "changed", "moved", "gone", "updated", "unchanged", "unreadable", "rejected",
+    "embedded", "read",
+)  # fmt: skip
+
+
+def picture(file, level):
+    """Write a picture of one grey, which no other level has the bytes of."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (16, 16), (level, level, level)).save(file)
+
+
+def facts(summary):
+    """Give the counts of a summary that are not 0."""
+    values = dataclasses.asdict(summary)
+    return {name: values[name] for name in COUNTS if values[name]}
+
+
+def check(collection, folder, bundle):
+    """Hold a collection against its folder: keys, digests and vectors; and all its files."""
+    records = {}
+    with Collection.open(collection) as opened, closing(open_bundle(bundle.path)) as encoder:
+        for record in open_source(str(folder)).records():
+            records[record.key] = encoder.preprocess(record.read())
+        assert sorted(opened.keys()) == sorted(records)
+        ids = [id_of(key) for key in records]
+        expected = embed(encoder, np.stack(list(records.values())))
+        np.testing.assert_array_equal(opened.vectors(ids), expected)
+    assert (verify(collection).faults, verify(collection).unknown) == ([], [])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twelve pictures in two folders."""
+    for level in range(12):
+        picture(tmp_path / "images" / "ab"[level % 2] / f"{level:02}.png", 20 * level)
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def options(tmp_path, bundle, folder):
+    """What brings a new collection up to date with the pictures."""
+    return BuildOptions(
+        images=str(folder), encoder=str(bundle.path), out=tmp_path / "c", sync=True, batch_size=4
+    )
+
+
+@pytest.fixture
+def settled(monkeypatch):
+    """Take files that were just written for settled, where no test can wait."""
+    monkeypatch.setattr(sync_state, "SETTLED_S", -1e9)
+
+
+def test_a_collection_follows_its_folder(options, folder, bundle):
+    """New, changed, moved and gone files, each counted; only unknown content is embedded."""
+    assert facts(sync(options)) == {"new": 12, "embedded": 12}
+    check(options.out, folder, bundle)
+    picture(folder / "a" / "new.png", 251)
+    picture(folder / "a" / "02.png", 252)
+    (folder / "a" / "00.png").rename(folder / "b" / "moved.png")
+    (folder / "b" / "01.png").unlink()
+    assert facts(sync(options)) == {
+        "new": 1, "changed": 1, "moved": 1, "gone": 1, "unchanged": 9, "embedded": 2, "read": 12,
+    }  # fmt: skip
+    check(options.out, folder, bundle)
+    with Collection.open(options.out) as collection:
+        (moved,) = collection.rows([id_of("b/moved.png")])
+        assert moved.label == "b"
+    assert facts(sync(options)) == {"unchanged": 12, "read": 12}
+    check(options.out, folder, bundle)
+
+
+def test_files_that_were_left_alone_are_not_read(options, folder, settled):
+    """But one of the same size and time of modification is; and all are with --checksum."""
+    sync(options)
+    sync(options)
+    assert facts(sync(options)) == {"unchanged": 12}
+    victim, other = folder / "a" / "00.png", folder / "a" / "02.png"
+    before = victim.stat()
+    data = bytearray(other.read_bytes())
+    victim.write_bytes(data)
+    os.utime(victim, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert victim.stat().st_mtime_ns == before.st_mtime_ns
+    assert facts(sync(options)) == {"changed": 1, "unchanged": 11, "read": 1}
+    checked = dataclasses.replace(options, checksum=True)
+    assert facts(sync(checked)) == {"unchanged": 12, "read": 12}
+
+
+def test_a_file_that_was_just_written_is_read_again(options):
+    """Within the grain of a file system's clock it may be written once more, unseen."""
+    sync(options)
+    sync(options)
+    assert facts(sync(options)) == {"unchanged": 12, "read": 12}
+
+
+def test_a_damaged_memory_costs_reading_and_nothing_else(options, folder, bundle, settled):
+    """What is remembered is a help; the collection says what is there."""
+    sync(options)
+    sync(options)
+    for file in (options.out / "sync").iterdir():
+        file.write_bytes(b"PAR1 junk")
+    assert facts(sync(options)) == {"unchanged": 12, "read": 12}
+    shutil.rmtree(options.out / "sync")
+    assert facts(sync(options)) == {"unchanged": 12, "read": 12}
+    check(options.out, folder, bundle)
+
+
+def test_rejects_are_tried_again_when_they_have_changed(options, folder, bundle, monkeypatch):
+    """Not before; those of the first build are known as well."""
+    bad = folder / "a" / "bad.png"
+    bad.write_text("no image")
+    assert facts(sync(options)) == {"new": 12, "rejected": 1, "embedded": 12}
+    monkeypatch.setattr(sync_module, "embed_batches", None)  # nothing can be embedded
+    for _ in range(2):
+        assert facts(sync(options)) == {"unchanged": 12, "rejected": 1, "read": 13}
+    monkeypatch.undo()
+    (reject,) = read_state(options.out, f"folder:{folder}").rejects.values()
+    assert (reject.key, reject.fault) == ("a/bad.png", "unsupported_format")
+    picture(bad, 253)
+    assert facts(sync(options)) == {"new": 1, "unchanged": 12, "embedded": 1, "read": 13}
+    bad.write_text("no image any more")
+    assert facts(sync(options)) == {"unchanged": 12, "rejected": 1, "read": 13}
+    bad.unlink()
+    check(options.out, folder, bundle)
+
+
+def test_an_interrupted_sync_goes_on(options, folder, bundle, monkeypatch):
+    """What was written is not embedded again; nothing is there twice."""
+    (folder / "a" / "00.png").unlink()
+    sync(options)
+    for level in range(12):
+        picture(folder / "c" / f"{level:02}.png", 3 + 20 * level)
+    monkeypatch.setattr(sync_module, "WRITE_ROWS", 4)
+    write, written = sync_module._Sync._write, []
+
+    def interrupt(self, rows, vectors_ND):
+        if len(rows) and len(written) == 2:
+            raise KeyboardInterrupt
+        written.extend([rows] if len(rows) else [])
+        write(self, rows, vectors_ND)
+
+    monkeypatch.setattr(sync_module._Sync, "_write", interrupt)
+    with pytest.raises(KeyboardInterrupt, match="the same command goes on from there"):
+        sync(options)
+    monkeypatch.setattr(sync_module._Sync, "_write", write)
+    assert facts(sync(options)) == {"new": 4, "unchanged": 19, "embedded": 4, "read": 23}
+    check(options.out, folder, bundle)
+
+
+def test_sources_are_brought_up_to_date_one_by_one(options, folder, tmp_path):
+    """A second one is added; what one of them has is no matter of the other's."""
+    sync(options)
+    other = tmp_path / "other"
+    for level in range(3):
+        picture(other / "c" / f"{level}.png", 7 + level)
+    picture(other / "a" / "00.png", 99)
+    second = dataclasses.replace(options, images=str(other))
+    assert facts(sync(second)) == {"new": 3, "rejected": 1, "embedded": 3}
+    with Collection.open(options.out) as collection:
+        assert collection.sources == {f"folder:{folder}": 12, f"folder:{other}": 3}
+        assert collection.find_key("a/00.png") == id_of("a/00.png")
+        (row,) = collection.rows([id_of("a/00.png")])
+        assert row.source == f"folder:{folder}"
+    (other / "c" / "0.png").unlink()
+    assert facts(sync(second)) == {"gone": 1, "unchanged": 2, "rejected": 1, "read": 3}
+    assert facts(sync(options)) == {"unchanged": 12, "read": 12}
+    assert verify(options.out).faults == []
+
+
+def test_a_source_that_was_moved_keeps_its_vectors(options, folder, tmp_path):
+    """Told where it was, nothing is embedded; untold, its keys belong to the old one."""
+    sync(options)
+    folder.rename(tmp_path / "elsewhere")
+    moved = dataclasses.replace(options, images=str(tmp_path / "elsewhere"))
+    assert facts(sync(moved)) == {"rejected": 12}
+    told = dataclasses.replace(moved, moved_from=f"folder:{folder}")
+    assert facts(sync(told)) == {"updated": 12, "read": 12}
+    with Collection.open(options.out) as collection:
+        assert collection.sources == {f"folder:{tmp_path / 'elsewhere'}": 12}
+
+
+def test_metadata_stays_with_its_image_and_a_new_table_has_the_last_word(options, folder, tmp_path):
+    """Through a change and a move; labels given by a table are not undone by a sync without."""
+    table = tmp_path / "facts.csv"
+    table.write_text("key,price,label\na/00.png,1.5,dear\na/02.png,2.5,dear\na/04.png,3.5,\n")
+    sync(dataclasses.replace(options, metadata=table))
+    (folder / "a" / "00.png").rename(folder / "b" / "moved.png")
+    picture(folder / "a" / "02.png", 252)
+    picture(folder / "a" / "new.png", 251)
+    assert facts(sync(options))["moved"] == 1
+
+    def known():
+        with Collection.open(options.out) as collection:
+            rows = {row.key: row for row in collection.rows(collection.ids)}
+            keys = ("b/moved.png", "a/02.png", "a/04.png", "a/new.png")
+            return [(rows[key].metadata["price"], rows[key].label) for key in keys]
+
+    assert known() == [(1.5, "dear"), (2.5, "dear"), (3.5, "a"), (None, "a")]
+    table.write_text("key,price,count\na/02.png,9,1\na/new.png,8,2\n")
+    summary = sync(dataclasses.replace(options, metadata=table))
+    assert facts(summary) == {"updated": 4, "unchanged": 9, "read": 13}
+    assert summary.metadata["without_row"] == 11
+    assert known() == [(None, "dear"), (9.0, "dear"), (None, "a"), (8.0, "a")]
+    with Collection.open(options.out) as collection:
+        assert collection.select("count >= 1").count == 2
+
+
+def test_another_encoder_is_refused(options, other_bundle):
+    """Before anything is read or written."""
+    sync(options)
+    with pytest.raises(FingerprintMismatchError, match="found encoder"):
+        sync(dataclasses.replace(options, encoder=str(other_bundle.path)))
+
+
+def test_a_dry_run_changes_nothing(options, folder):
+    """And says what would be done."""
+    sync(options)
+    picture(folder / "a" / "new.png", 251)
+    before = (options.out / "manifest.json").read_bytes()
+    summary = sync(dataclasses.replace(options, dry_run=True))
+    assert facts(summary) == {"new": 1, "unchanged": 12, "embedded": 1, "read": 13}
+    assert "to embed 1; nothing was changed" in str(summary)
+    assert (options.out / "manifest.json").read_bytes() == before
+
+
+def test_a_collection_of_before_digests_is_embedded_once_more(options, folder, bundle):
+    """Without a digest nothing says that an image is what it was."""
+    build(dataclasses.replace(options, sync=False))
+    with sync_module.CollectionWriter.open(options.out) as writer:
+        table = writer.collection.table().drop_columns(["digest"])
+        vectors = writer.collection.vectors(writer.collection.ids)
+        columns = table.append_column("digest", sync_module.pa.nulls(12, sync_module.pa.string()))
+        writer.upsert(columns, vectors, fingerprint=bundle.fingerprint)
+    assert facts(sync(options)) == {"changed": 12, "embedded": 12, "read": 12}
+    assert facts(sync(options)) == {"unchanged": 12, "read": 12}
+
+
+def test_the_command_says_what_it_did(options, folder, capsys):
+    """As text and as JSON; what contradicts itself is bad use."""
+    args = ["--images", str(folder), "--encoder", options.encoder, "--out", str(options.out)]
+
+    def run(*more):
+        status = run_command(BuildOptions, main, prog="index.build", argv=[*args, *more])
+        return status, *capsys.readouterr()
+
+    status, out, _ = run("--sync")
+    assert status == 0
+    assert "12 new, 0 changed, 0 moved, 0 gone, 0 unchanged, 0 rejected" in out
+    status, out, _ = run("--sync", "--json")
+    assert json.loads(out)["unchanged"] == 12
+    for more, message in (
+        (["--checksum"], "--checksum: expected --sync beside it"),
+        (["--sync", "--replace"], "--replace: expected none of it beside --sync"),
+        (["--sync", "--engine", "ray"], "--engine ray: expected none of it beside --sync"),
+        (["--sync", "--index", "hnsw"], "--index: expected none, as the collection is there"),
+    ):
+        status, _, err = run(*more)
+        assert status == 2
+        assert message in err

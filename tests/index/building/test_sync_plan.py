@@ -1,0 +1,99 @@
+from hypothesis import given
+from hypothesis import strategies as st
+
+from index.building.sync_plan import Seen, Stored, plan_sync
+from index.embed import Reject
+
+
+def seen_of(digests):
+    """Make records of {key: digest}; a digest that begins with ! cannot be read."""
+    return [
+        Seen(key, None, None, Reject(key=key, fault=digest[1:], message=key))
+        if digest.startswith("!")
+        else Seen(key, None, digest)
+        for key, digest in digests.items()
+    ]
+
+
+def plan_of(now, before, **kwargs):
+    """Plan a sync from {key: digest} to {key: digest}."""
+    stored = {key: Stored(row, digest) for row, (key, digest) in enumerate(before.items())}
+    by_digest = {digest: row for row, digest in enumerate(before.values())}
+    return plan_sync(seen_of(now), stored, by_digest=by_digest, **kwargs)
+
+
+states = st.dictionaries(
+    st.sampled_from([f"{folder}/{n}" for folder in "ab" for n in range(4)]),
+    st.sampled_from(["one", "two", "three", "four", "five"]),
+)
+
+
+@given(now=states, before=states)
+def test_what_is_planned_leads_from_one_state_to_the_other(now, before):
+    """Whatever they are; every image is counted once, and only unknown content is embedded."""
+    plan = plan_of(now, before)
+    before_rows = list(before.items())
+    after = dict(before_rows)
+    for row in plan.drop:
+        del after[before_rows[row][0]]
+    for one in plan.reuse:
+        after[one.seen.key] = before_rows[one.vector_row][1]
+        assert one.metadata_row is None or one.seen.key in before or one.metadata_row in plan.drop
+    for key in plan.embed:
+        assert now[key] not in before.values()
+        after[key] = now[key]
+    assert after == now
+    assert len(plan.unchanged) == sum(before.get(key) == digest for key, digest in now.items())
+    assert plan.new + plan.changed + plan.moved + len(plan.unchanged) == len(now)
+    assert plan.moved + plan.gone == len(set(before) - set(now))
+    assert not plan.rejects
+
+
+def test_a_move_is_one_and_takes_its_metadata_along():
+    """Of two new keys of the content of one gone key, one has moved and the other is a copy."""
+    plan = plan_of({"b": "x", "c": "x", "kept": "y", "copy": "y"}, {"a": "x", "kept": "y"})
+    assert (plan.new, plan.moved, plan.gone) == (2, 1, 0)
+    assert [(one.seen.key, one.vector_row, one.metadata_row) for one in plan.reuse] == [
+        ("b", 0, 0),
+        ("c", 0, None),
+        ("copy", 1, None),
+    ]
+    assert plan.drop == [0]
+
+
+def test_what_cannot_be_read_stays_and_what_is_no_image_goes():
+    """Also all below a folder that cannot be read."""
+    before = {"away": "1", "empty": "2", "locked/a": "3", "locked/b": "4", "lock": "5"}
+    plan = plan_of({"away": "!unreadable", "empty": "!empty", "locked/": "!unreadable"}, before)
+    assert sorted(plan.retained) == [0, 2, 3]
+    assert sorted(plan.drop) == [1, 4]
+    assert [one.key for one in plan.rejects] == ["away", "empty", "locked/"]
+    assert plan.gone == 1
+
+
+def test_a_reject_is_tried_again_when_it_has_changed():
+    """Not before; an image that has become one is dropped."""
+    rejected = {
+        "a": Reject(key="a", fault="corrupt", message="", digest="1"),
+        "b": Reject(key="b", fault="corrupt", message="", digest="1"),
+        "c": Reject(key="c", fault="corrupt", message="", digest="2"),
+    }
+    plan = plan_of({"a": "1", "b": "mended", "c": "2"}, {"c": "old"}, rejected=rejected)
+    assert list(plan.embed) == ["b"]
+    assert [one.key for one in plan.rejects] == ["a", "c"]
+    assert plan.drop == [0]
+
+
+def test_a_key_has_one_owner():
+    """One that another source has, and one that comes twice, are refused and said."""
+    now = [*seen_of({"a": "1", "b": "2"}), *seen_of({"a": "3"})]
+    plan = plan_sync(now, {}, by_digest={}, taken={"b"})
+    assert list(plan.embed) == ["a"]
+    assert [(one.fault, one.message) for one in plan.rejects] == [
+        (
+            "duplicate_key",
+            "b: expected a key of its own, found an image of another source with this key or its "
+            "id",
+        ),
+        ("duplicate_key", "a: expected a key of its own, found an earlier image of this key"),
+    ]
