@@ -99,6 +99,10 @@ class Collection:
             self if snapshot is kept else Collection(self._store, snapshot, threads=self._threads)
         )
 
+    def is_current(self) -> bool:
+        """Tell whether `latest` would give this collection; no file is read for it."""
+        return self._kept is not None and self._store.is_latest(self._kept)
+
     def __repr__(self) -> str:
         return (
             f"<Collection {self.name} {self.count} x {self.dim} {self.factory} "
@@ -145,6 +149,16 @@ class Collection:
     def ids(self) -> NDArray[np.int64]:
         """(N,) int64: the id of every image, in the order in which they were written."""
         return self._snapshot.ids
+
+    @property
+    def deleted(self) -> dict[str, int]:
+        """Rows that are deleted, or replaced, and still take space: by segment, "" the delta."""
+        return {part.segment.entry.name: part.dead for part in self._snapshot.parts}
+
+    @property
+    def delta_count(self) -> int:
+        """Images that are in no segment yet."""
+        return sum(part.count for part in self._snapshot.parts if not part.segment.entry.name)
 
     @property
     def sources(self) -> dict[str, int]:
@@ -385,6 +399,11 @@ class Collection:
         """Show what keys look like here."""
         rows = self._snapshot.rows
         return f"keys here look like {rows['key'][0].as_py()!r}" if len(rows) else "it is empty"
+
+
+def version_text(version: Hashable) -> str:
+    """Write the version of a collection for people and for the wire, such as `3.17`."""
+    return ".".join(map(str, version)) if isinstance(version, tuple) else str(version)
 
 
 def _nothing(n_queries: int) -> Neighbours:

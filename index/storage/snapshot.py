@@ -97,6 +97,11 @@ class Part:
         return np.where(self.alive_N[rows_N] & (rows_N != MISSING), rows_N, MISSING)
 
     @property
+    def dead(self) -> int:
+        """Rows that are not alive."""
+        return len(self.segment.ids_N) - self.count
+
+    @property
     def ids_N(self) -> NDArray[np.int64]:
         """The ids of living rows."""
         ids_N = self.segment.ids_N

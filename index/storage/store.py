@@ -134,6 +134,13 @@ class Store:
                 mend="open it again; what was moved away or replaced has what was written before",
             )
 
+    def is_latest(self, snapshot: Snapshot) -> bool:
+        """Tell whether a snapshot is the latest, by the status of files alone."""
+        if self.is_written_here or snapshot is not self.snapshot:
+            return snapshot is self.snapshot
+        is_whole = self.journal is None or self.journal.size_bytes() == self.position.end
+        return is_whole and self.is_current()
+
     def load(self) -> None:
         """Read the manifest and everything that it names, but segments that are open."""
         while True:

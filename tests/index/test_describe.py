@@ -1,0 +1,56 @@
+import json
+
+import pytest
+
+from index.describe import DescribeOptions, main
+from index.storage.writer import CollectionWriter
+from models.command import run_command
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command in this process: status, standard output, standard error."""
+
+    def command(*args):
+        argv = [*map(str, args)]
+        status = run_command(DescribeOptions, main, prog="python -m index.describe", argv=argv)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return command
+
+
+def test_what_a_collection_is(run, built_hnsw, bundle, train_folder):
+    """Every fact on a line of its own."""
+    status, out, err = run(built_hnsw)
+    lines = out.splitlines()
+    assert (status, err) == (0, "")
+    assert lines[0] == "colours-hnsw: 60 images of 16 dimensions, cosine, HNSW32"
+    assert lines[1].split(maxsplit=1) == ["images", "60 live, 0 of them in the delta; 0 deleted"]
+    assert f"  encoder      {bundle.path}" in lines
+    assert f"  fingerprint  {bundle.fingerprint}" in lines
+    assert f"  source       folder:{train_folder}: 60" in lines
+    assert "  metadata     id, key, label, source" in out
+    assert "  segment      000000: 60 vectors, 0 deleted, HNSW32 efSearch=64, " in out
+    assert "index.tune" in out
+
+
+def test_what_was_written_since(run, built, copy_collection):
+    """Deleted images still take space, and new ones wait in the delta."""
+    path = copy_collection(built)
+    with CollectionWriter.open(path) as writer:
+        before = writer.collection
+        rows, vectors = before.table(), before.vectors(before.ids)
+        writer.delete(before.ids[:7])
+        writer.upsert(rows.slice(7, 2), vectors[7:9], fingerprint=before.fingerprint)
+    status, out, _ = run(path, "--json")
+    found = json.loads(out)
+    assert status == 0
+    assert (found["count"], found["deleted"], found["delta"]) == (53, 9, 2)
+    assert found["segments"][0]["deleted"] == 9
+    assert found["version"] != before.version
+    total = sum(
+        file.stat().st_size for file in path.rglob("*") if file.is_file() and file.name != ".lock"
+    )
+    assert found["size_bytes"]["total"] == total
+    assert found["size_bytes"]["journal"] > 0
