@@ -25,6 +25,7 @@ from models.encoder import Encoder
 from models.errors import FingerprintMismatchError, UsageError
 from serve.engine import Engine
 from serve.errors import RequestError, UnknownNameError
+from serve.following import Following
 from serve.lifecycle.leases import Dispose, Hold, Lease, at_once
 
 if TYPE_CHECKING:
@@ -52,17 +53,22 @@ class ServedCollection:
 
     Attributes:
         name: as callers use it.
-        collection: where to search.
+        following: gives the snapshot to search, and keeps it up with the collection's writer.
         model: the version that made its vectors.
         hold: of this pair; when it ends it lets go of both.
         files: of the collection alone, which may go on beside another version.
     """
 
     name: str
-    collection: Collection
+    following: Following
     model: ServedModel
     hold: Hold = field(repr=False)
     files: Hold = field(repr=False)
+
+    @property
+    def collection(self) -> Collection:
+        """The snapshot that was read last; who searches asks `following` for the latest."""
+        return self.following.current
 
     def lease(self) -> Lease[ServedCollection]:
         """Keep it, and its model, open within a context."""
@@ -178,9 +184,15 @@ class Catalog:
                 is offered still.
         """
         model = self._maker_of(name, collection.fingerprint)
-        files = self._hold(close, self.dispose)
+        following = Following(name, collection)
+
+        def close_all() -> None:
+            following.close()
+            close()
+
+        files = self._hold(close_all, self.dispose)
         replaced = self.collections.get(name)
-        self._bind(name, collection, model, files)
+        self._bind(name, following, model, files)
         if replaced is not None:
             _retire(replaced)
 
@@ -223,7 +235,7 @@ class Catalog:
         return hold
 
     def _bind(
-        self, name: str, collection: Collection, model: ServedModel, files: Hold
+        self, name: str, following: Following, model: ServedModel, files: Hold
     ) -> ServedCollection:
         """Offer a collection with a model; the pair keeps both open."""
 
@@ -234,7 +246,7 @@ class Catalog:
         files.take()
         model.hold.take()
         served = ServedCollection(
-            name=name, collection=collection, model=model, hold=Hold(let_go), files=files
+            name=name, following=following, model=model, hold=Hold(let_go), files=files
         )
         self.collections[name] = served
         return served
@@ -244,7 +256,7 @@ class Catalog:
         for name, served in list(self.collections.items()):
             model = self._maker_of(name, served.collection.fingerprint)
             if model is not served.model:
-                self._bind(name, served.collection, model, served.files)
+                self._bind(name, served.following, model, served.files)
                 served.hold.retire()
 
 

@@ -117,7 +117,8 @@ class Server:
         self._watchdog.watch(self._search_pool)
         self._opening_pool = self._make_pool("open", threads=1)
         self._disposal_pool = self._make_pool("dispose", threads=1)
-        for pool in (self._opening_pool, self._disposal_pool):
+        self._following_pool = self._make_pool("follow", threads=1)
+        for pool in (self._opening_pool, self._disposal_pool, self._following_pool):
             self._watchdog.watch(pool, limit_s=options.watchdog.opening_s)
         self.catalog = Catalog(dispose=self._disposal_pool.submit)
         self._closing.callback(self.catalog.close)
@@ -151,6 +152,7 @@ class Server:
             self.catalog,
             limits=options.request_limits,
             search_pool=self._search_pool,
+            following_pool=self._following_pool,
             answering=answering,
         )
         self.kserve = KserveServicer(

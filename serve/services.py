@@ -16,7 +16,7 @@ import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -40,6 +40,9 @@ from serve.searching import (
     search_vectors,
     select,
 )
+
+if TYPE_CHECKING:
+    from index.collection import Collection
 
 Value = TypeVar("Value")
 
@@ -74,19 +77,22 @@ class HoraceServicer(pb_grpc.HoraceServicer):
         *,
         limits: RequestLimits,
         search_pool: ThreadPool,
+        following_pool: ThreadPool,
         answering: Answering,
     ) -> None:
-        """Serve `catalog`, which may grow; its engines, and `search_pool`, have owners.
+        """Serve `catalog`, which may grow; its engines, and the pools, have owners.
 
         Args:
             catalog: what is offered.
             limits: what one request may ask for.
             search_pool: threads for searches.
+            following_pool: threads that read what was written to a collection.
             answering: how calls are answered, and whose clock is the engines'.
         """
         self._catalog = catalog
         self._limits = limits
         self._search_pool = search_pool
+        self._following_pool = following_pool
         self._clock = answering.clock
         self._answering = answering
 
@@ -129,6 +135,9 @@ class HoraceServicer(pb_grpc.HoraceServicer):
         self, request: pb.ListCollectionsRequest, context: Context
     ) -> pb.ListCollectionsResponse:
         """Say which collections there are and which model may query them."""
+        for served in list(self._catalog.collections.values()):
+            with served.lease():
+                await served.following.snapshot(self._following_pool.run)
         collections = [
             pb.Collection(
                 name=served.name,
@@ -138,6 +147,7 @@ class HoraceServicer(pb_grpc.HoraceServicer):
                 metric=served.collection.metric,
                 index=served.collection.factory,
                 model=served.model.name,
+                version=version_of(served.collection),
             )
             for served in self._catalog.collections.values()
         ]
@@ -250,8 +260,8 @@ class HoraceServicer(pb_grpc.HoraceServicer):
     async def _search_in(
         self, served: ServedCollection, request: pb.SearchRequest, call: Call, deadline_s: float
     ) -> pb.SearchResponse:
-        """Search in a collection that is leased."""
-        collection = served.collection
+        """Search in a collection that is leased: in one snapshot of it."""
+        collection = await served.following.snapshot(self._following_pool.run)
         count = count_queries(request)
         call.model, call.version = served.model.name, served.model.version
         call.images = count
@@ -268,7 +278,9 @@ class HoraceServicer(pb_grpc.HoraceServicer):
             query = replace(query, selection=selection)
         match request.WhichOneof("queries"):
             case "combined":
-                work = await self._read_combined(served, call, request, query, deadline_s)
+                work = await self._read_combined(
+                    served, collection, call, request, query, deadline_s
+                )
             case "images":
                 embedded = await self._compute(
                     served.model, call, request.images.images, request.priority, deadline_s
@@ -290,11 +302,13 @@ class HoraceServicer(pb_grpc.HoraceServicer):
             fingerprint=collection.fingerprint,
             timings=self._timings(call),
             request_id=request.request_id,
+            version=version_of(collection),
         )
 
     async def _read_combined(
         self,
         served: ServedCollection,
+        collection: Collection,
         call: Call,
         request: pb.SearchRequest,
         query: Query,
@@ -304,16 +318,14 @@ class HoraceServicer(pb_grpc.HoraceServicer):
         n_examples = count_examples(request.combined)
         self._check_count("examples", max(1, n_examples))
         combinations, images = read_combinations(request.combined, served)
-        vectors_ND = np.empty((0, served.collection.dim), np.float32)
+        vectors_ND = np.empty((0, collection.dim), np.float32)
         statuses: list[pb.ItemStatus] = []
         if images:
             call.embedded = await self._compute(
                 served.model, call, images, request.priority, deadline_s
             )
             vectors_ND, statuses = finish(call.embedded, normalize=False)
-        return partial(
-            search_combinations, served.collection, combinations, vectors_ND, statuses, query
-        )
+        return partial(search_combinations, collection, combinations, vectors_ND, statuses, query)
 
     async def _run_search(self, work: Callable[[], Value]) -> Value:
         """Search on a thread; refuse where too many wait for one."""
@@ -326,6 +338,13 @@ class HoraceServicer(pb_grpc.HoraceServicer):
                 retry_after_s=self._search_pool.wait_s,
             )
         return await self._search_pool.run(work)
+
+
+def version_of(collection: Collection) -> str:
+    """Write down which content of a collection a snapshot has: each write makes another."""
+    from index.collection import version_text  # with faiss and pyarrow: there is a collection
+
+    return version_text(collection.version)
 
 
 def _refuse(call: Call, error: Exception) -> pb.EmbedResponse:

@@ -227,6 +227,7 @@ class Planner:
             collection=replies[0].collection,
             fingerprint=replies[0].fingerprint,
             timings=read_timings([reply.timings for reply in replies]),
+            versions=tuple(dict.fromkeys(reply.version for reply in replies)),
         )
 
     def list_models(self, timeout_s: float | None) -> Plan[list[ModelInfo]]:

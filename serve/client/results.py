@@ -124,6 +124,8 @@ class SearchResult:
         collection: the name under which it was served.
         fingerprint: of the encoder that made its vectors.
         timings: where the time went.
+        versions: of the collection's content: each write makes another. One, unless it was
+            written between the requests of a call that had to be split.
     """
 
     hits: tuple[tuple[Hit, ...], ...]
@@ -131,6 +133,7 @@ class SearchResult:
     collection: str
     fingerprint: str
     timings: Timings
+    versions: tuple[str, ...] = ()
 
     def raise_for_status(self) -> SearchResult:
         """Give the result back if every query was answered.
@@ -171,7 +174,11 @@ class ModelInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class CollectionInfo:
-    """A served collection; `model` is the one whose images may query it."""
+    """A served collection.
+
+    `model` is the one whose images may query it, `version` that of its content, which is another
+    one after each write.
+    """
 
     name: str
     fingerprint: str
@@ -180,6 +187,7 @@ class CollectionInfo:
     metric: str
     index: str
     model: str
+    version: str = ""
 
 
 def raise_for_statuses(what: str, statuses: Sequence[ItemStatus]) -> None:
@@ -255,4 +263,5 @@ def read_collection(message: pb.Collection) -> CollectionInfo:
         metric=message.metric,
         index=message.index,
         model=message.model,
+        version=message.version,
     )

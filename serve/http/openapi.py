@@ -192,7 +192,7 @@ def _schemas(limits: RequestLimits) -> Json:
         **dict.fromkeys(("max_images_per_request", "max_request_bytes"), INTEGER),
     }
     collection: Json = {
-        **dict.fromkeys(("name", "fingerprint", "metric", "index", "model"), STRING),
+        **dict.fromkeys(("name", "version", "fingerprint", "metric", "index", "model"), STRING),
         **dict.fromkeys(("dim", "count"), INTEGER),
     }
     embedded = {
@@ -202,7 +202,7 @@ def _schemas(limits: RequestLimits) -> Json:
         "timings": timings,
     }
     found = {
-        **dict.fromkeys(("collection", "fingerprint", "request_id"), STRING),
+        **dict.fromkeys(("collection", "version", "fingerprint", "request_id"), STRING),
         "results": _list(
             _object(
                 {**status, "hits": _list(_object({**hit, "vector": VECTOR}, list(hit)))},

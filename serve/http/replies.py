@@ -65,6 +65,7 @@ def search_reply(reply: pb.SearchResponse, refused: Mapping[int, Json]) -> Json:
     """Lay out a reply of Search."""
     return {
         "collection": reply.collection,
+        "version": reply.version,
         "fingerprint": reply.fingerprint,
         "results": [
             {**(refused.get(n) or status_of(hits.status)), "hits": _hits(hits)}
@@ -101,6 +102,7 @@ def collections_reply(reply: pb.ListCollectionsResponse) -> Json:
         "collections": [
             {
                 "name": collection.name,
+                "version": collection.version,
                 "fingerprint": collection.fingerprint,
                 "dim": collection.dim,
                 "count": collection.count,

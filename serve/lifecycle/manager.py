@@ -382,6 +382,9 @@ class Lifecycle:
     async def _load_collection(self, source: CollectionSource) -> None:
         """Open a collection, and let it take the place of the one of its name."""
         started_s = self._clock()
+        if source.loads and await self._follow(source):
+            source.loaded(self._clock() - started_s)
+            return
         collection = await self._read(
             source, partial(self._pool.run, partial(self._open_collection, source.options.path))
         )
@@ -402,6 +405,22 @@ class Lifecycle:
         source.loaded(self._clock() - started_s)
         self._tell("collection %s is served with %d images", name, collection.count)
         self._on_change()
+
+    async def _follow(self, source: CollectionSource) -> bool:
+        """Read what is new of a served collection; whether it is of the same encoder still.
+
+        Raises:
+            CollectionError: it cannot be read; what was served is served.
+        """
+        following = self._catalog.collection(source.name or "").following
+        try:
+            await self._read(source, partial(following.catch_up, self._pool.run))
+        except FingerprintMismatchError:
+            return False
+        current = following.current
+        self._tell("collection %s is served with %d images", source.name, current.count)
+        self._on_change()
+        return True
 
     # The repository.
 

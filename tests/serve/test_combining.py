@@ -95,7 +95,8 @@ def test_a_bad_filter_is_refused_whole(searching):
             with pytest.raises(RequestError) as error:
                 await client.search([b"junk"], filter="colour = 'red'")
             assert str(error.value) == (
-                "filter, character 1: expected a column: id, key, label, source, found 'colour'"
+                "filter, character 1: expected a column: id, key, label, source, digest, "
+                "found 'colour'"
             )
             with pytest.raises(RequestError, match="character 9: expected a text between quotes"):
                 await client.search(ids=[1], filter="label = 7")
