@@ -17,9 +17,8 @@ Shapes: Q queries, N rows, D dimensions, K neighbours.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Self, cast
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +26,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from index.errors import CollectionError, UnknownIdError
 from index.knn import MISSING, merge_neighbours
+from index.neighbours import Neighbours as Neighbours
+from index.neighbours import check_queries, leave_out, no_neighbours
 from index.selection import Selection
 from index.storage.ids import id_of as id_of
 from index.storage.publishing import count_sources
@@ -37,19 +38,6 @@ from index.storage.snapshot import Snapshot, in_schema
 from index.storage.store import Store
 from models.cpu import cpu_budget
 from models.errors import FingerprintMismatchError, UsageError
-
-
-@dataclass(frozen=True, kw_only=True)
-class Neighbours:
-    """What a search found, best first.
-
-    Attributes:
-        ids: (Q, K) int64; -1 where fewer than K were found.
-        scores: (Q, K) float32 cosines; -inf where fewer than K were found.
-    """
-
-    ids: NDArray[np.int64]
-    scores: NDArray[np.float32]
 
 
 class Collection:
@@ -84,7 +72,7 @@ class Collection:
         store = Store(Path(path), verify=verify)
         return cls(store, store.snapshot, threads=threads or cpu_budget())
 
-    def latest(self) -> Collection:
+    def latest(self) -> Self:
         """Give the collection as it is now, by whatever process it was written.
 
         Returns:
@@ -95,9 +83,9 @@ class Collection:
             CollectionError: it is closed, or a new file is missing, damaged or foreign.
         """
         kept, snapshot = self._snapshot, self._store.latest()
-        return (
-            self if snapshot is kept else Collection(self._store, snapshot, threads=self._threads)
-        )
+        if snapshot is kept:
+            return self
+        return type(self)(self._store, snapshot, threads=self._threads)
 
     def is_current(self) -> bool:
         """Tell whether `latest` would give this collection; no file is read for it."""
@@ -138,6 +126,11 @@ class Collection:
     def metric(self) -> str:
         """How vectors are compared: `cosine` or `euclidean`."""
         return self.manifest.metric
+
+    @property
+    def encoder(self) -> str:
+        """URI or path of the encoder when the collection was built."""
+        return self.manifest.encoder
 
     @property
     def factory(self) -> str:
@@ -210,22 +203,15 @@ class Collection:
                 the index has no such parameter.
         """
         self.require(fingerprint)
-        if queries_QD.ndim != 2 or queries_QD.shape[1] != self.dim:
-            raise UsageError("queries", expected=f"(Q, {self.dim})", found=str(queries_QD.shape))
-        if k < 1:
-            raise UsageError("k", expected="at least 1", found=str(k))
-        queries_QD = np.ascontiguousarray(queries_QD, dtype=np.float32)
-        wrong = np.flatnonzero(~np.isfinite(queries_QD).all(axis=1))
-        if wrong.size:
-            raise UsageError(
-                f"query {wrong[0]}", expected="finite numbers", found="NaN or infinity"
-            )
+        queries_QD = check_queries(queries_QD, k, self.dim)
         snapshot = self._snapshot
         selection = self.select(filter) if isinstance(filter, str) else filter
         if selection is not None and len(selection.mask_N) != self.count:
             raise UsageError(
                 "filter", expected=f"a selection of collection {self.name}", found="another's"
             )
+        if not self.count:
+            return no_neighbours(len(queries_QD))
         masks = (
             [None] * len(snapshot.parts) if selection is None else snapshot.part_masks(selection)
         )
@@ -240,11 +226,9 @@ class Collection:
             )  # fmt: skip
             ids = part.segment.ids_N[rows]  # of row -1 the last, which is put right
             found.append((scores, np.where(rows < 0, MISSING, ids)))
-        if not found:
-            return _nothing(len(queries_QD))
         scores, ids = merge_neighbours(found, k_asked)
         neighbours = Neighbours(ids=ids, scores=scores)
-        return neighbours if without_QW is None else _leave_out(neighbours, without_QW, k)
+        return neighbours if without_QW is None else leave_out(neighbours, without_QW, k)
 
     def select(self, filter: str, *, source_names: Callable[[str], str] | None = None) -> Selection:
         """Choose the images of which a filter is true, for one search or many.
@@ -404,25 +388,3 @@ class Collection:
 def version_text(version: Hashable) -> str:
     """Write the version of a collection for people and for the wire, such as `3.17`."""
     return ".".join(map(str, version)) if isinstance(version, tuple) else str(version)
-
-
-def _nothing(n_queries: int) -> Neighbours:
-    """Give what a search of an empty collection finds."""
-    return Neighbours(
-        ids=np.empty((n_queries, 0), np.int64), scores=np.empty((n_queries, 0), np.float32)
-    )
-
-
-def _leave_out(found: Neighbours, without_QW: NDArray[np.int64], k: int) -> Neighbours:
-    """Drop from each query's neighbours those that are no answers to it, and those beyond k."""
-    n_fewest = int((without_QW >= 0).sum(axis=1).min(initial=without_QW.shape[1]))
-    width = max(0, min(k, found.ids.shape[1] - n_fewest))
-    is_out_QC = (found.ids[:, :, None] == without_QW[:, None, :]).any(axis=2)
-    order_QK = np.argsort(is_out_QC, axis=1, kind="stable")[:, :width]
-    is_out_QK = np.take_along_axis(is_out_QC, order_QK, 1)
-    ids_QK = np.take_along_axis(found.ids, order_QK, 1)
-    scores_QK = np.take_along_axis(found.scores, order_QK, 1)
-    return Neighbours(
-        ids=np.where(is_out_QK, MISSING, ids_QK),
-        scores=np.where(is_out_QK, -np.inf, scores_QK).astype(np.float32),
-    )

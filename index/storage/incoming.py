@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias, cast
+from collections.abc import Mapping
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +13,6 @@ from index.errors import CollectionError
 from index.knn import COSINE
 from index.storage.ids import id_of
 from index.storage.rows import COLUMN_TYPES, ROW_SCHEMA
-from index.storage.snapshot import Snapshot
 from models.errors import UsageError
 
 Column: TypeAlias = "pa.ChunkedArray[pa.Scalar[pa.DataType]]"
@@ -76,32 +76,28 @@ def prepare_rows(rows: pa.Table, schema: pa.Schema) -> pa.Table:
     return table
 
 
-def check_keys(snapshot: Snapshot, rows: pa.Table, *, replace: bool) -> None:
+def check_keys(rows: pa.Table, there: Mapping[int, str], *, replace: bool) -> None:
     """Refuse keys that come twice, ids that other keys have, and keys that are there.
 
     Args:
-        snapshot: what is there.
         rows: what comes, with ids.
+        there: the keys of those ids that are there already.
         replace: whether keys may be there already.
 
     Raises:
         UsageError: a key comes twice, or is there already.
         CollectionError: another key has the id of one.
     """
-    ids_N = rows["id"].to_numpy()
-    keys = rows["key"]
-    _, first, counts = np.unique(ids_N, return_index=True, return_counts=True)
-    for at in first[counts > 1][:1]:
-        again = int(np.flatnonzero(ids_N == ids_N[at])[1])
-        _refuse_collision(keys[again].as_py(), keys[int(at)].as_py())
-        raise UsageError(
-            f"key {keys[int(at)].as_py()!r}", expected="every key once", found="it again"
-        )
-    parts, part_rows = snapshot.locate(ids_N)
-    for at in np.flatnonzero(parts >= 0):
-        key = keys[int(at)].as_py()
-        part = snapshot.parts[parts[at]]
-        _refuse_collision(key, part.segment.rows["key"][int(part_rows[at])].as_py())
+    came: dict[int, str] = {}
+    ids, keys = (cast("list[Any]", rows[name].to_pylist()) for name in ("id", "key"))
+    for id_, key in zip(ids, keys, strict=True):
+        if id_ in came:
+            _refuse_collision(key, came[id_])
+            raise UsageError(f"key {key!r}", expected="every key once", found="it again")
+        came[id_] = key
+        if id_ not in there:
+            continue
+        _refuse_collision(key, there[id_])
         if not replace:
             raise UsageError(
                 f"key {key!r}",

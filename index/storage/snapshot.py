@@ -17,6 +17,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -185,6 +186,16 @@ class Snapshot:
             is_here = found != MISSING
             parts[is_here], rows[is_here] = number, found[is_here]
         return parts, rows
+
+    def keys_of(self, ids: NDArray[np.int64]) -> dict[int, str]:
+        """Give the keys of those ids that are there."""
+        parts, rows = self.locate(ids)
+        keys: dict[int, str] = {}
+        for number, part in enumerate(self.parts):
+            here = np.flatnonzero(parts == number)
+            found = part.segment.rows["key"].take(rows[here]).to_pylist()
+            keys |= zip(ids[here].tolist(), cast(list[str], found), strict=True)
+        return keys
 
     def places(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Give the place of each id among living rows; -1 where there is none."""

@@ -289,7 +289,7 @@ class CollectionWriter:
             self._require_open()
             snapshot = self._store.snapshot
             table = prepare_rows(rows, snapshot.schema)
-            check_keys(snapshot, table, replace=replace)
+            check_keys(table, snapshot.keys_of(table["id"].to_numpy()), replace=replace)
             if len(table):
                 block = Block(rows=table, vectors_ND=vectors)
                 self._write(PUT, encode_put(block), block)

@@ -1,0 +1,74 @@
+"""Queries as they come, and neighbours as they go: what every kind of collection shares.
+
+Shapes: Q queries, D dimensions, K neighbours, W ids.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from index.knn import MISSING
+from models.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Neighbours:
+    """What a search found, best first.
+
+    Attributes:
+        ids: (Q, K) int64; -1 where fewer than K were found.
+        scores: (Q, K) float32 cosines, or minus squared distances; -inf where fewer than K
+            were found.
+    """
+
+    ids: NDArray[np.int64]
+    scores: NDArray[np.float32]
+
+
+def check_queries(queries_QD: NDArray[np.float32], k: int, dim: int) -> NDArray[np.float32]:
+    """Give queries as float32, in C order.
+
+    Raises:
+        UsageError: they are not (Q, dim) or not finite, or k is below 1.
+    """
+    if queries_QD.ndim != 2 or queries_QD.shape[1] != dim:
+        raise UsageError("queries", expected=f"(Q, {dim})", found=str(queries_QD.shape))
+    if k < 1:
+        raise UsageError("k", expected="at least 1", found=str(k))
+    queries_QD = np.ascontiguousarray(queries_QD, dtype=np.float32)
+    wrong = np.flatnonzero(~np.isfinite(queries_QD).all(axis=1))
+    if wrong.size:
+        raise UsageError(f"query {wrong[0]}", expected="finite numbers", found="NaN or infinity")
+    return queries_QD
+
+
+def no_neighbours(n_queries: int, k: int = 0) -> Neighbours:
+    """Give what is found where there are no images, or no queries: (n_queries, k) padding."""
+    return Neighbours(
+        ids=np.full((n_queries, k), MISSING, np.int64),
+        scores=np.full((n_queries, k), -np.inf, np.float32),
+    )
+
+
+def leave_out(found: Neighbours, without_QW: NDArray[np.int64], k: int) -> Neighbours:
+    """Drop from each query's neighbours those that are no answers to it, and those beyond k.
+
+    Args:
+        found: of k + W neighbours a query, or of all that there are.
+        without_QW: (Q, W) ids that are no answers; -1 stands for none.
+        k: how many are wanted.
+    """
+    n_fewest = int((without_QW >= 0).sum(axis=1).min(initial=without_QW.shape[1]))
+    width = max(0, min(k, found.ids.shape[1] - n_fewest))
+    is_out_QC = (found.ids[:, :, None] == without_QW[:, None, :]).any(axis=2)
+    order_QK = np.argsort(is_out_QC, axis=1, kind="stable")[:, :width]
+    is_out_QK = np.take_along_axis(is_out_QC, order_QK, 1)
+    ids_QK = np.take_along_axis(found.ids, order_QK, 1)
+    scores_QK = np.take_along_axis(found.scores, order_QK, 1)
+    return Neighbours(
+        ids=np.where(is_out_QK, MISSING, ids_QK),
+        scores=np.where(is_out_QK, -np.inf, scores_QK).astype(np.float32),
+    )
