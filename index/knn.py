@@ -134,12 +134,13 @@ def pad_neighbours(
     scores_QK: NDArray[np.float32], rows_QK: NDArray[np.int64], k: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Widen or cut neighbour lists to k columns; new places are -inf and -1."""
-    missing = max(0, k - scores_QK.shape[1])
-    width = ((0, 0), (0, missing))
-    return (
-        np.pad(scores_QK[:, :k], width, constant_values=-np.inf),
-        np.pad(rows_QK[:, :k], width, constant_values=MISSING),
-    )
+    n_queries, width = scores_QK.shape
+    if width >= k:  # nearly always: np.pad would take 50 us of a search's 200 for nothing
+        return scores_QK[:, :k], rows_QK[:, :k]
+    scores = np.full((n_queries, k), -np.inf, np.float32)
+    rows = np.full((n_queries, k), MISSING, np.int64)
+    scores[:, :width], rows[:, :width] = scores_QK, rows_QK
+    return scores, rows
 
 
 def merge_neighbours(

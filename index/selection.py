@@ -157,6 +157,8 @@ def keep_chosen(
         (Q, k) scores and rows, padded, and the queries that have fewer than k.
     """
     is_kept_QC = (rows_QC >= 0) & mask_N[rows_QC]
+    if is_kept_QC[:, :k].all() and is_kept_QC.shape[1] >= k:  # as where few rows are dead
+        return scores_QC[:, :k], rows_QC[:, :k], np.empty(0, np.int64)
     counts_Q = is_kept_QC.sum(axis=1)
     queries, columns = np.nonzero(is_kept_QC)
     places = np.arange(len(queries)) - np.repeat(np.cumsum(counts_Q) - counts_Q, counts_Q)

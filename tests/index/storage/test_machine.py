@@ -29,9 +29,9 @@ class Machine(RuleBasedStateMachine):
         self.model = {}
         self.turn = 0
         self.writer = CollectionWriter.create(
-            self.directory / "c", name="made", fingerprint=FINGERPRINT, dim=DIM
+            self.directory / "c", name="made", fingerprint=FINGERPRINT, dim=DIM, threads=1
         )
-        self.reader = Collection.open(self.directory / "c")
+        self.reader = Collection.open(self.directory / "c", threads=1)
         self.old = []
 
     def teardown(self):
@@ -84,7 +84,7 @@ class Machine(RuleBasedStateMachine):
     def reopen(self):
         """Let go of the collection and open it again."""
         self.writer.close()
-        self.writer = CollectionWriter.open(self.directory / "c")
+        self.writer = CollectionWriter.open(self.directory / "c", threads=1)
 
     @rule()
     def keep(self):

@@ -1,0 +1,236 @@
+"""Readers beside a writer, in threads and in processes, and processes that are killed."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from index.collection import Collection, id_of
+from index.errors import CollectionError
+from index.storage import store as store_module
+from index.storage.writer import CollectionWriter
+from index.verify import verify
+
+ROOT = Path(__file__).parents[3]
+FINGERPRINT, DIM = "f" * 64, 8
+
+
+def table(*keys):
+    """Rows of these keys."""
+    return pa.table({"key": list(keys), "source": ["folder:/nowhere"] * len(keys)})
+
+
+@pytest.fixture
+def path(tmp_path):
+    """An empty collection."""
+    path = tmp_path / "c"
+    CollectionWriter.create(path, name="made", fingerprint=FINGERPRINT, dim=DIM).close()
+    return path
+
+
+def test_readers_see_whole_snapshots_while_a_writer_writes(path, unit_rows):
+    """Every answer is exact over the snapshot that was asked, and snapshots never go back.
+
+    The writer puts 3 images at a time, whose keys name the write: a snapshot with some of them
+    has all. One thread compacts all the while.
+    """
+    vectors = unit_rows(300, DIM)
+    is_done = threading.Event()
+    faults = []
+
+    def read():
+        collection = Collection.open(path, threads=1)
+        while not is_done.is_set():
+            latest = collection.latest()
+            ids, keys = latest.ids, latest.keys()
+            if latest.version < collection.version or len(keys) % 3:
+                faults.append(f"{latest} after {collection}")
+            if latest.count:
+                stored = latest.vectors(ids)
+                found = latest.search(vectors[:1], 3, fingerprint=FINGERPRINT, exact=True)
+                best = np.sort(stored @ vectors[0])[::-1][:3]
+                if not np.allclose(found.scores[0], best, atol=1e-6):
+                    faults.append(f"{found.scores[0]} where {best} was there")
+                if [row.id for row in latest.rows(found.ids[0])] != found.ids[0].tolist():
+                    faults.append(f"rows of {found.ids[0]}")
+            collection = latest
+
+    def guarded(work):
+        try:
+            work()
+        except Exception as error:
+            faults.append(repr(error))
+
+    with CollectionWriter.open(path, threads=1) as writer:
+
+        def compact():
+            while not is_done.is_set():
+                writer.compact(all=True)
+
+        threads = [
+            threading.Thread(target=guarded, args=(work,)) for work in [read] * 3 + [compact]
+        ]
+        for thread in threads:
+            thread.start()
+        for n in range(100):
+            own = [3 * n, 3 * n + 1, 3 * n + 2]
+            writer.upsert(table(*map(str, own)), vectors[own], fingerprint=FINGERPRINT)
+            if n % 3 == 2:
+                writer.delete([id_of(str(row)) for row in range(3 * n - 3, 3 * n)])
+        is_done.set()
+        for thread in threads:
+            thread.join()
+        expected = {str(3 * n + i) for n in range(100) for i in range(3) if n % 3 != 1}
+        assert set(writer.collection.keys()) == expected
+    assert faults == []
+    assert set(Collection.open(path).keys()) == expected
+    assert verify(path).faults == verify(path).unknown == []
+
+
+def test_writes_during_a_compaction_survive_it(path, unit_rows, monkeypatch):
+    """Additions, replacements, deletions, and a delta that becomes a segment meanwhile."""
+    vectors = unit_rows(50, DIM)
+    with CollectionWriter.open(path, threads=1) as writer:
+
+        def put(*rows, by=0):
+            writer.upsert(table(*map(str, rows)), vectors[list(rows)] * 1, fingerprint=FINGERPRINT)
+
+        put(*range(10))
+        writer.seal()
+        put(*range(10, 20))
+        merge = writer._merge
+
+        def meanwhile(*arguments):
+            made = merge(*arguments)
+            writer.delete([id_of("3"), id_of("13")])
+            put(5, 30)
+            writer.seal()
+            put(6, 31)
+            writer.delete([id_of("30"), id_of("15")])
+            return made
+
+        monkeypatch.setattr(writer, "_merge", meanwhile)
+        writer.compact(all=True)
+        expected = {str(n) for n in range(20)} - {"3", "13", "15"} | {"31"}
+        assert set(writer.collection.keys()) == expected
+        assert len(writer.collection.manifest.segments) == 2
+        np.testing.assert_array_equal(
+            writer.collection.vectors([id_of("5"), id_of("31")]), vectors[[5, 31]]
+        )
+    with Collection.open(path) as collection:
+        assert set(collection.keys()) == expected
+    assert verify(path).faults == verify(path).unknown == []
+
+
+def test_a_file_that_goes_while_it_is_opened_is_looked_for_anew(path, unit_rows, monkeypatch):
+    """A reader between the manifest and the segments, whom a compaction overtakes."""
+    vectors = unit_rows(4, DIM)
+    open_segment = store_module.open_segment
+    with CollectionWriter.open(path, threads=1) as writer:
+        for n in range(2):
+            writer.add(table(str(n)), vectors[n : n + 1], fingerprint=FINGERPRINT)
+            writer.seal()
+        n_opened = 0
+
+        def overtaken(*arguments, **options):
+            nonlocal n_opened
+            n_opened += 1
+            if n_opened == 1:
+                writer.compact(all=True)
+            return open_segment(*arguments, **options)
+
+        monkeypatch.setattr(store_module, "open_segment", overtaken)
+        assert sorted(Collection.open(path).keys()) == ["0", "1"]
+        (entry,) = writer.collection.manifest.segments
+        (path / "segments" / entry.name / "ids.npy").unlink()  # and this one is really gone
+        with pytest.raises(CollectionError, match=r"expected a file that manifest.json lists"):
+            Collection.open(path)
+
+
+WRITES = """
+import json, random, sys
+import numpy as np, pyarrow as pa
+from index.collection import id_of
+from index.storage.writer import CollectionWriter
+
+path, seed = sys.argv[1], int(sys.argv[2])
+rng = random.Random(seed)
+with CollectionWriter.open(path, threads=1) as writer:
+    writer._seal_rows = 40
+    print(json.dumps(["open"]), flush=True)
+    for n in range(10_000):
+        keys = [str(rng.randrange(60)) for _ in range(rng.randrange(1, 6))]
+        keys = sorted(set(keys))
+        act = rng.choice(["upsert", "upsert", "upsert", "delete", "compact"])
+        print(json.dumps(["begin", act, keys, n]), flush=True)
+        if act == "upsert":
+            vectors = np.zeros((len(keys), 8), np.float32)
+            vectors[:, n % 8] = 1
+            table = pa.table({"key": keys, "source": [f"{seed}:{n}"] * len(keys)})
+            writer.upsert(table, vectors, fingerprint="f" * 64)
+        elif act == "delete":
+            writer.delete([id_of(key) for key in keys])
+        else:
+            writer.compact(all=rng.random() < 0.5)
+        print(json.dumps(["done"]), flush=True)
+"""
+
+
+def test_what_was_acknowledged_survives_a_kill(path):
+    """SIGKILL at any moment: the collection opens, is sound, and has every write once.
+
+    A write that was under way may be there as a whole or not at all.
+    """
+    rng = random.Random(5)
+    model = {}
+    for seed in range(4):
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITES, str(path), str(seed)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert json.loads(process.stdout.readline()) == ["open"]
+        begun, last = None, rng.randrange(20, 60)
+        for n, line in enumerate(process.stdout):
+            event, *details = json.loads(line)
+            if event == "begin":
+                begun = details
+            else:
+                model, begun = after(model, begun, seed), None
+            if n == last:
+                os.kill(process.pid, signal.SIGKILL)  # while it goes on
+        process.stdout.close()
+        assert process.wait() == -signal.SIGKILL
+        assert verify(path).faults == []
+        with Collection.open(path, threads=1) as collection:
+            found = {row.key: row.source for row in collection.rows(collection.ids)}
+            assert len(found) == collection.count
+        assert found in (model, after(model, begun, seed))
+        with CollectionWriter.open(path, threads=1) as writer:
+            assert {row.key: row.source for row in writer.collection.rows(collection_ids(writer))}
+            assert set(writer.collection.keys()) == set(found)
+        assert verify(path).unknown == []
+        model = found
+
+
+def collection_ids(writer):
+    """The ids that a writer sees."""
+    return writer.collection.ids
+
+
+def after(model, begun, seed):
+    """What is there after a write."""
+    if begun is None or begun[0] == "compact":
+        return model
+    act, keys, n = begun
+    rest = {key: source for key, source in model.items() if key not in keys}
+    return rest | {key: f"{seed}:{n}" for key in keys} if act == "upsert" else rest
