@@ -39,8 +39,8 @@ def check_queries(queries_QD: NDArray[np.float32], k: int, dim: int) -> NDArray[
     if k < 1:
         raise UsageError("k", expected="at least 1", found=str(k))
     queries_QD = np.ascontiguousarray(queries_QD, dtype=np.float32)
-    wrong = np.flatnonzero(~np.isfinite(queries_QD).all(axis=1))
-    if wrong.size:
+    if not np.isfinite(queries_QD).all():
+        wrong = np.flatnonzero(~np.isfinite(queries_QD).all(axis=1))
         raise UsageError(f"query {wrong[0]}", expected="finite numbers", found="NaN or infinity")
     return queries_QD
 

@@ -42,7 +42,7 @@ def test_readers_see_whole_snapshots_while_a_writer_writes(path, unit_rows):
     The writer puts 3 images at a time, whose keys name the write: a snapshot with some of them
     has all. One thread compacts all the while.
     """
-    vectors = unit_rows(300, DIM)
+    vectors = unit_rows(180, DIM)
     is_done = threading.Event()
     faults = []
 
@@ -80,7 +80,7 @@ def test_readers_see_whole_snapshots_while_a_writer_writes(path, unit_rows):
         ]
         for thread in threads:
             thread.start()
-        for n in range(100):
+        for n in range(60):
             own = [3 * n, 3 * n + 1, 3 * n + 2]
             writer.upsert(table(*map(str, own)), vectors[own], fingerprint=FINGERPRINT)
             if n % 3 == 2:
@@ -88,7 +88,7 @@ def test_readers_see_whole_snapshots_while_a_writer_writes(path, unit_rows):
         is_done.set()
         for thread in threads:
             thread.join()
-        expected = {str(3 * n + i) for n in range(100) for i in range(3) if n % 3 != 1}
+        expected = {str(3 * n + i) for n in range(60) for i in range(3) if n % 3 != 1}
         assert set(writer.collection.keys()) == expected
     assert faults == []
     assert set(Collection.open(path).keys()) == expected
@@ -100,8 +100,8 @@ def test_writes_during_a_compaction_survive_it(path, unit_rows, monkeypatch):
     vectors = unit_rows(50, DIM)
     with CollectionWriter.open(path, threads=1) as writer:
 
-        def put(*rows, by=0):
-            writer.upsert(table(*map(str, rows)), vectors[list(rows)] * 1, fingerprint=FINGERPRINT)
+        def put(*rows):
+            writer.upsert(table(*map(str, rows)), vectors[list(rows)], fingerprint=FINGERPRINT)
 
         put(*range(10))
         writer.seal()
@@ -191,7 +191,7 @@ def test_what_was_acknowledged_survives_a_kill(path):
     """
     rng = random.Random(5)
     model = {}
-    for seed in range(4):
+    for seed in range(3):
         process = subprocess.Popen(
             [sys.executable, "-c", WRITES, str(path), str(seed)],
             cwd=ROOT,
@@ -216,15 +216,9 @@ def test_what_was_acknowledged_survives_a_kill(path):
             assert len(found) == collection.count
         assert found in (model, after(model, begun, seed))
         with CollectionWriter.open(path, threads=1) as writer:
-            assert {row.key: row.source for row in writer.collection.rows(collection_ids(writer))}
             assert set(writer.collection.keys()) == set(found)
         assert verify(path).unknown == []
         model = found
-
-
-def collection_ids(writer):
-    """The ids that a writer sees."""
-    return writer.collection.ids
 
 
 def after(model, begun, seed):
