@@ -198,7 +198,7 @@ class Combined(_message.Message):
     def __init__(self, queries: _Optional[_Iterable[_Union[Combination, _Mapping]]] = ...) -> None: ...
 
 class SearchRequest(_message.Message):
-    __slots__ = ("collection", "images", "vectors", "ids", "combined", "k", "exact", "include_vectors", "request_id", "priority", "filter", "effort", "min_score", "diversity")
+    __slots__ = ("collection", "images", "vectors", "ids", "combined", "k", "exact", "include_vectors", "request_id", "priority", "filter", "effort", "min_score", "diversity", "include_metadata")
     COLLECTION_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
     VECTORS_FIELD_NUMBER: _ClassVar[int]
@@ -213,6 +213,7 @@ class SearchRequest(_message.Message):
     EFFORT_FIELD_NUMBER: _ClassVar[int]
     MIN_SCORE_FIELD_NUMBER: _ClassVar[int]
     DIVERSITY_FIELD_NUMBER: _ClassVar[int]
+    INCLUDE_METADATA_FIELD_NUMBER: _ClassVar[int]
     collection: str
     images: ImageQueries
     vectors: VectorQueries
@@ -227,21 +228,24 @@ class SearchRequest(_message.Message):
     effort: int
     min_score: float
     diversity: float
-    def __init__(self, collection: _Optional[str] = ..., images: _Optional[_Union[ImageQueries, _Mapping]] = ..., vectors: _Optional[_Union[VectorQueries, _Mapping]] = ..., ids: _Optional[_Union[IdQueries, _Mapping]] = ..., combined: _Optional[_Union[Combined, _Mapping]] = ..., k: _Optional[int] = ..., exact: _Optional[bool] = ..., include_vectors: _Optional[bool] = ..., request_id: _Optional[str] = ..., priority: _Optional[int] = ..., filter: _Optional[str] = ..., effort: _Optional[int] = ..., min_score: _Optional[float] = ..., diversity: _Optional[float] = ...) -> None: ...
+    include_metadata: bool
+    def __init__(self, collection: _Optional[str] = ..., images: _Optional[_Union[ImageQueries, _Mapping]] = ..., vectors: _Optional[_Union[VectorQueries, _Mapping]] = ..., ids: _Optional[_Union[IdQueries, _Mapping]] = ..., combined: _Optional[_Union[Combined, _Mapping]] = ..., k: _Optional[int] = ..., exact: _Optional[bool] = ..., include_vectors: _Optional[bool] = ..., request_id: _Optional[str] = ..., priority: _Optional[int] = ..., filter: _Optional[str] = ..., effort: _Optional[int] = ..., min_score: _Optional[float] = ..., diversity: _Optional[float] = ..., include_metadata: _Optional[bool] = ...) -> None: ...
 
 class Hit(_message.Message):
-    __slots__ = ("id", "score", "key", "label", "source")
+    __slots__ = ("id", "score", "key", "label", "source", "metadata")
     ID_FIELD_NUMBER: _ClassVar[int]
     SCORE_FIELD_NUMBER: _ClassVar[int]
     KEY_FIELD_NUMBER: _ClassVar[int]
     LABEL_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
+    METADATA_FIELD_NUMBER: _ClassVar[int]
     id: int
     score: float
     key: str
     label: str
     source: str
-    def __init__(self, id: _Optional[int] = ..., score: _Optional[float] = ..., key: _Optional[str] = ..., label: _Optional[str] = ..., source: _Optional[str] = ...) -> None: ...
+    metadata: str
+    def __init__(self, id: _Optional[int] = ..., score: _Optional[float] = ..., key: _Optional[str] = ..., label: _Optional[str] = ..., source: _Optional[str] = ..., metadata: _Optional[str] = ...) -> None: ...
 
 class Hits(_message.Message):
     __slots__ = ("hits", "status", "vectors")

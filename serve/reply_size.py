@@ -6,6 +6,11 @@ HIT_BYTES = 256
 """About what a hit takes on the wire, key and source included."""
 
 
-def bytes_of_hit(dim: int, *, with_vector: bool) -> int:
+METADATA_BYTES = 256
+"""About what the metadata of a hit takes; what it takes indeed is counted by the server."""
+
+
+def bytes_of_hit(dim: int, *, with_vector: bool, with_metadata: bool = False) -> int:
     """Say about what one hit takes in a reply."""
-    return HIT_BYTES + (4 * dim if with_vector else 0)
+    vector_bytes = 4 * dim if with_vector else 0
+    return HIT_BYTES + vector_bytes + (METADATA_BYTES if with_metadata else 0)

@@ -12,8 +12,9 @@ Shapes: Q queries, K neighbours, D dimensions.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,6 +57,7 @@ class Query:
         k: neighbours a query.
         exact: whether every vector is compared, instead of asking the index.
         include_vectors: whether the hits' stored vectors are sent, too.
+        max_metadata_bytes: what the hits' metadata may take, which is sent, too, where above 0.
         effort: candidates that the index weighs for a query; 0 for as many as it is set to.
         min_score: the least cosine of a hit; any where None.
         diversity: 0 for the nearest, up to 1 for what is also unlike one another.
@@ -65,6 +67,7 @@ class Query:
     k: int
     exact: bool
     include_vectors: bool
+    max_metadata_bytes: int = 0
     effort: int = 0
     min_score: float | None = None
     diversity: float = 0.0
@@ -136,7 +139,9 @@ def read_query(
         raise RequestError("k", expected=expected, found=f"{k}")
     if request.effort > MAX_EFFORT:
         raise RequestError("effort", expected=f"0 to {MAX_EFFORT}", found=f"{request.effort}")
-    hit_bytes = bytes_of_hit(dim, with_vector=request.include_vectors)
+    with_vector, with_metadata = request.include_vectors, request.include_metadata
+    bare_bytes = bytes_of_hit(dim, with_vector=with_vector)
+    hit_bytes = bytes_of_hit(dim, with_vector=with_vector, with_metadata=with_metadata)
     if count * k * hit_bytes > max_reply_bytes:
         raise RequestError(
             "reply",
@@ -150,6 +155,7 @@ def read_query(
         k=k,
         exact=request.exact,
         include_vectors=request.include_vectors,
+        max_metadata_bytes=max_reply_bytes - count * k * bare_bytes if with_metadata else 0,
         effort=request.effort,
         min_score=min_score,
         diversity=request.diversity,
@@ -280,9 +286,14 @@ def lay_out(
     statuses: Sequence[pb.ItemStatus],
     query: Query,
 ) -> list[pb.Hits]:
-    """Write one message a query, with the metadata of its hits."""
+    """Write one message a query, with the metadata of its hits.
+
+    Raises:
+        RequestError: the metadata is more than a reply takes.
+    """
     unique = np.unique(ids_QK[ids_QK >= 0])
     rows = {row.id: row for row in collection.rows(unique)} if unique.size else {}
+    texts = _metadata_texts(ids_QK, rows, query.max_metadata_bytes)
     neighbours = zip(ids_QK, scores_QK, strict=True)
     results = []
     for status in statuses:
@@ -291,17 +302,50 @@ def lay_out(
             ids_K, scores_K = next(neighbours)
             found = ids_K >= 0
             pairs = zip(ids_K[found].tolist(), scores_K[found].tolist(), strict=True)
-            hits.hits.extend(_hit(rows[id_], score) for id_, score in pairs)
+            hits.hits.extend(_hit(rows[id_], score, texts.get(id_, "")) for id_, score in pairs)
             if query.include_vectors:
                 hits.vectors.CopyFrom(vectors_to_wire(collection.vectors(ids_K[found])))
         results.append(hits)
     return results
 
 
-def _hit(row: Row, score: float) -> pb.Hit:
+def _metadata_texts(
+    ids_QK: NDArray[np.int64], rows: Mapping[int, Row], max_bytes: int
+) -> dict[int, str]:
+    """Write the metadata of hits as JSON, where it was asked for and there is any.
+
+    Raises:
+        RequestError: it is more than `max_bytes` for all hits together.
+    """
+    if not max_bytes:
+        return {}
+    texts = {
+        id_: json.dumps(row.to_json()["metadata"], ensure_ascii=False)
+        for id_, row in rows.items()
+        if row.metadata
+    }
+    sizes = {id_: len(text.encode()) for id_, text in texts.items()}
+    n_bytes = sum(sizes.get(id_, 0) for id_ in ids_QK.ravel().tolist())
+    if n_bytes > max_bytes:
+        raise RequestError(
+            "reply",
+            expected=f"at most {max_bytes} bytes of metadata",
+            found=f"{n_bytes}",
+            mend="ask for fewer hits, or without metadata",
+        )
+    return texts
+
+
+def _hit(row: Row, score: float, metadata: str) -> pb.Hit:
     """Write one hit."""
-    source = public_source(row.source)
-    return pb.Hit(id=row.id, score=score, key=row.key, label=row.label or "", source=source)
+    return pb.Hit(
+        id=row.id,
+        score=score,
+        key=row.key,
+        label=row.label or "",
+        source=public_source(row.source),
+        metadata=metadata,
+    )
 
 
 def public_source(uri: str) -> str:

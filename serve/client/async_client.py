@@ -130,6 +130,7 @@ class AsyncClient:
         min_score: float | None = None,
         diversity: float = 0.0,
         include_vectors: bool = False,
+        include_metadata: bool = False,
         request_id: str | None = None,
         priority: int = 0,
         timeout_s: float | None = None,
@@ -145,6 +146,7 @@ class AsyncClient:
             min_score=min_score,
             diversity=diversity,
             include_vectors=include_vectors,
+            include_metadata=include_metadata,
             request_id=request_id,
             priority=priority,
         )

@@ -158,6 +158,7 @@ class Client:
         min_score: float | None = None,
         diversity: float = 0.0,
         include_vectors: bool = False,
+        include_metadata: bool = False,
         request_id: str | None = None,
         priority: int = 0,
         timeout_s: float | None = None,
@@ -181,6 +182,7 @@ class Client:
             diversity: 0 for the nearest, up to 1 for what is also unlike one another; above 0,
                 k is at most 100, and scores do not fall from hit to hit.
             include_vectors: whether the hits' stored vectors are sent, too.
+            include_metadata: whether what the collection knows of them besides is sent, too.
             request_id: see `embed`.
             priority: see `embed`.
             timeout_s: for all of it.
@@ -195,6 +197,7 @@ class Client:
             min_score=min_score,
             diversity=diversity,
             include_vectors=include_vectors,
+            include_metadata=include_metadata,
             request_id=request_id,
             priority=priority,
         )

@@ -84,6 +84,7 @@ class SearchOptions:
     k: int = 10
     exact: bool = False
     include_vectors: bool = False
+    include_metadata: bool = False
     filter: str | None = None
     effort: int | None = None
     min_score: float | None = None
@@ -154,12 +155,15 @@ class Queries:
         self, size: RequestSize, options: SearchOptions
     ) -> Iterator[tuple[pb.SearchRequest, Group]]:
         """Cut the queries into requests whose replies may be sent; with their images' group."""
-        reply_bytes = options.k * bytes_of_hit(size.dim, with_vector=options.include_vectors)
+        reply_bytes = options.k * bytes_of_hit(
+            size.dim, with_vector=options.include_vectors, with_metadata=options.include_metadata
+        )
         most = max(1, min(size.images, size.request_bytes // reply_bytes))
         for request, group in self._parts(replace(size, images=most)):
             request.collection = options.collection or ""
             request.k, request.exact = options.k, options.exact
             request.include_vectors = options.include_vectors
+            request.include_metadata = options.include_metadata
             request.filter, request.effort = options.filter or "", options.effort or 0
             request.diversity = options.diversity
             if options.min_score is not None:

@@ -6,8 +6,8 @@ Shapes: N images or queries, D dimensions.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,6 +104,7 @@ class Hit:
         label: its class; empty where none is known.
         source: the source's URI, less the directories that it lies in.
         vector: (D,) float32, where it was asked for.
+        metadata: the collection's further columns, where asked for; times as ISO 8601 texts.
     """
 
     id: int
@@ -112,6 +113,7 @@ class Hit:
     label: str
     source: str
     vector: NDArray[np.float32] | None = None
+    metadata: Mapping[str, object] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,6 +235,7 @@ def read_hits(message: pb.Hits) -> tuple[Hit, ...]:
             label=hit.label,
             source=hit.source,
             vector=vectors[n] if vectors else None,
+            metadata=json.loads(hit.metadata) if hit.metadata else {},
         )
         for n, hit in enumerate(message.hits)
     )

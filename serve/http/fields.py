@@ -54,6 +54,7 @@ SEARCH_FIELDS = (
     "min_score",
     "diversity",
     "include_vectors",
+    "include_metadata",
     "request_id",
     "priority",
 )
@@ -116,6 +117,7 @@ def read_search(body: Body, request_id: str) -> tuple[pb.SearchRequest, Asked]:
         min_score=fields.number("min_score"),
         diversity=fields.number("diversity"),
         include_vectors=fields.flag("include_vectors"),
+        include_metadata=fields.flag("include_metadata"),
         request_id=fields.text("request_id") or request_id,
         priority=fields.integer("priority"),
     )

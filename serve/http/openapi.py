@@ -149,6 +149,7 @@ def _search(limits: RequestLimits) -> Json:
             "0 for the nearest, up to 1 for what is also unlike one another",
         ),
         "include_vectors": _described({"type": "boolean"}, "send the vectors of hits, too"),
+        "include_metadata": _described({"type": "boolean"}, "send what is known of hits besides"),
         "request_id": _described(STRING, "comes back in the reply, and stands in the log"),
         "priority": _count("1 is served before 2 and 3; 2 where not given", LOWEST_PRIORITY),
     }
@@ -183,6 +184,7 @@ def _schemas(limits: RequestLimits) -> Json:
         "score": NUMBER,
         **dict.fromkeys(("key", "label", "source"), STRING),
     }
+    asked_for: Json = {"vector": VECTOR, "metadata": {"type": "object"}}
     model: Json = {
         **dict.fromkeys(("name", "version", "fingerprint"), STRING),
         "versions": _list(STRING),
@@ -205,7 +207,7 @@ def _schemas(limits: RequestLimits) -> Json:
         **dict.fromkeys(("collection", "version", "fingerprint", "request_id"), STRING),
         "results": _list(
             _object(
-                {**status, "hits": _list(_object({**hit, "vector": VECTOR}, list(hit)))},
+                {**status, "hits": _list(_object({**hit, **asked_for}, list(hit)))},
                 ["status", "hits"],
             )
         ),

@@ -156,6 +156,9 @@ def _hits(hits: pb.Hits) -> list[Json]:
         }
         for hit in hits.hits
     ]
+    for hit, message in zip(found, hits.hits, strict=True):
+        if message.metadata:
+            hit["metadata"] = orjson.loads(message.metadata)
     for hit, vector in zip(found, _rows(hits.vectors), strict=False):  # none unless asked for
         hit["vector"] = vector
     return found

@@ -270,3 +270,57 @@ def test_searches_that_wait_are_bounded(place, searching, monkeypatch):
 def test_a_reply_names_a_source_without_its_place(uri, public):
     """Callers learn what a hit comes from, and nothing of the server's directories."""
     assert public_source(uri) == public
+
+
+def test_hits_carry_metadata_where_it_is_asked_for(place, serving, tmp_path):
+    """Typed as JSON has it; filters name its columns; unasked for, nothing is sent."""
+    bundle, folder, _ = place
+    table, out = tmp_path / "facts.csv", tmp_path / "known"
+    lines = [f"c{n % 3}/{n:02}.png,{n}.5,2024-05-{1 + n % 30:02}" for n in range(COUNT - 1)]
+    table.write_text("\n".join(["key,price,day", *lines]))
+    options = BuildOptions(images=str(folder), encoder=str(bundle.path), out=out, metadata=table)
+    build(options)
+
+    async def main():
+        async with (
+            serving(bundle=(str(bundle.path),), collection=(str(out),)) as server,
+            AsyncClient(server.address) as client,
+        ):
+            asked = {"ids": [id_of("c0/00.png")], "k": 3, "filter": "price > 55"}
+            (hits,) = (await client.search(**asked, include_metadata=True)).hits
+            assert {hit.key: dict(hit.metadata) for hit in hits} == {
+                f"c{n % 3}/{n}.png": {"price": n + 0.5, "day": f"2024-05-{1 + n % 30}"}
+                for n in (55, 56, 57, 58)
+                if f"c{n % 3}/{n}.png" in {hit.key for hit in hits}
+            }
+            assert len(hits) == 3
+            (hits,) = (await client.search(**asked)).hits
+            assert [hit.metadata for hit in hits] == [{}] * 3
+            asked["filter"] = "price is null"
+            (hits,) = (await client.search(**asked, include_metadata=True)).hits
+            assert [hit.metadata for hit in hits] == [{"price": None, "day": None}]
+
+    asyncio.run(main())
+
+
+def test_metadata_that_no_reply_takes_is_refused(place, serving, tmp_path):
+    """What it takes is counted, whatever was reckoned; the error says what to ask for."""
+    bundle, folder, _ = place
+    table, out = tmp_path / "facts.csv", tmp_path / "known"
+    lines = [f"c{n % 3}/{n:02}.png,{'word ' * 1000}" for n in range(COUNT)]
+    table.write_text("\n".join(["key,text", *lines]))
+    build(BuildOptions(images=str(folder), encoder=str(bundle.path), out=out, metadata=table))
+
+    async def main():
+        async with (
+            serving(
+                bundle=(str(bundle.path),), collection=(str(out),), max_message_mib=1
+            ) as server,
+            AsyncClient(server.address) as client,
+        ):
+            asked = {"ids": [id_of("c0/00.png")] * 4, "k": 59}
+            assert len((await client.search(**asked)).hits) == 4
+            with pytest.raises(RequestError, match=r"bytes of metadata, found 11\d{5}; .*fewer"):
+                await client.search(**asked, include_metadata=True)
+
+    asyncio.run(main())

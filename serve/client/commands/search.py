@@ -61,6 +61,8 @@ class SearchCommand(ServerOptions):
     """0 for the nearest, up to 1 for hits that are also unlike one another."""
     exact: bool = False
     """Compare every vector, and ask no index."""
+    metadata: bool = False
+    """Show what the collection knows of the neighbours besides."""
     json: bool = False
     """Print the result as JSON."""
     grid: Path | None = None
@@ -228,6 +230,7 @@ def _search(
         min_score=options.min_score,
         diversity=options.diversity,
         exact=options.exact,
+        include_metadata=options.metadata,
     )
 
 
@@ -270,7 +273,9 @@ def _as_text(found: Sequence[Found]) -> str:
         width = max([5, *map(len, labels)])
         lines.append(f"  {'score':>7}  {'label':<{width}}  {'id':<19}  key")
         for hit, label in zip(one.hits, labels, strict=True):
-            lines.append(f"  {hit.score:7.4f}  {label:<{width}}  {hit.id:<19}  {hit.key}")
+            known = hit.metadata.items()
+            further = "".join(f"  {name}={value}" for name, value in known if value is not None)
+            lines.append(f"  {hit.score:7.4f}  {label:<{width}}  {hit.id:<19}  {hit.key}{further}")
         lines.append("")
     return "\n".join(lines).rstrip()
 
