@@ -224,8 +224,9 @@ class Collection:
                 queries_QD, k_asked, exact=exact, parameters=part_parameters,
                 threads=self._threads, mask_N=mask_N,
             )  # fmt: skip
-            ids = part.segment.ids_N[rows]  # of row -1 the last, which is put right
-            found.append((scores, np.where(rows < 0, MISSING, ids)))
+            ids = part.segment.ids_N[rows]
+            ids[rows < 0] = MISSING  # row -1 had the last one's id
+            found.append((scores, ids))
         scores, ids = merge_neighbours(found, k_asked)
         neighbours = Neighbours(ids=ids, scores=scores)
         return neighbours if without_QW is None else leave_out(neighbours, without_QW, k)

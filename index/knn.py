@@ -113,6 +113,9 @@ def faiss_threads(threads: int) -> Iterator[None]:
     is loaded, a search that left its own count behind changed torch's sums in the last bit.
     """
     before = faiss.omp_get_max_threads()
+    if before == threads:
+        yield
+        return
     faiss.omp_set_num_threads(threads)
     try:
         yield

@@ -23,6 +23,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import faiss
@@ -81,7 +82,7 @@ class Kind:
         """Whether vectors are rotated before they are coded."""
         return self.codec == "RaBitQ"
 
-    @property
+    @cached_property
     def defaults(self) -> Mapping[str, int]:
         """The search parameters that there are, and what they are where nobody says otherwise."""
         first = {"efSearch": EF_SEARCH} if self.family == "graph" else {"nprobe": NPROBE}

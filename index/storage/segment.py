@@ -92,7 +92,7 @@ class Segment:
         rows = self._by_id[places]  # of place -1 the last, which has another id
         return np.where(self.ids_N[rows] == ids, rows, MISSING)
 
-    @property
+    @cached_property
     def parameter_names(self) -> tuple[str, ...]:
         """The search parameters that its index has."""
         return tuple(parameter_names(self.entry.factory))

@@ -146,6 +146,12 @@ class Snapshot:
         return np.cumsum([0, *(part.count for part in self.parts)])
 
     @cached_property
+    def parameter_names(self) -> tuple[str, ...]:
+        """The search parameters that any part's index has."""
+        names = (name for part in self.parts for name in part.segment.parameter_names)
+        return tuple(dict.fromkeys(names))
+
+    @cached_property
     def schema(self) -> pa.Schema:
         """The columns of the metadata: those of every part."""
         schemas = [ROW_SCHEMA, *(part.segment.rows.schema for part in self.parts)]
@@ -170,12 +176,10 @@ class Snapshot:
         """
         if not parameters:
             return [{}] * len(self.parts)
-        segments = [part.segment for part in self.parts]
-        known = list(dict.fromkeys(name for one in segments for name in one.parameter_names))
-        check_parameters(parameters, known, FLAT)
+        check_parameters(parameters, self.parameter_names, FLAT)
         return [
-            {name: value for name, value in parameters.items() if name in one.parameter_names}
-            for one in segments
+            {name: value for name, value in parameters.items() if name in names}
+            for names in (part.segment.parameter_names for part in self.parts)
         ]
 
     def locate(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -105,6 +105,15 @@ def test_wrong_queries_are_refused(built):
                 collection.search(queries, 1, fingerprint=own, exact=True)
 
 
+def test_a_long_query_is_no_infinite_one(built):
+    """A vector whose square is beyond float32 is searched with like any other."""
+    with Collection.open(built) as collection:
+        queries = collection.vectors(collection.ids[:3])
+        short = collection.search(queries, 5, fingerprint=collection.fingerprint, exact=True)
+        long = collection.search(queries * 1e30, 5, fingerprint=collection.fingerprint, exact=True)
+    assert np.array_equal(short.ids, long.ids)
+
+
 def test_unknown_ids_and_keys_are_named(built):
     """What is asked for by name and is not there is an error of its own."""
     with Collection.open(built) as collection:
