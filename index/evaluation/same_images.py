@@ -26,8 +26,6 @@ SAME_VECTOR = 1e-6
 """Cosines this close to 1, or squared distances to 0, are those of one image: float32 rounds
 unit vectors by some 1e-7."""
 
-ROWS_A_BLOCK = 8192
-
 
 def content_digest(data: ImageData) -> bytes:
     """Hash an image's content: encoded bytes, or pixels with their shape."""
@@ -48,11 +46,7 @@ def sources_of(collection: Collection) -> list[ImageSource]:
     Raises:
         SourceError: one cannot be opened.
     """
-    uris: dict[str, None] = {}
-    for start in range(0, collection.count, ROWS_A_BLOCK):
-        rows = collection.rows(collection.ids[start : start + ROWS_A_BLOCK])
-        uris |= dict.fromkeys(row.source for row in rows)
-    return [open_source(uri) for uri in uris]
+    return [open_source(uri) for uri in collection.sources]
 
 
 def digest_by_key(sources: Sequence[ImageSource], *, what: str) -> dict[str, bytes]:

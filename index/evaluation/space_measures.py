@@ -24,7 +24,7 @@ DEAD_SHARE_OF_SCALE = 1e-3
 
 UNIFORMITY_T = 2.0
 UNIFORMITY_BLOCK = 1024
-"""Rows of a block of pairs."""
+"""Vectors whose pairs with as many others are in memory at once."""
 
 
 @dataclass(kw_only=True)
@@ -144,10 +144,12 @@ def uniformity(unit_ND: NDArray[np.float32]) -> float | None:
     if n < 2:
         return None
     total = 0.0
-    for start in range(0, n, UNIFORMITY_BLOCK):
-        block = unit_ND[start : start + UNIFORMITY_BLOCK]
-        distances = np.maximum(0, 2 - 2 * (block @ unit_ND[start:].T))
-        kernel = np.exp(-UNIFORMITY_T * distances)
-        rows, columns = np.triu_indices(len(block), k=1, m=distances.shape[1])
-        total += float(kernel[rows, columns].sum(dtype=np.float64))
+    starts = range(0, n, UNIFORMITY_BLOCK)
+    for row in starts:
+        block = unit_ND[row : row + UNIFORMITY_BLOCK]
+        for column in starts[row // UNIFORMITY_BLOCK :]:
+            cosines = block @ unit_ND[column : column + UNIFORMITY_BLOCK].T
+            kernel = np.exp(-UNIFORMITY_T * np.maximum(0, 2 - 2 * cosines))
+            pairs = np.triu(kernel, k=1) if row == column else kernel
+            total += float(pairs.sum(dtype=np.float64))
     return math.log(total) - math.log(n * (n - 1) / 2)

@@ -21,6 +21,7 @@ from index.errors import EvaluationError
 from index.evaluate import run
 from index.evaluation.evaluate_knn import KnnOptions, evaluate
 from index.storage.manifest import read_manifest, write_manifest
+from index.storage.writer import CollectionWriter
 from models.bundle import read_bundle
 from models.images import open_source
 from models.runtime import open_bundle
@@ -369,3 +370,25 @@ def test_a_result_is_recorded_with_its_encoder(tmp_path, mini, bundle):
     assert recorded["n_queries"] == 200
     assert recorded["encoder_by_k"]["20"]["top1"] > 0
     assert recorded["command"].startswith("python ")
+
+
+def test_a_collection_that_changed_is_evaluated_as_it_is(tmp_path, bundle, new_folder, test_folder):
+    """Deleted images do not vote, added ones do; the baselines follow, through an index too."""
+    folder, out = new_folder(per_class=8), tmp_path / "c"
+    build(BuildOptions(images=str(folder), encoder=str(bundle.path), out=out, index="hnsw"))
+    with CollectionWriter.open(out) as writer:
+        before = writer.collection
+        gone = before.ids[[0, 9, 17]]
+        rows, vectors = before.table().take([9]), before.vectors(gone[1:2])
+        writer.delete(gone)
+        writer.add(rows, vectors, fingerprint=before.fingerprint)
+    report = evaluate(KnnOptions(collection=out, images=str(test_folder)))
+    assert report.n_collection == 22
+    for row in before.rows(gone[[0, 2]]):
+        (folder / row.key).unlink()
+    build(BuildOptions(images=str(folder), encoder=str(bundle.path), out=tmp_path / "fresh"))
+    fresh = evaluate(KnnOptions(collection=tmp_path / "fresh", images=str(test_folder)))
+    assert report.encoder_by_k == fresh.encoder_by_k
+    assert [row.by_k for row in report.baselines] == [row.by_k for row in fresh.baselines]
+    assert report.confusion == fresh.confusion
+    assert report.index.recall_at_10 == 1.0

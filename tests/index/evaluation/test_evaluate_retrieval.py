@@ -12,6 +12,7 @@ from index.evaluate import run
 from index.evaluation import evaluate_retrieval as module
 from index.evaluation.evaluate_retrieval import RetrievalOptions, evaluate
 from index.evaluation.retrieval_scores import MEASURES
+from index.storage.writer import CollectionWriter
 from models.bundle import read_bundle
 from models.errors import FingerprintMismatchError, UsageError
 
@@ -75,6 +76,23 @@ def test_another_collection_asks(noisy, tmp_path, make_collection, unit_rows):
         )  # fmt: skip
     assert means(report, "P@1", "R-precision", "mAP@R") == pytest.approx(expected, abs=1e-6)
     assert [one.n_images for one in report.per_class] == [30, 30, 30]
+
+
+def test_a_collection_that_changed_is_ranked_as_it_is(noisy):
+    """Deleted images are in no ranking and no R, added ones are, wherever they are kept."""
+    with CollectionWriter.open(noisy) as writer:
+        before = writer.collection
+        gone, back = before.ids[:20], np.arange(5, 15)
+        writer.delete(gone)
+        writer.add(
+            before.table().take(back), before.vectors(gone[back]), fingerprint=before.fingerprint
+        )
+    report = evaluate(RetrievalOptions(collection=noisy))
+    with Collection.open(noisy) as collection:
+        vectors, labels = collection.vectors(collection.ids), collection.labels()
+    expected = direct(vectors, labels, vectors, labels, own=True)
+    assert len(labels) == report.n_queries == 80
+    assert means(report, "P@1", "R-precision", "mAP@R") == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_sample_is_the_seeds(noisy):
