@@ -41,6 +41,7 @@ from index.building.sync_summary import SyncSummary
 from index.building.target import check_target, find_finished
 from index.building.worker import Job
 from index.errors import CollectionError
+from index.milvus.connection import MilvusAddress, read_address
 from index.storage.manifest import MANIFEST_FILE, Manifest, write_manifest
 from index.storage.publishing import put_in_place
 from index.storage.writer import CollectionWriter
@@ -90,6 +91,9 @@ class BuildOptions:
     """Processes that share the work: one fills some sixteen CPUs. What they make is the same."""
     requests: int = REMOTE_REQUESTS
     """Batches on their way to a server's encoder at once."""
+    store: str | None = None
+    """Keep the collection in a Milvus instead: milvus:URI, such as milvus:http://localhost:19530,
+    under the name of --out, where the parts lie meanwhile. Its token: MILVUS_TOKEN."""
     replace: bool = False
     """Replace the collection that stands at --out."""
     restart: bool = False
@@ -113,6 +117,8 @@ class BuildOptions:
         if not 1 <= self.batch_size <= 65536:
             raise UsageError("--batch-size", expected="1 to 65536", found=str(self.batch_size))
         self._check_sync()
+        if self.store is not None:
+            self._check_store()
         at_once = {
             "--actors": self.actors,
             "--processes": self.processes,
@@ -121,6 +127,16 @@ class BuildOptions:
         for name, value in at_once.items():
             if not 1 <= value <= MAX_AT_ONCE:
                 raise UsageError(name, expected=f"1 to {MAX_AT_ONCE}", found=str(value))
+
+    def _check_store(self) -> None:
+        """Refuse an address that is none, and what Milvus cannot do."""
+        self.milvus  # noqa: B018  # checks itself
+        for name, is_given in (("--sync", self.sync), ("--dry-run", self.dry_run)):
+            if is_given:
+                raise UsageError(
+                    name, expected="a collection on disk", found="--store",
+                    mend="build it again with --replace",
+                )  # fmt: skip
 
     def _check_sync(self) -> None:
         """Refuse what a sync cannot do, and what only a sync can."""
@@ -138,6 +154,11 @@ class BuildOptions:
         for name, is_given in wrong:
             if is_given:
                 raise UsageError(name, expected=expected, found="otherwise")
+
+    @property
+    def milvus(self) -> MilvusAddress:
+        """Where in Milvus the collection is to be, with `--store`."""
+        return read_address(f"{self.store}#{self.name or self.target.name}")
 
     @property
     def target(self) -> Path:
@@ -162,10 +183,11 @@ def build(options: BuildOptions) -> BuildSummary:
     Raises:
         HoraceError: source, encoder or target are not usable; what was embedded is kept.
     """
+    work = _build if options.store is None else _build_in_milvus
     with _opened(options) as (source, encoder, key):
         metadata = None if options.metadata is None else Metadata(options.metadata)
         try:
-            return _build(options, key, source, encoder, metadata)
+            return work(options, key, source, encoder, metadata)
         except OSError as error:
             raise CollectionError(
                 str(options.out),
@@ -261,13 +283,7 @@ def _build(
     check_target(out, replace=options.replace)
     restart = options.restart or finished is not None  # the parts are in that collection
     with PartStore(out, key, restart=restart) as store, _resumable(store):
-        kept = [part.start for part in store.finished]
-        if kept:
-            log.info("reusing %d images in %d finished parts of %s", store.n_images, len(kept), out)
-        embed_s = _embed_missing(options, store, source, encoder)
-        store.settle()
-        _check_images(store)
-        reused = sum(map(store.count_images, kept))
+        reused, embed_s = _fill_store(options, store, source, encoder)
         start_s = time.monotonic()
         with atomic_directory(store.directory / "collection") as directory:
             manifest = write_collection(
@@ -286,6 +302,49 @@ def _build(
         put_in_place(store.directory / "collection", out, replace=options.replace)
         store.discard()
     return summarise(out, manifest)
+
+
+def _build_in_milvus(
+    options: BuildOptions,
+    key: RunKey,
+    source: ImageSource,
+    encoder: Encoder,
+    metadata: Metadata | None,
+) -> BuildSummary:
+    """Embed what is missing, and have Milvus keep it."""
+    from index.milvus.building import check_place, publish
+
+    check_place(options.milvus, replace=options.replace)
+    with PartStore(options.target, key, restart=options.restart) as store, _resumable(store):
+        reused, embed_s = _fill_store(options, store, source, encoder)
+        summary = publish(
+            options.milvus,
+            store,
+            encoder,
+            uri=options.encoder,
+            index=options.index,
+            metadata=metadata,
+            reused=reused,
+            embed_s=embed_s,
+        )
+        store.discard()
+    return summary
+
+
+def _fill_store(
+    options: BuildOptions, store: PartStore, source: ImageSource, encoder: Encoder
+) -> tuple[int, float]:
+    """Make the parts that are missing; give the images in those that were there, and seconds."""
+    kept = [part.start for part in store.finished]
+    if kept:
+        log.info(
+            "reusing %d images in %d finished parts of %s",
+            store.n_images, len(kept), options.target,
+        )  # fmt: skip
+    embed_s = _embed_missing(options, store, source, encoder)
+    store.settle()
+    _check_images(store)
+    return sum(map(store.count_images, kept)), embed_s
 
 
 @contextmanager

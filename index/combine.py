@@ -32,8 +32,8 @@ from models.errors import UsageError
 from models.vectors import finish_vectors
 
 if TYPE_CHECKING:
-    from index.collection import Collection, Neighbours
-    from index.selection import Selection
+    from index.interface import AnyCollection, AnySelection
+    from index.neighbours import Neighbours
 
 NEGATIVE_WEIGHT = 0.5
 MAX_NEGATIVE_WEIGHT = 10.0
@@ -122,14 +122,14 @@ def combine_vectors(
 
 
 def search_combined(
-    collection: Collection,
+    collection: AnyCollection,
     combinations: Sequence[Combination],
     k: int,
     *,
     fingerprint: str,
     exact: bool = False,
     parameters: Mapping[str, int] | None = None,
-    filter: str | Selection | None = None,
+    filter: str | AnySelection | None = None,
 ) -> Neighbours:
     """Find the k nearest images of each combination, its own stored examples left out.
 
@@ -164,7 +164,7 @@ def pad_ids(ids: Sequence[Sequence[int]]) -> NDArray[np.int64]:
     return padded_QW
 
 
-def query_vector(collection: Collection, combination: Combination) -> NDArray[np.float32]:
+def query_vector(collection: AnyCollection, combination: Combination) -> NDArray[np.float32]:
     """Look up the stored examples of a combination, and give its (D,) query.
 
     Raises:
@@ -178,7 +178,7 @@ def query_vector(collection: Collection, combination: Combination) -> NDArray[np
     )
 
 
-def _vectors(collection: Collection, examples: Sequence[Example]) -> NDArray[np.float32]:
+def _vectors(collection: AnyCollection, examples: Sequence[Example]) -> NDArray[np.float32]:
     """Give the vectors of examples."""
     rows_ND = np.empty((len(examples), collection.dim), np.float32)
     for row_D, example in zip(rows_ND, examples, strict=True):

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from index.collection import Collection, Neighbours, Row
-from index.storage.rows import metadata_to_json
+from index.interface import AnyCollection
+from index.neighbours import Neighbours
+from index.storage.rows import Row, metadata_to_json
 from models.errors import HoraceError
 
 
@@ -47,7 +48,7 @@ class Found:
     error: HoraceError | None = None
 
 
-def look_up_hits(collection: Collection, neighbours: Neighbours) -> list[list[Hit]]:
+def look_up_hits(collection: AnyCollection, neighbours: Neighbours) -> list[list[Hit]]:
     """Look up what was found; padding is left out."""
     found = []
     for ids, scores in zip(neighbours.ids, neighbours.scores, strict=True):

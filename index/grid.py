@@ -9,16 +9,17 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from index.collection import Collection, Row
 from index.evaluation.plots import MAX_GRID_ROWS, Tile, draw_grid
 from index.found import Found
+from index.interface import AnyCollection
+from index.storage.rows import Row
 from models.errors import ImageError, SourceError
 from models.images import ImageData, ImageSource, open_source
 
 log = logging.getLogger("horace.index")
 
 
-def draw(path: Path, collection: Collection, found: Sequence[Found]) -> None:
+def draw(path: Path, collection: AnyCollection, found: Sequence[Found]) -> None:
     """Draw the grid of queries and neighbours as PNG.
 
     Raises:

@@ -24,11 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index.knn import MISSING
+from index.neighbours import Neighbours
 from models.errors import UsageError
 
 if TYPE_CHECKING:
-    from index.collection import Collection, Neighbours
-    from index.selection import Selection
+    from index.interface import AnyCollection, AnySelection
 
 POOL = 5
 """Candidates for each neighbour that diversity picks."""
@@ -65,7 +65,7 @@ class Ranking:
         """Say how many of the nearest to look at for k neighbours."""
         return POOL * k if self.diversity else k
 
-    def rank(self, collection: Collection, found: Neighbours, k: int) -> Neighbours:
+    def rank(self, collection: AnyCollection, found: Neighbours, k: int) -> Neighbours:
         """Choose k of what was found, best first; padded where there are fewer.
 
         Args:
@@ -73,8 +73,6 @@ class Ranking:
             found: `pool(k)` neighbours a query.
             k: how many to choose.
         """
-        from index.collection import Neighbours
-
         ids_QC, scores_QC = found.ids, found.scores
         if self.min_score is not None:
             ids_QC, scores_QC = drop_below(ids_QC, scores_QC, self.min_score)
@@ -143,7 +141,7 @@ def pick_diverse(
 
 
 def search_range(
-    collection: Collection,
+    collection: AnyCollection,
     queries_QD: NDArray[np.float32],
     min_score: float,
     *,
@@ -151,7 +149,7 @@ def search_range(
     limit: int | None = None,
     exact: bool = False,
     parameters: Mapping[str, int] | None = None,
-    filter: str | Selection | None = None,
+    filter: str | AnySelection | None = None,
 ) -> Neighbours:
     """Find all images within a cosine of each query, best first; through an index, nearly all.
 
@@ -172,8 +170,6 @@ def search_range(
         UsageError: the score is no cosine; and see `Collection.search`.
         FingerprintMismatchError: another encoder made the queries.
     """
-    from index.collection import Neighbours
-
     check_min_score(min_score)
     if limit is not None and limit < 1:
         raise UsageError("limit", expected="at least 1", found=str(limit))

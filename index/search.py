@@ -27,7 +27,6 @@ import numpy as np
 from numpy.typing import NDArray
 from tyro.conf import Positional, arg
 
-from index.collection import Collection, Neighbours
 from index.combine import (
     NEGATIVE_WEIGHT,
     Combination,
@@ -39,6 +38,8 @@ from index.combine import (
 from index.embed import embed
 from index.errors import CollectionError, QueryError, UnknownIdError
 from index.found import Found, as_text, look_up_hits
+from index.interface import AnyCollection, open_collection
+from index.neighbours import Neighbours
 from index.ranking import Ranking
 from models.command import run_command
 from models.encoder import Encoder, open_encoder
@@ -53,8 +54,8 @@ EMBED_BATCH = 64
 class SearchOptions:
     """Find the nearest images of a collection."""
 
-    collection: Positional[Path]
-    """The collection's directory."""
+    collection: Positional[str]
+    """The collection's directory, or milvus:URI#NAME."""
     images: Positional[tuple[str, ...]] = ()
     """Image files to search with."""
     key: tuple[str, ...] = ()
@@ -118,7 +119,7 @@ def main(options: SearchOptions) -> None:
     """
     if options.grid is not None and not options.grid.parent.is_dir():
         raise _unwritable(options.grid, f"no directory {options.grid.parent}")
-    with Collection.open(options.collection) as collection:
+    with closing(open_collection(options.collection)) as collection:
         if options.filter is not None:
             collection.select(options.filter)  # a bad one is said before anything is opened
         if options.is_combined:
@@ -141,14 +142,14 @@ def main(options: SearchOptions) -> None:
         raise QueryError(f"{len(errors)} bad queries of {len(found)}, the first {errors[0]}")
 
 
-def open_collection_encoder(collection: Collection, encoder: str | None) -> Encoder:
+def open_collection_encoder(collection: AnyCollection, encoder: str | None) -> Encoder:
     """Open the named encoder, or the one that built the collection; it must be the same.
 
     Raises:
         BundleError: the recorded encoder is no longer where it was.
         FingerprintMismatchError: it is another encoder; names both.
     """
-    uri = encoder or collection.manifest.encoder
+    uri = encoder or collection.encoder
     if encoder is None and "://" not in uri and not os.path.exists(uri):
         raise BundleError(
             f"encoder of collection {collection.name}",
@@ -166,7 +167,7 @@ def open_collection_encoder(collection: Collection, encoder: str | None) -> Enco
 
 
 def _search(
-    collection: Collection,
+    collection: AnyCollection,
     options: SearchOptions,
     queries_QD: NDArray[np.float32],
     without_QW: NDArray[np.int64] | None = None,
@@ -179,7 +180,7 @@ def _search(
     return options.ranking.rank(collection, found, options.k)
 
 
-def _search_files(collection: Collection, options: SearchOptions) -> list[Found]:
+def _search_files(collection: AnyCollection, options: SearchOptions) -> list[Found]:
     """Embed the query files and search with them."""
     if not options.images:
         return []
@@ -191,7 +192,7 @@ def _search_files(collection: Collection, options: SearchOptions) -> list[Found]
 
 
 def _embed_files(
-    collection: Collection, options: SearchOptions, names: Sequence[str]
+    collection: AnyCollection, options: SearchOptions, names: Sequence[str]
 ) -> tuple[list[Found], NDArray[np.float32]]:
     """Read and embed image files; a row for each that can be used."""
     with closing(open_collection_encoder(collection, options.encoder)) as encoder:
@@ -203,7 +204,7 @@ def _embed_files(
     return [one for one, _ in queries], np.concatenate([empty, *vectors])
 
 
-def _search_combined(collection: Collection, options: SearchOptions) -> Found:
+def _search_combined(collection: AnyCollection, options: SearchOptions) -> Found:
     """Make one query of everything and search with it; one bad part is one bad query."""
     files: tuple[str, ...] = (*options.images, *options.negatives)
     found, vectors_QD = _embed_files(collection, options, files) if files else ([], np.empty(0))
@@ -241,7 +242,7 @@ def _read_query(encoder: Encoder, name: str) -> tuple[Found, NDArray[np.uint8] |
         return Found(query=name, error=named), None
 
 
-def _search_stored(collection: Collection, options: SearchOptions) -> list[Found]:
+def _search_stored(collection: AnyCollection, options: SearchOptions) -> list[Found]:
     """Search with images of the collection."""
     queries: list[str | int] = [*options.key, *options.id]
     found = [_look_up(collection, query) for query in queries]
@@ -253,7 +254,7 @@ def _search_stored(collection: Collection, options: SearchOptions) -> list[Found
     return _with_hits(collection, found, neighbours)
 
 
-def _look_up(collection: Collection, query: str | int) -> Found:
+def _look_up(collection: AnyCollection, query: str | int) -> Found:
     """Find the image of a key or an id."""
     try:
         id_ = collection.find_key(query) if isinstance(query, str) else query
@@ -264,14 +265,14 @@ def _look_up(collection: Collection, query: str | int) -> Found:
 
 
 def _with_hits(
-    collection: Collection, found: Sequence[Found], neighbours: Neighbours
+    collection: AnyCollection, found: Sequence[Found], neighbours: Neighbours
 ) -> list[Found]:
     """Give the good queries their neighbours, in order."""
     hits = iter(look_up_hits(collection, neighbours))
     return [one if one.error else dataclasses.replace(one, hits=next(hits)) for one in found]
 
 
-def _as_json(collection: Collection, options: SearchOptions, found: Sequence[Found]) -> str:
+def _as_json(collection: AnyCollection, options: SearchOptions, found: Sequence[Found]) -> str:
     """Lay out everything that was found for a machine."""
     document = {
         "collection": collection.name,
@@ -295,7 +296,7 @@ def _as_json(collection: Collection, options: SearchOptions, found: Sequence[Fou
     return json.dumps(document, indent=2)
 
 
-def _draw(path: Path, collection: Collection, found: Sequence[Found]) -> None:
+def _draw(path: Path, collection: AnyCollection, found: Sequence[Found]) -> None:
     """Draw the grid of queries and neighbours."""
     from index.grid import draw  # matplotlib: only for a picture
 

@@ -23,6 +23,7 @@ class BuildSummary:
         index: FAISS factory string, or `Flat`.
         images: vectors in the collection.
         rejects: images that could not be used.
+        log: the file that says which and why.
         reused: images whose vectors an earlier, unfinished run had made.
         embed_s: seconds for embedding the others.
         index_s: seconds for writing the collection and its index.
@@ -35,6 +36,7 @@ class BuildSummary:
     index: str
     images: int
     rejects: int
+    log: str
     reused: int
     embed_s: float
     index_s: float
@@ -52,8 +54,7 @@ class BuildSummary:
         if self.metadata is not None:
             lines.append(str(JoinReport.from_json(self.metadata)))
         if self.rejects:
-            rejects = Path(self.collection) / REJECTS_FILE
-            lines.append(f"the rejected images and why: {rejects}")
+            lines.append(f"the rejected images and why: {self.log}")
         return "\n".join(lines)
 
 
@@ -67,6 +68,7 @@ def summarise(out: Path, manifest: Manifest) -> BuildSummary:
         index=manifest.segments[0].factory,
         images=manifest.count,
         rejects=report["rejects"],
+        log=str(out / REJECTS_FILE),
         reused=report["reused"],
         embed_s=report["embed_s"],
         index_s=report["index_s"],

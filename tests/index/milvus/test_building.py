@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pymilvus import MilvusClient
+
+from index.build import BuildOptions, build
+from index.collection import Collection
+from index.errors import CollectionError
+from index.interface import open_collection
+from index.milvus import building
+from index.milvus.writer import MilvusWriter
+from index.search import SearchOptions, main
+from models.errors import UsageError
+from tests.index.conftest import make_bundle, make_folder
+from tests.milvusserver import milvus_server
+
+
+@pytest.fixture(scope="module")
+def milvus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Run one Milvus for all tests."""
+    with milvus_server(tmp_path_factory.mktemp("milvus")) as uri:
+        yield uri
+
+
+@pytest.fixture
+def options(tmp_path: Path, milvus: str, request: pytest.FixtureRequest) -> BuildOptions:
+    """Make images, one of them broken, and an encoder; build under a name of the test's own."""
+    folder = make_folder(tmp_path / "images", per_class=4)
+    (folder / "red" / "broken.png").write_bytes(b"no image")
+    make_bundle(tmp_path / "bundle")
+    name = "".join(c if c.isalnum() else "_" for c in request.node.name)
+    return BuildOptions(
+        images=str(folder), encoder=str(tmp_path / "bundle"), out=tmp_path / name, batch_size=2,
+        store=f"milvus:{milvus}",
+    )  # fmt: skip
+
+
+def test_a_build_into_milvus_is_the_build_on_disk(options: BuildOptions, tmp_path: Path) -> None:
+    """The same ids, vectors, labels and digests, and the rejects beside the parts."""
+    summary = build(options)
+    assert (summary.images, summary.rejects, summary.index) == (12, 1, "HNSW32")
+    assert json.loads(Path(summary.log).read_text())["key"] == "red/broken.png"
+    disk = BuildOptions(
+        images=options.images, encoder=options.encoder, out=tmp_path / "disk", batch_size=2
+    )
+    build(disk)
+    with (
+        closing(open_collection(summary.collection)) as stored,
+        Collection.open(disk.out) as expected,
+    ):
+        order = np.argsort(expected.ids)
+        ids = expected.ids[order]
+        assert np.array_equal(stored.ids, ids)
+        assert np.array_equal(stored.vectors(ids), expected.vectors(ids))
+        assert stored.rows(ids) == expected.rows(ids)
+        assert stored.encoder == expected.encoder
+    assert not options.target.exists()
+    assert not options.target.with_name(f"{options.target.name}.parts").exists()
+
+
+def test_people_search_it_by_its_address(
+    options: BuildOptions, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An image file and a key find their colour; filters and --together work as on disk."""
+    summary = build(options)
+    image = Path(options.images) / "blue" / "000.png"
+    found = SearchOptions(
+        collection=summary.collection, images=(str(image),), key=("red/001.png",), k=3,
+        filter="not key endswith '3.png'", json=True,
+    )  # fmt: skip
+    main(found)
+    blue, red = json.loads(capsys.readouterr().out)["queries"]
+    assert [hit["label"] for hit in blue["hits"]] == ["blue"] * 3
+    assert blue["hits"][0]["key"] == "blue/000.png"
+    assert {hit["key"] for hit in red["hits"]} >= {"red/000.png", "red/002.png"}
+
+
+def test_a_name_that_is_taken_is_kept_or_replaced(options: BuildOptions, milvus: str) -> None:
+    """Without --replace nothing is embedded; with it the name changes hands, and the old goes."""
+    summary = build(options)
+    with pytest.raises(UsageError, match=r"expected a new name, found a collection; .*--replace"):
+        build(options)
+    Image.new("RGB", (9, 9)).save(Path(options.images) / "new.png")
+    again = build(BuildOptions(**{**vars(options), "replace": True}))
+    assert (again.images, again.collection) == (13, summary.collection)
+    with closing(MilvusClient(uri=milvus)) as client:
+        mine = [name for name in client.list_collections() if options.target.name in name]
+    assert len(mine) == 1
+
+
+def test_a_build_goes_on_after_milvus_refused(
+    options: BuildOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was embedded is kept; the next run embeds nothing, and no row is twice."""
+
+    def refuse(client: MilvusClient, alias: str, name: str) -> None:
+        raise CollectionError("milvus", expected="an answer of Milvus", found="none")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(building, "_give_name", refuse)
+        with pytest.raises(CollectionError, match="an answer of Milvus"):
+            build(options)
+    summary = build(options)
+    assert (summary.images, summary.reused) == (12, 12)
+    with closing(open_collection(summary.collection)) as stored:
+        assert stored.count == 12
+
+
+def test_a_collection_that_was_made_otherwise_is_left_alone(options: BuildOptions) -> None:
+    """Even with --replace: one that a writer made is no build's to drop."""
+    with closing(open_collection(build(options).collection)) as stored:
+        description = stored.description  # type: ignore[attr-defined]  # Milvus's alone
+    other = BuildOptions(**{**vars(options), "name": "by_hand", "replace": True})
+    with (
+        closing(MilvusWriter.create(str(other.milvus), description)),
+        pytest.raises(UsageError, match=r"one that index\.build made, found another"),
+    ):
+        build(other)
+
+
+def test_bad_options_are_said_before_anything_is_opened(options: BuildOptions) -> None:
+    """An address that is none, a name that Milvus does not take, and --sync."""
+    with pytest.raises(UsageError, match="expected milvus:URI#NAME"):
+        BuildOptions(**{**vars(options), "store": "http://localhost:19530"})
+    with pytest.raises(UsageError, match="expected letters, digits and _"):
+        BuildOptions(**{**vars(options), "name": "my photos"})
+    with pytest.raises(UsageError, match="--sync: expected a collection on disk, found --store"):
+        BuildOptions(**{**vars(options), "sync": True})
