@@ -42,6 +42,7 @@ from index.storage.rows import ROW_SCHEMA
 from index.storage.segment import SEGMENTS, Block, segment_files, write_segment
 from index.storage.snapshot import Part, in_schema, unify
 from index.storage.store import Store
+from models.bundle import Json
 from models.files import TEMPORARY_PREFIX, publish_directory, sync
 
 JOURNAL_PREFIX = "journal-"
@@ -70,6 +71,7 @@ def publish(
     added: NewSegment | None = None,
     merged: Sequence[str] = (),
     journal: JournalEntry | None = None,
+    tuning: Mapping[str, Json] | None = None,
 ) -> None:
     """Put the next manifest in its place and read it; memory and files agree afterwards.
 
@@ -78,6 +80,7 @@ def publish(
         added: a segment to name.
         merged: the segments that it stands for; those of the delta where there are none.
         journal: a new one, where everything in the old one is in segments now; else that stays.
+        tuning: the report of how the index was chosen, where there is a new one.
 
     Raises:
         CollectionError: another collection stands at the path, or none.
@@ -110,6 +113,7 @@ def publish(
         generation=generation,
         journal=journal or old.journal,
         sources=count_sources(store.snapshot.parts, with_delta=is_sealed),
+        tuning=old.tuning if tuning is None else tuning,
         versions={**old.versions, **library_versions()},
         schema_version=2,
     )

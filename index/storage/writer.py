@@ -11,29 +11,29 @@ Rules:
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from index.collection import Collection
 from index.errors import CollectionError
 from index.knn import COSINE, EUCLIDEAN
-from index.storage.compaction import choose_index, choose_segments, default_parameters
+from index.storage.compaction import choose_segments
 from index.storage.incoming import check_keys, check_vectors, prepare_rows
 from index.storage.journal import JournalFile
 from index.storage.lock import take_lock
 from index.storage.manifest import Manifest, read_manifest, write_manifest
+from index.storage.merging import merge, still_alive, whole_segment, with_index
 from index.storage.publishing import (
-    NewSegment,
     begin_journal,
     library_versions,
     next_segment_name,
@@ -42,8 +42,7 @@ from index.storage.publishing import (
     write_parts,
 )
 from index.storage.records import DELETE, PUT, Delete, encode_delete, encode_put
-from index.storage.segment import FLAT, Block
-from index.storage.snapshot import Part
+from index.storage.segment import FLAT, Block, Segment
 from index.storage.store import Store
 from models.bundle import Json
 from models.cpu import cpu_budget
@@ -245,37 +244,50 @@ class CollectionWriter:
             if not chosen:
                 return
             merged = [part for part in parts if part.segment.entry.name in chosen]
-            others = [part for part in parts if part not in merged]
-            new = self._merge(merged, others, name, index)
+            new = merge(self._store, merged, name=name, index=index)
             with self._lock:
-                new = dataclasses.replace(new, alive_N=self._still_alive(merged))
+                new = replace(new, alive_N=still_alive(merged, self._store.snapshot))
                 publish(self._store, added=new, merged=chosen)
                 self._take_over()
 
-    def _merge(
-        self, merged: Sequence[Part], others: Sequence[Part], name: str, index: str | None
-    ) -> NewSegment:
-        """Write the merged segment; writes go on meanwhile."""
-        factory, parameters = choose_index(
-            sum(part.count for part in merged),
-            [part.segment.entry for part in merged],
-            [part.segment.entry for part in others],
-        )
-        if index is not None and index != factory:
-            factory, parameters = index, default_parameters(index)
-        return write_parts(self._store, merged, name=name, factory=factory, parameters=parameters)
+    def whole_segment(self) -> Segment:
+        """Give the only segment, for somebody to make an index of its rows.
 
-    def _still_alive(self, merged: Sequence[Part]) -> NDArray[np.bool_] | None:
-        """Tell which rows of a merged segment were not killed while it was written."""
-        now = {part.segment.entry.name: part for part in self._store.snapshot.parts}
-        still = []
-        for part in merged:
-            alive_N = now[part.segment.entry.name].alive_N
-            if alive_N is None:
-                alive_N = np.ones(part.segment.entry.count, np.bool_)
-            still.append(alive_N if part.alive_N is None else alive_N[part.alive_N])
-        alive_N = np.concatenate(still)
-        return None if alive_N.all() else alive_N
+        Raises:
+            UsageError: there are several, deleted rows, or rows in no segment yet.
+        """
+        return whole_segment(self._store).segment
+
+    def replace_index(
+        self,
+        file: Path | None,
+        *,
+        factory: str,
+        parameters: Mapping[str, int],
+        tuning: Mapping[str, Json],
+    ) -> None:
+        """Give the only segment another index, which was made of its rows.
+
+        Args:
+            file: the FAISS index, over the rows of `whole_segment` in their order; None for
+                `Flat`. It is copied.
+            factory: of the index.
+            parameters: search parameters for callers that name no others.
+            tuning: the report of how these were chosen, for the manifest.
+
+        Raises:
+            UsageError: there are several segments, deleted rows, or rows in no segment yet.
+            CollectionError: the file is no such index, or the disk refuses.
+        """
+        with self._compaction, self._lock, _disk(self.path):
+            self._require_open()
+            part = whole_segment(self._store)
+            new = with_index(
+                self._store, part, file, name=next_segment_name(self.path), factory=factory,
+                parameters=parameters,
+            )  # fmt: skip
+            publish(self._store, added=new, merged=[part.segment.entry.name], tuning=tuning)
+            self._take_over()
 
     def _put(
         self, rows: pa.Table, vectors_ND: ArrayLike, fingerprint: str, *, replace: bool

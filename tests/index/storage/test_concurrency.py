@@ -16,6 +16,7 @@ import pytest
 from index.collection import Collection, id_of
 from index.errors import CollectionError
 from index.storage import store as store_module
+from index.storage import writer as writer_module
 from index.storage.writer import CollectionWriter
 from index.verify import verify
 
@@ -106,10 +107,10 @@ def test_writes_during_a_compaction_survive_it(path, unit_rows, monkeypatch):
         put(*range(10))
         writer.seal()
         put(*range(10, 20))
-        merge = writer._merge
+        merge = writer_module.merge
 
-        def meanwhile(*arguments):
-            made = merge(*arguments)
+        def meanwhile(*arguments, **options):
+            made = merge(*arguments, **options)
             writer.delete([id_of("3"), id_of("13")])
             put(5, 30)
             writer.seal()
@@ -117,7 +118,7 @@ def test_writes_during_a_compaction_survive_it(path, unit_rows, monkeypatch):
             writer.delete([id_of("30"), id_of("15")])
             return made
 
-        monkeypatch.setattr(writer, "_merge", meanwhile)
+        monkeypatch.setattr(writer_module, "merge", meanwhile)
         writer.compact(all=True)
         expected = {str(n) for n in range(20)} - {"3", "13", "15"} | {"31"}
         assert set(writer.collection.keys()) == expected

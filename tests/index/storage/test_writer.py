@@ -2,6 +2,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from index.ann.making import build_index, write_index
 from index.collection import Collection, id_of
 from index.errors import CollectionError
 from index.storage.lock import CollectionLockedError
@@ -182,3 +183,33 @@ def test_a_directory_that_is_moved_away_under_a_writer(writer, vectors, tmp_path
     with CollectionWriter.open(writer.path):
         pass
     assert verify(writer.path).unknown == []
+
+
+def test_another_index_over_the_same_rows(writer, unit_rows, tmp_path):
+    """Its rows are not copied; a foreign one is refused, and so are rows that it would lack."""
+    vectors = unit_rows(60, DIM)
+    writer.add(table(*map(str, range(60))), vectors, fingerprint=FINGERPRINT)
+    with pytest.raises(UsageError, match="expected one segment without deleted rows, found 1 par"):
+        writer.whole_segment()
+    writer.seal()
+    segment = writer.whole_segment()
+    inode = (writer.path / "segments/000000/vectors.npy").stat().st_ino
+    file = tmp_path / "index.faiss"
+    asked = {"factory": "HNSW32", "parameters": {"efSearch": 77}, "tuning": {"recall": 0.99}}
+    write_index(build_index(segment.vectors_ND[:59], "HNSW32", metric="cosine"), file, "HNSW32")
+    version = writer.collection.version
+    with pytest.raises(CollectionError, match="expected HNSW32 of 60 x 8, inner product"):
+        writer.replace_index(file, **asked)
+    assert writer.collection.version == version
+    write_index(build_index(segment.vectors_ND, "HNSW32", metric="cosine"), file, "HNSW32")
+    before = writer.collection
+    writer.replace_index(file, **asked)
+    for collection in (writer.collection, Collection.open(writer.path)):
+        (entry,) = collection.manifest.segments
+        assert (collection.factory, entry.parameters) == ("HNSW32", {"efSearch": 77})
+        assert collection.manifest.tuning == {"recall": 0.99}
+        assert nearest(collection, vectors[:2]) == nearest(before, vectors[:2])
+    assert (writer.path / "segments" / entry.name / "vectors.npy").stat().st_ino == inode
+    writer.replace_index(None, factory="Flat", parameters={}, tuning={})
+    assert (writer.collection.factory, writer.collection.manifest.tuning) == ("Flat", {})
+    assert verify(writer.path).faults == verify(writer.path).unknown == []
