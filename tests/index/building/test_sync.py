@@ -2,7 +2,11 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +24,7 @@ from models.errors import FingerprintMismatchError
 from models.images import open_source
 from models.runtime import open_bundle
 
+ROOT = Path(__file__).parents[3]
 COUNTS = (
     "new", "changed", "moved", "gone", "updated", "unchanged", "unreadable", "rejected",
     "embedded", "read",
@@ -279,3 +284,31 @@ def test_the_command_says_what_it_did(options, folder, capsys):
         status, _, err = run(*more)
         assert status == 2
         assert message in err
+
+
+def test_a_killed_sync_leaves_a_sound_collection_and_goes_on(options, folder, tmp_path):
+    """What it wrote before SIGKILL is there and is not embedded again."""
+    sync(options)
+    images = tmp_path / "noise-images-idx3-ubyte"
+    header = np.array([0x00000803, 4000, 14, 14], ">u4").tobytes()
+    images.write_bytes(header + np.random.default_rng(0).bytes(4000 * 14 * 14))
+    args = ("--images", f"idx:{images}", "--encoder", options.encoder, "--out", options.out)
+    command = [sys.executable, "-m", "index.build", *map(str, args), "--sync"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline_s = time.monotonic() + 60
+    while not any(file.stat().st_size > 50_000 for file in options.out.glob("journal-*")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline_s, "nothing was written within a minute"
+        time.sleep(0.001)
+    process.kill()
+    process.communicate()
+    with Collection.open(options.out) as collection:
+        n_there = collection.count - 12
+    assert 0 < n_there < 4000
+    assert verify(options.out).faults == []
+    summary = sync(dataclasses.replace(options, images=f"idx:{images}"))
+    assert (summary.unchanged, summary.new, summary.embedded) == (
+        n_there, 4000 - n_there, 4000 - n_there
+    )  # fmt: skip
+    assert summary.images == 4012
+    assert verify(options.out).faults == []
