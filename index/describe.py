@@ -134,7 +134,7 @@ def describe(collection: Collection) -> Description:
         encoder=manifest.encoder,
         preprocessing=dict(manifest.preprocessing),
         segments=_describe_segments(collection),
-        sources=dict(manifest.sources),
+        sources=collection.sources,
         columns=list(collection.table().column_names),
         size_bytes=_sizes(collection.path, manifest),
         tuning=dict(manifest.tuning),

@@ -17,10 +17,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from index.ann.opening import open_index
 from index.storage.compaction import choose_index, default_parameters
 from index.storage.manifest import hash_files
-from index.storage.publishing import NewSegment, write_parts
+from index.storage.publishing import NewSegment, checked, write_parts
 from index.storage.segment import FLAT, SEGMENTS, segment_files
 from index.storage.snapshot import Part, Snapshot
 from index.storage.store import Store
@@ -95,28 +94,19 @@ def with_index(
     Raises:
         CollectionError: the file is not an index of this kind over these rows.
     """
-    segment, manifest = part.segment, store.manifest
-    entry = replace(segment.entry, name=name, factory=factory, parameters=dict(parameters))
+    entry = replace(part.segment.entry, name=name, factory=factory, parameters=dict(parameters))
     assert (file is None) == (factory == FLAT), f"{factory} in {file}"
-    if file is not None:
-        open_index(
-            file,
-            factory=factory,
-            count=entry.count,
-            dim=manifest.dim,
-            metric=manifest.metric,
-            vectors_ND=segment.vectors_ND,
-        )
     folder = store.path / SEGMENTS / name
     folder.mkdir()
     try:
-        for source in segment_files(replace(segment.entry, factory=FLAT)):
+        for source in segment_files(replace(part.segment.entry, factory=FLAT)):
             os.link(store.path / source, folder / Path(source).name)
         if file is not None:
             shutil.copyfile(file, folder / "index.faiss")
         for one in (*folder.iterdir(), folder, folder.parent):
             sync(one)
+        new = NewSegment(entry=entry, files=hash_files(store.path, segment_files(entry)))
+        return checked(store, new)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    return NewSegment(entry=entry, files=hash_files(store.path, segment_files(entry)))

@@ -39,7 +39,7 @@ from index.storage.manifest import (
     write_manifest,
 )
 from index.storage.rows import ROW_SCHEMA
-from index.storage.segment import SEGMENTS, Block, segment_files, write_segment
+from index.storage.segment import SEGMENTS, Block, open_segment, segment_files, write_segment
 from index.storage.snapshot import Part, in_schema, unify
 from index.storage.store import Store
 from models.bundle import Json
@@ -183,7 +183,14 @@ def write_parts(
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    return NewSegment(entry=entry, files=hash_files(store.path, names))
+    return checked(store, NewSegment(entry=entry, files=hash_files(store.path, names)))
+
+
+def checked(store: Store, new: NewSegment) -> NewSegment:
+    """Open a new segment, before a manifest names it, and keep it open for when one does."""
+    manifest = dataclasses.replace(store.manifest, files=new.files)
+    store.keep(open_segment(store.path, manifest, new.entry, verify=False), manifest)
+    return new
 
 
 def living_blocks(parts: Sequence[Part], schema: pa.Schema) -> Iterator[Block]:

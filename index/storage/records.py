@@ -25,6 +25,8 @@ from index.storage.segment import Block
 
 PUT, DELETE = 1, 2
 _PUT_HEAD = struct.Struct("<QQ")
+_MESSAGE_HEADER, _BATCH_COMPRESSION = 2, 3
+"""Fields of Arrow's Message and RecordBatch, counted from 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +68,7 @@ def decode(record: Record, dim: int, file: str) -> Block | Delete:
         if record.kind == PUT:
             return _decode_put(record.body, dim)
         found = f"kind {record.kind}"
-    except (pa.ArrowException, ValueError, KeyError, struct.error, MemoryError) as error:
+    except (pa.ArrowException, ValueError, OSError, KeyError, struct.error, MemoryError) as error:
         found = (str(error).splitlines() or [type(error).__name__])[0]
     raise CollectionError(
         file,
@@ -76,16 +78,57 @@ def decode(record: Record, dim: int, file: str) -> Block | Delete:
     )
 
 
+def _refuse_compression(stream: pa.Buffer) -> None:
+    """Refuse what Arrow would unpack to whatever size it claims; we never write that.
+
+    pyarrow does not tell, so that the flatbuffer is read, as in Arrow's Message.fbs: a table
+    begins with the distance back to its list of fields, whose places are 0 where there is none.
+    """
+    messages = pa.ipc.MessageReader.open_stream(stream)
+    while True:
+        try:
+            message = messages.read_next_message()
+        except StopIteration:
+            return
+        if message.type == "schema":
+            continue
+        metadata = message.metadata.to_pybytes()
+        header = _field(metadata, _table(metadata, 0), _MESSAGE_HEADER)
+        batch = _table(metadata, header)
+        if message.type != "record batch" or _field(metadata, batch, _BATCH_COMPRESSION):
+            raise ValueError(f"a {message.type}, maybe compressed")
+
+
+def _table(metadata: bytes, place: int) -> int:
+    """Give the place of the table to which a flatbuffer points here."""
+    (distance,) = struct.unpack_from("<I", metadata, place)
+    return place + int(distance)
+
+
+def _field(metadata: bytes, table: int, number: int) -> int:
+    """Give the place of a field of a flatbuffer's table; 0 where it has none."""
+    fields = table - int(*struct.unpack_from("<i", metadata, table))
+    (size,) = struct.unpack_from("<H", metadata, fields)
+    if 4 + 2 * number >= size:
+        return 0
+    (place,) = struct.unpack_from("<H", metadata, fields + 4 + 2 * number)
+    return table + int(place) if place else 0
+
+
 def _decode_put(body: bytes, dim: int) -> Block:
     """Read rows and vectors."""
     table_bytes, n_rows = _PUT_HEAD.unpack_from(body)
     start = _PUT_HEAD.size + table_bytes
     if len(body) != start + n_rows * dim * 4 or n_rows == 0:
         raise ValueError(f"{len(body)} bytes for {n_rows} rows of {dim} dimensions")
-    with pa.ipc.open_stream(pa.py_buffer(body)[_PUT_HEAD.size : start]) as stream:
-        rows = stream.read_all()
+    stream = pa.py_buffer(body)[_PUT_HEAD.size : start]
+    _refuse_compression(stream)
+    with pa.ipc.open_stream(stream) as reader:
+        if not is_row_schema(reader.schema):
+            raise ValueError(f"rows of {', '.join(reader.schema.names)}")
+        rows = reader.read_all()
     rows.validate(full=True)
-    if len(rows) != n_rows or not is_row_schema(rows.schema) or rows["id"].null_count:
-        raise ValueError(f"{len(rows)} rows of {', '.join(rows.column_names)}")
+    if len(rows) != n_rows or rows["id"].null_count:
+        raise ValueError(f"{len(rows)} rows, some without an id")
     vectors_ND = np.frombuffer(body, "<f4", n_rows * dim, start).reshape(n_rows, dim)
     return Block(rows=rows, vectors_ND=vectors_ND)

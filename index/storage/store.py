@@ -159,6 +159,11 @@ class Store:
         self.position = Position()
         self._replay(is_new=True)
 
+    def keep(self, segment: Segment, manifest: Manifest) -> None:
+        """Have an open segment ready for the manifest that will name it with these files."""
+        files = [manifest.files.get(name) for name in segment_files(segment.entry)]
+        self._segments[segment.entry.name] = (files, segment)
+
     def apply(self, change: Block | Delete, position: Position) -> int:
         """Take over what was written to the journal; give how many rows it killed."""
         killed = 0
