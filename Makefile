@@ -61,6 +61,7 @@ bench: $(VENV)/.installed data ## Run the benchmarks: hours, on a quiet machine 
 	$(BIN)/python -m benchmarks.views --out $(RESULTS)/views.json
 	$(BIN)/python -m benchmarks.train_throughput --out $(RESULTS)/train_throughput.json
 	$(BIN)/python -m benchmarks.ranks --out $(RESULTS)/ranks.json
+	$(BIN)/python -m benchmarks.sync --out $(RESULTS)/sync.json
 	$(BIN)/python -m benchmarks.restart --out $(RESULTS)/restart.json
 	test -d $(SHIPPED_RUN) || $(BIN)/python -m train.pretrain fashion-mnist --out $(SHIPPED_RUN)
 	$(BIN)/python -m benchmarks.fashion_mnist $(SHIPPED_RUN) $(SHIPPED) --out $(RESULTS)/fashion_mnist.json

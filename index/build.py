@@ -77,7 +77,8 @@ class BuildOptions:
     name: str | None = None
     """The collection's name; that of its directory where none is given."""
     index: Literal["auto", "flat", "hnsw"] = "auto"
-    """flat searches every vector; hnsw is approximate; auto takes flat up to 20,000 images."""
+    """flat searches every vector; hnsw is approximate; auto takes flat up to 20,000 images. With
+    --sync it counts when the collection is made."""
     metadata: Path | None = None
     """A CSV or parquet file with a column `key`; its other columns are stored with the images."""
     batch_size: int = 64
@@ -207,14 +208,10 @@ def sync(options: BuildOptions) -> BuildPlan | SyncSummary:
         if options.dry_run:
             return plan(options)
         return SyncSummary.of_build(build(options), open_source(options.images).uri)
-    for name, is_given in (("--name", options.name), ("--index", options.index != "auto")):
-        if is_given:
-            raise UsageError(
-                name,
-                expected="none, as the collection is there and keeps its own",
-                found="one beside --sync",
-            )
     with _opened(options) as (source, encoder, _), CollectionWriter.open(options.target) as writer:
+        name = writer.collection.name
+        if options.name not in (None, name):
+            raise UsageError("--name", expected=f"{name}, as it is called", found=str(options.name))
         settings = SyncSettings(
             batch_size=options.batch_size,
             crew=_crew(options),

@@ -279,7 +279,7 @@ def test_the_command_says_what_it_did(options, folder, capsys):
         (["--checksum"], "--checksum: expected --sync beside it"),
         (["--sync", "--replace"], "--replace: expected none of it beside --sync"),
         (["--sync", "--engine", "ray"], "--engine ray: expected none of it beside --sync"),
-        (["--sync", "--index", "hnsw"], "--index: expected none, as the collection is there"),
+        (["--sync", "--name", "d"], "--name: expected c, as it is called, found d"),
     ):
         status, _, err = run(*more)
         assert status == 2
