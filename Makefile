@@ -57,6 +57,7 @@ bench: $(VENV)/.installed data ## Run the benchmarks: hours, on a quiet machine 
 	  --encoder $(SHIPPED) --out artifacts/bench/collection
 	$(BIN)/python -m benchmarks.vector_dtypes artifacts/bench/collection --out $(RESULTS)/vector_dtypes.json
 	$(BIN)/python -m benchmarks.filters artifacts/bench/collection --out $(RESULTS)/filters.json
+	$(BIN)/python -m benchmarks.tombstones --out $(RESULTS)/tombstones.json
 	$(BIN)/python -m benchmarks.loss --out $(RESULTS)/loss.json
 	$(BIN)/python -m benchmarks.views --out $(RESULTS)/views.json
 	$(BIN)/python -m benchmarks.train_throughput --out $(RESULTS)/train_throughput.json

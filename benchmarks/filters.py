@@ -43,7 +43,7 @@ from index.collection import Collection, id_of
 from index.knn import MISSING, faiss_threads
 from index.storage.manifest import Manifest, SegmentEntry, hash_files, write_manifest
 from index.storage.rows import ROW_SCHEMA
-from index.storage.segment import EF_SEARCH, HNSW, Block, write_segment
+from index.storage.segment import EF_SEARCH, HNSW, Block, segment_files, write_segment
 from models.command import progress, run_command
 from models.cpu import cpu_budget, cpu_name
 from models.encoder import open_encoder
@@ -193,10 +193,11 @@ def filtered(collection: Collection, text: str) -> dict[str, Search]:
 
 def selector_search(collection: Collection, text: str) -> Search:
     """Search with faiss's own selector, on one thread."""
-    (segment,) = collection._open_segments()
+    (entry,) = collection.manifest.segments
+    index = faiss.read_index(str(collection.path / segment_files(entry)[-1]))
     bits = np.packbits(collection.select(text).mask_N, bitorder="little")
     parameters = faiss.SearchParametersHNSW(
-        efSearch=segment.entry.parameters.get("efSearch", EF_SEARCH),
+        efSearch=entry.parameters.get("efSearch", EF_SEARCH),
         check_relative_distance=True,
         bounded_queue=True,
     )
@@ -205,7 +206,7 @@ def selector_search(collection: Collection, text: str) -> Search:
 
     def run(queries_QD: NDArray[np.float32]) -> NDArray[np.int64]:
         with faiss_threads(1):
-            _, rows = segment.index.search(queries_QD, K, params=parameters)
+            _, rows = index.search(queries_QD, K, params=parameters)
         return np.where(rows < 0, MISSING, collection.ids[rows])
 
     run.kept = (bits, selector)  # faiss borrows them
