@@ -192,7 +192,11 @@ def _train(
     if kind.rotates:
         faiss.downcast_VectorTransform(index.chain.at(0)).train(sample_ND)
     inner, sample_ND = _rotate(index, sample_ND)
-    with faiss_threads(threads):
+    if kind.family == "lists":
+        with faiss_threads(threads):
+            pointer = faiss.swig_ptr(sample_ND)
+            inner.train_q1(len(sample_ND), pointer, False, inner.metric_type)
+    with faiss_threads(1):  # hundreds of tiny k-means: threads would only wait for one another
         inner.train(sample_ND)
     index.is_trained = True
 

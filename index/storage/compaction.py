@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from index.ann.kinds import FLAT, HNSW, default_parameters
 from index.storage.manifest import SegmentEntry
-from index.storage.segment import EF_SEARCH, FLAT, HNSW
 
 FLAT_MAX_COUNT = 20_000
 """Up to here every vector is searched: some milliseconds a query, and always exact."""
@@ -55,8 +55,3 @@ def choose_index(
             return HNSW, default_parameters(HNSW)
         largest = max(indexed, key=lambda entry: entry.count)
     return largest.factory, largest.parameters
-
-
-def default_parameters(factory: str) -> Mapping[str, int]:
-    """Give the search parameters of an index that nobody has tuned."""
-    return {"efSearch": EF_SEARCH} if factory == HNSW else {}

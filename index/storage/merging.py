@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from index.storage.compaction import choose_index, default_parameters
+from index.ann.kinds import default_parameters
+from index.storage.compaction import choose_index
 from index.storage.manifest import hash_files
 from index.storage.publishing import NewSegment, checked, write_parts
 from index.storage.segment import FLAT, SEGMENTS, segment_files

@@ -1,0 +1,196 @@
+"""`python -m index.tune C --recall .99`: choose a collection's index by its measured recall.
+
+Kinds of index that suit the number of vectors, their length and the memory are built over the
+collection's own vectors; search parameters are swept on queries that no index has seen, against
+exact truth; the cheapest setting that reaches the recall is taken, and the report lands in
+`manifest.json` under `tuning`.
+
+Rules:
+    Where none reaches it the collection keeps the index that it has, and the command says what
+    the best one reached: status 1.
+    The collection is locked meanwhile: readers read on, writers are refused.
+    One segment is tuned. Where there are several, deleted rows, or rows in the journal, they are
+    first merged into one that is searched exactly.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tyro.conf import Positional
+
+from index.ann import report
+from index.ann.candidates import Candidate
+from index.ann.kinds import FLAT
+from index.ann.memory import as_size, parse_size
+from index.ann.tuning import MAX_QUERIES, Goal, Tuned, plan, tune
+from index.collection import Collection
+from index.evaluation.queries import open_queries
+from index.storage.writer import CollectionWriter
+from models.command import run_command
+from models.errors import UsageError
+from models.files import TEMPORARY_PREFIX
+
+log = logging.getLogger("horace.index")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneOptions:
+    """Choose a collection's index by its measured recall; status 1 where none reaches it."""
+
+    collection: Positional[Path]
+    """The collection's directory."""
+    recall: float = 0.99
+    """Mean share of the k nearest that a search must find."""
+    k: int = 10
+    """Neighbours."""
+    memory: str | None = None
+    """Most that this process may hold while it builds, mapped files aside, such as 500MB; what
+    does not fit is not built. As much as there is where none is given."""
+    index: tuple[str, ...] = ()
+    """Kinds to try instead of those that suit: Flat, HNSW32, HNSW32,SQ8,RFlat,
+    HNSW32,SQfp16,RFlat, IVF256,PQ64x4fs,RFlat, RR,IVF256,RaBitQfs,RFlat, CAGRA64 and their like."""
+    queries: int | None = None
+    """Images that are held back to ask with; a tenth of all, up to 2,000, where none is given."""
+    query_from: str | None = None
+    """Ask with these instead: a collection of the same encoder, or a source as for
+    `index.build`."""
+    threads: int | None = None
+    """CPU threads; the CPU budget where none is given."""
+    plot: Path | None = None
+    """PNG of recall against queries a second."""
+    json: bool = False
+    """Print the report as JSON."""
+    dry_run: bool = False
+    """Say which kinds would be built and what they would take, and do nothing."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        self.goal  # noqa: B018  # checks itself
+
+    @property
+    def goal(self) -> Goal:
+        """What is asked for."""
+        return Goal(
+            recall=self.recall,
+            k=self.k,
+            memory_bytes=None if self.memory is None else parse_size(self.memory),
+            n_queries=self.queries,
+            factories=self.index,
+            threads=self.threads,
+        )
+
+
+def main(options: TuneOptions) -> None:
+    """Tune the collection and say what came of it.
+
+    Raises:
+        CollectionError: no index reaches the recall.
+    """
+    if options.dry_run:
+        with Collection.open(options.collection, verify=False) as collection:
+            candidates = plan(collection.count, collection.dim, options.goal)
+        print(_plan_json(candidates) if options.json else _plan_text(candidates))
+        return
+    tuned = tune_collection(options.collection, options.goal, query_from=options.query_from)
+    if options.plot is not None:
+        report.draw(options.plot, tuned)
+    print(json.dumps(report.to_json(tuned), indent=2) if options.json else report.as_text(tuned))
+
+
+def tune_collection(path: Path, goal: Goal, *, query_from: str | None = None) -> Tuned:
+    """Choose the index of a collection and put it there, with the report.
+
+    Args:
+        path: the collection's directory.
+        goal: what is asked for.
+        query_from: another collection, or a source of images, to ask with; rows of this one are
+            held back where None.
+
+    Raises:
+        CollectionLockedError: somebody writes to it.
+        CollectionError: no index reaches the recall; the collection keeps its own.
+        UsageError: no index fits the memory, or there are too few vectors or queries.
+    """
+    with CollectionWriter.open(path, threads=goal.threads) as writer, ExitStack() as stack:
+        queries_QD = _read_queries(stack, writer.collection, query_from, goal)
+        _merge(writer)
+        segment = writer.whole_segment()
+        folder = stack.enter_context(
+            tempfile.TemporaryDirectory(prefix=f"{TEMPORARY_PREFIX}tune.", dir=path.parent)
+        )
+        tuned = tune(
+            segment.vectors_ND,
+            goal,
+            Path(folder),
+            metric=writer.collection.metric,
+            queries_QD=queries_QD,
+            queries_from=query_from or "",
+        )
+        chosen = tuned.chosen
+        writer.replace_index(
+            chosen.file,
+            factory=chosen.candidate.factory,
+            parameters=chosen.parameters or {},
+            tuning=report.to_json(tuned),
+        )
+    return tuned
+
+
+def _merge(writer: CollectionWriter) -> None:
+    """Make one segment of several."""
+    try:
+        writer.whole_segment()
+    except UsageError as error:
+        if writer.collection.count == 0:
+            raise
+        log.info("merging first: %s", error)
+        writer.compact(all=True, index=FLAT)
+
+
+def _read_queries(
+    stack: ExitStack, collection: Collection, query_from: str | None, goal: Goal
+) -> NDArray[np.float32] | None:
+    """Read the user's own queries, where there are any."""
+    if query_from is None:
+        return None
+    queries = open_queries(stack, collection, query_from)
+    queries = queries.sample(goal.n_queries or MAX_QUERIES, seed=goal.seed)
+    return np.ascontiguousarray(queries.vectors(np.arange(len(queries))))
+
+
+def _plan_text(candidates: list[Candidate]) -> str:
+    """Lay the kinds out for a terminal."""
+    lines = [f"{'index':<28} {'to build':>10} {'to search':>10}"]
+    for one in candidates:
+        lines.append(
+            f"{one.factory:<28} {as_size(one.build_bytes):>10} {as_size(one.search_bytes):>10}"
+            + ("" if one.fits else "  does not fit")
+        )
+    return "\n".join(lines)
+
+
+def _plan_json(candidates: list[Candidate]) -> str:
+    """Lay the kinds out for machines."""
+    found = [
+        {
+            "factory": one.factory,
+            "build_memory_bytes": one.build_bytes,
+            "search_memory_bytes": one.search_bytes,
+            "fits": one.fits,
+        }
+        for one in candidates
+    ]
+    return json.dumps(found, indent=2)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(TuneOptions, main, prog="python -m index.tune"))

@@ -1,0 +1,161 @@
+"""The command that chooses an index by its measured recall."""
+
+import json
+
+import numpy as np
+import pytest
+
+from index.collection import Collection
+from index.storage.manifest import read_manifest
+from index.tune import TuneOptions, main
+from index.verify import verify
+from models.command import run_command
+
+COUNT, DIM, K = 2500, 32, 10
+FINGERPRINT = "f" * 64
+KINDS = ["HNSW16", "IVF32,PQ16x4fs,RFlat", "RR,IVF32,RaBitQfs,RFlat"]
+
+
+def draw(n, *, seed):
+    """Draw unit vectors around thirty centres."""
+    shape, draw = np.random.default_rng(0), np.random.default_rng(seed)
+    centres = shape.standard_normal((30, DIM))
+    rows = centres[draw.integers(0, 30, n)] + 0.8 * draw.standard_normal((n, DIM))
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture
+def collection(tmp_path, make_collection):
+    """A collection of clustered vectors, searched exactly so far."""
+    return make_collection(tmp_path / "made", draw(COUNT, seed=1))
+
+
+def run(*args):
+    """Run the command."""
+    return run_command(
+        TuneOptions, main, prog="python -m index.tune", argv=[str(arg) for arg in args]
+    )
+
+
+def fresh_recall(path, k=K):
+    """Give the recall of the collection's own search on vectors that nobody has seen."""
+    queries = draw(1000, seed=77)
+    with Collection.open(path) as opened:
+        found = opened.search(queries, k, fingerprint=FINGERPRINT).ids
+        exact = opened.search(queries, k, fingerprint=FINGERPRINT, exact=True).ids
+    return np.mean([np.isin(e, f).mean() for e, f in zip(exact, found, strict=True)])
+
+
+@pytest.mark.parametrize("target", [0.9, 0.99])
+def test_fresh_queries_meet_the_target(collection, capsys, target):
+    """Of kinds that reach it by search parameters, on queries that had no part in anything."""
+    assert run(collection, "--recall", target, "--index", *KINDS, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert fresh_recall(collection) >= target - 0.002
+    (entry,) = read_manifest(collection).segments
+    assert report["chosen"]["factory"] == entry.factory
+    assert report["chosen"]["parameters"] == entry.parameters
+    assert entry.factory in KINDS
+    assert verify(collection).faults == []
+
+
+def test_the_report_lands_in_the_manifest(collection, capsys, tmp_path):
+    """As it is printed, with everything that somebody asks who was not there."""
+    kinds = KINDS[1:]
+    plot = tmp_path / "plot.png"
+    assert run(collection, "--index", *kinds, "--json", "--plot", plot) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert read_manifest(collection).tuning == report
+    assert {"hardware", "versions", "seed", "peak_memory_bytes"} <= set(report)
+    assert [trial["factory"] for trial in report["trials"]] == kinds
+    chosen = report["chosen"]
+    assert set(chosen["recall_at"]) == {"1", "10", "100"}
+    assert chosen["recall_at"]["10"] >= 0.99
+    assert chosen["worst_5_percent"] <= chosen["recall_at"]["10"]
+    assert 0 < chosen["p50_ms"] <= chosen["p99_ms"]
+    assert 0 < chosen["bytes_per_vector"] < 4 * DIM
+    assert report["queries_choosing"] == report["queries_confirming"] == 125
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_cheapest_is_taken(collection, capsys):
+    """Of those that reach the target, by the measured time of a single query."""
+    assert run(collection, "--recall", ".95", "--index", "Flat", *KINDS[1:2], "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    reached = [trial for trial in report["trials"] if trial["parameters"] is not None]
+    assert report["chosen"]["p50_ms"] == min(trial["p50_ms"] for trial in reached)
+    assert report["chosen"]["factory"] == read_manifest(collection).segments[0].factory
+
+
+def test_a_target_that_none_reaches_fails_and_changes_nothing(collection, capsys):
+    """The one line says what the best reached and what to change."""
+    before = (collection / "manifest.json").read_bytes()
+    assert run(collection, "--recall", "1", "--queries", 20, "--index", "HNSW2") == 1
+    error = capsys.readouterr().err
+    assert "tuning: expected recall@10 of at least 1, with a margin for the sample, found " in error
+    assert " at best, by HNSW2 with efSearch " in error
+    assert "ask for less, give more memory, or take --index Flat" in error
+    assert (collection / "manifest.json").read_bytes() == before
+
+
+def test_a_memory_in_which_nothing_fits_is_refused(collection, capsys):
+    """Before anything is built, and with the least that would do."""
+    assert run(collection, "--index", KINDS[0], "--memory", "10kB") == 2
+    assert "memory: expected more than the " in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_not_built(collection, capsys, monkeypatch):
+    """The budget is what the process may hold, less what it holds already."""
+    monkeypatch.setattr("index.ann.tuning.held_bytes", lambda field="RssAnon": 0)
+    assert run(collection, "--memory", "1MB", "--dry-run", "--index", *KINDS) == 2
+    assert "memory for an index over 2500 x 32: expected at least " in capsys.readouterr().err
+    kinds = ["HNSW64", "RR,IVF16,RaBitQfs,RFlat"]
+    assert run(collection, "--memory", "2MB", "--dry-run", "--json", "--index", *kinds) == 0
+    fits = {one["factory"]: one["fits"] for one in json.loads(capsys.readouterr().out)}
+    assert fits == {kinds[0]: False, kinds[1]: True}
+
+
+def test_queries_of_another_collection(collection, capsys, tmp_path, make_collection):
+    """Nothing is held back then."""
+    others = make_collection(tmp_path / "others", draw(200, seed=5))
+    assert run(collection, "--query-from", others, "--index", KINDS[1], "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["queries"] == str(others)
+    assert report["queries_choosing"] + report["queries_confirming"] == 200
+
+
+def test_several_segments_become_one(tmp_path, make_collection, capsys):
+    """Which is then tuned."""
+    path = make_collection(tmp_path / "made", draw(COUNT, seed=1), n_segments=3)
+    assert run(path, "--index", KINDS[1]) == 0
+    (entry,) = read_manifest(path).segments
+    assert (entry.factory, entry.count) == (KINDS[1], COUNT)
+    assert f"taken: {KINDS[1]} with nprobe " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--recall", "1.5"], "recall: expected above 0 and up to 1, found 1.5"),
+        (["--k", "0"], "k: expected 1 to 1000, found 0"),
+        (["--memory", "much"], "memory: expected a size such as 500MB"),
+        (["--queries", "3"], "queries: expected at least 20, found 3"),
+        (["--index", "NSG32"], "index: expected Flat, HNSW32"),
+        (["--index", "IVF32,PQ15x4fs,RFlat"], "a number of sub-vectors that divides 32"),
+        (["--index", "CAGRA64"], "expected an NVIDIA GPU and faiss-gpu-cuvs"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(collection, capsys, args, message):
+    """With status 2, and the collection as it was."""
+    before = (collection / "manifest.json").read_bytes()
+    assert run(collection, *args) == 2
+    assert message in capsys.readouterr().err
+    assert (collection / "manifest.json").read_bytes() == before
+
+
+def test_few_vectors_are_searched_exactly(tmp_path, make_collection, capsys):
+    """No index is worth it, and none is built."""
+    path = make_collection(tmp_path / "made", draw(300, seed=1))
+    assert run(path) == 0
+    assert "taken: Flat; recall @1 1.0000, @10 1.0000" in capsys.readouterr().out
+    assert read_manifest(path).segments[0].factory == "Flat"
