@@ -125,6 +125,7 @@ def test_the_summary_as_json(tmp_path, capsys, bundle, train_folder):
         "index": "Flat",
         "images": 60,
         "rejects": 0,
+        "log": str(out / "rejects.jsonl"),
         "reused": 0,
         "metadata": None,
     }
