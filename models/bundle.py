@@ -35,6 +35,9 @@ BUNDLE_FILE = "bundle.json"
 ENCODER_FILE = "encoder.onnx"
 RANDOM_FILE = "random.onnx"
 
+MAX_DOCUMENT_BYTES = 64 << 20
+"""More is refused unread: `bundle.json` takes some kilobytes."""
+
 Precision = Literal["fp32", "int8", "fp16"]
 PRECISION_FILES: dict[Precision, str] = {
     "fp32": ENCODER_FILE,
@@ -225,6 +228,7 @@ def read_bundle(path: Path, *, verify: bool = True) -> Bundle:
     path, _ = split_precision(path)
     document = _read_document(path)
     _check_document(path / BUNDLE_FILE, document)
+    _check_bytes(path, document)
     try:
         bundle = Bundle(
             path=path,
@@ -270,10 +274,26 @@ def _checksum(document: Mapping[str, Json]) -> str:
     return hashlib.sha256(canonical_json(rest)).hexdigest()
 
 
+_FIELDS_OF_OLD = frozenset(
+    (
+        "schema_version", "name", "input", "preprocessing", "output", "fingerprint", "files",
+        "provenance",
+    )
+)  # fmt: skip
+"""Of a document that had no checksum yet; one with more had one, and its name is damaged."""
+
+
 def _check_document(file: Path, document: Mapping[str, Json]) -> None:
     """Hold the document against its checksum; one of an earlier version has none."""
     recorded = document.get("checksum")
     if recorded is None:
+        if further := sorted(document.keys() - _FIELDS_OF_OLD):
+            raise BundleError(
+                str(file),
+                expected="a checksum",
+                found=f"none, and {', '.join(map(repr, further))}",
+                mend="the file is damaged or was edited: copy the bundle again, or export it again",
+            )
         return
     try:
         found = _checksum(document)
@@ -284,6 +304,17 @@ def _check_document(file: Path, document: Mapping[str, Json]) -> None:
             str(file),
             expected=f"checksum {recorded}",
             found=found,
+            mend="the file is damaged or was edited: copy the bundle again, or export it again",
+        )
+
+
+def _check_bytes(path: Path, document: Mapping[str, Json]) -> None:
+    """Refuse other bytes that say the same, such as white space; an earlier version's are free."""
+    if "checksum" in document and not is_as_written(path):
+        raise BundleError(
+            str(path / BUNDLE_FILE),
+            expected="the bytes that were written",
+            found="others that say the same",
             mend="the file is damaged or was edited: copy the bundle again, or export it again",
         )
 
@@ -324,6 +355,13 @@ def _read_document(path: Path) -> dict[str, Json]:
             expected="a bundle directory",
             found=found,
             mend="make one with `python -m train.export RUN --out BUNDLE`",
+        )
+    if (size_bytes := file.stat().st_size) > MAX_DOCUMENT_BYTES:
+        raise BundleError(
+            str(file),
+            expected=f"at most {MAX_DOCUMENT_BYTES} bytes",
+            found=f"{size_bytes}",
+            mend="the file is damaged: copy the bundle again, or export it again",
         )
     try:
         document = json.loads(file.read_bytes())

@@ -99,13 +99,19 @@ def _is_of(kind: Kind, index: faiss.Index, shape: tuple[int, int], metric: int) 
         if type(index) is not faiss.IndexPreTransform or index.chain.size() != 1:
             return False
         turn = faiss.downcast_VectorTransform(index.chain.at(0))
-        if type(turn) is not faiss.RandomRotationMatrix or (turn.d_in, turn.d_out) != (
-            shape[1],
-            shape[1],
-        ):
+        if type(turn) is not faiss.RandomRotationMatrix or not _is_rotation(turn, shape[1]):
             return False
         index = faiss.downcast_index(index.index)
     return _is_of_lists(kind, index, shape, metric)
+
+
+def _is_rotation(turn: faiss.LinearTransform, dim: int) -> bool:
+    """Tell whether a transformation has all the numbers that it multiplies by, and no others."""
+    return bool(
+        (turn.d_in, turn.d_out, turn.A.size()) == (dim, dim, dim * dim)
+        and turn.is_trained
+        and not turn.have_bias
+    )
 
 
 def _is_of_links(kind: Kind, index: faiss.IndexHNSW) -> bool:
@@ -126,13 +132,16 @@ def _is_of_lists(kind: Kind, index: faiss.Index, shape: tuple[int, int], metric:
     sound = (
         (index.ntotal, index.d) == shape
         and index.metric_type == metric
+        and index.is_trained
         and index.nlist == kind.lists
         and isinstance(quantizer, faiss.IndexFlat)
+        and quantizer.is_trained
         and (quantizer.ntotal, quantizer.d) == (kind.lists, shape[1])
         and quantizer.codes.size() == 4 * kind.lists * shape[1]
     )
     if sound and kind.codec == "PQ":
         sound = (index.pq.M, index.pq.nbits, index.pq.d) == (kind.sub_vectors, 4, shape[1])
+        sound = sound and index.pq.centroids.size() == (1 << 4) * shape[1]
     if sound and kind.codec == "RaBitQ":
         sound = index.rabitq.nb_bits == kind.bits and index.rabitq.d == shape[1]
     return bool(sound)

@@ -180,6 +180,11 @@ def manifest_bytes(manifest: Manifest) -> bytes:
     """Give the content of `manifest.json`."""
     document = _to_json(manifest)
     document["checksum"] = _checksum(document)
+    return _document_bytes(document)
+
+
+def _document_bytes(document: Mapping[str, Json]) -> bytes:
+    """Write a document as it stands in the file."""
     return (json.dumps(document, indent=2, allow_nan=False) + "\n").encode()
 
 
@@ -382,7 +387,8 @@ def _read_document(descriptor: int, file: Path) -> dict[str, Json]:
         )
     try:
         with open(descriptor, "rb", closefd=False) as content:
-            document = json.loads(content.read(MAX_MANIFEST_BYTES))
+            text = content.read(MAX_MANIFEST_BYTES)
+        document = json.loads(text)
         version, checksum = document["schema_version"], _checksum(document)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CollectionError(
@@ -403,6 +409,13 @@ def _read_document(descriptor: int, file: Path) -> dict[str, Json]:
             str(file),
             expected=f"checksum {document.get('checksum')}",
             found=checksum,
+            mend="the file is damaged or was edited: restore it, or build the collection again",
+        )
+    if _document_bytes(document) != text:  # white space, or a key that is there twice
+        raise CollectionError(
+            str(file),
+            expected="the bytes that were written",
+            found="others that say the same",
             mend="the file is damaged or was edited: restore it, or build the collection again",
         )
     return cast(dict[str, Json], document)

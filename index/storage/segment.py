@@ -18,6 +18,7 @@ Rules:
 
 from __future__ import annotations
 
+import tokenize
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -44,6 +45,13 @@ from index.storage.rows import is_row_schema
 from models.errors import UsageError
 
 SEGMENTS = "segments"
+
+
+_BAD_ARRAY = (
+    ValueError, EOFError, OverflowError, MemoryError, SyntaxError, RecursionError, TypeError,
+    tokenize.TokenError,
+)  # fmt: skip
+"""What NumPy raises for a header that is none: it is read as a Python literal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,8 +320,8 @@ def open_array(
         array: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
         found = f"{array.dtype} {array.shape}"
         sound = array.dtype == dtype and array.shape == shape and array.flags.c_contiguous
-    except (ValueError, OSError, EOFError, OverflowError, MemoryError) as error:
-        found, sound = f"no such array ({str(error).splitlines()[0]})", False
+    except (*_BAD_ARRAY, OSError) as error:
+        found, sound = f"no such array ({_first_line(error)})", False
     if not sound:
         raise CollectionError(
             str(file),
@@ -324,16 +332,22 @@ def open_array(
     return array if mapped else np.array(array)
 
 
+def _first_line(error: Exception) -> str:
+    """Give what an error says, on one line."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def _open_rows(file: Path, ids_N: NDArray[np.int64]) -> pa.Table:
     """Read the metadata, which must have the vectors' ids in the vectors' order."""
     try:
         with pq.ParquetFile(file) as parquet:
             count = parquet.metadata.num_rows  # may be anything, and is not read then
             rows = parquet.read() if count == len(ids_N) else ROW_SCHEMA.empty_table()
+        rows.validate(full=True)  # of a forged file: text that is no UTF-8, lists out of bounds
         found = f"{count} rows of {', '.join(rows.column_names)} that do not match"
         sound = is_row_schema(rows.schema) and np.array_equal(rows["id"].to_numpy(), ids_N)
     except (pa.ArrowException, OSError, MemoryError) as error:
-        found, sound = f"no such table ({str(error).splitlines()[0]})", False
+        found, sound = f"no such table ({_first_line(error)})", False
     if not sound:
         raise CollectionError(
             str(file),

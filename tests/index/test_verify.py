@@ -406,3 +406,40 @@ def test_a_log_of_rejects_that_is_none(with_rejects):
         f"{with_rejects / 'rejects.jsonl'}: expected a JSON object with a key on every line, found "
         "something else"
     ]
+
+
+def test_a_manifest_of_other_bytes_is_refused_at_opening(built, copy_collection):
+    """Also where they say the same: a flipped byte may make white space of white space."""
+    path = copy_collection(built)
+    file = path / "manifest.json"
+    content = file.read_bytes()
+    for changed in (content[:-1], content + b"\n", content.replace(b"  ", b"\n\n", 1)):
+        file.write_bytes(changed)
+        with pytest.raises(CollectionError, match=r"manifest\.json: expected the bytes that were"):
+            Collection.open(path)
+        assert verify(path).faults
+
+
+def test_forged_text_that_is_none_is_refused(built, copy_collection):
+    """A key that is no UTF-8, though every checksum agrees: nobody stumbles over it later."""
+    path = copy_collection(built)
+    file = path / "segments/000000/rows.parquet"
+    table = pq.read_table(file)
+    keys = pa.array([b"\xff\xfe"] * len(table), pa.binary()).view(pa.string())
+    pq.write_table(table.set_column(1, table.schema.field(1), keys), file)
+    rehash(path)
+    with pytest.raises(CollectionError, match=r"rows\.parquet: expected the 60 rows .*UTF8"):
+        Collection.open(path)
+
+
+def test_a_header_that_is_no_literal_is_refused(built, copy_collection):
+    """Whatever NumPy raises for it."""
+    path = copy_collection(built)
+    file = path / "segments/000000/ids.npy"
+    content = file.read_bytes()
+    for text in (b"(60,", b"'descr'", b"}"):
+        for other in (b"(", b"\xff", b"\\", b"0" * 40, b"L"):
+            file.write_bytes(content.replace(text, other.ljust(len(text))[: len(text)], 1))
+            rehash(path)
+            with pytest.raises(CollectionError, match=r"ids\.npy: expected int64 \(60,\)"):
+                Collection.open(path)

@@ -244,3 +244,28 @@ def test_an_edit_that_the_fingerprint_does_not_cover_is_found(make_bundle):
     record_evaluation(bundle.path, "knn", {"top1": 0.9})
     assert "checksum" in json.loads(file.read_text())
     assert read_bundle(bundle.path).provenance["evaluations"] == {"knn": {"top1": 0.9}}
+
+
+def test_every_flipped_byte_of_the_description_is_found_at_opening(make_bundle):
+    """Also in white space, and in the name of the checksum itself."""
+    bundle = make_bundle()
+    file = bundle.path / "bundle.json"
+    content = file.read_bytes()
+    for at in range(len(content)):
+        for mask in (0x01, 0x2A):
+            damaged = bytearray(content)
+            damaged[at] ^= mask
+            file.write_bytes(damaged)
+            with pytest.raises(BundleError):
+                read_bundle(bundle.path, verify=False)
+    file.write_bytes(content)
+    assert read_bundle(bundle.path) == bundle
+
+
+def test_a_description_that_is_too_large_is_not_read(make_bundle):
+    """A header may promise anything; a gibibyte of it is not taken into memory."""
+    bundle = make_bundle()
+    with (bundle.path / "bundle.json").open("ab") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(BundleError, match="expected at most 67108864 bytes, found 1073741824"):
+        read_bundle(bundle.path)
