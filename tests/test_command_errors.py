@@ -123,7 +123,7 @@ CASES = [
     ("index.duplicates {collection} --threshold 7", 2, "expected above 0, up to 1, found 7"),
     ("index.evaluate knn --collection {nothing} --images {photos}", 1, "expected a collection"),
     ("index.evaluate knn --collection {collection} --images {empty}", 1, "expected .*, found .*; "),
-    ("index.evaluate best", 2, "expected knn, found 'best'; see"),
+    ("index.evaluate best", 2, "expected knn or retrieval or recall or space, found 'best'; see"),
     ("serve --port 0 --bundle {nothing}", 1, "expected a bundle directory, found no such"),
     ("serve --port 0 --bundle {broken_bundle}", 1, "expected SHA-256 .*the file is damaged"),
     ("serve --port 0 --bundle {sound} --collection {nothing}", 1, "expected a collection"),
