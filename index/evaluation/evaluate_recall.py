@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from index.collection import Collection, Neighbours
 from index.errors import EvaluationError
+from index.evaluation.bootstrap import bootstrap_interval
 from index.evaluation.churn import churned
 from index.evaluation.output import hand_over, versions
 from index.evaluation.queries import Queries, open_queries
@@ -59,7 +60,7 @@ class RecallOptions:
     threads: int | None = None
     """CPU threads of a search; the CPU budget by default."""
     seed: int = 0
-    """Of the sample and of the churn."""
+    """Of the sample, the intervals and the churn."""
     out: Path | None = None
     """Directory for report.txt, report.json and recall.png."""
     json: bool = False
@@ -121,7 +122,7 @@ def evaluate(options: RecallOptions) -> RecallReport:
             raise EvaluationError(
                 f"queries {queries.name}", expected="images that can be read", found="none"
             )
-        asked = _Asked.of(queries, tuple(sorted(set(options.k))))
+        asked = _Asked.of(queries, tuple(sorted(set(options.k))), seed=options.seed)
         filters, notes = _filters(collection, options.selectivity)
         if collection.factory == "Flat":
             notes.append("the collection is Flat: every search is exact")
@@ -163,16 +164,19 @@ class _Asked:
         vectors_QD: float32.
         ids_Q: those of the queries themselves, where they are images of the collection.
         ks: numbers of neighbours, rising.
+        seed: of the bootstrap.
     """
 
     vectors_QD: NDArray[np.float32]
     ids_Q: NDArray[np.int64] | None
     ks: tuple[int, ...]
+    seed: int
 
     @classmethod
-    def of(cls, queries: Queries, ks: tuple[int, ...]) -> _Asked:
+    def of(cls, queries: Queries, ks: tuple[int, ...], *, seed: int) -> _Asked:
         """Read the queries' vectors."""
-        return cls(vectors_QD=queries.vectors(np.arange(len(queries))), ids_Q=queries.ids_Q, ks=ks)
+        vectors_QD = queries.vectors(np.arange(len(queries)))
+        return cls(vectors_QD=vectors_QD, ids_Q=queries.ids_Q, ks=ks, seed=seed)
 
     def search(
         self,
@@ -197,8 +201,11 @@ class _Asked:
         for k in self.ks:
             found = self.search(collection, k, filter=filter)
             recall_Q = recall_by_score(collection, self.vectors_QD, found, truth, k)
+            low, high = bootstrap_interval(recall_Q[:, None], seed=self.seed)
             by_k[k] = Recall(
                 mean=float(recall_Q.mean()),
+                low=float(low[0]),
+                high=float(high[0]),
                 worst_5_percent=worst_mean(recall_Q),
                 complete=float((recall_Q == 1).mean()),
             )

@@ -12,11 +12,15 @@ class Recall:
 
     Attributes:
         mean: over the queries.
+        low: lower end of the mean's interval, 95% of bootstrap means over the queries.
+        high: its upper end.
         worst_5_percent: over the worst twentieth of them.
         complete: share of the queries of which nothing was missed.
     """
 
     mean: float
+    low: float
+    high: float
     worst_5_percent: float
     complete: float
 
@@ -134,13 +138,13 @@ def _header(report: RecallReport) -> str:
     itself = ", each left out of its own answers" if report.is_against_itself else ""
     return "\n".join(
         [
-            f"recall: {found.mean:.2%} of the {k} nearest, {found.worst_5_percent:.2%} for the "
-            f"worst 5% of queries ({report.factory})",
+            f"recall: {found.mean:.2%} [{100 * found.low:.2f}, {100 * found.high:.2f}] of the {k} "
+            f"nearest, {found.worst_5_percent:.2%} for the worst 5% of queries ({report.factory})",
             f"  collection {report.collection}, {report.n_collection:,} images; {report.dim} "
             f"dimensions, {report.metric}; {report.fingerprint}",
             f"  queries {report.queries}, {report.n_queries:,}{of_all}, seed {report.seed}{itself}",
             "  found is what is as near as the exact k-th neighbour; every k is a search of its "
-            "own",
+            "own; [..] holds 95% of bootstrap means",
             f"  {report.cpu}, {report.threads} threads",
         ]
     )

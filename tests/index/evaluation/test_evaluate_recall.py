@@ -44,6 +44,7 @@ def test_recall_equals_a_direct_count(hasty, tmp_path, make_collection, unit_row
             row = conditions(report)["all images"].by_k[k]
             assert row.mean == pytest.approx(np.mean(recall))
             assert row.worst_5_percent == pytest.approx(np.mean(sorted(recall)[:2]))
+            assert row.low <= row.mean <= row.high
             assert row.complete == pytest.approx(np.mean(np.array(recall) == 1))
     assert report.conditions[0].by_k[1].mean < 1
     assert (report.n_queries, report.n_all_queries, report.factory) == (50, 50, "HNSW32")
@@ -103,9 +104,9 @@ def test_the_report_in_every_form(hasty, tmp_path, capsys):
     assert run([*args, "--out", str(out)]) == 0
     text = capsys.readouterr().out
     for words in (
-        "of the 10 nearest, ",
+        "] of the 10 nearest, ",
         "for the worst 5% of queries (HNSW32)",
-        "found is what is as near as the exact k-th neighbour; every k is a search of its own",
+        "found is what is as near as the exact k-th neighbour; every k is a search of its own;",
         "queries of made itself, 30 of 600, seed 0, each left out of its own answers",
         f"  50% by a filter{300:>10}",
         f"  and added back {600:>10}",
