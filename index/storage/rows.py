@@ -1,7 +1,7 @@
 """The metadata of a collection's images: one row each, in the order of their vectors.
 
 Every row has the columns of `ROW_SCHEMA`. Further columns are the user's own (`index.build
---metadata`), and `digest`, the BLAKE2b hash of the image's bytes, by which `--sync` knows it.
+--metadata`), and `digest`, a hash of the image's bytes, by which `--sync` knows it.
 
 Rules:
     A column is of one of `COLUMN_TYPES` and its name is its own: what is stored is what
