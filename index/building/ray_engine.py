@@ -187,20 +187,32 @@ def _running_ray(actors: int) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if address := os.environ.get("RAY_ADDRESS"):
-        ray.init(address=address, **quiet)
-    else:
-        ray.init(
-            num_cpus=max(cpu_budget(), actors * CPUS_AN_ACTOR),
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            **quiet,
-        )
+    _start(ray, actors, os.environ.get("RAY_ADDRESS"))
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _start(ray: Any, actors: int, address: str | None) -> None:
+    """Join the cluster at an address, or start Ray here where there is none."""
+    where: dict[str, Any] = {
+        "address": "local",  # and not the one that somebody else has started on this machine
+        "num_cpus": max(cpu_budget(), actors * CPUS_AN_ACTOR),
+        "object_store_memory": OBJECT_STORE_BYTES,
+        "include_dashboard": False,
+    }
+    if address is not None:
+        where = {"address": address}
+    try:
+        ray.init(logging_level=logging.ERROR, log_to_driver=False, **where)
+    except (OSError, RuntimeError, ValueError) as error:  # ConnectionError is of the first kind
+        raise CollectionError(
+            "--engine ray",
+            expected="the cluster of RAY_ADDRESS" if address else "a Ray that starts here",
+            found=str(error).strip().splitlines()[0],
+            mend="see `ray status`, or leave RAY_ADDRESS out to start one here",
+        ) from error
 
 
 @contextmanager

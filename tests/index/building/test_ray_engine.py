@@ -130,6 +130,22 @@ def test_bytes_that_are_no_part_are_refused(tmp_path, maker):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_cluster_that_cannot_be_joined_is_named(tmp_path, bundle, train_folder):
+    """What Ray says of it, in one line; the build is not begun."""
+    ran = subprocess.run(
+        [
+            sys.executable, "-m", "index.build", "--images", train_folder, "--encoder", bundle.path,
+            "--out", tmp_path / "c", "--engine", "ray",
+        ],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "RAY_ADDRESS": "nobody://here"},
+    )  # fmt: skip
+    assert ran.returncode == 1
+    assert "--engine ray: expected the cluster of RAY_ADDRESS, found" in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_without_ray_the_error_says_how_to_install_it(tmp_path, monkeypatch, bundle, train_folder):
     """One line, before anything is embedded."""
     monkeypatch.setitem(sys.modules, "ray", None)

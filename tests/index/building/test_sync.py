@@ -1,9 +1,11 @@
 import dataclasses
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from contextlib import closing
 from pathlib import Path
@@ -312,3 +314,29 @@ def test_a_killed_sync_leaves_a_sound_collection_and_goes_on(options, folder, tm
     )  # fmt: skip
     assert summary.images == 4012
     assert verify(options.out).faults == []
+
+
+def test_shards_are_followed_as_folders_are(options, tmp_path):
+    """By their bytes, since a shard says nothing of its members; labels follow the source."""
+
+    def write_shard(images):
+        with tarfile.open(tmp_path / "shard.tar", "w") as archive:
+            for name, (level, label) in images.items():
+                picture(tmp_path / "member.png", level)
+                archive.add(tmp_path / "member.png", f"{name}.png")
+                member = tarfile.TarInfo(f"{name}.cls")
+                member.size = len(label)
+                archive.addfile(member, io.BytesIO(label.encode()))
+
+    write_shard({"a": (10, "x"), "b": (20, "x"), "c": (30, "x")})
+    shards = dataclasses.replace(options, images=str(tmp_path / "shard.tar"))
+    assert facts(sync(shards)) == {"new": 3, "embedded": 3}
+    write_shard({"a": (10, "y"), "b": (21, "x"), "d": (30, "z")})
+    assert facts(sync(shards)) == {
+        "changed": 1, "moved": 1, "updated": 1, "embedded": 1, "read": 3
+    }  # fmt: skip
+    with Collection.open(options.out) as collection:
+        rows = collection.rows(collection.ids)
+        assert {row.key: row.label for row in rows} == {
+            "shard.tar/a.png": "y", "shard.tar/b.png": "x", "shard.tar/d.png": "z"
+        }  # fmt: skip
