@@ -395,7 +395,7 @@ def test_a_manifest_that_makes_no_sense_is_refused(built, copy_collection, chang
     document = json.loads((path / "manifest.json").read_text())
     change(document)
     document["checksum"] = _checksum(document)
-    (path / "manifest.json").write_text(json.dumps(document))
+    (path / "manifest.json").write_text(json.dumps(document, indent=2) + "\n")
     with pytest.raises(CollectionError, match="expected a manifest of schema 2, found no usable"):
         Collection.open(path)
 
