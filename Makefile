@@ -58,6 +58,7 @@ bench: $(VENV)/.installed data ## Run the benchmarks: hours, on a quiet machine 
 	$(BIN)/python -m benchmarks.vector_dtypes artifacts/bench/collection --out $(RESULTS)/vector_dtypes.json
 	$(BIN)/python -m benchmarks.filters artifacts/bench/collection --out $(RESULTS)/filters.json
 	$(BIN)/python -m benchmarks.tombstones --out $(RESULTS)/tombstones.json
+	$(BIN)/python -m benchmarks.build_throughput --out $(RESULTS)/build_throughput.json
 	$(BIN)/python -m benchmarks.loss --out $(RESULTS)/loss.json
 	$(BIN)/python -m benchmarks.views --out $(RESULTS)/views.json
 	$(BIN)/python -m benchmarks.train_throughput --out $(RESULTS)/train_throughput.json
