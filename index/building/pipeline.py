@@ -4,8 +4,9 @@ Rules:
     A worker takes a batch through reading, decoding and encoding on one thread; there are as
     many workers as CPUs, so that all of them are busy whatever the two cost, and no stage
     waits for another. More workers wait for a remote encoder, so that its wire is never idle.
-    A local encoder computes a batch on the worker's thread alone (`ENCODE_THREADS`): a vector
-    depends on neither the number of CPUs nor of processes.
+    A local encoder computes on the worker's thread alone (`ENCODE_THREADS`), in slices of
+    `SLICE_BYTES`: a vector depends on neither the number of CPUs nor of processes, and a worker
+    on a large network holds the layers of a few images.
     Parts are written, and synced, by a thread of their own while the next is embedded.
     Batches come out in the source's order. Memory holds the pixels of a batch a worker, the
     records of `WINDOW` batches a worker, and the vectors of two parts and of that window.
@@ -35,6 +36,10 @@ from models.encoder import Encoder
 ENCODE_THREADS = 1
 """Of the encoder that `make_parts` is given: open it with `open_encoder(..., threads=1)`."""
 
+SLICE_BYTES = 16 * 224 * 224 * 3
+"""Of pixels that a local encoder is given at once: sixteen images of 224. A build with ResNet-50 on
+two CPUs then peaks at .9 GiB, where batches of 64 took 1.4 (`benchmarks.build_throughput`)."""
+
 WINDOW = 2
 """Batches a worker that are begun or done before the oldest is: one that takes longer than its
 neighbours holds nobody up."""
@@ -50,10 +55,12 @@ class Crew:
     Attributes:
         workers: threads that each take a batch from its records to its vectors.
         encoding: how many of them may be with the encoder at once.
+        slice_bytes: of pixels that the encoder is given at once; whole batches where None.
     """
 
     workers: int
     encoding: int
+    slice_bytes: int | None = SLICE_BYTES
 
 
 def choose_crew(cpus: int, *, is_remote: bool, requests: int = REMOTE_REQUESTS) -> Crew:
@@ -65,7 +72,7 @@ def choose_crew(cpus: int, *, is_remote: bool, requests: int = REMOTE_REQUESTS) 
         requests: batches on their way to a remote encoder at once.
     """
     if is_remote:
-        return Crew(workers=cpus + requests, encoding=requests)
+        return Crew(workers=cpus + requests, encoding=requests, slice_bytes=None)
     return Crew(workers=cpus, encoding=cpus)
 
 
@@ -109,7 +116,7 @@ def embed_batches(
 
     Closing the iterator, or an error, waits for what has begun and drops the rest.
     """
-    gated = _Gated(encoder, crew.encoding)
+    gated = GatedEncoder(encoder, crew)
     pool = ThreadPoolExecutor(crew.workers, thread_name_prefix="embed")
     begun: deque[Future[EmbeddedBatch]] = deque()
     try:
@@ -124,20 +131,31 @@ def embed_batches(
         pool.shutdown(cancel_futures=True)
 
 
-class _Gated:
-    """An encoder that computes at most some batches at once; the others wait outside."""
+class GatedEncoder:
+    """An encoder as a crew uses it: some batches at once, each in slices.
 
-    def __init__(self, encoder: Encoder, at_once: int) -> None:
+    Attributes:
+        preprocessing: the encoder's, as all the rest.
+    """
+
+    def __init__(self, encoder: Encoder, crew: Crew) -> None:
+        """Stand before an encoder, whose owner closes it."""
         self._encoder = encoder
-        self._gate = threading.BoundedSemaphore(at_once)
+        self._gate = threading.BoundedSemaphore(crew.encoding)
         self.name, self.fingerprint, self.dim = encoder.name, encoder.fingerprint, encoder.dim
-        self.preprocessing = encoder.preprocessing
-        self.preprocess = encoder.preprocess
+        self.preprocessing, self.preprocess = encoder.preprocessing, encoder.preprocess
+        spec = encoder.preprocessing
+        image_bytes = spec.height * spec.width * spec.channels
+        self._step = None if crew.slice_bytes is None else max(1, crew.slice_bytes // image_bytes)
 
     def encode(self, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Embed, when there is room."""
+        step = self._step or max(1, len(images_NHWC))
         with self._gate:
-            return self._encoder.encode(images_NHWC)
+            if len(images_NHWC) <= step:
+                return self._encoder.encode(images_NHWC)
+            starts = range(0, len(images_NHWC), step)
+            return np.concatenate([self._encoder.encode(images_NHWC[n : n + step]) for n in starts])
 
     def close(self) -> None:
         """Do nothing: the encoder is its owner's."""

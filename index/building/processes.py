@@ -26,7 +26,6 @@ from typing import cast
 
 from index.building.part_set import PartSet, Share
 from index.building.parts import PartStore
-from index.building.pipeline import Crew
 from index.building.worker import Done, Failed, HeldLock, Job, run_worker
 from index.errors import CollectionError
 
@@ -109,7 +108,9 @@ def share_jobs(job: Job, processes: int) -> list[Job]:
         dataclasses.replace(
             job,
             share=Share(number=n, of=processes),
-            crew=Crew(workers=nth(job.crew.workers, n), encoding=nth(job.crew.encoding, n)),
+            crew=dataclasses.replace(
+                job.crew, workers=nth(job.crew.workers, n), encoding=nth(job.crew.encoding, n)
+            ),
         )
         for n in range(processes)
     ]

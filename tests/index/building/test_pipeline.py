@@ -243,6 +243,22 @@ def test_a_source_that_goes_on_after_its_last_part_is_refused(tmp_path, encoder)
 def test_a_crew_has_a_worker_a_cpu_and_one_more_for_each_request():
     """Who waits for a server needs no CPU."""
     assert choose_crew(2, is_remote=False) == Crew(workers=2, encoding=2)
-    assert choose_crew(8, is_remote=True, requests=4) == Crew(workers=12, encoding=4)
+    remote = choose_crew(8, is_remote=True, requests=4)
+    assert remote == Crew(workers=12, encoding=4, slice_bytes=None)
     workers = [choose_crew(n, is_remote=False).workers for n in range(1, 20)]
     assert all(more > less for less, more in pairwise(workers))
+
+
+@pytest.mark.parametrize("slice_bytes", [1, 12 * 12 * 3, 3 * 12 * 12 * 3, None])
+def test_an_encoder_is_given_a_slice_at_a_time(tmp_path, encoder, slice_bytes):
+    """What a large network holds does not grow with the batch, and no vector changes much."""
+    sizes = []
+    parts = make_set(tmp_path, 8, encoder)
+    crew = Crew(workers=1, encoding=1, slice_bytes=slice_bytes)
+    run(parts, Watched(encoder, lambda images: sizes.append(len(images))), 8, crew=crew)
+    expected = {1: [1] * 8, 12 * 12 * 3: [1] * 8, 3 * 12 * 12 * 3: [3, 1] * 2, None: [4, 4]}
+    assert sizes == expected[slice_bytes]
+    vectors = np.concatenate([block.vectors_ND for block in parts.blocks()])
+    np.testing.assert_allclose(
+        vectors, embed(encoder, np.stack([image(n) for n in range(8)])), atol=1e-6
+    )
