@@ -32,9 +32,9 @@ from index.selection import Selection
 from index.storage.ids import id_of as id_of
 from index.storage.publishing import count_sources
 from index.storage.rows import Row as Row
-from index.storage.rows import read_rows
+from index.storage.rows import in_schema, read_rows
 from index.storage.segment import FLAT
-from index.storage.snapshot import Snapshot, in_schema
+from index.storage.snapshot import Snapshot
 from index.storage.store import Store
 from models.cpu import cpu_budget
 from models.errors import FingerprintMismatchError, UsageError

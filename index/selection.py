@@ -68,6 +68,36 @@ class Selection:
     masks: tuple[NDArray[np.bool_], ...] = ()
 
 
+class KeptSelections:
+    """Selections that were worked out before, within bounds. Any number of threads may use it."""
+
+    def __init__(self, n_rows: int, *, max_kept_bytes: int = MAX_KEPT_BYTES) -> None:
+        """Begin without one.
+
+        Args:
+            n_rows: of what is chosen from.
+            max_kept_bytes: of their masks; one is always kept.
+        """
+        self._most = max(1, max_kept_bytes // max(1, n_rows))
+        self._kept: OrderedDict[tuple[str, SourceNames | None], Selection] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(
+        self, key: tuple[str, SourceNames | None], work_out: Callable[[], Selection]
+    ) -> Selection:
+        """Give a selection by filter and names of sources; the longest unused go."""
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        selection = work_out()
+        with self._lock:
+            self._kept[key] = selection
+            while len(self._kept) > self._most:
+                self._kept.popitem(last=False)
+        return selection
+
+
 class Selector:
     """Works out filters over the metadata of a collection. Any number of threads may use it."""
 
@@ -79,9 +109,7 @@ class Selector:
             max_kept_bytes: of the selections that are kept for later.
         """
         self._rows = rows
-        self._most = max(1, max_kept_bytes // max(1, len(rows)))
-        self._kept: OrderedDict[tuple[str, SourceNames | None], Selection] = OrderedDict()
-        self._lock = threading.Lock()
+        self._kept = KeptSelections(len(rows), max_kept_bytes=max_kept_bytes)
 
     def select(self, filter: str, *, source_names: SourceNames | None = None) -> Selection:
         """Choose the rows of which a filter is true.
@@ -93,17 +121,7 @@ class Selector:
         Raises:
             FilterError: the filter cannot be read.
         """
-        key = (filter, source_names)
-        with self._lock:
-            if key in self._kept:
-                self._kept.move_to_end(key)
-                return self._kept[key]
-        selection = self._work_out(filter, source_names)
-        with self._lock:
-            self._kept[key] = selection
-            while len(self._kept) > self._most:
-                self._kept.popitem(last=False)
-        return selection
+        return self._kept.get((filter, source_names), lambda: self._work_out(filter, source_names))
 
     def _work_out(self, filter: str, source_names: SourceNames | None) -> Selection:
         """Try every row."""

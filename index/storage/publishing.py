@@ -38,9 +38,9 @@ from index.storage.manifest import (
     read_manifest,
     write_manifest,
 )
-from index.storage.rows import ROW_SCHEMA
+from index.storage.rows import ROW_SCHEMA, in_schema, unify
 from index.storage.segment import SEGMENTS, Block, open_segment, segment_files, write_segment
-from index.storage.snapshot import Part, in_schema, unify
+from index.storage.snapshot import Part
 from index.storage.store import Store
 from models.bundle import Json
 from models.files import TEMPORARY_PREFIX, publish_directory, sync

@@ -11,7 +11,7 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from typing import cast
@@ -116,3 +116,24 @@ def is_row_schema(schema: pa.Schema) -> bool:
         and all(one.type in COLUMN_TYPES for one in further)
         and all(one.type == pa.string() for one in further if one.name == DIGEST)
     )
+
+
+def unify(schemas: Sequence[pa.Schema]) -> pa.Schema:
+    """Give the columns of all schemas, the first's first; of one name they have one type."""
+    first, *others = [schema.remove_metadata() for schema in schemas]
+    if all(schema.equals(first) for schema in others):
+        return first
+    return pa.unify_schemas([first, *others])
+
+
+def in_schema(rows: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Give a table the columns of a schema, in its order; those that it lacks are null."""
+    if rows.schema.equals(schema):
+        return rows
+    columns = [
+        rows[field.name].cast(field.type)
+        if field.name in rows.column_names
+        else pa.nulls(len(rows), field.type)
+        for field in schema
+    ]
+    return pa.table(dict(zip(schema.names, columns, strict=True)), schema=schema)

@@ -41,7 +41,7 @@ from index.knn import COSINE, MISSING, knn_search, pad_neighbours
 from index.selection import Selector, count_candidates, is_exact_cheaper, keep_chosen
 from index.storage.manifest import Manifest, SegmentEntry, check_file
 from index.storage.rows import ROW_SCHEMA as ROW_SCHEMA
-from index.storage.rows import is_row_schema
+from index.storage.rows import in_schema, is_row_schema
 from models.errors import UsageError
 
 SEGMENTS = "segments"
@@ -105,10 +105,23 @@ class Segment:
         """The search parameters that its index has."""
         return tuple(parameter_names(self.entry.factory))
 
+    def selector(self, schema: pa.Schema, max_kept_bytes: int) -> Selector:
+        """Give what works out filters over the rows, dead ones too.
+
+        Args:
+            schema: the columns that filters may name; those that the rows lack are null.
+            max_kept_bytes: of the selections that are kept, where it is the first with this schema.
+        """
+        known, selector = self._selector[-1]
+        if selector is None or not known.equals(schema):
+            selector = Selector(in_schema(self.rows, schema), max_kept_bytes=max_kept_bytes)
+            self._selector[:] = [(schema, selector)]
+        return selector
+
     @cached_property
-    def selector(self) -> Selector:
-        """Works out filters over the rows, dead ones too."""
-        return Selector(self.rows)
+    def _selector(self) -> list[tuple[pa.Schema, Selector | None]]:
+        """The last selector and its schema."""
+        return [(self.rows.schema, None)]
 
     def search(
         self,

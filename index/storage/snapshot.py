@@ -25,9 +25,16 @@ from numpy.typing import NDArray
 
 from index.filters import parse_filter
 from index.knn import MISSING, pad_neighbours
-from index.selection import CHANCE, Selection, Selector, SourceNames, keep_chosen
+from index.selection import (
+    CHANCE,
+    MAX_KEPT_BYTES,
+    KeptSelections,
+    Selection,
+    SourceNames,
+    keep_chosen,
+)
 from index.storage.manifest import Manifest
-from index.storage.rows import ROW_SCHEMA
+from index.storage.rows import ROW_SCHEMA, in_schema, unify
 from index.storage.segment import FLAT, Segment, check_parameters
 
 SPARE = 4
@@ -215,10 +222,21 @@ class Snapshot:
 
         What it chose in a part is kept with the part, for later snapshots, too.
         """
-        parse_filter(filter, self.schema)  # as no part may have a column, or there be no part
+        return self._kept.get((filter, source_names), lambda: self._work_out(filter, source_names))
+
+    @cached_property
+    def _kept(self) -> KeptSelections:
+        """The selections that were worked out before."""
+        return KeptSelections(self.count)
+
+    def _work_out(self, filter: str, source_names: SourceNames | None) -> Selection:
+        """Choose in every part."""
+        parse_filter(filter, self.schema)  # said even where there is no part
         masks = []
+        n_rows = sum(len(part.segment.ids_N) for part in self.parts)
         for part in self.parts:
-            selector = self._selector(part)
+            own_bytes = MAX_KEPT_BYTES * len(part.segment.ids_N) // n_rows
+            selector = part.segment.selector(self.schema, own_bytes)
             mask_N = selector.select(filter, source_names=source_names).mask_N
             masks.append(mask_N if part.alive_N is None else mask_N & part.alive_N)
         return join_masks(filter, masks, self.parts)
@@ -236,12 +254,6 @@ class Snapshot:
                 chosen = mask_N
             masks.append(chosen)
         return masks
-
-    def _selector(self, part: Part) -> Selector:
-        """Give what works out filters over a part, with the columns of all."""
-        if part.segment.rows.schema.equals(self.schema):
-            return part.segment.selector
-        return Selector(in_schema(part.segment.rows, self.schema))
 
 
 def join_masks(filter: str, masks: Sequence[NDArray[np.bool_]], parts: Sequence[Part]) -> Selection:
@@ -261,24 +273,3 @@ def spare_rows(k: int, *, dead: int, count: int) -> int:
     """Say how many rows to ask for beyond k, that k living ones are among them as a rule."""
     expected = k * dead / count
     return min(dead, SPARE + math.ceil(expected + CHANCE * math.sqrt(expected)))
-
-
-def unify(schemas: Sequence[pa.Schema]) -> pa.Schema:
-    """Give the columns of all schemas, the first's first; of one name they have one type."""
-    first, *others = [schema.remove_metadata() for schema in schemas]
-    if all(schema.equals(first) for schema in others):
-        return first
-    return pa.unify_schemas([first, *others])
-
-
-def in_schema(rows: pa.Table, schema: pa.Schema) -> pa.Table:
-    """Give a table the columns of a schema, in its order; those that it lacks are null."""
-    if rows.schema.equals(schema):
-        return rows
-    columns = [
-        rows[field.name].cast(field.type)
-        if field.name in rows.column_names
-        else pa.nulls(len(rows), field.type)
-        for field in schema
-    ]
-    return pa.table(dict(zip(schema.names, columns, strict=True)), schema=schema)

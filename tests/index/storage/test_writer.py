@@ -5,6 +5,7 @@ import pytest
 from index.ann.making import build_index, write_index
 from index.collection import Collection, id_of
 from index.errors import CollectionError
+from index.selection import Selector
 from index.storage.lock import CollectionLockedError
 from index.storage.publishing import put_in_place
 from index.storage.writer import CollectionWriter
@@ -213,3 +214,25 @@ def test_another_index_over_the_same_rows(writer, unit_rows, tmp_path):
     writer.replace_index(None, factory="Flat", parameters={}, tuning={})
     assert (writer.collection.factory, writer.collection.manifest.tuning) == ("Flat", {})
     assert verify(writer.path).faults == verify(writer.path).unknown == []
+
+
+def test_a_filter_is_worked_out_once_a_part(writer, vectors, monkeypatch):
+    """A write looks at the rows of the delta alone; a snapshot keeps what it chose."""
+    n_worked_out = []
+    work_out = Selector._work_out
+
+    def counted(self, *arguments):
+        n_worked_out.append(len(self._rows))
+        return work_out(self, *arguments)
+
+    monkeypatch.setattr(Selector, "_work_out", counted)
+    writer.add(table(*map(str, range(30))), vectors[:30], fingerprint=FINGERPRINT)
+    writer.seal()
+    writer.add(table("a", "b", width=[1, 2]), vectors[30:32], fingerprint=FINGERPRINT)
+    for _ in range(2):
+        assert writer.collection.select("width is null").count == 30
+    assert n_worked_out == [30, 2]
+    writer.add(table("c", width=[3]), vectors[32:33], fingerprint=FINGERPRINT)
+    writer.delete([id_of("7")])
+    assert writer.collection.select("width is null").count == 29
+    assert n_worked_out == [30, 2, 3]
