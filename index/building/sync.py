@@ -30,10 +30,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from index.building.metadata import Column, Metadata
+from index.building.metadata import Metadata
 from index.building.part_set import DUPLICATE_KEY, RecordBatch, not_finite
 from index.building.pipeline import Crew, embed_batches
 from index.building.sync_plan import UNREADABLE, Stored, SyncPlan, plan_sync
+from index.building.sync_rows import RowMaker, with_digest
 from index.building.sync_scan import Scan, scan_source
 from index.building.sync_state import (
     SyncState,
@@ -118,12 +119,18 @@ class _Sync:
     def __post_init__(self) -> None:
         self.collection: Collection = self.writer.collection
         self.uri = self.source.uri
-        self.table = _with_digest(self.collection.table())
+        self.table = with_digest(self.collection.table())
         self.ids = self.collection.ids
         mine = [uri for uri in (self.uri, self.settings.moved_from) if uri is not None]
         is_own_N = pc.is_in(self.table["source"], value_set=pa.array(mine, pa.string()))
         self.own_rows = np.flatnonzero(is_own_N.to_numpy())
         self.keys = cast(list[str], self.table["key"].to_pylist())
+        self.rows = RowMaker(
+            table=self.table,
+            uri=self.uri,
+            is_folder=isinstance(self.source, FolderSource),
+            metadata=self.settings.metadata,
+        )
 
     def run(self) -> SyncSummary:
         """Look, decide, write."""
@@ -137,9 +144,9 @@ class _Sync:
         plan = self._plan(scan, state)
         scan_s, start_s = time.monotonic() - start_s, time.monotonic()
         self.rejects = list(plan.rejects)
-        unchanged, updated = self._find_updated(plan)
+        updated, updated_rows = self._find_updated(plan)
         if not self.settings.dry_run:
-            self._write_stored(updated, cast(list[int], updated["row"].to_pylist()))
+            self._write_stored(updated, updated_rows)
             self._write_reused(plan)
             self._embed(plan)
             self.writer.delete(self.ids[np.array(plan.drop, np.int64)])
@@ -155,7 +162,7 @@ class _Sync:
             moved=plan.moved,
             gone=plan.gone,
             updated=len(updated),
-            unchanged=unchanged,
+            unchanged=len(plan.unchanged) - len(updated),
             unreadable=len(plan.retained),
             rejected=len(self.rejects),
             log=str(rejects_file(Path(self.writer.path), self.uri)),
@@ -214,68 +221,26 @@ class _Sync:
             },
         )
 
-    def _find_updated(self, plan: SyncPlan) -> tuple[int, pa.Table]:
-        """Count what stays as it is; give the rows of which only metadata has changed."""
-        seen = [one for one, _ in plan.unchanged]
-        rows = [row for _, row in plan.unchanged]
-        new = self._rows(
-            rows,
-            [one.key for one in seen],
-            [one.label for one in seen],
-            [one.digest for one in seen],
-        )
-        old = self.table.take(pa.array(rows, pa.int64()))
-        is_other_N = np.zeros(len(rows), np.bool_)
-        for name in new.column_names:
-            is_other_N |= _differs(new[name], old[name] if name in old.column_names else None)
-        updated = new.append_column("row", pa.array(rows, pa.int64())).filter(pa.array(is_other_N))
-        return len(rows) - len(updated), updated
+    def _find_updated(self, plan: SyncPlan) -> tuple[pa.Table, list[int]]:
+        """Find the unchanged images whose label, metadata or source is another now."""
+        pairs = plan.unchanged
+        settings = self.settings
+        if self.rows.is_folder and settings.metadata is None and settings.moved_from is None:
+            pairs = []  # keys are the same, and nothing else can be another
+        return self.rows.find_updated([one for one, _ in pairs], [row for _, row in pairs])
 
     # Writing.
 
-    def _rows(
-        self,
-        old_rows: Sequence[int | None],
-        keys: Sequence[str],
-        labels: Sequence[str | None],
-        digests: Sequence[str | None],
-    ) -> pa.Table:
-        """Make rows: the metadata of stored ones, if any, with this key, label and digest."""
-        table = self.table.take(pa.array(old_rows, pa.int64())).drop_columns(["id"])
-        labels = [
-            self._label(key, label, row)
-            for key, label, row in zip(keys, labels, old_rows, strict=True)
-        ]
-        columns = {"key": keys, "label": labels, "source": [self.uri] * len(keys), DIGEST: digests}
-        for name, values in columns.items():
-            place = table.column_names.index(name)
-            table = table.set_column(place, name, pa.array(values, pa.string()))
-        metadata = self.settings.metadata
-        return table if metadata is None else metadata.join(table)
-
-    def _label(self, key: str, label: str | None, old_row: int | None) -> str | None:
-        """Give the label of an image; one that was given to it by hand stays.
-
-        In a folder the key tells the label: where a stored one is another, it came from a table
-        of metadata, and a sync without that table must not undo it.
-        """
-        if old_row is None or not isinstance(self.source, FolderSource):
-            return label
-        old_label = cast(str | None, self.table["label"][old_row].as_py())
-        folder, slash, _ = self.keys[old_row].partition("/")
-        return label if old_label == (folder if slash else None) else old_label
-
     def _write_stored(self, rows: pa.Table, vector_rows: Sequence[int]) -> None:
         """Write rows with vectors that are stored under whatever key."""
-        table = rows.drop_columns(["row"]) if "row" in rows.column_names else rows
-        for start in range(0, len(table), WRITE_ROWS):
+        for start in range(0, len(rows), WRITE_ROWS):
             ids = self.ids[vector_rows[start : start + WRITE_ROWS]]
-            self._write(table.slice(start, WRITE_ROWS), self.collection.vectors(ids))
+            self._write(rows.slice(start, WRITE_ROWS), self.collection.vectors(ids))
 
     def _write_reused(self, plan: SyncPlan) -> None:
         """Write the keys that take over a vector."""
         seen = [one.seen for one in plan.reuse]
-        rows = self._rows(
+        rows = self.rows.make(
             [one.metadata_row for one in plan.reuse],
             [one.key for one in seen],
             [one.label for one in seen],
@@ -323,7 +288,7 @@ class _Sync:
         for reject in (reject for batch in batches for reject in batch.rejects):
             self._reject(plan, reject)
         kept = np.flatnonzero(is_sound_N).tolist()
-        rows = self._rows(
+        rows = self.rows.make(
             [plan.embed[keys[n]] for n in kept],
             [keys[n] for n in kept],
             [labels[n] for n in kept],
@@ -361,21 +326,3 @@ class _Sync:
             write_state(Path(self.writer.path), self.uri, stamps, self.rejects)
         except OSError as error:
             log.warning("%s: the next sync will read every file again: %s", self.uri, error)
-
-
-def _differs(new: Column, old: Column | None) -> NDArray[np.bool_]:
-    """Tell of every row whether two columns differ; a missing one is null."""
-    is_new_null = np.asarray(new.is_null(), np.bool_)
-    if old is None:
-        return ~is_new_null
-    is_old_null = np.asarray(old.is_null(), np.bool_)
-    equal = cast(Column, pc.equal(new, old))
-    is_equal = np.asarray(pc.fill_null(equal, pa.scalar(False)), np.bool_)
-    return np.where(is_new_null, ~is_old_null, ~is_equal)
-
-
-def _with_digest(table: pa.Table) -> pa.Table:
-    """Give a table that may lack digests a column of nulls."""
-    if DIGEST in table.column_names:
-        return table
-    return table.append_column(DIGEST, pa.nulls(len(table), pa.string()))
