@@ -250,9 +250,12 @@ class JournalFile:
 
 
 def create_journal(directory: Path, name: str) -> JournalEntry:
-    """Put an empty journal on the disk, for the next manifest to name."""
+    """Put an empty journal on the disk, for the next manifest to name.
+
+    One of that name is what an attempt that failed has left: no manifest names it.
+    """
     entry = JournalEntry(name=name, id=secrets.token_hex(16))
-    (directory / name).touch(exist_ok=False)
+    (directory / name).write_bytes(b"")
     journal = JournalFile(directory, entry, writable=True)
     journal.commit(Position())
     os.fsync(journal._descriptor)

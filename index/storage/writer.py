@@ -323,7 +323,7 @@ class CollectionWriter:
         """Make a segment of a large delta; what was written is safe without."""
         try:
             self._seal()
-        except OSError as error:
+        except (OSError, CollectionError) as error:
             log.warning("%s: the delta stays in the journal: %s", self.path, error)
             self._seal_rows, self._seal_bytes = 2 * self._seal_rows, 2 * self._seal_bytes
 

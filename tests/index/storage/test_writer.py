@@ -6,6 +6,7 @@ from index.ann.making import build_index, write_index
 from index.collection import Collection, id_of
 from index.errors import CollectionError
 from index.selection import Selector
+from index.storage import publishing
 from index.storage.lock import CollectionLockedError
 from index.storage.publishing import put_in_place
 from index.storage.writer import CollectionWriter
@@ -236,3 +237,30 @@ def test_a_filter_is_worked_out_once_a_part(writer, vectors, monkeypatch):
     writer.delete([id_of("7")])
     assert writer.collection.select("width is null").count == 29
     assert n_worked_out == [30, 2, 3]
+
+
+def test_a_full_disk_costs_nothing_that_was_acknowledged(writer, vectors, monkeypatch, caplog):
+    """Whatever step it meets; when there is room again, the same call does it."""
+
+    def full(*_, **options):
+        raise OSError(28, "No space left on device")
+
+    writer.add(table("a", "b"), vectors[:2], fingerprint=FINGERPRINT)
+    for step in (writer.seal, lambda: writer.compact(all=True)):
+        for name in ("write_segment", "create_journal", "write_manifest"):
+            with monkeypatch.context() as patch:
+                patch.setattr(publishing, name, full)
+                with pytest.raises(CollectionError, match="found No space left on device; make ro"):
+                    step()
+            assert Collection.open(writer.path).keys() == writer.collection.keys() == ["a", "b"]
+            assert verify(writer.path).faults == []
+    with monkeypatch.context() as patch:
+        patch.setattr(publishing, "write_manifest", full)
+        patch.setattr(writer, "_seal_rows", 3)
+        writer.add(table("c"), vectors[2:3], fingerprint=FINGERPRINT)
+        assert "the delta stays in the journal" in caplog.text
+    writer.compact(all=True)
+    assert Collection.open(writer.path).keys() == writer.collection.keys() == ["a", "b", "c"]
+    writer.close()
+    CollectionWriter.open(writer.path).close()
+    assert verify(writer.path).faults == verify(writer.path).unknown == []
