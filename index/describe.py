@@ -22,6 +22,7 @@ from tyro.conf import Positional
 
 from index.collection import Collection, version_text
 from index.storage.manifest import MANIFEST_FILE, Manifest
+from index.storage.rows import metadata_columns
 from models.bundle import Json
 from models.command import run_command
 
@@ -78,6 +79,7 @@ class Description:
         segments: in the order of their rows.
         sources: images of each source when it was built.
         columns: of the metadata.
+        column_types: of those that are the user's own.
         size_bytes: by kind of file, `total` among them.
         tuning: what `index.tune` measured; empty where it was not asked.
         versions: of the libraries that wrote it.
@@ -98,6 +100,7 @@ class Description:
     segments: list[SegmentDescription]
     sources: Mapping[str, int]
     columns: list[str]
+    column_types: Mapping[str, str]
     size_bytes: Mapping[str, int]
     tuning: Mapping[str, Json]
     versions: Mapping[str, str]
@@ -120,7 +123,7 @@ def main(options: DescribeOptions) -> None:
 
 def describe(collection: Collection) -> Description:
     """Say what a snapshot of a collection is."""
-    manifest = collection.manifest
+    manifest, schema = collection.manifest, collection.table().schema
     return Description(
         name=collection.name,
         version=version_text(collection.version),
@@ -135,7 +138,8 @@ def describe(collection: Collection) -> Description:
         preprocessing=dict(manifest.preprocessing),
         segments=_describe_segments(collection),
         sources=collection.sources,
-        columns=list(collection.table().column_names),
+        columns=list(schema.names),
+        column_types={name: str(schema.field(name).type) for name in metadata_columns(schema)},
         size_bytes=_sizes(collection.path, manifest),
         tuning=dict(manifest.tuning),
         versions=dict(manifest.versions),
@@ -185,7 +189,8 @@ def _as_lines(described: Description) -> Iterator[str]:
     yield f"  fingerprint  {d.fingerprint}"
     for uri, count in d.sources.items():
         yield f"  source       {uri}: {count}"
-    yield f"  metadata     {', '.join(d.columns)}"
+    types = {name: f" ({kind})" for name, kind in d.column_types.items()}
+    yield f"  metadata     {', '.join(name + types.get(name, '') for name in d.columns)}"
     for one in d.segments:
         settings = " ".join(f"{name}={value}" for name, value in one.parameters.items())
         yield (

@@ -1,5 +1,6 @@
 import json
 
+import pyarrow as pa
 import pytest
 
 from index.describe import DescribeOptions, main
@@ -33,6 +34,19 @@ def test_what_a_collection_is(run, built_hnsw, bundle, train_folder):
     assert "  metadata     id, key, label, source" in out
     assert "  segment      000000: 60 vectors, 0 deleted, HNSW32 efSearch=64, " in out
     assert "index.tune" in out
+
+
+def test_columns_of_the_users_own_are_shown_with_their_types(run, built, copy_collection):
+    """As filters know them."""
+    path = copy_collection(built)
+    with CollectionWriter.open(path) as writer:
+        before = writer.collection
+        rows = before.table().slice(0, 2).append_column("price", pa.array([1.5, None]))
+        writer.upsert(rows, before.vectors(before.ids[:2]), fingerprint=before.fingerprint)
+    _, out, _ = run(path)
+    assert "  metadata     id, key, label, source, digest, price (double)" in out.splitlines()
+    _, out, _ = run(path, "--json")
+    assert json.loads(out)["column_types"] == {"price": "double"}
 
 
 def test_what_was_written_since(run, built, copy_collection):
