@@ -1,0 +1,1 @@
+"""The parts of `benchmarks.ann` and `benchmarks.million`: tasks, peers, tuned collections."""

@@ -1,0 +1,156 @@
+"""Horace's side of `benchmarks.ann`: a collection that `index.tune` tuned, as a user has it.
+
+Rules:
+    Settings come from `python -m index.tune C --recall R`, which sees the training vectors alone;
+    the queries of the task only show whether they hold.
+    One target is tuned among all kinds; the others among the kind that won there, in collections
+    of their own.
+
+Shapes: Q queries, D dimensions, K neighbours.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from benchmarks.nearest.tasks import K, Task
+from index.collection import Collection
+from index.knn import faiss_threads
+from index.storage.writer import CollectionWriter
+from models.bundle import Json
+from models.errors import UsageError
+
+FINGERPRINT = "0" * 64
+BLOCK = 16_384
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunedCollection:
+    """An open collection, tuned to a recall.
+
+    Attributes:
+        target: what it was tuned to.
+        collection: searched on one thread.
+        build_s: seconds to build the index that was taken.
+        tune_s: seconds of the whole tuning, with every index that was tried.
+        report: of the tuning, as in the manifest.
+    """
+
+    target: float
+    collection: Collection
+    build_s: float
+    tune_s: float
+    report: dict[str, Json]
+
+
+def write_collection(path: Path, task: Task) -> None:
+    """Write a task's vectors as a collection of one exact segment, in their order."""
+    count, dim = task.vectors_ND.shape
+    with CollectionWriter.create(
+        path, name=task.name, fingerprint=FINGERPRINT, dim=dim, metric=task.metric
+    ) as writer:
+        for start in range(0, count, BLOCK):
+            block_ND = task.vectors_ND[start : start + BLOCK]
+            writer.add(make_rows(start, len(block_ND)), block_ND, fingerprint=FINGERPRINT)
+        writer.compact(all=True, index="Flat")
+
+
+def make_rows(start: int, n: int) -> pa.Table:
+    """Give metadata of n rows: a key that sorts as it counts, and a source."""
+    keys = [f"{number:08}" for number in range(start, start + n)]
+    return pa.table({"key": keys, "source": ["benchmark"] * n})
+
+
+def tune_collection(
+    path: Path, into: Path, target: float, *, kinds: Sequence[str] = ()
+) -> TunedCollection | None:
+    """Tune a copy of a collection; None where no kind reaches the target.
+
+    Raises:
+        UsageError: tuning failed for another reason.
+    """
+    shutil.copytree(path, into, copy_function=_link_vectors)
+    command = [sys.executable, "-m", "index.tune", str(into), "--recall", str(target)]
+    command += ["--k", str(K), *(["--index", *kinds] if kinds else [])]
+    start_s = time.monotonic()
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if done.returncode == 1:
+        return None
+    if done.returncode:
+        raise UsageError(" ".join(command[1:]), expected="status 0", found=done.stderr[-500:])
+    collection = Collection.open(into, verify=False, threads=1)
+    report = dict(collection.manifest.tuning)
+    chosen = report["chosen"]
+    assert isinstance(chosen, dict)
+    return TunedCollection(
+        target=target,
+        collection=collection,
+        build_s=float(str(chosen["build_s"])),
+        tune_s=time.monotonic() - start_s,
+        report=report,
+    )
+
+
+def path_costs(
+    collection: Collection, queries_QD: NDArray[np.float32], rounds: int
+) -> dict[str, Json]:
+    """Split the time of a query a call: microseconds by how deep the call begins, by turns.
+
+    `faiss_c` is the library behind its Python wrapper, `faiss` with it, on the very index that
+    the collection searches by; then come Horace's own layers, each with all below it.
+    """
+    segment = collection._snapshot.parts[0].segment
+    index = segment.index
+    if index is None:
+        return {}
+    parameters = dict(segment.entry.parameters)
+    settings = index._settings_of(K, {**index.kind.defaults, **parameters})
+    top = index._top
+    scores, rows = np.empty((1, K), np.float32), np.empty((1, K), np.int64)
+    outputs = [faiss.swig_ptr(scores), faiss.swig_ptr(rows)]
+    ways: dict[str, Callable[[NDArray[np.float32]], object]] = {
+        "faiss_c": lambda query: top.search_c(1, faiss.swig_ptr(query), K, *outputs, settings),
+        "faiss": lambda query: top.search(query, K, params=settings),
+        "AnnIndex.search": lambda query: index.search(query, K, parameters=parameters, threads=1),
+        "Segment.search": lambda query: segment.search(
+            query, K, exact=False, parameters=parameters, threads=1
+        ),
+        "Collection.search": lambda query: collection.search(query, K, fingerprint=FINGERPRINT),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    with faiss_threads(1):
+        for _ in range(rounds):
+            for name, way in ways.items():
+                start_s = time.perf_counter()
+                for number in range(len(queries_QD)):
+                    way(queries_QD[number : number + 1])
+                seconds[name].append((time.perf_counter() - start_s) / len(queries_QD))
+    return {
+        name: {
+            "median_us": round(1e6 * statistics.median(values), 2),
+            "min_us": round(1e6 * min(values), 2),
+            "max_us": round(1e6 * max(values), 2),
+        }
+        for name, values in seconds.items()
+    }
+
+
+def _link_vectors(source: str, target: str) -> None:
+    """Copy a file; one that is large and never changes is linked."""
+    if source.endswith("vectors.npy"):
+        os.link(source, target)
+    else:
+        shutil.copy2(source, target)
