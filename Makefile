@@ -55,7 +55,11 @@ bench: $(VENV)/.installed data ## Run the benchmarks: hours, on a quiet machine 
 	$(BIN)/python -m benchmarks.decoders --out $(RESULTS)/decoders.json
 	test -d artifacts/bench/collection || $(BIN)/python -m index.build --images fashion-mnist \
 	  --encoder $(SHIPPED) --out artifacts/bench/collection
+	test -d artifacts/bench/collection-test || $(BIN)/python -m index.build \
+	  --images fashion-mnist:test --encoder $(SHIPPED) --out artifacts/bench/collection-test
 	$(BIN)/python -m benchmarks.vector_dtypes artifacts/bench/collection --out $(RESULTS)/vector_dtypes.json
+	$(BIN)/python -m benchmarks.ann --out $(RESULTS)/ann.json
+	$(BIN)/python -m benchmarks.million --memory 1GB --out $(RESULTS)/million.json
 	$(BIN)/python -m benchmarks.filters artifacts/bench/collection --out $(RESULTS)/filters.json
 	$(BIN)/python -m benchmarks.tombstones --out $(RESULTS)/tombstones.json
 	$(BIN)/python -m benchmarks.build_throughput --out $(RESULTS)/build_throughput.json

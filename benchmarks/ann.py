@@ -167,7 +167,7 @@ def measure(task: Task, options: AnnOptions) -> dict[str, Json]:
         tuned = tune_all(task, Path(place), options)
         settings = [horace_setting(task, one) for one in tuned]
         settings.append(exact_setting(task, tuned[0].collection))
-        for build in progress(BUILDERS, what=f"{task.name}: graphs", unit="library"):
+        for build in progress(BUILDERS, what=f"{task.name}: building", unit="peer"):
             for links in options.links:
                 settings += peer_settings(task, build(task, links, cpu_budget()), options.targets)
         with faiss_threads(1):
