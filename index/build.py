@@ -28,25 +28,23 @@ from typing import Literal, cast
 
 from index.building.assemble import choose_factory, write_collection
 from index.building.dry_run import BuildPlan, plan_build
+from index.building.filling import Filling, fill_store, resumable
 from index.building.metadata import Metadata
 from index.building.part_file import RunKey
-from index.building.part_set import PartSet, Share
+from index.building.part_set import PartSet
 from index.building.parts import PartStore, parts_directory
-from index.building.pipeline import ENCODE_THREADS, REMOTE_REQUESTS, Crew, choose_crew, make_parts
-from index.building.processes import make_parts_in_processes
-from index.building.ray_engine import make_parts_on_ray
+from index.building.pipeline import ENCODE_THREADS, REMOTE_REQUESTS, Crew, choose_crew
 from index.building.summary import BuildSummary, summarise
 from index.building.sync import SyncSettings, sync_collection
 from index.building.sync_summary import SyncSummary
 from index.building.target import check_target, find_finished
-from index.building.worker import Job
 from index.errors import CollectionError
 from index.milvus.connection import MilvusAddress, read_address
 from index.storage.manifest import MANIFEST_FILE, Manifest, write_manifest
 from index.storage.publishing import put_in_place
 from index.storage.writer import CollectionWriter
 from models.bundle import Json
-from models.command import progress, run_command
+from models.command import run_command
 from models.cpu import cpu_budget
 from models.encoder import Encoder, open_encoder
 from models.errors import UsageError
@@ -279,8 +277,8 @@ def _build(
             return summarise(out, finished)
     check_target(out, replace=options.replace)
     restart = options.restart or finished is not None  # the parts are in that collection
-    with PartStore(out, key, restart=restart) as store, _resumable(store):
-        reused, embed_s = _fill_store(options, store, source, encoder)
+    with PartStore(out, key, restart=restart) as store, resumable(store):
+        reused, embed_s = fill_store(store, source, encoder, _filling(options))
         start_s = time.monotonic()
         with atomic_directory(store.directory / "collection") as directory:
             manifest = write_collection(
@@ -312,8 +310,8 @@ def _build_in_milvus(
     from index.milvus.building import check_place, publish
 
     check_place(options.milvus, replace=options.replace)
-    with PartStore(options.target, key, restart=options.restart) as store, _resumable(store):
-        reused, embed_s = _fill_store(options, store, source, encoder)
+    with PartStore(options.target, key, restart=options.restart) as store, resumable(store):
+        reused, embed_s = fill_store(store, source, encoder, _filling(options))
         summary = publish(
             options.milvus,
             store,
@@ -328,76 +326,22 @@ def _build_in_milvus(
     return summary
 
 
-def _fill_store(
-    options: BuildOptions, store: PartStore, source: ImageSource, encoder: Encoder
-) -> tuple[int, float]:
-    """Make the parts that are missing; give the images in those that were there, and seconds."""
-    kept = [part.start for part in store.finished]
-    if kept:
-        log.info(
-            "reusing %d images in %d finished parts of %s",
-            store.n_images, len(kept), options.target,
-        )  # fmt: skip
-    embed_s = _embed_missing(options, store, source, encoder)
-    store.settle()
-    _check_images(store)
-    return sum(map(store.count_images, kept)), embed_s
-
-
-@contextmanager
-def _resumable(store: PartStore) -> Iterator[None]:
-    """Tell who interrupts the build what is kept."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        kept = f"{store.n_images} images are embedded and kept; the same command goes on from there"
-        raise KeyboardInterrupt(*([kept] if store.finished else [])) from None
-
-
-def _embed_missing(
-    options: BuildOptions, store: PartStore, source: ImageSource, encoder: Encoder
-) -> float:
-    """Embed every record that no part covers yet; give the seconds that it took."""
-    key, start_s = store.key, time.monotonic()
-    total = None if key.source_count is None else key.source_count - store.n_records
-    crew = _crew(options)
-    if options.engine == "ray":
-        made = make_parts_on_ray(source, options.encoder, store, actors=options.actors)
-    elif options.processes == 1:
-        made = make_parts(store.missing(source.records()), encoder, store, crew=crew)
-    else:
-        job = Job(
-            images=options.images,
-            encoder=options.encoder,
-            directory=store.directory,
-            key=key,
-            share=Share(),
-            crew=crew,
-        )
-        made = make_parts_in_processes(job, store, processes=options.processes)
-    with closing(made):
-        for _ in progress(made, what="embedding", total=total, size=int):
-            pass
-    return time.monotonic() - start_s
-
-
 def _crew(options: BuildOptions) -> Crew:
     """Say how many batches are at work."""
     is_remote = "://" in options.encoder
     return choose_crew(cpu_budget(), is_remote=is_remote, requests=options.requests)
 
 
-def _check_images(store: PartStore) -> None:
-    """Refuse a source without one good image."""
-    if store.n_images == 0:
-        rejects = store.rejects
-        first = f", the first: {rejects[0].key}: {rejects[0].message}" if rejects else ""
-        raise CollectionError(
-            store.key.source,
-            expected="at least one image that can be used",
-            found=f"{len(rejects)} rejected{first}",
-            mend="check the images; the parts are dropped by --restart",
-        )
+def _filling(options: BuildOptions) -> Filling:
+    """Say who makes the parts."""
+    return Filling(
+        images=options.images,
+        encoder=options.encoder,
+        engine=options.engine,
+        actors=options.actors,
+        processes=options.processes,
+        crew=_crew(options),
+    )
 
 
 def _is_same(

@@ -35,7 +35,12 @@ LOCK_PATIENCE_S, LOCK_PAUSE_S = 1.0, 0.02
 
 
 class PartStore(PartSet):
-    """The parts of one build, locked. Use as a context manager."""
+    """The parts of one build, locked. Use as a context manager.
+
+    Attributes:
+        out: the collection that is being built.
+        run_id: the name of the run.
+    """
 
     def __init__(self, out: Path, key: RunKey, *, restart: bool = False) -> None:
         """Take the parts of the collection `out`, and keep every other build out.
@@ -48,7 +53,7 @@ class PartStore(PartSet):
         Raises:
             CollectionError: another process is building, or the parts are of another run.
         """
-        self.directory = parts_directory(out)
+        self.out, self.directory = out, parts_directory(out)
         self.directory.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.directory / LOCK_FILE)
         try:

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import index.build
 from index.build import BuildOptions, build, choose_factory, main
+from index.building import filling
 from index.building.part_file import RunKey
 from index.building.parts import PartStore, parts_directory
 from index.collection import Collection, id_of
@@ -363,7 +363,7 @@ def test_a_source_that_has_changed_is_refused(tmp_path, monkeypatch, bundle, new
         images=str(folder), encoder=str(bundle.path), out=tmp_path / "c", batch_size=2
     )
     with monkeypatch.context() as patch:
-        patch.setattr(index.build, "_check_images", lambda store: 1 / 0)
+        patch.setattr(filling, "check_images", lambda store: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             build(options)
     (folder / "blue/003.png").rename(folder / "red/999.png")
