@@ -8,8 +8,6 @@ not there.
 Rules:
     The manifest carries a checksum of itself: an edited one is found, like any other file.
     Every manifest of a directory has a generation above that of the one it replaced.
-    A manifest of schema 1, which knew no journal and no tombstones, is still read.
-    Names in it stay inside the collection's directory.
     Times and dates stand in the manifest's build report only, never in a file with a hash,
     so that two builds of the same images by the same encoder give the same files.
 """
@@ -20,109 +18,23 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import cast
 
 from index.errors import CollectionError
-from index.knn import COSINE, EUCLIDEAN
+from index.storage.entries import READABLE_VERSIONS as READABLE_VERSIONS
+from index.storage.entries import FileEntry as FileEntry
+from index.storage.entries import JournalEntry as JournalEntry
+from index.storage.entries import Manifest as Manifest
+from index.storage.entries import SegmentEntry as SegmentEntry
+from index.storage.entries import manifest_from_json, manifest_to_json
 from models.bundle import Json
 from models.files import atomic_file, canonical_json, sha256_file
 
-SCHEMA_VERSION = 2
-READABLE_VERSIONS = (1, SCHEMA_VERSION)
 MANIFEST_FILE = "manifest.json"
 REJECTS_FILE = "rejects.jsonl"
 MAX_MANIFEST_BYTES = 64 << 20
 """More is refused unread: a manifest grows by some hundred bytes a segment."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FileEntry:
-    """What a file of the collection must be."""
-
-    sha256: str
-    size_bytes: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class JournalEntry:
-    """The journal of this generation.
-
-    Attributes:
-        name: its file in the collection's directory.
-        id: 32 hexadecimal digits that no other journal has.
-    """
-
-    name: str
-    id: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class SegmentEntry:
-    """One immutable segment.
-
-    Attributes:
-        name: its directory under `segments/`.
-        count: vectors in it, dead ones too.
-        factory: `Flat`, or the factory string of the FAISS index in `index.faiss`.
-        parameters: search parameters by FAISS's own names, such as `efSearch`, for searches
-            whose caller names no others.
-        tombstones: the file that lists its dead rows; empty where all are alive.
-        dead: how many those are.
-    """
-
-    name: str
-    count: int
-    factory: str
-    parameters: Mapping[str, int] = field(default_factory=dict)
-    tombstones: str = ""
-    dead: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """What a collection holds.
-
-    Attributes:
-        name: a word for people.
-        fingerprint: of the encoder that made every vector.
-        dim: length of a vector.
-        encoder: URI or absolute path of that encoder when the collection was built.
-        preprocessing: of that encoder, as JSON.
-        sources: URI and number of living images of each source, in order; the journal's are
-            not counted.
-        segments: in the order of their rows.
-        files: by path within the collection, with `/`; the journal is not among them.
-        versions: of the libraries that wrote it.
-        build: the report of the build: images, rejects, seconds, parameters.
-        metric: `cosine` or `euclidean`.
-        generation: above that of every manifest that stood here before.
-        journal: what was written since; None where nobody wrote.
-        tuning: the report of `index.tune`; empty where it was not run.
-        schema_version: of the file that it was read from.
-    """
-
-    name: str
-    fingerprint: str
-    dim: int
-    encoder: str
-    preprocessing: Mapping[str, Json]
-    sources: Mapping[str, int]
-    segments: tuple[SegmentEntry, ...]
-    files: Mapping[str, FileEntry]
-    versions: Mapping[str, str]
-    build: Mapping[str, Json]
-    metric: str = COSINE
-    generation: int = 0
-    journal: JournalEntry | None = None
-    tuning: Mapping[str, Json] = field(default_factory=dict)
-    schema_version: int = SCHEMA_VERSION
-
-    @property
-    def count(self) -> int:
-        """Living vectors in all segments; those of the journal come on top."""
-        return sum(segment.count - segment.dead for segment in self.segments)
 
 
 class ManifestFile:
@@ -136,8 +48,8 @@ class ManifestFile:
         """
         self._path = directory / MANIFEST_FILE
         self._directory = directory
+        self._inode = directory.stat().st_ino if directory.exists() else 0
         self._descriptor = _open_descriptor(directory)
-        self._directory_inode = os.stat(directory).st_ino
         self.manifest = _parse(self._descriptor, self._path)
 
     def __del__(self) -> None:
@@ -155,7 +67,7 @@ class ManifestFile:
     def is_here(self) -> bool:
         """Tell whether its directory was not exchanged for another since."""
         try:
-            return os.stat(self._directory).st_ino == self._directory_inode
+            return self._directory.stat().st_ino == self._inode
         except OSError:
             return False
 
@@ -178,7 +90,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 def manifest_bytes(manifest: Manifest) -> bytes:
     """Give the content of `manifest.json`."""
-    document = _to_json(manifest)
+    document = manifest_to_json(manifest)
     document["checksum"] = _checksum(document)
     return _document_bytes(document)
 
@@ -201,7 +113,7 @@ def _parse(descriptor: int, file: Path) -> Manifest:
     """Read the manifest from an open file."""
     document = _read_document(descriptor, file)
     try:
-        return _from_json(document)
+        return manifest_from_json(document)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CollectionError(
             str(file),
@@ -237,129 +149,6 @@ def check_file(directory: Path, name: str, entry: FileEntry | None, *, verify: b
     if verify and (found := sha256_file(file)) != entry.sha256:
         raise CollectionError(str(file), expected=f"SHA-256 {entry.sha256}", found=found, mend=mend)
     return file
-
-
-def _to_json(manifest: Manifest) -> dict[str, Json]:
-    """Lay the manifest out for people to read, as its schema version has it."""
-    document: dict[str, Json] = {
-        "schema_version": manifest.schema_version,
-        "name": manifest.name,
-        "fingerprint": manifest.fingerprint,
-        "dim": manifest.dim,
-        "metric": manifest.metric,
-        "count": manifest.count,
-        "encoder": {"uri": manifest.encoder, "preprocessing": dict(manifest.preprocessing)},
-        "sources": [{"uri": uri, "count": count} for uri, count in manifest.sources.items()],
-        "segments": [_segment_to_json(segment) for segment in manifest.segments],
-        "files": {
-            name: {"sha256": entry.sha256, "bytes": entry.size_bytes}
-            for name, entry in sorted(manifest.files.items())
-        },
-        "versions": dict(manifest.versions),
-        "build": dict(manifest.build),
-    }
-    if manifest.schema_version == 1:
-        return document
-    journal = manifest.journal
-    return {
-        **document,
-        "generation": manifest.generation,
-        "journal": None if journal is None else {"name": journal.name, "id": journal.id},
-        "tuning": dict(manifest.tuning),
-    }
-
-
-def _segment_to_json(segment: SegmentEntry) -> dict[str, Json]:
-    """Lay out one segment; tombstones are named where there are any."""
-    dead: dict[str, Json] = {"tombstones": segment.tombstones, "dead": segment.dead}
-    return {
-        "name": segment.name,
-        "count": segment.count,
-        "factory": segment.factory,
-        "parameters": dict(segment.parameters),
-        **(dead if segment.tombstones else {}),
-    }
-
-
-def _from_json(document: Mapping[str, Json]) -> Manifest:
-    """Build the manifest from its JSON; what is amiss raises KeyError and its kin.
-
-    A right checksum says only that the file is as its writer left it, whoever that was.
-    """
-    version = cast(int, document["schema_version"])
-    encoder = cast(dict[str, Json], document["encoder"])
-    sources = cast(list[dict[str, Json]], document["sources"])
-    files = cast(dict[str, dict[str, Json]], document["files"])
-    segments = tuple(
-        _segment_from_json(segment) for segment in cast(list[dict[str, Json]], document["segments"])
-    )
-    names = [segment.name for segment in segments]
-    if (version == 1 and not names) or len(set(names)) < len(names):
-        raise ValueError(f"segments {names!r}")
-    metric = document["metric"]
-    if metric not in ((COSINE,) if version == 1 else (COSINE, EUCLIDEAN)):
-        raise ValueError(f"metric {metric!r}")
-    journal = cast(dict[str, Json] | None, None if version == 1 else document["journal"])
-    for name in (*files, *names, *(segment.tombstones for segment in segments)):
-        _refuse_escape(name)
-    return Manifest(
-        name=_text(document["name"]),
-        fingerprint=_text(document["fingerprint"]),
-        dim=_number(document["dim"]),
-        encoder=_text(encoder["uri"]),
-        preprocessing=dict(cast(dict[str, Json], encoder["preprocessing"])),
-        sources={_text(source["uri"]): _number(source["count"]) for source in sources},
-        segments=segments,
-        files={
-            name: FileEntry(sha256=_text(entry["sha256"]), size_bytes=_number(entry["bytes"], 0))
-            for name, entry in files.items()
-        },
-        versions=dict(cast(dict[str, str], document["versions"])),
-        build=dict(cast(dict[str, Json], document["build"])),
-        metric=_text(metric),
-        generation=0 if version == 1 else _number(document["generation"], 0),
-        journal=None if journal is None else _journal_from_json(journal),
-        tuning={} if version == 1 else dict(cast(dict[str, Json], document["tuning"])),
-        schema_version=version,
-    )
-
-
-def _segment_from_json(segment: Mapping[str, Json]) -> SegmentEntry:
-    """Read one segment."""
-    parameters = cast(dict[str, Json], segment["parameters"])
-    entry = SegmentEntry(
-        name=_text(segment["name"]),
-        count=_number(segment["count"]),
-        factory=_text(segment["factory"]),
-        parameters={_text(key): _number(value) for key, value in parameters.items()},
-        tombstones=_text(segment.get("tombstones", "")),
-        dead=_number(segment.get("dead", 0), 0),
-    )
-    if entry.dead > entry.count or bool(entry.dead) != bool(entry.tombstones):
-        raise ValueError(f"dead {entry.dead} of {entry.count}")
-    return entry
-
-
-def _journal_from_json(journal: Mapping[str, Json]) -> JournalEntry:
-    """Read the journal's name, which is that of a file in the directory itself."""
-    entry = JournalEntry(name=_text(journal["name"]), id=_text(journal["id"]))
-    if len(bytes.fromhex(entry.id)) != 16 or PurePosixPath(entry.name).name != entry.name:
-        raise ValueError(f"journal {entry.name!r}")
-    return entry
-
-
-def _text(value: Json) -> str:
-    """Take a text; anything else raises TypeError."""
-    if not isinstance(value, str):
-        raise TypeError(f"of text: {value!r:.50}")
-    return value
-
-
-def _number(value: Json, least: int = 1) -> int:
-    """Take a whole number that FAISS and NumPy can count to; anything else raises."""
-    if type(value) is not int or not least <= value < 1 << 63:
-        raise TypeError(f"of a number from {least}: {value!r:.50}")
-    return value
 
 
 def _open_descriptor(directory: Path) -> int:
@@ -425,10 +214,3 @@ def _checksum(document: Mapping[str, Json]) -> str:
     """Hash everything but the checksum itself."""
     rest = {key: value for key, value in document.items() if key != "checksum"}
     return hashlib.sha256(canonical_json(rest)).hexdigest()
-
-
-def _refuse_escape(name: str) -> None:
-    """Raise ValueError for a name that leads out of the collection."""
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"path {name!r}")

@@ -26,16 +26,16 @@ from numpy.typing import ArrayLike
 
 from index.collection import Collection
 from index.errors import CollectionError
-from index.knn import COSINE, EUCLIDEAN
+from index.knn import COSINE
 from index.storage.compaction import choose_segments
+from index.storage.creating import create_collection
 from index.storage.incoming import check_keys, check_vectors, prepare_rows
 from index.storage.journal import JournalFile
 from index.storage.lock import take_lock
-from index.storage.manifest import Manifest, read_manifest, write_manifest
+from index.storage.manifest import read_manifest
 from index.storage.merging import merge, still_alive, whole_segment, with_index
 from index.storage.publishing import (
     begin_journal,
-    library_versions,
     next_segment_name,
     publish,
     sweep,
@@ -46,8 +46,6 @@ from index.storage.segment import FLAT, Block, Segment
 from index.storage.store import Store
 from models.bundle import Json
 from models.cpu import cpu_budget
-from models.errors import UsageError
-from models.files import atomic_directory
 
 SEAL_ROWS, SEAL_BYTES = 16_384, 64 << 20
 """Rows of the delta, or bytes of the journal, from which the delta becomes a segment: beyond,
@@ -102,34 +100,10 @@ class CollectionWriter:
         Raises:
             UsageError: the path exists, or dim or metric make no sense.
         """
-        path = Path(path)
-        if metric not in (COSINE, EUCLIDEAN):
-            raise UsageError("metric", expected=f"{COSINE} or {EUCLIDEAN}", found=metric)
-        if dim < 1:
-            raise UsageError("dim", expected="at least 1", found=str(dim))
-        manifest = Manifest(
-            name=name,
-            fingerprint=fingerprint,
-            dim=dim,
-            encoder=encoder,
-            preprocessing=preprocessing or {},
-            sources={},
-            segments=(),
-            files={},
-            versions=library_versions(),
-            build={},
-            metric=metric,
-        )
-        try:
-            with atomic_directory(path) as directory:
-                write_manifest(directory, manifest)
-        except FileExistsError as error:
-            raise UsageError(
-                str(path),
-                expected="a new directory",
-                found="one that exists",
-                mend="open it with CollectionWriter.open, or choose another name",
-            ) from error
+        create_collection(
+            Path(path), name=name, fingerprint=fingerprint, dim=dim, encoder=encoder,
+            preprocessing=preprocessing or {}, metric=metric,
+        )  # fmt: skip
         return cls.open(path, threads=threads)
 
     @classmethod

@@ -264,3 +264,38 @@ def test_a_full_disk_costs_nothing_that_was_acknowledged(writer, vectors, monkey
     writer.close()
     CollectionWriter.open(writer.path).close()
     assert verify(writer.path).faults == verify(writer.path).unknown == []
+
+
+def test_what_cannot_be_created(writer, tmp_path):
+    """A collection over another, of no dimension, of an unknown metric."""
+    good = {"name": "made", "fingerprint": FINGERPRINT, "dim": DIM}
+    with pytest.raises(UsageError, match="expected a new directory, found one that exists; open"):
+        CollectionWriter.create(writer.path, **good)
+    with pytest.raises(UsageError, match="dim: expected at least 1, found 0"):
+        CollectionWriter.create(tmp_path / "other", **{**good, "dim": 0})
+    with pytest.raises(UsageError, match="metric: expected cosine or euclidean, found manhattan"):
+        CollectionWriter.create(tmp_path / "other", **good, metric="manhattan")
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(CollectionError, match="expected a collection directory, found no such dir"):
+        CollectionWriter.open(tmp_path / "other")
+
+
+def test_raw_vectors_by_their_distance(tmp_path, unit_rows):
+    """Scores are minus the squared distance, in the delta, in segments, and with an index."""
+    vectors = unit_rows(50, DIM) * np.linspace(1, 9, 50, dtype=np.float32)[:, None]
+    queries = unit_rows(5, DIM, seed=1) * 4
+    expected = -((queries[:, None] - vectors[None]) ** 2).sum(axis=2)
+    path = tmp_path / "c"
+    with CollectionWriter.create(
+        path, name="raw", fingerprint=FINGERPRINT, dim=DIM, metric="euclidean"
+    ) as writer:
+        writer.add(table(*map(str, range(50))), vectors, fingerprint=FINGERPRINT)
+        steps = [lambda: None, writer.seal, lambda: writer.compact(all=True, index="HNSW32")]
+        for step in steps:
+            step()
+            writer.delete([id_of("49")])
+            found = writer.collection.search(queries, 3, fingerprint=FINGERPRINT)
+            best = np.sort(expected[:, :49], axis=1)[:, ::-1][:, :3]
+            np.testing.assert_allclose(found.scores, best, rtol=1e-4)
+        assert writer.collection.metric == "euclidean"
+    assert verify(path).faults == []
