@@ -7,9 +7,10 @@ Files, under `sync/` of the collection, named by a hash of the source's URI:
 Rules:
     Nothing depends on them: where they are missing or damaged, files are read and hashed, and
     rejects are tried again. They are no part of what the manifest lists.
-    A file is taken for unchanged where its size, its time of modification and its time of change,
-    which no program can set, are as they were, and where both were some seconds past when it
-    was read: what is written again within the grain of a file system's clock is not missed.
+    A file is taken for unchanged where it is the same file of the same size, its time of
+    modification and its time of change, which no program can set, are as they were, and both
+    were some seconds past when it was read: what is written again within the grain of a file
+    system's clock is not missed.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ _FIELDS: dict[str, pa.DataType] = {
     "size": pa.int64(),
     "modified_ns": pa.int64(),
     "changed_ns": pa.int64(),
+    "inode": pa.int64(),
     "digest": pa.string(),
 }
 _STAMPS = pa.schema(_FIELDS)
@@ -52,11 +54,13 @@ class Stamp:
         size: in bytes.
         modified_ns: when its content was written, as its owner says.
         changed_ns: when the file system last saw it change.
+        inode: which file it is: another may be given its name, with times that it kept.
     """
 
     size: int
     modified_ns: int
     changed_ns: int
+    inode: int
 
     @classmethod
     def of(cls, file: Path) -> Stamp | None:
@@ -65,7 +69,8 @@ class Stamp:
             info = os.stat(file)
         except OSError:
             return None
-        return cls(info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+        inode = info.st_ino & ((1 << 63) - 1)
+        return cls(info.st_size, info.st_mtime_ns, info.st_ctime_ns, inode)
 
     def is_settled(self, now_ns: int) -> bool:
         """Tell whether the file was left alone for a while."""
@@ -108,6 +113,7 @@ def write_state(
         "size": [stamp.size for stamp, _ in stamps.values()],
         "modified_ns": [stamp.modified_ns for stamp, _ in stamps.values()],
         "changed_ns": [stamp.changed_ns for stamp, _ in stamps.values()],
+        "inode": [stamp.inode for stamp, _ in stamps.values()],
         "digest": [digest for _, digest in stamps.values()],
     }
     with atomic_file(_file(collection, source, ".parquet")) as temporary:
@@ -141,8 +147,8 @@ def _read_stamps(file: Path) -> dict[str, tuple[Stamp, str]]:
         return {}
     columns = [column.to_pylist() for column in table.columns]
     return {
-        str(key): (Stamp(size, modified, changed), digest)
-        for key, size, modified, changed, digest in zip(*columns, strict=True)
+        str(key): (Stamp(size, modified, changed, inode), digest)
+        for key, size, modified, changed, inode, digest in zip(*columns, strict=True)
     }
 
 

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 
+from index.build import BuildOptions, build
 from serve.client import AsyncClient
 
 LITTLE_ENDIAN = {"fp32": "<f4", "fp16": "<f2", "int8": "i1"}
@@ -127,6 +128,32 @@ def test_search_finds_what_grpc_finds(http_serving, stored):
     assert by_image["hits"][0]["source"] == "folder:images"  # no path of the server's
     (collection,) = listed["collections"]
     assert (collection["name"], collection["count"]) == ("things", 12)
+
+
+def test_metadata_comes_as_an_object_where_it_is_asked_for(http_serving, stored, tmp_path):
+    """Values as JSON has them; a filter knows them by name."""
+    key = stored.files[0].relative_to(stored.folder).as_posix()
+    table, out = tmp_path / "facts.csv", tmp_path / "known"
+    table.write_text(f"key,price,day\n{key},2.5,2024-05-01\n")
+    build(
+        BuildOptions(images=str(stored.folder), encoder=str(stored.bundle), out=out, metadata=table)
+    )
+    image = as_base64(stored.files[0].read_bytes())
+
+    async def main():
+        served = {"bundle": (str(stored.bundle),), "collection": (str(out),)}
+        async with http_serving(**served) as (_, http):
+            asked = {"images": [image], "filter": "day = '2024-05-01'"}
+            replies = [
+                await http.post("/v1/search", json={**asked, **more})
+                for more in ({}, {"include_metadata": True})
+            ]
+            return [reply.json()["results"][0]["hits"] for reply in replies]
+
+    (plain,), (known,) = asyncio.run(main())
+    assert "metadata" not in plain
+    assert known["metadata"] == {"price": 2.5, "day": "2024-05-01"}
+    assert {name: known[name] for name in plain} == plain
 
 
 def test_what_the_server_is_can_be_asked(http_serving, fake):
