@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 
 from index.embed import Reject, decode_batches, embed
 from index.errors import EvaluationError
-from index.evaluation.same_images import content_digest
 from index.knn import MISSING, knn_search, merge_neighbours
 from models.bundle import Json
 from models.command import progress
 from models.encoder import Encoder
+from models.image_source import digest_of
 from models.images import ImageData, ImageRecord, ImageSource
 from models.vectors import finish_vectors
 
@@ -59,7 +59,7 @@ class Seen:
     keys: list[str]
     labels: list[str | None]
     rejects: list[Reject]
-    digests: list[bytes]
+    digests: list[str]
     vectors_ND: list[NDArray[np.float32]]
     pixels_NP: NDArray[np.uint8] | None
 
@@ -94,7 +94,7 @@ def see_images(
     """
     counts = [source.count() for source in sources]
     known = [count for count in counts if count is not None]
-    digests: dict[str, bytes] = {}
+    digests: dict[str, str] = {}
     records = (_hashed(record, digests) for record in _first_of_each_key(sources))
     batches = decode_batches(records, preprocess_for, batch_size=EMBED_BATCH)
     keys: list[str] = []
@@ -133,12 +133,12 @@ def _first_of_each_key(sources: Sequence[ImageSource]) -> Iterator[ImageRecord]:
                 yield record
 
 
-def _hashed(record: ImageRecord, digests: dict[str, bytes]) -> ImageRecord:
+def _hashed(record: ImageRecord, digests: dict[str, str]) -> ImageRecord:
     """Make reading a record leave the hash of what was read in `digests`."""
 
     def read() -> ImageData:
         data = record.read()
-        digests[record.key] = content_digest(data)
+        digests[record.key] = digest_of(data)
         return data
 
     return ImageRecord(record.key, record.label, read)

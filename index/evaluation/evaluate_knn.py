@@ -42,7 +42,7 @@ from index.evaluation.knn_task import Task, make_task
 from index.evaluation.output import hand_over, record, versions
 from index.evaluation.places import Places
 from index.evaluation.recall_scores import recall_by_score, worst_mean
-from index.evaluation.same_images import is_same_vector, sources_of
+from index.evaluation.same_images import is_same_vector, sources_of, stored_digests
 from index.knn import MISSING, knn_search, weighted_knn_vote
 from index.search import open_collection_encoder
 from models.encoder import Encoder
@@ -162,12 +162,12 @@ def _report(
     )
     predicted_Q = np.where(votes_QC.max(axis=1) > 0, votes_QC.argmax(axis=1), MISSING)
     confusion_CC = confusion_matrix(task.truth_Q, predicted_Q, len(task.classes))
-    rows, duplicates = [], None
+    rows, digests = [], stored_digests(collection)
     if options.baselines:
         bank = _see_bank(collection, bank_sources, encoder, twin)
         rows = _baseline_rows(task, queries, bank, twin, encoder)
-        in_bank = set(bank.digests)
-        duplicates = sum(digest in in_bank for digest in queries.digests)
+        digests = bank.digests
+    in_bank = None if digests is None else set(digests)
     return KnnReport(
         collection=collection.name,
         images=options.images,
@@ -184,7 +184,9 @@ def _report(
         index=_index_delta(collection, places, vectors_QD, exact, task, by_k),
         baselines=rows,
         same_vector=int(is_same_vector(exact.scores[:, 0], collection.metric).sum()),
-        duplicates=duplicates,
+        duplicates=None
+        if in_bank is None
+        else sum(digest in in_bank for digest in queries.digests),
         per_class=class_scores(confusion_CC, task.classes),
         confusion=confusion_CC.tolist(),
         notes=notes,

@@ -16,6 +16,7 @@ Shapes: N images of the collection, Q queries, K places, M measures.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ class RetrievalOptions:
     n_queries: int = 10_000
     """A seeded sample of so many queries where there are more; 0 for all."""
     contents: bool = False
-    """Read the images again, to find queries that are in the collection byte for byte."""
+    """Read the images again to compare them byte for byte, where the builds took no digests."""
     seed: int = 0
     """Of the sample and of the bootstrap."""
     out: Path | None = None
@@ -114,7 +115,7 @@ def evaluate(options: RetrievalOptions) -> RetrievalReport:
         queries, n_relevant_Q, notes = _choose(collection, bank, queries, options)
         scores_QM, best_Q = _rank(collection, bank, queries, n_relevant_Q)
         is_same_Q = is_same_vector(best_Q, collection.metric)
-        is_copy_Q = _find_copies(collection, queries) if options.contents else None
+        is_copy_Q = _find_copies(collection, queries, may_read=options.contents)
         measures = _estimates(scores_QM, options.seed)
         per_class = _per_class(bank, queries, scores_QM)
         return RetrievalReport(
@@ -272,15 +273,17 @@ def _blocks(order: NDArray[np.int64], n_relevant_Q: NDArray[np.int64]) -> list[N
     return blocks
 
 
-def _find_copies(collection: Collection, queries: Queries) -> NDArray[np.bool_]:
+def _find_copies(
+    collection: Collection, queries: Queries, *, may_read: bool
+) -> NDArray[np.bool_] | None:
     """Find the queries whose content is that of another image of the collection."""
-    by_key = collection_digests(collection)
-    counts: dict[bytes, int] = {}
-    keys = collection.keys()
-    for key in keys:
-        counts[by_key[key]] = counts.get(by_key[key], 0) + 1
+    digests = collection_digests(collection, may_read=may_read)
+    asked = None if digests is None else queries.digests(may_read)
+    if digests is None or asked is None:
+        return None
+    counts = Counter(digests)
     own = 0 if queries.ids_Q is None else 1
-    return np.array([counts.get(digest, 0) > own for digest in queries.digests()])
+    return np.array([counts[digest] > own for digest in asked])
 
 
 def _without_duplicates(

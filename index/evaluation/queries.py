@@ -40,7 +40,8 @@ class Queries:
         n_all: how many there were before a sample was taken.
         rejects: images that could not be read.
         vectors: gives (n, D) float32 of the queries with these numbers.
-        digests: gives a hash of each query's content; slow, since it may read them all.
+        digests: gives a hash of each query's content; None where that is not stored, unless it
+            is told that it may read them all.
     """
 
     name: str
@@ -50,7 +51,7 @@ class Queries:
     n_all: int
     rejects: Sequence[Reject] = ()
     vectors: Callable[[NDArray[np.int64]], NDArray[np.float32]]
-    digests: Callable[[], list[bytes]]
+    digests: Callable[[bool], list[str] | None]
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -59,9 +60,9 @@ class Queries:
         """Give the queries with these numbers, in this order."""
         vectors, digests = self.vectors, self.digests
 
-        def picked_digests() -> list[bytes]:
-            found = digests()
-            return [found[n] for n in numbers]
+        def picked_digests(may_read: bool) -> list[str] | None:
+            found = digests(may_read)
+            return None if found is None else [found[n] for n in numbers]
 
         return replace(
             self,
@@ -115,18 +116,13 @@ def open_queries(
         n_all=len(seen.keys),
         rejects=seen.rejects,
         vectors=lambda rows: seen.vectors_ND[0][rows],
-        digests=lambda: seen.digests,
+        digests=lambda _: seen.digests,
     )
 
 
 def _stored(asking: Collection, itself: Collection | None, *, name: str) -> Queries:
     """Make queries of the images of a collection."""
     ids_Q, keys = asking.ids, asking.keys()
-
-    def digests() -> list[bytes]:
-        by_key = collection_digests(asking)
-        return [by_key[key] for key in keys]
-
     return Queries(
         name=name,
         keys=keys,
@@ -134,5 +130,5 @@ def _stored(asking: Collection, itself: Collection | None, *, name: str) -> Quer
         ids_Q=None if itself is None else ids_Q,
         n_all=len(keys),
         vectors=lambda rows: asking.vectors(ids_Q[rows]),
-        digests=digests,
+        digests=lambda may_read: collection_digests(asking, may_read=may_read),
     )

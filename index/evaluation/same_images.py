@@ -1,7 +1,8 @@
 """Which images are the same: by their content as sources hold it, or by their vectors.
 
 Rules:
-    Content is compared before decoding, by a hash: one that was encoded again is another.
+    Content is compared before decoding, by a hash: one that was encoded again is another. What
+    the build took is used where it is there; else the sources are read again, on request.
     Vectors are the same up to the rounding of float32; pictures that the encoder cannot tell
     apart look like one image.
 
@@ -10,28 +11,23 @@ Shapes: Q queries.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from index.collection import Collection
 from index.errors import EvaluationError
+from index.storage.rows import DIGEST
 from models.command import progress
 from models.errors import ImageError, SourceError
-from models.images import ImageData, ImageSource, open_source
+from models.image_source import digest_of
+from models.images import ImageSource, open_source
 
 SAME_VECTOR = 1e-6
 """Cosines this close to 1, or squared distances to 0, are those of one image: float32 rounds
 unit vectors by some 1e-7."""
-
-
-def content_digest(data: ImageData) -> bytes:
-    """Hash an image's content: encoded bytes, or pixels with their shape."""
-    shape = b"" if isinstance(data, bytes) else repr(data.shape).encode()
-    content = data if isinstance(data, bytes) else data.tobytes()
-    return hashlib.blake2b(content, digest_size=16, key=shape).digest()
 
 
 def is_same_vector(scores_Q: NDArray[np.float32], metric: str) -> NDArray[np.bool_]:
@@ -49,32 +45,53 @@ def sources_of(collection: Collection) -> list[ImageSource]:
     return [open_source(uri) for uri in collection.sources]
 
 
-def digest_by_key(sources: Sequence[ImageSource], *, what: str) -> dict[str, bytes]:
+def digest_by_key(sources: Sequence[ImageSource], *, what: str) -> dict[str, str]:
     """Hash every image that can be read; of a key that is there twice the first.
 
     Args:
         sources: in order.
         what: a word or two for the progress line.
     """
-    digests: dict[str, bytes] = {}
+    digests: dict[str, str] = {}
     counts = [source.count() for source in sources]
     total = None if None in counts else sum(count or 0 for count in counts)
     records = (record for source in sources for record in source.records())
     for record in progress(records, what=what, total=total):
         if record.key not in digests:
             try:
-                digests[record.key] = content_digest(record.read())
+                digests[record.key] = digest_of(record.read())
             except ImageError:
                 continue  # it is in no collection either
     return digests
 
 
-def collection_digests(collection: Collection) -> dict[str, bytes]:
-    """Hash the content of a collection's images, by key, from where they came from.
+def stored_digests(collection: Collection) -> list[str] | None:
+    """Give the hash of every image as it was when it was embedded, in the order of the ids.
+
+    None where the hash of some image was not taken.
+    """
+    table = collection.table()
+    if DIGEST not in table.column_names or table[DIGEST].null_count:
+        return None
+    return cast(list[str], table[DIGEST].to_pylist())
+
+
+def collection_digests(collection: Collection, *, may_read: bool) -> list[str] | None:
+    """Hash the content of a collection's images, in the order of the ids.
+
+    Args:
+        collection: whose images are hashed.
+        may_read: whether to read them from where they came from, if their hashes are not stored.
+
+    Returns:
+        None where they are not, and nothing may be read.
 
     Raises:
         EvaluationError: a source is gone, or no longer has one of the images.
     """
+    stored = stored_digests(collection)
+    if stored is not None or not may_read:
+        return stored
     mend = "put them back, or leave --contents out"
     try:
         digests = digest_by_key(sources_of(collection), what=f"contents of {collection.name}")
@@ -94,4 +111,4 @@ def collection_digests(collection: Collection) -> dict[str, bytes]:
             found=f"none of the key {missing[0]!r}, and {len(missing) - 1} more missing",
             mend=mend,
         )
-    return digests
+    return [digests[key] for key in keys]

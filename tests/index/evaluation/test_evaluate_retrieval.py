@@ -121,19 +121,38 @@ def test_duplicates_across_splits_are_flagged(tmp_path, bundle, built, new_folde
     assert clean.duplicates.without is None
 
 
+def without_digests(path, out):
+    """Write a collection's images into another, whose rows say nothing of their content."""
+    with Collection.open(path) as collection:
+        rows, vectors = collection.table(["key", "label", "source"]), collection.vectors
+        manifest = collection.manifest
+        with CollectionWriter.create(
+            out, name="plain", fingerprint=collection.fingerprint, dim=collection.dim,
+            encoder=manifest.encoder, preprocessing=manifest.preprocessing,
+        ) as writer:  # fmt: skip
+            writer.add(rows, vectors(collection.ids), fingerprint=collection.fingerprint)
+    return out
+
+
 def test_copies_within_a_collection_are_flagged(tmp_path, bundle, new_folder):
-    """Both of them, and no image is a copy of itself."""
+    """Both of them, and no image is a copy of itself; by the digests that the build took."""
     folder = new_folder()
     shutil.copy(folder / "red/000.png", folder / "red/copy.png")
     build(BuildOptions(images=str(folder), encoder=str(bundle.path), out=tmp_path / "c"))
-    found = evaluate(RetrievalOptions(collection=tmp_path / "c", contents=True)).duplicates
-    assert (found.same_vector, found.same_content, found.n_flagged) == (2, 2, 2)
+    plain = without_digests(tmp_path / "c", tmp_path / "plain")
+    copies = {
+        contents: evaluate(RetrievalOptions(collection=plain, contents=contents)).duplicates
+        for contents in (False, True)
+    }
+    assert (copies[False].same_content, copies[False].n_flagged) == (None, 2)
+    assert (copies[True].same_vector, copies[True].same_content, copies[True].n_flagged) == (2,) * 3
     (folder / "red/copy.png").unlink()
+    assert evaluate(RetrievalOptions(collection=tmp_path / "c")).duplicates == copies[True]
     with pytest.raises(EvaluationError, match=r"none of the key 'red/copy.png', and 0 more"):
-        evaluate(RetrievalOptions(collection=tmp_path / "c", contents=True))
+        evaluate(RetrievalOptions(collection=plain, contents=True))
     shutil.rmtree(folder)
     with pytest.raises(EvaluationError, match="put them back, or leave --contents out"):
-        evaluate(RetrievalOptions(collection=tmp_path / "c", contents=True))
+        evaluate(RetrievalOptions(collection=plain, contents=True))
 
 
 def test_what_cannot_be_scored_is_left_out_and_said(tmp_path, bundle, new_folder):
@@ -188,7 +207,7 @@ def test_the_report_in_every_form(built, train_folder, bundle, tmp_path, capsys)
         "[..] holds 95% of 1,000 bootstrap means over the queries, seed 0",
         "worst class: ",
         "60 queries (100.00%) have a neighbour of the same vector",
-        "images were not compared byte for byte (--contents does)",
+        "60 queries (100.00%) are in the collection byte for byte",
         "without duplicates: over the 0 queries that are of neither kind",
     ):
         assert words in text
@@ -200,5 +219,8 @@ def test_the_report_in_every_form(built, train_folder, bundle, tmp_path, capsys)
     recorded = read_bundle(own).provenance["evaluations"]["retrieval"]
     assert recorded["measures"] == report["measures"]
     assert recorded["command"].startswith("python ")
+    plain = without_digests(built, tmp_path / "plain")
+    assert run(["retrieval", "--collection", str(plain)]) == 0
+    assert "images were not compared byte for byte (--contents does)" in capsys.readouterr().out
     assert run(["retrieval", "--collection", str(built), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["is_against_itself"] is True
