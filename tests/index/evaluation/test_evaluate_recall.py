@@ -2,6 +2,7 @@ import dataclasses
 import json
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -10,6 +11,7 @@ from index.errors import EvaluationError
 from index.evaluate import run
 from index.evaluation.evaluate_recall import RecallOptions, evaluate
 from index.storage.manifest import read_manifest, write_manifest
+from index.storage.writer import CollectionWriter
 from models.errors import UsageError
 
 
@@ -147,3 +149,28 @@ def test_a_single_image_has_no_neighbours(tmp_path, make_collection, unit_rows):
     """Nothing can be found."""
     with pytest.raises(EvaluationError, match="collection made: expected at least 2 images"):
         evaluate(RecallOptions(collection=make_collection(tmp_path / "c", unit_rows(1, 8))))
+
+
+def test_distances_are_the_right_way_round(tmp_path):
+    """Euclidean vectors of any length through HNSW: near is found, by brute force in float64."""
+    rng = np.random.default_rng(5)
+    vectors = (rng.standard_normal((300, 12)) * rng.uniform(0.5, 3, (300, 1))).astype(np.float32)
+    rows = pa.table({"key": [f"{n}" for n in range(300)], "source": ["folder:/nowhere"] * 300})
+    with CollectionWriter.create(
+        tmp_path / "c", name="far", fingerprint="f" * 64, dim=12, metric="euclidean"
+    ) as writer:
+        writer.add(rows, vectors, fingerprint="f" * 64)
+        writer.compact(all=True, index="HNSW32")
+    report = evaluate(RecallOptions(collection=tmp_path / "c", churn=0.2, k=(1, 10)))
+    assert (report.metric, report.factory, report.n_queries) == ("euclidean", "HNSW32", 300)
+    distances = np.square(vectors[:, None].astype(np.float64) - vectors[None]).sum(axis=2)
+    np.fill_diagonal(distances, np.inf)
+    with Collection.open(tmp_path / "c") as collection:
+        keys = np.array(collection.keys()).astype(int)
+        own = np.argsort(keys)
+        found = collection.search_ids(collection.ids[own], 10)
+        places = keys[collection.row_numbers(found.ids)]
+    nearest = np.argsort(distances, axis=1)[:, :10]
+    direct = [np.isin(nearest[n], places[n]).mean() for n in range(300)]
+    assert report.conditions[0].by_k[10].mean == pytest.approx(np.mean(direct))
+    assert np.mean(direct) > 0.9
