@@ -24,7 +24,6 @@ from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +31,7 @@ from numpy.typing import NDArray
 from index.building.part_set import PartSet, RecordBatch
 from index.embed import EmbeddedBatch, embed_records
 from models.encoder import Encoder
+from models.errors import SourceError
 
 ENCODE_THREADS = 1
 """Of the encoder that `make_parts` is given: open it with `open_encoder(..., threads=1)`."""
@@ -97,16 +97,18 @@ def make_parts(
         ThreadPoolExecutor(1, thread_name_prefix="write") as writer,
     ):
         writing: Future[None] | None = None
-        for _, group in groupby(embedded, lambda batch: parts.number(batch.start)):
-            whole = []
-            for batch in group:
-                whole.append(batch)
-                yield len(batch)
-            if writing is not None:
-                writing.result()
-            writing = writer.submit(parts.add, whole)
+        waiting: list[EmbeddedBatch] = []
+        for batch in embedded:
+            waiting.append(batch)
+            yield len(batch)
+            if (batch.start + len(batch)) % parts.key.part_size == 0:
+                if writing is not None:
+                    writing.result()
+                writing, waiting = writer.submit(parts.add, waiting), []
         if writing is not None:
             writing.result()
+        if waiting:
+            parts.add(waiting)
 
 
 def embed_batches(
@@ -115,20 +117,37 @@ def embed_batches(
     """Embed batches with several workers; give them in order.
 
     Closing the iterator, or an error, waits for what has begun and drops the rest.
+
+    Raises:
+        SourceError: the source is damaged; all batches before were given.
+        EncoderError: the runtime failed.
     """
     gated = GatedEncoder(encoder, crew)
     pool = ThreadPoolExecutor(crew.workers, thread_name_prefix="embed")
     begun: deque[Future[EmbeddedBatch]] = deque()
     try:
-        for batch in batches:
+        damage: list[SourceError] = []
+        for batch in _until_damaged(batches, damage):
             task = pool.submit(embed_records, batch.records, gated, start=batch.start)
             begun.append(task)
             if len(begun) >= WINDOW * crew.workers:
                 yield begun.popleft().result()
         while begun:
             yield begun.popleft().result()
+        if damage:
+            raise damage[0]
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _until_damaged(
+    batches: Iterable[RecordBatch], damage: list[SourceError]
+) -> Iterator[RecordBatch]:
+    """Give what comes before a fault of the source, and note the fault."""
+    try:
+        yield from batches
+    except SourceError as error:
+        damage.append(error)
 
 
 class GatedEncoder:

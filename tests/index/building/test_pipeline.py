@@ -11,7 +11,7 @@ from index.building.pipeline import WINDOW, Crew, choose_crew, embed_batches, ma
 from index.embed import embed
 from index.errors import CollectionError
 from models.encoder import open_encoder
-from models.errors import EncoderError
+from models.errors import EncoderError, SourceError
 from models.images import ImageRecord
 
 WAIT_S = 30
@@ -216,6 +216,20 @@ def test_an_encoder_that_fails_leaves_the_parts_before_it(tmp_path, encoder):
         run(parts, Watched(encoder, before), 24, crew=Crew(workers=1, encoding=1))
     assert [part.start for part in parts.finished] == [0]
     assert sum(run(parts, encoder, 24)) == 12
+
+
+def test_a_damaged_source_leaves_every_whole_part_before_it(tmp_path, encoder):
+    """Also one that was begun or complete when the damage was met."""
+
+    def records():
+        yield from make_records(2 * PART)
+        raise SourceError("the shard", expected="a whole one", found="half of it")
+
+    parts = make_set(tmp_path, 40, encoder)
+    made = make_parts(parts.missing(records()), encoder, parts, crew=Crew(workers=3, encoding=3))
+    with pytest.raises(SourceError, match="found half of it"):
+        list(made)
+    assert [part.start for part in parts.finished] == [0, PART]
 
 
 def test_shares_make_every_part_once_and_a_gap_is_filled(tmp_path, encoder):
