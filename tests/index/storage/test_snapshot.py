@@ -1,0 +1,110 @@
+import dataclasses
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from index.collection import Collection, id_of
+from index.errors import CollectionError
+from index.selection import Selection
+from index.storage.delta import FIRST_CAPACITY, Delta
+from index.storage.manifest import hash_files, read_manifest, write_manifest
+from index.storage.rows import ROW_SCHEMA
+from index.storage.segment import Block
+from index.storage.snapshot import SPARE, spare_rows
+from index.storage.writer import CollectionWriter
+
+FINGERPRINT, DIM = "f" * 64, 8
+
+
+def expected_ids(ids, vectors, queries, k):
+    """What an exact search of these rows finds."""
+    return ids[np.argsort(-(queries @ vectors.T), axis=1)[:, :k]]
+
+
+@pytest.mark.parametrize("factory", ["Flat", "HNSW32"])
+@pytest.mark.parametrize("dead", [1, 30, 150, 390, 399, 400])
+def test_k_living_are_found_where_so_many_live(tmp_path, unit_rows, make_collection, factory, dead):
+    """However many are dead, and though they were the nearest to the query."""
+    vectors, queries = unit_rows(400, DIM), unit_rows(3, DIM, seed=1)
+    path = make_collection(tmp_path / "c", vectors, factory=factory)
+    with CollectionWriter.open(path, threads=1) as writer:
+        ids = writer.collection.ids
+        order = np.argsort(-(queries[0] @ vectors.T))
+        assert writer.delete(ids[order[:dead]]) == dead
+        left = np.sort(order[dead:])
+        for collection in (writer.collection, Collection.open(path, threads=1)):
+            found = collection.search(
+                queries, 10, fingerprint=FINGERPRINT, parameters=efforts(factory)
+            )
+            assert found.ids.shape == (3, min(10, len(left)))
+            wanted = expected_ids(ids[left], vectors[left], queries, 10)
+            np.testing.assert_array_equal(found.ids, wanted)
+
+
+def efforts(factory):
+    """Parameters with which an index misses nothing."""
+    return {} if factory == "Flat" else {"efSearch": 400}
+
+
+def test_a_selection_by_places_alone(tmp_path, unit_rows, make_collection):
+    """Made by hand, of living rows, over a segment with dead ones and a delta."""
+    vectors = unit_rows(40, DIM)
+    path = make_collection(tmp_path / "c", vectors, n_segments=2)
+    with CollectionWriter.open(path, threads=1) as writer:
+        writer.delete([id_of("0003"), id_of("0020"), id_of("0021")])
+        extra = pa.table({"key": ["x"], "source": ["folder:/nowhere"]})
+        writer.add(extra, vectors[3:4], fingerprint=FINGERPRINT)
+        collection = writer.collection
+    mask = np.zeros(collection.count, np.bool_)
+    mask[[0, 18, 37]] = True
+    chosen = Selection(filter="by hand", mask_N=mask, count=3)
+    found = collection.search(vectors[3:4], 5, fingerprint=FINGERPRINT, filter=chosen)
+    assert set(found.ids[0][found.ids[0] >= 0]) == set(collection.ids[mask])
+    assert collection.rows(found.ids[0][:1])[0].key == "x"
+
+
+@pytest.mark.parametrize("dead", [[3, 3], [5, 3], [-1, 4], [4, 40]])
+def test_tombstones_of_no_rows_are_refused(tmp_path, unit_rows, make_collection, dead):
+    """Though every checksum agrees."""
+    path = make_collection(tmp_path / "c", unit_rows(40, DIM))
+    with CollectionWriter.open(path, threads=1) as writer:
+        writer.delete([id_of("0003"), id_of("0004")])
+        writer.seal()
+        (entry,) = writer.collection.manifest.segments
+    np.save(path / entry.tombstones, np.array(dead))
+    manifest = read_manifest(path)
+    files = hash_files(path, manifest.files)
+    write_manifest(path, dataclasses.replace(manifest, files=files))
+    with pytest.raises(CollectionError, match="expected rows of 40, each once and ascending"):
+        Collection.open(path)
+
+
+def test_a_view_of_the_delta_never_changes(unit_rows):
+    """While rows are added beyond its room, and killed."""
+    n = 5 * FIRST_CAPACITY
+    vectors = unit_rows(n, DIM)
+    delta, views = Delta(DIM, "cosine"), []
+    for row in range(n):
+        if row % 3 == 0:
+            delta.kill(np.array([row // 2]))
+        columns = {"id": [row], "key": [str(row)], "label": [None], "source": ["s"]}
+        rows = pa.table(columns, schema=ROW_SCHEMA)
+        delta.add(Block(rows=rows, vectors_ND=vectors[row : row + 1]))
+        if row % 100 == 0:
+            segment, alive = delta.view()
+            views.append((row + 1, segment, None if alive is None else alive.copy(), alive))
+    for count, segment, alive_before, alive in views:
+        np.testing.assert_array_equal(segment.vectors_ND, vectors[:count])
+        assert segment.rows["key"].to_pylist() == [str(row) for row in range(count)]
+        assert segment.rows["key"].num_chunks <= 12
+        if alive is not None:
+            np.testing.assert_array_equal(alive, alive_before)
+    segment, alive = delta.view()
+    assert alive.sum() == delta.n_alive == n - len({row // 2 for row in range(3, n, 3)})
+
+
+@pytest.mark.parametrize(("dead", "most"), [(0, 0), (1, 1), (100, SPARE + 2), (5000, 30)])
+def test_a_few_dead_rows_cost_a_few_more(dead, most):
+    """Of 10,000, for the 10 nearest."""
+    assert spare_rows(10, dead=dead, count=10_000) <= most
