@@ -26,6 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
 
+from index.ann.kinds import FLAT
+from index.ann.memory import parse_size
+from index.ann.tuning import Goal
 from index.building.assemble import choose_factory, write_collection
 from index.building.dry_run import BuildPlan, plan_build
 from index.building.filling import Filling, fill_store, resumable
@@ -38,6 +41,7 @@ from index.building.summary import BuildSummary, summarise
 from index.building.sync import SyncSettings, sync_collection
 from index.building.sync_summary import SyncSummary
 from index.building.target import check_target, find_finished
+from index.building.tuned import tune_built
 from index.errors import CollectionError
 from index.milvus.connection import MilvusAddress, read_address
 from index.storage.manifest import MANIFEST_FILE, Manifest, write_manifest
@@ -75,8 +79,13 @@ class BuildOptions:
     name: str | None = None
     """The collection's name; that of its directory where none is given."""
     index: Literal["auto", "flat", "hnsw"] = "auto"
-    """flat searches every vector; hnsw is approximate; auto takes flat up to 20,000 images. With
-    --sync it counts when the collection is made."""
+    """flat searches every vector; hnsw is approximate; auto takes flat up to 20,000 images, or,
+    with --recall, what is measured to be the fastest."""
+    recall: float | None = None
+    """Have the index chosen and tuned until it finds this share of the 10 nearest images, such as
+    .99: see `index.tune`."""
+    memory_budget: str | None = None
+    """With --recall: most that this process may hold while the index is built, such as 500MB."""
     metadata: Path | None = None
     """A CSV or parquet file with a column `key`; its other columns are stored with the images."""
     batch_size: int = 64
@@ -116,6 +125,7 @@ class BuildOptions:
         if not 1 <= self.batch_size <= 65536:
             raise UsageError("--batch-size", expected="1 to 65536", found=str(self.batch_size))
         self._check_sync()
+        self._check_recall()
         if self.store is not None:
             self._check_store()
         at_once = {
@@ -126,6 +136,30 @@ class BuildOptions:
         for name, value in at_once.items():
             if not 1 <= value <= MAX_AT_ONCE:
                 raise UsageError(name, expected=f"1 to {MAX_AT_ONCE}", found=str(value))
+
+    def _check_recall(self) -> None:
+        """Refuse a recall that somebody else decides, and a budget of nothing."""
+        wrong = [
+            ("--index", self.index != "auto"),
+            ("--sync", self.sync),
+            ("--store", self.store is not None),
+        ]
+        for name, is_given in wrong:
+            if is_given and self.recall is not None:
+                raise UsageError(
+                    name, expected="none beside --recall, which chooses the index", found="one"
+                )
+        if self.memory_budget is not None and self.recall is None:
+            raise UsageError("--memory-budget", expected="--recall beside it", found="none")
+        self.goal  # noqa: B018  # checks itself
+
+    @property
+    def goal(self) -> Goal | None:
+        """What the index must reach, with `--recall`."""
+        if self.recall is None:
+            return None
+        budget = None if self.memory_budget is None else parse_size(self.memory_budget)
+        return Goal(recall=self.recall, memory_bytes=budget)
 
     def _check_store(self) -> None:
         """Refuse an address that is none, and what Milvus cannot do."""
@@ -233,7 +267,7 @@ def plan(options: BuildOptions) -> BuildPlan:
         if options.restart:
             parts.forget()
         count = key.source_count
-        fixed = options.index != "auto" or count is not None
+        fixed = options.recall is None and (options.index != "auto" or count is not None)
         return plan_build(
             parts,
             parts.missing(source.records()),
@@ -287,13 +321,15 @@ def _build(
                 encoder,
                 name=options.name or out.name,
                 uri=options.encoder,
-                factory=choose_factory(options.index, store.n_images),
+                factory=FLAT if options.goal else choose_factory(options.index, store.n_images),
                 metadata=metadata,
             )
             times = {"embed_s": embed_s, "index_s": time.monotonic() - start_s}
             report = {**manifest.build, "reused": reused, **times}
             manifest = dataclasses.replace(manifest, build=report)
             write_manifest(directory, manifest)
+            if options.goal is not None:
+                manifest = tune_built(directory, options.goal)
         put_in_place(store.directory / "collection", out, replace=options.replace)
         store.discard()
     return summarise(out, manifest)
@@ -354,7 +390,11 @@ def _is_same(
         and manifest.name == (options.name or options.target.name)
         and (joined and joined["sha256"]) == (metadata and metadata.sha256)
         and len(manifest.segments) == 1
-        and manifest.segments[0].factory == choose_factory(options.index, manifest.count)
+        and (
+            manifest.segments[0].factory == choose_factory(options.index, manifest.count)
+            if options.recall is None
+            else manifest.tuning.get("recall") == options.recall
+        )
     )
 
 

@@ -16,9 +16,7 @@ Rules:
 from __future__ import annotations
 
 import json
-import logging
 import sys
-import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,17 +27,12 @@ from tyro.conf import Positional
 
 from index.ann import report
 from index.ann.candidates import Candidate
-from index.ann.kinds import FLAT
 from index.ann.memory import as_size, parse_size
-from index.ann.tuning import MAX_QUERIES, Goal, Tuned, plan, tune
+from index.ann.tuning import MAX_QUERIES, Goal, plan
+from index.building.tuned import tune_collection
 from index.collection import Collection
 from index.evaluation.queries import open_queries
-from index.storage.writer import CollectionWriter
 from models.command import run_command
-from models.errors import UsageError
-from models.files import TEMPORARY_PREFIX
-
-log = logging.getLogger("horace.index")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,71 +93,27 @@ def main(options: TuneOptions) -> None:
             candidates = plan(collection.count, collection.dim, options.goal)
         print(_plan_json(candidates) if options.json else _plan_text(candidates))
         return
-    tuned = tune_collection(options.collection, options.goal, query_from=options.query_from)
+    queries_QD = None if options.query_from is None else _read_queries(options)
+    tuned = tune_collection(
+        options.collection,
+        options.goal,
+        queries_QD=queries_QD,
+        queries_from=options.query_from or "",
+    )
     if options.plot is not None:
         report.draw(options.plot, tuned)
     print(json.dumps(report.to_json(tuned), indent=2) if options.json else report.as_text(tuned))
 
 
-def tune_collection(path: Path, goal: Goal, *, query_from: str | None = None) -> Tuned:
-    """Choose the index of a collection and put it there, with the report.
-
-    Args:
-        path: the collection's directory.
-        goal: what is asked for.
-        query_from: another collection, or a source of images, to ask with; rows of this one are
-            held back where None.
-
-    Raises:
-        CollectionLockedError: somebody writes to it.
-        CollectionError: no index reaches the recall; the collection keeps its own.
-        UsageError: no index fits the memory, or there are too few vectors or queries.
-    """
-    with CollectionWriter.open(path, threads=goal.threads) as writer, ExitStack() as stack:
-        queries_QD = _read_queries(stack, writer.collection, query_from, goal)
-        _merge(writer)
-        segment = writer.whole_segment()
-        folder = stack.enter_context(
-            tempfile.TemporaryDirectory(prefix=f"{TEMPORARY_PREFIX}tune.", dir=path.parent)
-        )
-        tuned = tune(
-            segment.vectors_ND,
-            goal,
-            Path(folder),
-            metric=writer.collection.metric,
-            queries_QD=queries_QD,
-            queries_from=query_from or "",
-        )
-        chosen = tuned.chosen
-        writer.replace_index(
-            chosen.file,
-            factory=chosen.candidate.factory,
-            parameters=chosen.parameters or {},
-            tuning=report.to_json(tuned),
-        )
-    return tuned
-
-
-def _merge(writer: CollectionWriter) -> None:
-    """Make one segment of several."""
-    try:
-        writer.whole_segment()
-    except UsageError as error:
-        if writer.collection.count == 0:
-            raise
-        log.info("merging first: %s", error)
-        writer.compact(all=True, index=FLAT)
-
-
-def _read_queries(
-    stack: ExitStack, collection: Collection, query_from: str | None, goal: Goal
-) -> NDArray[np.float32] | None:
-    """Read the user's own queries, where there are any."""
-    if query_from is None:
-        return None
-    queries = open_queries(stack, collection, query_from)
-    queries = queries.sample(goal.n_queries or MAX_QUERIES, seed=goal.seed)
-    return np.ascontiguousarray(queries.vectors(np.arange(len(queries))))
+def _read_queries(options: TuneOptions) -> NDArray[np.float32]:
+    """Read the user's own queries, or a sample of them."""
+    assert options.query_from is not None
+    goal = options.goal
+    with ExitStack() as stack:
+        collection = stack.enter_context(Collection.open(options.collection, verify=False))
+        queries = open_queries(stack, collection, options.query_from)
+        queries = queries.sample(goal.n_queries or MAX_QUERIES, seed=goal.seed)
+        return np.ascontiguousarray(queries.vectors(np.arange(len(queries))))
 
 
 def _plan_text(candidates: list[Candidate]) -> str:

@@ -188,6 +188,8 @@ def _train(
         lists = lists_of(index)
         lists.cp.niter, lists.cp.seed = KMEANS_ITERATIONS, SEED
         lists.cp.min_points_per_centroid = 1  # few vectors are no reason for a warning
+        if kind.codec == "PQ":
+            lists.pq.cp.min_points_per_centroid = 1
     sample_ND = draw_rows(vectors_ND, rows_M, sample_rows(kind, len(rows_M)))
     if kind.rotates:
         faiss.downcast_VectorTransform(index.chain.at(0)).train(sample_ND)

@@ -180,6 +180,12 @@ class Sweep:
         """The setting of the highest recall."""
         return max(self.points, key=lambda point: point.recall, default=None)
 
+    def stronger(self, point: Point) -> Point | None:
+        """Measure the next setting of the same column; None where there is none."""
+        column = next(column for column in self._columns() if point.parameters in column)
+        place = column.index(dict(point.parameters)) + 1
+        return self.measure(column[place]) if place < len(column) else None
+
     def _columns(self) -> Iterator[Sequence[dict[str, int]]]:
         """Give settings of growing effort, for each factor of re-ranking."""
         kind = self._kind

@@ -310,7 +310,7 @@ class _Bench:
             builder.kind, search, self._choosing, k=goal.k, target=goal.recall,
             threads=self._threads,
         )  # fmt: skip
-        chosen = self._confirm(search, sweep.run())
+        chosen = self._confirm(search, sweep)
         best = chosen or sweep.best
         assert best is not None
         figures = self._figures(search, best.parameters)
@@ -350,14 +350,24 @@ class _Bench:
         """Compare every vector."""
         return knn_search(queries_QD, self._vectors_ND, k, metric=self._metric, threads=threads)
 
-    def _confirm(self, search: Search, reached: Sequence[Point]) -> Point | None:
-        """Give the cheapest setting that holds on the other half of the queries, too."""
-        goal = self._goal
-        for point in reached[:CONFIRMATIONS]:
-            scores, _ = search(self._confirming.vectors_QD, goal.k, point.parameters, self._threads)
-            if recalls(scores, self._confirming, goal.k).mean() >= goal.recall:
-                return point
+    def _confirm(self, search: Search, sweep: Sweep) -> Point | None:
+        """Give the cheapest setting that holds on the other half of the queries, too.
+
+        One that does not makes room for the next of the same factor of re-ranking.
+        """
+        for reached in sweep.run():
+            point: Point | None = reached
+            for _ in range(CONFIRMATIONS):
+                if point is not None and self._holds(search, point):
+                    return point
+                point = None if point is None else sweep.stronger(point)
         return None
+
+    def _holds(self, search: Search, point: Point) -> bool:
+        """Tell whether a setting reaches the target on the queries that confirm."""
+        queries, k = self._confirming, self._goal.k
+        scores, _ = search(queries.vectors_QD, k, point.parameters, self._threads)
+        return bool(recalls(scores, queries, k).mean() >= self._goal.recall)
 
     def _figures(self, search: Search, parameters: Mapping[str, int]) -> Figures:
         """Measure a setting on the queries that confirm."""

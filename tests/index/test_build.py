@@ -23,6 +23,8 @@ from index.building.parts import PartStore, parts_directory
 from index.collection import Collection, id_of
 from index.embed import EmbeddedBatch, Reject, embed
 from index.errors import CollectionError
+from index.storage.manifest import read_manifest
+from index.verify import verify
 from models.command import run_command
 from models.errors import HoraceError, UsageError
 from models.image_source import digest_of
@@ -252,6 +254,24 @@ def test_auto_takes_flat_for_the_small_and_hnsw_for_the_large():
     assert [choose_factory("auto", n) for n in (1, 20_000, 20_001)] == ["Flat", "Flat", "HNSW32"]
     assert choose_factory("hnsw", 1) == "HNSW32"
     assert choose_factory("flat", 10**9) == "Flat"
+
+
+def test_a_recall_chooses_the_index(tmp_path, capsys, bundle, new_folder, monkeypatch):
+    """And tunes it on images that it does not have yet; the report is the collection's."""
+    monkeypatch.setattr("index.ann.candidates.INDEX_MIN_COUNT", 200)
+    monkeypatch.setattr("index.ann.candidates.FLAT_MAX_COUNT", 200)
+    monkeypatch.setattr("index.ann.candidates.GRAPH_MAX_COUNT", 200)
+    folder = new_folder(per_class=80)
+    args = ("--images", folder, "--encoder", bundle.path, "--out", tmp_path / "c", "--recall", ".9")
+    status, out, _ = run_in_process(capsys, *args, "--memory-budget", "4GB", "--json")
+    assert status == 0
+    manifest = read_manifest(tmp_path / "c")
+    assert json.loads(out)["index"] == manifest.segments[0].factory
+    assert manifest.segments[0].factory != "Flat"
+    assert manifest.tuning["recall"] == 0.9
+    assert manifest.tuning["memory_bytes"] == 4_000_000_000
+    assert verify(tmp_path / "c").faults == []
+    assert verify(tmp_path / "c").unknown == []
 
 
 @pytest.fixture(scope="module")
@@ -506,6 +526,9 @@ def test_a_full_disk_is_one_line(tmp_path, bundle, many_images, kind):
         ({"--encoder": "ftp://x"}, 1, "ftp://x: expected a bundle directory, horace://"),
         ({"--out": "/dev/null/c"}, 1, "expected a directory that can be written, with room"),
         ({"--batch-size": "0"}, 2, "--batch-size: expected 1 to 65536, found 0"),
+        ({"--recall": "2"}, 2, "recall: expected above 0 and up to 1, found 2.0"),
+        ({"--memory-budget": "1GB"}, 2, "--memory-budget: expected --recall beside it, found none"),
+        ({"--recall": ".9", "--index": "hnsw"}, 2, "--index: expected none beside --recall, which"),
     ],
 )
 def test_errors_are_one_line(tmp_path, capsys, bundle, train_folder, change, status, message):
