@@ -58,7 +58,7 @@ def open_index(
         raise CollectionError(
             str(file), expected="a kind of index that is known", found=factory, mend=MEND
         ) from error
-    index = _deserialise(file, expected)
+    index = _deserialise(file, kind, expected)
     found = f"{type(index).__name__} of {index.ntotal} x {index.d}, metric {index.metric_type}"
     if not _is_of(kind, index, (count, dim), faiss_metric(metric)):
         raise CollectionError(str(file), expected=expected, found=found, mend=MEND)
@@ -71,13 +71,24 @@ def open_index(
     return AnnIndex(kind, index, vectors_ND, metric=metric)
 
 
-def _deserialise(file: Path, expected: str) -> faiss.Index:
+def _limit(kind: Kind, size_bytes: int) -> int:
+    """Say how long a vector in a file may be.
+
+    FAISS 1.15 counts tables that it would make for codes of residuals, and that it does not make
+    for ours, against the limit: a small file with many lists would be refused.
+    """
+    tables = 4 * 16 * kind.lists * kind.sub_vectors
+    return size_bytes + min(tables, 16 * size_bytes)
+
+
+def _deserialise(file: Path, kind: Kind, expected: str) -> faiss.Index:
     """Read an index within the bytes that its file has."""
     with _deserialisation:
         before = faiss.get_deserialization_vector_byte_limit()
-        faiss.set_deserialization_vector_byte_limit(file.stat().st_size)
+        faiss.set_deserialization_vector_byte_limit(_limit(kind, file.stat().st_size))
         try:
-            return faiss.read_index(str(file))
+            # No tables for codes of residuals, which ours are not.
+            return faiss.read_index(str(file), faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE)
         except (RuntimeError, MemoryError) as error:
             reason = str(error).splitlines()[0]
             raise CollectionError(
@@ -140,7 +151,11 @@ def _is_of_lists(kind: Kind, index: faiss.Index, shape: tuple[int, int], metric:
         and quantizer.codes.size() == 4 * kind.lists * shape[1]
     )
     if sound and kind.codec == "PQ":
-        sound = (index.pq.M, index.pq.nbits, index.pq.d) == (kind.sub_vectors, 4, shape[1])
+        sound = not index.by_residual and (index.pq.M, index.pq.nbits, index.pq.d) == (
+            kind.sub_vectors,
+            4,
+            shape[1],
+        )
         sound = sound and index.pq.centroids.size() == (1 << 4) * shape[1]
     if sound and kind.codec == "RaBitQ":
         sound = index.rabitq.nb_bits == kind.bits and index.rabitq.d == shape[1]

@@ -263,8 +263,8 @@ def test_a_recall_chooses_the_index(tmp_path, capsys, bundle, new_folder, monkey
     monkeypatch.setattr("index.ann.candidates.GRAPH_MAX_COUNT", 200)
     folder = new_folder(per_class=80)
     args = ("--images", folder, "--encoder", bundle.path, "--out", tmp_path / "c", "--recall", ".9")
-    status, out, _ = run_in_process(capsys, *args, "--memory-budget", "4GB", "--json")
-    assert status == 0
+    status, out, err = run_in_process(capsys, *args, "--memory-budget", "4GB", "--json")
+    assert status == 0, err
     manifest = read_manifest(tmp_path / "c")
     assert json.loads(out)["index"] == manifest.segments[0].factory
     assert manifest.segments[0].factory != "Flat"

@@ -163,3 +163,17 @@ def test_rows_that_are_held_back_come_at_the_end(make_index, factory, metric):
     _, rows = whole.search(queries, 1, parameters={}, threads=1)
     assert (rows[:, 0] == held_back).mean() > 0.9
     assert index_fault(whole) is None
+
+
+@pytest.mark.parametrize("factory", ["IVF200,PQ16x4fs,RFlat", "RR,IVF200,RaBitQfs,RFlat", "HNSW2"])
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_small_file_opens_within_its_own_size(tmp_path, factory, metric):
+    """Also where the lists are many beside the vectors."""
+    vectors = draw(250, seed=1, metric=metric)
+    write_index(build_index(vectors, factory, metric=metric), tmp_path / "index.faiss", factory)
+    index = open_index(
+        tmp_path / "index.faiss", factory=factory, count=250, dim=DIM, metric=metric,
+        vectors_ND=vectors,
+    )  # fmt: skip
+    _, rows = index.search(vectors[:50], 1, parameters={"nprobe": 200}, threads=1)
+    assert (rows[:, 0] == np.arange(50)).mean() > 0.8
