@@ -60,6 +60,8 @@ bench: $(VENV)/.installed data ## Run the benchmarks: hours, on a quiet machine 
 	$(BIN)/python -m benchmarks.vector_dtypes artifacts/bench/collection --out $(RESULTS)/vector_dtypes.json
 	$(BIN)/python -m benchmarks.ann --out $(RESULTS)/ann.json
 	$(BIN)/python -m benchmarks.million --memory 1GB --out $(RESULTS)/million.json
+	$(BIN)/python -m benchmarks.selection artifacts/bench/collection --out $(RESULTS)/selection.json
+	$(BIN)/python -m benchmarks.outliers artifacts/bench/collection --out $(RESULTS)/outliers.json
 	$(BIN)/python -m benchmarks.filters artifacts/bench/collection --out $(RESULTS)/filters.json
 	$(BIN)/python -m benchmarks.tombstones --out $(RESULTS)/tombstones.json
 	$(BIN)/python -m benchmarks.build_throughput --out $(RESULTS)/build_throughput.json

@@ -1,7 +1,8 @@
 """`python -m index.select C`: which images to label next.
 
-The methods are those of `index.curation.choosing`; all but `random` look at vectors that are
-averaged over their neighbourhood (`index.curation.smoothing`). The list is a CSV file: rank, key,
+The methods are those of `index.curation.choosing`. The probe of `margin` and `entropy` sees
+vectors that are averaged over their neighbourhood (`index.curation.smoothing`), without which a few
+labels teach it little. The list is a CSV file: rank, key,
 source, id, an empty column `label` to be filled in, the method, its seed and score, and the
 fingerprint of the encoder that it comes from.
 
@@ -29,7 +30,7 @@ from index.curation.choosing import METHODS, Choice, Pool
 from index.curation.labels_file import read_labels
 from index.curation.outlying import find_surroundings
 from index.curation.report import write_csv
-from index.curation.smoothing import NEIGHBOURS, ROUNDS, smooth
+from index.curation.smoothing import neighbours_for, rounds_for, smooth
 from index.errors import CollectionError
 from index.knn import MISSING
 from models.bundle import Json
@@ -61,8 +62,9 @@ class SelectOptions:
     """Do as if the collection's source had given no labels."""
     filter: str | None = None
     """Which images may be chosen, such as "source contains 'new'"; all where none is given."""
-    smoothing: int = ROUNDS
-    """How often vectors are averaged with their neighbours first; 0 leaves them as they are."""
+    smoothing: int | None = None
+    """How often vectors are averaged with their neighbours first: for a probe 8 times, or once
+    where images are fewer than 1,000; otherwise never."""
     exact: bool = False
     """Find those neighbours by comparing every pair instead of asking the index."""
     seed: int = 0
@@ -74,7 +76,7 @@ class SelectOptions:
         """Check what can be checked without opening anything."""
         if self.budget < 1:
             raise UsageError("--budget", expected="at least 1", found=str(self.budget))
-        if self.smoothing < 0:
+        if self.smoothing is not None and self.smoothing < 0:
             raise UsageError("--smoothing", expected="at least 0", found=str(self.smoothing))
         if self.seed < 0:
             raise UsageError("--seed", expected="at least 0", found=str(self.seed))
@@ -137,11 +139,19 @@ def make_pool(collection: Collection, options: SelectOptions) -> Pool:
 def find_vectors(collection: Collection, options: SelectOptions) -> NDArray[np.float32]:
     """Give the vectors, averaged over their neighbourhood where a method looks at them."""
     vectors_ND = collection.vectors(collection.ids)
-    if options.method == "random" or not options.smoothing or collection.count < 2:
+    rounds = _rounds(collection, options)
+    if not rounds or collection.count < 2:
         return vectors_ND
-    around = find_surroundings(collection, NEIGHBOURS, exact=options.exact)
+    around = find_surroundings(collection, neighbours_for(collection.count), exact=options.exact)
     is_unit = collection.metric == "cosine"
-    return smooth(vectors_ND, around.places_NK, options.smoothing, unit=is_unit)
+    return smooth(vectors_ND, around.places_NK, rounds, unit=is_unit)
+
+
+def _rounds(collection: Collection, options: SelectOptions) -> int:
+    """Say how often vectors are averaged."""
+    if options.smoothing is not None:
+        return options.smoothing
+    return rounds_for(collection.count) if options.method in ("margin", "entropy") else 0
 
 
 def _write(out: Path, collection: Collection, options: SelectOptions, choice: Choice) -> None:
@@ -180,7 +190,7 @@ def _document(
         "fingerprint": collection.fingerprint,
         "method": options.method,
         "seed": options.seed,
-        "smoothing": 0 if options.method == "random" else options.smoothing,
+        "smoothing": _rounds(collection, options),
         "score": choice.meaning,
         "filter": options.filter,
         "free": len(pool.free),

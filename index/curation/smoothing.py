@@ -18,7 +18,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 ROUNDS, NEIGHBOURS = 8, 15
+FEW_IMAGES = 1_000
+"""In a smaller collection eight rounds go all the way round: one is taken there."""
+
+NEIGHBOUR_SHARE = 0.05
+"""Of the images, at most: were everybody a neighbour, all averages would be one."""
+
 BLOCK_ROWS = 2048
+
+
+def neighbours_for(count: int) -> int:
+    """Say with how many neighbours a vector is averaged, of so many images."""
+    return max(2, min(NEIGHBOURS, int(NEIGHBOUR_SHARE * count)))
+
+
+def rounds_for(count: int) -> int:
+    """Say how often, where nobody did."""
+    return ROUNDS if count >= FEW_IMAGES else 1
 
 
 def smooth(

@@ -3,7 +3,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from index.curation.choosing import METHODS, Pool, choose_k_centre, choose_typical
-from index.curation.smoothing import smooth
+from index.curation.smoothing import neighbours_for, smooth
 from index.curation.softmax_probe import fit_probe
 from models.errors import UsageError
 
@@ -104,3 +104,8 @@ def test_smoothing_is_the_mean_of_a_neighbourhood():
     lengths = np.linalg.norm(smooth(vectors, places, 2, unit=True), axis=1)
     np.testing.assert_allclose(lengths, 1, rtol=1e-6)
     np.testing.assert_array_equal(smooth(vectors, places, 0, unit=True), vectors)
+
+
+def test_of_few_images_few_are_neighbours():
+    """Were everybody a neighbour, all averages would be one."""
+    assert [neighbours_for(count) for count in (2, 13, 100, 60_000)] == [2, 2, 5, 15]
