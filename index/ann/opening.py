@@ -25,6 +25,11 @@ from models.errors import UsageError
 
 MEND = "the file is not this collection's: copy or build the collection again"
 
+_OF_CONTENT = frozenset(
+    ("is_trained", "ntotal", "nprobe", "qb", "own_fields", "own_invlists", "thisown", "verbose")
+)
+"""Of an index: what is checked elsewhere, what every search sets itself, and who frees it."""
+
 _deserialisation = threading.Lock()  # faiss's limit is one for the whole process
 
 
@@ -159,7 +164,39 @@ def _is_of_lists(kind: Kind, index: faiss.Index, shape: tuple[int, int], metric:
         sound = sound and index.pq.centroids.size() == (1 << 4) * shape[1]
     if sound and kind.codec == "RaBitQ":
         sound = index.rabitq.nb_bits == kind.bits and index.rabitq.d == shape[1]
-    return bool(sound)
+    return bool(sound) and _has_own_numbers(kind, index, shape[1], metric)
+
+
+def _has_own_numbers(kind: Kind, index: faiss.IndexIVF, dim: int, metric: int) -> bool:
+    """Tell whether every size that faiss's scans go by is the one that this kind has.
+
+    There are some dozens of them, which no check by name would keep up with: an empty index of
+    the kind says what they are.
+    """
+    base = faiss.index_factory(dim, kind.base, metric)
+    empty = faiss.downcast_index(base.index) if kind.rotates else base
+    pairs = [(index, empty)]
+    for name in ("pq", "rabitq"):
+        if hasattr(empty, name):
+            pairs.append((getattr(index, name), getattr(empty, name)))
+    if index.invlists is not None:
+        pairs.append(
+            (
+                faiss.downcast_InvertedLists(index.invlists),
+                faiss.downcast_InvertedLists(empty.invlists),
+            )
+        )
+    return all(_numbers(one) == _numbers(other) for one, other in pairs)
+
+
+def _numbers(thing: object) -> dict[str, object]:
+    """Give the sizes and switches of a thing of faiss's, but those that say what is in it."""
+    values = {name: getattr(thing, name) for name in dir(thing) if not name.startswith("_")}
+    return {
+        name: value
+        for name, value in values.items()
+        if type(value) in (int, bool, float) and name not in _OF_CONTENT
+    }
 
 
 def _graph_fault(kind: Kind, index: faiss.IndexHNSW) -> str | None:
