@@ -65,6 +65,9 @@ bench: $(VENV)/.installed data ## Run the benchmarks: hours, on a quiet machine 
 	$(BIN)/python -m benchmarks.filters artifacts/bench/collection --out $(RESULTS)/filters.json
 	$(BIN)/python -m benchmarks.tombstones --out $(RESULTS)/tombstones.json
 	$(BIN)/python -m benchmarks.build_throughput --out $(RESULTS)/build_throughput.json
+	$(BIN)/python -m benchmarks.index_kills --out $(RESULTS)/index_kills.json
+	$(BIN)/python -m benchmarks.index_readers --out $(RESULTS)/index_readers.json
+	$(BIN)/python -m benchmarks.index_fuzz --out $(RESULTS)/index_fuzz.json
 	$(BIN)/python -m benchmarks.loss --out $(RESULTS)/loss.json
 	$(BIN)/python -m benchmarks.views --out $(RESULTS)/views.json
 	$(BIN)/python -m benchmarks.train_throughput --out $(RESULTS)/train_throughput.json

@@ -281,25 +281,25 @@ def hunt(folder: Path, options: FuzzOptions) -> dict[str, Json]:
             str(done),
         ]
         command += [str(options.flips), str(options.seed), options.only]
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
-        assert process.stderr is not None
         trial: dict[str, Json] = {}
-        for line in process.stdout:
-            facts: dict[str, Json] = json.loads(line)
-            if "number" in facts:
-                trial = facts
-            elif "wrong" in facts:
-                counts[f"{trial['way']} {trial['kind']}"] += 1
-                if facts["wrong"]:
-                    findings.append({**trial, **facts})
-                done, trial = done + 1, {}
-            else:
-                total = int(str(facts["total"]))
-        said = process.stderr.read()
-        status = process.wait()
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            for line in process.stdout:
+                facts: dict[str, Json] = json.loads(line)
+                if "number" in facts:
+                    trial = facts
+                elif "wrong" in facts:
+                    counts[f"{trial['way']} {trial['kind']}"] += 1
+                    if facts["wrong"]:
+                        findings.append({**trial, **facts})
+                    done, trial = done + 1, {}
+                else:
+                    total = int(str(facts["total"]))
+            said = process.stderr.read()
+            status = process.wait()
         if total < 0:
             if not trial:
                 raise CollectionError("an attack", expected="a good end", found=said.strip())

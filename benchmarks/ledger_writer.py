@@ -31,6 +31,9 @@ KEYS = 3000
 MAX_ROWS = 40
 """Of one write."""
 
+INDEX = "HNSW32"
+"""Of a collection that is made one segment: small ones would be searched without."""
+
 WEIGHTS: dict[Kind, int] = {"add": 30, "upsert": 30, "delete": 24, "seal": 8, "compact": 8}
 
 
@@ -75,7 +78,7 @@ def call(writer: CollectionWriter, write: Write) -> None:
         case "seal":
             writer.seal()
         case "compact":
-            writer.compact(all=write.all)
+            writer.compact(all=write.all, index=INDEX if write.all else None)
 
 
 def write_until(
