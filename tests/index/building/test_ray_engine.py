@@ -130,6 +130,7 @@ def test_bytes_that_are_no_part_are_refused(tmp_path, maker):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow  # to import Ray takes some seconds
 def test_a_cluster_that_cannot_be_joined_is_named(tmp_path, bundle, train_folder):
     """What Ray says of it, in one line; the build is not begun."""
     ran = subprocess.run(

@@ -292,8 +292,8 @@ def test_a_killed_sync_leaves_a_sound_collection_and_goes_on(options, folder, tm
     """What it wrote before SIGKILL is there and is not embedded again."""
     sync(options)
     images = tmp_path / "noise-images-idx3-ubyte"
-    header = np.array([0x00000803, 4000, 14, 14], ">u4").tobytes()
-    images.write_bytes(header + np.random.default_rng(0).bytes(4000 * 14 * 14))
+    header = np.array([0x00000803, 2500, 14, 14], ">u4").tobytes()
+    images.write_bytes(header + np.random.default_rng(0).bytes(2500 * 14 * 14))
     args = ("--images", f"idx:{images}", "--encoder", options.encoder, "--out", options.out)
     command = [sys.executable, "-m", "index.build", *map(str, args), "--sync"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
@@ -306,13 +306,13 @@ def test_a_killed_sync_leaves_a_sound_collection_and_goes_on(options, folder, tm
     process.communicate()
     with Collection.open(options.out) as collection:
         n_there = collection.count - 12
-    assert 0 < n_there < 4000
+    assert 0 < n_there < 2500
     assert verify(options.out).faults == []
     summary = sync(dataclasses.replace(options, images=f"idx:{images}"))
     assert (summary.unchanged, summary.new, summary.embedded) == (
-        n_there, 4000 - n_there, 4000 - n_there
+        n_there, 2500 - n_there, 2500 - n_there
     )  # fmt: skip
-    assert summary.images == 4012
+    assert summary.images == 2512
     assert verify(options.out).faults == []
 
 
