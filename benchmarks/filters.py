@@ -43,7 +43,7 @@ from index.collection import Collection, id_of
 from index.knn import MISSING, faiss_threads
 from index.storage.manifest import Manifest, SegmentEntry, hash_files, write_manifest
 from index.storage.rows import ROW_SCHEMA
-from index.storage.segment import EF_SEARCH, HNSW, Block, segment_files, write_segment
+from index.storage.segment import EF_SEARCH, HNSW, Block, write_segment
 from models.command import progress, run_command
 from models.cpu import cpu_budget, cpu_name
 from models.encoder import open_encoder
@@ -193,8 +193,8 @@ def filtered(collection: Collection, text: str) -> dict[str, Search]:
 
 def selector_search(collection: Collection, text: str) -> Search:
     """Search with faiss's own selector, on one thread."""
-    (entry,) = collection.manifest.segments
-    index = faiss.read_index(str(collection.path / segment_files(entry)[-1]))
+    (part,) = collection._snapshot.parts
+    entry, index = part.segment.entry, part.segment.index._top
     bits = np.packbits(collection.select(text).mask_N, bitorder="little")
     parameters = faiss.SearchParametersHNSW(
         efSearch=entry.parameters.get("efSearch", EF_SEARCH),
