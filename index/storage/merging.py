@@ -98,7 +98,6 @@ def with_index(
     entry = replace(part.segment.entry, name=name, factory=factory, parameters=dict(parameters))
     assert (file is None) == (factory == FLAT), f"{factory} in {file}"
     folder = store.path / SEGMENTS / name
-    folder.mkdir()
     try:
         for source in segment_files(replace(part.segment.entry, factory=FLAT)):
             os.link(store.path / source, folder / Path(source).name)

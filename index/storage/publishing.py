@@ -207,10 +207,15 @@ def living_blocks(parts: Sequence[Part], schema: pa.Schema) -> Iterator[Block]:
                 yield Block(rows=rows, vectors_ND=vectors_ND)
 
 
-def next_segment_name(directory: Path) -> str:
-    """Give a name that no segment in the directory has."""
+def new_segment_name(directory: Path) -> str:
+    """Make the folder of a new segment, which then has a name that no other one will take.
+
+    A compaction writes for minutes while other threads seal.
+    """
     taken = [entry.name for entry in (directory / SEGMENTS).glob("*")]
-    return f"{1 + max((int(name) for name in taken if name.isdecimal()), default=-1):06}"
+    name = f"{1 + max((int(name) for name in taken if name.isdecimal()), default=-1):06}"
+    (directory / SEGMENTS / name).mkdir(parents=True)
+    return name
 
 
 def sweep(directory: Path, manifest: Manifest) -> None:

@@ -255,7 +255,7 @@ def write_segment(
         UsageError: the index is of no known kind, or does not fit the vectors or the memory.
     """
     folder = directory / SEGMENTS / entry.name
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     ids_N = _write_rows_and_vectors(folder, entry.count, blocks, dim, schema)
     np.save(folder / "ids.npy", ids_N)
     if entry.factory != FLAT:

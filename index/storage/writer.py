@@ -36,7 +36,7 @@ from index.storage.manifest import read_manifest
 from index.storage.merging import merge, still_alive, whole_segment, with_index
 from index.storage.publishing import (
     begin_journal,
-    next_segment_name,
+    new_segment_name,
     publish,
     sweep,
     write_parts,
@@ -214,9 +214,9 @@ class CollectionWriter:
                 chosen = choose_segments(self._store.manifest.segments, all=all)
                 if all and index is not None and not chosen:  # a new index for the only one
                     chosen = [e.name for e in self._store.manifest.segments if e.factory != index]
-                name = next_segment_name(self.path)
-            if not chosen:
-                return
+                if not chosen:
+                    return
+                name = new_segment_name(self.path)
             merged = [part for part in parts if part.segment.entry.name in chosen]
             new = merge(self._store, merged, name=name, index=index)
             with self._lock:
@@ -257,7 +257,7 @@ class CollectionWriter:
             self._require_open()
             part = whole_segment(self._store)
             new = with_index(
-                self._store, part, file, name=next_segment_name(self.path), factory=factory,
+                self._store, part, file, name=new_segment_name(self.path), factory=factory,
                 parameters=parameters,
             )  # fmt: skip
             publish(self._store, added=new, merged=[part.segment.entry.name], tuning=tuning)
@@ -310,7 +310,7 @@ class CollectionWriter:
         added = None
         if store.contents.delta.n_alive:
             added = write_parts(
-                store, store.snapshot.parts[-1:], name=next_segment_name(self.path), factory=FLAT,
+                store, store.snapshot.parts[-1:], name=new_segment_name(self.path), factory=FLAT,
                 parameters={},
             )  # fmt: skip
         publish(store, added=added, journal=begin_journal(store))
