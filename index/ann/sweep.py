@@ -38,7 +38,7 @@ SWEEP_TIMED, FINAL_TIMED, ROUNDS = 64, 128, 3
 """Queries that are timed one by one: of every setting, and of those that are compared."""
 
 EFFORTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-LIST_FACTORS = (2, 4, 8, 16, 32)
+LIST_FACTORS = (2, 3, 5, 8, 12, 20, 32)
 GRAPH_FACTORS = (1, 2, 4)
 WORST_SHARE = 0.05
 TOLERANCE = {False: 1e-6, True: 1e-5}
