@@ -147,12 +147,13 @@ class Store:
             file = ManifestFile(self.path)
             try:
                 contents, journal = self._open(file.manifest)
-                is_here = file.is_here()
             except CollectionError:
                 if file.is_current() and file.is_here():
                     raise
-                continue
-            if is_here:
+                contents = None
+            if not file.is_here():
+                self._segments.clear()  # some may be of the one directory, some of the other
+            elif contents is not None:
                 break
         self._file, self.contents, self.journal = file, contents, journal
         self.manifest = file.manifest

@@ -17,6 +17,7 @@ from index.collection import Collection, id_of
 from index.errors import CollectionError
 from index.storage import store as store_module
 from index.storage import writer as writer_module
+from index.storage.publishing import put_in_place
 from index.storage.writer import CollectionWriter
 from index.verify import verify
 
@@ -154,6 +155,32 @@ def test_a_file_that_goes_while_it_is_opened_is_looked_for_anew(path, unit_rows,
         (path / "segments" / entry.name / "ids.npy").unlink()  # and this one is really gone
         with pytest.raises(CollectionError, match=r"expected a file that manifest.json lists"):
             Collection.open(path)
+
+
+def test_a_directory_that_is_exchanged_while_it_is_opened(
+    tmp_path, unit_rows, make_collection, monkeypatch
+):
+    """Files of both have the same names and sizes: never is one's manifest read with the other's.
+
+    Not even where nothing is hashed.
+    """
+    path = make_collection(tmp_path / "c", unit_rows(40, DIM), n_segments=2)
+    vectors = unit_rows(40, DIM, seed=1)
+    other = make_collection(tmp_path / "other", vectors, n_segments=2)
+    open_segment = store_module.open_segment
+    n_opened = 0
+
+    def overtaken(*arguments, **options):
+        nonlocal n_opened
+        n_opened += 1
+        if n_opened == 2:
+            put_in_place(other, path, replace=True)
+        return open_segment(*arguments, **options)
+
+    monkeypatch.setattr(store_module, "open_segment", overtaken)
+    collection = Collection.open(path, verify=False)
+    assert (n_opened, collection.version) == (4, (1, 0))
+    np.testing.assert_array_equal(collection.vectors(collection.ids), vectors)
 
 
 WRITES = """
