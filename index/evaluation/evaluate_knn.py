@@ -104,7 +104,7 @@ def main(options: KnnOptions) -> None:
     hand_over(as_text(report), document, as_json=options.json, out=options.out, draw=draw)
     if options.record:
         kept = {name: value for name, value in document.items() if name != "confusion"}
-        record("knn", kept, collection=options.collection, encoder=options.encoder)
+        record("knn", kept, collection=str(options.collection), encoder=options.encoder)
 
 
 def evaluate(options: KnnOptions) -> KnnReport:

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from index.collection import Collection, Neighbours
+from index.collection import Collection
 from index.errors import EvaluationError
 from index.evaluation.bootstrap import bootstrap_interval
 from index.evaluation.churn import churned
@@ -33,6 +33,8 @@ from index.evaluation.queries import Queries, open_queries
 from index.evaluation.recall_report import Condition, Recall, RecallReport, as_text
 from index.evaluation.recall_scores import recall_by_score, worst_mean
 from index.evaluation.timing import time_searches
+from index.interface import AnyCollection, open_collection
+from index.neighbours import Neighbours
 from models.cpu import cpu_budget, cpu_name
 from models.errors import UsageError
 
@@ -41,10 +43,10 @@ from models.errors import UsageError
 class RecallOptions:
     """Measure what an index finds of what an exact search finds."""
 
-    collection: Path
-    """The collection whose index is measured."""
+    collection: str
+    """The collection whose index is measured: its directory, or milvus:URI#NAME."""
     queries: str | None = None
-    """Another collection's directory or a source of images; the collection's own by default."""
+    """Another collection or a source of images; the collection's own by default."""
     encoder: str | None = None
     """Embeds a source's images: a bundle or URI; by default the one that built the collection."""
     n_queries: int = 1000
@@ -54,7 +56,8 @@ class RecallOptions:
     selectivity: tuple[float, ...] = (0.5, 0.1, 0.01)
     """Shares of the images that filters leave, above 0 and below 1."""
     churn: float = 0.2
-    """Share of the images that are deleted from a copy and added back; 0 leaves it out."""
+    """Share of the images that are deleted from a copy and added back; 0 leaves it out, as does a
+    Milvus, which makes no copies."""
     scratch: Path | None = None
     """Directory for that copy; the system's by default."""
     threads: int | None = None
@@ -108,7 +111,7 @@ def evaluate(options: RecallOptions) -> RecallReport:
     """
     with ExitStack() as stack:
         collection = stack.enter_context(
-            Collection.open(options.collection, threads=options.threads)
+            closing(open_collection(options.collection, threads=options.threads))
         )
         if collection.count < 2:
             raise EvaluationError(
@@ -132,7 +135,7 @@ def evaluate(options: RecallOptions) -> RecallReport:
         conditions = [
             asked.measure(collection, name, filter=filter) for name, filter in filters
         ] + list(_after_churn(collection, asked, options))
-        sizes = _bytes_by_file(collection)
+        sizes = _bytes_by_file(collection) if isinstance(collection, Collection) else {}
         return RecallReport(
             collection=collection.name,
             fingerprint=collection.fingerprint,
@@ -180,7 +183,7 @@ class _Asked:
 
     def search(
         self,
-        collection: Collection,
+        collection: AnyCollection,
         k: int,
         *,
         rows: NDArray[np.int64] | None = None,
@@ -194,7 +197,9 @@ class _Asked:
             filter=filter, without_QW=None if self.ids_Q is None else self.ids_Q[own][:, None],
         )  # fmt: skip
 
-    def measure(self, collection: Collection, name: str, *, filter: str | None = None) -> Condition:
+    def measure(
+        self, collection: AnyCollection, name: str, *, filter: str | None = None
+    ) -> Condition:
         """Measure recall and time of one way of searching."""
         truth = self.search(collection, self.ks[-1], filter=filter, exact=True)
         by_k = {}
@@ -222,7 +227,7 @@ class _Asked:
 
 
 def _filters(
-    collection: Collection, shares: tuple[float, ...]
+    collection: AnyCollection, shares: tuple[float, ...]
 ) -> tuple[list[tuple[str, str | None]], list[str]]:
     """Make a filter for each share of the images, no filter first.
 
@@ -242,10 +247,10 @@ def _filters(
 
 
 def _after_churn(
-    collection: Collection, asked: _Asked, options: RecallOptions
+    collection: AnyCollection, asked: _Asked, options: RecallOptions
 ) -> Iterator[Condition]:
     """Measure what is left of recall in a copy that images come and go in."""
-    if not options.churn:
+    if not options.churn or not isinstance(collection, Collection):
         return
     steps = churned(
         collection, options.churn,

@@ -18,14 +18,13 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from index.collection import Collection
 from index.errors import EvaluationError
 from index.evaluation.bootstrap import LEVEL, RESAMPLES, bootstrap_interval
 from index.evaluation.knn_scores import number_labels
@@ -46,6 +45,7 @@ from index.evaluation.retrieval_scores import (
     retrieval_scores,
 )
 from index.evaluation.same_images import collection_digests, is_same_vector
+from index.interface import AnyCollection, open_collection
 from index.knn import MISSING
 from models.command import progress
 from models.errors import UsageError
@@ -61,10 +61,10 @@ BYTES_A_PLACE = 4 + 8 + 8 + 16
 class RetrievalOptions:
     """Measure whether the nearest images are of the query's class."""
 
-    collection: Path
-    """The labelled collection that is ranked."""
+    collection: str
+    """The labelled collection that is ranked: its directory, or milvus:URI#NAME."""
     queries: str | None = None
-    """Another collection's directory or a source of images; the collection itself by default."""
+    """Another collection or a source of images; the collection itself by default."""
     encoder: str | None = None
     """Embeds a source's images: a bundle or URI; by default the one that built the collection."""
     n_queries: int = 10_000
@@ -109,7 +109,7 @@ def evaluate(options: RetrievalOptions) -> RetrievalReport:
         HoraceError: collection, encoder or images cannot be used.
     """
     with ExitStack() as stack:
-        collection = stack.enter_context(Collection.open(options.collection))
+        collection = stack.enter_context(closing(open_collection(options.collection)))
         queries = open_queries(stack, collection, options.queries, encoder=options.encoder)
         bank = _Bank.of(collection)
         queries, n_relevant_Q, notes = _choose(collection, bank, queries, options)
@@ -122,7 +122,7 @@ def evaluate(options: RetrievalOptions) -> RetrievalReport:
             collection=collection.name,
             queries=queries.name,
             is_against_itself=queries.ids_Q is not None,
-            encoder=collection.manifest.encoder,
+            encoder=collection.encoder,
             fingerprint=collection.fingerprint,
             dim=collection.dim,
             metric=collection.metric,
@@ -161,7 +161,7 @@ class _Bank:
     places: Places
 
     @classmethod
-    def of(cls, collection: Collection) -> _Bank:
+    def of(cls, collection: AnyCollection) -> _Bank:
         """Read the labels.
 
         Raises:
@@ -190,7 +190,7 @@ class _Bank:
 
 
 def _choose(
-    collection: Collection, bank: _Bank, queries: Queries, options: RetrievalOptions
+    collection: AnyCollection, bank: _Bank, queries: Queries, options: RetrievalOptions
 ) -> tuple[Queries, NDArray[np.int64], list[str]]:
     """Leave out the queries that cannot be scored, and take a sample of the others.
 
@@ -230,7 +230,7 @@ def _choose(
 
 
 def _rank(
-    collection: Collection, bank: _Bank, queries: Queries, n_relevant_Q: NDArray[np.int64]
+    collection: AnyCollection, bank: _Bank, queries: Queries, n_relevant_Q: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
     """Rank the collection for every query.
 
@@ -274,7 +274,7 @@ def _blocks(order: NDArray[np.int64], n_relevant_Q: NDArray[np.int64]) -> list[N
 
 
 def _find_copies(
-    collection: Collection, queries: Queries, *, may_read: bool
+    collection: AnyCollection, queries: Queries, *, may_read: bool
 ) -> NDArray[np.bool_] | None:
     """Find the queries whose content is that of another image of the collection."""
     digests = collection_digests(collection, may_read=may_read)

@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from index.collection import Collection
 from index.errors import EvaluationError
 from index.evaluation.drift import PairMoments, neighbour_overlap
 from index.evaluation.hubness import hubness, neighbour_rows, occurrences
@@ -37,6 +36,7 @@ from index.evaluation.space_measures import (
     uniformity,
 )
 from index.evaluation.space_report import Drift, Hub, SpaceReport, as_text
+from index.interface import AnyCollection, open_collection
 from models.command import progress
 from models.errors import UsageError
 from models.vectors import finish_vectors
@@ -51,9 +51,9 @@ FEW_IMAGES = 10
 class SpaceOptions:
     """Measure the space that a collection's vectors fill."""
 
-    collection: Path
-    """The collection."""
-    other: Path | None = None
+    collection: str
+    """The collection: its directory, or milvus:URI#NAME."""
+    other: str | None = None
     """A collection of the same images, by another encoder or of other views: joined by key."""
     k: int = 10
     """Neighbours, for hubs and for the overlap with the other collection."""
@@ -99,7 +99,7 @@ def evaluate(options: SpaceOptions) -> SpaceReport:
         HoraceError: a collection cannot be opened.
     """
     with ExitStack() as stack:
-        collection = stack.enter_context(Collection.open(options.collection))
+        collection = stack.enter_context(closing(open_collection(options.collection)))
         if collection.count <= options.k:
             raise EvaluationError(
                 f"collection {collection.name}",
@@ -114,12 +114,12 @@ def evaluate(options: SpaceOptions) -> SpaceReport:
         drift: Drift | None = None
         notes: list[str] = []
         if options.other is not None:
-            other = stack.enter_context(Collection.open(options.other))
+            other = stack.enter_context(closing(open_collection(options.other)))
             drift, notes = _drift(collection, other, options)
         sigma_K = moments.singular_values()
         return SpaceReport(
             collection=collection.name,
-            encoder=collection.manifest.encoder,
+            encoder=collection.encoder,
             fingerprint=collection.fingerprint,
             dim=collection.dim,
             metric=collection.metric,
@@ -142,18 +142,18 @@ def evaluate(options: SpaceOptions) -> SpaceReport:
         )
 
 
-def _sums(collection: Collection) -> tuple[Moments, ClassSums, ClassSums]:
+def _sums(collection: AnyCollection) -> tuple[Moments, ClassSums, ClassSums]:
     """Add up all vectors, those of each class, and all of them as if they were one class."""
     labels = collection.labels()
     names = sorted({label for label in labels if label is not None})
-    classes_N = number_labels(labels, names)
+    classes_N, ids_N = number_labels(labels, names), collection.ids
     moments = Moments.none(collection.dim)
     by_class = ClassSums.none(len(names), collection.dim)
     together = ClassSums.none(1, collection.dim)
     for rows in progress(
         _blocks(collection.count), what="vectors", total=collection.count, size=len
     ):
-        vectors = collection.vectors(collection.ids[rows])
+        vectors = collection.vectors(ids_N[rows])
         unit_ND = finish_vectors(vectors, normalize=True)
         moments.add(vectors)
         by_class.add(unit_ND, classes_N[rows])
@@ -162,7 +162,7 @@ def _sums(collection: Collection) -> tuple[Moments, ClassSums, ClassSums]:
 
 
 def _drift(
-    collection: Collection, other: Collection, options: SpaceOptions
+    collection: AnyCollection, other: AnyCollection, options: SpaceOptions
 ) -> tuple[Drift, list[str]]:
     """Compare the vectors of the images that two collections have in common.
 
@@ -208,7 +208,9 @@ def _drift(
     return drift, notes
 
 
-def _join(collection: Collection, other: Collection) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _join(
+    collection: AnyCollection, other: AnyCollection
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Pair the ids of images that have the same key, in the first collection's order.
 
     Raises:
@@ -233,7 +235,7 @@ def _join(collection: Collection, other: Collection) -> tuple[NDArray[np.int64],
 
 
 def _largest_hubs(
-    collection: Collection, ids_S: NDArray[np.int64], counts_S: NDArray[np.int64]
+    collection: AnyCollection, ids_S: NDArray[np.int64], counts_S: NDArray[np.int64]
 ) -> list[Hub]:
     """Name the images that are in the most lists."""
     most = np.argsort(-counts_S, kind="stable")[:LARGEST_HUBS]

@@ -16,14 +16,15 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import faiss
 import numpy as np
 
-from index.collection import Collection
 from index.errors import EvaluationError
+from index.interface import open_collection
 from models.bundle import record_evaluation
 from models.errors import UsageError
 from models.files import atomic_file
@@ -65,7 +66,7 @@ def hand_over(
 
 
 def record(
-    kind: str, document: Mapping[str, object], *, collection: Path, encoder: str | None
+    kind: str, document: Mapping[str, object], *, collection: str, encoder: str | None
 ) -> None:
     """Keep a report in the bundle of the encoder that it is about.
 
@@ -79,8 +80,8 @@ def record(
         UsageError: the encoder is no bundle on this machine.
         EvaluationError: the bundle cannot be written.
     """
-    with Collection.open(collection, verify=False) as opened:
-        uri = encoder or opened.manifest.encoder
+    with closing(open_collection(collection)) as opened:
+        uri = encoder or opened.encoder
     if "://" in uri:
         raise UsageError(
             "--record", expected="an encoder that is a bundle's directory here", found=uri

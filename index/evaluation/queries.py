@@ -19,10 +19,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from index.collection import Collection
 from index.embed import Reject
 from index.evaluation.baselines import see_images
 from index.evaluation.same_images import collection_digests
+from index.interface import AnyCollection, open_collection
+from index.milvus.connection import is_milvus
 from index.search import open_collection_encoder
 from index.storage.manifest import MANIFEST_FILE
 from models.images import open_source
@@ -82,14 +83,14 @@ class Queries:
 
 
 def open_queries(
-    stack: ExitStack, collection: Collection, queries: str | None, *, encoder: str | None = None
+    stack: ExitStack, collection: AnyCollection, queries: str | None, *, encoder: str | None = None
 ) -> Queries:
     """Open what the collection is asked with.
 
     Args:
         stack: closes what is opened.
         collection: what is asked.
-        queries: directory of another collection, or a source as for `index.build`; the
+        queries: address of another collection, or a source as for `index.build`; the
             collection's own images where None.
         encoder: embeds the images of a source; the one that built the collection where None.
 
@@ -99,8 +100,8 @@ def open_queries(
     """
     if queries is None:
         return _stored(collection, collection, name=f"of {collection.name} itself")
-    if (Path(queries) / MANIFEST_FILE).is_file():
-        other = stack.enter_context(Collection.open(queries))
+    if is_milvus(queries) or (Path(queries) / MANIFEST_FILE).is_file():
+        other = stack.enter_context(closing(open_collection(queries)))
         collection.require(other.fingerprint)
         return _stored(other, None, name=f"of collection {queries}")
     with closing(open_collection_encoder(collection, encoder)) as opened:
@@ -120,7 +121,7 @@ def open_queries(
     )
 
 
-def _stored(asking: Collection, itself: Collection | None, *, name: str) -> Queries:
+def _stored(asking: AnyCollection, itself: AnyCollection | None, *, name: str) -> Queries:
     """Make queries of the images of a collection."""
     ids_Q, keys = asking.ids, asking.keys()
     return Queries(

@@ -89,7 +89,7 @@ class RecallReport:
         seed: of the sample of queries and of the churn.
         threads: CPU threads of a search.
         cpu: its name.
-        bytes_by_file: bytes on the disk a vector, by kind of file.
+        bytes_by_file: bytes on the disk a vector, by kind of file; empty of a Milvus.
         bytes_a_vector: in all.
         exact: how long it takes to compare every vector.
         conditions: all images first.
@@ -121,8 +121,10 @@ class RecallReport:
 def as_text(report: RecallReport) -> str:
     """Lay the report out for a terminal."""
     sections = [
-        _header(report), _recall_table(report), _timing_table(report), _bytes(report)
+        _header(report), _recall_table(report), _timing_table(report)
     ]  # fmt: skip
+    if report.bytes_by_file:
+        sections.append(_bytes(report))
     if report.notes:
         sections.append("\n".join(f"  - {note}" for note in report.notes))
     return "\n\n".join(sections)

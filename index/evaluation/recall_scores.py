@@ -18,7 +18,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from index.collection import Collection, Neighbours
+from index.interface import AnyCollection
+from index.neighbours import Neighbours
 
 TOLERANCE = 1e-6
 """Of scores, relative to the squared lengths they are made of: float32 rounds by some 1e-7."""
@@ -30,7 +31,7 @@ WORST_SHARE = 0.05
 
 
 def recall_by_score(
-    collection: Collection,
+    collection: AnyCollection,
     queries_QD: NDArray[np.float32],
     found: Neighbours,
     exact: Neighbours,
@@ -61,7 +62,7 @@ def recall_by_score(
 
 
 def exact_scores(
-    collection: Collection, queries_QD: NDArray[np.float32], ids_QK: NDArray[np.int64]
+    collection: AnyCollection, queries_QD: NDArray[np.float32], ids_QK: NDArray[np.int64]
 ) -> NDArray[np.float32]:
     """Compare queries with stored vectors: (Q, K) scores, -inf where the id is -1."""
     scores_QK = np.full(ids_QK.shape, -np.inf, np.float32)

@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from index.collection import Collection
 from index.errors import EvaluationError
+from index.interface import AnyCollection
 from index.storage.rows import DIGEST
 from models.command import progress
 from models.errors import ImageError, SourceError
@@ -36,13 +37,14 @@ def is_same_vector(scores_Q: NDArray[np.float32], metric: str) -> NDArray[np.boo
     return scores_Q >= best - SAME_VECTOR
 
 
-def sources_of(collection: Collection) -> list[ImageSource]:
+def sources_of(collection: AnyCollection) -> list[ImageSource]:
     """Open every source that an image of the collection came from, in their order.
 
     Raises:
         SourceError: one cannot be opened.
     """
-    return [open_source(uri) for uri in collection.sources]
+    uris = pc.unique(collection.table(["source"])["source"])
+    return [open_source(uri) for uri in cast(list[str], uris.to_pylist())]
 
 
 def digest_by_key(sources: Sequence[ImageSource], *, what: str) -> dict[str, str]:
@@ -65,7 +67,7 @@ def digest_by_key(sources: Sequence[ImageSource], *, what: str) -> dict[str, str
     return digests
 
 
-def stored_digests(collection: Collection) -> list[str] | None:
+def stored_digests(collection: AnyCollection) -> list[str] | None:
     """Give the hash of every image as it was when it was embedded, in the order of the ids.
 
     None where the hash of some image was not taken.
@@ -76,7 +78,7 @@ def stored_digests(collection: Collection) -> list[str] | None:
     return cast(list[str], table[DIGEST].to_pylist())
 
 
-def collection_digests(collection: Collection, *, may_read: bool) -> list[str] | None:
+def collection_digests(collection: AnyCollection, *, may_read: bool) -> list[str] | None:
     """Hash the content of a collection's images, in the order of the ids.
 
     Args:

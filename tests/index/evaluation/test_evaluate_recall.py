@@ -34,7 +34,9 @@ def test_recall_equals_a_direct_count(hasty, tmp_path, make_collection, unit_row
     """Every k is searched for itself; the exact nearest by sorting all cosines in float64."""
     other = make_collection(tmp_path / "queries", unit_rows(50, 24, seed=9))
     report = evaluate(
-        RecallOptions(collection=hasty, queries=str(other), churn=0, selectivity=(), k=(1, 5, 20))
+        RecallOptions(
+            collection=str(hasty), queries=str(other), churn=0, selectivity=(), k=(1, 5, 20)
+        )
     )
     with Collection.open(hasty) as collection, Collection.open(other) as asking:
         queries = asking.vectors(asking.ids)
@@ -55,7 +57,7 @@ def test_recall_equals_a_direct_count(hasty, tmp_path, make_collection, unit_row
 def test_filters_leave_the_shares_that_were_asked_for(hasty):
     """By bounds of ids; a query that is an image of the collection is no answer to itself."""
     report = evaluate(
-        RecallOptions(collection=hasty, n_queries=40, churn=0, selectivity=(0.5, 0.1, 0.0001))
+        RecallOptions(collection=str(hasty), n_queries=40, churn=0, selectivity=(0.5, 0.1, 0.0001))
     )
     found = conditions(report)
     assert [one.n_images for one in report.conditions] == [600, 300, 60]
@@ -73,7 +75,7 @@ def test_churn_is_measured_on_a_copy(hasty, tmp_path):
     """Deleted and added back, each against an exact search of what is there then."""
     before = sorted((file, file.stat().st_mtime_ns) for file in hasty.rglob("*"))
     report = evaluate(
-        RecallOptions(collection=hasty, n_queries=60, selectivity=(), scratch=tmp_path)
+        RecallOptions(collection=str(hasty), n_queries=60, selectivity=(), scratch=tmp_path)
     )
     assert [(one.name, one.n_images) for one in report.conditions] == [
         ("all images", 600),
@@ -88,7 +90,7 @@ def test_churn_is_measured_on_a_copy(hasty, tmp_path):
 
 def test_an_exact_collection_finds_everything(built, test_folder):
     """Flat, with queries from a source of images: everything is 1, and it is said why."""
-    report = evaluate(RecallOptions(collection=built, queries=str(test_folder)))
+    report = evaluate(RecallOptions(collection=str(built), queries=str(test_folder)))
     for one in report.conditions:
         for recall in one.by_k.values():
             assert (recall.mean, recall.worst_5_percent, recall.complete) == (1.0, 1.0, 1.0)
@@ -142,13 +144,13 @@ def test_options_that_mean_nothing_are_refused(tmp_path, options, message):
         options = {"scratch": tmp_path / "nowhere"}
         message = f"--scratch: expected a directory, found {tmp_path / 'nowhere'}"
     with pytest.raises(UsageError, match=message.replace("(", r"\(")):
-        RecallOptions(collection=tmp_path, **options)
+        RecallOptions(collection=str(tmp_path), **options)
 
 
 def test_a_single_image_has_no_neighbours(tmp_path, make_collection, unit_rows):
     """Nothing can be found."""
     with pytest.raises(EvaluationError, match="collection made: expected at least 2 images"):
-        evaluate(RecallOptions(collection=make_collection(tmp_path / "c", unit_rows(1, 8))))
+        evaluate(RecallOptions(collection=str(make_collection(tmp_path / "c", unit_rows(1, 8)))))
 
 
 def test_distances_are_the_right_way_round(tmp_path):
@@ -161,7 +163,7 @@ def test_distances_are_the_right_way_round(tmp_path):
     ) as writer:
         writer.add(rows, vectors, fingerprint="f" * 64)
         writer.compact(all=True, index="HNSW32")
-    report = evaluate(RecallOptions(collection=tmp_path / "c", churn=0.2, k=(1, 10)))
+    report = evaluate(RecallOptions(collection=str(tmp_path / "c"), churn=0.2, k=(1, 10)))
     assert (report.metric, report.factory, report.n_queries) == ("euclidean", "HNSW32", 300)
     distances = np.square(vectors[:, None].astype(np.float64) - vectors[None]).sum(axis=2)
     np.fill_diagonal(distances, np.inf)

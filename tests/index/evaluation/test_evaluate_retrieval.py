@@ -48,7 +48,7 @@ def means(report, *names):
 def test_a_collection_against_itself_equals_a_direct_computation(noisy, monkeypatch):
     """The query is no answer to itself; blocks of a few queries change nothing."""
     monkeypatch.setattr(module, "BLOCK_BYTES", 36 * 29 * 7)
-    report = evaluate(RetrievalOptions(collection=noisy))
+    report = evaluate(RetrievalOptions(collection=str(noisy)))
     with Collection.open(noisy) as collection:
         vectors = collection.vectors(collection.ids).astype(np.float64)
         labels = collection.labels()
@@ -68,7 +68,7 @@ def test_a_collection_against_itself_equals_a_direct_computation(noisy, monkeypa
 def test_another_collection_asks(noisy, tmp_path, make_collection, unit_rows):
     """Nothing is left out then; R counts every image of the class."""
     other = make_collection(tmp_path / "other", unit_rows(30, 8, seed=9))
-    report = evaluate(RetrievalOptions(collection=noisy, queries=str(other)))
+    report = evaluate(RetrievalOptions(collection=str(noisy), queries=str(other)))
     with Collection.open(noisy) as collection, Collection.open(other) as asking:
         expected = direct(
             collection.vectors(collection.ids), collection.labels(),
@@ -87,7 +87,7 @@ def test_a_collection_that_changed_is_ranked_as_it_is(noisy):
         writer.add(
             before.table().take(back), before.vectors(gone[back]), fingerprint=before.fingerprint
         )
-    report = evaluate(RetrievalOptions(collection=noisy))
+    report = evaluate(RetrievalOptions(collection=str(noisy)))
     with Collection.open(noisy) as collection:
         vectors, labels = collection.vectors(collection.ids), collection.labels()
     expected = direct(vectors, labels, vectors, labels, own=True)
@@ -98,7 +98,8 @@ def test_a_collection_that_changed_is_ranked_as_it_is(noisy):
 def test_a_sample_is_the_seeds(noisy):
     """The same queries for the same seed, and said."""
     reports = [
-        evaluate(RetrievalOptions(collection=noisy, n_queries=20, seed=seed)) for seed in (1, 1, 2)
+        evaluate(RetrievalOptions(collection=str(noisy), n_queries=20, seed=seed))
+        for seed in (1, 1, 2)
     ]
     assert reports[0] == reports[1] != reports[2]
     assert (reports[0].n_queries, reports[0].n_all_queries) == (20, 90)
@@ -110,12 +111,12 @@ def test_duplicates_across_splits_are_flagged(tmp_path, bundle, built, new_folde
     shutil.copy(train_folder / "red/003.png", folder / "red/copy.png")
     with Image.open(train_folder / "blue/004.png") as picture:
         picture.save(folder / "blue/again.png", compress_level=1)  # other bytes, same pixels
-    report = evaluate(RetrievalOptions(collection=built, queries=str(folder), contents=True))
+    report = evaluate(RetrievalOptions(collection=str(built), queries=str(folder), contents=True))
     found = report.duplicates
     assert (found.same_vector, found.same_content, found.n_flagged) == (2, 1, 2)
     (folder / "red/copy.png").unlink()
     (folder / "blue/again.png").unlink()
-    clean = evaluate(RetrievalOptions(collection=built, queries=str(folder), contents=True))
+    clean = evaluate(RetrievalOptions(collection=str(built), queries=str(folder), contents=True))
     assert found.without == clean.measures
     assert clean.duplicates.n_flagged == 0
     assert clean.duplicates.without is None
@@ -141,18 +142,18 @@ def test_copies_within_a_collection_are_flagged(tmp_path, bundle, new_folder):
     build(BuildOptions(images=str(folder), encoder=str(bundle.path), out=tmp_path / "c"))
     plain = without_digests(tmp_path / "c", tmp_path / "plain")
     copies = {
-        contents: evaluate(RetrievalOptions(collection=plain, contents=contents)).duplicates
+        contents: evaluate(RetrievalOptions(collection=str(plain), contents=contents)).duplicates
         for contents in (False, True)
     }
     assert (copies[False].same_content, copies[False].n_flagged) == (None, 2)
     assert (copies[True].same_vector, copies[True].same_content, copies[True].n_flagged) == (2,) * 3
     (folder / "red/copy.png").unlink()
-    assert evaluate(RetrievalOptions(collection=tmp_path / "c")).duplicates == copies[True]
+    assert evaluate(RetrievalOptions(collection=str(tmp_path / "c"))).duplicates == copies[True]
     with pytest.raises(EvaluationError, match=r"none of the key 'red/copy.png', and 0 more"):
-        evaluate(RetrievalOptions(collection=plain, contents=True))
+        evaluate(RetrievalOptions(collection=str(plain), contents=True))
     shutil.rmtree(folder)
     with pytest.raises(EvaluationError, match="put them back, or leave --contents out"):
-        evaluate(RetrievalOptions(collection=plain, contents=True))
+        evaluate(RetrievalOptions(collection=str(plain), contents=True))
 
 
 def test_what_cannot_be_scored_is_left_out_and_said(tmp_path, bundle, new_folder):
@@ -162,7 +163,7 @@ def test_what_cannot_be_scored_is_left_out_and_said(tmp_path, bundle, new_folder
         (folder / f"red/00{n}.png").unlink()
     shutil.copy(folder / "blue/000.png", folder / "top.png")
     build(BuildOptions(images=str(folder), encoder=str(bundle.path), out=tmp_path / "c"))
-    itself = evaluate(RetrievalOptions(collection=tmp_path / "c"))
+    itself = evaluate(RetrievalOptions(collection=str(tmp_path / "c")))
     assert list(itself.notes) == [
         "1 queries have no label and are left out",
         "1 queries have no other image of their class and are left out",
@@ -171,7 +172,7 @@ def test_what_cannot_be_scored_is_left_out_and_said(tmp_path, bundle, new_folder
     assert itself.n_queries == 8
     assert [one.means is None for one in itself.per_class] == [False, False, True]
     (folder / "green/bad.png").write_text("no image")
-    asked = evaluate(RetrievalOptions(collection=tmp_path / "c", queries=str(folder)))
+    asked = evaluate(RetrievalOptions(collection=str(tmp_path / "c"), queries=str(folder)))
     assert asked.notes[0].startswith("1 queries could not be read, the first green/bad.png: image")
     assert asked.n_queries == 9
 
@@ -182,16 +183,16 @@ def test_what_means_nothing_is_refused(tmp_path, built, new_folder, make_collect
     for name in ("red", "green", "blue"):
         (folder / name).rename(folder / f"dark {name}")
     with pytest.raises(EvaluationError) as error:
-        evaluate(RetrievalOptions(collection=built, queries=str(folder)))
+        evaluate(RetrievalOptions(collection=str(built), queries=str(folder)))
     assert str(error.value) == (
         f"queries {folder}: expected an image of a class that collection colours has another "
         "image of, found none among 12; evaluate with labelled images of the collection's classes"
     )
     other = make_collection(tmp_path / "other", unit_rows(5, 16))
     with pytest.raises(FingerprintMismatchError):
-        evaluate(RetrievalOptions(collection=built, queries=str(other)))
+        evaluate(RetrievalOptions(collection=str(built), queries=str(other)))
     with pytest.raises(UsageError, match="--n-queries: expected at least 0, found -1"):
-        RetrievalOptions(collection=built, n_queries=-1)
+        RetrievalOptions(collection=str(built), n_queries=-1)
 
 
 def test_the_report_in_every_form(built, train_folder, bundle, tmp_path, capsys):

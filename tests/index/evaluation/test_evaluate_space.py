@@ -26,7 +26,7 @@ def test_a_space_is_measured_over_all_its_images(tmp_path, make_collection, vect
     """In blocks, over several segments; against numpy on the whole matrix."""
     monkeypatch.setattr(module, "BLOCK_ROWS", 17)
     report = evaluate(
-        SpaceOptions(collection=make_collection(tmp_path / "c", vectors, n_segments=3))
+        SpaceOptions(collection=str(make_collection(tmp_path / "c", vectors, n_segments=3)))
     )
     sigma = np.linalg.svd(vectors.astype(np.float64), compute_uv=False)
     shares = sigma / sigma.sum()
@@ -47,7 +47,7 @@ def test_images_are_compared_among_a_sample(tmp_path, make_collection, vectors):
     """The seed's; sums are over all images all the same."""
     c = make_collection(tmp_path / "c", vectors)
     once, again, other = (
-        evaluate(SpaceOptions(collection=c, sample=40, seed=seed)) for seed in (1, 1, 2)
+        evaluate(SpaceOptions(collection=str(c), sample=40, seed=seed)) for seed in (1, 1, 2)
     )
     assert once == again != other
     assert (once.n, once.n_sample, once.hubness.n) == (120, 40, 40)
@@ -59,7 +59,7 @@ def test_drift_joins_images_by_key(tmp_path, make_collection, vectors):
     turned = (vectors @ ortho_group.rvs(10, random_state=1)).astype(np.float32)
     c = make_collection(tmp_path / "c", vectors)
     other = make_collection(tmp_path / "other", turned[:100], n_segments=2)
-    report = evaluate(SpaceOptions(collection=c, other=other, sample=0))
+    report = evaluate(SpaceOptions(collection=str(c), other=str(other), sample=0))
     drift = report.drift
     assert drift.n_pairs == 100
     assert drift.linear_cka == pytest.approx(1, abs=1e-4)
@@ -69,7 +69,7 @@ def test_drift_joins_images_by_key(tmp_path, make_collection, vectors):
     assert drift.overlap_histogram == [0] * 10 + [100]
     assert list(report.notes) == ["20 images are not in made"]
     shuffled = make_collection(tmp_path / "shuffled", np.roll(vectors, 1, axis=0))
-    apart = evaluate(SpaceOptions(collection=c, other=shuffled)).drift
+    apart = evaluate(SpaceOptions(collection=str(c), other=str(shuffled))).drift
     assert apart.linear_cka < 0.3
     assert apart.neighbour_overlap < 0.3
 
@@ -79,7 +79,7 @@ def test_two_views_by_one_encoder_are_aligned(tmp_path, make_collection, vectors
     noisy = vectors + 0.1
     noisy = (noisy / np.linalg.norm(noisy, axis=1, keepdims=True)).astype(np.float32)
     c, other = make_collection(tmp_path / "c", vectors), make_collection(tmp_path / "o", noisy)
-    drift = evaluate(SpaceOptions(collection=c, other=other)).drift
+    drift = evaluate(SpaceOptions(collection=str(c), other=str(other))).drift
     assert drift.is_same_encoder
     assert drift.alignment == pytest.approx(((vectors - noisy) ** 2).sum(axis=1).mean(), rel=1e-5)
 
@@ -88,7 +88,7 @@ def test_two_encoders_have_no_alignment(tmp_path, built, other_bundle, train_fol
     """Real bundles over the same images: drift has a figure, alignment none."""
     out = tmp_path / "other"
     build(BuildOptions(images=str(train_folder), encoder=str(other_bundle.path), out=out))
-    report = evaluate(SpaceOptions(collection=built, other=out))
+    report = evaluate(SpaceOptions(collection=str(built), other=str(out)))
     assert (report.drift.is_same_encoder, report.drift.alignment) == (False, None)
     assert report.drift.fingerprint == other_bundle.fingerprint
     assert 0 < report.drift.neighbour_overlap < 1
@@ -99,14 +99,14 @@ def test_what_cannot_be_measured_is_refused(tmp_path, make_collection, vectors, 
     """Fewer images than neighbours, no image in common, options that mean nothing."""
     few = make_collection(tmp_path / "few", unit_rows(5, 10))
     with pytest.raises(EvaluationError, match=r"expected more than k = 10 images, found 5; take"):
-        evaluate(SpaceOptions(collection=few))
+        evaluate(SpaceOptions(collection=str(few)))
     c = make_collection(tmp_path / "c", vectors)
     with pytest.raises(EvaluationError, match=r"such as '0000', found 0 of them among its 60"):
-        evaluate(SpaceOptions(collection=c, other=built))
+        evaluate(SpaceOptions(collection=str(c), other=str(built)))
     with pytest.raises(UsageError, match="--k: expected at least 1, found 0"):
-        SpaceOptions(collection=c, k=0)
+        SpaceOptions(collection=str(c), k=0)
     with pytest.raises(UsageError, match="--sample: expected 0, or more than --k, found 10"):
-        SpaceOptions(collection=c, sample=10)
+        SpaceOptions(collection=str(c), sample=10)
 
 
 def test_the_report_in_every_form(tmp_path, built, bundle, capsys):
