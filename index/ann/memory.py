@@ -4,8 +4,8 @@ Rules:
     Memory is what a process must hold: a mapped file's pages are not counted, since the system
     takes them back when it needs room. Builders give their pages back as they go, so that the
     whole resident size stays near the figures here.
-    Estimates are upper bounds for the sizes that FAISS's containers grow to, measured by
-    `tests/index/ann/test_memory.py`, and not averages.
+    Estimates are upper bounds for what FAISS's containers grow to, not averages: a test builds
+    every kind and holds what that took against them.
 """
 
 from __future__ import annotations

@@ -23,6 +23,9 @@ from index.errors import CollectionError
 from index.knn import EUCLIDEAN, faiss_metric
 from models.errors import UsageError
 
+SCAN = (0, 32, 0, 0)
+"""FAISS's own choices of implementation, block and batch sizes, which no kind of ours changes."""
+
 MEND = "the file is not this collection's: copy or build the collection again"
 
 _OF_CONTENT = frozenset(
@@ -155,6 +158,9 @@ def _is_of_lists(kind: Kind, index: faiss.Index, shape: tuple[int, int], metric:
         and (quantizer.ntotal, quantizer.d) == (kind.lists, shape[1])
         and quantizer.codes.size() == 4 * kind.lists * shape[1]
     )
+    sound = sound and index.parallel_mode == 0
+    if sound and kind.is_fast_scan:  # how it is scanned: FAISS looks at these in a search only
+        sound = (index.implem, index.bbs, index.qbs, index.skip) == SCAN
     if sound and kind.codec == "PQ":
         sound = not index.by_residual and (index.pq.M, index.pq.nbits, index.pq.d) == (
             kind.sub_vectors,

@@ -41,6 +41,7 @@ EFFORTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512
 LIST_FACTORS = (2, 3, 5, 8, 12, 20, 32)
 GRAPH_FACTORS = (1, 2, 4)
 WORST_SHARE = 0.05
+BATCH = 256
 TOLERANCE = {False: 1e-6, True: 1e-5}
 """Of a score, by which equal ones may differ: the sums of float32 depend on their order."""
 
@@ -133,6 +134,20 @@ def worst(recalls_Q: NDArray[np.float64]) -> float:
     return float(np.sort(recalls_Q)[:n].mean())
 
 
+def search_all(
+    search: Search, queries_QD: NDArray[np.float32], k: int, parameters: Mapping[str, int],
+    threads: int,
+) -> NDArray[np.float32]:  # fmt: skip
+    """Give the scores of what queries find, (Q, k).
+
+    A batch at a time: FAISS holds for every query as many candidates as are ranked again.
+    """
+    batches = range(0, len(queries_QD), BATCH)
+    return np.concatenate(
+        [search(queries_QD[n : n + BATCH], k, parameters, threads)[0] for n in batches]
+    )
+
+
 def time_singles(
     search: Search, queries_QD: NDArray[np.float32], k: int, parameters: Mapping[str, int]
 ) -> NDArray[np.float64]:
@@ -219,7 +234,9 @@ class Sweep:
 
     def measure(self, parameters: Mapping[str, int]) -> Point:
         """Measure a setting."""
-        scores, _ = self.search(self._queries.vectors_QD, self._k, parameters, self._threads)
+        scores = search_all(
+            self.search, self._queries.vectors_QD, self._k, parameters, self._threads
+        )
         found_Q = recalls(scores, self._queries, self._k)
         timed_QD = self._queries.vectors_QD[:SWEEP_TIMED]
         times = time_singles(self.search, timed_QD, self._k, parameters)

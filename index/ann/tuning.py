@@ -29,12 +29,15 @@ from index.ann.making import SEED, Builder, write_index
 from index.ann.memory import as_size
 from index.ann.peak import PeakMemory, held_bytes
 from index.ann.sweep import (
+    BATCH,
+    LIST_FACTORS,
     Point,
     Queries,
     Search,
     Sweep,
     exact_truth,
     recalls,
+    search_all,
     time_singles,
     worst,
 )
@@ -48,7 +51,10 @@ MAX_QUERIES, QUERY_SHARE, MIN_QUERIES = 2000, 0.1, 20
 
 RECALL_KS = (1, 10, 100)
 SINGLES = 256
-BATCH = 256
+
+ALLOCATOR_BYTES = 32 << 20
+"""What threads' heaps and buffers of BLAS came to, beside what is counted."""
+
 CONFIRMATIONS = 3
 
 log = logging.getLogger("horace.index")
@@ -228,14 +234,24 @@ def plan(count: int, dim: int, goal: Goal) -> list[Candidate]:
     """Give the kinds that would be built, within what the process does not hold already."""
     left = None
     if goal.memory_bytes is not None:
-        left = goal.memory_bytes - held_bytes()
+        taken = held_bytes() + tuning_bytes(count, dim, goal)
+        left = goal.memory_bytes - taken
         if left <= 0:
             raise UsageError(
                 "memory",
-                expected=f"more than the {as_size(held_bytes())} that the process holds already",
+                expected=f"more than the {as_size(taken)} that this process and its queries take",
                 found=as_size(goal.memory_bytes),
             )
     return choose_candidates(count, dim, memory_bytes=left, factories=goal.factories)
+
+
+def tuning_bytes(count: int, dim: int, goal: Goal) -> int:
+    """Give what queries, their truth and a batch of searches take, beside the index."""
+    n = min(count, goal.n_queries or MAX_QUERIES)
+    widest = max(*RECALL_KS, goal.k)
+    queries = 3 * n * 4 * dim + 4 * n * 12 * widest
+    search = 2 * min(n, BATCH) * 12 * widest * max(LIST_FACTORS)
+    return queries + search + ALLOCATOR_BYTES
 
 
 def hold_back(count: int, goal: Goal) -> NDArray[np.int64]:
@@ -366,7 +382,7 @@ class _Bench:
     def _holds(self, search: Search, point: Point) -> bool:
         """Tell whether a setting reaches the target on the queries that confirm."""
         queries, k = self._confirming, self._goal.k
-        scores, _ = search(queries.vectors_QD, k, point.parameters, self._threads)
+        scores = search_all(search, queries.vectors_QD, k, point.parameters, self._threads)
         return bool(recalls(scores, queries, k).mean() >= self._goal.recall)
 
     def _figures(self, search: Search, parameters: Mapping[str, int]) -> Figures:
@@ -375,7 +391,7 @@ class _Bench:
         found: dict[int, NDArray[np.float64]] = {}
         for wanted in sorted({*RECALL_KS, k}):
             if wanted <= queries.truth_QK.shape[1]:
-                scores, _ = search(queries.vectors_QD, wanted, parameters, self._threads)
+                scores = search_all(search, queries.vectors_QD, wanted, parameters, self._threads)
                 found[wanted] = recalls(scores, queries, wanted)
         singles = time_singles(search, queries.vectors_QD[:SINGLES], k, parameters)
         return Figures(
