@@ -13,6 +13,7 @@ const TILE = new Int32Array(bytes(data.tile).buffer);
 const N = X.length;
 const PICTURES_BELOW = 400; // points in view from which on pictures show by themselves
 const REACH_PX = 14;
+const GAP_PX = 46; // from picture to picture
 const CELLS = 128;
 const CELL = 65536 / CELLS;
 
@@ -33,6 +34,7 @@ let chosen = -1, hovered = -1;
 let matches = [], match = -1;
 let isMatch = null;
 const hidden = new Set();
+const pictured = new Map(); // which picture stands in which square
 
 // Points by cell, so that looking for one near the pointer looks at few.
 const starts = new Uint32Array(CELLS * CELLS + 1);
@@ -98,6 +100,7 @@ function draw() {
   paper.setTransform(ratio, 0, 0, ratio, 0, 0);
   paper.clearRect(0, 0, width, height);
   const seen = [...visible(...view())];
+  pictured.clear();
   if (isPictures || seen.length <= PICTURES_BELOW) drawPictures(seen);
   else drawPoints(seen);
   for (const i of matches.slice(0, 2000)) ring(i, 5, dark.matches ? "#fff" : "#000", 1.5);
@@ -122,16 +125,15 @@ function drawPoints(seen) {
   paper.globalAlpha = 1;
 }
 
-// One picture a square of the screen, so that none hides another; the first of a square wins.
+// One picture a square of the map at this scale, so that none hides another; the first of a square wins.
 function drawPictures(seen) {
-  const size = 40, gap = 46;
-  const taken = new Set();
+  const size = GAP_PX - 6;
   for (const i of seen) {
-    const x = X[i] * scale + left, y = Y[i] * scale + top_;
-    const square = Math.floor(x / gap) + ":" + Math.floor(y / gap);
-    if (taken.has(square)) continue;
-    taken.add(square);
-    const x0 = Math.floor(x / gap) * gap + 3, y0 = Math.floor(y / gap) * gap + 3;
+    const column = Math.floor(X[i] * scale / GAP_PX), row = Math.floor(Y[i] * scale / GAP_PX);
+    const square = column + ":" + row;
+    if (pictured.has(square)) continue;
+    pictured.set(square, i);
+    const x0 = column * GAP_PX + left + 3, y0 = row * GAP_PX + top_ + 3;
     paper.fillStyle = colour(i);
     paper.globalAlpha = isMatch && !isMatch[i] ? 0.25 : 1;
     paper.fillRect(x0 - 2, y0 - 2, size + 4, size + 4);
@@ -152,6 +154,8 @@ function ring(i, radius, stroke, line) {
 }
 
 function near(sx, sy) {
+  const square = Math.floor((sx - left) / GAP_PX) + ":" + Math.floor((sy - top_) / GAP_PX);
+  if (pictured.has(square)) return pictured.get(square);
   const wx = (sx - left) / scale, wy = (sy - top_) / scale, reach = REACH_PX / scale;
   let best = -1, least = Infinity;
   for (const i of visible(wx - reach, wy - reach, wx + reach, wy + reach)) {
