@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from index.collection import Collection
 from index.selection import Selection
 from models.command import progress
+from models.errors import UsageError
 
 BLOCK_ROWS = 256
 FIRST_NEIGHBOURS = 16
@@ -61,7 +62,16 @@ def find_groups(
         threshold: cosine from which two images are near, above 0.
         exact: whether to compare every pair instead of asking the index.
         selection: the images that are looked at; all where None.
+
+    Raises:
+        UsageError: the collection compares vectors by something else than cosine.
     """
+    if collection.metric != "cosine":
+        raise UsageError(
+            f"collection {collection.name}",
+            expected="vectors that are compared by cosine, as --threshold is one",
+            found=collection.metric,
+        )
     grouping = Grouping(threshold)
     mask_N = np.ones(collection.count, np.bool_) if selection is None else selection.mask_N
     ids = collection.ids[mask_N]

@@ -1,8 +1,10 @@
 import numpy as np
+import pyarrow as pa
 import pytest
 from sklearn.neighbors import LocalOutlierFactor
 
-from index.collection import Collection
+from index.collection import Collection, id_of
+from index.curation.near import find_groups
 from index.curation.outlying import (
     SCORERS,
     default_neighbours,
@@ -12,6 +14,9 @@ from index.curation.outlying import (
     local_outlier_factors,
     mean_distances,
 )
+from index.curation.smoothing import smooth
+from index.storage.rows import ROW_SCHEMA
+from index.storage.writer import CollectionWriter
 from models.errors import UsageError
 
 
@@ -112,3 +117,35 @@ def test_one_class_or_none_has_no_suspects(tmp_path, make_collection, unit_rows)
     with Collection.open(make_collection(tmp_path, unit_rows(20, 16))) as collection:
         around = find_surroundings(collection, 5)
     assert find_suspects(around, ["a"] * 20) == find_suspects(around, [None] * 20) == []
+
+
+def test_a_collection_that_is_written_to_is_looked_at_as_it_is(tmp_path, unit_rows):
+    """By Euclidean distance where that is its metric, without what was deleted."""
+    vectors = (5 * unit_rows(40, 8)).astype(np.float32)
+    vectors[7] *= 3
+    keys = [f"{n:02}" for n in range(40)]
+    columns = {"id": [id_of(key) for key in keys], "key": keys}
+    columns |= {"label": ["a"] * 40, "source": ["folder:/nowhere"] * 40}
+    rows = pa.table(columns, schema=ROW_SCHEMA)
+    with CollectionWriter.create(
+        tmp_path / "c", name="far", fingerprint="f" * 64, dim=8, metric="euclidean"
+    ) as writer:
+        writer.add(rows, vectors, fingerprint="f" * 64)
+        writer.delete([id_of("03")])
+        collection = writer.collection
+        around = find_surroundings(collection, 4)
+        assert len(around.ids) == 39
+        assert around.places_NK.min() >= 0
+        stored = collection.vectors(around.ids)
+        distances = np.linalg.norm(stored[:, None] - stored, axis=2)
+        nearest = np.sort(distances, axis=1)[:, 1:5]
+        np.testing.assert_allclose(around.distances_NK, nearest, rtol=1e-3)
+        odd = around.ids[farthest_distances(around).argmax()]
+        assert collection.rows([odd])[0].key == "07"
+        once = smooth(stored, around.places_NK, 1, unit=False)
+        near = stored[around.places_NK[0]]
+        np.testing.assert_allclose(once[0], (stored[0] + near.sum(axis=0)) / 5, rtol=1e-5)
+        with pytest.raises(
+            UsageError, match=r"compared by cosine, as --threshold is one"
+        ):
+            find_groups(collection, 0.9)
