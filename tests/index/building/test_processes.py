@@ -22,12 +22,12 @@ from index.errors import CollectionError
 from models.errors import UsageError
 
 ROOT = Path(__file__).parents[3]
-N_IMAGES = 2000
+N_IMAGES = 3000
 
 
 @pytest.fixture(scope="module")
 def many_images(tmp_path_factory):
-    """2,000 images of noise in an IDX file: enough to be killed among."""
+    """3,000 images of noise in an IDX file: enough to be killed among."""
     path = tmp_path_factory.mktemp("idx") / "noise-images-idx3-ubyte"
     header = np.array([0x00000803, N_IMAGES, 14, 14], ">u4").tobytes()
     path.write_bytes(header + np.random.default_rng(0).bytes(N_IMAGES * 14 * 14))
