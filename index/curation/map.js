@@ -103,7 +103,7 @@ function draw() {
   pictured.clear();
   if (isPictures || seen.length <= PICTURES_BELOW) drawPictures(seen);
   else drawPoints(seen);
-  for (const i of matches.slice(0, 2000)) ring(i, 5, dark.matches ? "#fff" : "#000", 1.5);
+  if (!pictured.size && matches.length <= 200) for (const i of matches) ring(i, 5, dark.matches ? "#fff" : "#000", 1.5);
   if (hovered >= 0) ring(hovered, 9, dark.matches ? "#fff" : "#000", 2);
   if (chosen >= 0) ring(chosen, 11, "#d1242f", 3);
 }
@@ -117,18 +117,20 @@ function drawPoints(seen) {
   }
   for (const [label, members] of groups) {
     paper.fillStyle = data.labels[label].colour;
-    paper.globalAlpha = isMatch ? 0.35 : 0.75;
     for (const i of members) {
-      paper.fillRect(X[i] * scale + left - size / 2, Y[i] * scale + top_ - size / 2, size, size);
+      const side = isMatch && isMatch[i] ? size + 1.5 : size;
+      paper.globalAlpha = !isMatch ? 0.75 : isMatch[i] ? 1 : 0.25;
+      paper.fillRect(X[i] * scale + left - side / 2, Y[i] * scale + top_ - side / 2, side, side);
     }
   }
   paper.globalAlpha = 1;
 }
 
-// One picture a square of the map at this scale, so that none hides another; the first of a square wins.
+// One picture a square of the map at this scale, so that none hides another; what was chosen or found wins.
 function drawPictures(seen) {
   const size = GAP_PX - 6;
-  for (const i of seen) {
+  const rank = (i) => (i === chosen ? 2 : isMatch ? isMatch[i] : 0);
+  for (const i of seen.sort((a, b) => rank(b) - rank(a))) {
     const column = Math.floor(X[i] * scale / GAP_PX), row = Math.floor(Y[i] * scale / GAP_PX);
     const square = column + ":" + row;
     if (pictured.has(square)) continue;
@@ -214,7 +216,8 @@ function resize() {
   canvas.width = width * ratio;
   canvas.height = height * ratio;
   if (isFirst) fit();
-  else { left += (width - oldWidth) / 2; top_ += (height - oldHeight) / 2; redraw(); }
+  else { left += (width - oldWidth) / 2; top_ += (height - oldHeight) / 2; }
+  draw(); // at once: setting the size has cleared the canvas
 }
 
 function find() {
