@@ -35,7 +35,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,7 +89,7 @@ class AnnOptions:
     """Queries of a batch."""
     exacts: int = 50
     """Queries that exact search is timed with, one a call."""
-    rounds: int = 7
+    rounds: int = 5
     """How often all take turns."""
     out: Path | None = None
     """JSON file for the result."""
@@ -193,7 +193,10 @@ def measure(task: Task, options: AnnOptions) -> dict[str, Json]:
 
 
 def tune_all(task: Task, place: Path, options: AnnOptions) -> list[TunedCollection]:
-    """Tune to every target: to the main one among all kinds, then among what won there."""
+    """Tune to every target: to the main one among all kinds, to others among few.
+
+    Below it what won is taken, above it what was tried there and is built in seconds.
+    """
     write_collection(place / "collection", task)
     targets = options.targets
     first = MAIN_TARGET if MAIN_TARGET in targets else targets[0]
@@ -203,12 +206,17 @@ def tune_all(task: Task, place: Path, options: AnnOptions) -> list[TunedCollecti
     tuned = [best]
     for target in progress(targets, what=f"{task.name}: tuning", unit="target"):
         if target != first:
-            kinds = [best.collection.factory]
-            one = tune_collection(
-                place / "collection", place / str(target), target, kinds=kinds
-            ) or tune_collection(place / "collection", place / f"any-{target}", target)
+            kinds = [best.collection.factory] if target < first else list_kinds(best)
+            one = tune_collection(place / "collection", place / str(target), target, kinds=kinds)
             tuned += [] if one is None else [one]
     return tuned
+
+
+def list_kinds(tuned: TunedCollection) -> list[str]:
+    """Name the kinds that were tried and are lists of product codes; what won is among them."""
+    tried = cast(list[dict[str, str]], tuned.report["trials"])
+    lists = [trial["factory"] for trial in tried if trial["factory"].startswith("IVF")]
+    return list(dict.fromkeys([tuned.collection.factory, *lists]))
 
 
 def horace_setting(task: Task, tuned: TunedCollection) -> Setting:

@@ -3,8 +3,7 @@
 Rules:
     Settings come from `python -m index.tune C --recall R`, which sees the training vectors alone;
     the queries of the task only show whether they hold.
-    One target is tuned among all kinds; the others among the kind that won there, in collections
-    of their own.
+    Every target has a collection of its own.
 
 Shapes: Q queries, D dimensions, K neighbours.
 """
