@@ -22,28 +22,24 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 from index.ann.kinds import FLAT
-from index.ann.memory import parse_size
-from index.ann.tuning import Goal
 from index.building.assemble import choose_factory, write_collection
 from index.building.dry_run import BuildPlan, plan_build
 from index.building.filling import Filling, fill_store, resumable
 from index.building.metadata import Metadata
+from index.building.options import BuildOptions as BuildOptions
 from index.building.part_file import RunKey
 from index.building.part_set import PartSet
 from index.building.parts import PartStore, parts_directory
-from index.building.pipeline import ENCODE_THREADS, REMOTE_REQUESTS, Crew, choose_crew
+from index.building.pipeline import ENCODE_THREADS, Crew, choose_crew
 from index.building.summary import BuildSummary, summarise
 from index.building.sync import SyncSettings, sync_collection
 from index.building.sync_summary import SyncSummary
 from index.building.target import check_target, find_finished
 from index.building.tuned import tune_built
 from index.errors import CollectionError
-from index.milvus.connection import MilvusAddress, read_address
 from index.storage.manifest import MANIFEST_FILE, Manifest, write_manifest
 from index.storage.publishing import put_in_place
 from index.storage.writer import CollectionWriter
@@ -58,145 +54,7 @@ from models.images import ImageSource, open_source
 
 BATCHES_PER_PART = 16
 
-MAX_AT_ONCE = 1024
-"""Processes, or requests; more is a slip of the finger."""
-
 log = logging.getLogger("horace.index")
-
-
-@dataclass(frozen=True, kw_only=True)
-class BuildOptions:
-    """Embed the images of a source and make a collection of them."""
-
-    images: str
-    """The images: a folder (or folder:PATH), tar shards (or wds:PATTERN), idx:IMAGES[,LABELS],
-    or fashion-mnist[:train|:test]."""
-    encoder: str
-    """The encoder: a bundle's directory, or one of a server: horace://host:port/model (by TLS:
-    horaces://), or triton://host:port[,host2:port...]/model."""
-    out: Path
-    """The collection's directory, to be made."""
-    name: str | None = None
-    """The collection's name; that of its directory where none is given."""
-    index: Literal["auto", "flat", "hnsw"] = "auto"
-    """flat searches every vector; hnsw is approximate; auto takes flat up to 20,000 images, or,
-    with --recall, what is measured to be the fastest."""
-    recall: float | None = None
-    """Have the index chosen and tuned until it finds this share of the 10 nearest images, such as
-    .99: see `index.tune`."""
-    memory_budget: str | None = None
-    """With --recall: most that this process may hold while the index is built, such as 500MB."""
-    metadata: Path | None = None
-    """A CSV or parquet file with a column `key`; its other columns are stored with the images."""
-    batch_size: int = 64
-    """Images encoded at once."""
-    engine: Literal["local", "ray"] = "local"
-    """What embeds: this machine, or actors on Ray (extra `ray`): the cluster of RAY_ADDRESS, or a
-    Ray that is started here. What they make is the same."""
-    actors: int = 1
-    """Actors on Ray, each with an encoder of its own and one CPU."""
-    processes: int = 1
-    """Processes that share the work: one fills some sixteen CPUs. What they make is the same."""
-    requests: int = REMOTE_REQUESTS
-    """Batches on their way to a server's encoder at once."""
-    store: str | None = None
-    """Keep the collection in a Milvus instead: milvus:URI, such as milvus:http://localhost:19530,
-    under the name of --out, where the parts lie meanwhile. Its token: MILVUS_TOKEN."""
-    replace: bool = False
-    """Replace the collection that stands at --out."""
-    restart: bool = False
-    """Drop what an unfinished build of --out has embedded, instead of going on from it."""
-    sync: bool = False
-    """Bring the collection at --out up to date with the images, or build it where there is none:
-    embed what is new or changed, drop what is gone. Other sources in it are left alone."""
-    checksum: bool = False
-    """With --sync: read and hash every file, also one whose size and times are as they were."""
-    moved_from: str | None = None
-    """With --sync: the source's URI in the collection, where it is at --images now."""
-    dry_run: bool = False
-    """Say what would be done and how long it would take, and write nothing."""
-    json: bool = False
-    """Print the summary as JSON."""
-
-    def __post_init__(self) -> None:
-        """Check what can be checked without opening anything."""
-        if not self.target.name:
-            raise UsageError("--out", expected="a directory with a name", found=str(self.out))
-        if not 1 <= self.batch_size <= 65536:
-            raise UsageError("--batch-size", expected="1 to 65536", found=str(self.batch_size))
-        self._check_sync()
-        self._check_recall()
-        if self.store is not None:
-            self._check_store()
-        at_once = {
-            "--actors": self.actors,
-            "--processes": self.processes,
-            "--requests": self.requests,
-        }
-        for name, value in at_once.items():
-            if not 1 <= value <= MAX_AT_ONCE:
-                raise UsageError(name, expected=f"1 to {MAX_AT_ONCE}", found=str(value))
-
-    def _check_recall(self) -> None:
-        """Refuse a recall that somebody else decides, and a budget of nothing."""
-        wrong = [
-            ("--index", self.index != "auto"),
-            ("--sync", self.sync),
-            ("--store", self.store is not None),
-        ]
-        for name, is_given in wrong:
-            if is_given and self.recall is not None:
-                raise UsageError(
-                    name, expected="none beside --recall, which chooses the index", found="one"
-                )
-        if self.memory_budget is not None and self.recall is None:
-            raise UsageError("--memory-budget", expected="--recall beside it", found="none")
-        self.goal  # noqa: B018  # checks itself
-
-    @property
-    def goal(self) -> Goal | None:
-        """What the index must reach, with `--recall`."""
-        if self.recall is None:
-            return None
-        budget = None if self.memory_budget is None else parse_size(self.memory_budget)
-        return Goal(recall=self.recall, memory_bytes=budget)
-
-    def _check_store(self) -> None:
-        """Refuse an address that is none, and what Milvus cannot do."""
-        self.milvus  # noqa: B018  # checks itself
-        for name, is_given in (("--sync", self.sync), ("--dry-run", self.dry_run)):
-            if is_given:
-                raise UsageError(
-                    name, expected="a collection on disk", found="--store",
-                    mend="build it again with --replace",
-                )  # fmt: skip
-
-    def _check_sync(self) -> None:
-        """Refuse what a sync cannot do, and what only a sync can."""
-        if not self.sync:
-            wrong = [("--checksum", self.checksum), ("--moved-from", self.moved_from is not None)]
-            expected = "--sync beside it"
-        else:
-            wrong = [
-                ("--replace", self.replace),
-                ("--restart", self.restart),
-                ("--engine ray", self.engine == "ray"),
-                ("--processes", self.processes > 1),
-            ]
-            expected = "none of it beside --sync, which goes on with what is there by itself"
-        for name, is_given in wrong:
-            if is_given:
-                raise UsageError(name, expected=expected, found="otherwise")
-
-    @property
-    def milvus(self) -> MilvusAddress:
-        """Where in Milvus the collection is to be, with `--store`."""
-        return read_address(f"{self.store}#{self.name or self.target.name}")
-
-    @property
-    def target(self) -> Path:
-        """The collection's directory, absolute and with a name even for `--out .`."""
-        return Path(os.path.abspath(self.out))
 
 
 def main(options: BuildOptions) -> None:
