@@ -11,7 +11,7 @@ from index.tune import TuneOptions, main
 from index.verify import verify
 from models.command import run_command
 
-COUNT, DIM, K = 2500, 32, 10
+COUNT, DIM, K = 4000, 32, 10
 FINGERPRINT = "f" * 64
 KINDS = ["HNSW16", "IVF32,PQ16x4fs,RFlat", "RR,IVF32,RaBitQfs,RFlat"]
 
@@ -74,7 +74,7 @@ def test_the_report_lands_in_the_manifest(collection, capsys, tmp_path):
     assert chosen["worst_5_percent"] <= chosen["recall_at"]["10"]
     assert 0 < chosen["p50_ms"] <= chosen["p99_ms"]
     assert 0 < chosen["bytes_per_vector"] < 4 * DIM
-    assert report["queries_choosing"] == report["queries_confirming"] == 125
+    assert report["queries_choosing"] == report["queries_confirming"] == 200
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
@@ -107,10 +107,11 @@ def test_a_memory_in_which_nothing_fits_is_refused(collection, capsys):
 def test_what_does_not_fit_is_not_built(collection, capsys, monkeypatch):
     """The budget is what the process may hold, less what it holds already."""
     monkeypatch.setattr("index.ann.tuning.held_bytes", lambda field="RssAnon": 0)
+    monkeypatch.setattr("index.ann.tuning.tuning_bytes", lambda count, dim, goal: 0)
     assert run(collection, "--memory", "1MB", "--dry-run", "--index", *KINDS) == 2
-    assert "memory for an index over 2500 x 32: expected at least " in capsys.readouterr().err
+    assert "memory for an index over 4000 x 32: expected at least " in capsys.readouterr().err
     kinds = ["HNSW64", "RR,IVF16,RaBitQfs,RFlat"]
-    assert run(collection, "--memory", "2MB", "--dry-run", "--json", "--index", *kinds) == 0
+    assert run(collection, "--memory", "3MB", "--dry-run", "--json", "--index", *kinds) == 0
     fits = {one["factory"]: one["fits"] for one in json.loads(capsys.readouterr().out)}
     assert fits == {kinds[0]: False, kinds[1]: True}
 
