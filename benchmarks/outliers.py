@@ -58,7 +58,7 @@ class OutlierBenchmarkOptions:
     """So many of them, drawn by each seed."""
     sizes: tuple[int, ...] = (1, 10, 30, 100)
     """Foreign images in a group; of groups of one there are twenty, of a kind, one at a time."""
-    ks: tuple[int, ...] = (5, 20, 50, 100, 200)
+    ks: tuple[int, ...] = (5, 20, 50, 100, 200, 400)
     """Neighbours."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of what is drawn."""
@@ -248,7 +248,7 @@ def _judge_labels(
         given = classes[np.where(is_wrong_N, wrong_N, true_N)].tolist()
         for k in ks:
             around = _around(own[0][:, :k], own[1][:, :k])
-            suspects = find_suspects(around, given, temperature=TEMPERATURE)
+            suspects = find_suspects(around, given, temperature=TEMPERATURE, voters=k)
             ranked = np.array([suspect.place for suspect in suspects])
             margins_N = np.full(len(names), -1.0)
             margins_N[ranked] = [suspect.margin for suspect in suspects]

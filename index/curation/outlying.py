@@ -5,7 +5,8 @@ Rules:
     A score compares images of one collection and is no probability.
     Foreign images come in groups (a folder of scans, frames of one film), and an encoder puts
     a group together: a group of more than k images has its k neighbours in itself and looks at
-    home. So k is large, and `farthest` looks at the k-th alone.
+    home. So k is large; `farthest` looks at the k-th alone, and `lof` at how much denser it is
+    where the neighbours are.
     A label is weighed without the image's own: the vote is of its neighbours only.
 
 Source of the local outlier factor: Breunig et al., LOF: Identifying Density-Based Local Outliers
@@ -31,12 +32,15 @@ from models.command import progress
 from models.errors import UsageError
 
 BLOCK_ROWS = 1024
-MOST_NEIGHBOURS, FEWEST_NEIGHBOURS = 100, 5
+MOST_NEIGHBOURS, FEWEST_NEIGHBOURS = 200, 5
 NEIGHBOUR_SHARE = 0.05
-"""Of the images: in a small collection a hundred neighbours are everything there is."""
+"""Of the images: in a small collection two hundred neighbours are everything there is."""
 
 TEMPERATURE = 0.1
 """Of the vote over labels, for cosines."""
+
+VOTERS = 50
+"""Neighbours that vote: fewer than an outlier needs."""
 
 SMALLEST_DISTANCE = 0.1
 """Of the median distance. Copies of an image are infinitely dense, and would make whatever has
@@ -164,7 +168,11 @@ SCORERS: Mapping[str, Scorer] = {
 
 
 def find_suspects(
-    around: Surroundings, labels: Sequence[str | None], *, temperature: float = TEMPERATURE
+    around: Surroundings,
+    labels: Sequence[str | None],
+    *,
+    temperature: float = TEMPERATURE,
+    voters: int = VOTERS,
 ) -> list[Suspect]:
     """Find labels that the neighbours contradict, the most doubtful first.
 
@@ -176,6 +184,7 @@ def find_suspects(
         around: the neighbours.
         labels: N labels; None of an image that has none, which neither votes nor is judged.
         temperature: of the vote; infinity counts every neighbour alike.
+        voters: so many of the nearest vote.
     """
     names = sorted({label for label in labels if label is not None})
     if len(names) < 2:
@@ -185,7 +194,7 @@ def find_suspects(
     n_classes = len(names)
 
     def blocks() -> Iterator[tuple[int, NDArray[np.float64]]]:
-        return _shares(around, given_N, temperature, n_classes)
+        return _shares(around, given_N, temperature, n_classes, voters)
 
     own_N = np.concatenate([_own(s_BC, given_N[n : n + len(s_BC)]) for n, s_BC in blocks()])
     enough_C = np.array([own_N[given_N == number].mean() for number in range(n_classes)])
@@ -209,7 +218,11 @@ def find_suspects(
 
 
 def _shares(
-    around: Surroundings, given_N: NDArray[np.int64], temperature: float, n_classes: int
+    around: Surroundings,
+    given_N: NDArray[np.int64],
+    temperature: float,
+    n_classes: int,
+    voters: int,
 ) -> Iterator[tuple[int, NDArray[np.float64]]]:
     """Give the shares of the vote around each image, in blocks: N x C need not fit.
 
@@ -222,7 +235,7 @@ def _shares(
         votes_BC = weighted_knn_vote(
             around.scores_NK[start : start + BLOCK_ROWS],
             np.where(places_BK < 0, MISSING, given_N[places_BK]),
-            k=places_BK.shape[1],
+            k=voters,
             temperature=temperature,
             n_classes=n_classes,
         ).astype(np.float64)
