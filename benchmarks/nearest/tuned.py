@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import faiss
 import numpy as np
@@ -34,6 +35,9 @@ from models.errors import UsageError
 
 FINGERPRINT = "0" * 64
 BLOCK = 16_384
+
+Way = Callable[[NDArray[np.float32]], object]
+"""Searches one query, (1, D)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,10 +110,11 @@ def tune_collection(
 def path_costs(
     collection: Collection, queries_QD: NDArray[np.float32], rounds: int
 ) -> dict[str, Json]:
-    """Split the time of a query a call: microseconds by how deep the call begins, by turns.
+    """Split the time of a query a call, by how deep the call begins, each with all below it.
 
     `faiss_c` is the library behind its Python wrapper, `faiss` with it, on the very index that
-    the collection searches by; then come Horace's own layers, each with all below it.
+    the collection searches by; then come Horace's own layers. `bare` are those over an index
+    that answers at once: what they cost themselves, while nothing else is in the caches.
     """
     segment = collection._snapshot.parts[0].segment
     index = segment.index
@@ -120,15 +125,35 @@ def path_costs(
     top = index._top
     scores, rows = np.empty((1, K), np.float32), np.empty((1, K), np.int64)
     outputs = [faiss.swig_ptr(scores), faiss.swig_ptr(rows)]
-    ways: dict[str, Callable[[NDArray[np.float32]], object]] = {
+    below: dict[str, Way] = {
         "faiss_c": lambda query: top.search_c(1, faiss.swig_ptr(query), K, *outputs, settings),
         "faiss": lambda query: top.search(query, K, params=settings),
+    }
+    layers: dict[str, Way] = {
         "AnnIndex.search": lambda query: index.search(query, K, parameters=parameters, threads=1),
         "Segment.search": lambda query: segment.search(
             query, K, exact=False, parameters=parameters, threads=1
         ),
         "Collection.search": lambda query: collection.search(query, K, fingerprint=FINGERPRINT),
     }
+    whole = _take_turns({**below, **layers}, queries_QD, rounds)
+    with patch.object(index, "_top", _Instant()):
+        bare = _take_turns(layers, queries_QD, rounds)
+    return {"whole": whole, "bare": bare}
+
+
+class _Instant:
+    """Stands for an index whose search takes no time."""
+
+    def search(self, *_: object, **__: object) -> tuple[object, object]:
+        """Find the first rows."""
+        return np.zeros((1, K), np.float32), np.arange(K)[None]
+
+
+def _take_turns(
+    ways: dict[str, Way], queries_QD: NDArray[np.float32], rounds: int
+) -> dict[str, Json]:
+    """Time ways to search, one query a call: microseconds."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     with faiss_threads(1):
         for _ in range(rounds):
