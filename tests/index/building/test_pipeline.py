@@ -246,6 +246,30 @@ def test_shares_make_every_part_once_and_a_gap_is_filled(tmp_path, encoder):
     assert files(shared) == files(whole)
 
 
+def test_of_one_key_the_first_is_kept_whichever_part_was_made_first(tmp_path, encoder):
+    """Parts made backwards hold, and reject, what parts made in order do."""
+
+    def records():
+        for number in range(36):  # 3 and 15 have one key, in the first part and the second
+            key = "again" if number in (3, 15) else f"{number:04}"
+            yield ImageRecord(key, None, lambda number=number: image(number))
+
+    found = []
+    for name, shares in (("forth", (0, 1, 2)), ("back", (2, 1, 0))):
+        parts = make_set(tmp_path / name, 36, encoder)
+        for number in shares:
+            batches = parts.missing(records(), Share(number=number, of=3))
+            list(make_parts(batches, encoder, parts, crew=Crew(workers=2, encoding=2)))
+        parts.settle()
+        rows = [row for block in parts.blocks() for row in block.rows["key"].to_pylist()]
+        vectors = np.concatenate([block.vectors_ND for block in parts.blocks()])
+        found.append((rows, vectors.tobytes(), parts.rejects, parts.n_images))
+    assert found[0] == found[1]
+    rows, _, (reject,), n_images = found[0]
+    assert rows == [f"{n:04}" if n != 3 else "again" for n in range(36) if n != 15]
+    assert (reject.key, reject.fault, n_images) == ("again", "duplicate_key", 35)
+
+
 def test_a_source_that_goes_on_after_its_last_part_is_refused(tmp_path, encoder):
     """A short part was the end: more images than then are another source."""
     parts = make_set(tmp_path, 15, encoder)
