@@ -177,9 +177,17 @@ class Sweep:
         """Give the settings that reach the target, the cheapest first.
 
         For each factor of re-ranking the least effort that reaches it: recall grows with effort,
-        so that halving finds it.
+        so that halving finds it, and with the factor, so that a smaller one needs no less effort,
+        and none reaches it where a larger one does not.
         """
-        reached = [point for column in self._columns() if (point := self._least(column))]
+        reached: list[Point] = []
+        low = 0
+        for column in reversed(list(self._columns())):
+            point = self._least(column, low)
+            if point is None:
+                break
+            reached.append(point)
+            low = column.index(dict(point.parameters))
         if not reached:
             return []
         timed_QD = self._queries.vectors_QD[:FINAL_TIMED]
@@ -216,9 +224,9 @@ class Sweep:
         for factor in GRAPH_FACTORS if kind.family == "graph" else LIST_FACTORS:
             yield [effort | {"k_factor": factor} for effort in efforts]
 
-    def _least(self, column: Sequence[dict[str, int]]) -> Point | None:
-        """Halve a column until its least setting that reaches the target is found."""
-        low, high = 0, len(column)
+    def _least(self, column: Sequence[dict[str, int]], low: int) -> Point | None:
+        """Halve a column from a place on until its least setting that reaches it is found."""
+        high = len(column)
         found = None
         while low < high:
             middle = (low + high) // 2 if found or high < len(column) else self._guess(low, high)

@@ -1,0 +1,96 @@
+"""Search parameters found by measuring, on an index whose recall is known beforehand."""
+
+import numpy as np
+import pytest
+
+from index.ann.kinds import parse_kind
+from index.ann.sweep import Queries, Sweep, exact_truth, margin, recalls, worst
+
+COUNT, K = 200, 10
+KIND = parse_kind("IVF64,PQ8x4fs,RFlat")
+
+
+@pytest.fixture
+def queries():
+    """Queries whose ten neighbours have the scores 10 to 1."""
+    truth = np.tile(np.arange(10, 0, -1, dtype=np.float32), (COUNT, 1))
+    return Queries(vectors_QD=np.zeros((COUNT, 2), np.float32), truth_QK=truth, tolerance=1e-6)
+
+
+def sweep_of(found, queries, target):
+    """Sweep an index that finds `found(nprobe, k_factor)` of ten for every query."""
+    asked = []
+
+    def search(queries_QD, k, parameters, threads):
+        n = found(parameters["nprobe"], parameters["k_factor"])
+        asked.append((parameters["nprobe"], parameters["k_factor"]))
+        scores = np.full((len(queries_QD), k), -np.inf, np.float32)
+        scores[:, :n] = np.arange(10, 10 - n, -1)
+        return scores, np.zeros((len(queries_QD), k), np.int64)
+
+    return Sweep(KIND, search, queries, k=K, target=target, threads=1), asked
+
+
+def test_the_least_effort_of_every_factor_is_found(queries):
+    """Of a small factor more effort is needed, and of the smallest none does."""
+
+    def found(nprobe, factor):
+        return 10 if nprobe >= 96 / factor and factor >= 3 else 8
+
+    sweep, _ = sweep_of(found, queries, 0.9)
+    reached = {p.parameters["k_factor"]: p.parameters["nprobe"] for p in sweep.run()}
+    assert reached == {32: 3, 20: 6, 12: 8, 8: 12, 5: 24, 3: 32}
+
+
+def test_where_the_largest_factor_does_not_do_the_others_are_not_tried(queries):
+    """Halving goes up to the greatest effort, once."""
+    sweep, asked = sweep_of(lambda nprobe, factor: 8, queries, 0.9)
+    assert sweep.run() == []
+    assert {factor for _, factor in asked} == {32}
+    assert max(nprobe for nprobe, _ in asked) == KIND.lists
+    assert sweep.best.recall == 0.8
+
+
+def test_the_next_stronger_setting(queries):
+    """Of the same factor; none after the last."""
+    sweep, _ = sweep_of(lambda nprobe, factor: 9, queries, 0.9)
+    point = sweep.measure({"nprobe": 24, "k_factor": 5})
+    assert sweep.stronger(point).parameters == {"nprobe": 32, "k_factor": 5}
+    assert sweep.stronger(sweep.measure({"nprobe": 64, "k_factor": 5})) is None
+
+
+def test_equal_rows_count_whichever_is_found(queries):
+    """What is as near as the k-th true neighbour is one, and a share is at most all."""
+    found = np.tile(np.float32([10, 9, 8, 1, 1, 1, 1, 1, 1, 1]), (COUNT, 1))
+    assert (recalls(found, queries, 10) == 1).all()
+    assert (recalls(found, queries, 5) == 0.6).all()
+
+
+def test_fewer_neighbours_than_asked_for_are_all_that_there_are():
+    """Of three that exist three can be found."""
+    truth = np.float32([[3, 2, 1, -np.inf]])
+    queries = Queries(vectors_QD=np.zeros((1, 2), np.float32), truth_QK=truth, tolerance=1e-6)
+    assert recalls(np.float32([[3, 1, -np.inf, -np.inf]]), queries, 4).tolist() == [2 / 3]
+
+
+def test_margins_shrink_with_the_root_of_the_number():
+    """Two standard errors of a mean."""
+    half = np.array([0.8, 1.0] * 50)
+    assert margin(half, 2.0) == pytest.approx(2 * 0.1 / 10)
+    assert margin(np.ones(9), 2.0) == 0
+    assert worst(np.array([0.0, 0.5] + [1.0] * 38)) == 0.25
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_the_truth_is_that_of_the_rows_that_are_not_held_back(metric):
+    """By a sort of all scores."""
+    vectors = np.random.default_rng(0).standard_normal((300, 6)).astype(np.float32)
+    rows = np.arange(0, 300, 3)
+    queries = vectors[1:20:3]
+    if metric == "cosine":
+        scores = queries @ vectors[rows].T
+    else:
+        scores = -np.square(queries[:, None] - vectors[rows][None]).sum(axis=2)
+    truth = exact_truth(queries, vectors, 5, rows_M=rows, metric=metric, threads=1)
+    expected = np.sort(scores, axis=1)[:, ::-1][:, :5]
+    np.testing.assert_allclose(truth.truth_QK, expected, rtol=1e-4, atol=1e-4)
