@@ -42,6 +42,7 @@ from index.storage.manifest import (
     ManifestFile,
     check_file,
     manifest_bytes,
+    unreadable,
 )
 from index.storage.records import Delete, decode
 from index.storage.segment import Segment, open_segment, segment_files
@@ -118,7 +119,10 @@ def verify(path: Path) -> Verification:
             file = ManifestFile(path)
         except CollectionError as error:
             return _unreadable(error)
-        found = _verify_collection(path, file.manifest)
+        try:
+            found = _verify_collection(path, file.manifest)
+        except OSError as error:
+            found = _unreadable(unreadable(path, error))
         if not found.faults or (file.is_current() and file.is_here()):
             return found
 

@@ -151,6 +151,13 @@ def check_file(directory: Path, name: str, entry: FileEntry | None, *, verify: b
     return file
 
 
+def unreadable(path: Path, error: OSError) -> CollectionError:
+    """Say in one line what cannot be read."""
+    found = os.strerror(error.errno) if error.errno else str(error)
+    name = str(error.filename or path)
+    return CollectionError(name, expected="a file that can be read", found=found)
+
+
 def _open_descriptor(directory: Path) -> int:
     """Open `manifest.json`."""
     try:

@@ -21,7 +21,14 @@ from numpy.typing import NDArray
 from index.errors import CollectionError
 from index.storage.delta import Delta
 from index.storage.journal import JournalFile, Position, Record
-from index.storage.manifest import FileEntry, Manifest, ManifestFile, SegmentEntry, check_file
+from index.storage.manifest import (
+    FileEntry,
+    Manifest,
+    ManifestFile,
+    SegmentEntry,
+    check_file,
+    unreadable,
+)
 from index.storage.records import Delete, decode
 from index.storage.segment import Block, Segment, open_array, open_segment, segment_files
 from index.storage.snapshot import Part, Snapshot
@@ -147,9 +154,11 @@ class Store:
             file = ManifestFile(self.path)
             try:
                 contents, journal = self._open(file.manifest)
-            except CollectionError:
+            except (CollectionError, OSError) as error:
                 if file.is_current() and file.is_here():
-                    raise
+                    if isinstance(error, CollectionError):
+                        raise
+                    raise unreadable(self.path, error) from error
                 contents = None
             if not file.is_here():
                 self._segments.clear()  # some may be of the one directory, some of the other

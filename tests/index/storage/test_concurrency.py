@@ -132,8 +132,11 @@ def test_writes_during_a_compaction_survive_it(path, unit_rows, monkeypatch):
     assert verify(path).faults == verify(path).unknown == []
 
 
-def test_a_file_that_goes_while_it_is_opened_is_looked_for_anew(path, unit_rows, monkeypatch):
-    """A reader between the manifest and the segments, whom a compaction overtakes."""
+@pytest.mark.parametrize("error", [None, FileNotFoundError(2, "No such file", "ids.npy")])
+def test_a_file_that_goes_while_it_is_opened_is_looked_for_anew(
+    path, unit_rows, monkeypatch, error
+):
+    """A reader between manifest and segments, or within one, whom a compaction overtakes."""
     vectors = unit_rows(4, DIM)
     open_segment = store_module.open_segment
     with CollectionWriter.open(path, threads=1) as writer:
@@ -147,6 +150,8 @@ def test_a_file_that_goes_while_it_is_opened_is_looked_for_anew(path, unit_rows,
             n_opened += 1
             if n_opened == 1:
                 writer.compact(all=True)
+                if error is not None:
+                    raise error
             return open_segment(*arguments, **options)
 
         monkeypatch.setattr(store_module, "open_segment", overtaken)
