@@ -79,7 +79,7 @@ class Verdict:
         answers: how many there were.
         wrong: of those that equal no search over a state that was current.
         first_wrong: the first of those, in words.
-        unsettled: answers that more than one state might have given by the clock.
+        unsettled: answers to which, by the clock, states of different content might have led.
         states: how many there were.
     """
 
@@ -98,6 +98,8 @@ class History:
         self.before_s = np.array([write.before_s for write in writes])
         self.after_s = np.array([write.after_s for write in writes])
         self.count = len(writes) + 1
+        changes = [bool(write.write.put or write.write.taken) for write in writes]
+        self.contents = np.cumsum([False, *changes])  # of states: what compacts changes nothing
         living: dict[str, int] = {}
         rows: list[tuple[str, int]] = []
         born: list[int] = []
@@ -156,7 +158,7 @@ def judge(writes: Sequence[TimedWrite], answers: Sequence[Answers]) -> Verdict:
     first_wrong = ""
     for reader, own in enumerate(answers):
         first_A, last_A = history.candidates(own)
-        unsettled += int((last_A > first_A).sum())
+        unsettled += int((history.contents[last_A] > history.contents[first_A]).sum())
         is_right = np.zeros(len(own), bool)
         for state in range(history.count):
             which = np.flatnonzero((first_A <= state) & (state <= last_A) & ~is_right)

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from tyro.conf import Positional
 
 from index.ann.checking import index_fault
-from index.building.sync_state import SYNC_FOLDER
+from index.building.sync_state import SYNC_FOLDER, is_sound, is_state
 from index.collection import id_of
 from index.errors import CollectionError
 from index.knn import COSINE
@@ -139,6 +139,7 @@ def _verify_collection(path: Path, manifest: Manifest) -> Verification:
         _read_journal(path, manifest, contents)
     except CollectionError as error:
         faults.append(str(error))
+    faults += _check_sync_files(path)
     count = contents.snapshot(0).count if is_readable else manifest.count
     sizes = [entry.size_bytes for entry in manifest.files.values()]
     sizes += [(path / name).stat().st_size for name in journal if (path / name).is_file()]
@@ -297,9 +298,22 @@ def _check_rejects(file: Path) -> Iterator[str]:
 
 
 def _find_unknown(path: Path, known: set[str]) -> list[str]:
-    """List files that nothing names, but those that only spare a sync some reading."""
+    """List files that nothing names, but those that spare a sync some reading."""
     files = (file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir())
-    return sorted(name for name in set(files) - known if not name.startswith(f"{SYNC_FOLDER}/"))
+    known |= {file.relative_to(path).as_posix() for file in _sync_files(path)}
+    return sorted(set(files) - known)
+
+
+def _check_sync_files(path: Path) -> Iterator[str]:
+    """Hold what syncs have remembered against its own hash."""
+    for file in _sync_files(path):
+        if not is_sound(file) and file.exists():
+            yield f"{file}: expected the bytes that were written, found others; delete the file"
+
+
+def _sync_files(path: Path) -> list[Path]:
+    """List what syncs have remembered of their sources."""
+    return sorted(file for file in (path / SYNC_FOLDER).glob("*") if is_state(file))
 
 
 if __name__ == "__main__":

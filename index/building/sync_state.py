@@ -1,12 +1,15 @@
 """What a sync remembers of a source: which files it need not read again, and its rejects.
 
 Files, under `sync/` of the collection, named by a hash of the source's URI:
-    NAME.parquet  of files in a folder: key, size, times and digest when they were read.
-    NAME.jsonl    the images that could not be used, as in `rejects.jsonl`.
+    NAME.stamps   of files in a folder: key, size, times and digest when they were read; a
+                  Parquet table, and 32 bytes of its SHA-256.
+    NAME.jsonl    the images that could not be used, as in `rejects.jsonl`; the last line has the
+                  SHA-256 of those before it.
 
 Rules:
     Nothing depends on them: where they are missing or damaged, files are read and hashed, and
-    rejects are tried again. They are no part of what the manifest lists.
+    rejects are tried again. They are no part of what the manifest lists, but `index.verify`
+    holds each against its own hash.
     A file is taken for unchanged where it is the same file of the same size, its time of
     modification and its time of change, which no program can set, are as they were, and both
     were some seconds past when it was read: what is written again within the grain of a file
@@ -17,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -30,6 +34,8 @@ from index.embed import Reject
 from models.files import atomic_file
 
 SYNC_FOLDER = "sync"
+STAMPS, REJECTS = ".stamps", ".jsonl"
+HASH_BYTES = 32
 
 SETTLED_S = 3.0
 """Seconds that a file must have been left alone before it was read: the coarsest clock of a file
@@ -93,8 +99,8 @@ class SyncState:
 def read_state(collection: Path, source: str) -> SyncState:
     """Read what is remembered of a source; nothing where there is nothing sound."""
     return SyncState(
-        stamps=_read_stamps(_file(collection, source, ".parquet")),
-        rejects=read_rejects(rejects_file(collection, source)),
+        stamps=_read_stamps(_file(collection, source, STAMPS)),
+        rejects=_parse_rejects(_read_sealed(rejects_file(collection, source))),
     )
 
 
@@ -107,7 +113,8 @@ def write_state(
     """Remember a source, in the place of what was remembered."""
     lines = [json.dumps(dataclasses.asdict(reject)) + "\n" for reject in rejects]
     with atomic_file(rejects_file(collection, source)) as temporary:
-        temporary.write_text("".join(lines))
+        text = "".join(lines).encode()
+        temporary.write_bytes(text + _last_line(text))
     columns = {
         "key": list(stamps),
         "size": [stamp.size for stamp, _ in stamps.values()],
@@ -116,31 +123,69 @@ def write_state(
         "inode": [stamp.inode for stamp, _ in stamps.values()],
         "digest": [digest for _, digest in stamps.values()],
     }
-    with atomic_file(_file(collection, source, ".parquet")) as temporary:
-        table = pa.table(columns, schema=_STAMPS)
-        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
+    sink = io.BytesIO()
+    pq.write_table(pa.table(columns, schema=_STAMPS), sink, compression="zstd")
+    with atomic_file(_file(collection, source, STAMPS)) as temporary:
+        temporary.write_bytes(sink.getvalue() + hashlib.sha256(sink.getvalue()).digest())
 
 
 def rejects_file(collection: Path, source: str) -> Path:
     """Name the log of the images of a source that could not be used."""
-    return _file(collection, source, ".jsonl")
+    return _file(collection, source, REJECTS)
 
 
 def read_rejects(file: Path) -> dict[str, Reject]:
     """Read a log of rejects, by key; none where it is missing or damaged."""
     try:
-        lines = file.read_text().splitlines()
-        rejects = [Reject(**json.loads(line)) for line in lines]
+        return _parse_rejects(file.read_bytes())
+    except OSError:
+        return {}
+
+
+def is_state(file: Path) -> bool:
+    """Tell by its name whether a file under `sync/` is one that a sync has written."""
+    return file.suffix in (STAMPS, REJECTS) and not file.name.startswith(".")
+
+
+def is_sound(file: Path) -> bool:
+    """Tell whether such a file has the content that was written."""
+    return _read_sealed(file) is not None
+
+
+def _read_sealed(file: Path) -> bytes | None:
+    """Read what a file holds before its hash; None where that is another, or there is no file."""
+    try:
+        whole = file.read_bytes()
+    except OSError:
+        return None
+    if file.suffix == STAMPS:
+        content, seal = whole[:-HASH_BYTES], whole[-HASH_BYTES:]
+        return content if hashlib.sha256(content).digest() == seal else None
+    content = whole[: whole.rfind(b"\n", 0, -1) + 1]
+    return content if whole == content + _last_line(content) else None
+
+
+def _last_line(text: bytes) -> bytes:
+    """Write the hash of a log as its last line."""
+    return (json.dumps({"sha256": hashlib.sha256(text).hexdigest()}) + "\n").encode()
+
+
+def _parse_rejects(text: bytes | None) -> dict[str, Reject]:
+    """Read the lines of a log."""
+    try:
+        rejects = [Reject(**json.loads(line)) for line in (text or b"").splitlines()]
         return {reject.key: reject for reject in rejects}
-    except (OSError, ValueError, TypeError):
+    except (ValueError, TypeError):
         return {}
 
 
 def _read_stamps(file: Path) -> dict[str, tuple[Stamp, str]]:
-    """Read the stamps, every page held against its checksum."""
+    """Read the stamps; none where they are missing or damaged."""
+    content = _read_sealed(file)
+    if content is None:
+        return {}
     try:
-        with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
-            table = parquet.read()
+        table = pq.read_table(io.BytesIO(content))
         if not table.schema.equals(_STAMPS):
             return {}
     except (pa.ArrowException, OSError, ValueError):

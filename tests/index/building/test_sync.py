@@ -340,3 +340,26 @@ def test_shards_are_followed_as_folders_are(options, tmp_path):
         assert {row.key: row.label for row in rows} == {
             "shard.tar/a.png": "y", "shard.tar/b.png": "x", "shard.tar/d.png": "z"
         }  # fmt: skip
+
+
+def test_a_flipped_byte_in_what_is_remembered_is_found(options, folder, settled):
+    """By verify; a sync takes none of it for true."""
+    (folder / "a" / "bad.png").write_text("no image")
+    sync(options)
+    sync(options)
+    path, source = options.out, f"folder:{folder}"
+    assert {file.suffix for file in (path / "sync").iterdir()} == {".stamps", ".jsonl"}
+    assert read_state(path, source).stamps
+    for file in sorted((path / "sync").iterdir()):
+        content = file.read_bytes()
+        for at in {*np.linspace(0, len(content) - 1, 30).astype(int).tolist()}:
+            damaged = bytearray(content)
+            damaged[at] ^= 0x01
+            file.write_bytes(damaged)
+            assert verify(path).faults == [
+                f"{file}: expected the bytes that were written, found others; delete the file"
+            ]
+            state = read_state(path, source)
+            assert not (state.stamps if file.suffix == ".stamps" else state.rejects)
+        file.write_bytes(content)
+        assert verify(path).faults == []
