@@ -1,7 +1,8 @@
 """How well index.outliers finds images of another kind, and labels that are wrong.
 
 Foreign images of five kinds are put, a group at a time, among training images of Fashion-MNIST, and
-every score is judged by its AUROC: how often a foreign image is odder than one of the collection.
+every score is judged by its AUROC: how often a foreign image is odder than one of the collection;
+and by the share of the foreign ones that is among the oddest hundredth, where a person looks.
 Groups differ in size, since an encoder that was trained on clothes puts a group of anything else
 close together. The default was chosen by the kinds in `CHOSEN_BY`; the others are a check.
 
@@ -117,12 +118,14 @@ KINDS: Mapping[str, Callable[[int, np.random.Generator, Garments], Images]] = {
     "inverted": inverted,
 }
 SINGLES = 20
+SHOWN = 0.01
+"""The oddest of all images: what a person looks through."""
 
 
 def main(options: OutlierBenchmarkOptions) -> None:
     """Measure, print, and write the result."""
     start_s = time.monotonic()
-    results: dict[str, list[float]] = {}
+    results: dict[str, dict[str, list[float]]] = {"auroc": {}, "shown": {}}
     labels: dict[str, list[float]] = {}
     for seed in progress(options.seeds, what="seeds", total=len(options.seeds), unit="seed"):
         _measure(options, seed, results, labels)
@@ -137,12 +140,17 @@ def main(options: OutlierBenchmarkOptions) -> None:
         "images": options.images,
         "seeds": list(options.seeds),
         "chosen_by": list(CHOSEN_BY),
-        "auroc": {name: _spread(values) for name, values in sorted(results.items())},
-        "means": _means(results),
+        **{
+            what: {name: _spread(values) for name, values in sorted(rows.items())}
+            for what, rows in results.items()
+        },
+        "means": {what: _means(rows) for what, rows in results.items()},
         "labels": {name: _spread(values) for name, values in sorted(labels.items())},
     }
-    for name, value in report["means"].items():
-        print(f"{name:>16}  " + "  ".join(f"{k} {v:.3f}" for k, v in value.items()))
+    for what, means in report["means"].items():
+        print(what)
+        for name, value in means.items():
+            print(f"{name:>16}  " + "  ".join(f"{k} {v:.3f}" for k, v in value.items()))
     print(json.dumps(report["labels"], indent=2))
     if options.out is not None:
         options.out.write_text(json.dumps(report, indent=2) + "\n")
@@ -151,7 +159,7 @@ def main(options: OutlierBenchmarkOptions) -> None:
 def _measure(
     options: OutlierBenchmarkOptions,
     seed: int,
-    results: dict[str, list[float]],
+    results: dict[str, dict[str, list[float]]],
     labels: dict[str, list[float]],
 ) -> None:
     """Put every group among the images of a seed, and replace labels."""
@@ -176,13 +184,15 @@ def _measure(
         foreign_FD = finish_vectors(encoder.encode(images[..., None]))
         for size in options.sizes:
             groups = [[n] for n in range(SINGLES)] if size == 1 else [range(size)]
-            by_score: dict[str, list[float]] = {}
+            by_score: dict[str, list[tuple[float, float]]] = {}
             for group in groups:
                 around = _surround(own_ND, own, foreign_FD[list(group)], k)
                 for name, value in _judge(around, len(own_ND), options.ks).items():
                     by_score.setdefault(name, []).append(value)
             for name, values in by_score.items():
-                results.setdefault(f"{name}/{kind}/{size}", []).append(float(np.mean(values)))
+                for what, mean in zip(results, np.mean(values, axis=0), strict=True):
+                    row = results[what].setdefault(f"{name}/{kind}/{size}", [])
+                    row.append(float(mean))
     _judge_labels(own, names, options.ks, rng, labels)
 
 
@@ -215,14 +225,18 @@ def _around(scores_NK: NDArray[np.float32], places_NK: NDArray[np.int64]) -> Sur
     )
 
 
-def _judge(around: Surroundings, n_own: int, ks: tuple[int, ...]) -> dict[str, float]:
-    """Give the AUROC of every score with every k."""
+def _judge(around: Surroundings, n_own: int, ks: tuple[int, ...]) -> dict[str, tuple[float, float]]:
+    """Give the AUROC of every score with every k, and the share of the foreign that is shown."""
     is_foreign_N = np.arange(len(around.ids)) >= n_own
-    found = {}
+    found: dict[str, tuple[float, float]] = {}
     for k in ks:
         cut = _around(around.scores_NK[:, :k], around.places_NK[:, :k])
         for name, scorer in SCORERS.items():
-            found[f"{name} k={k}"] = float(roc_auc_score(is_foreign_N, scorer(cut)))
+            scores_N = scorer(cut)
+            is_shown_N = np.zeros(len(scores_N), np.bool_)
+            is_shown_N[np.argsort(-scores_N, kind="stable")[: round(SHOWN * len(scores_N))]] = True
+            shown = float(is_shown_N[is_foreign_N].mean())
+            found[f"{name} k={k}"] = (float(roc_auc_score(is_foreign_N, scores_N)), shown)
     return found
 
 

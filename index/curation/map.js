@@ -61,6 +61,11 @@ function* visible(x0, y0, x1, y1) {
 }
 
 const view = () => [-left / scale, -top_ / scale, (width - left) / scale, (height - top_) / scale];
+// The labels' colours as pixels: red is the lowest byte.
+const INK = data.labels.map(({ colour: c }) => {
+  const [r, g, b] = [1, 3, 5].map((at) => parseInt(c.slice(at, at + 2), 16));
+  return (b << 16) | (g << 8) | r;
+});
 const colour = (i) => data.labels[L[i]].colour;
 
 const sheets = new Map();
@@ -108,22 +113,24 @@ function draw() {
   if (chosen >= 0) ring(chosen, 11, "#d1242f", 3);
 }
 
+// Pixels by hand: 60,000 calls of fillRect take twice as long and more.
 function drawPoints(seen) {
-  const size = Math.max(1.6, Math.min(5, 90 / Math.sqrt(seen.length)));
-  const groups = new Map();
+  const image = paper.createImageData(canvas.width, canvas.height);
+  const pixels = new Uint32Array(image.data.buffer);
+  const ratio = devicePixelRatio || 1;
+  const size = Math.max(1.6, Math.min(5, 90 / Math.sqrt(seen.length))) * ratio;
   for (const i of seen) {
-    if (!groups.has(L[i])) groups.set(L[i], []);
-    groups.get(L[i]).push(i);
-  }
-  for (const [label, members] of groups) {
-    paper.fillStyle = data.labels[label].colour;
-    for (const i of members) {
-      const side = isMatch && isMatch[i] ? size + 1.5 : size;
-      paper.globalAlpha = !isMatch ? 0.75 : isMatch[i] ? 1 : 0.25;
-      paper.fillRect(X[i] * scale + left - side / 2, Y[i] * scale + top_ - side / 2, side, side);
+    const side = Math.max(1, Math.round(isMatch && isMatch[i] ? size + 1.5 * ratio : size));
+    const x0 = Math.round((X[i] * scale + left) * ratio - side / 2);
+    const y0 = Math.round((Y[i] * scale + top_) * ratio - side / 2);
+    const alpha = !isMatch || isMatch[i] ? 0xff000000 : 0x40000000;
+    const value = (INK[L[i]] | alpha) >>> 0;
+    for (let y = Math.max(0, y0); y < Math.min(canvas.height, y0 + side); y++) {
+      const from = y * canvas.width;
+      for (let x = Math.max(0, x0); x < Math.min(canvas.width, x0 + side); x++) pixels[from + x] = value;
     }
   }
-  paper.globalAlpha = 1;
+  paper.putImageData(image, 0, 0);
 }
 
 // One picture a square of the map at this scale, so that none hides another; what was chosen or found wins.
