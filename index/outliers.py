@@ -55,10 +55,10 @@ class OutlierOptions:
 
     collection: Positional[Path]
     """The collection's directory."""
-    method: Literal["lof", "farthest", "mean"] = "lof"
-    """Score: local outlier factor, distance to the k-th neighbour, or mean distance to all k."""
+    method: Literal["farthest", "mean", "lof"] = "farthest"
+    """Score: distance to the k-th neighbour, mean distance to all k, or local outlier factor."""
     k: int | None = None
-    """Neighbours; 200, or a twentieth of the images where they are few. A group of foreign
+    """Neighbours; 50, or a twentieth of the images where they are few. A group of foreign
     images is found where k is more than the group has."""
     filter: str | None = None
     """Which images to look at, such as "label = 'Coat'"; all where none is given."""

@@ -5,8 +5,7 @@ Rules:
     A score compares images of one collection and is no probability.
     Foreign images come in groups (a folder of scans, frames of one film), and an encoder puts
     a group together: a group of more than k images has its k neighbours in itself and looks at
-    home. So k is large; `farthest` looks at the k-th alone, and `lof` at how much denser it is
-    where the neighbours are.
+    home. So k is large, and `farthest` looks at the k-th alone.
     A label is weighed without the image's own: the vote is of its neighbours only.
 
 Source of the local outlier factor: Breunig et al., LOF: Identifying Density-Based Local Outliers
@@ -32,15 +31,15 @@ from models.command import progress
 from models.errors import UsageError
 
 BLOCK_ROWS = 1024
-MOST_NEIGHBOURS, FEWEST_NEIGHBOURS = 200, 5
+MOST_NEIGHBOURS, FEWEST_NEIGHBOURS = 50, 5
 NEIGHBOUR_SHARE = 0.05
-"""Of the images: in a small collection two hundred neighbours are everything there is."""
+"""Of the images: in a small collection fifty neighbours are everything there is."""
 
 TEMPERATURE = 0.1
 """Of the vote over labels, for cosines."""
 
 VOTERS = 50
-"""Neighbours that vote: fewer than an outlier needs."""
+"""Neighbours that vote, whatever k is."""
 
 SMALLEST_DISTANCE = 0.1
 """Of the median distance. Copies of an image are infinitely dense, and would make whatever has

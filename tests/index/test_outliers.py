@@ -59,7 +59,7 @@ def test_a_report_of_both(outliers, with_stranger, tmp_path):
         suspect = next(row for row in csv.DictReader(file) if "script" in row["key"])
     assert (suspect["label"], suspect["suggested"]) == ("green", "red")
     document = json.loads((report / "outliers.json").read_text())
-    assert (document["method"], document["k"], document["images"]) == ("lof", 5, 26)
+    assert (document["method"], document["k"], document["images"]) == ("farthest", 5, 26)
     assert len(document["fingerprint"]) == 64
     assert document["outliers"][0]["key"] == "blue/board.png"
     page = (report / "index.html").read_text()

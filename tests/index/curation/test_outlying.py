@@ -89,8 +89,8 @@ def test_what_a_filter_leaves_out_is_no_neighbour(tmp_path, make_collection, uni
 
 
 def test_a_small_collection_is_asked_for_few_neighbours():
-    """Two hundred of two hundred would be everything."""
-    assert [default_neighbours(count) for count in (3, 200, 1_000, 60_000)] == [5, 10, 50, 200]
+    """Fifty of fifty would be everything."""
+    assert [default_neighbours(count) for count in (3, 200, 1_000, 60_000)] == [5, 10, 50, 50]
 
 
 def test_wrong_labels_are_suspects_and_right_ones_are_not(tmp_path, make_collection, unit_rows):
