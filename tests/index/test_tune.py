@@ -13,7 +13,7 @@ from models.command import run_command
 
 COUNT, DIM, K = 4000, 32, 10
 FINGERPRINT = "f" * 64
-KINDS = ["HNSW16", "IVF32,PQ16x4fs,RFlat", "RR,IVF32,RaBitQfs,RFlat"]
+KINDS = ["HNSW8", "IVF32,PQ16x4fs,RFlat", "RR,IVF32,RaBitQfs,RFlat"]
 
 
 def draw(n, *, seed):

@@ -7,7 +7,7 @@ from index.collection import Collection
 from index.verify import verify
 
 FINGERPRINT = "f" * 64
-COUNT, DIM, K = 1200, 32, 10
+COUNT, DIM, K = 1000, 32, 10
 FACTORIES = [
     "HNSW16,SQfp16,RFlat", "IVF16,PQ16x4fs,RFlat", "RR,IVF16,RaBitQ,RFlat",
     "RR,IVF16,RaBitQfs2,RFlat",
@@ -42,7 +42,7 @@ def test_more_effort_finds_what_exact_search_finds(path, unit_rows):
         assert recall(search(900), exact) > 0.99
 
 
-@pytest.mark.parametrize("filter", ["label in ('0', '1')", "label = '2'", "key < '0900'"])
+@pytest.mark.parametrize("filter", ["label in ('0', '1')", "label = '2'"])
 def test_filters_keep_what_the_index_finds(path, unit_rows, filter, monkeypatch):
     """Through the index, too: k of what was chosen, and nearly the nearest."""
     queries = unit_rows(50, DIM, seed=1)
