@@ -138,3 +138,24 @@ def test_some_rows_of_a_bank_alone_with_ties_by_row(n_queries, monkeypatch):
     _, few = knn_search(queries, bank, 12, rows_M=rows[:5])
     assert (few[:, 5:] == -1).all()
     assert (np.sort(few[:, :5]) == rows[:5]).all()
+
+
+@pytest.mark.parametrize("n_queries", [3, 40])
+@pytest.mark.parametrize("rows", [None, np.arange(0, 60, 2)])
+def test_by_distance_the_nearest_come_first(n_queries, rows):
+    """Scores are minus the squared distance; of equal rows the lower comes first."""
+    rng = np.random.default_rng(0)
+    bank = np.repeat(rng.integers(-9, 9, (15, 8)), 4, axis=0).astype(np.float32)  # exact sums
+    queries = rng.integers(-9, 9, (n_queries, 8)).astype(np.float32)
+    scores, found = knn_search(queries, bank, 6, rows_M=rows, metric="euclidean")
+    chosen = np.arange(60) if rows is None else rows
+    expected = -np.square(queries[:, None] - bank[chosen][None]).sum(axis=2)
+    order = np.argsort(-expected, axis=1, kind="stable")[:, :6]
+    np.testing.assert_array_equal(found, chosen[order])
+    np.testing.assert_allclose(scores, np.take_along_axis(expected, order, 1))
+
+
+def test_a_metric_that_there_is_not_is_refused():
+    """With the two that there are."""
+    with pytest.raises(UsageError, match="metric: expected cosine or euclidean, found manhattan"):
+        knn_search(np.ones((1, 2), np.float32), np.ones((3, 2), np.float32), 1, metric="manhattan")
