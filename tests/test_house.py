@@ -20,6 +20,7 @@ def run(*args: str, **options: object) -> subprocess.CompletedProcess[str]:
     [
         "serve.__main__, index.build",
         "index.search, index.evaluate, index.verify, index.duplicates",
+        "index.outliers, index.map, index.select",
         "serve.client",
         "models.images, models.preprocess, models.encoder, models.runtime, models.remote",
     ],
