@@ -205,11 +205,12 @@ def _list_settings(kind: Kind, base: faiss.Index, nprobe: int) -> faiss.SearchPa
         "ensure_topk_full": False,
         "max_empty_result_buckets": 0,
     }
-    if kind.codec != "RaBitQ":
-        return faiss.SearchParametersIVF(**fields)
-    lists = lists_of(base)
-    settings = faiss.IVFRaBitQSearchParameters(**fields, qb=lists.qb, centered=False)
-    return faiss.SearchParametersPreTransform(index_params=settings)
+    if kind.codec == "RaBitQ":
+        qb = lists_of(base).qb
+        settings = faiss.IVFRaBitQSearchParameters(**fields, qb=qb, centered=False)
+    else:
+        settings = faiss.SearchParametersIVF(**fields)
+    return faiss.SearchParametersPreTransform(index_params=settings) if kind.rotates else settings
 
 
 def flat_over(vectors_ND: NDArray[np.float32], metric: str) -> faiss.IndexFlat:

@@ -30,6 +30,10 @@ INDEX_MIN_COUNT = 2_000
 GRAPH_MAX_COUNT = 300_000
 """Beyond, linking a graph takes two cores more than a few minutes; ask for it by name."""
 
+PCA_DIM, PCA_MIN_DIM = 128, 513
+"""Longer vectors, raw pixels as a rule, may have few directions: centres and codes of those cost a
+sixth. Where they have many, as whitened embeddings, it is measured that the recall is missed."""
+
 MIN_LISTS, MAX_LISTS = 16, 8192
 
 
@@ -85,6 +89,8 @@ def _by_rule(count: int, dim: int) -> list[str]:
         return names
     lists = list_count(count)
     names += [f"IVF{lists},PQ{m}x4fs,RFlat" for m in sub_vectors(dim)]
+    if dim >= PCA_MIN_DIM:
+        names += [f"PCAR{PCA_DIM},IVF{lists},PQ{PCA_DIM}x4fs,RFlat"]
     names += [f"RR,IVF{lists},RaBitQfs,RFlat"]
     if count <= GRAPH_MAX_COUNT:
         names += [HNSW, f"{HNSW},SQ8,RFlat"]

@@ -56,7 +56,8 @@ def _choose(index: AnnIndex) -> CodesOf | None:
     kind = index.kind
     if kind.family == "graph":
         return _graph_codes(index) if index.own_storage is not None else None
-    return None if kind.codec == "RaBitQ" and kind.is_fast_scan else _list_codes(index)
+    # What was rotated rounds by the size of its block: a code of four bits may be the next one.
+    return None if kind.rotates and kind.is_fast_scan else _list_codes(index)
 
 
 def _graph_codes(index: AnnIndex) -> CodesOf:

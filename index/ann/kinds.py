@@ -3,6 +3,7 @@
     HNSW32                        a graph over the segment's own vectors
     HNSW32,SQ8,RFlat              a graph over 8-bit codes, re-ranked; SQfp16 likewise
     IVF256,PQ64x4fs,RFlat         lists of 4-bit product codes that are scanned in registers
+    PCAR128,IVF256,PQ128x4fs,RFlat  the same after a PCA to 128 dimensions and a random rotation
     RR,IVF256,RaBitQ,RFlat        lists of 1-bit codes of rotated vectors, re-ranked; RaBitQ4 takes
                                   4 bits, RaBitQfs scans in registers
     CAGRA64                       a graph that a GPU built, searched on the CPU
@@ -42,7 +43,7 @@ Family = Literal["graph", "lists"]
 
 _GRAPH = re.compile(r"HNSW(\d{1,3})(?:,Flat|,(SQ8|SQfp16),RFlat)?")
 _CAGRA = re.compile(r"CAGRA(\d{1,3})")
-_PQ = re.compile(r"IVF(\d{1,7}),PQ(\d{1,4})x4fs,RFlat")
+_PQ = re.compile(r"(?:PCAR(\d{1,4}),)?IVF(\d{1,7}),PQ(\d{1,4})x4fs,RFlat")
 _RABITQ = re.compile(r"RR,IVF(\d{1,7}),RaBitQ(fs)?([1-8])?,RFlat")
 
 
@@ -57,6 +58,7 @@ class Kind:
         codec: `Flat`, `SQ8`, `SQfp16`, `PQ` or `RaBitQ`.
         links: a graph's links a node, below the top twice as many; 0 for lists.
         lists: number of inverted lists; 0 for a graph.
+        reduced: dimensions that a PCA leaves; 0 where there is none.
         code_bits: bits of a vector's code, for a vector of so many dimensions, over those.
         is_cagra: whether a GPU builds it.
     """
@@ -68,6 +70,7 @@ class Kind:
     links: int = 0
     lists: int = 0
     sub_vectors: int = 0
+    reduced: int = 0
     bits: int = 1
     is_fast_scan: bool = False
     is_cagra: bool = False
@@ -79,8 +82,12 @@ class Kind:
 
     @property
     def rotates(self) -> bool:
-        """Whether vectors are rotated before they are coded."""
-        return self.codec == "RaBitQ"
+        """Whether vectors are rotated, or brought to fewer dimensions, before they are coded."""
+        return self.codec == "RaBitQ" or self.reduced > 0
+
+    def coded_dim(self, dim: int) -> int:
+        """Give the dimensions of what is coded of a vector."""
+        return self.reduced or dim
 
     @cached_property
     def defaults(self) -> Mapping[str, int]:
@@ -120,10 +127,16 @@ def parse_kind(factory: str, dim: int | None = None) -> Kind:
             "RR,IVF256,RaBitQ,RFlat or CAGRA64, or one of these with other numbers",
             found=factory,
         )
-    if dim is not None and kind.codec == "PQ" and dim % kind.sub_vectors:
+    if dim is not None and kind.reduced > dim:
         raise UsageError(
             f"index {factory}",
-            expected=f"a number of sub-vectors that divides {dim} dimensions",
+            expected=f"a PCA to at most {dim} dimensions",
+            found=str(kind.reduced),
+        )
+    if dim is not None and kind.codec == "PQ" and kind.coded_dim(dim) % kind.sub_vectors:
+        raise UsageError(
+            f"index {factory}",
+            expected=f"a number of sub-vectors that divides {kind.coded_dim(dim)} dimensions",
             found=str(kind.sub_vectors),
         )
     return kind
@@ -162,8 +175,8 @@ def _parse(factory: str) -> Kind | None:
         )  # fmt: skip
     if match := _PQ.fullmatch(factory):
         return Kind(
-            factory=factory, base=base, family="lists", codec="PQ", lists=int(match[1]),
-            sub_vectors=int(match[2]), is_fast_scan=True,
+            factory=factory, base=base, family="lists", codec="PQ", lists=int(match[2]),
+            sub_vectors=int(match[3]), reduced=int(match[1] or 0), is_fast_scan=True,
         )  # fmt: skip
     if match := _RABITQ.fullmatch(factory):
         return Kind(

@@ -192,7 +192,8 @@ def _train(
             lists.pq.cp.min_points_per_centroid = 1
     sample_ND = draw_rows(vectors_ND, rows_M, sample_rows(kind, len(rows_M)))
     if kind.rotates:
-        faiss.downcast_VectorTransform(index.chain.at(0)).train(sample_ND)
+        with faiss_threads(1):  # a PCA's sums round by the number of threads
+            faiss.downcast_VectorTransform(index.chain.at(0)).train(sample_ND)
     inner, sample_ND = _rotate(index, sample_ND)
     if kind.family == "lists":
         with faiss_threads(threads):

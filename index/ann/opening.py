@@ -118,18 +118,22 @@ def _is_of(kind: Kind, index: faiss.Index, shape: tuple[int, int], metric: int) 
         if type(index) is not faiss.IndexPreTransform or index.chain.size() != 1:
             return False
         turn = faiss.downcast_VectorTransform(index.chain.at(0))
-        if type(turn) is not faiss.RandomRotationMatrix or not _is_rotation(turn, shape[1]):
+        made = faiss.PCAMatrix if kind.reduced else faiss.RandomRotationMatrix
+        if type(turn) is not made or not _is_rotation(kind, turn, shape[1]):
             return False
         index = faiss.downcast_index(index.index)
+        shape = (shape[0], kind.coded_dim(shape[1]))
     return _is_of_lists(kind, index, shape, metric)
 
 
-def _is_rotation(turn: faiss.LinearTransform, dim: int) -> bool:
-    """Tell whether a transformation has all the numbers that it multiplies by, and no others."""
+def _is_rotation(kind: Kind, turn: faiss.LinearTransform, dim: int) -> bool:
+    """Tell whether a transformation has all the numbers that it goes by, and no others."""
+    left = kind.coded_dim(dim)
     return bool(
-        (turn.d_in, turn.d_out, turn.A.size()) == (dim, dim, dim * dim)
+        (turn.d_in, turn.d_out, turn.A.size()) == (dim, left, left * dim)
         and turn.is_trained
-        and not turn.have_bias
+        and turn.have_bias == (kind.reduced > 0)
+        and turn.b.size() == kind.reduced
     )
 
 

@@ -17,6 +17,7 @@ FACTORIES = [
     "HNSW16,SQ8,RFlat",
     "HNSW16,SQfp16,RFlat",
     "IVF32,PQ16x4fs,RFlat",
+    "PCAR28,IVF32,PQ28x4fs,RFlat",
     "RR,IVF32,RaBitQ,RFlat",
     "RR,IVF32,RaBitQ4,RFlat",
     "RR,IVF32,RaBitQfs,RFlat",

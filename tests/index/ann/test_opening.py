@@ -19,6 +19,7 @@ FACTORIES = [
     "HNSW8",
     "HNSW8,SQ8,RFlat",
     "IVF16,PQ8x4fs,RFlat",
+    "PCAR8,IVF16,PQ8x4fs,RFlat",
     "RR,IVF16,RaBitQ,RFlat",
     "RR,IVF16,RaBitQfs,RFlat",
 ]
