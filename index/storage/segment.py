@@ -359,7 +359,7 @@ def _open_rows(file: Path, ids_N: NDArray[np.int64]) -> pa.Table:
         rows.validate(full=True)  # of a forged file: text that is no UTF-8, lists out of bounds
         found = f"{count} rows of {', '.join(rows.column_names)} that do not match"
         sound = is_row_schema(rows.schema) and np.array_equal(rows["id"].to_numpy(), ids_N)
-    except (pa.ArrowException, OSError, MemoryError) as error:
+    except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
         found, sound = f"no such table ({_first_line(error)})", False
     if not sound:
         raise CollectionError(

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import faiss
@@ -442,3 +443,18 @@ def test_a_header_that_is_no_literal_is_refused(built, copy_collection):
             rehash(path)
             with pytest.raises(CollectionError, match=r"ids\.npy: expected int64 \(60,\)"):
                 Collection.open(path)
+
+
+def test_a_column_whose_name_is_no_text_is_refused(built, copy_collection):
+    """Though every checksum agrees."""
+    path = copy_collection(built)
+    file = path / "segments/000000/rows.parquet"
+    content = file.read_bytes()
+    places = [at for at in range(len(content)) if content.startswith(b"digest", at)]
+    assert places
+    for at in places:
+        file.write_bytes(content[:at] + b"\xff\xfe" + content[at + 2 :])
+        rehash(path)
+        with suppress(CollectionError), Collection.open(path) as collection:
+            assert collection.table().column_names[-1] == "digest"
+    assert len(places) > 1
