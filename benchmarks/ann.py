@@ -215,7 +215,7 @@ def tune_all(task: Task, place: Path, options: AnnOptions) -> list[TunedCollecti
 def list_kinds(tuned: TunedCollection) -> list[str]:
     """Name the kinds that were tried and are lists of product codes; what won is among them."""
     tried = cast(list[dict[str, str]], tuned.report["trials"])
-    lists = [trial["factory"] for trial in tried if trial["factory"].startswith("IVF")]
+    lists = [trial["factory"] for trial in tried if "PQ" in trial["factory"]]
     return list(dict.fromkeys([tuned.collection.factory, *lists]))
 
 
