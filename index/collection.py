@@ -206,15 +206,16 @@ class Collection:
         queries_QD = check_queries(queries_QD, k, self.dim)
         snapshot = self._snapshot
         selection = self.select(filter) if isinstance(filter, str) else filter
-        if selection is not None and len(selection.mask_N) != self.count:
+        if selection is not None and not snapshot.made(selection):
             raise UsageError(
-                "filter", expected=f"a selection of collection {self.name}", found="another's"
+                "filter",
+                expected=f"a selection of this state of collection {self.name}",
+                found="another's",
+                mend="select again, or search with the filter's text",
             )
         if not self.count:
             return no_neighbours(len(queries_QD))
-        masks = (
-            [None] * len(snapshot.parts) if selection is None else snapshot.part_masks(selection)
-        )
+        masks = [None] * len(snapshot.parts) if selection is None else selection.masks
         n_without = 0 if without_QW is None else without_QW.shape[1]
         k_asked = min(k + n_without, self.count)
         own = snapshot.own_parameters(parameters or {})

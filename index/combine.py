@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index.knn import MISSING
+from index.neighbours import require_cosine
 from models.errors import UsageError
 from models.vectors import finish_vectors
 
@@ -169,8 +170,9 @@ def query_vector(collection: AnyCollection, combination: Combination) -> NDArray
 
     Raises:
         UnknownIdError: an example is not in the collection.
-        UsageError: examples cancel out.
+        UsageError: examples cancel out, or the collection compares no cosines.
     """
+    require_cosine(collection.metric, "combined query")
     return combine_vectors(
         _vectors(collection, combination.positives),
         _vectors(collection, combination.negatives),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from index.knn import MISSING
+from index.knn import COSINE, MISSING
 from models.errors import UsageError
 
 
@@ -58,6 +58,18 @@ def no_neighbours(n_queries: int, k: int = 0) -> Neighbours:
     )
 
 
+def require_cosine(metric: str, what: str) -> None:
+    """Refuse what has a meaning for cosines alone.
+
+    Raises:
+        UsageError: the collection's metric is another.
+    """
+    if metric != COSINE:
+        raise UsageError(
+            what, expected=f"a collection of {COSINE}s", found=f"one of {metric} distances"
+        )
+
+
 def leave_out(found: Neighbours, without_QW: NDArray[np.int64], k: int) -> Neighbours:
     """Drop from each query's neighbours those that are no answers to it, and those beyond k.
 
@@ -66,9 +78,10 @@ def leave_out(found: Neighbours, without_QW: NDArray[np.int64], k: int) -> Neigh
         without_QW: (Q, W) ids that are no answers; -1 stands for none.
         k: how many are wanted.
     """
-    n_fewest = int((without_QW >= 0).sum(axis=1).min(initial=without_QW.shape[1]))
-    width = max(0, min(k, found.ids.shape[1] - n_fewest))
     is_out_QC = (found.ids[:, :, None] == without_QW[:, None, :]).any(axis=2)
+    is_out_QC &= found.ids != MISSING
+    n_found = found.ids.shape[1]
+    width = min(k, n_found - int(is_out_QC.sum(axis=1).min(initial=n_found)))
     order_QK = np.argsort(is_out_QC, axis=1, kind="stable")[:, :width]
     is_out_QK = np.take_along_axis(is_out_QC, order_QK, 1)
     ids_QK = np.take_along_axis(found.ids, order_QK, 1)

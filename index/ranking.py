@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index.knn import MISSING
-from index.neighbours import Neighbours
+from index.neighbours import Neighbours, require_cosine
 from models.errors import UsageError
 
 if TYPE_CHECKING:
@@ -72,7 +72,12 @@ class Ranking:
             collection: where the neighbours' vectors are.
             found: `pool(k)` neighbours a query.
             k: how many to choose.
+
+        Raises:
+            UsageError: a score is asked for, or diversity, of a collection without cosines.
         """
+        if self.diversity or self.min_score is not None:
+            require_cosine(collection.metric, "diversity and minimal score")
         ids_QC, scores_QC = found.ids, found.scores
         if self.min_score is not None:
             ids_QC, scores_QC = drop_below(ids_QC, scores_QC, self.min_score)
@@ -167,9 +172,10 @@ def search_range(
         (Q, K) neighbours, K being the most that a query has; the others are padded.
 
     Raises:
-        UsageError: the score is no cosine; and see `Collection.search`.
+        UsageError: the score is no cosine, or the collection has none; and see `Collection.search`.
         FingerprintMismatchError: another encoder made the queries.
     """
+    require_cosine(collection.metric, "range")
     check_min_score(min_score)
     if limit is not None and limit < 1:
         raise UsageError("limit", expected="at least 1", found=str(limit))

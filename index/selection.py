@@ -59,13 +59,15 @@ class Selection:
         mask_N: (N,) bool, whether each row was chosen; nobody may write to it.
         count: how many were.
         masks: the same for the rows of each part of a collection, dead ones among them, none of
-            which was chosen; empty where nobody has worked that out.
+            which was chosen; empty for the rows of one part.
+        parts: the parts of the snapshot that it was made of, and holds for.
     """
 
     filter: str
     mask_N: NDArray[np.bool_]
     count: int
     masks: tuple[NDArray[np.bool_], ...] = ()
+    parts: object = None
 
 
 class KeptSelections:

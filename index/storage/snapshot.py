@@ -241,19 +241,9 @@ class Snapshot:
             masks.append(mask_N if part.alive_N is None else mask_N & part.alive_N)
         return join_masks(filter, masks, self.parts)
 
-    def part_masks(self, selection: Selection) -> Sequence[NDArray[np.bool_]]:
-        """Give what was chosen in each part, also where only places are known."""
-        if selection.masks:
-            return selection.masks
-        masks = []
-        for start, part in zip(self.starts[:-1], self.parts, strict=True):
-            chosen = selection.mask_N[start : start + part.count]
-            if part.alive_N is not None:
-                mask_N = np.zeros(len(part.alive_N), np.bool_)
-                mask_N[part.alive_N] = chosen
-                chosen = mask_N
-            masks.append(chosen)
-        return masks
+    def made(self, selection: Selection) -> bool:
+        """Tell whether a selection was made of these rows."""
+        return selection.parts is self.parts
 
 
 def join_masks(filter: str, masks: Sequence[NDArray[np.bool_]], parts: Sequence[Part]) -> Selection:
@@ -265,7 +255,11 @@ def join_masks(filter: str, masks: Sequence[NDArray[np.bool_]], parts: Sequence[
     mask_N = living[0] if len(living) == 1 else np.concatenate([np.empty(0, np.bool_), *living])
     mask_N.flags.writeable = False
     return Selection(
-        filter=filter, mask_N=mask_N, count=int(np.count_nonzero(mask_N)), masks=tuple(masks)
+        filter=filter,
+        mask_N=mask_N,
+        count=int(np.count_nonzero(mask_N)),
+        masks=tuple(masks),
+        parts=parts,
     )
 
 

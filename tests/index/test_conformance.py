@@ -19,13 +19,14 @@ import pytest
 from numpy.typing import NDArray
 from pymilvus import MilvusClient
 
+from index.combine import Combination, search_combined
 from index.errors import CollectionError, UnknownIdError
 from index.filters import FilterError
 from index.interface import AnyWriter, open_collection
 from index.milvus.collection import MilvusCollection
 from index.milvus.description import Description
 from index.milvus.writer import MilvusWriter
-from index.ranking import search_range
+from index.ranking import Ranking, search_range
 from index.storage.ids import id_of
 from index.storage.writer import CollectionWriter
 from models.errors import FingerprintMismatchError, UsageError
@@ -332,6 +333,18 @@ def test_images_are_left_out_of_their_own_neighbours(
     assert np.array_equal(found.ids, ids[:, 1:])
 
 
+def test_who_is_left_out_costs_no_answer(make: Make) -> None:
+    """Named twice, or not there at all: the others are all found."""
+    vectors_ND = unit(np.random.default_rng(10).standard_normal((5, DIM)))
+    collection = make(table(range(5)), vectors_ND).collection
+    for without, wanted in (((0, 0), 4), ((0, 99), 4), ((98, 99), 5), ((0, 1), 3)):
+        found = collection.search(
+            vectors_ND[:1], 5, fingerprint=FINGERPRINT, without_QW=np.array([ids_of(*without)])
+        )
+        assert set(found.ids[0]) == set(ids_of(*range(5))) - set(ids_of(*without))
+        assert found.ids.shape == (1, wanted)
+
+
 def test_pages_follow_one_another(writer: AnyWriter, vectors_ND: NDArray[np.float32]) -> None:
     """The second page of ten is what twenty have beyond the first."""
     collection = writer.collection
@@ -431,6 +444,22 @@ def test_distances_are_negative_scores(make: Make) -> None:
         squares = ((vectors_ND[:3, None] - vectors_ND[None]) ** 2).sum(axis=2)
         expected = -np.sort(squares, axis=1)[:, :4]
         np.testing.assert_allclose(found.scores, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_made_of_cosines_is_refused_for_distances(make: Make) -> None:
+    """Combined queries, diversity and ranges would mean something else, and say so."""
+    vectors_ND = np.random.default_rng(11).standard_normal((9, DIM)).astype(np.float32)
+    collection = make(table(range(9)), vectors_ND, metric="euclidean").collection
+    both = Combination(positives=ids_of(0, 1))
+    expected = "expected a collection of cosines, found one of euclidean distances"
+    with pytest.raises(UsageError, match=expected):
+        search_combined(collection, [both], 3, fingerprint=FINGERPRINT)
+    with pytest.raises(UsageError, match=expected):
+        search_range(collection, vectors_ND[:1], 0.5, fingerprint=FINGERPRINT)
+    found = collection.search(vectors_ND[:1], 3, fingerprint=FINGERPRINT)
+    with pytest.raises(UsageError, match=expected):
+        Ranking(diversity=0.5).rank(collection, found, 2)
+    assert Ranking().rank(collection, found, 2).ids.tolist() == found.ids[:, :2].tolist()
 
 
 def test_no_queries_have_no_answers(writer: AnyWriter) -> None:

@@ -127,7 +127,9 @@ def test_a_selection_serves_many_searches_of_its_own_collection(
         by_text = first.search(vectors, 3, fingerprint=FINGERPRINT, filter="label = '0'")
         by_selection = first.search(vectors, 3, fingerprint=FINGERPRINT, filter=selection)
         np.testing.assert_array_equal(by_text.ids, by_selection.ids)
-        with pytest.raises(UsageError, match="expected a selection of collection made, found"):
+        with pytest.raises(
+            UsageError, match="expected a selection of this state of collection made, found"
+        ):
             second.search(vectors, 3, fingerprint=FINGERPRINT, filter=selection)
 
 

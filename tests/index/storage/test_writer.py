@@ -320,3 +320,13 @@ def test_a_collection_of_schema_1_is_read_and_written(tmp_path, vectors, make_co
     assert (reader.latest().count, reader.latest().version) == (39, (1, 1))
     assert json.loads((path / "manifest.json").read_text())["schema_version"] == 2
     assert verify(path).faults == []
+
+
+def test_a_selection_holds_for_the_state_that_it_was_made_of(writer, vectors):
+    """After a write of as many rows, too: a deleted image is not found by an old selection."""
+    writer.add(table("a", "b"), vectors[:2], fingerprint=FINGERPRINT)
+    selection = writer.collection.select("key = 'a'")
+    writer.delete([id_of("a")])
+    writer.add(table("c"), vectors[2:3], fingerprint=FINGERPRINT)
+    with pytest.raises(UsageError, match=r"a selection of this state of .*; select again"):
+        writer.collection.search(vectors[:1], 2, fingerprint=FINGERPRINT, filter=selection)
