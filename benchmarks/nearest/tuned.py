@@ -121,7 +121,7 @@ def path_costs(
     if index is None:
         return {}
     parameters = dict(segment.entry.parameters)
-    settings = index._settings_of(K, {**index.kind.defaults, **parameters})
+    settings, _ = index._settings_of(K, {**index.kind.defaults, **parameters})
     top = index._top
     scores, rows = np.empty((1, K), np.float32), np.empty((1, K), np.int64)
     outputs = [faiss.swig_ptr(scores), faiss.swig_ptr(rows)]

@@ -7,6 +7,8 @@ Rules:
     Re-ranking reads the segment's memory-mapped float32 vectors where they lie, within the same
     call of FAISS: one call a query, no second copy in memory.
     Scores are better when higher: cosines, or minus the squared distance.
+    No parameter makes a search weigh more rows than there are, and memory holds the candidates of
+    a block of queries: what a caller asks for is time, never all of the memory.
 
 Any number of threads may search it.
 
@@ -15,6 +17,7 @@ Shapes: Q queries, N rows, D dimensions, K neighbours.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import cast
 
@@ -37,6 +40,11 @@ recall of searches without one, at 2 to 3 times their cost (40,000 clustered vec
 
 MAX_KEPT_SETTINGS = 256
 """Sets of FAISS's search parameters that are kept made; a few microseconds each to make."""
+
+
+BLOCK_CANDIDATES = 1 << 20
+"""Rows to rank again that are held at a time, of all queries of a block; FAISS takes 29 bytes for
+each: 30 MB, or what a single query needs."""
 
 
 class AnnIndex:
@@ -78,7 +86,7 @@ class AnnIndex:
         self._flat = flat_over(vectors_ND, metric)
         storage = base.storage if kind.family == "graph" else None
         self.own_storage = None if storage is None else faiss.downcast_index(storage)
-        self._settings: dict[tuple[int, ...], faiss.SearchParameters] = {}
+        self._settings: dict[tuple[int, ...], tuple[faiss.SearchParameters, int]] = {}
         searched = base
         if kind.family == "graph" and rows_M is not None:
             searched = self._numbered = _number(base, rows_M)
@@ -117,13 +125,33 @@ class AnnIndex:
             threads: CPU threads.
         """
         n_asked = min(k, self.count)
-        settings = self._settings_of(n_asked, {**self.kind.defaults, **parameters})
+        settings, n_block = self._settings_of(n_asked, {**self.kind.defaults, **parameters})
         with faiss_threads(search_threads(threads, len(queries_QD))):
-            scores, rows = self._top.search(queries_QD, n_asked, params=settings)
+            if len(queries_QD) <= n_block:
+                scores, rows = self._top.search(queries_QD, n_asked, params=settings)
+            else:
+                scores, rows = self._search_blocks(queries_QD, n_asked, settings, n_block)
         if self.metric == EUCLIDEAN:
             np.negative(scores, out=scores)
         scores[rows < 0] = -np.inf
         return pad_neighbours(scores, rows, k) if n_asked < k else (scores, rows)
+
+    def _search_blocks(
+        self,
+        queries_QD: NDArray[np.float32],
+        k: int,
+        settings: faiss.SearchParameters,
+        n_block: int,
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Search for so many queries at a time."""
+        scores_QK = np.empty((len(queries_QD), k), np.float32)
+        rows_QK = np.empty((len(queries_QD), k), np.int64)
+        for start in range(0, len(queries_QD), n_block):
+            block = slice(start, start + n_block)
+            self._top.search(
+                queries_QD[block], k, params=settings, D=scores_QK[block], I=rows_QK[block]
+            )
+        return scores_QK, rows_QK
 
     def widen(self, parameters: Mapping[str, int], k: int, candidates: int) -> dict[str, int]:
         """Give the parameters by which so many of the nearest are found as well as k were.
@@ -158,16 +186,30 @@ class AnnIndex:
             "k_factor": max(1, round(found["k_factor"] * ratio)),
         }
 
-    def _settings_of(self, k: int, parameters: Mapping[str, int]) -> faiss.SearchParameters:
-        """Make FAISS's own parameters, or take those that were made before."""
+    def _settings_of(
+        self, k: int, parameters: Mapping[str, int]
+    ) -> tuple[faiss.SearchParameters, int]:
+        """Make FAISS's own parameters, or take those that were made before.
+
+        Returns:
+            Those, and for how many queries at a time memory is taken.
+        """
         key = (k, *parameters.values())
         kept = self._settings.get(key)
         if kept is not None:
             return kept
-        made = make_settings(self.kind, self.base, k, parameters)
+        bounded = within(parameters, k, self.base.ntotal)
+        n_block = max(1, BLOCK_CANDIDATES // max(1, k * bounded.get("k_factor", 1)))
+        made = make_settings(self.kind, self.base, k, bounded), n_block
         if len(self._settings) < MAX_KEPT_SETTINGS:
             self._settings[key] = made
         return made
+
+
+def within(parameters: Mapping[str, int], k: int, count: int) -> dict[str, int]:
+    """Bound what a search weighs by the vectors that there are: more would find no more."""
+    most = {"k_factor": math.ceil(count / max(1, k)), "efSearch": max(count, k)}
+    return {name: max(1, min(value, most.get(name, value))) for name, value in parameters.items()}
 
 
 def _number(base: faiss.Index, rows_M: NDArray[np.int64]) -> faiss.IndexIDMap:

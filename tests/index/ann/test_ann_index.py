@@ -4,7 +4,8 @@ import faiss
 import numpy as np
 import pytest
 
-from index.ann.ann_index import AnnIndex
+from index.ann import ann_index
+from index.ann.ann_index import AnnIndex, within
 from index.ann.checking import index_fault
 from index.ann.kinds import default_parameters, parse_kind
 from index.ann.making import Builder, build_index, write_index
@@ -180,3 +181,46 @@ def test_a_small_file_opens_within_its_own_size(tmp_path, factory, metric):
     )  # fmt: skip
     _, rows = index.search(vectors[:50], 1, parameters={"nprobe": 200}, threads=1)
     assert (rows[:, 0] == np.arange(50)).mean() > 0.8
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_no_parameter_asks_for_more_rows_than_there_are(make_index, factory):
+    """Numbers that FAISS would take memory for, or could not even hold, find what there is."""
+    index = make_index(factory)
+    queries = draw(3, seed=6)
+    most = dict.fromkeys(index.parameter_names, 1 << 60)
+    scores, rows = index.search(queries, K, parameters=most, threads=1)
+    expected, _ = knn_search(queries, index.vectors_ND, K)
+    np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-5)
+    assert (rows >= 0).all()
+
+
+def test_parameters_are_bounded_by_the_vectors():
+    """As many candidates as there are vectors, rounded up to a multiple of k."""
+    assert within({"nprobe": 9, "k_factor": 10_000}, 1000, 3000) == {"nprobe": 9, "k_factor": 3}
+    assert within({"efSearch": 10_000, "k_factor": 2}, 10, 45) == {"efSearch": 45, "k_factor": 2}
+    assert within({"k_factor": 10}, 70, 60) == {"k_factor": 1}
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_queries_of_a_large_search_are_asked_in_blocks(make_index, monkeypatch, factory, metric):
+    """So that memory holds the candidates of a few; the answers are those of one search."""
+    queries = draw(50, seed=8, metric=metric)
+    one = make_index(factory, metric).search(queries, K, parameters={}, threads=1)
+    index, asked = make_index(factory, metric), []
+    monkeypatch.setattr(
+        ann_index, "BLOCK_CANDIDATES", 7 * K * index.kind.defaults.get("k_factor", 1)
+    )
+    top = index._top
+
+    class Counting:
+        def search(self, queries_QD, k, **rest):
+            asked.append(len(queries_QD))
+            return top.search(queries_QD, k, **rest)
+
+    index._top = Counting()
+    blocks = index.search(queries, K, parameters={}, threads=1)
+    assert asked == [7] * 7 + [1]
+    np.testing.assert_array_equal(one[1], blocks[1])
+    np.testing.assert_allclose(one[0], blocks[0], rtol=1e-5)
