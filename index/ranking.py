@@ -155,6 +155,7 @@ def search_range(
     exact: bool = False,
     parameters: Mapping[str, int] | None = None,
     filter: str | AnySelection | None = None,
+    without_QW: NDArray[np.int64] | None = None,
 ) -> Neighbours:
     """Find all images within a cosine of each query, best first; through an index, nearly all.
 
@@ -164,9 +165,10 @@ def search_range(
         min_score: the least cosine, -1 to 1.
         fingerprint: of the encoder that made the queries.
         limit: of the nearest a query that are given, however many there are; none where None.
-        exact: as in `Collection.search`; so are the next two.
+        exact: as in `Collection.search`; so are the next three.
         parameters: see there.
         filter: see there.
+        without_QW: see there.
 
     Returns:
         (Q, K) neighbours, K being the most that a query has; the others are padded.
@@ -188,13 +190,13 @@ def search_range(
     while left.size:
         found = collection.search(
             queries_QD[left], k, fingerprint=fingerprint, exact=exact, parameters=parameters,
-            filter=selection,
+            filter=selection, without_QW=None if without_QW is None else without_QW[left],
         )  # fmt: skip
         is_near = found.scores >= min_score
         for place, query in enumerate(left.tolist()):
             ids[query] = found.ids[place][is_near[place]]
             scores[query] = found.scores[place][is_near[place]]
-        left = left[is_near[:, -1]] if k < most else left[:0]
+        left = left[is_near[:, -1:].any(axis=1)] if k < most else left[:0]
         k = min(RANGE_MORE * k, most)
     width = max(map(len, ids), default=0)
     ids_QK = np.full((len(ids), width), MISSING, np.int64)

@@ -2,7 +2,8 @@
 
 Queries are image files, or images of the collection by key or id; those are left out of
 their own neighbours. With `--together` or `--not` all of them are one query: more like these,
-less like those. `--filter` says which images may be found (`index.filters`).
+less like those. `--filter` says which images may be found (`index.filters`), `--min-score` asks
+for all that are near enough instead of the k nearest.
 
 The encoder is the one that built the collection, found where it was then; another one is
 refused.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -40,7 +42,7 @@ from index.errors import CollectionError, QueryError, UnknownIdError
 from index.found import Found, as_text, look_up_hits
 from index.interface import AnyCollection, open_collection
 from index.neighbours import Neighbours
-from index.ranking import Ranking
+from index.ranking import Ranking, search_range
 from models.command import run_command
 from models.encoder import Encoder, open_encoder
 from models.errors import BundleError, ImageError, UsageError
@@ -48,6 +50,12 @@ from models.image_source import read_image_file
 
 EMBED_BATCH = 64
 """Query images that are encoded at once."""
+
+DEFAULT_K = 10
+RANGE_LIMIT = 10_000
+"""Neighbours within a range that are shown where `--k` does not say how many."""
+
+log = logging.getLogger("horace.index")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +70,8 @@ class SearchOptions:
     """Keys of images of the collection to search with."""
     id: tuple[int, ...] = ()
     """Ids of images of the collection to search with."""
-    k: int = 10
-    """Neighbours a query."""
+    k: int | None = None
+    """Neighbours a query at most: 10 by default, or 10,000 with --min-score."""
     filter: str | None = None
     """Which images may be found, such as "label in ('Coat', 'Shirt') and not key contains 'b'"."""
     together: bool = False
@@ -77,9 +85,11 @@ class SearchOptions:
     encoder: str | None = None
     """The encoder: a bundle or URI; by default the one that built the collection."""
     min_score: float | None = None
-    """The least cosine, -1 to 1: with a large --k, all images within that range."""
+    """The least cosine, -1 to 1: all images that are so near, and not the k nearest."""
     diversity: float = 0.0
     """0 for the nearest, up to 1 for what is also unlike one another."""
+    effort: int | None = None
+    """Candidates that the index weighs for a query: more find more, and take longer."""
     exact: bool = False
     """Search every vector instead of the index."""
     json: bool = False
@@ -89,8 +99,11 @@ class SearchOptions:
 
     def __post_init__(self) -> None:
         """Check what can be checked without opening anything."""
-        if self.k < 1:
-            raise UsageError("--k", expected="at least 1", found=str(self.k))
+        for name, value in (("--k", self.k), ("--effort", self.effort)):
+            if value is not None and value < 1:
+                raise UsageError(name, expected="at least 1", found=str(value))
+        if self.exact and self.effort is not None:
+            raise UsageError("--effort", expected="an index to search", found="--exact")
         if not (self.images or self.key or self.id):
             raise UsageError("queries", expected="image files, --key or --id", found="none of them")
         if not all(0 <= id_ < 1 << 63 for id_ in self.id):
@@ -104,6 +117,16 @@ class SearchOptions:
     def ranking(self) -> Ranking:
         """What is made of the nearest."""
         return Ranking(min_score=self.min_score, diversity=self.diversity)
+
+    @property
+    def limit(self) -> int:
+        """How many neighbours a query has at most."""
+        return self.k or (RANGE_LIMIT if self.is_range else DEFAULT_K)
+
+    @property
+    def is_range(self) -> bool:
+        """Whether all that is near enough is looked for; diversity picks k of it."""
+        return self.min_score is not None and not self.diversity
 
     @property
     def is_combined(self) -> bool:
@@ -173,11 +196,22 @@ def _search(
     without_QW: NDArray[np.int64] | None = None,
 ) -> Neighbours:
     """Search as the options say."""
+    effort, limit = options.effort, options.limit
+    parameters = None if effort is None else collection.effort_parameters(effort)
+    if options.is_range and options.min_score is not None:
+        found = search_range(
+            collection, queries_QD, options.min_score, fingerprint=collection.fingerprint,
+            limit=limit, exact=options.exact, parameters=parameters, filter=options.filter,
+            without_QW=without_QW,
+        )  # fmt: skip
+        if options.k is None and found.ids.shape[1] == limit:
+            log.warning("the nearest %d are given, and there may be more: see --k", limit)
+        return found
     found = collection.search(
-        queries_QD, options.ranking.pool(options.k), fingerprint=collection.fingerprint,
-        exact=options.exact, filter=options.filter, without_QW=without_QW,
+        queries_QD, options.ranking.pool(limit), fingerprint=collection.fingerprint,
+        exact=options.exact, parameters=parameters, filter=options.filter, without_QW=without_QW,
     )  # fmt: skip
-    return options.ranking.rank(collection, found, options.k)
+    return options.ranking.rank(collection, found, limit)
 
 
 def _search_files(collection: AnyCollection, options: SearchOptions) -> list[Found]:
@@ -279,7 +313,8 @@ def _as_json(collection: AnyCollection, options: SearchOptions, found: Sequence[
         "fingerprint": collection.fingerprint,
         "index": collection.factory,
         "exact": options.exact or collection.factory == "Flat",
-        "k": options.k,
+        "effort": options.effort,
+        "k": options.limit,
         "filter": options.filter,
         "min_score": options.min_score,
         "diversity": options.diversity,

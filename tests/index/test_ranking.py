@@ -81,6 +81,15 @@ def test_a_range_search_finds_all_within_the_range(tmp_path, make_collection, un
             collection, queries, -1, fingerprint=FINGERPRINT, filter="label = '1'"
         )
         assert filtered.ids.shape == (6, 300)
+        without = np.stack([collection.ids[:300]] * 6)  # more than are asked for at first
+        rest = search_range(
+            collection, queries, -1, fingerprint=FINGERPRINT, without_QW=without, exact=True
+        )
+        assert rest.ids.shape == (6, 600)
+        assert not np.isin(rest.ids, without).any()
+        every = np.stack([collection.ids] * 6)
+        empty = search_range(collection, queries, -1, fingerprint=FINGERPRINT, without_QW=every)
+        assert empty.ids.shape == (6, 0)
         none = search_range(collection, queries[:0], 0.5, fingerprint=FINGERPRINT)
         assert none.ids.shape == (0, 0)
 

@@ -9,6 +9,7 @@ from index.build import BuildOptions, build
 from index.collection import Row, id_of
 from index.found import Found, Hit
 from index.search import SearchOptions, main
+from index.storage.writer import CollectionWriter
 from models.command import run_command
 
 
@@ -49,6 +50,7 @@ def test_json_for_machines(search, built, bundle, test_folder):
         "fingerprint": bundle.fingerprint,
         "index": "Flat",
         "exact": True,
+        "effort": None,
         "k": 2,
         "filter": None,
         "min_score": None,
@@ -101,11 +103,64 @@ def test_all_within_a_range_and_few_that_differ(search, built, test_folder):
 
     scores = [hit["score"] for hit in hits("--k", 60)]
     least = (scores[6] + scores[7]) / 2
-    assert [hit["score"] for hit in hits("--k", 60, "--min-score", least)] == scores[:7]
+    assert [hit["score"] for hit in hits("--min-score", least, "--k", 3)] == scores[:3]
+    assert [hit["score"] for hit in hits("--min-score", least)] == scores[:7]
+    every = hits("--min-score", -1)
+    assert [hit["score"] for hit in every] == scores  # of 60: more than the ten of a plain search
+    assert len(hits("--min-score", -1, "--diversity", 0.2)) == 10
     nearest, diverse = hits("--k", 5), hits("--k", 5, "--diversity", 0.7)
     assert diverse[0] == nearest[0]
     assert len({hit["key"] for hit in diverse}) == 5
     assert diverse != nearest
+
+
+def test_a_range_leaves_the_query_out_and_says_where_it_ends(search, built, monkeypatch, caplog):
+    """A stored image is not within its own range; a default that cuts is no secret."""
+    args = ["--key", "red/000.png", "blue/001.png", "--min-score", -1, "--json"]
+    status, out, _ = search(built, *args)
+    found = json.loads(out)["queries"]
+    assert status == 0
+    for query in found:
+        keys = [hit["key"] for hit in query["hits"]]
+        assert len(set(keys)) == len(keys) == 59
+        assert query["query"] not in keys
+    assert caplog.text == ""
+    monkeypatch.setattr("index.search.RANGE_LIMIT", 50)
+    _, out, _ = search(built, *args)
+    assert [len(query["hits"]) for query in json.loads(out)["queries"]] == [50, 50]
+    assert "the nearest 50 are given, and there may be more: see --k" in caplog.text
+
+
+@pytest.mark.parametrize("factory", ["HNSW32", "IVF16,PQ4x4fs,RFlat", "Flat"])
+def test_effort_of_one_search(search, tmp_path, make_collection, unit_rows, factory):
+    """More effort finds more of the nearest; another search is as it was, and so are the files."""
+    path = tmp_path / "c"
+    make_collection(path, unit_rows(3000, 16))
+    if factory != "Flat":
+        with CollectionWriter.open(path, threads=1) as writer:
+            writer.compact(all=True, index=factory)
+    before = (path / "manifest.json").read_bytes()
+    keys = [f"{n:04}" for n in range(0, 3000, 60)]
+
+    def hits(*args):
+        status, out, _ = search(path, "--key", *keys, *args, "--json")
+        assert status == 0
+        return [[hit["id"] for hit in one["hits"]] for one in json.loads(out)["queries"]]
+
+    exact = hits("--exact")
+
+    def recall(*args):
+        pairs = zip(hits(*args), exact, strict=True)
+        return sum(len(set(a) & set(b)) for a, b in pairs) / (10 * len(keys))
+
+    plain, least, most = recall(), recall("--effort", 11), recall("--effort", 3000)
+    assert most >= 0.99
+    assert recall() == plain
+    assert recall("--effort", 1 << 40) >= 0.99
+    assert recall("--effort", 3000, "--min-score", -1, "--k", 10) >= 0.99
+    if factory != "Flat":
+        assert least < most
+    assert (path / "manifest.json").read_bytes() == before
 
 
 def test_one_query_of_several_images(search, built, test_folder, tmp_path):
@@ -208,6 +263,12 @@ def test_an_encoder_that_has_moved_is_asked_for(search, new_bundle, new_folder, 
             "--grid /no/such/grid.png: expected a file that can be written, found no directory",
         ),
         (["COLLECTION", "--key", "red/001.png", "--k", "0"], 2, "--k: expected at least 1"),
+        (["COLLECTION", "--key", "a", "--effort", "0"], 2, "--effort: expected at least 1, found"),
+        (
+            ["COLLECTION", "--key", "a", "--effort", "9", "--exact"],
+            2,
+            "--effort: expected an index to search, found --exact",
+        ),
         (
             ["COLLECTION", "--key", "red/001.png", "--filter", "colour = 'red'"],
             2,
