@@ -9,8 +9,8 @@ Rules:
     Where none reaches it the collection keeps the index that it has, and the command says what
     the best one reached: status 1.
     The collection is locked meanwhile: readers read on, writers are refused.
-    One segment is tuned. Where there are several, deleted rows, or rows in the journal, they are
-    first merged into one that is searched exactly.
+    One segment is tuned. Where there are several, deleted rows, or rows in the journal, one is
+    made of them beside the collection, which is searched as before until an index is chosen.
 """
 
 from __future__ import annotations

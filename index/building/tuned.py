@@ -3,8 +3,8 @@
 Rules:
     The collection is locked meanwhile: readers read on, writers are refused.
     Where no index reaches the recall, the collection keeps the one that it has.
-    One segment is tuned. Where there are several, deleted rows, or rows in the journal, they are
-    first merged into one that is searched exactly.
+    One segment is tuned. Where there are several, deleted rows, or rows in the journal, one is
+    made of them beside the collection, which is searched as before until an index is chosen.
 """
 
 from __future__ import annotations
@@ -19,13 +19,11 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from index.ann.kinds import FLAT
 from index.ann.report import as_text, to_json
 from index.ann.tuning import Goal, Tuned, tune
 from index.storage.lock import LOCK_FILE
 from index.storage.manifest import Manifest, read_manifest, write_manifest
 from index.storage.writer import CollectionWriter
-from models.errors import UsageError
 from models.files import TEMPORARY_PREFIX
 
 log = logging.getLogger("horace.index")
@@ -54,10 +52,10 @@ def tune_collection(
     with (
         CollectionWriter.open(path, threads=goal.threads) as writer,
         tempfile.TemporaryDirectory(prefix=f"{TEMPORARY_PREFIX}tune.", dir=path.parent) as folder,
+        writer.whole() as whole,
     ):
-        _merge(writer)
         tuned = tune(
-            writer.whole_segment().vectors_ND,
+            whole.segment.vectors_ND,
             goal,
             Path(folder),
             metric=writer.collection.metric,
@@ -65,6 +63,7 @@ def tune_collection(
             queries_from=queries_from,
         )
         writer.replace_index(
+            whole,
             tuned.chosen.file,
             factory=tuned.chosen.candidate.factory,
             parameters=tuned.chosen.parameters or {},
@@ -96,14 +95,3 @@ def tune_built(directory: Path, goal: Goal) -> Manifest:
     manifest = dataclasses.replace(manifest, build={**manifest.build, "index_s": seconds})
     write_manifest(directory, manifest)
     return manifest
-
-
-def _merge(writer: CollectionWriter) -> None:
-    """Make one segment of several."""
-    try:
-        writer.whole_segment()
-    except UsageError as error:
-        if writer.collection.count == 0:
-            raise
-        log.info("merging first: %s", error)
-        writer.compact(all=True, index=FLAT)

@@ -3,6 +3,8 @@
 Rules:
     A merge works on a snapshot, and writes go on meanwhile; what they killed is dead in the
     merged segment, too.
+    Rows that are only asked for as one segment are merged aside: the collection is searched as
+    before until somebody has an index of them.
     An index that somebody made is opened, and so checked, before a manifest names it.
 """
 
@@ -10,8 +12,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +23,29 @@ from numpy.typing import NDArray
 from index.ann.kinds import default_parameters
 from index.storage.compaction import choose_index
 from index.storage.manifest import hash_files
-from index.storage.publishing import NewSegment, checked, write_parts
-from index.storage.segment import FLAT, SEGMENTS, segment_files
+from index.storage.publishing import NewSegment, checked, write_aside, write_parts
+from index.storage.segment import FLAT, SEGMENTS, Segment, open_segment, segment_files
 from index.storage.snapshot import Part, Snapshot
 from index.storage.store import Store
-from models.errors import UsageError
 from models.files import sync
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whole:
+    """Every living row of a collection, in one segment.
+
+    Attributes:
+        part: that segment, searched exactly where it is no segment of the collection.
+        merged: the parts that it stands for; itself where it was the only one.
+    """
+
+    part: Part
+    merged: Sequence[Part]
+
+    @property
+    def segment(self) -> Segment:
+        """Its rows."""
+        return self.part.segment
 
 
 def merge(
@@ -48,34 +68,43 @@ def merge(
 
 
 def still_alive(merged: Sequence[Part], now: Snapshot) -> NDArray[np.bool_] | None:
-    """Tell which rows of a merged segment were not killed while it was written; None where all."""
+    """Tell which rows of a merged segment were not killed while it was written; None where all.
+
+    Of a part that is gone all were: nobody else merged meanwhile.
+    """
     parts = {part.segment.entry.name: part for part in now.parts}
     still = []
     for part in merged:
-        alive_N = parts[part.segment.entry.name].alive_N
+        there = parts.get(part.segment.entry.name)
+        alive_N = None if there is None else there.alive_N
         if alive_N is None:
-            alive_N = np.ones(part.segment.entry.count, np.bool_)
+            alive_N = np.full(part.segment.entry.count, there is not None)
         still.append(alive_N if part.alive_N is None else alive_N[part.alive_N])
     alive_N = np.concatenate(still)
     return None if alive_N.all() else alive_N
 
 
-def whole_segment(store: Store) -> Part:
-    """Give the only part of a collection, all of whose rows are alive.
+def is_whole(parts: Sequence[Part]) -> bool:
+    """Tell whether parts are one segment, all of whose rows are alive."""
+    return len(parts) == 1 and bool(parts[0].segment.entry.name) and not parts[0].dead
 
-    Raises:
-        UsageError: there are several, deleted rows, or rows in no segment yet.
+
+@contextmanager
+def whole_aside(store: Store, parts: Sequence[Part], *, name: str) -> Iterator[Whole]:
+    """Write the living rows of parts as a segment that is there in this block, and named nowhere.
+
+    Args:
+        store: the collection.
+        parts: all of them.
+        name: of the segment.
     """
-    parts = store.snapshot.parts
-    if len(parts) != 1 or not parts[0].segment.entry.name or parts[0].dead:
-        dead = sum(part.dead for part in parts)
-        raise UsageError(
-            f"collection {store.path}",
-            expected="one segment without deleted rows",
-            found=f"{len(parts)} parts, {dead} rows deleted",
-            mend="merge them with compact(all=True)",
-        )
-    return parts[0]
+    new = write_aside(store, parts, name=name, factory=FLAT, parameters={})
+    try:
+        manifest = replace(store.manifest, files=new.files)
+        segment = open_segment(store.path, manifest, new.entry, verify=False)
+        yield Whole(part=Part(segment=segment, alive_N=None, count=new.entry.count), merged=parts)
+    finally:
+        shutil.rmtree(store.path / SEGMENTS / name, ignore_errors=True)
 
 
 def with_index(

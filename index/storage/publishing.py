@@ -80,7 +80,8 @@ def publish(
         added: a segment to name.
         merged: the segments that it stands for; those of the delta where there are none.
         journal: a new one, where everything in the old one is in segments now; else that stays.
-        tuning: the report of how the index was chosen, where there is a new one.
+        tuning: the report of how the index of `added`, then the only segment, was chosen. It goes
+            with the first segment, which is that one as long as it is there.
 
     Raises:
         CollectionError: another collection stands at the path, or none.
@@ -101,7 +102,7 @@ def publish(
     if added is not None:
         entry, names = _write_tombstones(store.path, added.entry, added.alive_N, generation)
         files |= names
-        segments.append(entry)
+        segments.insert(len(segments) if tuning is None else 0, entry)
     segments = [entry for entry in segments if entry.dead < entry.count]
     named = {name for entry in segments for name in (*segment_files(entry), entry.tombstones)}
     others = {name: entry for name, entry in old.files.items() if not _is_ours(name)}
@@ -113,7 +114,7 @@ def publish(
         generation=generation,
         journal=journal or old.journal,
         sources=count_sources(store.snapshot.parts, with_delta=is_sealed),
-        tuning=old.tuning if tuning is None else tuning,
+        tuning=_tuning_of(old, segments) if tuning is None else tuning,
         versions={**old.versions, **library_versions()},
         schema_version=2,
     )
@@ -121,6 +122,12 @@ def publish(
     write_manifest(store.path, manifest)
     store.load()
     _remove(store.path, _names(old) | set(files), manifest)
+
+
+def _tuning_of(old: Manifest, segments: Sequence[SegmentEntry]) -> Mapping[str, Json]:
+    """Give the report of the old generation, unless the segment that it is of has gone."""
+    is_there = bool(old.segments and segments) and old.segments[0].name == segments[0].name
+    return old.tuning if is_there else {}
 
 
 def put_in_place(built: Path, path: Path, *, replace: bool) -> None:
@@ -161,6 +168,20 @@ def write_parts(
     parameters: Mapping[str, int],
 ) -> NewSegment:
     """Write the living rows of parts as one segment; on failure nothing of it is left."""
+    return checked(
+        store, write_aside(store, parts, name=name, factory=factory, parameters=parameters)
+    )
+
+
+def write_aside(
+    store: Store,
+    parts: Sequence[Part],
+    *,
+    name: str,
+    factory: str,
+    parameters: Mapping[str, int],
+) -> NewSegment:
+    """Write the living rows of parts as one segment that is not opened yet."""
     entry = SegmentEntry(
         name=name,
         count=sum(part.count for part in parts),
@@ -183,7 +204,7 @@ def write_parts(
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    return checked(store, NewSegment(entry=entry, files=hash_files(store.path, names)))
+    return NewSegment(entry=entry, files=hash_files(store.path, names))
 
 
 def checked(store: Store, new: NewSegment) -> NewSegment:

@@ -15,7 +15,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -33,7 +33,14 @@ from index.storage.incoming import check_keys, check_vectors, prepare_rows
 from index.storage.journal import JournalFile
 from index.storage.lock import take_lock
 from index.storage.manifest import read_manifest
-from index.storage.merging import merge, still_alive, whole_segment, with_index
+from index.storage.merging import (
+    Whole,
+    is_whole,
+    merge,
+    still_alive,
+    whole_aside,
+    with_index,
+)
 from index.storage.publishing import (
     begin_journal,
     new_segment_name,
@@ -42,10 +49,11 @@ from index.storage.publishing import (
     write_parts,
 )
 from index.storage.records import DELETE, PUT, Delete, encode_delete, encode_put
-from index.storage.segment import FLAT, Block, Segment
+from index.storage.segment import FLAT, Block
 from index.storage.store import Store
 from models.bundle import Json
 from models.cpu import cpu_budget
+from models.errors import UsageError
 
 SEAL_ROWS, SEAL_BYTES = 16_384, 64 << 20
 """Rows of the delta, or bytes of the journal, from which the delta becomes a segment: beyond,
@@ -224,43 +232,70 @@ class CollectionWriter:
                 publish(self._store, added=new, merged=chosen)
                 self._take_over()
 
-    def whole_segment(self) -> Segment:
-        """Give the only segment, for somebody to make an index of its rows.
+    @contextmanager
+    def whole(self) -> Iterator[Whole]:
+        """Give all living rows as one segment, for somebody to make an index of them.
+
+        Where there are several segments, deleted rows, or rows in no segment yet, that one is
+        written beside them, and is gone after the block; only `replace_index` changes anything
+        that readers see. Other threads may write in the block; who compacts waits for its end.
 
         Raises:
-            UsageError: there are several, deleted rows, or rows in no segment yet.
+            UsageError: there is no row.
+            CollectionError: the disk refuses.
         """
-        return whole_segment(self._store).segment
+        with ExitStack() as stack:
+            stack.enter_context(self._compaction)
+            with _disk(self.path):
+                with self._lock:
+                    self._require_open()
+                    self._seal()
+                    parts = self._store.snapshot.parts
+                    if not parts:
+                        raise UsageError(
+                            f"collection {self.path}",
+                            expected="images to make an index of",
+                            found="none",
+                        )
+                    name = None if is_whole(parts) else new_segment_name(self.path)
+                if name is None:
+                    whole = Whole(part=parts[0], merged=parts)
+                else:
+                    whole = stack.enter_context(whole_aside(self._store, parts, name=name))
+            yield whole
 
     def replace_index(
         self,
+        whole: Whole,
         file: Path | None,
         *,
         factory: str,
         parameters: Mapping[str, int],
         tuning: Mapping[str, Json],
     ) -> None:
-        """Give the only segment another index, which was made of its rows.
+        """Put one segment with another index in the place of those that it was made of.
+
+        What was written since `whole` survives.
 
         Args:
-            file: the FAISS index, over the rows of `whole_segment` in their order; None for
-                `Flat`. It is copied.
+            whole: the rows, within the block of the method of that name.
+            file: the FAISS index over them, in their order; None for `Flat`. It is copied.
             factory: of the index.
             parameters: search parameters for callers that name no others.
             tuning: the report of how these were chosen, for the manifest.
 
         Raises:
-            UsageError: there are several segments, deleted rows, or rows in no segment yet.
             CollectionError: the file is no such index, or the disk refuses.
         """
-        with self._compaction, self._lock, _disk(self.path):
+        with self._lock, _disk(self.path):
             self._require_open()
-            part = whole_segment(self._store)
+            merged = [part.segment.entry.name for part in whole.merged]
             new = with_index(
-                self._store, part, file, name=new_segment_name(self.path), factory=factory,
+                self._store, whole.part, file, name=new_segment_name(self.path), factory=factory,
                 parameters=parameters,
             )  # fmt: skip
-            publish(self._store, added=new, merged=[part.segment.entry.name], tuning=tuning)
+            new = replace(new, alive_N=still_alive(whole.merged, self._store.snapshot))
+            publish(self._store, added=new, merged=merged, tuning=tuning)
             self._take_over()
 
     def _put(

@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from index.collection import Collection
+from index.collection import Collection, id_of
 from index.storage.manifest import read_manifest
+from index.storage.writer import CollectionWriter
 from index.tune import TuneOptions, main
 from index.verify import verify
 from models.command import run_command
@@ -96,6 +97,25 @@ def test_a_target_that_none_reaches_fails_and_changes_nothing(collection, capsys
     assert " at best, by HNSW2 with efSearch " in error
     assert "ask for less, give more memory, or take --index Flat" in error
     assert (collection / "manifest.json").read_bytes() == before
+
+
+def test_a_tuned_index_outlives_a_tuning_that_fails(collection, capsys):
+    """Also where rows were written and deleted since, which the new one would have had."""
+    assert run(collection, "--recall", ".8", "--index", "HNSW8") == 0
+    with CollectionWriter.open(collection) as writer:
+        rows, vectors = writer.collection.table().slice(5, 1), draw(1, seed=3)
+        writer.delete([id_of("0001")])
+        writer.upsert(rows, vectors, fingerprint=FINGERPRINT)
+    tuned = read_manifest(collection)
+    assert run(collection, "--recall", "1", "--queries", 20, "--index", "HNSW2") == 1
+    after = read_manifest(collection)
+    assert [one.factory for one in after.segments] == ["HNSW8", "Flat"]
+    assert (after.tuning, after.count) == (tuned.tuning, COUNT - 1)
+    assert verify(collection).faults == verify(collection).unknown == []
+    assert run(collection, "--recall", ".8", "--index", "HNSW4") == 0
+    assert [one.factory for one in read_manifest(collection).segments] == ["HNSW4"]
+    assert verify(collection).faults == verify(collection).unknown == []
+    capsys.readouterr()
 
 
 def test_a_memory_in_which_nothing_fits_is_refused(collection, capsys):

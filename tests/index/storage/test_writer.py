@@ -191,34 +191,96 @@ def test_a_directory_that_is_moved_away_under_a_writer(writer, vectors, tmp_path
     assert verify(writer.path).unknown == []
 
 
+def write_hnsw(vectors, file):
+    """Write an index of vectors, and say what it is."""
+    write_index(build_index(vectors, "HNSW32", metric="cosine"), file, "HNSW32")
+    return {"factory": "HNSW32", "parameters": {"efSearch": 77}, "tuning": {"recall": 0.99}}
+
+
 def test_another_index_over_the_same_rows(writer, unit_rows, tmp_path):
-    """Its rows are not copied; a foreign one is refused, and so are rows that it would lack."""
-    vectors = unit_rows(60, DIM)
+    """Its rows are not copied; a foreign one is refused."""
+    with pytest.raises(UsageError, match="expected images to make an index of, found none"):
+        writer.whole().__enter__()
+    vectors, file = unit_rows(60, DIM), tmp_path / "index.faiss"
     writer.add(table(*map(str, range(60))), vectors, fingerprint=FINGERPRINT)
-    with pytest.raises(UsageError, match="expected one segment without deleted rows, found 1 par"):
-        writer.whole_segment()
-    writer.seal()
-    segment = writer.whole_segment()
-    inode = (writer.path / "segments/000000/vectors.npy").stat().st_ino
-    file = tmp_path / "index.faiss"
-    asked = {"factory": "HNSW32", "parameters": {"efSearch": 77}, "tuning": {"recall": 0.99}}
-    write_index(build_index(segment.vectors_ND[:59], "HNSW32", metric="cosine"), file, "HNSW32")
-    version = writer.collection.version
-    with pytest.raises(CollectionError, match="expected HNSW32 of 60 x 8, inner product"):
-        writer.replace_index(file, **asked)
-    assert writer.collection.version == version
-    write_index(build_index(segment.vectors_ND, "HNSW32", metric="cosine"), file, "HNSW32")
-    before = writer.collection
-    writer.replace_index(file, **asked)
+    with writer.whole() as whole:
+        inode = (writer.path / "segments/000000/vectors.npy").stat().st_ino
+        asked = write_hnsw(whole.segment.vectors_ND[:59], file)
+        version = writer.collection.version
+        with pytest.raises(CollectionError, match="expected HNSW32 of 60 x 8, inner product"):
+            writer.replace_index(whole, file, **asked)
+        assert writer.collection.version == version
+        write_hnsw(whole.segment.vectors_ND, file)
+        before = writer.collection
+        writer.replace_index(whole, file, **asked)
     for collection in (writer.collection, Collection.open(writer.path)):
         (entry,) = collection.manifest.segments
         assert (collection.factory, entry.parameters) == ("HNSW32", {"efSearch": 77})
         assert collection.manifest.tuning == {"recall": 0.99}
         assert nearest(collection, vectors[:2]) == nearest(before, vectors[:2])
     assert (writer.path / "segments" / entry.name / "vectors.npy").stat().st_ino == inode
-    writer.replace_index(None, factory="Flat", parameters={}, tuning={})
+    with writer.whole() as whole:
+        writer.replace_index(whole, None, factory="Flat", parameters={}, tuning={})
     assert (writer.collection.factory, writer.collection.manifest.tuning) == ("Flat", {})
     assert verify(writer.path).faults == verify(writer.path).unknown == []
+
+
+def test_rows_are_made_one_segment_beside_the_collection(writer, unit_rows, tmp_path):
+    """Which searches as before until there is an index; what is written meanwhile survives."""
+    vectors, file = unit_rows(63, DIM), tmp_path / "index.faiss"
+    writer.add(table(*map(str, range(60))), vectors[:60], fingerprint=FINGERPRINT)
+    writer.compact(all=True, index="HNSW16")
+    writer.add(table("new"), vectors[60:61], fingerprint=FINGERPRINT)
+    writer.delete([id_of("7")])
+    with writer.whole() as whole:  # and nobody makes an index
+        assert whole.part.count == 60
+    assert [one.factory for one in writer.collection.manifest.segments] == ["HNSW16", "Flat"]
+    assert verify(writer.path).faults == verify(writer.path).unknown == []
+    with writer.whole() as whole:
+        assert writer.collection.factory == "HNSW16+Flat"
+        writer.delete([id_of("8"), id_of("new")])
+        writer.add(table("later"), vectors[61:62], fingerprint=FINGERPRINT)
+        writer.seal()
+        writer.add(table("last"), vectors[62:], fingerprint=FINGERPRINT)
+        asked = write_hnsw(whole.segment.vectors_ND, file)
+        writer.replace_index(whole, file, **asked)
+    keys = [str(n) for n in range(60) if n not in (7, 8)]
+    for collection in (writer.collection, Collection.open(writer.path)):
+        assert collection.factory == "HNSW32+Flat"
+        assert collection.keys() == [*keys, "later", "last"]
+        assert nearest(collection, vectors[[8, 61, 62]])[1:] == [["later"], ["last"]]
+    assert verify(writer.path).faults == verify(writer.path).unknown == []
+
+
+def test_a_segment_that_is_emptied_while_it_is_merged(writer, unit_rows):
+    """Its rows stay dead, though no segment of that name is there any more."""
+    vectors = unit_rows(60, DIM)
+    for keys in (range(50), range(50, 60)):
+        writer.add(table(*map(str, keys)), vectors[list(keys)], fingerprint=FINGERPRINT)
+        writer.seal()
+    with writer.whole() as whole:
+        writer.delete([id_of(str(n)) for n in range(50, 60)])
+        writer.seal()
+        assert len(writer.collection.manifest.segments) == 1
+        writer.replace_index(whole, None, factory="Flat", parameters={}, tuning={})
+    assert writer.collection.keys() == list(map(str, range(50)))
+    assert verify(writer.path).faults == verify(writer.path).unknown == []
+
+
+def test_a_report_goes_with_the_segment_that_it_is_of(writer, unit_rows):
+    """Writes beside it leave it; a merge makes another index, of which it says nothing."""
+    vectors = unit_rows(90, DIM)
+    writer.add(table(*map(str, range(60))), vectors[:60], fingerprint=FINGERPRINT)
+    with writer.whole() as whole:
+        writer.replace_index(whole, None, factory="Flat", parameters={}, tuning={"recall": 0.9})
+    writer.add(table("a", "b"), vectors[60:62], fingerprint=FINGERPRINT)
+    writer.seal()
+    writer.delete([id_of("3")])
+    writer.seal()
+    assert writer.collection.manifest.tuning == {"recall": 0.9}
+    writer.compact()
+    assert len(writer.collection.manifest.segments) == 1
+    assert writer.collection.manifest.tuning == {}
 
 
 def test_a_filter_is_worked_out_once_a_part(writer, vectors, monkeypatch):
