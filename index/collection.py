@@ -27,7 +27,7 @@ from numpy.typing import ArrayLike, NDArray
 from index.errors import CollectionError, UnknownIdError
 from index.knn import MISSING, merge_neighbours
 from index.neighbours import Neighbours as Neighbours
-from index.neighbours import check_queries, leave_out, no_neighbours
+from index.neighbours import check_queries, check_without, leave_out, no_neighbours
 from index.selection import Selection
 from index.storage.ids import id_of as id_of
 from index.storage.publishing import count_sources
@@ -199,11 +199,12 @@ class Collection:
         Raises:
             FingerprintMismatchError: another encoder made the queries.
             FilterError: the filter cannot be read.
-            UsageError: k is below 1, the queries have another dimension or are not finite, or
-                the index has no such parameter.
+            UsageError: k is below 1, the queries have another dimension or are not finite,
+                `without_QW` is not of as many, or the index has no such parameter.
         """
         self.require(fingerprint)
         queries_QD = check_queries(queries_QD, k, self.dim)
+        n_without = 0 if without_QW is None else check_without(without_QW, len(queries_QD))
         snapshot = self._snapshot
         selection = self.select(filter) if isinstance(filter, str) else filter
         if selection is not None and not snapshot.made(selection):
@@ -216,7 +217,6 @@ class Collection:
         if not self.count:
             return no_neighbours(len(queries_QD))
         masks = [None] * len(snapshot.parts) if selection is None else selection.masks
-        n_without = 0 if without_QW is None else without_QW.shape[1]
         k_asked = min(k + n_without, self.count)
         own = snapshot.own_parameters(parameters or {})
         found = []

@@ -33,12 +33,12 @@ def check_queries(queries_QD: NDArray[np.float32], k: int, dim: int) -> NDArray[
     """Give queries as float32, in C order.
 
     Raises:
-        UsageError: they are not (Q, dim) or not finite, or k is below 1.
+        UsageError: they are not (Q, dim) or not finite, or k is no whole number of 1 or more.
     """
     if queries_QD.ndim != 2 or queries_QD.shape[1] != dim:
         raise UsageError("queries", expected=f"(Q, {dim})", found=str(queries_QD.shape))
-    if k < 1:
-        raise UsageError("k", expected="at least 1", found=str(k))
+    if not isinstance(k, int | np.integer) or k < 1:
+        raise UsageError("k", expected="at least 1, a whole number", found=str(k))
     queries_QD = np.ascontiguousarray(queries_QD, dtype=np.float32)
     # A finite sum of squares has no NaN and no infinity, and costs a fifth of asking each number.
     if not math.isfinite(np.vdot(queries_QD, queries_QD)):
@@ -48,6 +48,22 @@ def check_queries(queries_QD: NDArray[np.float32], k: int, dim: int) -> NDArray[
                 f"query {wrong[0]}", expected="finite numbers", found="NaN or infinity"
             )
     return queries_QD
+
+
+def check_without(without_QW: NDArray[np.int64], n_queries: int) -> int:
+    """Give how many ids a query has that are no answers to it.
+
+    Raises:
+        UsageError: they are not (n_queries, W) whole numbers.
+    """
+    if without_QW.ndim != 2 or len(without_QW) != n_queries or without_QW.dtype.kind not in "iu":
+        raise UsageError(
+            "without",
+            expected=f"({n_queries}, W) ids",
+            found=f"{without_QW.shape} of {without_QW.dtype}",
+        )
+    n_without: int = without_QW.shape[1]
+    return n_without
 
 
 def no_neighbours(n_queries: int, k: int = 0) -> Neighbours:

@@ -27,7 +27,13 @@ from index.milvus.connection import MilvusAddress, connect, milvus_errors, read_
 from index.milvus.description import METRICS, VECTOR, Description, read_description
 from index.milvus.filters import MilvusDialect
 from index.milvus.rows import to_table, to_vectors
-from index.neighbours import Neighbours, check_queries, leave_out, no_neighbours
+from index.neighbours import (
+    Neighbours,
+    check_queries,
+    check_without,
+    leave_out,
+    no_neighbours,
+)
 from index.storage.ids import id_of
 from index.storage.rows import Row, read_rows
 from models.cpu import cpu_budget
@@ -195,8 +201,9 @@ class MilvusCollection:
         """
         self.require(fingerprint)
         queries_QD = check_queries(queries_QD, k, self.dim)
+        n_without = 0 if without_QW is None else check_without(without_QW, len(queries_QD))
         count = self.count
-        k_asked = min(k + (0 if without_QW is None else without_QW.shape[1]), count)
+        k_asked = min(k + n_without, count)
         settings = self._settings(parameters or {}, k_asked)
         selection = self.select(filter) if isinstance(filter, str) else filter
         expression = "" if selection is None else selection.expression
