@@ -17,7 +17,8 @@ Rules:
     counting. Whole records there are valid; a torn one ends the file, and the next writer
     cuts it off.
     No length is believed before its digest and the size of the file agree with it.
-    After a failed write nothing is known of what the disk has: the journal takes no more.
+    After a write that failed or was broken off nothing is known of what the disk has: the
+    journal takes no more.
 """
 
 from __future__ import annotations
@@ -164,9 +165,11 @@ class JournalFile:
             os.fdatasync(self._descriptor)
             position = Position(end=end, n_records=after.n_records + 1)
             self.commit(position)
-        except OSError as error:
+        except BaseException as error:  # an interrupt, too, may leave a record that is counted
             self._is_broken = True
-            raise self._failed(os.strerror(error.errno or 0)) from error
+            if isinstance(error, OSError):
+                raise self._failed(os.strerror(error.errno or 0)) from error
+            raise
         return position
 
     def commit(self, position: Position) -> None:

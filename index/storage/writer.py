@@ -7,6 +7,8 @@ Rules:
     Snapshots that were taken stay as they are; files that they need are deleted under them,
     which a process that has them open does not notice.
     Any number of threads may call; their writes come one after the other.
+    A change that is broken off at any line, as by Ctrl-C, may be in the files and not in memory:
+    the writer takes no more then. Whoever opens the collection anew has all of it or nothing.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ from index.storage.segment import FLAT, Block
 from index.storage.store import Store
 from models.bundle import Json
 from models.cpu import cpu_budget
-from models.errors import UsageError
+from models.errors import HoraceError, UsageError
 
 SEAL_ROWS, SEAL_BYTES = 16_384, 64 << 20
 """Rows of the delta, or bytes of the journal, from which the delta becomes a segment: beyond,
@@ -74,6 +76,7 @@ class CollectionWriter:
         self._lock, self._compaction = threading.RLock(), threading.Lock()
         self._seal_rows, self._seal_bytes = SEAL_ROWS, SEAL_BYTES
         self._journal: JournalFile | None = None
+        self._is_broken = False
         store.is_written_here = True
         sweep(store.path, store.manifest)
         if store.manifest.journal is not None:
@@ -227,7 +230,7 @@ class CollectionWriter:
                 name = new_segment_name(self.path)
             merged = [part for part in parts if part.segment.entry.name in chosen]
             new = merge(self._store, merged, name=name, index=index)
-            with self._lock:
+            with self._lock, self._changing():
                 new = replace(new, alive_N=still_alive(merged, self._store.snapshot))
                 publish(self._store, added=new, merged=chosen)
                 self._take_over()
@@ -295,8 +298,9 @@ class CollectionWriter:
                 parameters=parameters,
             )  # fmt: skip
             new = replace(new, alive_N=still_alive(whole.merged, self._store.snapshot))
-            publish(self._store, added=new, merged=merged, tuning=tuning)
-            self._take_over()
+            with self._changing():
+                publish(self._store, added=new, merged=merged, tuning=tuning)
+                self._take_over()
 
     def _put(
         self, rows: pa.Table, vectors_ND: ArrayLike, fingerprint: str, *, replace: bool
@@ -320,10 +324,11 @@ class CollectionWriter:
         self._store.require_current()
         with _disk(self.path):
             journal = self._open_journal()
-        position = journal.append(kind, body, self._store.position)
-        self._store.apply(change, position)
-        self._store.publish()
-        self._take_over()
+        with self._changing():
+            position = journal.append(kind, body, self._store.position)
+            self._store.apply(change, position)
+            self._store.publish()
+            self._take_over()
         delta = self._store.contents.delta
         if delta.n_rows >= self._seal_rows or position.end >= self._seal_bytes:
             self._seal_when_large()
@@ -348,19 +353,22 @@ class CollectionWriter:
                 store, store.snapshot.parts[-1:], name=new_segment_name(self.path), factory=FLAT,
                 parameters={},
             )  # fmt: skip
-        publish(store, added=added, journal=begin_journal(store))
-        self._journal = None
-        self._take_over()
+        with self._changing():
+            publish(store, added=added, journal=begin_journal(store))
+            self._journal = None
+            self._take_over()
 
     def _open_journal(self) -> JournalFile:
         """Give the journal to append to, and begin one where there is none."""
         if self._journal is None:
             if self._store.manifest.journal is None:
-                publish(self._store, journal=begin_journal(self._store))
+                with self._changing():
+                    publish(self._store, journal=begin_journal(self._store))
             entry = self._store.manifest.journal
             assert entry is not None
-            self._journal = JournalFile(self.path, entry, writable=True)
-            self._journal.cut(self._store.position)
+            journal = JournalFile(self.path, entry, writable=True)
+            journal.cut(self._store.position)
+            self._journal = journal
         return self._journal
 
     def _take_over(self) -> None:
@@ -371,6 +379,29 @@ class CollectionWriter:
         """Refuse to write once others may."""
         if self._descriptor is None:
             raise CollectionError(f"writer of {self.path}", expected="an open one", found="closed")
+        if self._is_broken:
+            raise CollectionError(
+                f"writer of {self.path}",
+                expected="one whose writes were all finished",
+                found="one that was broken off",
+                mend="close it and open the collection again; what was acknowledged is there",
+            )
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Take no more where a change is broken off: memory may not be what the files are.
+
+        What the disk refuses before there is another manifest leaves both as they were; of the
+        journal, it says itself that it takes no more.
+        """
+        before = self._store.manifest
+        try:
+            yield
+        except BaseException as error:
+            is_refusal = isinstance(error, (OSError, HoraceError))
+            if not is_refusal or self._store.manifest is not before:
+                self._is_broken = True
+            raise
 
 
 @contextmanager
