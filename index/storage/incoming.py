@@ -12,7 +12,13 @@ from numpy.typing import ArrayLike, NDArray
 from index.errors import CollectionError
 from index.knn import COSINE
 from index.storage.ids import id_of
-from index.storage.rows import COLUMN_TYPES, ROW_SCHEMA
+from index.storage.rows import (
+    COLUMN_TYPES,
+    DIGEST,
+    ROW_SCHEMA,
+    check_row_sizes,
+    is_row_schema,
+)
 from models.errors import UsageError
 
 Column: TypeAlias = "pa.ChunkedArray[pa.Scalar[pa.DataType]]"
@@ -55,8 +61,10 @@ def prepare_rows(rows: pa.Table, schema: pa.Schema) -> pa.Table:
         schema: of the collection; columns that it lacks are kept as they come.
 
     Raises:
-        UsageError: a column is missing, of another type, or null where a value must be.
+        UsageError: a column is missing, there twice, of another type, null where a value must be,
+            or no Unicode; or a row is larger than any file may have.
     """
+    _check_table(rows)
     columns = {}
     for name in ("key", "label", "source"):
         columns[name] = _text_column(rows, name)
@@ -67,12 +75,17 @@ def prepare_rows(rows: pa.Table, schema: pa.Schema) -> pa.Table:
     further = {name: rows[name] for name in rows.column_names if name not in ROW_SCHEMA.names}
     table = pa.table({"id": pa.array(ids, pa.int64()), **columns})
     for name, column in further.items():
-        if name in schema.names and column.type != schema.field(name).type:
-            column = _cast(column, schema.field(name))
+        field = pa.field(name, pa.string()) if name == DIGEST else None
+        if name in schema.names:
+            field = schema.field(name)
+        if field is not None and column.type != field.type:
+            column = _cast(column, field)
         if column.type not in COLUMN_TYPES:
             known = ", ".join(map(str, COLUMN_TYPES))
             raise UsageError(f"column {name}", expected=f"one of {known}", found=str(column.type))
         table = table.append_column(pa.field(name, column.type), column)
+    assert is_row_schema(table.schema), f"a file with {table.schema} would not open again"
+    check_row_sizes(table)
     return table
 
 
@@ -105,6 +118,23 @@ def check_keys(rows: pa.Table, there: Mapping[int, str], *, replace: bool) -> No
                 found="it there",
                 mend="replace it with upsert",
             )
+
+
+def _check_table(rows: pa.Table) -> None:
+    """Refuse a table whose columns have not each a name, or whose texts are none."""
+    names = rows.column_names
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if twice:
+        raise UsageError(
+            "rows", expected=f"one column {twice[0]}", found=f"{names.count(twice[0])}"
+        )
+    try:
+        rows.validate(full=True)
+        for name in names:
+            name.encode()
+    except (pa.ArrowException, UnicodeError) as error:
+        found = next(iter(str(error).splitlines()), "others")
+        raise UsageError("rows", expected="texts in Unicode", found=found) from error
 
 
 def _refuse_collision(key: str, other: str) -> None:

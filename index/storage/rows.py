@@ -7,6 +7,8 @@ Rules:
     A column is of one of `COLUMN_TYPES` and its name is its own: what is stored is what
     filters, `Row.metadata` and JSON can carry.
     A table may lack further columns: a row without a value has null.
+    A row has at most `MAX_ROW_BYTES` when it is written, so that a file which holds more for its
+    rows is none of ours, however small it is on the disk.
 """
 
 from __future__ import annotations
@@ -14,11 +16,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
-from typing import cast
+from typing import Any, cast
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from models.bundle import Json
+from models.errors import UsageError
 
 _FIELDS: dict[str, pa.DataType] = {
     "id": pa.int64(),
@@ -39,6 +45,13 @@ COLUMN_TYPES: tuple[pa.DataType, ...] = (
     pa.timestamp("us"),
     pa.timestamp("us", "UTC"),
 )
+
+MAX_ROW_BYTES = 64 << 10
+"""Of one row in memory: its texts, and `VALUE_BYTES` a column. Keys are paths, of at most 4 kB."""
+
+VALUE_BYTES = 16
+"""What a value takes besides its text, at most: 8 of its own or of offsets, and a bit of
+validity, which is a byte where there is one row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +129,47 @@ def is_row_schema(schema: pa.Schema) -> bool:
         and all(one.type in COLUMN_TYPES for one in further)
         and all(one.type == pa.string() for one in further if one.name == DIGEST)
     )
+
+
+def row_bytes(rows: pa.Table | pa.RecordBatch) -> NDArray[np.int64]:
+    """Give the bytes that each row takes in memory, at most; of codes, those they stand for."""
+    bytes_N = np.full(len(rows), VALUE_BYTES * rows.num_columns, np.int64)
+    for column in rows.columns:
+        if pa.types.is_dictionary(column.type) or pa.types.is_string(column.type):
+            bytes_N += _text_bytes(column)
+    return bytes_N
+
+
+def check_row_sizes(rows: pa.Table) -> None:
+    """Refuse to write a row that is larger than is believed of a file.
+
+    Raises:
+        UsageError: there is one; names its key.
+    """
+    bytes_N = row_bytes(rows)
+    wrong = np.flatnonzero(bytes_N > MAX_ROW_BYTES)
+    if wrong.size:
+        key = str(rows["key"][int(wrong[0])].as_py())
+        raise UsageError(
+            f"row of key {key[:100]!r}",
+            expected=f"at most {MAX_ROW_BYTES} bytes",
+            found=f"{bytes_N[wrong[0]]}",
+            mend="keep long texts elsewhere, and here the place where they are",
+        )
+
+
+def _text_bytes(column: Any) -> NDArray[np.int64]:
+    """Give the bytes of each text; of a dictionary's codes those of the texts they stand for."""
+    if isinstance(column, pa.ChunkedArray):
+        pieces = [_text_bytes(chunk) for chunk in column.chunks]
+        return np.concatenate([np.empty(0, np.int64), *pieces])
+    if isinstance(column, pa.DictionaryArray):
+        lengths_M = np.append(_text_bytes(column.dictionary), 0)
+        codes: Any = column.indices
+        codes = pc.fill_null(codes, len(lengths_M) - 1)
+        return cast("NDArray[np.int64]", lengths_M[codes.to_numpy()])
+    lengths: Any = pc.fill_null(pc.binary_length(column), 0)
+    return cast("NDArray[np.int64]", lengths.to_numpy(zero_copy_only=False).astype(np.int64))
 
 
 def unify(schemas: Sequence[pa.Schema]) -> pa.Schema:

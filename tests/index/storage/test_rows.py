@@ -1,14 +1,25 @@
 import json
+from dataclasses import replace
 from datetime import UTC, date, datetime
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from index.collection import Collection, id_of
-from index.storage.manifest import Manifest, SegmentEntry, hash_files, write_manifest
-from index.storage.rows import ROW_SCHEMA, Row, is_row_schema, read_rows
+from index.errors import CollectionError
+from index.storage.manifest import (
+    Manifest,
+    SegmentEntry,
+    hash_files,
+    read_manifest,
+    write_manifest,
+)
+from index.storage.rows import MAX_ROW_BYTES, ROW_SCHEMA, Row, is_row_schema, read_rows
 from index.storage.segment import Block, write_segment
+from index.storage.writer import CollectionWriter
+from models.errors import UsageError
 
 FURTHER = {
     "digest": pa.string(),
@@ -98,3 +109,46 @@ def test_segments_of_other_columns_are_one_collection(tmp_path, unit_rows):
         assert collection.select("price is null").count == 3
         assert collection.table(["key"]).to_pydict() == {"key": ["a", "b", "c", "d"]}
         np.testing.assert_array_equal(collection.vectors([id_of("c")])[0], vectors[2])
+
+
+@pytest.mark.parametrize(
+    "note",
+    [
+        ["x" * 4_000_000] * 50,  # which its footer says
+        ["x" * 150_000] * 50,  # one text in the file, and fifty in memory
+        [None] * 25 + ["x" * 150_000] * 25,
+    ],
+)
+def test_some_bytes_that_stand_for_many(tmp_path, unit_rows, note):
+    """A file holds no more than its rows may: it is refused before there is a table of it."""
+    with CollectionWriter.create(
+        tmp_path / "c", name="made", fingerprint="f" * 64, dim=8
+    ) as writer:
+        rows = rows_of([f"{n}.png" for n in range(50)])
+        writer.add(rows, unit_rows(50, 8), fingerprint="f" * 64)
+        writer.seal()
+    name = "segments/000000/rows.parquet"
+    assert Collection.open(tmp_path / "c").table().equals(rows)
+    table = rows.append_column("note", pa.array(note, pa.string()))
+    pq.write_table(table, tmp_path / "c" / name, compression="zstd")
+    assert (tmp_path / "c" / name).stat().st_size < 10_000
+    manifest = read_manifest(tmp_path / "c")
+    files = {**manifest.files, **hash_files(tmp_path / "c", [name])}
+    write_manifest(tmp_path / "c", replace(manifest, files=files))
+    before = pa.total_allocated_bytes()
+    with pytest.raises(
+        CollectionError, match=f"found no such table .more than {50 * MAX_ROW_BYTES}"
+    ):
+        Collection.open(tmp_path / "c")
+    assert pa.total_allocated_bytes() - before < MAX_ROW_BYTES
+
+
+def test_a_text_that_no_file_may_have(tmp_path, unit_rows):
+    """Is refused when it is written, with its key."""
+    rows = rows_of(["a.png", "b.png"])
+    rows = rows.append_column("note", pa.array([None, "x" * MAX_ROW_BYTES]))
+    vectors = unit_rows(2, 8)
+    entry = SegmentEntry(name="000000", count=2, factory="Flat")
+    blocks = [Block(rows=rows, vectors_ND=vectors)]
+    with pytest.raises(UsageError, match=r"row of key 'b.png': expected at most 65536 bytes"):
+        write_segment(tmp_path / "c", entry, blocks, 8, schema=rows.schema)

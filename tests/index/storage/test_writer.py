@@ -1,5 +1,7 @@
 import dataclasses
+import itertools
 import json
+from contextlib import suppress
 
 import numpy as np
 import pyarrow as pa
@@ -10,9 +12,11 @@ from index.collection import Collection, id_of
 from index.errors import CollectionError
 from index.selection import Selector
 from index.storage import publishing
+from index.storage.journal import JournalFile
 from index.storage.lock import CollectionLockedError
 from index.storage.manifest import read_manifest, write_manifest
 from index.storage.publishing import put_in_place
+from index.storage.store import Store
 from index.storage.writer import CollectionWriter
 from index.verify import verify
 from models.errors import FingerprintMismatchError, UsageError
@@ -124,6 +128,40 @@ def test_what_does_not_belong_is_refused(writer, vectors):
         writer.add(table("b"), vectors[:1], fingerprint="e" * 64)
     assert writer.collection.version == version
     assert verify(writer.path).faults == []
+
+
+def test_whatever_is_accepted_opens_again(tmp_path, vectors):
+    """Columns of any names and types: refused in one line, or read by whoever opens the files."""
+    no_text = pa.array([b"\xff\xfe"]).view(pa.string())
+    values = [
+        pa.array([1]), pa.array([1], pa.int8()), pa.array(["x"]), pa.array([True]),
+        pa.array(["x"]).dictionary_encode(), pa.array([None]), pa.array([[1]]), pa.array([1.5]),
+        pa.array([b"x"]), no_text,
+        pa.array(["x" * 70_000]), pa.array(["x" * 60_000], pa.large_string()),
+    ]  # fmt: skip
+    n_accepted = 0
+    for number, (name, value) in enumerate(
+        itertools.product(["key", "label", "source", "digest", "id", "size", "", "`"], values)
+    ):
+        path = tmp_path / str(number)
+        rows = {"key": pa.array(["a"]), "source": pa.array(["s"]), name: value}
+        with CollectionWriter.create(path, name="made", fingerprint=FINGERPRINT, dim=DIM) as writer:
+            with suppress(UsageError):
+                writer.add(pa.table(rows), vectors[:1], fingerprint=FINGERPRINT)
+            n_accepted += writer.collection.count
+            for step in (lambda: None, writer.seal):
+                step()
+                opened = Collection.open(path)
+                assert opened.rows(opened.ids) == writer.collection.rows(opened.ids)
+    assert 30 < n_accepted < 80
+
+
+def test_two_columns_of_one_name(writer, vectors):
+    """Nobody could tell them apart."""
+    rows = table("a").append_column("size", pa.array([1])).append_column("size", pa.array([2]))
+    for write in (writer.add, writer.upsert):
+        with pytest.raises(UsageError, match="rows: expected one column size, found 2"):
+            write(rows, vectors[:1], fingerprint=FINGERPRINT)
 
 
 def test_a_key_whose_id_another_has_is_refused(writer, vectors, monkeypatch):
@@ -330,6 +368,56 @@ def test_a_full_disk_costs_nothing_that_was_acknowledged(writer, vectors, monkey
     writer.close()
     CollectionWriter.open(writer.path).close()
     assert verify(writer.path).faults == verify(writer.path).unknown == []
+
+
+BREAKS = {
+    "append": (Store, "apply"),  # counted in the header, and not in memory
+    "publish": (Store, "publish"),
+    "commit": (JournalFile, "commit"),
+    "load": (Store, "load"),  # of the next manifest
+    "replay": (Store, "_replay"),
+    "remove": (publishing, "_remove"),
+}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("place", BREAKS)
+def test_a_change_that_is_broken_off(writer, vectors, monkeypatch, place, error):
+    """Wherever: the writer takes no more, and what anybody saw stays, for every reader."""
+    writer.add(table("a", "b"), vectors[:2], fingerprint=FINGERPRINT)
+    reader = Collection.open(writer.path)
+    owner, name = BREAKS[place]
+    step = getattr(owner, name)
+
+    def broken_off(*arguments, **options):
+        step(*arguments, **options)
+        raise error
+
+    monkeypatch.setattr(owner, name, broken_off)
+
+    def change():
+        writer.upsert(table("b", "c"), vectors[2:4], fingerprint=FINGERPRINT)
+        writer.seal()
+
+    with pytest.raises(error):
+        change()
+    monkeypatch.undo()
+    seen = reader.latest().keys()
+    assert seen == ["a", "b", "c"]
+    for write in (
+        lambda: writer.add(table("d"), vectors[4:5], fingerprint=FINGERPRINT),
+        lambda: writer.delete([id_of("a")]),
+        writer.seal,
+        lambda: writer.compact(all=True),
+    ):
+        with pytest.raises(CollectionError, match="found one that was broken off; close it and op"):
+            write()
+    writer.close()
+    with CollectionWriter.open(writer.path) as again:
+        assert again.collection.keys() == seen
+        again.add(table("d"), vectors[4:5], fingerprint=FINGERPRINT)
+    assert reader.latest().keys() == Collection.open(writer.path).keys() == [*seen, "d"]
+    assert verify(writer.path).faults == []
 
 
 def test_what_cannot_be_created(writer, tmp_path):
