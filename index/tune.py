@@ -16,6 +16,7 @@ Rules:
 from __future__ import annotations
 
 import json
+import os
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -28,11 +29,13 @@ from tyro.conf import Positional
 from index.ann import report
 from index.ann.candidates import Candidate
 from index.ann.memory import as_size, parse_size
-from index.ann.tuning import MAX_QUERIES, Goal, plan
+from index.ann.tuning import MAX_QUERIES, Goal, Tuned, plan
 from index.building.tuned import tune_collection
 from index.collection import Collection
+from index.errors import CollectionError
 from index.evaluation.queries import open_queries
 from models.command import run_command
+from models.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +55,8 @@ class TuneOptions:
     """Kinds to try instead of those that suit: Flat, HNSW32, HNSW32,SQ8,RFlat,
     HNSW32,SQfp16,RFlat, IVF256,PQ64x4fs,RFlat, RR,IVF256,RaBitQfs,RFlat, CAGRA64 and their like."""
     queries: int | None = None
-    """Images that are held back to ask with; a tenth of all, up to 2,000, where none is given."""
+    """Images that are held back to ask with; a tenth of all, up to 2,000, where none is given. Of
+    fewer than 200 images none can be, and exact search is taken, which needs none."""
     query_from: str | None = None
     """Ask with these instead: a collection of the same encoder, or a source as for
     `index.build`."""
@@ -86,13 +90,16 @@ def main(options: TuneOptions) -> None:
     """Tune the collection and say what came of it.
 
     Raises:
-        CollectionError: no index reaches the recall.
+        CollectionError: no index reaches the recall, or the picture cannot be written.
+        UsageError: nothing fits the memory, or the picture has no place.
     """
     if options.dry_run:
         with Collection.open(options.collection, verify=False) as collection:
             candidates = plan(collection.count, collection.dim, options.goal)
         print(_plan_json(candidates) if options.json else _plan_text(candidates))
         return
+    if options.plot is not None:
+        _check_place(options.plot)
     queries_QD = None if options.query_from is None else _read_queries(options)
     tuned = tune_collection(
         options.collection,
@@ -100,9 +107,36 @@ def main(options: TuneOptions) -> None:
         queries_QD=queries_QD,
         queries_from=options.query_from or "",
     )
-    if options.plot is not None:
-        report.draw(options.plot, tuned)
     print(json.dumps(report.to_json(tuned), indent=2) if options.json else report.as_text(tuned))
+    if options.plot is not None:
+        _draw(options.plot, tuned)
+
+
+def _check_place(plot: Path) -> None:
+    """Refuse a picture that could not be written, before hours of work."""
+    folder = plot.parent
+    if not folder.is_dir():
+        found = "no such directory"
+    elif plot.is_dir():
+        found = "a directory"
+    elif not os.access(folder, os.W_OK):
+        found = "a directory that cannot be written"
+    else:
+        return
+    raise UsageError(f"--plot {plot}", expected="a file that can be written", found=found)
+
+
+def _draw(plot: Path, tuned: Tuned) -> None:
+    """Draw the picture; where that is refused the index is in its place all the same."""
+    try:
+        report.draw(plot, tuned)
+    except OSError as error:
+        raise CollectionError(
+            f"--plot {plot}",
+            expected="a file that can be written",
+            found=os.strerror(error.errno) if error.errno else str(error),
+            mend="the index is in its place; tune again for another picture",
+        ) from error
 
 
 def _read_queries(options: TuneOptions) -> NDArray[np.float32]:

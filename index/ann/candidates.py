@@ -17,12 +17,9 @@ from dataclasses import dataclass
 
 import faiss
 
-from index.ann.kinds import FLAT, HNSW, parse_kind
+from index.ann.kinds import EXACTLY, FLAT, FLAT_MAX_COUNT, HNSW, parse_kind
 from index.ann.memory import as_size, build_bytes, search_bytes
 from models.errors import UsageError
-
-FLAT_MAX_COUNT = 20_000
-"""Up to here every vector may be compared: a millisecond or two a query, and always exact."""
 
 INDEX_MIN_COUNT = 2_000
 """Below, an index saves nothing that anybody would notice."""
@@ -56,7 +53,12 @@ class Candidate:
 
 
 def choose_candidates(
-    count: int, dim: int, *, memory_bytes: int | None, factories: Sequence[str] = ()
+    count: int,
+    dim: int,
+    *,
+    memory_bytes: int | None,
+    factories: Sequence[str] = (),
+    recall: float = 0.0,
 ) -> list[Candidate]:
     """Give the kinds to build, those that do not fit among them.
 
@@ -65,11 +67,12 @@ def choose_candidates(
         dim: their length.
         memory_bytes: the budget; unbounded where None.
         factories: kinds that were asked for by name, instead of the rule's.
+        recall: what they must reach; where it is all, exact search is worth a look at any size.
 
     Raises:
         UsageError: none fits, or one that was asked for is unknown.
     """
-    names = list(dict.fromkeys(factories)) or _by_rule(count, dim)
+    names = list(dict.fromkeys(factories)) or _by_rule(count, dim, recall)
     candidates = [_weigh(name, count, dim, memory_bytes) for name in names]
     if not any(candidate.fits for candidate in candidates):
         least = min(candidates, key=_peak)
@@ -77,14 +80,14 @@ def choose_candidates(
             f"memory for an index over {count} x {dim}",
             expected=f"at least {as_size(_peak(least))}, for {least.factory}",
             found=as_size(memory_bytes or 0),
-            mend="give more, or take --index Flat, which needs none",
+            mend=f"give more, or {EXACTLY}",
         )
     return candidates
 
 
-def _by_rule(count: int, dim: int) -> list[str]:
+def _by_rule(count: int, dim: int, recall: float) -> list[str]:
     """Name the kinds, the likely ones first."""
-    names = [FLAT] if count <= FLAT_MAX_COUNT else []
+    names = [FLAT] if count <= FLAT_MAX_COUNT or recall == 1 else []
     if count < INDEX_MIN_COUNT:
         return names
     lists = list_count(count)

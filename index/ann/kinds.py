@@ -32,6 +32,12 @@ import faiss
 from models.errors import UsageError
 
 FLAT = "Flat"
+FLAT_MAX_COUNT = 20_000
+"""Up to here every vector may be compared: a millisecond or two a query, and always exact."""
+
+EXACTLY = "search exactly: `index.tune --index Flat`, `index.build --index flat`"
+"""For errors: what reaches any recall within any memory."""
+
 HNSW = "HNSW32"
 EF_SEARCH = 64
 NPROBE = 16

@@ -65,11 +65,13 @@ def as_text(tuned: Tuned) -> str:
     ]
     at = ", ".join(f"@{k} {value:.4f}" for k, value in figures.recall.items())
     budget = "" if goal.memory_bytes is None else f" of {as_size(goal.memory_bytes)}"
+    asked = f"{tuned.n_queries} queries ({tuned.queries}), half of which chose and half confirmed"
+    if not tuned.n_queries:
+        asked = f"exact search was timed with {tuned.queries}"
     lines += [
         "",
         f"taken: {_name(chosen)}; recall {at}",
-        f"{tuned.n_queries} queries ({tuned.queries}), half of which chose and half confirmed; "
-        "single queries on one thread",
+        f"{asked}; single queries on one thread",
         f"memory at most {as_size(tuned.peak_bytes)}{budget}; "
         f"{as_size(tuned.resident_bytes)} resident with mapped files; {tuned.seconds:.0f} s",
     ]

@@ -6,6 +6,7 @@ Rules:
     of a stored vector, or one a little off, would find its way by the stored one's links.
     One half of the queries chooses, the other confirms: `index.ann.sweep`.
     One index is in memory at a time; those that reach the target wait on the disk.
+    Exact search reaches any recall: where there are too few rows to hold some back, it is taken.
     Where none reaches it nothing is chosen, and the error says what the best one reached.
 
 Shapes: Q queries, N rows, D dimensions, K neighbours.
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 
 from index.ann.ann_index import AnnIndex
 from index.ann.candidates import Candidate, choose_candidates
-from index.ann.kinds import FLAT
+from index.ann.kinds import EXACTLY, FLAT
 from index.ann.making import SEED, Builder, write_index
 from index.ann.memory import as_size
 from index.ann.peak import PeakMemory, held_bytes
@@ -152,7 +153,8 @@ class Tuned:
         count: of the vectors.
         dim: their length.
         queries: where they are from.
-        n_queries: of them; half chose, half confirmed.
+        n_queries: of them; half chose, half confirmed. None where exact search was taken
+            unmeasured.
         candidates: all kinds, those that did not fit among them.
         trials: those that were built.
         chosen: the cheapest that reached the target.
@@ -195,7 +197,8 @@ def tune(
         queries_from: says where they are from.
 
     Raises:
-        UsageError: no kind fits the memory, or there are too few vectors or queries.
+        UsageError: no kind fits the memory, or there are too few vectors or queries for one that
+            is not exact.
         CollectionError: none reaches the target.
     """
     start_s = time.monotonic()
@@ -203,7 +206,14 @@ def tune(
     with PeakMemory() as memory:
         candidates = plan(count, dim, goal)
         held_back = np.empty(0, np.int64)
-        if queries_QD is None:
+        exact = [one for one in candidates if one.factory == FLAT]
+        is_unmeasured = queries_QD is None and not can_hold_back(count, goal) and bool(exact)
+        if is_unmeasured:
+            log.info("%d rows: too few to hold any back; exact search needs none", count)
+            candidates = exact
+            queries_QD = np.ascontiguousarray(vectors_ND[np.resize(np.arange(count), SINGLES)])
+            queries_from = "stored rows: too few to hold any back"
+        elif queries_QD is None:
             held_back = hold_back(count, goal)
             queries_QD = np.ascontiguousarray(vectors_ND[held_back])
             queries_from = "rows held back"
@@ -222,7 +232,7 @@ def tune(
         count=count,
         dim=dim,
         queries=queries_from,
-        n_queries=len(queries_QD),
+        n_queries=0 if is_unmeasured else len(queries_QD),
         candidates=candidates,
         trials=trials,
         chosen=min(reached, key=lambda trial: trial.figures.p50_s),
@@ -244,7 +254,9 @@ def plan(count: int, dim: int, goal: Goal) -> list[Candidate]:
                 expected=f"more than the {as_size(taken)} that this process and its queries take",
                 found=as_size(goal.memory_bytes),
             )
-    return choose_candidates(count, dim, memory_bytes=left, factories=goal.factories)
+    return choose_candidates(
+        count, dim, memory_bytes=left, factories=goal.factories, recall=goal.recall
+    )
 
 
 def tuning_bytes(count: int, dim: int, goal: Goal) -> int:
@@ -256,16 +268,26 @@ def tuning_bytes(count: int, dim: int, goal: Goal) -> int:
     return queries + search + ALLOCATOR_BYTES
 
 
+def can_hold_back(count: int, goal: Goal) -> bool:
+    """Tell whether there are rows enough for queries to be taken of them."""
+    return _held_back_count(count, goal) >= MIN_QUERIES
+
+
+def _held_back_count(count: int, goal: Goal) -> int:
+    """Say how many rows are held back."""
+    wanted = MAX_QUERIES if goal.n_queries is None else goal.n_queries
+    return min(int(QUERY_SHARE * count), wanted)
+
+
 def hold_back(count: int, goal: Goal) -> NDArray[np.int64]:
     """Draw the rows that no index has while it is tried out, ascending."""
-    most = int(QUERY_SHARE * count)
-    n = min(most, MAX_QUERIES if goal.n_queries is None else goal.n_queries)
+    n = _held_back_count(count, goal)
     if n < MIN_QUERIES:
         raise UsageError(
             "vectors",
             expected=f"at least {round(MIN_QUERIES / QUERY_SHARE)}, so that some can be held back",
             found=str(count),
-            mend="take --index Flat, which is exact, or give queries of your own",
+            mend=f"give queries of your own, or {EXACTLY}",
         )
     drawn = np.random.default_rng(goal.seed).choice(count, n, replace=False)
     return np.sort(drawn)
@@ -394,7 +416,7 @@ class _Bench:
         queries, k = self._confirming, self._goal.k
         found: dict[int, NDArray[np.float64]] = {}
         for wanted in sorted({*RECALL_KS, k}):
-            if wanted <= queries.truth_QK.shape[1]:
+            if wanted <= queries.truth_QK.shape[1] or wanted == k:
                 scores = search_all(search, queries.vectors_QD, wanted, parameters, self._threads)
                 found[wanted] = recalls(scores, queries, wanted)
         singles = time_singles(search, queries.vectors_QD[:SINGLES], k, parameters)
@@ -458,5 +480,5 @@ def _not_reached(goal: Goal, trials: Sequence[Trial]) -> CollectionError:
         expected=f"recall@{goal.k} of at least {goal.recall:g}, with a margin for the sample",
         found=f"{best.figures.recall[goal.k]:.4f} at best, by {best.candidate.factory} with "
         f"{parameters}",
-        mend="ask for less, give more memory, or take --index Flat, which is exact",
+        mend=f"ask for less, give more memory, or {EXACTLY}",
     )

@@ -14,15 +14,13 @@ import faiss
 import numpy as np
 import pyarrow as pa
 
+from index.ann.kinds import FLAT_MAX_COUNT
 from index.building.metadata import Metadata, join_blocks
 from index.building.part_file import PART_ROW_SCHEMA
 from index.building.parts import PartStore
 from index.storage.manifest import REJECTS_FILE, Manifest, SegmentEntry, hash_files
 from index.storage.segment import EF_SEARCH, FLAT, HNSW, write_segment
 from models.encoder import Encoder
-
-FLAT_MAX_COUNT = 20_000
-"""Up to here `auto` searches every vector: some milliseconds a query, and always exact."""
 
 log = logging.getLogger("horace.index")
 

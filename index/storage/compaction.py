@@ -10,11 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from index.ann.kinds import FLAT, HNSW, default_parameters
+from index.ann.kinds import FLAT, FLAT_MAX_COUNT, HNSW, default_parameters
 from index.storage.manifest import SegmentEntry
-
-FLAT_MAX_COUNT = 20_000
-"""Up to here every vector is searched: some milliseconds a query, and always exact."""
 
 DEAD_SHARE = 0.2
 """Of a segment's rows, from which it is written anew."""

@@ -274,6 +274,15 @@ def test_a_recall_chooses_the_index(tmp_path, capsys, bundle, new_folder, monkey
     assert verify(tmp_path / "c").unknown == []
 
 
+def test_a_recall_of_few_images_is_met_by_exact_search(tmp_path, capsys, bundle, new_folder):
+    """There are none to hold back, and exact search needs none."""
+    args = ("--images", new_folder(), "--encoder", bundle.path, "--out", tmp_path / "c")
+    status, out, err = run_in_process(capsys, *args, "--recall", ".99", "--json")
+    assert status == 0, err
+    assert json.loads(out)["index"] == "Flat"
+    assert read_manifest(tmp_path / "c").tuning["chosen"]["recall_at"]["10"] == 1
+
+
 @pytest.fixture(scope="module")
 def many_images(tmp_path_factory):
     """6,000 images of noise in an IDX file: enough to be killed among."""

@@ -1,10 +1,12 @@
 """The command that chooses an index by its measured recall."""
 
+import errno
 import json
 
 import numpy as np
 import pytest
 
+from index.ann.tuning import Goal, plan
 from index.collection import Collection, id_of
 from index.storage.manifest import read_manifest
 from index.storage.writer import CollectionWriter
@@ -95,7 +97,7 @@ def test_a_target_that_none_reaches_fails_and_changes_nothing(collection, capsys
     error = capsys.readouterr().err
     assert "tuning: expected recall@10 of at least 1, with a margin for the sample, found " in error
     assert " at best, by HNSW2 with efSearch " in error
-    assert "ask for less, give more memory, or take --index Flat" in error
+    assert "ask for less, give more memory, or search exactly: `index.tune --index Flat`" in error
     assert (collection / "manifest.json").read_bytes() == before
 
 
@@ -180,3 +182,60 @@ def test_few_vectors_are_searched_exactly(tmp_path, make_collection, capsys):
     assert run(path) == 0
     assert "taken: Flat; recall @1 1.0000, @10 1.0000" in capsys.readouterr().out
     assert read_manifest(path).segments[0].factory == "Flat"
+
+
+@pytest.mark.parametrize("count", [1, 7, 199])
+def test_of_too_few_images_exact_search_is_taken(tmp_path, make_collection, capsys, count):
+    """None can be held back to measure with, and it reaches any recall without; that is said."""
+    path = make_collection(tmp_path / "made", draw(count, seed=1))
+    assert run(path, "--recall", "1") == 0
+    out = capsys.readouterr().out
+    assert "taken: Flat; recall @1 1.0000" in out
+    assert "exact search was timed with stored rows: too few to hold any back" in out
+    report = read_manifest(path).tuning
+    assert report["queries_choosing"] == report["queries_confirming"] == 0
+    assert run(path, "--index", "HNSW8") == 2
+    error = capsys.readouterr().err
+    assert f"vectors: expected at least 200, so that some can be held back, found {count}" in error
+    assert "or search exactly: `index.tune --index Flat`, `index.build --index flat`" in error
+
+
+def test_more_neighbours_than_there_are(tmp_path, make_collection, capsys):
+    """All there are must be found then."""
+    path = make_collection(tmp_path / "made", draw(300, seed=1))
+    assert run(path, "--k", "500", "--index", "HNSW16", "Flat", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["chosen"]["recall_at"]["500"] >= 0.99
+
+
+def test_all_neighbours_are_what_exact_search_finds():
+    """At any size, where no index could be sure of them."""
+    kinds = {recall: plan(100_000, 64, Goal(recall=recall)) for recall in (0.99, 1.0)}
+    assert kinds[1.0][0].factory == "Flat"
+    assert [one.factory for one in kinds[0.99]] == [one.factory for one in kinds[1.0][1:]]
+
+
+@pytest.mark.parametrize(
+    ("place", "found"), [("nowhere/x.png", "no such directory"), (".", "a directory")]
+)
+def test_a_picture_without_a_place_is_refused_first(collection, tmp_path, capsys, place, found):
+    """Before anything is built."""
+    before = (collection / "manifest.json").read_bytes()
+    assert run(collection, "--plot", tmp_path / place) == 2
+    assert f"{place}: expected a file that can be written, found {found}" in (
+        capsys.readouterr().err.replace(str(tmp_path), ".")
+    )
+    assert (collection / "manifest.json").read_bytes() == before
+
+
+def test_a_picture_that_fails_is_one_line(collection, tmp_path, capsys, monkeypatch):
+    """The report is printed, and the index is in its place."""
+
+    def full(path, tuned):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr("index.ann.report.draw", full)
+    assert run(collection, "--index", KINDS[0], "--plot", tmp_path / "x.png") == 1
+    captured = capsys.readouterr()
+    assert f"taken: {KINDS[0]} with " in captured.out
+    assert "found No space left on device; the index is in its place" in captured.err
+    assert read_manifest(collection).segments[0].factory == KINDS[0]
