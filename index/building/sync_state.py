@@ -137,7 +137,7 @@ def rejects_file(collection: Path, source: str) -> Path:
 def read_rejects(file: Path) -> dict[str, Reject]:
     """Read a log of rejects, by key; none where it is missing or damaged."""
     try:
-        return _parse_rejects(file.read_bytes())
+        return _parse_rejects(file.read_bytes()) if file.is_file() else {}
     except OSError:
         return {}
 
@@ -155,7 +155,7 @@ def is_sound(file: Path) -> bool:
 def _read_sealed(file: Path) -> bytes | None:
     """Read what a file holds before its hash; None where that is another, or there is no file."""
     try:
-        whole = file.read_bytes()
+        whole = file.read_bytes() if file.is_file() else b""  # a pipe would keep us waiting
     except OSError:
         return None
     if file.suffix == STAMPS:

@@ -33,6 +33,7 @@ from pathlib import Path
 
 from index.errors import CollectionError
 from index.storage.manifest import JournalEntry
+from models.files import open_regular
 
 MAGIC = b"HORACEJ1"
 _HEADER, _RECORD = struct.Struct("<8s16sQQ"), struct.Struct("<QQQ16s")
@@ -90,9 +91,10 @@ class JournalFile:
         self._id = bytes.fromhex(entry.id)
         self._is_broken = False
         try:
-            self._descriptor = os.open(self.file, os.O_RDWR if writable else os.O_RDONLY)
+            self._descriptor = open_regular(self.file, os.O_RDWR if writable else os.O_RDONLY)
         except OSError as error:
-            raise self._damage("the journal that manifest.json names", "none") from error
+            found = "none" if isinstance(error, FileNotFoundError) else str(error.strerror)
+            raise self._damage("the journal that manifest.json names", found) from error
 
     def __del__(self) -> None:
         if (descriptor := getattr(self, "_descriptor", None)) is not None:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from index.errors import CollectionError
+from models.files import open_regular
 
 LOCK_FILE = ".lock"
 
@@ -45,12 +46,12 @@ def take_lock(directory: Path) -> int:
     file = directory / LOCK_FILE
     while True:
         try:
-            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+            descriptor = open_regular(file, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise CollectionError(
                 str(directory),
                 expected="a collection directory that can be written",
-                found=os.strerror(error.errno or 0),
+                found=f"{LOCK_FILE}: {error.strerror}",
             ) from error
         try:
             _lock(descriptor, directory)

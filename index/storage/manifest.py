@@ -29,7 +29,7 @@ from index.storage.entries import Manifest as Manifest
 from index.storage.entries import SegmentEntry as SegmentEntry
 from index.storage.entries import manifest_from_json, manifest_to_json
 from models.bundle import Json
-from models.files import atomic_file, canonical_json, sha256_file
+from models.files import atomic_file, canonical_json, open_regular, sha256_file
 
 MANIFEST_FILE = "manifest.json"
 REJECTS_FILE = "rejects.jsonl"
@@ -161,9 +161,11 @@ def unreadable(path: Path, error: OSError) -> CollectionError:
 def _open_descriptor(directory: Path) -> int:
     """Open `manifest.json`."""
     try:
-        return os.open(directory / MANIFEST_FILE, os.O_RDONLY)
+        return open_regular(directory / MANIFEST_FILE, os.O_RDONLY)
     except OSError as error:
         found = f"no {MANIFEST_FILE} in it" if directory.is_dir() else "no such directory"
+        if (directory / MANIFEST_FILE).exists():
+            found = f"{MANIFEST_FILE}: {error.strerror}"
         raise CollectionError(
             str(directory),
             expected="a collection directory",

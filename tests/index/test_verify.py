@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from contextlib import suppress
@@ -458,3 +459,30 @@ def test_a_column_whose_name_is_no_text_is_refused(built, copy_collection):
         with suppress(CollectionError), Collection.open(path) as collection:
             assert collection.table().column_names[-1] == "digest"
     assert len(places) > 1
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "journal-000001", ".lock"])
+def test_a_pipe_in_the_place_of_a_file(name, built, copy_collection, tmp_path):
+    """Is refused in one line; nobody waits for what never comes."""
+    path = copy_collection(built)
+    with CollectionWriter.open(path) as writer:
+        writer.delete(writer.collection.ids[:1])
+    (path / name).unlink()
+    os.mkfifo(path / name)
+    code = (
+        "import sys\n"
+        "from index.collection import Collection\n"
+        "from index.storage.writer import CollectionWriter\n"
+        "from models.errors import HoraceError\n"
+        "for opened in (Collection.open, CollectionWriter.open):\n"
+        "    try: opened(sys.argv[1])\n"
+        "    except HoraceError as error: print(error)\n"
+    )
+    for arguments in (["-c", code], ["-m", "index.verify"]):
+        done = subprocess.run(
+            [sys.executable, *arguments, str(path)], capture_output=True, text=True, timeout=60
+        )
+        if name != ".lock" or arguments[0] == "-c":
+            assert "found" in done.stdout + done.stderr
+            assert "no regular file" in done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
