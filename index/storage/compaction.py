@@ -3,6 +3,8 @@
 Rules:
     Segments that are small, or have many dead rows, are merged; a large one is left alone, so
     that to add a little never rebuilds a lot.
+    What was a delta is Flat until it is merged, however large it is: together with others of its
+    kind it gets an index. Only a large segment that somebody made Flat stays so.
     Nothing here touches a file.
 """
 
@@ -20,19 +22,28 @@ SMALL_SHARE = 1 / 8
 """Of all living rows, up to which a segment is small."""
 
 
-def choose_segments(entries: Sequence[SegmentEntry], *, all: bool = False) -> list[str]:
-    """Name the segments to merge; none where there is nothing to gain."""
-    living = sum(entry.count - entry.dead for entry in entries)
-    small = max(FLAT_MAX_COUNT, SMALL_SHARE * living)
-    chosen = [
-        entry
-        for entry in entries
-        if all or entry.dead >= DEAD_SHARE * entry.count or entry.count - entry.dead < small
-    ]
-    gains = len(chosen) > 1 or any(
-        entry.dead and (all or entry.dead >= DEAD_SHARE * entry.count) for entry in chosen
-    )
-    return [entry.name for entry in chosen] if gains else []
+def choose_segments(
+    entries: Sequence[SegmentEntry], *, all: bool = False, index: str | None = None
+) -> list[str]:
+    """Name the segments to merge; none where there is nothing to gain.
+
+    Args:
+        entries: of the collection.
+        all: whether to merge every one.
+        index: the factory that somebody asks for, where somebody does.
+    """
+    small = max(FLAT_MAX_COUNT, SMALL_SHARE * sum(map(_living, entries)))
+    has_index = any(entry.factory == index for entry in entries)
+    chosen, gains = [], False
+    for entry in entries:
+        is_large = _living(entry) > FLAT_MAX_COUNT
+        is_dying = entry.dead >= DEAD_SHARE * entry.count
+        is_other = index not in (None, entry.factory) and (is_large or all or not has_index)
+        if all or is_dying or is_other or _living(entry) < small or _is_unchosen(entry):
+            chosen.append(entry.name)
+            drops = entry.dead > 0 and (all or is_dying)
+            gains |= drops or is_other or (is_large and _is_unchosen(entry))
+    return chosen if gains or len(chosen) > 1 else []
 
 
 def choose_index(
@@ -40,15 +51,23 @@ def choose_index(
 ) -> tuple[str, Mapping[str, int]]:
     """Give the factory and the search parameters of a merged segment.
 
-    Flat where it is small, else what the largest of the merged has. Where those are Flat because
-    they were small, what the largest of the other segments has; HNSW where none has an index.
+    Flat where it is small, else what the largest has of the merged ones whose index was chosen,
+    or else of the others; HNSW where nobody chose any.
     """
     if count <= FLAT_MAX_COUNT:
         return FLAT, {}
-    largest = max(merged, key=lambda entry: entry.count)
-    if largest.factory == FLAT and largest.count <= FLAT_MAX_COUNT:
-        indexed = [entry for entry in (*merged, *others) if entry.factory != FLAT]
-        if not indexed:
-            return HNSW, default_parameters(HNSW)
-        largest = max(indexed, key=lambda entry: entry.count)
-    return largest.factory, largest.parameters
+    for group in (merged, others):
+        if chosen := [entry for entry in group if not _is_unchosen(entry)]:
+            largest = max(chosen, key=lambda entry: entry.count)
+            return largest.factory, largest.parameters
+    return HNSW, default_parameters(HNSW)
+
+
+def _is_unchosen(entry: SegmentEntry) -> bool:
+    """Tell whether a segment is Flat because it was small or a delta, and not by a choice."""
+    return entry.factory == FLAT and (entry.is_provisional or entry.count <= FLAT_MAX_COUNT)
+
+
+def _living(entry: SegmentEntry) -> int:
+    """Count the rows that are alive."""
+    return entry.count - entry.dead

@@ -56,6 +56,7 @@ class SegmentEntry:
             whose caller names no others.
         tombstones: the file that lists its dead rows; empty where all are alive.
         dead: how many those are.
+        is_provisional: whether it is `Flat` only since it was a delta, and nobody chose that.
     """
 
     name: str
@@ -64,6 +65,7 @@ class SegmentEntry:
     parameters: Mapping[str, int] = field(default_factory=dict)
     tombstones: str = ""
     dead: int = 0
+    is_provisional: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +152,7 @@ def _segment_to_json(segment: SegmentEntry) -> dict[str, Json]:
         "factory": segment.factory,
         "parameters": dict(segment.parameters),
         **(dead if segment.tombstones else {}),
+        **({"is_provisional": True} if segment.is_provisional else {}),
     }
 
 
@@ -206,6 +209,7 @@ def _segment_from_json(segment: Mapping[str, Json]) -> SegmentEntry:
         parameters={_text(key): _number(value) for key, value in parameters.items()},
         tombstones=_text(segment.get("tombstones", "")),
         dead=_number(segment.get("dead", 0), 0),
+        is_provisional=_flag(segment.get("is_provisional", False)),
     )
     if entry.dead > entry.count or bool(entry.dead) != bool(entry.tombstones):
         raise ValueError(f"dead {entry.dead} of {entry.count}")
@@ -231,6 +235,13 @@ def _number(value: Json, least: int = 1) -> int:
     """Take a whole number that FAISS and NumPy can count to; anything else raises."""
     if type(value) is not int or not least <= value < 1 << 63:
         raise TypeError(f"of a number from {least}: {value!r:.50}")
+    return value
+
+
+def _flag(value: Json) -> bool:
+    """Read what is true or false."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{value!r} is neither true nor false")
     return value
 
 

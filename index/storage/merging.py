@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from index.ann.kinds import default_parameters
 from index.storage.compaction import choose_index
-from index.storage.manifest import hash_files
+from index.storage.manifest import SegmentEntry, hash_files
 from index.storage.publishing import NewSegment, checked, write_aside, write_parts
 from index.storage.segment import FLAT, SEGMENTS, Segment, open_segment, segment_files
 from index.storage.snapshot import Part, Snapshot
@@ -124,7 +124,9 @@ def with_index(
     Raises:
         CollectionError: the file is not an index of this kind over these rows.
     """
-    entry = replace(part.segment.entry, name=name, factory=factory, parameters=dict(parameters))
+    entry = SegmentEntry(
+        name=name, count=part.segment.entry.count, factory=factory, parameters=dict(parameters)
+    )
     assert (file is None) == (factory == FLAT), f"{factory} in {file}"
     folder = store.path / SEGMENTS / name
     try:

@@ -166,11 +166,12 @@ def write_parts(
     name: str,
     factory: str,
     parameters: Mapping[str, int],
+    is_provisional: bool = False,
 ) -> NewSegment:
     """Write the living rows of parts as one segment; on failure nothing of it is left."""
-    return checked(
-        store, write_aside(store, parts, name=name, factory=factory, parameters=parameters)
-    )
+    new = write_aside(store, parts, name=name, factory=factory, parameters=parameters)
+    entry = dataclasses.replace(new.entry, is_provisional=is_provisional)
+    return checked(store, dataclasses.replace(new, entry=entry))
 
 
 def write_aside(

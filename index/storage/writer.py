@@ -206,15 +206,17 @@ class CollectionWriter:
             self._seal()
 
     def compact(self, *, all: bool = False, index: str | None = None) -> None:
-        """Seal, then merge segments that are small or have many dead rows.
+        """Seal, then merge segments that are small, have many dead rows, or lack an index.
 
         Other threads may write meanwhile; what they write survives.
 
         Args:
             all: whether to merge every segment into one, without dead rows.
-            index: FAISS factory string, or `Flat`; the collection's own where None.
+            index: FAISS factory string, or `Flat`, of what is merged; large segments that have
+                another are merged, too. The collection's own where None.
 
         Raises:
+            UsageError: there is no such index, or too few rows for it.
             CollectionError: the disk refuses; nothing has changed then.
         """
         with self._compaction, _disk(self.path):
@@ -222,9 +224,7 @@ class CollectionWriter:
                 self._require_open()
                 self._seal()
                 parts = self._store.snapshot.parts
-                chosen = choose_segments(self._store.manifest.segments, all=all)
-                if all and index is not None and not chosen:  # a new index for the only one
-                    chosen = [e.name for e in self._store.manifest.segments if e.factory != index]
+                chosen = choose_segments(self._store.manifest.segments, all=all, index=index)
                 if not chosen:
                     return
                 name = new_segment_name(self.path)
@@ -351,7 +351,7 @@ class CollectionWriter:
         if store.contents.delta.n_alive:
             added = write_parts(
                 store, store.snapshot.parts[-1:], name=new_segment_name(self.path), factory=FLAT,
-                parameters={},
+                parameters={}, is_provisional=True,
             )  # fmt: skip
         with self._changing():
             publish(store, added=added, journal=begin_journal(store))

@@ -6,12 +6,12 @@ from index.storage.manifest import SegmentEntry
 MILLION = 1_000_000
 
 
-def entry(count, dead=0, *, name="a", factory="Flat", **parameters):
+def entry(count, dead=0, *, name="a", factory="Flat", is_provisional=False, **parameters):
     """A segment of so many rows."""
     tombstones = "tombstones.npy" if dead else ""
     return SegmentEntry(
         name=name, count=count, dead=dead, tombstones=tombstones, factory=factory,
-        parameters=parameters,
+        parameters=parameters, is_provisional=is_provisional,
     )  # fmt: skip
 
 
@@ -53,3 +53,40 @@ def test_the_index_of_what_was_merged():
     assert choose_index(30_000, [small, small], []) == ("HNSW32", {"efSearch": 64})
     exact = entry(50_000)  # large and Flat: somebody wanted it so
     assert choose_index(60_000, [small, exact], [tuned]) == ("Flat", {})
+
+
+def test_what_was_a_delta_is_not_left_without_an_index():
+    """Of whatever size: alone where it is large, else together with others of its kind."""
+    deltas = [entry(20_000, name=name, is_provisional=True) for name in "abc"]
+    assert choose_segments(deltas) == ["a", "b", "c"]
+    assert choose_index(60_000, deltas, []) == ("HNSW32", {"efSearch": 64})
+    assert choose_segments(deltas[:1]) == []
+    large = entry(60_000, name="d", is_provisional=True)
+    for all_ in (False, True):
+        assert choose_segments([large], all=all_) == ["d"]
+        assert choose_segments([entry(60_000)], all=all_) == []  # somebody wanted it so
+    assert choose_index(60_000, [large], []) == ("HNSW32", {"efSearch": 64})
+    assert choose_index(60_000, [large], [entry(50_000)]) == ("Flat", {})
+    million = entry(MILLION, name="m", factory="HNSW32", efSearch=99)
+    assert choose_segments([million, large]) == ["d"]
+    assert choose_index(60_000, [large], [million]) == ("HNSW32", {"efSearch": 99})
+
+
+def test_an_index_that_is_asked_for():
+    """Every large segment that has another is merged; few rows beside such an index stay."""
+    hnsw, small = entry(MILLION, factory="HNSW32"), entry(100, name="s")
+    flat = entry(50_000, name="f")
+    for index, entries, chosen in [
+        ("HNSW32", [hnsw], ""),
+        ("Flat", [hnsw], "a"),
+        ("IVF64", [hnsw], "a"),
+        ("IVF64", [hnsw, small], "as"),
+        ("HNSW32", [hnsw, small], ""),
+        ("HNSW32", [hnsw, flat], "f"),
+        ("HNSW32", [small], "s"),
+        ("HNSW32", [flat], "f"),
+        ("Flat", [small], ""),
+    ]:
+        assert choose_segments(entries, index=index) == list(chosen)
+    assert choose_segments([hnsw], all=True, index="HNSW32") == []
+    assert choose_segments([small], all=True, index="HNSW32") == ["s"]

@@ -11,7 +11,7 @@ from index.ann.making import build_index, write_index
 from index.collection import Collection, id_of
 from index.errors import CollectionError
 from index.selection import Selector
-from index.storage import publishing
+from index.storage import compaction, publishing
 from index.storage.journal import JournalFile
 from index.storage.lock import CollectionLockedError
 from index.storage.manifest import read_manifest, write_manifest
@@ -319,6 +319,51 @@ def test_a_report_goes_with_the_segment_that_it_is_of(writer, unit_rows):
     writer.compact()
     assert len(writer.collection.manifest.segments) == 1
     assert writer.collection.manifest.tuning == {}
+
+
+def test_a_collection_that_grows_gets_an_index(writer, unit_rows, monkeypatch):
+    """By one large write or by several; what somebody made Flat stays so, and what is asked for is.
+
+    The bounds are those of a small collection.
+    """
+    monkeypatch.setattr(compaction, "FLAT_MAX_COUNT", 60)
+    monkeypatch.setattr(writer, "_seal_rows", 50)
+    vectors = unit_rows(320, DIM)
+    keys = list(map(str, range(320)))
+
+    def add(start, end):
+        writer.add(table(*keys[start:end]), vectors[start:end], fingerprint=FINGERPRINT)
+
+    def segments():
+        kinds = [(one.factory, one.count) for one in writer.collection.manifest.segments]
+        opened = Collection.open(writer.path)
+        assert opened.manifest == writer.collection.manifest
+        assert nearest(opened, vectors[:3]) == [["0"], ["1"], ["2"]]
+        return kinds
+
+    for start in range(0, 60, 30):
+        add(start, start + 30)
+    writer.compact()
+    assert segments() == [("Flat", 60)]
+    for start in range(60, 180, 30):
+        add(start, start + 30)
+    assert segments() == [("Flat", 60)] * 3
+    writer.compact()
+    assert segments() == [("HNSW32", 180)]
+    add(180, 300)
+    assert segments() == [("HNSW32", 180), ("Flat", 120)]
+    writer.compact()
+    assert segments() == [("HNSW32", 180), ("HNSW32", 120)]
+    writer.compact(index="HNSW16")
+    assert segments() == [("HNSW16", 300)]
+    writer.compact(index="Flat")
+    assert segments() == [("Flat", 300)]
+    writer.compact(all=True)
+    assert segments() == [("Flat", 300)]
+    add(300, 320)
+    writer.compact(all=True)
+    assert segments() == [("Flat", 320)]
+    assert verify(writer.path).faults == []
 
 
 def test_a_filter_is_worked_out_once_a_part(writer, vectors, monkeypatch):
