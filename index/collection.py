@@ -24,10 +24,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
-from index.errors import CollectionError, UnknownIdError
+from index.errors import CollectionError, UnknownIdError, unknown_id
 from index.knn import MISSING, merge_neighbours
 from index.neighbours import Neighbours as Neighbours
-from index.neighbours import check_queries, check_without, leave_out, no_neighbours
+from index.neighbours import check_fingerprint, check_queries, leave_out, no_neighbours
 from index.selection import Selection
 from index.storage.ids import id_of as id_of
 from index.storage.publishing import count_sources
@@ -37,7 +37,7 @@ from index.storage.segment import FLAT
 from index.storage.snapshot import Snapshot
 from index.storage.store import Store
 from models.cpu import cpu_budget
-from models.errors import FingerprintMismatchError, UsageError
+from models.errors import UsageError
 
 
 class Collection:
@@ -164,13 +164,7 @@ class Collection:
         Raises:
             FingerprintMismatchError: `fingerprint` is not the collection's; names both.
         """
-        if fingerprint != self.fingerprint:
-            raise FingerprintMismatchError(
-                f"collection {self.name}",
-                expected=self.fingerprint,
-                found=fingerprint,
-                mend="query it with the encoder that built it, or build it again with this one",
-            )
+        check_fingerprint(self.name, expected=self.fingerprint, found=fingerprint)
 
     def search(
         self,
@@ -203,8 +197,7 @@ class Collection:
                 `without_QW` is not of as many, or the index has no such parameter.
         """
         self.require(fingerprint)
-        queries_QD = check_queries(queries_QD, k, self.dim)
-        n_without = 0 if without_QW is None else check_without(without_QW, len(queries_QD))
+        queries_QD, n_without = check_queries(queries_QD, k, self.dim, without_QW)
         snapshot = self._snapshot
         selection = self.select(filter) if isinstance(filter, str) else filter
         if selection is not None and not snapshot.made(selection):
@@ -374,12 +367,7 @@ class Collection:
         """Refuse ids that are not there."""
         unknown = asked[found == MISSING]
         if unknown.size:
-            raise UnknownIdError(
-                f"id {unknown[0]}",
-                expected=f"an id of the {self.count} in collection {self.name}",
-                found="none such",
-                mend="take ids from a search of this collection",
-            )
+            raise unknown_id(int(unknown[0]), count=self.count, name=self.name)
 
     def _shown_key(self) -> str:
         """Show what keys look like here."""

@@ -23,3 +23,13 @@ class QueryError(IndexingError):
 
 class EvaluationError(IndexingError):
     """An evaluation that cannot be made of this collection and these images."""
+
+
+def unknown_id(id_: int, *, count: int, name: str) -> UnknownIdError:
+    """Make the error for an id that is none of a collection's."""
+    return UnknownIdError(
+        f"id {id_}",
+        expected=f"an id of the {count} in collection {name}",
+        found="none such",
+        mend="take ids from a search of this collection",
+    )

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index.knn import COSINE, MISSING
-from models.errors import UsageError
+from models.errors import FingerprintMismatchError, UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,16 +29,39 @@ class Neighbours:
     scores: NDArray[np.float32]
 
 
-def check_queries(queries_QD: NDArray[np.float32], k: int, dim: int) -> NDArray[np.float32]:
-    """Give queries as float32, in C order.
+def check_fingerprint(name: str, *, expected: str, found: str) -> None:
+    """Refuse another encoder's vectors.
 
     Raises:
-        UsageError: they are not (Q, dim) or not finite, or k is no whole number of 1 or more.
+        FingerprintMismatchError: `found` is not the collection's; names both.
+    """
+    if found != expected:
+        raise FingerprintMismatchError(
+            f"collection {name}",
+            expected=expected,
+            found=found,
+            mend="query it with the encoder that built it, or build it again with this one",
+        )
+
+
+def check_queries(
+    queries_QD: NDArray[np.float32],
+    k: int,
+    dim: int,
+    without_QW: NDArray[np.int64] | None,
+) -> tuple[NDArray[np.float32], int]:
+    """Give queries as float32, in C order, and how many ids are left out of each one's answer.
+
+    Raises:
+        UsageError: they are not (Q, dim) or not finite, k is no whole number of 1 or more, or
+            `without_QW` is not (Q, W) whole numbers.
     """
     if queries_QD.ndim != 2 or queries_QD.shape[1] != dim:
         raise UsageError("queries", expected=f"(Q, {dim})", found=str(queries_QD.shape))
-    if not isinstance(k, int | np.integer) or k < 1:
-        raise UsageError("k", expected="at least 1, a whole number", found=str(k))
+    if not isinstance(k, int | np.integer):
+        raise UsageError("k", expected="a whole number", found=str(k))
+    if k < 1:
+        raise UsageError("k", expected="at least 1", found=str(k))
     queries_QD = np.ascontiguousarray(queries_QD, dtype=np.float32)
     # A finite sum of squares has no NaN and no infinity, and costs a fifth of asking each number.
     if not math.isfinite(np.vdot(queries_QD, queries_QD)):
@@ -47,15 +70,11 @@ def check_queries(queries_QD: NDArray[np.float32], k: int, dim: int) -> NDArray[
             raise UsageError(
                 f"query {wrong[0]}", expected="finite numbers", found="NaN or infinity"
             )
-    return queries_QD
+    return queries_QD, 0 if without_QW is None else _check_without(without_QW, len(queries_QD))
 
 
-def check_without(without_QW: NDArray[np.int64], n_queries: int) -> int:
-    """Give how many ids a query has that are no answers to it.
-
-    Raises:
-        UsageError: they are not (n_queries, W) whole numbers.
-    """
+def _check_without(without_QW: NDArray[np.int64], n_queries: int) -> int:
+    """Give W."""
     if without_QW.ndim != 2 or len(without_QW) != n_queries or without_QW.dtype.kind not in "iu":
         raise UsageError(
             "without",

@@ -12,7 +12,7 @@ Shapes: Q queries, N rows, D dimensions, K neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,24 +20,24 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
-from index.errors import UnknownIdError
+from index.errors import UnknownIdError, unknown_id
 from index.filters import parse_filter_as
-from index.knn import MISSING, knn_search, merge_neighbours, pad_neighbours
 from index.milvus.connection import MilvusAddress, connect, milvus_errors, read_address
-from index.milvus.description import METRICS, VECTOR, Description, read_description
+from index.milvus.description import VECTOR, Description, read_description
 from index.milvus.filters import MilvusDialect
+from index.milvus.reading import MilvusReader
 from index.milvus.rows import to_table, to_vectors
 from index.neighbours import (
     Neighbours,
+    check_fingerprint,
     check_queries,
-    check_without,
     leave_out,
     no_neighbours,
 )
 from index.storage.ids import id_of
 from index.storage.rows import Row, read_rows
 from models.cpu import cpu_budget
-from models.errors import FingerprintMismatchError, UsageError
+from models.errors import UsageError
 
 if TYPE_CHECKING:
     from pymilvus import MilvusClient
@@ -46,8 +46,6 @@ MAX_NEIGHBOURS = 16_384
 """The most that Milvus gives for a query."""
 
 EF_SEARCH = 64
-PAGE_ROWS = 1000
-"""Rows asked for at once: of 2,048 dimensions, eight megabytes."""
 
 _PARAMETERS = {"hnsw": {"efSearch": "ef"}, "flat": {}}
 """Search parameters by their names on disk, and by Milvus's."""
@@ -84,6 +82,7 @@ class MilvusCollection:
         self.description = description
         self._client = client
         self._threads = threads or cpu_budget()
+        self._reader = MilvusReader(client, address)
 
     @classmethod
     def open(cls, address: str, *, threads: int | None = None) -> MilvusCollection:
@@ -146,12 +145,12 @@ class MilvusCollection:
     @property
     def count(self) -> int:
         """Images in the collection, now."""
-        return self._count("")
+        return self._reader.count()
 
     @property
     def ids(self) -> NDArray[np.int64]:
         """(N,) int64: every id, rising."""
-        pages = [[one["id"] for one in page] for page in self._scan(["id"])]
+        pages = [[one["id"] for one in page] for page in self._reader.scan(["id"])]
         return np.sort(np.array([id_ for page in pages for id_ in page], np.int64))
 
     @property
@@ -172,13 +171,7 @@ class MilvusCollection:
         Raises:
             FingerprintMismatchError: `fingerprint` is not the collection's; names both.
         """
-        if fingerprint != self.fingerprint:
-            raise FingerprintMismatchError(
-                f"collection {self.name}",
-                expected=self.fingerprint,
-                found=fingerprint,
-                mend="query it with the encoder that built it, or build it again with this one",
-            )
+        check_fingerprint(self.name, expected=self.fingerprint, found=fingerprint)
 
     def search(
         self,
@@ -200,8 +193,7 @@ class MilvusCollection:
             CollectionError: Milvus does not answer.
         """
         self.require(fingerprint)
-        queries_QD = check_queries(queries_QD, k, self.dim)
-        n_without = 0 if without_QW is None else check_without(without_QW, len(queries_QD))
+        queries_QD, n_without = check_queries(queries_QD, k, self.dim, without_QW)
         count = self.count
         k_asked = min(k + n_without, count)
         settings = self._settings(parameters or {}, k_asked)
@@ -210,9 +202,13 @@ class MilvusCollection:
         if not count or not len(queries_QD):
             return no_neighbours(len(queries_QD), min(k, count))
         if exact:
-            scores, ids = self._search_exactly(queries_QD, k_asked, expression)
+            scores, ids = self._reader.search_exactly(
+                queries_QD, k_asked, expression, metric=self.metric, threads=self._threads
+            )
         else:
-            scores, ids = self._search_index(queries_QD, k_asked, expression, settings)
+            scores, ids = self._reader.search_index(
+                queries_QD, k_asked, expression, metric=self.metric, settings=settings
+            )
         found = Neighbours(ids=ids, scores=scores)
         return found if without_QW is None else leave_out(found, without_QW, k)
 
@@ -231,7 +227,8 @@ class MilvusCollection:
         uris = self.description.sources
         names = None if source_names is None else {uri: source_names(uri) for uri in uris}
         expression = parse_filter_as(MilvusDialect(names), filter, self.description.columns)
-        return MilvusSelection(filter=filter, expression=expression, count=self._count(expression))
+        count = self._reader.count(expression)
+        return MilvusSelection(filter=filter, expression=expression, count=count)
 
     def effort_parameters(self, candidates: int) -> dict[str, int]:
         """Give the parameters by which the index weighs so many candidates for a query."""
@@ -285,7 +282,7 @@ class MilvusCollection:
         schema = self.description.columns
         if columns is not None:
             schema = pa.schema([schema.field(name) for name in columns])
-        entities = [one for page in self._scan(["id", *schema.names]) for one in page]
+        entities = [one for page in self._reader.scan(["id", *schema.names]) for one in page]
         entities.sort(key=lambda one: cast(int, one["id"]))
         return to_table(entities, schema)
 
@@ -304,7 +301,7 @@ class MilvusCollection:
             UnknownIdError: no image has it.
         """
         id_ = id_of(key)
-        found = self._fetch([id_], ["key"])
+        found = self._reader.fetch([id_], ["key"])
         if not found or found[0]["key"] != key:
             raise UnknownIdError(
                 f"key {key!r}",
@@ -315,7 +312,7 @@ class MilvusCollection:
 
     def keys_of(self, ids: Sequence[int]) -> dict[int, str]:
         """Give the keys of those ids that are there."""
-        return {one["id"]: one["key"] for one in self._fetch(ids, ["key"])}
+        return {one["id"]: one["key"] for one in self._reader.fetch(ids, ["key"])}
 
     def _settings(self, parameters: Mapping[str, int], k: int) -> dict[str, int]:
         """Check the parameters of a search, and give them Milvus's names.
@@ -338,68 +335,6 @@ class MilvusCollection:
         effort = max(parameters.get("efSearch", EF_SEARCH), k)
         return {name: effort for name in known.values()}
 
-    def _search_index(
-        self,
-        queries_QD: NDArray[np.float32],
-        k: int,
-        expression: str,
-        settings: Mapping[str, int],
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Ask Milvus; equal scores in the order of their ids."""
-        with milvus_errors(str(self.address)):
-            found = self._client.search(
-                self.address.name, data=list(queries_QD), anns_field=VECTOR, limit=k,
-                filter=expression, output_fields=["id"], consistency_level="Strong",
-                search_params={"metric_type": METRICS[self.metric], "params": dict(settings)},
-            )  # fmt: skip
-        sign = 1 if self.metric == "cosine" else -1
-        ids_QK = np.full((len(queries_QD), k), MISSING, np.int64)
-        scores_QK = np.full((len(queries_QD), k), -np.inf, np.float32)
-        for ids_K, scores_K, hits in zip(ids_QK, scores_QK, found, strict=True):
-            ids = np.array([hit["id"] for hit in hits], np.int64)
-            scores = np.array([sign * hit["distance"] for hit in hits], np.float32)
-            order = np.lexsort((ids, -scores))
-            ids_K[: len(ids)], scores_K[: len(ids)] = ids[order], scores[order]
-        return scores_QK, ids_QK
-
-    def _search_exactly(
-        self, queries_QD: NDArray[np.float32], k: int, expression: str
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Compare every vector, a page at a time."""
-        best = pad_neighbours(
-            np.empty((len(queries_QD), 0), np.float32), np.empty((len(queries_QD), 0), np.int64), k
-        )
-        for page in self._scan(["id", VECTOR], expression):
-            ids_N = np.array([one["id"] for one in page], np.int64)
-            scores_QK, rows_QK = knn_search(
-                queries_QD, to_vectors(page, self.dim), k, threads=self._threads, metric=self.metric
-            )
-            ids_QK = np.where(rows_QK < 0, MISSING, ids_N[rows_QK])
-            best = merge_neighbours([best, (scores_QK, ids_QK)], k)
-        return best
-
-    def _count(self, expression: str) -> int:
-        """Count rows."""
-        with milvus_errors(str(self.address)):
-            (one,) = self._client.query(
-                self.address.name, filter=expression, output_fields=["count(*)"],
-                consistency_level="Strong",
-            )  # fmt: skip
-        return cast(int, one["count(*)"])
-
-    def _scan(self, fields: Sequence[str], expression: str = "") -> Iterator[list[dict[str, Any]]]:
-        """Read all rows, a page at a time."""
-        with milvus_errors(str(self.address)):
-            pages = self._client.query_iterator(
-                self.address.name, batch_size=PAGE_ROWS, filter=expression,
-                output_fields=list(fields), consistency_level="Strong",
-            )  # fmt: skip
-            try:
-                while page := pages.next():
-                    yield page
-            finally:
-                pages.close()
-
     def _look_up(self, ids: ArrayLike, fields: Sequence[str]) -> list[dict[str, Any]]:
         """Read the rows of ids, in their order.
 
@@ -407,24 +342,8 @@ class MilvusCollection:
             UnknownIdError: one is not there.
         """
         asked: list[int] = np.asarray(ids, np.int64).tolist()
-        found = {one["id"]: one for one in self._fetch(asked, fields)}
+        found = {one["id"]: one for one in self._reader.fetch(asked, fields)}
         for id_ in asked:
             if id_ not in found:
-                raise UnknownIdError(
-                    f"id {id_}",
-                    expected=f"an id of the {self.count} in collection {self.name}",
-                    found="none such",
-                    mend="take ids from a search of this collection",
-                )
+                raise unknown_id(id_, count=self.count, name=self.name)
         return [found[id_] for id_ in asked]
-
-    def _fetch(self, ids: Sequence[int], fields: Sequence[str]) -> list[dict[str, Any]]:
-        """Read those of the rows that are there, in no order."""
-        found: list[dict[str, Any]] = []
-        with milvus_errors(str(self.address)):
-            for start in range(0, len(ids), PAGE_ROWS):
-                found += self._client.query(
-                    self.address.name, ids=list(ids[start : start + PAGE_ROWS]),
-                    output_fields=["id", *fields], consistency_level="Strong",
-                )  # fmt: skip
-        return found

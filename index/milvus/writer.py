@@ -14,9 +14,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import ArrayLike
 
-from index.milvus.collection import PAGE_ROWS, MilvusCollection
+from index.milvus.collection import MilvusCollection
 from index.milvus.connection import connect, milvus_errors, read_address
 from index.milvus.description import Description, make_index, make_schema, to_properties
+from index.milvus.reading import PAGE_ROWS
 from index.milvus.rows import to_entities
 from index.storage.incoming import check_keys, check_vectors, prepare_rows
 from models.errors import UsageError

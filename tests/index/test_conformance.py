@@ -430,7 +430,7 @@ def test_bad_queries_are_refused_alike(writer: AnyWriter, bad: float) -> None:
         search(queries, 1, fingerprint=FINGERPRINT)
     with pytest.raises(UsageError, match="k: expected at least 1"):
         search(np.ones((1, DIM), np.float32), 0, fingerprint=FINGERPRINT)
-    with pytest.raises(UsageError, match=r"k: expected at least 1, a whole number, found 2\.5"):
+    with pytest.raises(UsageError, match=r"k: expected a whole number, found 2\.5"):
         search(np.ones((1, DIM), np.float32), 2.5, fingerprint=FINGERPRINT)  # type: ignore[arg-type]
     queries = np.ones((2, DIM), np.float32)
     for without in (np.zeros(2, np.int64), np.zeros((3, 1), np.int64), np.zeros((2, 1))):
