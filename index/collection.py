@@ -240,13 +240,14 @@ class Collection:
     def effort_parameters(self, candidates: int) -> dict[str, int]:
         """Give the parameters by which the index weighs so many candidates for a query.
 
-        None where every search is exact anyway.
+        None where every search is exact anyway; of segments that want different ones the most.
         """
         found: dict[str, int] = {}
         for part in self._snapshot.parts:
             index = part.segment.index
             if index is not None:
-                found |= index.effort_parameters(candidates, part.segment.entry.parameters)
+                own = index.effort_parameters(candidates, part.segment.entry.parameters)
+                found |= {name: max(value, found.get(name, 0)) for name, value in own.items()}
         return found
 
     def search_ids(

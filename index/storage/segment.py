@@ -13,7 +13,7 @@ Rules:
     A file is no larger in memory than it may be, whatever its header says, and one of another
     type, size or content is refused.
     Parameters of a search belong to the call; the shared index is never changed.
-    A graph is built by one thread: with several its links depend on their timing.
+    The same rows give the same index, by however many threads it is built: `index.ann.making`.
 """
 
 from __future__ import annotations
