@@ -1,9 +1,13 @@
 """Collections of every kind of index: filters, effort, several segments, verification."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from index.ann.making import build_index, write_index
 from index.collection import Collection
+from index.storage.manifest import hash_files, read_manifest, write_manifest
 from index.verify import verify
 
 FINGERPRINT = "f" * 64
@@ -64,3 +68,26 @@ def test_every_kind_is_verified(path):
     """And nothing is left over."""
     found = verify(path)
     assert (found.faults, found.unknown) == ([], [])
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_segments_of_different_kinds_get_the_most_that_any_wants(
+    tmp_path, make_collection, unit_rows, order
+):
+    """Whichever comes last: none of them finds less than it would alone."""
+    path = make_collection(tmp_path / "c", unit_rows(600, DIM), factory="HNSW16", n_segments=2)
+    kinds = [
+        ("IVF16,PQ16x4fs,RFlat", {"nprobe": 3, "k_factor": 8}),
+        ("HNSW16,SQ8,RFlat", {"efSearch": 64, "k_factor": 2}),
+    ][::order]
+    manifest, entries = read_manifest(path), []
+    for entry, (factory, parameters) in zip(manifest.segments, kinds, strict=True):
+        folder = path / "segments" / entry.name
+        vectors = np.load(folder / "vectors.npy")
+        write_index(build_index(vectors, factory), folder / "index.faiss", factory)
+        entries.append(dataclasses.replace(entry, factory=factory, parameters=parameters))
+    files = hash_files(path, manifest.files)
+    write_manifest(path, dataclasses.replace(manifest, segments=tuple(entries), files=files))
+    with Collection.open(path) as collection:
+        assert collection.effort_parameters(80) == {"efSearch": 80, "nprobe": 3, "k_factor": 8}
+        assert collection.effort_parameters(10) == {"efSearch": 10, "nprobe": 1, "k_factor": 2}
