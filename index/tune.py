@@ -29,7 +29,8 @@ from tyro.conf import Positional
 from index.ann import report
 from index.ann.candidates import Candidate
 from index.ann.memory import as_size, parse_size
-from index.ann.tuning import MAX_QUERIES, Goal, Tuned, plan
+from index.ann.trials import Goal
+from index.ann.tuning import MAX_QUERIES, Tuned, plan
 from index.building.tuned import tune_collection
 from index.collection import Collection
 from index.errors import CollectionError

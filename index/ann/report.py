@@ -11,7 +11,8 @@ import numpy as np
 
 from index.ann.kinds import FLAT
 from index.ann.memory import as_size
-from index.ann.tuning import Figures, Trial, Tuned
+from index.ann.trials import Figures, Trial
+from index.ann.tuning import Tuned
 from models.bundle import Json
 from models.cpu import cpu_budget, cpu_name
 from models.files import atomic_file

@@ -4,7 +4,8 @@ Rules:
     Recall is measured against exact truth. A row counts where its score is that of the k-th true
     neighbour or better, so that of equal rows any will do.
     Parameters are chosen on one half of the queries, with a margin for what a sample of that
-    size may err, and must hold on the other half, which had no part in the choice.
+    size may err, and must hold on the other half, too: of a factor of re-ranking up to three are
+    tried there, so that what it says of the one that held is a little flattered.
     What a search costs is the measured time of single queries on one thread, not a count of
     distances; the machine's noise is met by the median of rounds that take turns.
 

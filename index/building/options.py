@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from index.ann.memory import parse_size
-from index.ann.tuning import Goal
+from index.ann.trials import Goal
 from index.building.pipeline import REMOTE_REQUESTS
 from index.milvus.connection import MilvusAddress, read_address
 from models.errors import UsageError

@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index.ann.report import as_text, to_json
-from index.ann.tuning import Goal, Tuned, tune
+from index.ann.trials import Goal
+from index.ann.tuning import Tuned, tune
 from index.storage.lock import LOCK_FILE
 from index.storage.manifest import Manifest, read_manifest, write_manifest
 from index.storage.writer import CollectionWriter

@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from index.ann.tuning import Goal, plan
+from index.ann.trials import Goal
+from index.ann.tuning import plan
 from index.collection import Collection, id_of
 from index.storage.manifest import read_manifest
 from index.storage.writer import CollectionWriter
