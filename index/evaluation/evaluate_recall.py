@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
@@ -262,10 +262,16 @@ def _after_churn(
 
 
 def _bytes_by_file(collection: Collection) -> dict[str, float]:
-    """Give the bytes a vector of the collection's files, by their names, the largest first."""
+    """Give the bytes a vector of the files that the manifest names, the largest first.
+
+    What a sync remembers, the lock, and what a killed writer left are no part of the content.
+    """
     sizes: dict[str, int] = {}
-    for file in collection.path.rglob("*"):
-        if file.is_file():
-            sizes[file.name] = sizes.get(file.name, 0) + file.stat().st_size
+    for name, entry in collection.manifest.files.items():
+        kind = PurePosixPath(name).name
+        sizes[kind] = sizes.get(kind, 0) + entry.size_bytes
+    if (journal := collection.manifest.journal) is not None:
+        with suppress(OSError):  # sealed meanwhile: this snapshot has it open
+            sizes["journal"] = (collection.path / journal.name).stat().st_size
     ordered = sorted(sizes.items(), key=lambda item: -item[1])
     return {name: size / collection.count for name, size in ordered}

@@ -9,7 +9,7 @@ from PIL import Image
 from index.collection import Collection
 from index.errors import EvaluationError
 from index.evaluate import run
-from index.evaluation.evaluate_recall import RecallOptions, evaluate
+from index.evaluation.evaluate_recall import RecallOptions, _bytes_by_file, evaluate
 from index.storage.manifest import read_manifest, write_manifest
 from index.storage.writer import CollectionWriter
 from models.errors import UsageError
@@ -96,9 +96,24 @@ def test_an_exact_collection_finds_everything(built, test_folder):
             assert (recall.mean, recall.worst_5_percent, recall.complete) == (1.0, 1.0, 1.0)
     assert "the collection is Flat: every search is exact" in report.notes
     assert conditions(report)["1% by a filter"].n_images == 1
-    size = sum(file.stat().st_size for file in built.rglob("*") if file.is_file())
+    size = sum(entry.size_bytes for entry in read_manifest(built).files.values())
     assert report.bytes_a_vector == pytest.approx(size / 60)
     assert report.bytes_by_file["vectors.npy"] == pytest.approx(4 * 16 + 128 / 60)
+
+
+def test_only_the_content_is_weighed(built, copy_collection):
+    """Not what a sync remembers, nor a lock, nor what a killed writer left; the journal is."""
+    path = copy_collection(built)
+    before = _bytes_by_file(Collection.open(path))
+    for name in (".lock", "sync/state.stamps", "segments/000077/vectors.npy"):
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).write_bytes(bytes(10_000))
+    assert _bytes_by_file(Collection.open(path)) == before
+    with CollectionWriter.open(path) as writer:
+        writer.delete(writer.collection.ids[:1])
+        after = _bytes_by_file(writer.collection)
+    assert after.pop("journal") == (64 + 64 + 8) / 59
+    assert after == pytest.approx({name: size * 60 / 59 for name, size in before.items()})
 
 
 def test_the_report_in_every_form(hasty, tmp_path, capsys):
