@@ -21,7 +21,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from typing import cast
 
 from index.ann.kinds import FLAT
@@ -35,10 +35,11 @@ from index.building.part_set import PartSet
 from index.building.parts import PartStore, parts_directory
 from index.building.pipeline import ENCODE_THREADS, Crew, choose_crew
 from index.building.summary import BuildSummary, summarise
-from index.building.sync import SyncSettings, sync_collection
+from index.building.sync import SyncSettings, plan_collection, sync_collection
 from index.building.sync_summary import SyncSummary
 from index.building.target import check_target, find_finished
 from index.building.tuned import tune_built
+from index.collection import Collection
 from index.errors import CollectionError
 from index.storage.manifest import MANIFEST_FILE, Manifest, write_manifest
 from index.storage.publishing import put_in_place
@@ -98,8 +99,14 @@ def sync(options: BuildOptions) -> BuildPlan | SyncSummary:
         if options.dry_run:
             return plan(options)
         return SyncSummary.of_build(build(options), open_source(options.images).uri)
-    with _opened(options) as (source, encoder, _), CollectionWriter.open(options.target) as writer:
-        name = writer.collection.name
+    with ExitStack() as stack:
+        source, encoder, _ = stack.enter_context(_opened(options))
+        if options.dry_run:
+            writer, collection = None, stack.enter_context(Collection.open(options.target))
+        else:
+            writer = stack.enter_context(CollectionWriter.open(options.target))
+            collection = writer.collection
+        name = collection.name
         if options.name not in (None, name):
             raise UsageError("--name", expected=f"{name}, as it is called", found=str(options.name))
         settings = SyncSettings(
@@ -108,8 +115,9 @@ def sync(options: BuildOptions) -> BuildPlan | SyncSummary:
             checksum=options.checksum,
             moved_from=options.moved_from,
             metadata=None if options.metadata is None else Metadata(options.metadata),
-            dry_run=options.dry_run,
         )
+        if writer is None:
+            return plan_collection(collection, source, encoder, settings)
         return sync_collection(writer, source, encoder, settings)
 
 

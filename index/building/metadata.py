@@ -109,6 +109,27 @@ class Metadata:
         """The further columns that it gives to rows; `label` is none of them."""
         return pa.schema([one for one in self._values.schema if one.name != LABEL])
 
+    def take_types(self, schema: pa.Schema) -> None:
+        """Give its columns the types that they have in a collection.
+
+        Raises:
+            CollectionError: a value is none of that type.
+        """
+        for place, one in enumerate(self._values.schema):
+            if one.name not in schema.names or one.type == schema.field(one.name).type:
+                continue
+            wanted = schema.field(one.name).type
+            try:
+                column = self._values[one.name].cast(wanted)
+            except pa.ArrowException as error:
+                raise CollectionError(
+                    f"--metadata {self.file}, column {one.name!r}",
+                    expected=f"{wanted}, as the collection has it",
+                    found=f"{one.type}: {next(iter(str(error).splitlines()), 'others')}",
+                    mend="mend the values, rename the column, or build the collection again",
+                ) from error
+            self._values = self._values.set_column(place, one.name, column)
+
     def join(self, rows: pa.Table) -> pa.Table:
         """Append its columns to rows, by their keys.
 

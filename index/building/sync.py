@@ -70,7 +70,6 @@ class SyncSettings:
         checksum: whether to read and hash every file, whatever its times say.
         moved_from: the URI by which the collection knows the source, where it has another now.
         metadata: a table to join; what is stored stays where None.
-        dry_run: whether to change nothing.
     """
 
     batch_size: int
@@ -78,7 +77,6 @@ class SyncSettings:
     checksum: bool = False
     moved_from: str | None = None
     metadata: Metadata | None = None
-    dry_run: bool = False
 
 
 def sync_collection(
@@ -98,28 +96,45 @@ def sync_collection(
     """
     writer.collection.require(encoder.fingerprint)
     try:
-        return _Sync(writer, source, encoder, settings).run()
+        return _Sync(writer.collection, source, encoder, settings, writer).run()
     except KeyboardInterrupt:
         kept = "what was embedded is in the collection; the same command goes on from there"
         raise KeyboardInterrupt(kept) from None
+
+
+def plan_collection(
+    collection: Collection, source: ImageSource, encoder: Encoder, settings: SyncSettings
+) -> SyncSummary:
+    """Tell what `sync_collection` would do; nothing is written, and a writer may be at work.
+
+    Raises:
+        FingerprintMismatchError: the collection is another encoder's.
+        HoraceError: the source failed.
+    """
+    collection.require(encoder.fingerprint)
+    return _Sync(collection, source, encoder, settings).run()
 
 
 @dataclass
 class _Sync:
     """One sync at work: what was there when it began, and what has come of it so far."""
 
-    writer: CollectionWriter
+    collection: Collection
     source: ImageSource
     encoder: Encoder
     settings: SyncSettings
+    writer: CollectionWriter | None = None
+    """None where nothing is to be changed."""
     rejects: list[Reject] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)
     embedded: int = 0
 
     def __post_init__(self) -> None:
-        self.collection: Collection = self.writer.collection
+        self.path = Path(self.collection.path)
         self.uri = self.source.uri
         self.table = with_digest(self.collection.table())
+        if self.settings.metadata is not None:
+            self.settings.metadata.take_types(self.table.schema)
         self.ids = self.collection.ids
         mine = [uri for uri in (self.uri, self.settings.moved_from) if uri is not None]
         is_own_N = pc.is_in(self.table["source"], value_set=pa.array(mine, pa.string()))
@@ -145,7 +160,7 @@ class _Sync:
         scan_s, start_s = time.monotonic() - start_s, time.monotonic()
         self.rejects = list(plan.rejects)
         updated, updated_rows = self._find_updated(plan)
-        if not self.settings.dry_run:
+        if self.writer is not None:
             self._write_stored(updated, updated_rows)
             self._write_reused(plan)
             self._embed(plan)
@@ -153,10 +168,10 @@ class _Sync:
             self.writer.compact()
             self._write_state(scan)
         return SyncSummary(
-            collection=str(self.writer.path),
+            collection=str(self.path),
             source=self.uri,
             fingerprint=self.encoder.fingerprint,
-            images=self.writer.collection.count,
+            images=(self.writer or self).collection.count,
             new=plan.new,
             changed=plan.changed,
             moved=plan.moved,
@@ -165,25 +180,23 @@ class _Sync:
             unchanged=len(plan.unchanged) - len(updated),
             unreadable=len(plan.retained),
             rejected=len(self.rejects),
-            log=str(rejects_file(Path(self.writer.path), self.uri)),
-            embedded=len(plan.embed) if self.settings.dry_run else self.embedded,
+            log=str(rejects_file(self.path, self.uri)),
+            embedded=len(plan.embed) if self.writer is None else self.embedded,
             read=scan.n_read,
             scan_s=scan_s,
             embed_s=time.monotonic() - start_s,
             metadata=None if metadata is None else metadata.report().to_json(),
-            dry_run=self.settings.dry_run,
+            dry_run=self.writer is None,
         )
 
     # Looking.
 
     def _read_state(self) -> SyncState:
         """Give what is remembered; of a source that was only built, its rejects."""
-        state = read_state(self.writer.path, self.uri)
+        state = read_state(self.path, self.uri)
         run = cast(dict[str, object], self.collection.manifest.build.get("run") or {})
-        if not rejects_file(self.writer.path, self.uri).exists() and run.get("source") == self.uri:
-            state = SyncState(
-                stamps=state.stamps, rejects=read_rejects(self.writer.path / REJECTS_FILE)
-            )
+        if not rejects_file(self.path, self.uri).exists() and run.get("source") == self.uri:
+            state = SyncState(stamps=state.stamps, rejects=read_rejects(self.path / REJECTS_FILE))
         return state
 
     def _scan(self, state: SyncState) -> Scan:
@@ -312,6 +325,7 @@ class _Sync:
 
     def _write(self, rows: pa.Table, vectors_ND: NDArray[np.float32]) -> None:
         """Hand rows to the writer."""
+        assert self.writer is not None, "a dry run writes"
         self.writer.upsert(rows, vectors_ND, fingerprint=self.encoder.fingerprint)
 
     def _write_state(self, scan: Scan) -> None:
@@ -323,6 +337,6 @@ class _Sync:
             if (digest := digests.get(key)) is not None
         }
         try:
-            write_state(Path(self.writer.path), self.uri, stamps, self.rejects)
+            write_state(self.path, self.uri, stamps, self.rejects)
         except OSError as error:
             log.warning("%s: the next sync will read every file again: %s", self.uri, error)

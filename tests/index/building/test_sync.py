@@ -20,6 +20,7 @@ from index.building import sync_state
 from index.building.sync_state import read_state
 from index.collection import Collection, id_of
 from index.embed import embed
+from index.storage.writer import CollectionWriter
 from index.verify import verify
 from models.command import run_command
 from models.errors import FingerprintMismatchError
@@ -249,6 +250,48 @@ def test_a_dry_run_changes_nothing(options, folder):
     summary = sync(dataclasses.replace(options, dry_run=True))
     assert facts(summary) == {"new": 1, "unchanged": 12, "embedded": 1, "read": 13}
     assert "to embed 1; nothing was changed" in str(summary)
+    assert (options.out / "manifest.json").read_bytes() == before
+
+
+def test_a_dry_run_while_a_writer_is_at_work(options, folder):
+    """It waits for nobody, sees what was written, and leaves every file as it is."""
+    sync(options)
+    with CollectionWriter.open(options.out) as writer:
+        writer.delete(writer.collection.ids[:2])
+        (options.out / "journal-000099").write_bytes(b"what a writer that was killed has left")
+        journal = options.out / writer.collection.manifest.journal.name
+        with journal.open("ab") as file:
+            file.write(b"torn")
+        before = {file: file.read_bytes() for file in options.out.rglob("*") if file.is_file()}
+        summary = sync(dataclasses.replace(options, dry_run=True))
+        assert facts(summary) == {"new": 2, "unchanged": 10, "embedded": 2, "read": 12}
+        assert summary.images == 10
+    after = {file: file.read_bytes() for file in options.out.rglob("*") if file.is_file()}
+    assert after == before
+
+
+def test_a_column_of_metadata_that_has_another_type_now(options, folder, tmp_path, capsys):
+    """What can be the collection's type becomes that; else it is one line, and nothing changed."""
+    table = tmp_path / "prices.csv"
+    table.write_text("key,price,shelf\na/00.png,1.5,x\nb/01.png,2.5,y\n")
+    sync(dataclasses.replace(options, metadata=table))
+    table.write_text("key,price,shelf\na/00.png,1,7\nb/01.png,2,8\n")
+    for is_dry in (True, False):
+        summary = sync(dataclasses.replace(options, metadata=table, dry_run=is_dry))
+        assert facts(summary) == {"updated": 2, "unchanged": 10, "read": 12}
+    before = (options.out / "manifest.json").read_bytes()
+    with Collection.open(options.out) as collection:
+        (row,) = collection.rows([id_of("a/00.png")])
+        assert row.metadata == {"price": 1.0, "shelf": "7"}
+    table.write_text("key,price\na/00.png,cheap\nb/01.png,2\n")
+    args = ["--images", str(folder), "--encoder", options.encoder, "--out", str(options.out)]
+    for more in ([], ["--dry-run"]):
+        argv = [*args, "--sync", "--metadata", str(table), *more]
+        assert run_command(BuildOptions, main, prog="index.build", argv=argv) == 1
+        assert (
+            f"index.build: --metadata {table}, column 'price': expected double, as the collection "
+            "has it, found string: "
+        ) in capsys.readouterr().err
     assert (options.out / "manifest.json").read_bytes() == before
 
 
