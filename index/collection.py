@@ -26,6 +26,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from index.errors import CollectionError, UnknownIdError, unknown_id
 from index.knn import MISSING, merge_neighbours
+from index.milvus.connection import require_directory
 from index.neighbours import Neighbours as Neighbours
 from index.neighbours import check_fingerprint, check_queries, leave_out, no_neighbours
 from index.selection import Selection
@@ -68,7 +69,9 @@ class Collection:
 
         Raises:
             CollectionError: there is none, or a file is missing, damaged or foreign.
+            UsageError: it is the address of a Milvus.
         """
+        require_directory(path)
         store = Store(Path(path), verify=verify)
         return cls(store, store.snapshot, threads=threads or cpu_budget())
 
@@ -329,11 +332,7 @@ class Collection:
             UnknownIdError: no image has it.
         """
         id_ = id_of(key)
-        try:
-            row = self.rows([id_])[0]
-        except UnknownIdError:
-            row = None
-        if row is None or row.key != key:
+        if self._snapshot.keys_of(np.array([id_])).get(id_) != key:
             raise UnknownIdError(
                 f"key {key!r}",
                 expected=f"a key of the {self.count} in collection {self.name}",

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
+from index.milvus.connection import require_directory
 from index.storage.writer import CollectionWriter
 from models.command import run_command
 
@@ -42,6 +43,7 @@ def main(options: CompactOptions) -> None:
     Raises:
         CollectionError: the collection cannot be read or written, or has another writer.
     """
+    require_directory(options.collection)
     started_s = time.monotonic()
     with CollectionWriter.open(options.collection) as writer:
         segments, bytes_before = len(writer.collection.manifest.segments), _size(options.collection)

@@ -27,6 +27,7 @@ from tyro.conf import Positional
 
 from index.collection import Collection
 from index.errors import CollectionError
+from index.milvus.connection import require_directory
 from index.storage.writer import CollectionWriter
 from models.command import run_command
 from models.errors import UsageError
@@ -73,6 +74,7 @@ def main(options: DeleteOptions) -> None:
         HoraceError: the collection cannot be read or written, or one of those to be deleted is
             not there; then nothing is.
     """
+    require_directory(options.collection)
     if options.dry_run:
         with Collection.open(options.collection) as collection:
             ids = choose(collection, options)

@@ -9,7 +9,8 @@ Both hold the living images alone, in the order of the collection, or those that
 leaves, and say which encoder made the vectors: in the table's metadata, or in export.json.
 
 Rules:
-    What is exported is one snapshot: a writer meanwhile changes nothing of it.
+    What is exported is one snapshot: a writer meanwhile changes nothing of it. A Milvus has no
+    snapshots: what is deleted there meanwhile ends the export.
     The output is whole or not there at all; what stood there is replaced on request only.
     Memory holds a block of vectors, whatever the collection's size.
 """
@@ -21,6 +22,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,8 +32,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from tyro.conf import Positional
 
-from index.collection import Collection
 from index.errors import CollectionError
+from index.filters import parse_filter
+from index.interface import AnyCollection, open_collection
 from models.bundle import Json
 from models.command import progress, run_command
 from models.errors import UsageError
@@ -48,8 +51,8 @@ EXPORT_FILE = "export.json"
 class ExportOptions:
     """Write ids, keys, labels, metadata and vectors of a collection for other programs."""
 
-    collection: Positional[Path]
-    """The collection's directory."""
+    collection: Positional[str]
+    """The collection's directory, or milvus:URI#NAME."""
     out: Path
     """X.parquet for one table with the vectors; any other name for a directory of .npy files."""
     filter: str | None = None
@@ -113,7 +116,7 @@ def main(options: ExportOptions) -> None:
         HoraceError: the collection cannot be read, the filter not be meant, or the place not be
             written to.
     """
-    with Collection.open(options.collection) as collection:
+    with closing(open_collection(options.collection)) as collection:
         exported = export(collection, options)
     if options.json:
         print(json.dumps({"out": str(options.out), **dataclasses.asdict(exported)}, indent=2))
@@ -121,8 +124,8 @@ def main(options: ExportOptions) -> None:
         print(f"{options.out}: {exported.count} images of {exported.dim} dimensions")
 
 
-def export(collection: Collection, options: ExportOptions) -> Exported:
-    """Write one snapshot of a collection; it appears whole.
+def export(collection: AnyCollection, options: ExportOptions) -> Exported:
+    """Write what is in a collection; it appears whole.
 
     Raises:
         FilterError: the filter cannot be read.
@@ -130,7 +133,7 @@ def export(collection: Collection, options: ExportOptions) -> Exported:
     """
     rows = collection.table()
     if options.filter is not None:
-        rows = rows.filter(pa.array(collection.select(options.filter).mask_N))
+        rows = rows.filter(parse_filter(options.filter, rows.schema))
     schema = rows.schema
     exported = Exported(
         collection=collection.name,
@@ -159,7 +162,9 @@ def export(collection: Collection, options: ExportOptions) -> Exported:
     return exported
 
 
-def _read(collection: Collection, rows: pa.Table) -> Iterator[tuple[pa.Table, NDArray[np.float32]]]:
+def _read(
+    collection: AnyCollection, rows: pa.Table
+) -> Iterator[tuple[pa.Table, NDArray[np.float32]]]:
     """Give metadata and vectors block by block."""
     blocks = (rows.slice(start, BLOCK_ROWS) for start in range(0, len(rows), BLOCK_ROWS))
     for block in progress(blocks, what="exporting", total=len(rows), size=len):

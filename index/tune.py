@@ -35,6 +35,7 @@ from index.building.tuned import tune_collection
 from index.collection import Collection
 from index.errors import CollectionError
 from index.evaluation.queries import open_queries
+from index.milvus.connection import require_directory
 from models.command import run_command
 from models.errors import UsageError
 
@@ -94,6 +95,7 @@ def main(options: TuneOptions) -> None:
         CollectionError: no index reaches the recall, or the picture cannot be written.
         UsageError: nothing fits the memory, or the picture has no place.
     """
+    require_directory(options.collection)
     if options.dry_run:
         with Collection.open(options.collection, verify=False) as collection:
             candidates = plan(collection.count, collection.dim, options.goal)

@@ -33,6 +33,7 @@ from index.building.sync_state import SYNC_FOLDER, is_sound, is_state
 from index.collection import id_of
 from index.errors import CollectionError
 from index.knn import COSINE
+from index.milvus.connection import require_directory
 from index.storage.journal import JournalFile, Position
 from index.storage.lock import LOCK_FILE
 from index.storage.manifest import (
@@ -91,6 +92,7 @@ def main(options: VerifyOptions) -> None:
     Raises:
         CollectionError: there is a fault, or there are several, which have been printed.
     """
+    require_directory(options.path)
     found = verify(options.path)
     if options.json:
         print(json.dumps(asdict(found), indent=2))

@@ -16,6 +16,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from index.errors import CollectionError
@@ -49,6 +50,21 @@ class MilvusAddress:
 def is_milvus(address: str) -> bool:
     """Tell whether an address is of a Milvus, and no directory."""
     return address.startswith(SCHEME)
+
+
+def require_directory(path: Path | str) -> None:
+    """Refuse the address of a Milvus where a collection on disk is needed.
+
+    Raises:
+        UsageError: it is one.
+    """
+    if is_milvus(str(path)):
+        raise UsageError(
+            "collection",
+            expected="a directory",
+            found="the address of a Milvus",
+            mend="`python -m index.search` and `python -m index.export` take either, this does not",
+        )
 
 
 def read_address(address: str) -> MilvusAddress:

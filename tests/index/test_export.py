@@ -135,7 +135,7 @@ def test_memory_is_bounded(tmp_path):
     code = (
         "import sys; from pathlib import Path; import index.export as e; "
         "from index.collection import Collection; e.BLOCK_ROWS = 1024; "
-        "o = e.ExportOptions(collection=Path(sys.argv[1]), out=Path(sys.argv[2])); "
+        "o = e.ExportOptions(collection=sys.argv[1], out=Path(sys.argv[2])); "
         "c = Collection.open(o.collection, verify=False); c.table(); status = '/proc/self/status'; "
         "rss = lambda: int(open(status).read().split('RssAnon:')[1].split()[0]); "
         "before = rss(); peak = [0]; read = e._read; "

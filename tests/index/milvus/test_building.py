@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from pymilvus import MilvusClient
@@ -13,10 +16,13 @@ from pymilvus import MilvusClient
 from index.build import BuildOptions, build
 from index.collection import Collection
 from index.errors import CollectionError
+from index.export import ExportOptions
+from index.export import main as export
 from index.interface import open_collection
 from index.milvus import building
 from index.milvus.writer import MilvusWriter
 from index.search import SearchOptions, main
+from models.command import run_command
 from models.errors import UsageError
 from tests.index.conftest import make_bundle, make_folder
 from tests.milvusserver import milvus_server
@@ -80,6 +86,47 @@ def test_people_search_it_by_its_address(
     assert [hit["label"] for hit in blue["hits"]] == ["blue"] * 3
     assert blue["hits"][0]["key"] == "blue/000.png"
     assert {hit["key"] for hit in red["hits"]} >= {"red/000.png", "red/002.png"}
+
+
+def test_it_is_exported_as_from_disk(options: BuildOptions, tmp_path: Path) -> None:
+    """The same rows and vectors, in the order of their ids, under a filter, too."""
+    summary = build(options)
+    disk = dataclasses.replace(options, out=tmp_path / "disk", store=None)
+    build(disk)
+    for filter in (None, "label = 'red' or key endswith '2.png'"):
+        tables = []
+        for number, address in enumerate((summary.collection, str(disk.out))):
+            out = tmp_path / f"{number}-{filter is None}.parquet"
+            export(ExportOptions(collection=address, out=out, filter=filter))
+            tables.append(pq.read_table(out).sort_by("id"))
+        assert len(tables[0]) == (12 if filter is None else 6)
+        assert tables[0].equals(tables[1])
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "describe C", "delete C --key K", "delete C --key K --dry-run", "compact C", "verify C",
+        "tune C --recall .9", "duplicates C --out O", "outliers C --out O", "map C --out O",
+        "select C --budget 1 --method random --out O",
+    ],
+)  # fmt: skip
+def test_what_wants_a_directory_says_so(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a line that says what does not, and before anything is looked for."""
+    name, *args = command.split()
+    names = {"C": "milvus:http://nowhere:1#photos", "O": str(tmp_path / "out")}
+    module = importlib.import_module(f"index.{name}")
+    options = getattr(module, f"{name.title().removesuffix('s')}Options")
+    argv = [names.get(arg, arg) for arg in args]
+    status = run_command(options, module.main, prog=f"python -m index.{name}", argv=argv)
+    assert (status, capsys.readouterr().err) == (
+        2,
+        f"python -m index.{name}: collection: expected a directory, found the address of a Milvus; "
+        "`python -m index.search` and `python -m index.export` take either, this does not\n",
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_name_that_is_taken_is_kept_or_replaced(options: BuildOptions, milvus: str) -> None:
