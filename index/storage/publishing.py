@@ -1,9 +1,10 @@
 """Makes the next generation of a collection: new files, then the manifest, then the old go.
 
 Rules:
-    Files of a new generation have names that no earlier one used, and are on the disk before the
-    manifest that names them takes its place by a rename. A process that is killed leaves the
-    old generation or the new one, and files that nobody names.
+    Files of a new generation have names that nothing there has, nor anything had since the writer
+    began, and are on the disk before the manifest that names them takes its place by a rename.
+    A later writer may use a name again that is free: readers know files by their hashes.
+    A process that is killed leaves the old generation or the new one, and files that nobody names.
     Those are swept away by the next writer. Nothing is deleted but segments and journals.
     Tombstones are written as they are in memory, whatever the journal says as well: to kill
     what is dead changes nothing, so that the journal may be replayed over them.
@@ -229,15 +230,18 @@ def living_blocks(parts: Sequence[Part], schema: pa.Schema) -> Iterator[Block]:
                 yield Block(rows=rows, vectors_ND=vectors_ND)
 
 
-def new_segment_name(directory: Path) -> str:
-    """Make the folder of a new segment, which then has a name that no other one will take.
+def new_segment_name(store: Store) -> str:
+    """Make the folder of a new segment, which has a name that no other one has or will take.
 
-    A compaction writes for minutes while other threads seal.
+    A compaction writes for minutes while other threads seal, and a name is told from another
+    also where the segment that had it was emptied and is gone meanwhile.
     """
-    taken = [entry.name for entry in (directory / SEGMENTS).glob("*")]
-    name = f"{1 + max((int(name) for name in taken if name.isdecimal()), default=-1):06}"
-    (directory / SEGMENTS / name).mkdir(parents=True)
-    return name
+    folder = store.path / SEGMENTS
+    taken = [int(entry.name) for entry in folder.glob("*") if entry.name.isdecimal()]
+    number = max([store.next_segment, *(name + 1 for name in taken)])
+    (folder / f"{number:06}").mkdir(parents=True)
+    store.next_segment = number + 1
+    return f"{number:06}"
 
 
 def sweep(directory: Path, manifest: Manifest) -> None:

@@ -101,6 +101,8 @@ class Store:
         self.path = path
         self.is_written_here = False
         """Whether a writer of this process keeps the snapshot up to date."""
+        self.next_segment = 0
+        """Above the number of every segment that a writer has begun here."""
         self._verify = verify
         self._lock = threading.Lock()
         self._segments: dict[str, tuple[list[FileEntry | None], Segment]] = {}

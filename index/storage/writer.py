@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -65,7 +66,10 @@ log = logging.getLogger("horace.index")
 
 
 class CollectionWriter:
-    """The open writer of a collection. Use as a context manager, or close it."""
+    """The open writer of a collection. Use as a context manager, or close it.
+
+    One that is dropped lets others in when it is collected as garbage.
+    """
 
     def __init__(self, lock: int, store: Store, *, threads: int) -> None:
         """Take over a locked collection; use `open` or `create`."""
@@ -82,6 +86,8 @@ class CollectionWriter:
         if store.manifest.journal is not None:
             self._open_journal()
         self._take_over()
+        self._let_go = weakref.finalize(self, _let_go, lock, store)
+        self._let_go.atexit = False  # the lock ends with the process
 
     @classmethod
     def create(
@@ -159,9 +165,8 @@ class CollectionWriter:
         """Let other writers in; waits for what is under way. Snapshots stay usable."""
         with self._compaction, self._lock:
             if self._descriptor is not None:
-                self._store.is_written_here = False
-                os.close(self._descriptor)
                 self._descriptor = None
+                self._let_go()
 
     @property
     def collection(self) -> Collection:
@@ -227,7 +232,7 @@ class CollectionWriter:
                 chosen = choose_segments(self._store.manifest.segments, all=all, index=index)
                 if not chosen:
                     return
-                name = new_segment_name(self.path)
+                name = new_segment_name(self._store)
             merged = [part for part in parts if part.segment.entry.name in chosen]
             new = merge(self._store, merged, name=name, index=index)
             with self._lock, self._changing():
@@ -260,7 +265,7 @@ class CollectionWriter:
                             expected="images to make an index of",
                             found="none",
                         )
-                    name = None if is_whole(parts) else new_segment_name(self.path)
+                    name = None if is_whole(parts) else new_segment_name(self._store)
                 if name is None:
                     whole = Whole(part=parts[0], merged=parts)
                 else:
@@ -288,13 +293,22 @@ class CollectionWriter:
             tuning: the report of how these were chosen, for the manifest.
 
         Raises:
-            CollectionError: the file is no such index, or the disk refuses.
+            CollectionError: the file is no such index, the disk refuses, or every row was deleted
+                meanwhile.
         """
         with self._lock, _disk(self.path):
             self._require_open()
             merged = [part.segment.entry.name for part in whole.merged]
+            there = [part.segment.entry.name for part in self._store.snapshot.parts]
+            if not set(merged) & set(there):
+                raise CollectionError(
+                    f"collection {self.path}",
+                    expected="rows of which the index was made",
+                    found="all of them deleted meanwhile",
+                    mend="make the index again, of what is there now",
+                )
             new = with_index(
-                self._store, whole.part, file, name=new_segment_name(self.path), factory=factory,
+                self._store, whole.part, file, name=new_segment_name(self._store), factory=factory,
                 parameters=parameters,
             )  # fmt: skip
             new = replace(new, alive_N=still_alive(whole.merged, self._store.snapshot))
@@ -350,7 +364,7 @@ class CollectionWriter:
         added = None
         if store.contents.delta.n_alive:
             added = write_parts(
-                store, store.snapshot.parts[-1:], name=new_segment_name(self.path), factory=FLAT,
+                store, store.snapshot.parts[-1:], name=new_segment_name(self._store), factory=FLAT,
                 parameters={}, is_provisional=True,
             )  # fmt: skip
         with self._changing():
@@ -402,6 +416,12 @@ class CollectionWriter:
             if not is_refusal or self._store.manifest is not before:
                 self._is_broken = True
             raise
+
+
+def _let_go(lock: int, store: Store) -> None:
+    """Let other writers in."""
+    store.is_written_here = False
+    os.close(lock)
 
 
 @contextmanager

@@ -1,3 +1,5 @@
+import gc
+
 import pytest
 
 from benchmarks.ledger import DIM, FINGERPRINT, read_state, rows_of, vectors_of
@@ -58,3 +60,32 @@ def test_a_compaction_that_fails_takes_nothing_of_others_along(writer, monkeypat
         assert read_state(again.collection) == {"a": 1, "b": 1, "c": 1}
     found = verify(writer.path)
     assert (found.faults, found.unknown) == ([], [])
+
+
+def test_a_name_is_not_used_again_while_somebody_has_the_segment(writer):
+    """Where all its rows go while an index of them is made, those that come after stay."""
+    writer.compact(all=True)
+    with writer.whole() as whole:
+        assert writer.delete(writer.collection.ids) == 2
+        writer.seal()
+        assert writer.collection.manifest.segments == ()
+        put(writer, {"c": 1, "d": 1, "e": 1})
+        (entry,) = writer.collection.manifest.segments
+        assert entry.name > whole.segment.entry.name
+        with pytest.raises(CollectionError, match="found all of them deleted meanwhile; make the"):
+            writer.replace_index(whole, None, factory="Flat", parameters={}, tuning={})
+    assert read_state(writer.collection) == {"c": 1, "d": 1, "e": 1}
+    assert verify(writer.path).faults == []
+
+
+def test_a_writer_that_is_dropped_lets_others_in(writer, tmp_path):
+    """Without being closed; a snapshot that was taken of it follows the next one."""
+    path = tmp_path / "d"
+    dropped = CollectionWriter.create(path, name="d", fingerprint=FINGERPRINT, dim=DIM)
+    put(dropped, {"a": 1})
+    snapshot = dropped.collection
+    del dropped
+    gc.collect()
+    with CollectionWriter.open(path) as other:
+        put(other, {"b": 1})
+        assert read_state(snapshot.latest()) == {"a": 1, "b": 1}
