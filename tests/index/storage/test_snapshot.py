@@ -13,6 +13,7 @@ from index.storage.rows import ROW_SCHEMA
 from index.storage.segment import Block
 from index.storage.snapshot import SPARE, spare_rows
 from index.storage.writer import CollectionWriter
+from models.errors import UsageError
 
 FINGERPRINT, DIM = "f" * 64, 8
 
@@ -47,8 +48,8 @@ def efforts(factory):
     return {} if factory == "Flat" else {"efSearch": 400}
 
 
-def test_a_selection_by_places_alone(tmp_path, unit_rows, make_collection):
-    """Made by hand, of living rows, over a segment with dead ones and a delta."""
+def test_a_selection_over_dead_rows_and_a_delta(tmp_path, unit_rows, make_collection):
+    """Finds what was chosen in each; one that was made by hand is of no state, and refused."""
     vectors = unit_rows(40, DIM)
     path = make_collection(tmp_path / "c", vectors, n_segments=2)
     with CollectionWriter.open(path, threads=1) as writer:
@@ -58,10 +59,15 @@ def test_a_selection_by_places_alone(tmp_path, unit_rows, make_collection):
         collection = writer.collection
     mask = np.zeros(collection.count, np.bool_)
     mask[[0, 18, 37]] = True
-    chosen = Selection(filter="by hand", mask_N=mask, count=3)
+    keys = [collection.keys()[place] for place in (0, 18, 37)]
+    chosen = collection.select(" or ".join(f"key = '{key}'" for key in keys))
+    np.testing.assert_array_equal(chosen.mask_N, mask)
     found = collection.search(vectors[3:4], 5, fingerprint=FINGERPRINT, filter=chosen)
     assert set(found.ids[0][found.ids[0] >= 0]) == set(collection.ids[mask])
     assert collection.rows(found.ids[0][:1])[0].key == "x"
+    by_hand = Selection(filter="by hand", mask_N=mask, count=3)
+    with pytest.raises(UsageError, match="expected a selection of this state of collection made"):
+        collection.search(vectors[3:4], 5, fingerprint=FINGERPRINT, filter=by_hand)
 
 
 @pytest.mark.parametrize("dead", [[3, 3], [5, 3], [-1, 4], [4, 40]])
