@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from index.evaluation.plots import MAX_GRID_ROWS, Tile, draw_grid
@@ -15,6 +16,9 @@ from index.interface import AnyCollection
 from index.storage.rows import Row
 from models.errors import ImageError, SourceError
 from models.images import ImageData, ImageSource, open_source
+
+MAX_GRID_COLUMNS = 24
+"""Neighbours of a query: within a range there may be thousands."""
 
 log = logging.getLogger("horace.index")
 
@@ -27,7 +31,10 @@ def draw(path: Path, collection: AnyCollection, found: Sequence[Found]) -> None:
     """
     if len(found) > MAX_GRID_ROWS:
         log.warning("%s shows the first %d of %d queries", path, MAX_GRID_ROWS, len(found))
-    found = found[:MAX_GRID_ROWS]
+    most = max((len(one.hits) for one in found), default=0)
+    if most > MAX_GRID_COLUMNS:
+        log.warning("%s shows the first %d of %d neighbours", path, MAX_GRID_COLUMNS, most)
+    found = [replace(one, hits=one.hits[:MAX_GRID_COLUMNS]) for one in found[:MAX_GRID_ROWS]]
     stored = [row for one in found for row in (one.row, *(hit.row for hit in one.hits)) if row]
     pictures = dict(zip((row.id for row in stored), load_images(stored), strict=True))
     title = f"{collection.name}: nearest of {collection.count:,} images by cosine"

@@ -360,10 +360,17 @@ def test_a_grid_shows_files_that_are_no_images_any_more(search, bundle, new_fold
     assert status == 0
 
 
-def test_a_grid_of_too_many_queries_is_cut(search, built, tmp_path, caplog):
+def test_a_grid_of_too_many_is_cut(search, built, tmp_path, caplog):
     """A picture has room for so many; the table has all of them."""
     keys = [f"{colour}/{n:03}.png" for colour in ("red", "blue") for n in range(15)]
     status, out, _ = search(built, "--key", *keys, "--k", 1, "--grid", tmp_path / "grid.png")
     assert status == 0
     assert out.count("score") == 30
     assert "shows the first 24 of 30 queries" in caplog.text
+    wide = tmp_path / "wide.png"
+    status, out, _ = search(built, "--key", "red/001.png", "--min-score", -1, "--grid", wide)
+    assert status == 0
+    assert len(out.splitlines()) == 2 + 59 + 2
+    assert "shows the first 24 of 59 neighbours" in caplog.text
+    with Image.open(wide) as picture:
+        assert picture.width > 3 * picture.height
