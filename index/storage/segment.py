@@ -40,23 +40,16 @@ from index.errors import CollectionError
 from index.knn import COSINE, MISSING, knn_search, pad_neighbours
 from index.selection import Selector, count_candidates, is_exact_cheaper, keep_chosen
 from index.storage.manifest import Manifest, SegmentEntry, check_file
+from index.storage.rows import ROW_SCHEMA as ROW_SCHEMA
 from index.storage.rows import (
-    MAX_ROW_BYTES,
     check_row_sizes,
     in_schema,
     is_row_schema,
-    row_bytes,
 )
-from index.storage.rows import ROW_SCHEMA as ROW_SCHEMA
+from index.storage.rows_file import read_table
 from models.errors import UsageError
 
 SEGMENTS = "segments"
-
-READ_ROWS = 1 << 14
-"""Rows of metadata that are laid out at a time."""
-
-SLACK_BYTES = 1 << 20
-"""What the pages of a parquet file may have besides their rows: heads, codes of few rows."""
 
 _BAD_ARRAY = (
     ValueError, EOFError, OverflowError, MemoryError, SyntaxError, RecursionError, TypeError,
@@ -365,7 +358,7 @@ def _first_line(error: Exception) -> str:
 def _open_rows(file: Path, ids_N: NDArray[np.int64]) -> pa.Table:
     """Read the metadata, which must have the vectors' ids in the vectors' order."""
     try:
-        rows = _read_rows(file, len(ids_N))
+        rows = read_table(file, len(ids_N))
         found = f"{len(rows)} rows of {', '.join(rows.column_names)} that do not match"
         sound = is_row_schema(rows.schema) and np.array_equal(rows["id"].to_numpy(), ids_N)
     except (pa.ArrowException, OSError, MemoryError, ValueError) as error:
@@ -378,36 +371,3 @@ def _open_rows(file: Path, ids_N: NDArray[np.int64]) -> pa.Table:
             mend="the file is not this collection's: copy or build the collection again",
         )
     return rows
-
-
-def _read_rows(file: Path, count: int) -> pa.Table:
-    """Read a table of `count` rows, or less of what is none: never more than such rows may take.
-
-    Some bytes of parquet can stand for any number of equal texts: texts are read as the codes
-    that the file has, and laid out once it is known how long they become. What the file says of
-    its sizes is asked first, and not believed.
-
-    Raises:
-        ValueError: it has more bytes than so many rows may have.
-    """
-    most = count * MAX_ROW_BYTES
-    with pq.ParquetFile(file) as parquet:
-        metadata, schema = parquet.metadata, parquet.schema_arrow.remove_metadata()
-        if metadata.num_rows != count or not is_row_schema(schema):
-            return schema.empty_table()
-        groups = range(metadata.num_row_groups)
-        if sum(metadata.row_group(n).total_byte_size for n in groups) > most + SLACK_BYTES:
-            raise ValueError(f"more than {most} bytes")
-        texts = [one.name for one in schema if pa.types.is_string(one.type)]
-    batches, n_bytes = [], 0
-    with pq.ParquetFile(file, read_dictionary=texts) as parquet:
-        for codes in parquet.iter_batches(READ_ROWS):
-            codes.validate(full=True)  # of a forged file: codes of no text, text that is no UTF-8
-            n_bytes += int(row_bytes(codes).sum())
-            if n_bytes > most:
-                raise ValueError(f"more than {most} bytes")
-            columns = [
-                column.cast(one.type) for column, one in zip(codes.columns, schema, strict=True)
-            ]
-            batches.append(pa.RecordBatch.from_arrays(columns, schema=schema))
-    return pa.Table.from_batches(batches, schema=schema)
