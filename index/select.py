@@ -206,11 +206,12 @@ def _as_text(document: dict[str, Json], options: SelectOptions) -> str:
     """Say what was done, and what comes next."""
     chosen = document["chosen"]
     assert isinstance(chosen, list)
+    lists = " ".join(map(str, (*options.labels, options.out)))
+    ignoring = " --ignore-labels" if options.ignore_labels else ""
     return (
         f"{len(chosen)} of {document['free']} images chosen by {options.method}, beside "
         f"{document['labelled']} labels of {document['classes']} classes: {options.out}\n"
-        f"fill in its column label, then: --labels {' '.join(map(str, options.labels))}"
-        f"{' ' if options.labels else ''}{options.out}"
+        f"fill in its column label, then: --labels {lists}{ignoring}"
     )
 
 

@@ -59,7 +59,7 @@ def _pacmap(vectors_ND: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
             "--method pacmap",
             expected="the extra map",
             found=f"no module {error.name}",
-            mend="pip install 'horace[map]', or take --method pca",
+            mend="pip install -e '.[map]', or take --method pca",
         ) from error
     neighbours = min(10, len(vectors_ND) // 4)
     reducer = pacmap.PaCMAP(n_components=2, n_neighbors=neighbours, random_state=seed)
