@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,10 @@ MakeBundle = Callable[..., Bundle]
 # How long an example takes is the machine's matter: no test fails because others run beside it.
 settings.register_profile("horace", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("horace")
+
+# A shell that starts the suite in the background has it ignore Ctrl-C, and with it every process
+# that a test starts and interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def write_tiny_graph(path: Path, *, spec: PreprocessSpec, dim: int, seed: int) -> None:
