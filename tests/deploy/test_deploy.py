@@ -318,5 +318,12 @@ def test_options_that_the_handbook_names_exist():
         tyro.cli(ServeOptions, args=["--help"])
     known = set(re.findall(r"--[a-z][a-z0-9.-]+", shown.getvalue())) | {"--debug"}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9.-]*[a-z0-9]", HANDBOOK.read_text()))
-    others = {"--build", "--file", "--previous", "--server", "--strict", "--sync"}  # of other commands
+    others = {
+        "--build",
+        "--file",
+        "--previous",
+        "--server",
+        "--strict",
+        "--sync",
+    }  # of other commands
     assert named - known - others == set()
