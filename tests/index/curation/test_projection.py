@@ -43,7 +43,7 @@ def test_a_missing_extra_is_named(monkeypatch, unit_rows):
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(
-        CollectionError, match=r"found no module pacmap; pip install 'horace\[map\]'"
+        CollectionError, match=r"found no module pacmap; pip install -e '\.\[map\]'"
     ):
         project(unit_rows(30, 8), "pacmap", seed=0)
 
