@@ -176,10 +176,11 @@ class Crew:
                 member.thread = threading.Thread(
                     target=self._run, args=(member,), name=member.name, daemon=True
                 )
+                self._members.append(member)  # before it can answer: it is present then
                 try:
                     member.thread.start()
                 except RuntimeError:  # no more threads to be had; the next look tries again
                     log.exception("thread %s cannot be started", member.name)
+                    self._members.remove(member)
                     return
                 self._started += 1
-                self._members.append(member)
