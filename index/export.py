@@ -214,7 +214,7 @@ def _write_arrays(
 def _write_header(file: object, descr: str, shape: tuple[int, ...]) -> None:
     """Write the head of an array whose rows follow block by block."""
     header = {"descr": descr, "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, header)  # type: ignore[arg-type]
+    np.lib.format.write_array_header_1_0(file, header)  # type: ignore[arg-type]  # any that writes
 
 
 def _facts(exported: Exported) -> dict[str, Json]:

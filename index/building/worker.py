@@ -72,9 +72,9 @@ class HeldLock:
         return _take_lock, (reduction.DupFd(self.descriptor),)
 
 
-def _take_lock(inherited: reduction.DupFd) -> HeldLock:  # type: ignore[valid-type]
+def _take_lock(inherited: reduction.DupFd) -> HeldLock:  # type: ignore[valid-type]  # a function in its stubs
     """Take the descriptor over, in the new process."""
-    return HeldLock(inherited.detach())  # type: ignore[attr-defined]
+    return HeldLock(inherited.detach())  # type: ignore[attr-defined]  # likewise
 
 
 def run_worker(job: Job, pipe: Connection, lock: HeldLock) -> None:

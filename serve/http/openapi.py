@@ -171,7 +171,8 @@ def _search(limits: RequestLimits) -> Json:
 
 def _schemas(limits: RequestLimits) -> Json:
     """Describe what comes back."""
-    codes = {"type": "string", "enum": [name.lower() for name in pb.ItemCode.keys()]}  # noqa: SIM118
+    names = pb.ItemCode.keys()  # an enumeration of protobuf is no mapping
+    codes = {"type": "string", "enum": [name.lower() for name in names]}
     status: Json = {"status": codes, "message": STRING}
     vector: Json = {"anyOf": [VECTOR, STRING], "description": "numbers, or base64"}
     times = ("decode_ms", "queue_ms", "inference_ms", "search_ms", "total_ms")

@@ -24,7 +24,10 @@ class PatientProtocol(H11Protocol):
     head_s = HEAD_S
     _head_timer: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(
+        self,
+        transport: asyncio.Transport,  # type: ignore[override]  # uvicorn's own, too, narrows it
+    ) -> None:
         """Note what the handshake found out; it is in the state of every request."""
         super().connection_made(transport)
         caller = describe_caller(transport.get_extra_info("ssl_object"))

@@ -91,6 +91,7 @@ def read_model_options(text: str) -> ModelOptions:
         values[word] = _read_value(text, word, value)
     if named.path.startswith("triton://"):
         values.setdefault("instances", A_FLEETS_INSTANCES * (1 + where.count(",")))
+    # The words that `values` may have were checked above, each by its own type.
     options = ModelOptions(name=named.name, path=named.path, **values)  # type: ignore[arg-type]
     if options.is_remote and (of_a_bundle := values.keys() - {"instances"}):
         raise UsageError(

@@ -75,6 +75,7 @@ def _orders_by_pipe(pipe: Connection) -> Orders:
         told.add(name)
 
     def read() -> None:
+        """Pass on the supervisor's next order; its end is an order to stop."""
         try:
             order = pipe.recv()
         except (EOFError, OSError):

@@ -431,11 +431,11 @@ def test_bad_queries_are_refused_alike(writer: AnyWriter, bad: float) -> None:
     with pytest.raises(UsageError, match="k: expected at least 1"):
         search(np.ones((1, DIM), np.float32), 0, fingerprint=FINGERPRINT)
     with pytest.raises(UsageError, match=r"k: expected a whole number, found 2\.5"):
-        search(np.ones((1, DIM), np.float32), 2.5, fingerprint=FINGERPRINT)  # type: ignore[arg-type]
+        search(np.ones((1, DIM), np.float32), 2.5, fingerprint=FINGERPRINT)  # type: ignore[arg-type]  # bad
     queries = np.ones((2, DIM), np.float32)
     for without in (np.zeros(2, np.int64), np.zeros((3, 1), np.int64), np.zeros((2, 1))):
         with pytest.raises(UsageError, match=r"without: expected \(2, W\) ids, found \("):
-            search(queries, 1, fingerprint=FINGERPRINT, without_QW=without)  # type: ignore[arg-type]
+            search(queries, 1, fingerprint=FINGERPRINT, without_QW=without)  # type: ignore[arg-type]  # bad
     with pytest.raises(UsageError, match="search parameter"):
         search(np.ones((1, DIM), np.float32), 1, fingerprint=FINGERPRINT, parameters={"x": 3})
 

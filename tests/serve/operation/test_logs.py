@@ -88,7 +88,7 @@ def test_json_is_one_object_a_line_whatever_the_text():
 def test_json_has_the_traceback_in_the_same_object():
     """An exception is a field, not lines of its own."""
     try:
-        1 / 0  # noqa: B018
+        1 / 0  # noqa: B018  # raises
     except ZeroDivisionError as error:
         failed = record(exc_info=(type(error), error, error.__traceback__))
     entry = json.loads(JsonFormatter().format(failed))

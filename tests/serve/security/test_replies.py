@@ -48,7 +48,7 @@ def raised(error: BaseException) -> BaseException:
     """Give an error a traceback and a cause."""
     try:
         try:
-            open(PATH)  # noqa: SIM115
+            open(PATH)  # noqa: SIM115  # raises
         except OSError as cause:
             raise error from cause
     except BaseException as caught:
