@@ -10,6 +10,9 @@ from index.evaluation.knn_scores import Accuracy, ClassScore
 MAX_PRINTED_CLASSES = 20
 """A wider confusion matrix fits no terminal; the picture and the JSON have all of it."""
 
+FEW_KNOWN = 0.01
+"""Queries that the collection has itself, up to which the accuracy is hardly theirs."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BaselineRow:
@@ -119,6 +122,7 @@ def _header(report: KnnReport) -> str:
     return "\n".join(
         [
             f"kNN: {headline.top1:.2%} top-1{top5} (k = {report.headline_k}, exact)",
+            *_known_queries(report),
             f"  collection {report.collection}, {report.n_collection:,} images; "
             f"queries {report.images}, {report.n_queries:,} images; "
             f"{len(report.classes)} classes",
@@ -127,6 +131,17 @@ def _header(report: KnnReport) -> str:
             f"k = {report.headline_k} (*) was fixed beforehand",
         ]
     )
+
+
+def _known_queries(report: KnnReport) -> list[str]:
+    """Warn where many queries vote for themselves: that is no accuracy on unseen images."""
+    share = max(report.same_vector, report.duplicates or 0) / report.n_queries
+    if share <= FEW_KNOWN:
+        return []
+    return [
+        f"  not of unseen images: {share:.2%} of the queries are in the collection and vote for "
+        "themselves; `index.evaluate retrieval` leaves them out"
+    ]
 
 
 def _has_top5(report: KnnReport) -> bool:

@@ -170,6 +170,15 @@ def test_the_index_is_searched_as_people_search_it(tmp_path, bundle):
     assert report.index.by_k[1].top1 < 0
 
 
+def test_queries_that_vote_for_themselves_are_said_first(built_hnsw, train_folder, capsys):
+    """An accuracy on images that the collection has is none on unseen ones."""
+    args = ["knn", "--collection", str(built_hnsw), "--images", str(train_folder)]
+    assert run([*args, "--no-baselines"]) == 0
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith("kNN: ")
+    assert second.startswith("  not of unseen images: 100.00% of the queries are in the collection")
+
+
 def test_the_report_in_every_form(built_hnsw, test_folder, tmp_path, capsys):
     """Text says how it was measured; JSON has everything; the picture is a PNG."""
     out = tmp_path / "report"
@@ -192,6 +201,7 @@ def test_the_report_in_every_form(built_hnsw, test_folder, tmp_path, capsys):
     ):
         assert words in text
     assert "top-5 %" not in text
+    assert "not of unseen images" not in text
     assert (out / "report.txt").read_text().strip() in text
     report = json.loads((out / "report.json").read_text())
     assert report["confusion"] == [[5, 0, 0], [0, 5, 0], [0, 0, 5]]
