@@ -221,9 +221,7 @@ class Collection:
                 queries_QD, k_asked, exact=exact, parameters=part_parameters,
                 threads=self._threads, mask_N=mask_N,
             )  # fmt: skip
-            ids = part.segment.ids_N[rows]
-            ids[rows < 0] = MISSING  # row -1 had the last one's id
-            found.append((scores, ids))
+            found.append((scores, part.segment.ids_or_missing[rows]))
         scores, ids = merge_neighbours(found, k_asked)
         neighbours = Neighbours(ids=ids, scores=scores)
         return neighbours if without_QW is None else leave_out(neighbours, without_QW, k)

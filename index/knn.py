@@ -19,8 +19,7 @@ Shapes: Q queries, N rows of the bank, D dimensions, K neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import faiss
 import numpy as np
@@ -105,22 +104,26 @@ def faiss_metric(metric: str) -> int:
     return int(faiss.METRIC_L2 if metric == EUCLIDEAN else faiss.METRIC_INNER_PRODUCT)
 
 
-@contextmanager
-def faiss_threads(threads: int) -> Iterator[None]:
+class faiss_threads:  # read as a verb, `with faiss_threads(2):`
     """Let faiss use so many threads in this block, and give the count back after it.
 
     OpenMP's count belongs to the calling thread, and everything there shares it: where torch
     is loaded, a search that left its own count behind changed torch's sums in the last bit.
     """
-    before = faiss.omp_get_max_threads()
-    if before == threads:
-        yield
-        return
-    faiss.omp_set_num_threads(threads)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(before)
+
+    __slots__ = ("_before", "_threads")
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+
+    def __enter__(self) -> None:
+        self._before = faiss.omp_get_max_threads()
+        if self._before != self._threads:
+            faiss.omp_set_num_threads(self._threads)
+
+    def __exit__(self, *_: object) -> None:
+        if self._before != self._threads:
+            faiss.omp_set_num_threads(self._before)
 
 
 def search_threads(threads: int, n_queries: int) -> int:
@@ -138,7 +141,9 @@ def pad_neighbours(
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Widen or cut neighbour lists to k columns; new places are -inf and -1."""
     n_queries, width = scores_QK.shape
-    if width >= k:  # nearly always: np.pad would take 50 us of a search's 200 for nothing
+    if width == k:  # nearly always: np.pad would take 50 us of a search's 200 for nothing
+        return scores_QK, rows_QK
+    if width > k:
         return scores_QK[:, :k], rows_QK[:, :k]
     scores = np.full((n_queries, k), -np.inf, np.float32)
     rows = np.full((n_queries, k), MISSING, np.int64)

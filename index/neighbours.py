@@ -14,8 +14,11 @@ from numpy.typing import NDArray
 from index.knn import COSINE, MISSING
 from models.errors import FingerprintMismatchError, UsageError
 
+WHOLE = (int, np.integer)
+"""Types of a whole number."""
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Neighbours:
     """What a search found, best first.
 
@@ -58,7 +61,7 @@ def check_queries(
     """
     if queries_QD.ndim != 2 or queries_QD.shape[1] != dim:
         raise UsageError("queries", expected=f"(Q, {dim})", found=str(queries_QD.shape))
-    if not isinstance(k, int | np.integer):
+    if not isinstance(k, WHOLE):
         raise UsageError("k", expected="a whole number", found=str(k))
     if k < 1:
         raise UsageError("k", expected="at least 1", found=str(k))

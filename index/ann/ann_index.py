@@ -133,7 +133,8 @@ class AnnIndex:
                 scores, rows = self._search_blocks(queries_QD, n_asked, settings, n_block)
         if self.metric == EUCLIDEAN:
             np.negative(scores, out=scores)
-        scores[rows < 0] = -np.inf
+        if len(rows) != 1 or rows.item(-1) < 0:  # what is missing comes last
+            scores[rows < 0] = -np.inf
         return pad_neighbours(scores, rows, k) if n_asked < k else (scores, rows)
 
     def _search_blocks(

@@ -127,6 +127,17 @@ class Segment:
         """The last selector and its schema."""
         return [(self.rows.schema, None)]
 
+    @cached_property
+    def _parameters(self) -> Mapping[str, int]:
+        """Its own search parameters, those that the manifest names."""
+        check_parameters(self.entry.parameters, self.parameter_names, self.entry.factory)
+        return self.entry.parameters
+
+    @cached_property
+    def ids_or_missing(self) -> NDArray[np.int64]:
+        """(N + 1,) int64: the id of each row, and of row -1, which is none."""
+        return np.append(self.ids_N, MISSING)
+
     def search(
         self,
         queries_QD: NDArray[np.float32],
@@ -150,8 +161,10 @@ class Segment:
         Raises:
             UsageError: a parameter that the index does not have.
         """
-        settings = {**self.entry.parameters, **parameters}
-        check_parameters(settings, self.parameter_names, self.entry.factory)
+        settings = self._parameters
+        if parameters:
+            settings = {**settings, **parameters}
+            check_parameters(parameters, self.parameter_names, self.entry.factory)
         if mask_N is not None:
             return self._search_chosen(
                 queries_QD, k, mask_N, exact=exact, parameters=settings, threads=threads

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import cast
 
 import numpy as np
@@ -76,25 +76,22 @@ class Part:
             threads: see there.
             mask_N: (N,) bool, the rows that may be found, no dead one among them.
         """
-
-        def search(
-            queries_QD: NDArray[np.float32], k: int, mask_N: NDArray[np.bool_] | None
-        ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        if mask_N is not None or self.alive_N is None:
             return self.segment.search(
                 queries_QD, k, exact=exact, parameters=parameters, threads=threads, mask_N=mask_N
             )
-
-        if mask_N is not None or self.alive_N is None:
-            return search(queries_QD, k, mask_N)
+        search = partial(self.segment.search, exact=exact, parameters=parameters, threads=threads)
         n_rows = len(self.alive_N)
         if 2 * self.count < n_rows:
-            return search(queries_QD, k, self.alive_N)
+            return search(queries_QD, k, mask_N=self.alive_N)
         wanted = min(k, self.count)
         asked = wanted + spare_rows(wanted, dead=n_rows - self.count, count=n_rows)
-        found = search(queries_QD, asked, None)
+        found = search(queries_QD, asked)
         scores_QK, rows_QK, short = keep_chosen(*found, self.alive_N, wanted)
         if short.size:
-            scores_QK[short], rows_QK[short] = search(queries_QD[short], wanted, self.alive_N)
+            scores_QK[short], rows_QK[short] = search(
+                queries_QD[short], wanted, mask_N=self.alive_N
+            )
         return pad_neighbours(scores_QK, rows_QK, k)
 
     def find(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
