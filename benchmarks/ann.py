@@ -35,7 +35,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -193,10 +193,7 @@ def measure(task: Task, options: AnnOptions) -> dict[str, Json]:
 
 
 def tune_all(task: Task, place: Path, options: AnnOptions) -> list[TunedCollection]:
-    """Tune to every target: to the main one among all kinds, to others among few.
-
-    Below it what won is taken, above it what was tried there and is built in seconds.
-    """
+    """Tune to every target among all kinds, but below the main one with what won there."""
     write_collection(place / "collection", task)
     targets = options.targets
     first = MAIN_TARGET if MAIN_TARGET in targets else targets[0]
@@ -206,17 +203,10 @@ def tune_all(task: Task, place: Path, options: AnnOptions) -> list[TunedCollecti
     tuned = [best]
     for target in progress(targets, what=f"{task.name}: tuning", unit="target"):
         if target != first:
-            kinds = [best.collection.factory] if target < first else list_kinds(best)
+            kinds = [best.collection.factory] if target < first else options.index
             one = tune_collection(place / "collection", place / str(target), target, kinds=kinds)
             tuned += [] if one is None else [one]
     return tuned
-
-
-def list_kinds(tuned: TunedCollection) -> list[str]:
-    """Name the kinds that were tried and are lists of product codes; what won is among them."""
-    tried = cast(list[dict[str, str]], tuned.report["trials"])
-    lists = [trial["factory"] for trial in tried if "PQ" in trial["factory"]]
-    return list(dict.fromkeys([tuned.collection.factory, *lists]))
 
 
 def horace_setting(task: Task, tuned: TunedCollection) -> Setting:
