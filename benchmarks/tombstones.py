@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from benchmarks.filters import Search, draw_clustered, recall, take_turns, write_synthetic
 from index.collection import Collection
-from index.selection import Selection
+from index.storage.snapshot import join_masks
 from index.storage.writer import CollectionWriter
 from models.command import run_command
 from models.cpu import cpu_budget, cpu_name
@@ -129,7 +129,9 @@ def search(collection: Collection, *, exact: bool = False) -> Search:
 def masked(whole: Collection, living: Collection) -> Search:
     """Search with the dead left out as by a filter."""
     mask_N = np.isin(whole.ids, living.ids)
-    selection = Selection(filter="alive", mask_N=mask_N, count=int(mask_N.sum()))
+    parts = whole._snapshot.parts
+    masks = np.split(mask_N, np.cumsum([part.count for part in parts])[:-1])
+    selection = join_masks("alive", masks, parts)
     return lambda q: whole.search(q, K, fingerprint=whole.fingerprint, filter=selection).ids
 
 
