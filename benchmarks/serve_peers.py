@@ -12,9 +12,12 @@ Closed loops of 1, 16 and 64 calls, open loops at 50, 80 and 120% of what a cont
 with 64. Every reply is held against in-process vectors once before a contender is timed. The
 ceiling is the encoder in a process of its own without any server.
 
+A server's instance has all threads. Triton and mosec take part in a second form, too, `_lanes`,
+whose instances have one thread each: see `benchmarks.peers.servers`. Horace is as by default.
+
 Contenders take turns within a round; ratios are paired within rounds. Each measurement is
-kept under artifacts/bench/peers/ as soon as it is made, and a run that was interrupted goes on
-from there; `--fresh` forgets it.
+kept under artifacts/bench/peers/ as soon as it is made. A run goes on from there, so several
+with a few cases each and a last one with all make one report; `--fresh` forgets what is kept.
 
 gRPC: perf_analyzer, and h2load where it cannot (JPEGs, Horace's own Embed); HTTP: wrk, and
 h2load at a rate. Clients differ in cost, so the CPU of server and client is counted apart.
@@ -27,6 +30,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -43,15 +47,19 @@ from benchmarks.peers.encoder import Setting
 from benchmarks.peers.loads import Load, Target, measure, warm_up
 from benchmarks.peers.processes import BenchmarkError
 from benchmarks.peers.requests import check_answer, make_images, write_bodies
-from benchmarks.peers.servers import PEERS, PYTRITON, count_answered, serve
+from benchmarks.peers.servers import LANES, PEERS, PYTRITON, count_answered, kind_of, serve
 from models.command import progress, run_command
 from models.cpu import cpu_budget, cpu_name
 from models.encoder import open_encoder
 from models.errors import UsageError
 
 CEILING = "ceiling"
-CONTENDERS = ("horace-kserve", "horace-embed", "triton", *PEERS)
+STRONGEST = ("triton", "triton" + LANES, "mosec", "mosec" + LANES)
+OURS = ("horace-kserve", "horace-embed")
+CONTENDERS = (*OURS, "triton", *PEERS)
+IN_LANES = (*CONTENDERS, "triton" + LANES, "mosec" + LANES)
 ON_GRPCIO = "horace_grpcio-kserve"
+EVERYBODY = (*IN_LANES, ON_GRPCIO)
 OPEN = (0.5, 0.8, 1.2)
 """Of what a contender answered a second with 64 calls under way."""
 
@@ -92,15 +100,17 @@ class Case:
 
 CASES = (
     Case(encoder="small", payload="tensor", images=1, concurrencies=(1, 16, 64), is_open=True,
-         repeats=True),
+         repeats=True, contenders=IN_LANES),
     Case(encoder="int8", payload="tensor", images=1, concurrencies=(64,), repeats=True,
-         contenders=("horace-kserve", "triton")),
+         contenders=IN_LANES),
     Case(encoder="light", payload="tensor", images=1, concurrencies=(64,), repeats=True,
          contenders=("horace-kserve", "horace-embed", ON_GRPCIO, "triton", "mosec")),
-    Case(encoder="small", payload="jpeg", images=1, concurrencies=(64,)),
+    Case(encoder="small", payload="jpeg", images=1, concurrencies=(64,), repeats=True,
+         contenders=IN_LANES),
     Case(encoder="small", payload="tensor", images=32, concurrencies=(16,), patience=1.5),
     Case(encoder="small", payload="jpeg", images=32, concurrencies=(16,), patience=1.5),
-    Case(encoder="large", payload="tensor", images=1, concurrencies=(4,), patience=6),
+    Case(encoder="large", payload="tensor", images=1, concurrencies=(1, 4), repeats=True,
+         patience=4, contenders=("horace-kserve", "horace-embed", *STRONGEST)),
     Case(encoder="large", payload="jpeg", images=1, concurrencies=(4,), patience=3,
          contenders=("horace-kserve", "triton", "mosec")),
     Case(encoder="large", payload="tensor", images=32, concurrencies=(4,), patience=6,
@@ -115,7 +125,7 @@ class Options:
     cases: tuple[str, ...] = tuple(case.name for case in CASES)
     """Which comparisons, as ENCODER-PAYLOAD-IMAGES."""
 
-    contenders: tuple[str, ...] = (*CONTENDERS, ON_GRPCIO)
+    contenders: tuple[str, ...] = EVERYBODY
     """Who takes part."""
 
     rounds: int = 3
@@ -123,9 +133,6 @@ class Options:
 
     seconds: float = 3.0
     """How long each measurement takes; longer for the large encoder."""
-
-    instances: int = 1
-    """Of the encoder in every server; they share the CPUs."""
 
     home: Path = Path("artifacts/bench/peers")
     """Where environments, bundles and measurements are kept."""
@@ -142,10 +149,9 @@ class Options:
         Raises:
             UsageError: there is no such case or contender.
         """
-        for option, value in (("--rounds", self.rounds), ("--instances", self.instances)):
-            if value < 1:
-                raise UsageError(option, expected="at least 1", found=str(value))
-        known = {"--cases": [case.name for case in CASES], "--contenders": [*CONTENDERS, ON_GRPCIO]}
+        if self.rounds < 1:
+            raise UsageError("--rounds", expected="at least 1", found=str(self.rounds))
+        known = {"--cases": [case.name for case in CASES], "--contenders": list(EVERYBODY)}
         for option, names in (("--cases", self.cases), ("--contenders", self.contenders)):
             for name in set(names) - set(known[option]):
                 raise UsageError(option, expected=" or ".join(known[option]), found=name)
@@ -191,8 +197,7 @@ def main(options: Options) -> None:
     """Measure in turns, print and write."""
     _check_tools()
     options.home.mkdir(parents=True, exist_ok=True)
-    file = f"measurements-{options.instances}.jsonl"
-    kept = Measurements(options.home / file, fresh=options.fresh)
+    kept = Measurements(options.home / "measurements.jsonl", fresh=options.fresh)
     turns = [
         (n, case, server)
         for n in range(options.rounds)
@@ -243,13 +248,11 @@ def take_turn(n: int, case: Case, server: str, options: Options, kept: Measureme
     who = [name for name in _who(case, options) if server_of(name) == server]
     if all(not list(_loads_left(n, case, name, seconds, kept)) for name in who):
         return
-    with serve(
-        server, bundle, case.payload, images=case.images, instances=options.instances, home=home
-    ) as running:
+    with serve(server, bundle, case.payload, images=case.images, home=home) as running:
         for name in who:
-            target = replace(targets[name], url=running.url)
-            check_answer(name, target, expected_ND)
-            client = client_of(name, case.payload)
+            target = replace(targets[kind_of(name)], url=running.url)
+            check_answer(kind_of(name), target, expected_ND)
+            client = client_of(kind_of(name), case.payload)
             warm_up(client, target, max(case.concurrencies))
             if client == "perf_analyzer":
                 target = replace(target, count=count_answered(running.url))
@@ -271,7 +274,7 @@ def _loads_left(
         if kept.find(case.name, name, open_label(share), n) is None:
             capacity = kept.find(case.name, name, f"c{max(case.concurrencies)}", n)
             rate = share * capacity["requests_per_s"] if capacity else 1.0
-            concurrency = 64 if share > 1 or name not in PEERS else 16
+            concurrency = 64 if share > 1 or kind_of(name) not in PEERS else 16
             yield Load(rate=rate, concurrency=concurrency, seconds=seconds)
 
 
@@ -321,7 +324,7 @@ def summarise(options: Options, kept: Measurements) -> dict[str, object]:
         for case in cases
     }
     return {
-        "command": "python -m benchmarks.serve_peers",
+        "command": shlex.join(["python", "-m", "benchmarks.serve_peers", *sys.argv[1:]]),
         "hardware": {"cpu": cpu_name(), "cpus": cpu_budget()},
         "versions": {
             **{name: version(name) for name in ("onnxruntime", "grpcio", "pygrpc-native")},
@@ -330,7 +333,6 @@ def summarise(options: Options, kept: Measurements) -> dict[str, object]:
         },
         "rounds": options.rounds,
         "seconds": options.seconds,
-        "instances": options.instances,
         "bars": {case.name: bars(case, kept) for case in cases},
         "cases": figures,
     }
@@ -349,23 +351,28 @@ def _median(rows: dict[int, Row]) -> dict[str, object]:
 
 
 def bars(case: Case, kept: Measurements) -> dict[str, object]:
-    """Hold Horace against the others: ratios are paired within rounds."""
+    """Hold Horace against the others, called in either way: ratios are paired within rounds."""
+    return {ours: _held(ours, case, kept) for ours in case.contenders if ours in OURS}
+
+
+def _held(ours: str, case: Case, kept: Measurements) -> dict[str, float]:
+    """Hold Horace, called in one way, against each of the others and the ceiling."""
     most = f"c{max(case.concurrencies)}"
-    ours = kept.of(case.name, "horace-kserve", most)
-    held: dict[str, object] = {}
+    rows = kept.of(case.name, ours, most)
+    held: dict[str, float | None] = {}
     for name in case.contenders:
-        if name in ("horace-kserve", "horace-embed"):
+        if name in OURS:
             continue
         theirs = kept.of(case.name, name, most)
-        held[f"times {name}'s rate at {most}"] = _ratio(ours, theirs, "requests_per_s")
-        held[f"times {name}'s p99 at {most}"] = _ratio(ours, theirs, "p99_ms")
+        held[f"times {name}'s rate at {most}"] = _ratio(rows, theirs, "requests_per_s")
+        held[f"times {name}'s p99 at {most}"] = _ratio(rows, theirs, "p99_ms")
         held[f"{name}'s server CPU a request, times Horace's"] = _ratio(
-            theirs, ours, "server_cpu_ms_a_request"
+            theirs, rows, "server_cpu_ms_a_request"
         )
     ceilings = kept.of(case.name, CEILING, "c1")
-    alone = {n: {"images_per_s": row["requests_per_s"] * case.images} for n, row in ours.items()}
+    alone = {n: {"images_per_s": row["requests_per_s"] * case.images} for n, row in rows.items()}
     held["share of the ceiling"] = _ratio(alone, ceilings, "images_per_s")
-    single = kept.of(case.name, "horace-kserve", "c1")
+    single = kept.of(case.name, ours, "c1")
     if overheads := [single[n]["p50_ms"] - ceilings[n]["p50_ms"] for n in single if n in ceilings]:
         held["overhead over in-process at c1, ms"] = round(statistics.median(overheads), 2)
     return {name: value for name, value in held.items() if value is not None}

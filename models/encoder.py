@@ -8,7 +8,7 @@ Horace server or on a fleet of Tritons, is a matter of the URI alone.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,12 +56,29 @@ class Encoder(Protocol):
         """Give back threads, memory and connections; the encoder is not used after it."""
 
 
+@runtime_checkable
+class LaneEncoder(Encoder, Protocol):
+    """An encoder that computes a batch on all of its threads, or several on one thread each."""
+
+    @property
+    def lanes(self) -> int:
+        """How many batches `encode_in_lane` takes at once without waiting for a CPU."""
+
+    def encode_in_lane(self, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Embed as `encode` does, to the same bits, on the calling thread alone.
+
+        Raises:
+            EncoderError: likewise.
+        """
+
+
 def open_encoder(
     path_or_uri: str | Path,
     *,
     threads: int | None = None,
     precision: Precision | None = None,
     placement: Placement = ON_CPU,
+    with_lanes: bool = False,
 ) -> Encoder:
     """Open an encoder by bundle or URI.
 
@@ -74,6 +91,7 @@ def open_encoder(
         precision: which of a bundle's encoders; the one that the path names where None. Not
             for a remote encoder: its server chooses.
         placement: where a bundle's encoder computes; of no meaning for a remote one.
+        with_lanes: give a `LaneEncoder`, whose weights are in memory twice. Not for a remote one.
 
     Raises:
         BundleError: the directory holds no sound bundle, or not in that precision.
@@ -85,7 +103,13 @@ def open_encoder(
     if not separator:
         from models.runtime import open_bundle  # the engine is an extra: import where used
 
-        return open_bundle(Path(text), threads=threads, precision=precision, placement=placement)
+        return open_bundle(
+            Path(text),
+            threads=threads,
+            precision=precision,
+            placement=placement,
+            with_lanes=with_lanes,
+        )
     if precision is not None:
         raise EncoderError(
             f"precision {precision} of {text}",

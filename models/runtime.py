@@ -4,6 +4,8 @@ Rules:
     Threads come from the caller or the CPU budget, never from ONNX Runtime's own guess,
     which is the host's cores whatever the container may use (onnxruntime#29510).
     Waiting threads do not spin: decoding shares the same CPUs.
+    A batch is computed on all threads, or in a lane: on the calling thread alone, by a session
+    of its own, since one session's threads help every caller and get in each other's way.
     The bytes that run are the bytes whose hash was checked: the file is read once.
     What is asked to run on a GPU runs there or is refused; see `models.providers`.
 """
@@ -41,6 +43,7 @@ class OnnxEncoder:
         fingerprint: of the encoder that the graph is.
         threads: CPU threads of the session.
         placement: where it computes.
+        lanes: batches that `encode_in_lane` takes at once; 0 where it was not opened for that.
     """
 
     def __init__(
@@ -50,8 +53,11 @@ class OnnxEncoder:
         graph: Path,
         threads: int | None = None,
         placement: Placement = ON_CPU,
+        with_lanes: bool = False,
     ) -> None:
         """Load `graph`, one of the bundle's ONNX files, with `threads` CPU threads.
+
+        With lanes it is loaded twice, unless there is one thread: for all threads, and for one.
 
         Raises:
             BundleError: the file does not match the hash that the bundle records.
@@ -68,6 +74,10 @@ class OnnxEncoder:
         self._session = _load_session(graph, content, self.threads, providers)
         require_loaded(str(bundle.path), placement.provider, self._session.get_providers())
         self._input, self._output = _check_signature(self._session, bundle, graph)
+        self.lanes = self.threads if with_lanes else 0
+        self._lane = self._session
+        if self.lanes > 1:
+            self._lane = _load_session(graph, content, 1, providers)
 
     def __repr__(self) -> str:
         provider = self.placement.provider
@@ -106,18 +116,33 @@ class OnnxEncoder:
         Raises:
             EncoderError: the shape or dtype is wrong, or ONNX Runtime failed.
         """
+        return self._run(self._session, images_NHWC)
+
+    def encode_in_lane(self, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Embed as `encode` does, on the calling thread alone; see `LaneEncoder`.
+
+        Raises:
+            EncoderError: likewise.
+        """
+        assert self.lanes, "open it with lanes"
+        return self._run(self._lane, images_NHWC)
+
+    def _run(
+        self, session: ort.InferenceSession, images_NHWC: NDArray[np.uint8]
+    ) -> NDArray[np.float32]:
+        """Check a batch and compute it in one of the sessions."""
         check_batch(images_NHWC, self.bundle.preprocessing)
         if len(images_NHWC) == 0:
             return np.empty((0, self.dim), np.float32)
         try:
-            (vectors_ND,) = self._session.run([self._output], {self._input: images_NHWC})
+            (vectors_ND,) = session.run([self._output], {self._input: images_NHWC})
         except Exception as error:  # ONNX Runtime raises classes of its own C++ side
             raise EncoderError(f"encoding with {self.name!r} failed: {error}") from error
         return np.asarray(vectors_ND, dtype=np.float32)
 
     def close(self) -> None:
-        """Drop the session and with it its threads and memory."""
-        del self._session
+        """Drop the sessions and with them their threads and memory."""
+        del self._session, self._lane
 
 
 def open_bundle(
@@ -126,6 +151,7 @@ def open_bundle(
     threads: int | None = None,
     precision: Precision | None = None,
     placement: Placement = ON_CPU,
+    with_lanes: bool = False,
 ) -> OnnxEncoder:
     """Open an encoder of a bundle; its graph is checked against its hash.
 
@@ -134,6 +160,7 @@ def open_bundle(
         threads: CPU threads for inference; the CPU budget where None.
         precision: which of the bundle's encoders; the one that `path` names where None.
         placement: where it computes.
+        with_lanes: whether `encode_in_lane` is wanted.
 
     Raises:
         BundleError: the bundle is missing or damaged, or has no such precision.
@@ -144,7 +171,9 @@ def open_bundle(
     chosen = precision or split_precision(path)[1]
     refuse_precision(chosen, placement.provider)
     graph = bundle.path_of(chosen)
-    return OnnxEncoder(bundle, graph=graph, threads=threads, placement=placement)
+    return OnnxEncoder(
+        bundle, graph=graph, threads=threads, placement=placement, with_lanes=with_lanes
+    )
 
 
 def open_random_twin(path: Path, *, threads: int | None = None) -> OnnxEncoder | None:

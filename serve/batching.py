@@ -8,6 +8,7 @@ Rules:
     complete when the last of its images is settled: computed, or failed to decode.
     An idle instance never waits while images do, unless a delay is asked for; that delay is
     anchored to the oldest waiting arrival. Batches grow only while every instance is busy.
+    Where an encoder has lanes, how many images go together is decided by `serve.lanes`.
     Images run by priority, clients of one priority in turns, and each client's in the order
     in which they became ready: `serve.fair_queue`.
     What a request holds (images, bytes) is bounded and counted from its admission until it
@@ -33,6 +34,7 @@ from typing import Generic
 from serve.backlog import Backlog
 from serve.errors import DeadlineError, QueueFullError
 from serve.fair_queue import FairQueue
+from serve.lanes import Share, next_share
 from serve.latency import Lag, LatencyModel
 from serve.room import Room
 from serve.tickets import Batch, BatcherStatistics, Decision, Part, TicketT
@@ -53,6 +55,7 @@ class Batcher(Generic[TicketT]):
         max_held_bytes: int,
         max_delay_s: float = 0.0,
         instances: int = 1,
+        has_lanes: bool = False,
     ) -> None:
         """Bound batches and what is held.
 
@@ -63,18 +66,21 @@ class Batcher(Generic[TicketT]):
             max_delay_s: how long the oldest request may wait for a fuller batch while an
                 instance is idle.
             instances: how many batches run at once.
+            has_lanes: whether each instance is a lane of the encoder.
         """
         assert max_batch_images > 0
         assert instances > 0
         self._max_batch_images = max_batch_images
         self._max_delay_s = max_delay_s
         self._instances = instances
+        self._has_lanes = has_lanes
         turn = min(TURN_IMAGES, max_batch_images)
         self._queue: FairQueue[TicketT] = FairQueue(quantum_images=turn)
         self._backlog = Backlog(quantum_images=turn)
         self._room: Room[TicketT] = Room(max_images=max_held_images, max_bytes=max_held_bytes)
         self._held: dict[TicketT, set[Part[TicketT]]] = {}  # with their waiting parts
         self._latency = LatencyModel()
+        self._on_all = LatencyModel()  # with lanes: of batches on all threads
         self._reply = Lag()
         self._running: dict[Batch[TicketT], None] = {}
         self._running_images = 0
@@ -184,8 +190,10 @@ class Batcher(Generic[TicketT]):
             return Decision()
         if not self._queue.images:
             return Decision()
+        if (share := self._next_share(now_s)) is None:
+            return Decision()
         safe_s = now_s + self._longest_s(0, now_s)
-        expired = self._drop_late_heads(now_s, self._max_batch_images, safe_s)
+        expired = self._drop_late_heads(now_s, share, share.images, safe_s)
         if not self._queue.images:
             return Decision(expired=expired)
         if self._max_delay_s and self._queue.images < self._max_batch_images:
@@ -193,13 +201,13 @@ class Batcher(Generic[TicketT]):
             if now_s < oldest_s + self._max_delay_s:
                 return Decision(expired=expired, wake_at_s=oldest_s + self._max_delay_s)
         parts: list[Part[TicketT]] = []
-        room = self._max_batch_images
+        room = share.images
         while room and self._queue.images:
             parts.append(part := self._take_head(room))
             room -= len(part.positions)
             if room:
-                expired += self._drop_late_heads(now_s, room, safe_s)
-        batch = Batch(tuple(parts), self._max_batch_images - room, now_s)
+                expired += self._drop_late_heads(now_s, share, room, safe_s)
+        batch = Batch(tuple(parts), share.images - room, now_s, share.on_one_thread)
         self._running[batch] = None
         self._running_images += batch.images
         return Decision(batch, expired)
@@ -216,7 +224,8 @@ class Batcher(Generic[TicketT]):
         if not failed:
             self._computed_images += batch.images
             self._computed_batches += 1
-            self._latency.observe(batch.images, now_s - batch.started_s, now_s)
+            model = self._model_of(on_one_thread=batch.on_one_thread)
+            model.observe(batch.images, now_s - batch.started_s, now_s)
         answered = []
         for part in batch.parts:
             ticket = part.ticket
@@ -286,7 +295,7 @@ class Batcher(Generic[TicketT]):
         )
         takes_s = self._drain_s(ahead + ticket.images, now_s)
         if takes_s:
-            takes_s += self._until_idle_s(now_s) + self._reply.seconds
+            takes_s += self._until_idle_s(ahead + ticket.images, now_s) + self._reply.seconds
         if left_s > takes_s:
             return
         self._unmeetable += 1
@@ -303,27 +312,52 @@ class Batcher(Generic[TicketT]):
     def _longest_s(self, images: int, now_s: float) -> float:
         """Say how long images take at most, whatever waits and runs."""
         batch_s = self._latency.predict_s(self._max_batch_images, now_s)
+        if self._has_lanes:
+            batch_s = max(batch_s, self._on_all.predict_s(self._instances - 1, now_s))
         batches = images // self._max_batch_images + 2  # one not full, one that runs
         return batches * batch_s + self._reply.seconds
 
     def _drain_s(self, images: int, now_s: float) -> float:
         """Say how long images take once an instance is idle; 0 where that is not known."""
+        if self._has_lanes and images < self._instances:
+            return self._on_all.predict_s(images, now_s)
+        share = -(-images // self._instances) if self._has_lanes else images
         return self._latency.drain_s(
             images,
-            batch_images=self._max_batch_images,
+            batch_images=min(self._max_batch_images, share),
             instances=self._instances,
             now_s=now_s,
         )
 
-    def _until_idle_s(self, now_s: float) -> float:
-        """Say for how long every instance will be busy."""
-        if len(self._running) < self._instances:
+    def _until_idle_s(self, images: int, now_s: float) -> float:
+        """Say for how long no instance will take the first of so many images that wait."""
+        images += self._running_images
+        waits = self._running and self._has_lanes and images < self._instances
+        if len(self._running) < self._instances and not waits:
             return 0.0
-        ends_s = (
-            batch.started_s + self._latency.predict_s(batch.images, now_s)
-            for batch in self._running
+        ends_s = [self._ends_running_s(batch, now_s) for batch in self._running]
+        return max(0.0, (max if waits else min)(ends_s) - now_s)
+
+    def _ends_running_s(self, batch: Batch[TicketT], now_s: float) -> float:
+        """Say when a batch that runs will be done."""
+        model = self._model_of(on_one_thread=batch.on_one_thread)
+        return batch.started_s + model.predict_s(batch.images, now_s)
+
+    def _model_of(self, *, on_one_thread: bool) -> LatencyModel:
+        """Give what is known of batches that are computed so."""
+        return self._on_all if self._has_lanes and not on_one_thread else self._latency
+
+    def _next_share(self, now_s: float) -> Share | None:
+        """Say what the next batch takes; None where it waits for what runs."""
+        if not self._has_lanes:
+            return Share(self._max_batch_images, on_one_thread=False)
+        return next_share(
+            waiting=self._queue.images,
+            running=self._running_images,
+            lanes=self._instances,
+            most=self._max_batch_images,
+            image_s=self._latency.image_s(now_s),
         )
-        return max(0.0, min(ends_s) - now_s)
 
     def _hold(self, ticket: TicketT) -> None:
         """Count what a ticket holds, from now until it is over."""
@@ -344,8 +378,10 @@ class Batcher(Generic[TicketT]):
         ticket.running += images
         return taken
 
-    def _drop_late_heads(self, now_s: float, room: int, safe_s: float) -> tuple[TicketT, ...]:
-        """Drop tickets from the queue's front that would be late.
+    def _drop_late_heads(
+        self, now_s: float, share: Share, room: int, safe_s: float
+    ) -> tuple[TicketT, ...]:
+        """Drop tickets from the front of the queue that would be late in a batch of this kind.
 
         The batch is taken for as full as it can get: each that is dropped makes it shorter.
         A deadline after `safe_s` is met by whatever fits into one batch.
@@ -355,22 +391,24 @@ class Batcher(Generic[TicketT]):
             ticket = head.ticket
             deadline_s = ticket.deadline_s
             if deadline_s > safe_s and (
-                deadline_s == math.inf
-                or ticket.waiting + ticket.preparing <= self._max_batch_images
+                deadline_s == math.inf or ticket.waiting + ticket.preparing <= share.images
             ):
                 break
-            if deadline_s > now_s and deadline_s > self._ends_s(ticket, now_s, room):
+            if deadline_s > now_s and deadline_s > self._ends_s(ticket, now_s, share, room):
                 break
             self._expired += 1
             self._drop(ticket)
             expired += (ticket,)
         return expired
 
-    def _ends_s(self, ticket: TicketT, now_s: float, room: int) -> float:
+    def _ends_s(self, ticket: TicketT, now_s: float, share: Share, room: int) -> float:
         """Say when a ticket would be answered whose images go into the next batch."""
-        batch = min(self._max_batch_images, self._max_batch_images - room + self._queue.images)
+        batch = min(share.images, share.images - room + self._queue.images)
         images = max(batch, ticket.waiting + ticket.preparing)
-        takes_s = self._drain_s(images, now_s)
+        if images <= share.images:
+            takes_s = self._model_of(on_one_thread=share.on_one_thread).predict_s(images, now_s)
+        else:
+            takes_s = self._drain_s(images, now_s)
         return now_s + takes_s + self._reply.seconds if takes_s else now_s
 
     def _drop(self, ticket: TicketT) -> None:

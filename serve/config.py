@@ -72,8 +72,10 @@ class ServeOptions:
     max_delay_ms: float = 0.0
     """How long an idle encoder may wait for a fuller batch, from the oldest arrival."""
 
-    instances: int = 1
-    """Batches of one model that run at once."""
+    instances: int | None = None
+    """Batches of one model that run at once, each on all of the model's threads. Where not
+    given: on a GPU or elsewhere one; on CPUs one on all threads while there are fewer images
+    than threads, and else one on each thread, for which the weights are in memory twice."""
 
     max_queue_images: int = 4096
     """Images of one model that may wait or run; a request beyond them is refused."""

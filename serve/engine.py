@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from models.encoder import Encoder
+from models.encoder import Encoder, LaneEncoder
 from models.errors import EncoderError, EncoderUnavailableError, ImageError
 from models.image_source import ImageData
 from models.preprocess import DEFAULT_LIMITS, ImageLimits
@@ -72,14 +72,15 @@ class Engine:
             max_held_images: of requests that are not over.
             max_held_bytes: of requests that are not over.
             max_delay_s: how long an idle encoder may wait for a fuller batch.
-            instances: threads that call the encoder.
+            instances: threads that call an encoder without lanes; else there is one a lane.
             limits: what one image may cost.
             clock: monotonic seconds.
             on_trouble: called on some thread once one has died or hangs, and is replaced.
             observer: hears of every request and of every batch.
         """
         self.encoder = encoder
-        self.instances = instances
+        self._lanes = encoder if isinstance(encoder, LaneEncoder) and encoder.lanes > 1 else None
+        self.instances = instances = self._lanes.lanes if self._lanes else instances
         self._clock = clock
         self._decoder = Decoder(decode_pool, encoder.preprocessing, limits, self._prepared)
         self._batcher: Batcher[Job] = Batcher(
@@ -88,6 +89,7 @@ class Engine:
             max_held_bytes=max_held_bytes,
             max_delay_s=max_delay_s,
             instances=instances,
+            has_lanes=self._lanes is not None,
         )
         spec = encoder.preprocessing
         self._image_bytes = spec.height * spec.width * spec.channels
@@ -362,7 +364,10 @@ class Engine:
         for part in batch.parts:
             for n in part.positions:
                 part.ticket.pixels[n] = NO_PIXELS
-        rows_ND = self.encoder.encode(images_NHWC)
+        if batch.on_one_thread and self._lanes is not None:
+            rows_ND = self._lanes.encode_in_lane(images_NHWC)
+        else:
+            rows_ND = self.encoder.encode(images_NHWC)
         expected = (batch.images, self.encoder.dim)
         if rows_ND.shape != expected:
             raise EncoderError("vectors", expected=f"{expected}", found=f"{rows_ND.shape}")

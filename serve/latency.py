@@ -101,6 +101,10 @@ class LatencyModel:
             return 0.0
         return self._a * images + self._b + 2 * self._deviation
 
+    def image_s(self, now_s: float) -> float:
+        """Say what an image more costs a batch; 0 where that is not known."""
+        return self._a if self._known and now_s <= self._until_s else 0.0
+
     def drain_s(self, images: int, *, batch_images: int, instances: int, now_s: float) -> float:
         """Say how long many images will take in full batches; 0 where that is not known."""
         if images <= batch_images:

@@ -345,6 +345,7 @@ class Server:
             pool=self._opening_pool,
             dispose=self.catalog.dispose,
             largest_batch=options.max_batch_images,
+            instances=options.instances,
         )
         return Lifecycle(
             self.catalog,
@@ -363,7 +364,7 @@ class Server:
         return divide_threads(
             self._shares.inference_threads,
             models=self.lifecycle.model_count,
-            instances=options.instances or self._options.instances,
+            instances=options.instances or self._options.instances or 1,
         )
 
     def _make_engine(
@@ -378,7 +379,7 @@ class Server:
             max_held_images=options.max_queue_images,
             max_held_bytes=options.max_queue_mib * MIB,
             max_delay_s=options.max_delay_ms / 1e3,
-            instances=model.instances or options.instances,
+            instances=model.instances or options.instances or 1,
             limits=options.image_limits,
             on_trouble=self._on_trouble,
             observer=self.operation.observer.watch_model(name, version),

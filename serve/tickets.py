@@ -106,11 +106,13 @@ class Batch(Generic[TicketT]):
         parts: whose they are.
         images: how many.
         started_s: when an instance was given them.
+        on_one_thread: whether the instance's own thread computes them alone.
     """
 
     parts: tuple[Part[TicketT], ...]
     images: int
     started_s: float
+    on_one_thread: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +156,7 @@ class BatcherStatistics:
         computed_images: images in batches that have finished.
         computed_batches: batches that have finished.
         abandoned_images: images whose caller went, or whose deadline passed, while they ran.
-        latency: how long batches take.
+        latency: how long batches take; of an encoder with lanes those on one thread.
         reply_s: what is allowed for a reply's way to its caller's event loop.
     """
 

@@ -1,11 +1,11 @@
 """The servers that are compared, each set up for throughput as its documentation advises.
 
 Rules:
-    All run the same ONNX file in the same version of ONNX Runtime, in as many instances, whose
-    threads are as many as there are CPUs between them, and do not spin. Batches are at most 64
-    images, of whole requests, and 32 for Horace; where a server waits for a fuller batch it
-    waits 1 ms at most. Horace and Triton wait for nothing: they batch what comes while the
-    encoder is busy.
+    All run the same ONNX file in the same version of ONNX Runtime, whose threads do not spin: in
+    one instance with as many threads as there are CPUs, or, where the name ends in `_lanes`, in
+    an instance of one thread for each CPU. Batches are at most 64 images, of whole requests,
+    and 32 for Horace; where a server waits for a fuller batch it waits 1 ms at most. Horace and
+    Triton wait for nothing: they batch what comes while the encoder is busy.
     Python-served peers have an environment of their own, made once under artifacts/.
     Horace is as `python -m serve` starts it, but for the bundle and the port.
 """
@@ -38,6 +38,8 @@ MAX_BATCH_IMAGES = 64
 PEERS = {"mosec": "0.9.8", "litserve": "0.2.19", "bentoml": "1.4.40"}
 NEEDS = ("numpy", "onnxruntime", "pillow", "simplejpeg")
 PYTRITON = "0.7.0"
+LANES = "_lanes"
+"""How the name of a server ends that has an instance of one thread for each CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,16 +55,20 @@ class Running:
     url: str
 
 
+def kind_of(name: str) -> str:
+    """Say what a server is, however many instances it has."""
+    return name.removesuffix(LANES)
+
+
 @contextmanager
-def serve(
-    name: str, bundle: Path, payload: str, *, images: int, instances: int, home: Path
-) -> Iterator[Running]:
+def serve(name: str, bundle: Path, payload: str, *, images: int, home: Path) -> Iterator[Running]:
     """Run a server for requests of `images` images, until the block ends.
 
     Raises:
         BenchmarkError: it does not come up.
     """
     port = _free_port()
+    instances = cpu_budget() if name.endswith(LANES) else 1
     setting = Setting(
         bundle=bundle,
         payload=payload,
@@ -72,12 +78,12 @@ def serve(
         max_requests=max(1, MAX_BATCH_IMAGES // images),
     )
     url = f"127.0.0.1:{port}"
-    argv, environment = COMMANDS[name](setting, home)
+    argv, environment = COMMANDS[kind_of(name)](setting, home)
     with running(
         argv,
         log=home / f"{name}.log",
         environment=environment,
-        answers=ANSWERS[name](url),
+        answers=ANSWERS[kind_of(name)](url),
     ) as pid:
         yield Running(pid=pid, url=url)
 
@@ -86,7 +92,7 @@ def horace(setting: Setting, home: Path) -> tuple[list[str], dict[str, str]]:
     """Say how Horace is started."""
     argv = [
         sys.executable, "-m", "serve", "--port", str(setting.port),
-        "--bundle", f"{MODEL}={setting.bundle}", "--instances", str(setting.instances),
+        "--bundle", f"{MODEL}={setting.bundle}",
     ]  # fmt: skip
     return argv, {"PYTHONPATH": str(ROOT)}
 

@@ -48,6 +48,7 @@ class OpenModel(Protocol):
         threads: int | None = None,
         precision: Precision | None = None,
         placement: Placement = ON_CPU,
+        with_lanes: bool = False,
     ) -> Encoder:
         """Open an encoder."""
 
@@ -111,6 +112,7 @@ class Loader:
         pool: ThreadPool,
         dispose: Dispose,
         largest_batch: int = 32,
+        instances: int | None = None,
     ) -> None:
         """Take what opens and what runs.
 
@@ -121,6 +123,8 @@ class Loader:
             pool: where models are opened; closed by its owner.
             dispose: runs what closes a model; see `serve.lifecycle.leases`.
             largest_batch: images of the largest batch that an engine makes.
+            instances: batches of a model that run at once; an encoder on CPUs has lanes where
+                neither this nor its own options say.
         """
         self._open_model = open_model
         self._make_engine = make_engine
@@ -128,6 +132,7 @@ class Loader:
         self._pool = pool
         self.dispose = dispose
         self._largest_batch = largest_batch
+        self._instances = instances
 
     async def load(
         self, options: ModelOptions, path: str, *, name: str | None, version: str
@@ -164,7 +169,11 @@ class Loader:
         if options.is_remote:
             return self._open_model(path, threads=threads)
         encoder = self._open_model(
-            path, threads=threads, precision=options.precision, placement=options.placement
+            path,
+            threads=threads,
+            precision=options.precision,
+            placement=options.placement,
+            with_lanes=options.provider == "cpu" and not (options.instances or self._instances),
         )
         if options.provider != "cpu":
             spec = encoder.preprocessing

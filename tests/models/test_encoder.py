@@ -41,7 +41,7 @@ def test_preprocess_and_encode_fit_together(make_bundle):
 
 
 def test_a_vector_depends_neither_on_its_batch_nor_on_the_threads(make_bundle):
-    """Alone or in any company, on one thread or two, an image has the same bits."""
+    """Alone or in any company, on one thread or two, or in a lane, it has the same bits."""
     path, batch = make_bundle(dim=32).path, images(33)
     single = open_encoder(path, threads=1)
     alone = np.concatenate([single.encode(batch[n : n + 1]) for n in range(33)])
@@ -50,6 +50,17 @@ def test_a_vector_depends_neither_on_its_batch_nor_on_the_threads(make_bundle):
         for size in (1, 2, 5, 8, 33):
             parts = [encoder.encode(batch[n : n + size]) for n in range(0, 33, size)]
             assert np.concatenate(parts).tobytes() == alone.tobytes()
+    encoder = open_encoder(path, threads=2, with_lanes=True)
+    assert encoder.encode_in_lane(batch).tobytes() == alone.tobytes()
+
+
+def test_lanes_are_as_many_as_threads_where_asked_for(make_bundle):
+    """One thread needs no second session; who asks for no lanes has none."""
+    path = make_bundle().path
+    for threads, with_lanes, lanes in ((2, True, 2), (1, True, 1), (2, False, 0)):
+        encoder = open_encoder(path, threads=threads, with_lanes=with_lanes)
+        assert encoder.lanes == lanes
+        encoder.close()
 
 
 def test_no_images_give_no_vectors(make_bundle):

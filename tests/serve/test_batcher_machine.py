@@ -21,6 +21,7 @@ class BatcherMachine(RuleBasedStateMachine):
 
     tickets = Bundle("tickets")
     batches = Bundle("batches")
+    instances, has_lanes = INSTANCES, False
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +29,8 @@ class BatcherMachine(RuleBasedStateMachine):
             max_batch_images=MAX_BATCH,
             max_held_images=MAX_HELD_IMAGES,
             max_held_bytes=MAX_HELD_BYTES,
-            instances=INSTANCES,
+            instances=self.instances,
+            has_lanes=self.has_lanes,
         )
         self.now_s = 0.0
         self.unprepared: dict[Ticket, list[int]] = {}
@@ -146,11 +148,11 @@ class BatcherMachine(RuleBasedStateMachine):
             assert ticket not in self.gone
             self.forget(ticket)
         self.admit_line()
-        if len(self.in_flight) == INSTANCES:
+        if len(self.in_flight) == self.instances:
             assert decision.batch is None
             return None
         if decision.batch is None:
-            assert not self.queued, "an instance is idle while images wait"
+            assert not self.queued or self.waits(), "an instance is idle while images wait"
             return None
         taken = [(part.ticket, n) for part in decision.batch.parts for n in part.positions]
         assert decision.batch.images == len(taken)
@@ -159,7 +161,9 @@ class BatcherMachine(RuleBasedStateMachine):
             assert ticket not in self.gone, "computed for a caller that has gone"
             assert ticket.deadline_s > self.now_s, "computed for a caller that has gone"
         self.queued = [item for item in self.queued if item not in taken]
-        assert len(taken) == MAX_BATCH or not self.queued, "a batch has room while images wait"
+        full = len(taken) == MAX_BATCH or decision.batch.on_one_thread
+        assert full or not self.queued, "a batch has room while images wait"
+        assert not (self.has_lanes and self.in_flight) or decision.batch.on_one_thread
         self.in_flight.append(decision.batch)
         return decision.batch
 
@@ -190,7 +194,7 @@ class BatcherMachine(RuleBasedStateMachine):
         """What the batcher says of itself is what happened."""
         now = self.batcher.statistics()
         assert now.waiting_images == sum(now.waiting_by_priority) == len(self.queued)
-        assert now.running_batches == len(self.in_flight) <= INSTANCES
+        assert now.running_batches == len(self.in_flight) <= self.instances
         assert now.held_images <= MAX_HELD_IMAGES or now.held_requests == 1
         assert now.held_bytes <= MAX_HELD_BYTES or now.held_requests == 1
         assert (now.held_images == 0) == (now.held_requests == 0) == (now.clients == 0)
@@ -216,6 +220,11 @@ class BatcherMachine(RuleBasedStateMachine):
         assert self.answered | self.gone == set(self.unsettled)
         assert self.batcher.statistics().held_bytes == 0
         assert repr(self.batcher._backlog) == "<Backlog (0, 0, 0) images>"
+
+    def waits(self):
+        """Whether few images wait for those that all threads are at."""
+        running = sum(batch.images for batch in self.in_flight)
+        return self.has_lanes and running and len(self.queued) + running < self.instances
 
     def check_order(self, taken):
         """First come, first served within each client and priority."""
@@ -253,3 +262,13 @@ class BatcherMachine(RuleBasedStateMachine):
 
 TestBatcher = BatcherMachine.TestCase
 TestBatcher.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+class LaneMachine(BatcherMachine):
+    """The same where each instance is a lane."""
+
+    instances, has_lanes = 3, True
+
+
+TestLanes = LaneMachine.TestCase
+TestLanes.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)

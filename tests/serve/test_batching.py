@@ -332,3 +332,89 @@ def test_a_priority_that_is_none_is_refused():
         RequestError, match=r"^priority: expected 0 to 3, 1 being the first, found 4$"
     ):
         read_priority(4)
+
+
+def make_lanes(lanes: int, **changes: float) -> Batcher[Ticket]:
+    """A batcher for an encoder with lanes."""
+    return make_batcher(instances=lanes, has_lanes=True, **changes)
+
+
+def test_a_lone_image_has_all_threads_and_company_has_lanes():
+    """One image runs on all threads; one that comes beside it has the other lane at once."""
+    batcher = make_lanes(2)
+    first, second = admitted(batcher, 1), admitted(batcher, 1)
+    batcher.cancel(second)
+    alone = batcher.decide(0.0).batch
+    assert contents(alone) == [(first, [0])]
+    assert not alone.on_one_thread
+    third = admitted(batcher, 1)
+    beside = batcher.decide(0.0).batch
+    assert contents(beside) == [(third, [0])]
+    assert beside.on_one_thread
+
+
+def test_lanes_share_a_request():
+    """Six images go by halves to two lanes, and the request is answered after both."""
+    batcher = make_lanes(2)
+    ticket = admitted(batcher, 6)
+    halves = [batcher.decide(0.0).batch for _ in range(2)]
+    assert [half.images for half in halves] == [3, 3]
+    assert batcher.decide(0.0).batch is None
+    assert batcher.finish(halves[1], 0.0) == []
+    assert batcher.finish(halves[0], 0.0) == [ticket]
+
+
+def test_few_images_wait_for_those_on_all_threads():
+    """On four threads a second image waits for the first, and then has all threads, too."""
+    batcher = make_lanes(4)
+    admitted(batcher, 1)
+    first = batcher.decide(0.0).batch
+    second = admitted(batcher, 1)
+    assert batcher.decide(0.0).batch is None
+    batcher.finish(first, 0.0)
+    batch = batcher.decide(0.0).batch
+    assert contents(batch) == [(second, [0])]
+    assert not batch.on_one_thread
+
+
+def learn_lanes(batcher: Batcher[Ticket], *, alone_s: float, lane_s: float) -> float:
+    """Have both manners take so long an image; give the time then."""
+    now_s = 0.0
+    for _ in range(MIN_BATCHES + 1):
+        admitted(batcher, 1, arrived_s=now_s)
+        batch = batcher.decide(now_s).batch
+        now_s += alone_s
+        batcher.finish(batch, now_s)
+        admitted(batcher, 2, arrived_s=now_s)
+        batches = [batcher.decide(now_s).batch for _ in range(2)]
+        now_s += lane_s
+        for batch in batches:
+            batcher.finish(batch, now_s)
+    return now_s
+
+
+def test_a_forecast_knows_on_how_many_threads():
+    """A lone image takes half as long as one in a lane, and is promised as much."""
+    batcher = make_lanes(2)
+    now_s = learn_lanes(batcher, alone_s=0.25, lane_s=0.5)
+    batcher.admit(Ticket(images=1, arrived_s=now_s, deadline_s=now_s + 0.3))
+    with pytest.raises(
+        DeadlineError, match=r"expected 500 ms from now, for 2 images with 1 before"
+    ):
+        batcher.admit(Ticket(images=2, arrived_s=now_s, deadline_s=now_s + 0.3))
+
+
+def test_a_forecast_counts_what_is_waited_for():
+    """On four threads a second image is done once the first is, and it is."""
+    batcher = make_lanes(4)
+    now_s = 0.0
+    for _ in range(MIN_BATCHES + 1):
+        admitted(batcher, 1, arrived_s=now_s)
+        batch = batcher.decide(now_s).batch
+        now_s += 0.25
+        batcher.finish(batch, now_s)
+    admitted(batcher, 1, arrived_s=now_s)
+    assert batcher.decide(now_s).batch is not None
+    with pytest.raises(DeadlineError, match=r"expected 500 ms from now"):
+        batcher.admit(Ticket(images=1, arrived_s=now_s, deadline_s=now_s + 0.4))
+    batcher.admit(Ticket(images=1, arrived_s=now_s, deadline_s=now_s + 0.6))

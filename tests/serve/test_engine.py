@@ -615,6 +615,24 @@ def test_two_instances_work_on_one_request_together(fake, image):
     asyncio.run(main())
 
 
+def test_an_encoder_with_lanes_is_called_in_both_manners(fake, image):
+    """One image on all threads; more than one side by side, each in a lane."""
+    both = threading.Barrier(2, timeout=10)
+    fake.lanes = 2
+    fake.encode_in_lane = lambda images: (both.wait(), fake.encode(images))[1]
+
+    async def main():
+        async with running(fake) as engine:
+            assert engine.instances == 2
+            assert first_values(await embed(engine, [image(7)])) == [7]
+            assert not both.n_waiting
+            embedded = await embed(engine, [image(n) for n in range(6)])
+            assert first_values(embedded) == list(range(6))
+            assert sorted(map(len, fake.batches)) == [1, 3, 3]
+
+    asyncio.run(main())
+
+
 def test_timings_say_where_the_time_went(fake, image):
     """An image that waited for the encoder says so."""
 
@@ -639,7 +657,7 @@ def test_vectors_do_not_depend_on_the_batch(make_bundle):
 
     async def main():
         images = np.random.default_rng(0).integers(0, 256, (50, 28, 28, 1), dtype=np.uint8)
-        encoder = open_encoder(make_bundle().path)
+        encoder = open_encoder(make_bundle().path, threads=2, with_lanes=True)
         expected = np.concatenate([encoder.encode(one[None]) for one in images])
         pool = ThreadPool(threads=2, name="decode")
         engine = Engine(encoder, decode_pool=pool)

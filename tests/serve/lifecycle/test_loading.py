@@ -69,6 +69,21 @@ def test_options_reach_the_runtime(load, fake):
     assert fake.closed
 
 
+@pytest.mark.parametrize(
+    ("text", "with_lanes"),
+    [
+        ("dir", True),
+        ("dir,threads=2", True),
+        ("dir,instances=1", False),
+        ("dir,provider=cuda", False),
+    ],
+)
+def test_lanes_are_for_cpus_whose_instances_nobody_chose(load, text, with_lanes):
+    """Who says how many batches run at once has them on all threads."""
+    _, how = load(text)
+    assert how["with_lanes"] == with_lanes
+
+
 def test_a_remote_model_has_its_own(load):
     """No precision and no provider cross the wire."""
     _, how = load("m=horace://there:1/m,instances=2")
