@@ -238,8 +238,8 @@ class Collection:
         """
         return self._snapshot.select(filter, source_names)
 
-    def effort_parameters(self, candidates: int) -> dict[str, int]:
-        """Give the parameters by which the index weighs so many candidates for a query.
+    def effort_parameters(self, candidates: int, k: int) -> dict[str, int]:
+        """Give the parameters by which a search for k weighs so many candidates a query.
 
         None where every search is exact anyway; of segments that want different ones the most.
         """
@@ -247,7 +247,7 @@ class Collection:
         for part in self._snapshot.parts:
             index = part.segment.index
             if index is not None:
-                own = index.effort_parameters(candidates, part.segment.entry.parameters)
+                own = index.effort_parameters(candidates, k, part.segment.entry.parameters)
                 found |= {name: max(value, found.get(name, 0)) for name, value in own.items()}
         return found
 

@@ -92,8 +92,8 @@ class AnyCollection(Protocol):
     ) -> AnySelection:
         """Choose the images of which a filter is true."""
 
-    def effort_parameters(self, candidates: int) -> dict[str, int]:
-        """Give the parameters by which the index weighs so many candidates for a query."""
+    def effort_parameters(self, candidates: int, k: int) -> dict[str, int]:
+        """Give the parameters by which a search for k weighs so many candidates a query."""
 
     def search_ids(
         self,

@@ -197,7 +197,8 @@ def _search(
 ) -> Neighbours:
     """Search as the options say."""
     effort, limit = options.effort, options.limit
-    parameters = None if effort is None else collection.effort_parameters(effort)
+    k = options.ranking.pool(limit)
+    parameters = None if effort is None else collection.effort_parameters(effort, k)
     if options.is_range and options.min_score is not None:
         found = search_range(
             collection, queries_QD, options.min_score, fingerprint=collection.fingerprint,
@@ -208,7 +209,7 @@ def _search(
             log.warning("the nearest %d are given, and there may be more: see --k", limit)
         return found
     found = collection.search(
-        queries_QD, options.ranking.pool(limit), fingerprint=collection.fingerprint,
+        queries_QD, k, fingerprint=collection.fingerprint,
         exact=options.exact, parameters=parameters, filter=options.filter, without_QW=without_QW,
     )  # fmt: skip
     return options.ranking.rank(collection, found, limit)

@@ -39,9 +39,10 @@ CHANCE = 1.5
 """Deviations of the number of chosen ones among the candidates that are allowed for. With
 fewer, more queries are searched twice; with more, all of them look at more candidates."""
 
-ROWS_A_CANDIDATE = 24
+ROWS_A_CANDIDATE = 40
 """Rows that are compared, a query at a time, in about the time that the index takes a candidate:
-15 to 50, by how busy the caches are. In doubt rows are compared, which is exact."""
+15 to 60, by the kind of the index and how busy the caches are. In doubt rows are compared, which is
+exact."""
 
 MAX_BATCH_GAIN = 256
 """Rows more than that, at most: about one for each query of a batch, whose rows are copied

@@ -83,12 +83,13 @@ class Query:
         from index.ranking import Ranking
 
         ranking = Ranking(min_score=self.min_score, diversity=self.diversity)
+        k = ranking.pool(self.k)
         found = collection.search(
             queries_QD,
-            ranking.pool(self.k),
+            k,
             fingerprint=collection.fingerprint,
             exact=self.exact,
-            parameters=collection.effort_parameters(self.effort) if self.effort else None,
+            parameters=collection.effort_parameters(self.effort, k) if self.effort else None,
             filter=self.selection,
             without_QW=without_QW,
         )

@@ -25,7 +25,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from index.ann.kinds import EF_SEARCH, Kind, lists_of
+from index.ann.kinds import EF_SEARCH, NEIGHBOURS, Kind, lists_of
 from index.knn import (
     EUCLIDEAN,
     faiss_metric,
@@ -35,7 +35,7 @@ from index.knn import (
 )
 
 LIST_CANDIDATES = 4
-"""Of lists, for each neighbour; with these and `widen` filters that leave 50 to 10% keep the
+"""Of lists, for each neighbour; with these and `scale` filters that leave 50 to 10% keep the
 recall of searches without one, at 2 to 3 times their cost (40,000 clustered vectors, 256 wide)."""
 
 MAX_KEPT_SETTINGS = 256
@@ -154,17 +154,20 @@ class AnnIndex:
             )
         return scores_QK, rows_QK
 
-    def widen(self, parameters: Mapping[str, int], k: int, candidates: int) -> dict[str, int]:
-        """Give the parameters by which so many of the nearest are found as well as k were.
+    def scale(self, parameters: Mapping[str, int], k: int, wanted: int) -> dict[str, int]:
+        """Give the parameters by which `wanted` neighbours are found as well as k by these.
 
         A graph looks at as many as it is asked for anyway. Lists that held the k nearest hold
-        less of the next ones: more are looked into.
+        less of the next ones: more are looked into. For fewer as many are ranked again, or the
+        first of one would not be the first of k.
         """
         found = {**self.kind.defaults, **parameters}
-        if self.kind.family == "lists" and candidates > k:
-            ratio = candidates / max(1, k)
+        ratio = wanted / max(1, k)
+        if ratio < 1 and "k_factor" in found:
+            found["k_factor"] = math.ceil(found["k_factor"] / ratio)
+        elif ratio > 1 and self.kind.family == "lists":
             found["nprobe"] = min(self.kind.lists, round(found["nprobe"] * ratio ** (1 / 3)))
-            found["k_factor"] = max(2, round(found["k_factor"] / ratio**0.5))
+            found["k_factor"] = max(2, math.ceil(found["k_factor"] / ratio**0.5))
         return found
 
     def candidates(self, k: int, parameters: Mapping[str, int]) -> int:
@@ -172,19 +175,21 @@ class AnnIndex:
         found = {**self.kind.defaults, **parameters}
         return found["efSearch"] if self.kind.family == "graph" else LIST_CANDIDATES * k
 
-    def effort_parameters(self, candidates: int, parameters: Mapping[str, int]) -> dict[str, int]:
-        """Give the parameters by which so many candidates are weighed for a query.
+    def effort_parameters(
+        self, candidates: int, k: int, parameters: Mapping[str, int]
+    ) -> dict[str, int]:
+        """Give the parameters by which a search for k weighs so many candidates a query.
 
-        Of lists as many more are looked into, and as many more ranked again, as these are more
-        than what a search for ten weighs by `parameters`.
+        Of lists as many more are looked into, as these are more than `parameters` weigh for
+        `NEIGHBOURS`.
         """
         found = {**self.kind.defaults, **parameters}
         if self.kind.family == "graph":
             return {**found, "efSearch": candidates}
-        ratio = candidates / (10 * found["k_factor"])
+        ratio = candidates / (NEIGHBOURS * found["k_factor"])
         return {
             "nprobe": min(self.kind.lists, max(1, round(found["nprobe"] * ratio))),
-            "k_factor": max(1, round(found["k_factor"] * ratio)),
+            "k_factor": max(1, round(candidates / k)),
         }
 
     def _settings_of(

@@ -42,6 +42,9 @@ HNSW = "HNSW32"
 EF_SEARCH = 64
 NPROBE = 16
 K_FACTOR = 10
+NEIGHBOURS = 10
+"""How many neighbours a segment's search parameters are for; for others see `AnnIndex.scale`."""
+
 MAX_LISTS = 1 << 20
 MAX_LINKS = 256
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from index.ann.ann_index import AnnIndex
 from index.ann.candidates import Candidate
-from index.ann.kinds import FLAT
+from index.ann.kinds import FLAT, NEIGHBOURS
 from index.ann.making import SEED, Builder, write_index
 from index.ann.peak import PeakMemory, held_bytes
 from index.ann.sweep import (
@@ -289,7 +289,8 @@ def _searcher(index: AnnIndex) -> Search:
     def search(
         queries_QD: NDArray[np.float32], k: int, parameters: Mapping[str, int], threads: int
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        return index.search(queries_QD, k, parameters=parameters, threads=threads)
+        scaled = index.scale(parameters, NEIGHBOURS, k)
+        return index.search(queries_QD, k, parameters=scaled, threads=threads)
 
     return search
 

@@ -230,8 +230,8 @@ class MilvusCollection:
         count = self._reader.count(expression)
         return MilvusSelection(filter=filter, expression=expression, count=count)
 
-    def effort_parameters(self, candidates: int) -> dict[str, int]:
-        """Give the parameters by which the index weighs so many candidates for a query."""
+    def effort_parameters(self, candidates: int, k: int) -> dict[str, int]:
+        """Give the parameters by which a search for k weighs so many candidates a query."""
         return {name: candidates for name in _PARAMETERS[self.description.index]}
 
     def search_ids(

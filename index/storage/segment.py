@@ -33,7 +33,7 @@ from index.ann.ann_index import AnnIndex
 from index.ann.kinds import EF_SEARCH as EF_SEARCH
 from index.ann.kinds import FLAT as FLAT
 from index.ann.kinds import HNSW as HNSW
-from index.ann.kinds import parameter_names
+from index.ann.kinds import NEIGHBOURS, parameter_names
 from index.ann.making import build_index, write_index
 from index.ann.opening import open_index
 from index.errors import CollectionError
@@ -154,23 +154,26 @@ class Segment:
             queries_QD: (Q, D) float32.
             k: how many.
             exact: whether to compare every row instead of asking the index.
-            parameters: of the index, for this call.
+            parameters: of the index, for this call, taken as they are; where there are none, its
+                own, scaled to k.
             threads: CPU threads.
             mask_N: (N,) bool, the rows that may be found; all where None.
 
         Raises:
             UsageError: a parameter that the index does not have.
         """
-        settings = self._parameters
         if parameters:
-            settings = {**settings, **parameters}
             check_parameters(parameters, self.parameter_names, self.entry.factory)
+            parameters = {**self._parameters, **parameters}
         if mask_N is not None:
             return self._search_chosen(
-                queries_QD, k, mask_N, exact=exact, parameters=settings, threads=threads
+                queries_QD, k, mask_N, exact=exact, parameters=parameters, threads=threads
             )
         if exact or self.index is None:
             return self._compare(queries_QD, k, threads=threads)
+        settings = parameters or self._parameters
+        if k != NEIGHBOURS and not parameters:
+            settings = self.index.scale(settings, NEIGHBOURS, k)
         return self.index.search(queries_QD, k, parameters=settings, threads=threads)
 
     def _search_chosen(
@@ -192,11 +195,15 @@ class Segment:
             n_found,
             chosen=len(rows_M),
             count=self.entry.count,
-            ef_search=self.index.candidates(n_found, parameters),
+            ef_search=self.index.candidates(n_found, parameters or self._parameters),
         )
         if is_exact_cheaper(chosen=len(rows_M), candidates=candidates, queries=len(queries_QD)):
             return self._compare(queries_QD, k, rows_M=rows_M, threads=threads)
-        wider = self.index.widen(parameters, n_found, candidates)
+        wider = (
+            self.index.scale(parameters, n_found, max(n_found, candidates))
+            if parameters
+            else self.index.scale(self._parameters, NEIGHBOURS, candidates)
+        )
         found = self.index.search(queries_QD, candidates, parameters=wider, threads=threads)
         scores, rows, short = keep_chosen(*found, mask_N, n_found)
         if short.size:

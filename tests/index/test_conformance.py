@@ -186,7 +186,7 @@ def test_more_effort_finds_more(make: Make, kind: str) -> None:
     """Of 2,000 vectors without clusters, the least effort finds fewer than much."""
     vectors_ND = unit(np.random.default_rng(2).standard_normal((2000, DIM)))
     collection = make(table(range(2000)), vectors_ND).collection
-    low, high = collection.effort_parameters(10), collection.effort_parameters(400)
+    low, high = collection.effort_parameters(10, 10), collection.effort_parameters(400, 10)
     if not low:
         assert kind in ("flat", "delta", "milvus-flat")
         return

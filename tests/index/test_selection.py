@@ -177,8 +177,8 @@ def test_candidates_grow_as_less_is_left():
 def test_what_is_cheaper_depends_on_how_much_is_left_and_asked():
     """A batch compares rows faster than single queries do."""
     assert is_exact_cheaper(chosen=600, candidates=1491, queries=1)
-    assert not is_exact_cheaper(chosen=6000, candidates=164, queries=1)
-    assert is_exact_cheaper(chosen=6000, candidates=164, queries=256)
+    assert not is_exact_cheaper(chosen=12_000, candidates=90, queries=1)
+    assert is_exact_cheaper(chosen=12_000, candidates=90, queries=256)
     assert not is_exact_cheaper(chosen=30_000, candidates=64, queries=256)
 
 

@@ -37,7 +37,7 @@ def test_more_effort_finds_what_exact_search_finds(path, unit_rows):
     with Collection.open(path) as collection:
 
         def search(effort):
-            parameters = collection.effort_parameters(effort)
+            parameters = collection.effort_parameters(effort, K)
             return collection.search(queries, K, fingerprint=FINGERPRINT, parameters=parameters)
 
         exact = collection.search(queries, K, fingerprint=FINGERPRINT, exact=True)
@@ -46,13 +46,34 @@ def test_more_effort_finds_what_exact_search_finds(path, unit_rows):
         assert recall(search(900), exact) > 0.99
 
 
+def test_the_nearest_alone_is_as_good_as_the_first_of_ten(tmp_path, make_collection, unit_rows):
+    """With few rows ranked again a neighbour, too; and of a hundred more lists are looked into."""
+    vectors, queries = unit_rows(2000, DIM), unit_rows(300, DIM, seed=1)
+    path = make_collection(tmp_path / "c", vectors, factory="IVF16,PQ16x4fs,RFlat")
+    manifest = read_manifest(path)
+    entry = dataclasses.replace(manifest.segments[0], parameters={"nprobe": 12, "k_factor": 2})
+    write_manifest(path, dataclasses.replace(manifest, segments=(entry,)))
+    with Collection.open(path) as collection:
+
+        def search(k, **options):
+            return collection.search(queries, k, fingerprint=FINGERPRINT, **options)
+
+        def first(k, **options):
+            return np.mean(search(k, **options).ids[:, 0] == exact.ids[:, 0])
+
+        exact = search(100, exact=True)
+        assert first(1) == first(10) > first(1, parameters={"k_factor": 2})
+        literal = search(100, parameters={"nprobe": 12})
+        assert recall(search(100), exact) > recall(literal, exact)
+
+
 @pytest.mark.parametrize("filter", ["label in ('0', '1')", "label = '2'"])
 def test_filters_keep_what_the_index_finds(path, unit_rows, filter, monkeypatch):
     """Through the index, too: k of what was chosen, and nearly the nearest."""
     queries = unit_rows(50, DIM, seed=1)
     monkeypatch.setattr("index.storage.segment.is_exact_cheaper", lambda **_: False)
     with Collection.open(path) as collection:
-        parameters = collection.effort_parameters(400)
+        parameters = collection.effort_parameters(400, K)
 
         def search(**options):
             return collection.search(queries, K, fingerprint=FINGERPRINT, **options)
@@ -89,5 +110,5 @@ def test_segments_of_different_kinds_get_the_most_that_any_wants(
     files = hash_files(path, manifest.files)
     write_manifest(path, dataclasses.replace(manifest, segments=tuple(entries), files=files))
     with Collection.open(path) as collection:
-        assert collection.effort_parameters(80) == {"efSearch": 80, "nprobe": 3, "k_factor": 8}
-        assert collection.effort_parameters(10) == {"efSearch": 10, "nprobe": 1, "k_factor": 2}
+        assert collection.effort_parameters(80, 10) == {"efSearch": 80, "nprobe": 3, "k_factor": 8}
+        assert collection.effort_parameters(10, 10) == {"efSearch": 10, "nprobe": 1, "k_factor": 2}
