@@ -79,6 +79,11 @@ class FilterError(UsageError):
     """A filter that cannot be read, or that asks for a column that is not there."""
 
 
+def is_nameable(column: str) -> bool:
+    """Tell whether a filter can name a column."""
+    return bool(column) and "`" not in column
+
+
 def parse_filter(text: str, schema: pa.Schema) -> pc.Expression:
     """Turn a filter into an expression of pyarrow over the columns of `schema`.
 

@@ -131,7 +131,7 @@ class Selector:
         condition = parse_filter(filter, self._rows.schema)
         rows = self._rows if source_names is None else _rename_sources(self._rows, source_names)
         numbers = pa.array(np.arange(len(rows)))
-        chosen = rows.append_column("", numbers).filter(condition).column("")
+        chosen = rows.append_column("", numbers).filter(condition).columns[-1]
         mask_N = np.zeros(len(rows), np.bool_)
         mask_N[chosen.to_numpy()] = True
         mask_N.flags.writeable = False

@@ -29,6 +29,7 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from index.errors import CollectionError
+from index.filters import is_nameable
 from index.storage.rows import DIGEST, ROW_SCHEMA
 from index.storage.segment import Block
 from models.bundle import Json
@@ -260,7 +261,7 @@ def _check_name(file: Path, name: str, names: Sequence[str]) -> None:
         found = "one of that name, which the collection fills itself"
     elif names.count(name) > 1:
         found = f"{names.count(name)} of that name"
-    elif not name or "`" in name:
+    elif not is_nameable(name):
         found = "a name that no filter can have"
     else:
         return

@@ -10,6 +10,7 @@ import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
 from index.errors import CollectionError
+from index.filters import is_nameable
 from index.knn import COSINE
 from index.storage.ids import id_of
 from index.storage.rows import (
@@ -62,7 +63,8 @@ def prepare_rows(rows: pa.Table, schema: pa.Schema) -> pa.Table:
 
     Raises:
         UsageError: a column is missing, there twice, of another type, null where a value must be,
-            or no Unicode; or a row is larger than any file may have.
+            no Unicode, or of a name that no filter can have; or a row is larger than any file may
+            have.
     """
     _check_table(rows)
     columns = {}
@@ -121,13 +123,21 @@ def check_keys(rows: pa.Table, there: Mapping[int, str], *, replace: bool) -> No
 
 
 def _check_table(rows: pa.Table) -> None:
-    """Refuse a table whose columns have not each a name, or whose texts are none."""
+    """Refuse a table whose columns have not each a name for filters, or whose texts are none."""
     names = rows.column_names
     twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
     if twice:
         raise UsageError(
             "rows", expected=f"one column {twice[0]}", found=f"{names.count(twice[0])}"
         )
+    for name in names:
+        if not is_nameable(name):
+            raise UsageError(
+                f"column {name!r}",
+                expected="a name",
+                found="one that no filter can have",
+                mend="rename it, to one without `",
+            )
     try:
         rows.validate(full=True)
         for name in names:

@@ -1,4 +1,5 @@
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from index.collection import Collection, id_of
@@ -140,6 +141,12 @@ def test_a_bad_filter_is_refused_with_the_columns_there_are(tmp_path, unit_rows,
         pytest.raises(FilterError, match="character 1: expected a column: id, key, label, source"),
     ):
         collection.search(unit_rows(1, 8), 1, fingerprint=FINGERPRINT, filter="colour = 'red'")
+
+
+def test_a_column_without_a_name_is_in_no_filters_way():
+    """Writers refuse it; collections that have one are filtered all the same."""
+    rows = pa.table({"key": ["a", "b", "c"], "": [1, 2, 3]})
+    assert Selector(rows).select("key > 'a'").mask_N.tolist() == [False, True, True]
 
 
 def test_selections_are_kept_within_bounds(tmp_path, unit_rows, make_collection):

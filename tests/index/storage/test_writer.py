@@ -121,6 +121,12 @@ def test_what_does_not_belong_is_refused(writer, vectors):
         ("vector 0: expected finite numbers", table("b"), vectors[:1] * np.nan),
         ("rows: expected a column source", table("b").drop_columns(["source"]), vectors[:1]),
         ("column key: expected a text in every row", table(None), vectors[:1]),
+        (
+            "column '': expected a name, found one that no filter",
+            table("b", **{"": [1]}),
+            vectors[:1],
+        ),
+        ("column 'a`b': expected a name, found one", table("b", **{"a`b": [1]}), vectors[:1]),
     ]:
         with pytest.raises(UsageError, match=message):
             writer.add(rows, rows_vectors, fingerprint=FINGERPRINT)
@@ -131,7 +137,7 @@ def test_what_does_not_belong_is_refused(writer, vectors):
 
 
 def test_whatever_is_accepted_opens_again(tmp_path, vectors):
-    """Columns of any names and types: refused in one line, or read by whoever opens the files."""
+    """Columns of any names and types: refused in one line, or read, and found by a filter."""
     no_text = pa.array([b"\xff\xfe"]).view(pa.string())
     values = [
         pa.array([1]), pa.array([1], pa.int8()), pa.array(["x"]), pa.array([True]),
@@ -141,7 +147,9 @@ def test_whatever_is_accepted_opens_again(tmp_path, vectors):
     ]  # fmt: skip
     n_accepted = 0
     for number, (name, value) in enumerate(
-        itertools.product(["key", "label", "source", "digest", "id", "size", "", "`"], values)
+        itertools.product(
+            ["key", "label", "source", "digest", "id", "size", "a b", "", "`"], values
+        )
     ):
         path = tmp_path / str(number)
         rows = {"key": pa.array(["a"]), "source": pa.array(["s"]), name: value}
@@ -153,6 +161,8 @@ def test_whatever_is_accepted_opens_again(tmp_path, vectors):
                 step()
                 opened = Collection.open(path)
                 assert opened.rows(opened.ids) == writer.collection.rows(opened.ids)
+                if opened.count:
+                    assert opened.select(f"`{name}` is null or key is not null").count == 1
     assert 30 < n_accepted < 80
 
 
