@@ -18,6 +18,7 @@ Rules:
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -300,10 +301,13 @@ def _check_rejects(file: Path) -> Iterator[str]:
 
 
 def _find_unknown(path: Path, known: set[str]) -> list[str]:
-    """List files that nothing names, but those that spare a sync some reading."""
-    files = (file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir())
+    """List files that nothing names, but those that spare a sync some reading.
+
+    A folder that a writer removes meanwhile is passed over.
+    """
+    files = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
     known |= {file.relative_to(path).as_posix() for file in _sync_files(path)}
-    return sorted(set(files) - known)
+    return sorted({file.relative_to(path).as_posix() for file in files} - known)
 
 
 def _check_sync_files(path: Path) -> Iterator[str]:

@@ -5,6 +5,8 @@ Rules:
     Where no index reaches the recall, the collection keeps the one that it has.
     One segment is tuned. Where there are several, deleted rows, or rows in the journal, one is
     made of them beside the collection, which is searched as before until an index is chosen.
+    Indexes wait below `segments/`: what a process that is killed leaves of them is swept away by
+    the next writer, and by none before, since this one has the lock.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from index.ann.trials import Goal
 from index.ann.tuning import Tuned, tune
 from index.storage.lock import LOCK_FILE
 from index.storage.manifest import Manifest, read_manifest, write_manifest
+from index.storage.segment import SEGMENTS
 from index.storage.writer import CollectionWriter
 from models.files import TEMPORARY_PREFIX
 
@@ -52,8 +55,10 @@ def tune_collection(
     """
     with (
         CollectionWriter.open(path, threads=goal.threads) as writer,
-        tempfile.TemporaryDirectory(prefix=f"{TEMPORARY_PREFIX}tune.", dir=path.parent) as folder,
         writer.whole() as whole,
+        tempfile.TemporaryDirectory(
+            prefix=f"{TEMPORARY_PREFIX}tune.", dir=path / SEGMENTS
+        ) as folder,
     ):
         tuned = tune(
             whole.segment.vectors_ND,

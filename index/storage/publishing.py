@@ -245,7 +245,7 @@ def new_segment_name(store: Store) -> str:
 
 
 def sweep(directory: Path, manifest: Manifest) -> None:
-    """Delete what a writer that was killed has left."""
+    """Delete what a writer that was killed has left, indexes that were being tried out, too."""
     found = [
         *(directory / SEGMENTS).glob("*/*"),
         *directory.glob(f"{JOURNAL_PREFIX}*"),

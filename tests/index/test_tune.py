@@ -2,6 +2,9 @@
 
 import errno
 import json
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -119,6 +122,47 @@ def test_a_tuned_index_outlives_a_tuning_that_fails(collection, capsys):
     assert [one.factory for one in read_manifest(collection).segments] == ["HNSW4"]
     assert verify(collection).faults == verify(collection).unknown == []
     capsys.readouterr()
+
+
+KILLED = """
+import logging, os, signal, sys
+from index.tune import TuneOptions, main
+from models.command import run_command
+
+class Killer(logging.Handler):
+    def emit(self, record):
+        if record.getMessage().startswith("HNSW8: built"):  # HNSW4 waits on the disk
+            os.kill(os.getpid(), signal.SIGKILL)
+
+logging.getLogger("horace.index").addHandler(Killer())
+run_command(TuneOptions, main, prog="tune", argv=sys.argv[1:])
+"""
+
+
+def test_a_tuning_that_is_killed_leaves_nothing_for_long(tmp_path, make_collection):
+    """What it had built is no part of the collection, and gone with the next writer."""
+    path = make_collection(tmp_path / "one" / "made", draw(COUNT, seed=1), n_segments=2)
+    command = [
+        sys.executable,
+        "-c",
+        KILLED,
+        str(path),
+        "--recall",
+        ".8",
+        "--index",
+        "HNSW4",
+        "HNSW8",
+    ]
+    assert subprocess.run(command, check=False, capture_output=True).returncode == -signal.SIGKILL
+    assert list(path.parent.iterdir()) == [path]
+    found = verify(path)
+    assert found.faults == []
+    assert [name for name in found.unknown if name.endswith(".faiss")] != []
+    with Collection.open(path) as opened:
+        assert (opened.count, opened.factory) == (COUNT, "Flat")
+    with CollectionWriter.open(path):
+        assert verify(path).unknown == []
+    assert sorted(file.name for file in (path / "segments").iterdir()) == ["000000", "000001"]
 
 
 def test_a_memory_in_which_nothing_fits_is_refused(collection, capsys):
