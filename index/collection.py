@@ -30,6 +30,7 @@ from index.milvus.connection import require_directory
 from index.neighbours import Neighbours as Neighbours
 from index.neighbours import check_fingerprint, check_queries, leave_out, no_neighbours
 from index.selection import Selection
+from index.storage.ids import as_ids
 from index.storage.ids import id_of as id_of
 from index.storage.publishing import count_sources
 from index.storage.rows import Row as Row
@@ -267,7 +268,7 @@ class Collection:
             FilterError: the filter cannot be read.
             UsageError: k is below 1.
         """
-        ids_Q = np.asarray(ids, dtype=np.int64)
+        ids_Q = as_ids(ids).reshape(-1)
         return self.search(
             self.vectors(ids_Q), k, fingerprint=self.fingerprint, exact=exact,
             parameters=parameters, filter=filter, without_QW=ids_Q[:, None],
@@ -318,7 +319,7 @@ class Collection:
         Raises:
             UnknownIdError: an id is not in the collection.
         """
-        asked = np.asarray(ids, dtype=np.int64)
+        asked = as_ids(ids)
         places = self._snapshot.places(asked.reshape(-1))
         self._require_known(asked.reshape(-1), places)
         return places.reshape(asked.shape)
@@ -356,7 +357,7 @@ class Collection:
 
     def _locate(self, ids: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Give the part and the row in it of each id."""
-        asked = np.asarray(ids, dtype=np.int64).reshape(-1)
+        asked = as_ids(ids).reshape(-1)
         parts, rows = self._snapshot.locate(asked)
         self._require_known(asked, parts)
         return parts, rows

@@ -56,16 +56,23 @@ def check_queries(
     """Give queries as float32, in C order, and how many ids are left out of each one's answer.
 
     Raises:
-        UsageError: they are not (Q, dim) or not finite, k is no whole number of 1 or more, or
-            `without_QW` is not (Q, W) whole numbers.
+        UsageError: they are not (Q, dim) numbers or not finite, k is no whole number of 1 or
+            more, or `without_QW` is not (Q, W) whole numbers.
     """
+    if not isinstance(queries_QD, np.ndarray):
+        raise UsageError(
+            "queries", expected=f"an array (Q, {dim})", found=type(queries_QD).__name__
+        )
     if queries_QD.ndim != 2 or queries_QD.shape[1] != dim:
         raise UsageError("queries", expected=f"(Q, {dim})", found=str(queries_QD.shape))
     if not isinstance(k, WHOLE):
         raise UsageError("k", expected="a whole number", found=str(k))
     if k < 1:
         raise UsageError("k", expected="at least 1", found=str(k))
-    queries_QD = np.ascontiguousarray(queries_QD, dtype=np.float32)
+    try:
+        queries_QD = np.ascontiguousarray(queries_QD, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise UsageError("queries", expected="numbers", found=str(queries_QD.dtype)) from error
     # A finite sum of squares has no NaN and no infinity, and costs a fifth of asking each number.
     if not math.isfinite(np.vdot(queries_QD, queries_QD)):
         wrong = np.flatnonzero(~np.isfinite(queries_QD).all(axis=1))
@@ -78,6 +85,10 @@ def check_queries(
 
 def _check_without(without_QW: NDArray[np.int64], n_queries: int) -> int:
     """Give W."""
+    if not isinstance(without_QW, np.ndarray):
+        raise UsageError(
+            "without", expected=f"an array ({n_queries}, W)", found=type(without_QW).__name__
+        )
     if without_QW.ndim != 2 or len(without_QW) != n_queries or without_QW.dtype.kind not in "iu":
         raise UsageError(
             "without",

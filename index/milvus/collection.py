@@ -34,7 +34,7 @@ from index.neighbours import (
     leave_out,
     no_neighbours,
 )
-from index.storage.ids import id_of
+from index.storage.ids import as_ids, id_of
 from index.storage.rows import Row, read_rows
 from models.cpu import cpu_budget
 from models.errors import UsageError
@@ -250,7 +250,7 @@ class MilvusCollection:
             FilterError: the filter cannot be read.
             UsageError: k is below 1.
         """
-        ids_Q = np.asarray(ids, dtype=np.int64)
+        ids_Q = as_ids(ids).reshape(-1)
         return self.search(
             self.vectors(ids_Q), k, fingerprint=self.fingerprint, exact=exact,
             parameters=parameters, filter=filter, without_QW=ids_Q[:, None],
@@ -341,7 +341,7 @@ class MilvusCollection:
         Raises:
             UnknownIdError: one is not there.
         """
-        asked: list[int] = np.asarray(ids, np.int64).tolist()
+        asked: list[int] = as_ids(ids).reshape(-1).tolist()
         found = {one["id"]: one for one in self._reader.fetch(asked, fields)}
         for id_ in asked:
             if id_ not in found:

@@ -19,7 +19,8 @@ from index.milvus.connection import connect, milvus_errors, read_address
 from index.milvus.description import Description, make_index, make_schema, to_properties
 from index.milvus.reading import PAGE_ROWS
 from index.milvus.rows import to_entities
-from index.storage.incoming import check_keys, check_vectors, prepare_rows
+from index.storage.ids import as_ids
+from index.storage.incoming import check_keys, check_table, check_vectors, prepare_rows
 from models.errors import UsageError
 
 MAX_MESSAGE_BYTES = 16 << 20
@@ -100,8 +101,13 @@ class MilvusWriter:
         self._put(rows, vectors_ND, fingerprint, replace=True)
 
     def delete(self, ids: ArrayLike) -> int:
-        """Delete images; give how many were there."""
-        asked = list(dict.fromkeys(np.asarray(ids, np.int64).tolist()))
+        """Delete images; give how many were there.
+
+        Raises:
+            UsageError: what is given is no whole numbers.
+            CollectionError: Milvus refuses.
+        """
+        asked: list[int] = np.unique(as_ids(ids)).tolist()
         there = list(self.collection.keys_of(asked))
         address = self.collection.address
         with milvus_errors(str(address)):
@@ -130,6 +136,7 @@ class MilvusWriter:
         """Hold rows and vectors against the collection, and write them."""
         collection = self.collection
         collection.require(fingerprint)
+        check_table(rows)
         vectors = check_vectors(vectors_ND, len(rows), dim=collection.dim, metric=collection.metric)
         table = prepare_rows(rows, collection.description.columns)
         there = collection.keys_of(cast(list[int], table["id"].to_pylist()))

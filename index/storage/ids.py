@@ -4,8 +4,42 @@ from __future__ import annotations
 
 import hashlib
 
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from models.errors import UsageError
+
 
 def id_of(key: str) -> int:
     """Give the id of an image: the first 63 bits of the BLAKE2b hash of its key."""
     digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
+
+
+def as_ids(ids: ArrayLike) -> NDArray[np.int64]:
+    """Give ids as int64, in the shape in which they come.
+
+    Raises:
+        UsageError: one is no whole number, or needs more than 63 bits.
+    """
+    try:
+        given = np.asarray(ids)
+    except (TypeError, ValueError):  # as lists of several lengths
+        raise _no_ids(ids) from None
+    if given.size == 0:
+        return np.empty(given.shape, np.int64)
+    if given.dtype.kind not in "iu":  # a float would be cut, and be the id of another image
+        raise _no_ids(given.reshape(-1).tolist()[0])
+    if given.dtype.kind == "u" and given.max() > np.iinfo(np.int64).max:
+        raise _no_ids(given.max())
+    return given.astype(np.int64, copy=False)
+
+
+def _no_ids(found: object) -> UsageError:
+    """Make the error for what is no id."""
+    return UsageError(
+        "ids",
+        expected="whole numbers below 2^63",
+        found=f"{found!r:.60}" if isinstance(found, str) else f"{found!s:.60}",
+        mend="take them from a search, or by `find_key`",
+    )

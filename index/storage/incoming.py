@@ -34,9 +34,15 @@ def check_vectors(
     """Give vectors as float32, in C order.
 
     Raises:
-        UsageError: they are not (count, dim), not finite, or not of unit length for cosines.
+        UsageError: they are no numbers, not (count, dim), not finite, or not of unit length for
+            cosines.
     """
-    vectors = np.ascontiguousarray(vectors_ND, dtype=np.float32)
+    try:
+        vectors = np.ascontiguousarray(vectors_ND, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            "vectors", expected=f"({count}, {dim}) numbers", found=str(error).splitlines()[0]
+        ) from error
     if vectors.shape != (count, dim):
         raise UsageError("vectors", expected=f"({count}, {dim})", found=str(vectors.shape))
     lengths_N = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64))
@@ -52,6 +58,21 @@ def check_vectors(
             mend="divide every vector by its length",
         )
     return vectors
+
+
+def check_table(rows: object) -> None:
+    """Refuse rows that are in no table.
+
+    Raises:
+        UsageError: it is so.
+    """
+    if not isinstance(rows, pa.Table):
+        raise UsageError(
+            "rows",
+            expected="a table of pyarrow",
+            found=type(rows).__name__,
+            mend="`pyarrow.table` makes one of a dictionary of columns",
+        )
 
 
 def prepare_rows(rows: pa.Table, schema: pa.Schema) -> pa.Table:

@@ -32,7 +32,8 @@ from index.errors import CollectionError
 from index.knn import COSINE
 from index.storage.compaction import choose_segments
 from index.storage.creating import create_collection
-from index.storage.incoming import check_keys, check_vectors, prepare_rows
+from index.storage.ids import as_ids
+from index.storage.incoming import check_keys, check_table, check_vectors, prepare_rows
 from index.storage.journal import JournalFile
 from index.storage.lock import take_lock
 from index.storage.manifest import read_manifest
@@ -194,8 +195,13 @@ class CollectionWriter:
         self._put(rows, vectors_ND, fingerprint, replace=True)
 
     def delete(self, ids: ArrayLike) -> int:
-        """Take images out; give how many of the ids were there."""
-        asked = np.unique(np.asarray(ids, dtype=np.int64).reshape(-1))
+        """Take images out; give how many of the ids were there.
+
+        Raises:
+            UsageError: what is given is no whole numbers.
+            CollectionError: the disk refuses.
+        """
+        asked = np.unique(as_ids(ids))
         with self._lock:
             self._require_open()
             parts, _ = self._store.snapshot.locate(asked)
@@ -321,6 +327,7 @@ class CollectionWriter:
     ) -> None:
         """Write images."""
         self._collection.require(fingerprint)
+        check_table(rows)
         vectors = check_vectors(
             vectors_ND, len(rows), dim=self._store.manifest.dim, metric=self._store.manifest.metric
         )

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import UTC, date, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -416,6 +417,50 @@ def test_another_encoder_is_refused(writer: AnyWriter, vectors_ND: NDArray[np.fl
         writer.collection.search(vectors_ND[:1], 1, fingerprint="b" * 64)
     with pytest.raises(FingerprintMismatchError):
         writer.upsert(table(range(1)), vectors_ND[:1], fingerprint="b" * 64)
+
+
+BAD_IDS: list[tuple[Any, str]] = [
+    ([1.5], "1.5"), (["a"], "'a'"), ([2**63], str(2**63)), ([2**70], str(2**70)), ([True], "True"),
+    ([[1], [2, 3]], "[[1], [2, 3]]"), (None, "None"), ({5}, "{5}"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("ids", "found"), BAD_IDS)
+def test_what_is_no_id_is_refused(writer: AnyWriter, ids: Any, found: str) -> None:
+    """A number with a fraction is not taken for the one before it."""
+    collection = writer.collection
+    search = partial(collection.search_ids, k=3)
+    for call in (writer.delete, collection.vectors, collection.rows, search):
+        with pytest.raises(UsageError) as error:
+            call(ids)
+        expected = f"ids: expected whole numbers below 2^63, found {found}; take them from a search"
+        assert expected in str(error.value)
+    assert writer.delete([]) == writer.delete(np.array([7], np.uint8)) == 0
+
+
+def test_what_is_no_table_and_no_array_is_refused(
+    writer: AnyWriter, vectors_ND: NDArray[np.float32]
+) -> None:
+    """In one line, and before anything is written or searched."""
+    add, search, row = writer.add, writer.collection.search, vectors_ND[:1]
+    new = table(range(COUNT, COUNT + 1))
+    rows: Any
+    for rows in (new.to_pydict(), new.to_pylist(), None):
+        with pytest.raises(UsageError, match="rows: expected a table of pyarrow, found "):
+            add(rows, row, fingerprint=FINGERPRINT)
+    vectors: Any
+    for vectors in ("x", [["x"] * DIM], [{}], [[1], [2, 3]]):
+        with pytest.raises(UsageError, match=r"vectors: expected \(1, 16\) numbers, found "):
+            add(new, vectors, fingerprint=FINGERPRINT)
+    queries: Any = row.tolist()
+    with pytest.raises(UsageError, match=r"queries: expected an array \(Q, 16\), found list"):
+        search(queries, 1, fingerprint=FINGERPRINT)
+    with pytest.raises(UsageError, match="queries: expected numbers, found <U1"):
+        search(np.full((1, DIM), "x"), 1, fingerprint=FINGERPRINT)
+    without: Any = [[1]]
+    with pytest.raises(UsageError, match=r"without: expected an array \(1, W\), found list"):
+        search(row, 1, fingerprint=FINGERPRINT, without_QW=without)
+    assert writer.collection.count == COUNT
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
