@@ -219,7 +219,8 @@ class CollectionWriter:
     def compact(self, *, all: bool = False, index: str | None = None) -> None:
         """Seal, then merge segments that are small, have many dead rows, or lack an index.
 
-        Other threads may write meanwhile; what they write survives.
+        Other threads may write meanwhile; what they write survives. Where an index goes whose
+        recall was measured, the log says so.
 
         Args:
             all: whether to merge every segment into one, without dead rows.
@@ -243,8 +244,11 @@ class CollectionWriter:
             new = merge(self._store, merged, name=name, index=index)
             with self._lock, self._changing():
                 new = replace(new, alive_N=still_alive(merged, self._store.snapshot))
+                tuning = self._store.manifest.tuning
                 publish(self._store, added=new, merged=chosen)
                 self._take_over()
+            if tuning and not self._collection.manifest.tuning:
+                self._tell_untuned(tuning)
 
     @contextmanager
     def whole(self) -> Iterator[Whole]:
@@ -391,6 +395,15 @@ class CollectionWriter:
             journal.cut(self._store.position)
             self._journal = journal
         return self._journal
+
+    def _tell_untuned(self, tuning: Mapping[str, Json]) -> None:
+        """Say that nobody has measured the index that there is now."""
+        asked = "".join(f" --{name} {tuning[name]}" for name in ("recall", "k") if name in tuning)
+        log.warning(
+            "%s: recall was measured of the index before, and not of the present %s; "
+            "run `python -m index.tune %s%s`",
+            self.path, self._collection.factory, self.path, asked,
+        )  # fmt: skip
 
     def _take_over(self) -> None:
         """Make the store's snapshot the collection."""

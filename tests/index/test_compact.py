@@ -3,6 +3,8 @@ import json
 import numpy as np
 import pytest
 
+from index.ann.trials import Goal
+from index.building.tuned import tune_collection
 from index.collection import Collection
 from index.compact import CompactOptions, main
 from index.storage.writer import CollectionWriter
@@ -51,6 +53,24 @@ def test_content_stays_and_space_comes_back(run, built, copy_collection):
     assert (found.faults, found.unknown) == ([], [])
     size = done["bytes"]
     assert run(path) == (0, f"{path}: 45 images, 1 -> 1 segments, {size} -> {size} bytes\n", "")
+
+
+def test_a_measured_index_that_goes_is_said(run, tmp_path, unit_rows, make_collection, caplog):
+    """In one line, with the command for the new one; what leaves the index alone says nothing."""
+    path = make_collection(tmp_path / "made", unit_rows(300, 8))
+    goal = Goal(recall=0.5, k=3, n_queries=20, factories=("HNSW8",))
+    tune_collection(path, goal)
+    assert run(path)[0] == 0
+    assert [one for one in caplog.messages if "measured" in one] == []
+    with CollectionWriter.open(path) as writer:
+        writer.delete(writer.collection.ids[:5])
+    assert run(path, "--all")[0] == 0
+    assert [one for one in caplog.messages if "measured" in one] == [
+        f"{path}: recall was measured of the index before, and not of the present "
+        f"Flat; run `python -m index.tune {path} --recall 0.5 --k 3`"
+    ]
+    assert run(path, "--all")[0] == 0
+    assert len([one for one in caplog.messages if "measured" in one]) == 1
 
 
 def test_another_writer_is_named(run, built, copy_collection):
