@@ -133,7 +133,9 @@ def parse_kind(factory: str, dim: int | None = None) -> Kind:
         raise UsageError(
             "index",
             expected="Flat, HNSW32, HNSW32,SQ8,RFlat, HNSW32,SQfp16,RFlat, IVF256,PQ64x4fs,RFlat, "
-            "RR,IVF256,RaBitQ,RFlat or CAGRA64, or one of these with other numbers",
+            "RR,IVF256,RaBitQ,RFlat or CAGRA64, or one of these with other numbers: "
+            f"HNSW of 2 to {MAX_LINKS} links, IVF of 1 to {MAX_LISTS} lists, PQ of 1 sub-vector or "
+            f"more, RaBitQ of 1 to 8 bits, CAGRA of 4 to {2 * MAX_LINKS} neighbours a node",
             found=factory,
         )
     if dim is not None and kind.reduced > dim:

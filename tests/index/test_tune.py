@@ -209,6 +209,8 @@ def test_several_segments_become_one(tmp_path, make_collection, capsys):
         (["--memory", "much"], "memory: expected a size such as 500MB"),
         (["--queries", "3"], "queries: expected at least 20, found 3"),
         (["--index", "NSG32"], "index: expected Flat, HNSW32"),
+        (["--index", "HNSW1"], "other numbers: HNSW of 2 to 256 links, IVF of 1 to 1048576 lists"),
+        (["--index", "IVF0,PQ16x4fs,RFlat"], "PQ of 1 sub-vector or more, RaBitQ of 1 to 8 bits"),
         (["--index", "IVF32,PQ15x4fs,RFlat"], "a number of sub-vectors that divides 32"),
         (["--index", "CAGRA64"], "expected an NVIDIA GPU and faiss-gpu-cuvs"),
     ],
