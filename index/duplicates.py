@@ -98,9 +98,7 @@ def main(options: DuplicateOptions) -> None:
     if options.json:
         print(json.dumps(document, indent=2))
         return
-    print(_as_text(groups[: options.max_groups], looked_at))
-    if len(groups) > options.max_groups:
-        print(f"... and {len(groups) - options.max_groups} groups more")
+    print(_as_text(groups, looked_at, max_groups=options.max_groups))
     if options.out is not None:
         print(f"report: {options.out / PAGE_FILE}; to delete: {options.out / DELETE_FILE}")
 
@@ -140,18 +138,28 @@ def _document(
     }
 
 
-def _as_text(groups: Sequence[Duplicates], looked_at: int) -> str:
-    """Lay the groups out for people."""
+def _as_text(groups: Sequence[Duplicates], looked_at: int, *, max_groups: int) -> str:
+    """Lay the groups out for people, the first of them by their images."""
     count = sum(len(group.others) for group in groups)
-    lines = [f"{count} near-duplicates in {len(groups)} groups, of {looked_at} images"]
-    for group in groups:
+    lines = [
+        f"{_counted(count, 'near-duplicate')} in {_counted(len(groups), 'group')}, "
+        f"of {_counted(looked_at, 'image')}"
+    ]
+    for group in groups[:max_groups]:
         differ = f"  labels differ: {', '.join(group.labels)}" if len(group.labels) > 1 else ""
         lines += ["", f"{group.kept.key}  ({len(group.others)} more){differ}"]
         lines += [
             f"  {score:.4f}  {row.key}"
             for score, row in zip(group.scores, group.others, strict=True)
         ]
+    if len(groups) > max_groups:
+        lines.append(f"... and {_counted(len(groups) - max_groups, 'group')} more")
     return "\n".join(lines)
+
+
+def _counted(count: int, what: str) -> str:
+    """Count things in words."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _write(
@@ -190,11 +198,12 @@ def _page(collection: Collection, options: DuplicateOptions, groups: Sequence[Du
         tag("h1", title),
         tag(
             "p",
-            f"{count} images have a cosine of {options.threshold:g} or more with one that is kept "
-            f"(green), in {len(groups)} groups. {DELETE_FILE} lists them.",
+            f"{_counted(count, 'near-duplicate')} in {_counted(len(groups), 'group')}: a cosine of "
+            f"{options.threshold:g} or more with an image that is kept (green). "
+            f"{DELETE_FILE} lists what may go.",
         ),
         *sections,
-        *([tag("p", f"{left} groups more are in {GROUPS_FILE}.")] if left else []),
+        *([tag("p", f"{_counted(left, 'group')} more in {GROUPS_FILE}.")] if left else []),
     )
 
 

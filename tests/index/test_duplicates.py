@@ -157,9 +157,10 @@ def test_few_groups_are_shown_of_many(duplicates, with_copies):
     """And the rest is counted; a filter leaves others out."""
     out, _ = with_copies
     _, text, _ = duplicates(out, "--threshold", 0.9999, "--max-groups", 1)
-    assert text.endswith("... and 1 groups more\n")
+    assert text.startswith("3 near-duplicates in 2 groups, of 15 images\n")
+    assert text.endswith("... and 1 group more\n")
     _, text, _ = duplicates(out, "--threshold", 0.9999, "--filter", "label = 'blue'", "--exact")
-    assert text.startswith("1 near-duplicates in 1 groups, of 5 images\n")
+    assert text.startswith("1 near-duplicate in 1 group, of 5 images\n")
     _, text, _ = duplicates(out, "--threshold", 1, "--filter", "label = 'none'")
     assert text == "0 near-duplicates in 0 groups, of 0 images\n"
 
