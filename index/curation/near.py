@@ -10,8 +10,8 @@ Rules:
     Only kept images are searched with to the end of their neighbourhood: a thousand copies of
     one image are a thousand neighbours once, not a million pairs.
 
-Where the collection has an index, a neighbour that it misses may stay alone; with `exact` none
-is missed.
+Where the collection has an index, a neighbour that it misses may be kept, too, near as it is;
+with `exact` none is missed.
 """
 
 from __future__ import annotations
