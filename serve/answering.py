@@ -22,9 +22,12 @@ from typing import Any, TypeAlias, TypeVar
 import grpc
 
 from serve.calls import AcceptedEarly, Calls, reader_error
-from serve.errors import retry_metadata, to_status
+from serve.errors import DeadlineError, QueueFullError, retry_metadata, to_status
 from serve.operation.observer import NO_OBSERVER, Call, Observer
 from serve.security.caller import caller_of
+
+REFUSING_S = 1.0
+"""How long a refusal makes others likely."""
 
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 Metadata: TypeAlias = tuple[tuple[str, str], ...]
@@ -52,9 +55,21 @@ class Answering:
         self.calls = calls or Calls()
         self.clock = clock
         self._observer = observer
+        self._refused_s = -math.inf
 
     def __repr__(self) -> str:
         return f"<Answering {self.calls!r}>"
+
+    @property
+    def is_refusing(self) -> bool:
+        """Whether a request was refused of late for want of time or room, and calls begin."""
+        return self.clock() - self._refused_s < REFUSING_S and not self.calls.draining
+
+    def refused(self, call: Call) -> None:
+        """Hear of a call that ended before it was begun."""
+        self.calls.check_open()
+        self._refused_s = self.clock()
+        self._observer.answered(call, self._refused_s - call.arrived_s)
 
     def deadline_s(self, context: Context) -> float:
         """Give the caller's deadline on our clock."""
@@ -83,6 +98,8 @@ class Answering:
             except Exception as error:
                 call.code, call.message = to_status(error)
                 metadata = retry_metadata(error)
+                if isinstance(error, QueueFullError | DeadlineError):
+                    self._refused_s = self.clock()
             else:
                 call.code = grpc.StatusCode.OK
                 return reply

@@ -56,5 +56,7 @@ class Backlog:
         turns = -(-(own + ticket.images) // self._quantum)
         ahead = own + min(self._by_level[level] - own, turns * self._quantum * others)
         ahead += sum(self._by_level[:level])
+        if self.images == ahead:  # nothing waits below: most often
+            return ahead
         owed = (ahead + ticket.images) // OVERTAKERS
         return ahead + sum(min(owed, images) for images in self._by_level[level + 1 :])

@@ -37,7 +37,7 @@ from serve.fair_queue import FairQueue
 from serve.lanes import Share, next_share
 from serve.latency import Lag, LatencyModel
 from serve.room import Room
-from serve.tickets import Batch, BatcherStatistics, Decision, Part, TicketT
+from serve.tickets import Batch, BatcherStatistics, Decision, Part, Ticket, TicketT
 
 TURN_IMAGES = 8
 """A client's turn: few enough that single requests of others wait a quarter of a batch at
@@ -115,24 +115,30 @@ class Batcher(Generic[TicketT]):
             DeadlineError: it cannot be done by its deadline.
         """
         assert ticket.images > 0
-        if ticket.deadline_s < math.inf and not line_up:
+        if not line_up:
+            self.check(ticket)
+        elif not self._room.admits(ticket):
+            if self._room.line_up(ticket):
+                return False
+            raise self._full(ticket)
+        self._hold(ticket)
+        return True
+
+    def check(self, ticket: Ticket) -> None:
+        """Refuse a newcomer that would not come in now; it is counted then, and held never.
+
+        Raises:
+            QueueFullError: it does not fit beside what is held and who waits already.
+            DeadlineError: it cannot be done by its deadline.
+        """
+        if ticket.deadline_s < math.inf:
             self._refuse_unmeetable(ticket)
-        if self._room.admits(ticket):
-            self._hold(ticket)
-            return True
-        if line_up and self._room.line_up(ticket):
-            return False
-        self._refused += 1
-        room = self._room
-        raise QueueFullError(
-            "queue",
-            expected=f"room for {ticket.images} images and {ticket.held_bytes} bytes",
-            found=f"{room.images} of {room.max_images} images and "
-            f"{room.bytes} of {room.max_bytes} bytes taken, "
-            f"{room.lined_up} requests in line",
-            mend="try again later, or elsewhere",
-            retry_after_s=self._drain_s(room.lacking_images(ticket), ticket.arrived_s) or None,
-        )
+        if not self._room.admits(ticket):
+            raise self._full(ticket)
+
+    def count_unmeetable(self) -> None:
+        """Count a newcomer that was refused by what `check` has said of its like."""
+        self._unmeetable += 1
 
     def admit_line(self) -> tuple[TicketT, ...]:
         """Admit those in line who may come in now; ask after whatever may free room."""
@@ -280,7 +286,7 @@ class Batcher(Generic[TicketT]):
             reply_s=self._reply.seconds,
         )
 
-    def _refuse_unmeetable(self, ticket: TicketT) -> None:
+    def _refuse_unmeetable(self, ticket: Ticket) -> None:
         """Refuse a newcomer that cannot be done by its deadline.
 
         Raises:
@@ -301,12 +307,28 @@ class Batcher(Generic[TicketT]):
         self._unmeetable += 1
         if left_s <= 0:
             raise DeadlineError("the deadline passed before the request was read")
-        raise DeadlineError(
+        error = DeadlineError(
             "deadline",
             expected=f"{takes_s * 1e3:.0f} ms from now, for {ticket.images} images "
             f"with {ahead} before them",
             found=f"{left_s * 1e3:.0f} ms",
             mend="allow more time, send less at once, or try elsewhere",
+        )
+        error.needs_s = takes_s
+        raise error
+
+    def _full(self, ticket: Ticket) -> QueueFullError:
+        """Count a newcomer for which there is no room; say what is lacking, and until when."""
+        self._refused += 1
+        room = self._room
+        return QueueFullError(
+            "queue",
+            expected=f"room for {ticket.images} images and {ticket.held_bytes} bytes",
+            found=f"{room.images} of {room.max_images} images and "
+            f"{room.bytes} of {room.max_bytes} bytes taken, "
+            f"{room.lined_up} requests in line",
+            mend="try again later, or elsewhere",
+            retry_after_s=self._drain_s(room.lacking_images(ticket), ticket.arrived_s) or None,
         )
 
     def _longest_s(self, images: int, now_s: float) -> float:

@@ -46,6 +46,11 @@ class Calls:
         return self._active
 
     @property
+    def draining(self) -> bool:
+        """Whether new calls are refused."""
+        return self._draining
+
+    @property
     def accepted(self) -> int:
         """Calls that were not refused for draining, since the start."""
         return self._accepted

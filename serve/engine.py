@@ -35,12 +35,18 @@ from serve.batching import Batcher
 from serve.changing import Changing
 from serve.crew import Crew, Member
 from serve.decoding import Decoder
-from serve.errors import DeadlineError, InternalError, ServeError, UnavailableError
+from serve.errors import (
+    DeadlineError,
+    InternalError,
+    QueueFullError,
+    ServeError,
+    UnavailableError,
+)
 from serve.job import NO_PIXELS, Embedded, Job
 from serve.operation.observer import NO_MODEL_OBSERVER, ModelObserver
 from serve.pool import ThreadPool
 from serve.replies import Replies
-from serve.tickets import Batch, BatcherStatistics, read_priority
+from serve.tickets import Batch, BatcherStatistics, Ticket, read_priority
 
 log = logging.getLogger("horace.serve")
 
@@ -172,6 +178,45 @@ class Engine:
             raise
         self._observer.answered(embedded, self._clock() - job.arrived_s)
         return embedded
+
+    def check(self, *, count: int, deadline_s: float, client: str, priority: int) -> None:
+        """Refuse a request that `embed` would not take in now; another is not held either.
+
+        What its payload takes in memory is left to `embed`: to count it costs a copy.
+
+        Args:
+            count: how many images it has; see `embed`, as for the others.
+            deadline_s: on this engine's clock.
+            client: whose request it is.
+            priority: of it.
+
+        Raises:
+            RequestError: there is no such priority.
+            QueueFullError: there is no room.
+            DeadlineError: the deadline would pass first.
+        """
+        ticket = Ticket(
+            images=count,
+            held_bytes=count * self._image_bytes,
+            arrived_s=self._clock(),
+            deadline_s=deadline_s,
+            client=client,
+            priority=read_priority(priority),
+        )
+        try:
+            with self._changed:
+                self._batcher.check(ticket)
+        except (QueueFullError, DeadlineError) as error:
+            self._observer.failed(error, count, 0.0)
+            if isinstance(error, DeadlineError):
+                self._replies.measure(asyncio.get_running_loop())
+            raise
+
+    def refuse_another(self, error: DeadlineError, *, count: int) -> None:
+        """Count a request that is refused for what `check` has just said of its like."""
+        with self._changed:
+            self._batcher.count_unmeetable()
+        self._observer.failed(error, count, 0.0)
 
     def close(self, *, timeout_s: float = 10.0) -> bool:
         """Fail what is held, and end the threads; whether they ended in time."""

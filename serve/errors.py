@@ -81,7 +81,13 @@ class QueueFullError(ServeError):
 
 
 class DeadlineError(ServeError):
-    """The caller's deadline passed before there was a reply."""
+    """The caller's deadline passed before there was a reply, or would have.
+
+    Attributes:
+        needs_s: the seconds that a reply would have taken, where that was known.
+    """
+
+    needs_s: float | None = None
 
 
 class UnavailableError(ServeError):

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Generic
 
-from serve.tickets import Holding, TicketT
+from serve.tickets import Holding, Ticket, TicketT
 
 SHARE = 8
 """How many times of what stays free one client may hold."""
@@ -64,7 +64,7 @@ class Room(Generic[TicketT]):
         """Give what a client holds; None where that is nothing."""
         return self._holdings.get(client)
 
-    def admits(self, ticket: TicketT) -> bool:
+    def admits(self, ticket: Ticket) -> bool:
         """Whether a newcomer may come in now."""
         if not self._line:
             return self._fits(ticket) and self._has_share(ticket)
@@ -133,14 +133,14 @@ class Room(Generic[TicketT]):
             return head
         return None
 
-    def lacking_images(self, ticket: TicketT) -> int:
+    def lacking_images(self, ticket: Ticket) -> int:
         """Say how many images must be computed before a request fits, about."""
         images = self.images + ticket.images - self.max_images
         if self.images and (over := self.bytes + ticket.held_bytes - self.max_bytes) > 0:
             images = max(images, -(-over * self.images // max(1, self.bytes)))
         return max(1, min(images, self.images))
 
-    def _fits(self, ticket: TicketT) -> bool:
+    def _fits(self, ticket: Ticket) -> bool:
         """Whether there is room beside what is held."""
         fits = (
             self.images + ticket.images <= self.max_images
@@ -148,7 +148,7 @@ class Room(Generic[TicketT]):
         )
         return fits or not self.requests
 
-    def _has_share(self, ticket: TicketT) -> bool:
+    def _has_share(self, ticket: Ticket) -> bool:
         """Whether enough stays free beside what its client would hold."""
         holding = self._holdings.get(ticket.client)
         if holding is None:

@@ -28,6 +28,7 @@ from grpc_reflection.v1alpha import reflection
 
 from models.cpu import cpu_budget, share_cpus
 from models.encoder import Encoder, open_encoder
+from protos import horace_pb2 as pb
 from protos import horace_pb2_grpc as pb_grpc
 from serve import health, services
 from serve.answering import Answering
@@ -51,7 +52,9 @@ from serve.operation.operation import Operation
 from serve.operation.state import ServerState
 from serve.pool import ThreadPool
 from serve.recovery import Recovery
+from serve.screen import Method, Screen
 from serve.security.security import Security
+from serve.security.wire import most_fields
 from serve.services import HoraceServicer
 from serve.valve import LoopLag, Valve
 from serve.watchdog import Watchdog
@@ -177,6 +180,7 @@ class Server:
             tls=options.tls.is_on,
             host=options.host,
             refuses=self.valve.refuses,
+            screen=self._make_screen(answering),
             on_turned_away=self.operation.observer.turned_away,
         )
         self.http = self._make_http_door()
@@ -263,6 +267,33 @@ class Server:
         await self._front.stop(None)
         await self.http.stop(cut_off=True)
         self._closing.close()
+
+    def _make_screen(self, answering: Answering) -> Screen:
+        """Make what ends calls before they are begun: those of the methods that embed."""
+        max_fields = most_fields(self._options.max_images_per_request)
+        screen = Screen(answering, self.security.guard, max_fields=max_fields)
+        embed, infer = f"/{services.SERVICE_NAME}/Embed", f"/{kserve.SERVICE_NAME}/ModelInfer"
+        screen.add(
+            embed,
+            Method(
+                name="Embed",
+                parse=pb.EmbedRequest.FromString,
+                foresee=self.services.foresee_embed,
+                images_field=pb.EmbedRequest.IMAGES_FIELD_NUMBER,
+                id_field=pb.EmbedRequest.REQUEST_ID_FIELD_NUMBER,
+            ),
+        )
+        screen.add(
+            infer,
+            Method(
+                name="ModelInfer",
+                parse=kserve.INFER.FromString,
+                foresee=self.kserve.foresee_infer,
+                images_field=kserve.INFER.RAW_INPUT_CONTENTS_FIELD_NUMBER,
+                id_field=kserve.INFER.ID_FIELD_NUMBER,
+            ),
+        )
+        return screen
 
     def _make_http_door(self) -> HttpDoor:
         """Make the door for HTTP to the same services."""

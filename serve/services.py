@@ -31,6 +31,7 @@ from serve.errors import QueueFullError, RequestError, retry_after_ms
 from serve.job import Embedded
 from serve.operation.observer import Call
 from serve.pool import ThreadPool
+from serve.screen import Work
 from serve.searching import (
     Query,
     count_queries,
@@ -170,6 +171,17 @@ class HoraceServicer(pb_grpc.HoraceServicer):
         await self._answering.stream(request_iterator, context, answer, window=window)
 
     # Embed.
+
+    def foresee_embed(self, request: pb.EmbedRequest) -> Work:
+        """Say what a request would have an engine do; see `serve.screen`.
+
+        Raises:
+            HoraceError: the request is wrong.
+        """
+        images = len(request.images)
+        self._check_count("images", images)
+        model = self._catalog.model(request.model, request.version)
+        return Work(model=model, images=images, priority=request.priority)
 
     async def _embed(
         self,

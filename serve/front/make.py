@@ -12,6 +12,7 @@ from serve.front.grpcio import GrpcioFront
 from serve.front.limit import OnTurnedAway, hears_nothing
 from serve.front.native import NativeFront
 from serve.front.port import is_loopback
+from serve.screen import NO_SCREEN, Screens
 from serve.valve import Refuses, never
 
 
@@ -26,6 +27,7 @@ def make_front(
     tls: bool = False,
     host: str = "127.0.0.1",
     refuses: Refuses = never,
+    screen: Screens = NO_SCREEN,
     on_turned_away: OnTurnedAway = hears_nothing,
 ) -> Front:
     """Make the front end that serves what is asked; it serves nothing yet.
@@ -43,10 +45,11 @@ def make_front(
         host: where it will listen.
         refuses: turns calls away unparsed, by the seconds that they have; the native front end
             asks it first of all, grpcio cannot.
+        screen: ends calls before they are begun; the native front end asks it.
         on_turned_away: hears of every call that the front end itself refuses.
     """
     is_native = kind == "native" or (kind == "auto" and not tls and is_loopback(host))
-    make = partial(NativeFront, refuses=refuses) if is_native else GrpcioFront
+    make = partial(NativeFront, refuses=refuses, screen=screen) if is_native else GrpcioFront
     return make(
         max_message_bytes=max_message_bytes,
         max_calls=max_calls,

@@ -4,7 +4,8 @@ Rules:
     Unary methods are read here; streams, reflection and methods that do not exist go to a
     grpcio server behind it, over a socket of this machine that nobody else can open.
     A burst of calls crosses from Rust to Python, and from its thread to the event loop, at
-    once. Each call is a task of its own, with grpc.aio's context, so that services and
+    once. A call that its engine would refuse ends there (`serve.screen`); while some do, bursts
+    are let grow. Each other is a task of its own, with grpc.aio's context, so that services and
     interceptors are the same ones as on grpcio, and so are limits, statuses and trailers.
     Whatever goes wrong with one call, it is answered, and so are the others of its burst.
     A call whose caller has gone is cancelled. No exception text leaves.
@@ -25,7 +26,8 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -42,17 +44,27 @@ from serve.errors import (
     retry_metadata,
     to_status,
 )
+from serve.front.chain import Ask, CallDetails, chain
 from serve.front.grpcio import GrpcioFront
 from serve.front.limit import HEALTH, PROBES, OnTurnedAway, hears_nothing, too_many_calls
 from serve.front.native_call import NativeCall
 from serve.front.port import check_address, join_address, refuse_address
 from serve.front.registry import Handler, Registry
+from serve.front.threads import unhurried_threads
+from serve.screen import NO_SCREEN, Screens, Status
 from serve.valve import Refuses, never
 
 log = logging.getLogger("horace.serve")
 
 BURST = 256
 """Calls that cross into Python at once, at most."""
+
+GATHER_S = 0.01
+"""How long calls gather while some of them are refused. A burst costs more than a refusal: the
+encoder's thread is stopped for it, two others change places, and each finds its caches cold."""
+
+GATHERING = 2
+"""Refusals in one burst from which on they gather: one caller in a hurry holds nobody up."""
 
 IO_THREADS = 1
 """Threads of Rust; one reads and writes more than two cores compute."""
@@ -65,8 +77,6 @@ RESERVED = "grpc-"
 `grpc-retry-pushback-ms`, which grpcio sends."""
 
 Event: TypeAlias = tuple[int, int, int, Any, Any, Any]
-
-Ask: TypeAlias = "Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]"
 
 
 LEAVING_S = 0.2
@@ -88,10 +98,12 @@ class NativeFront:
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         reuse_port: bool = False,
         refuses: Refuses = never,
+        screen: Screens = NO_SCREEN,
         on_turned_away: OnTurnedAway = hears_nothing,
     ) -> None:
         """Make the server; see `make_front`."""
         self._refuses = refuses
+        self._screen = screen
         self._on_turned_away = on_turned_away
         self._max_message_bytes = max_message_bytes
         self._max_calls = max_calls
@@ -104,12 +116,15 @@ class NativeFront:
             on_turned_away=on_turned_away,
         )
         self._registry = Registry(self._behind.server)
-        self._ask = _chain(interceptors, self._registry.unary)
+        self._ask = chain(interceptors, self._registry.unary)
         self._methods: list[tuple[str, Handler]] = []
         self._native: NativeGrpcFront | None = None
         self._folder: Path | None = None
         self._calls: dict[int, NativeCall] = {}
         self._stopping = False
+        self._bursts: deque[tuple[Iterator[Event], float]] = deque()
+        self._refused = 0
+        self._is_gathering = False
         self._receiver: threading.Thread | None = None
 
     def __repr__(self) -> str:
@@ -136,14 +151,15 @@ class NativeFront:
             )
         host = check_address(host, port, shared=self._reuse_port)
         try:
-            self._native = NativeGrpcFront(
-                join_address(host, port),
-                [],
-                io_threads=IO_THREADS,
-                call_details=True,
-                max_concurrent_streams=self._max_calls_a_connection,
-                reuse_port=self._reuse_port,
-            )
+            with unhurried_threads():
+                self._native = NativeGrpcFront(
+                    join_address(host, port),
+                    [],
+                    io_threads=IO_THREADS,
+                    call_details=True,
+                    max_concurrent_streams=self._max_calls_a_connection,
+                    reuse_port=self._reuse_port,
+                )
         except OSError as error:  # such as a race for the port
             raise refuse_address(host, port, "pygrpc-native's refusal to listen there") from error
         return self._native.bound_port
@@ -159,7 +175,8 @@ class NativeFront:
         self._native.set_fallback(str(socket))
         self._methods = list(self._registry.unary.items())
         self._native.add_methods([(path, False) for path, _ in self._methods])
-        self._native.start()
+        with unhurried_threads():
+            self._native.start()
         self._receiver = threading.Thread(
             target=self._receive,
             args=(self._native, asyncio.get_running_loop()),
@@ -196,6 +213,8 @@ class NativeFront:
             while (events := native.recv_batch_details(BURST)) is not None:
                 received_s = time.monotonic()  # what deadlines are left, is counted from now
                 loop.call_soon_threadsafe(self._take, native, loop, events, received_s)
+                if self._is_gathering:
+                    time.sleep(GATHER_S)
         except Exception:
             if not loop.is_closed():  # without `stop`
                 log.exception("calls are read no more")  # and `alive` says so
@@ -208,36 +227,71 @@ class NativeFront:
         events: list[Event],
         received_s: float,
     ) -> None:
-        """Begin to answer the calls of a burst, and stop where callers have gone."""
-        waited_s = time.monotonic() - received_s
-        for kind, call_id, method_id, payload, _, details in events:
-            if kind == EVENT_CANCEL:
-                if (gone := self._calls.get(call_id)) is not None:
-                    gone.leave()
-                continue
-            try:
-                metadata, peer, left_s = details
-                if left_s is not None:
-                    left_s -= waited_s
-                if (refusal := self._refusal(method_id, left_s)) is not None:
-                    code, message = to_status(refusal)
-                    if not self._stopping:
-                        self._on_turned_away(code)
-                    _end(native, call_id, code, message, retry_metadata(refusal))
-                    continue
-                call = NativeCall(call_id, metadata, peer, left_s)
-                call.task = loop.create_task(self._answer(native, call, method_id, payload))
-            except Exception as error:  # a fault of ours; the rest of the burst is answered
-                _end(native, call_id, *to_status(error))
-            else:
-                self._calls[call_id] = call
-                call.task.add_done_callback(partial(self._forget, native, call))
+        """Take up a burst once those before it are."""
+        self._bursts.append((iter(events), received_s))
+        if len(self._bursts) == 1:
+            self._take_up(native, loop)
 
-    def _refusal(self, method_id: int, left_s: float | None) -> ServeError | None:
+    def _take_up(self, native: NativeGrpcFront, loop: asyncio.AbstractEventLoop) -> None:
+        """Begin to answer the calls that have come, and stop where callers have gone.
+
+        While some are refused, one begins at a time: whether the next may is known once the
+        last is in its queue, which is where its task comes to in its first step.
+        """
+        while self._bursts:
+            events, received_s = self._bursts[0]
+            waited_s = time.monotonic() - received_s
+            for event in events:
+                if self._begin(native, loop, event, waited_s) and self._screen.is_refusing:
+                    loop.call_soon(self._take_up, native, loop)
+                    return
+            self._bursts.popleft()
+            self._is_gathering = self._refused >= GATHERING
+            self._refused = 0
+
+    def _begin(
+        self,
+        native: NativeGrpcFront,
+        loop: asyncio.AbstractEventLoop,
+        event: Event,
+        waited_s: float,
+    ) -> bool:
+        """Begin to answer a call unless it is refused, or stop; whether one was begun."""
+        kind, call_id, method_id, payload, _, details = event
+        if kind == EVENT_CANCEL:
+            if (gone := self._calls.get(call_id)) is not None:
+                gone.leave()
+            return False
+        try:
+            metadata, peer, left_s = details
+            if left_s is not None:
+                left_s -= waited_s
+            path = self._methods[method_id][0]
+            if (refusal := self._refusal(path, left_s)) is not None:
+                code, message = to_status(refusal)
+                if not self._stopping:
+                    self._on_turned_away(code)
+                status: Status | None = (code, message, retry_metadata(refusal))
+            else:
+                status = self._screen.refuses(path, payload, metadata, peer, left_s)
+            if status is not None:
+                self._refused += 1
+                _end(native, call_id, *status)
+                return False
+            call = NativeCall(call_id, metadata, peer, left_s)
+            call.task = loop.create_task(self._answer(native, call, method_id, payload))
+        except Exception as error:  # a fault of ours; the others are answered
+            _end(native, call_id, *to_status(error))
+            return False
+        self._calls[call_id] = call
+        call.task.add_done_callback(partial(self._forget, native, call))
+        return True
+
+    def _refusal(self, path: str, left_s: float | None) -> ServeError | None:
         """Say why a call is not begun; probes are, however busy this is."""
         if self._stopping:
             return UnavailableError(STOPPING)
-        if self._methods[method_id][0].startswith(HEALTH):
+        if path.startswith(HEALTH):
             return too_many_calls() if len(self._calls) >= self._max_calls + PROBES else None
         if len(self._calls) >= self._max_calls:
             return too_many_calls()
@@ -278,7 +332,7 @@ class NativeFront:
 
     async def _intercept(self, ask: Ask, path: str, call: NativeCall) -> Handler:
         """Let the interceptors see a call, and give the handler that they agree on."""
-        chosen = await ask(_CallDetails(path, call.invocation_metadata()))
+        chosen = await ask(CallDetails(path, call.invocation_metadata()))
         if chosen is None:
             await call.abort(grpc.StatusCode.UNIMPLEMENTED, NOT_FOUND)
         assert not chosen.request_streaming, f"{path} answers one message"
@@ -298,30 +352,6 @@ class NativeFront:
             )
         parse = handler.request_deserializer
         return payload if parse is None else parse(payload)
-
-
-def _chain(
-    interceptors: Sequence[grpc.aio.ServerInterceptor], handlers: Mapping[str, Handler]
-) -> Ask | None:
-    """Join interceptors to one function that gives a call's handler; None without any."""
-    if not interceptors:
-        return None
-
-    async def find(details: grpc.HandlerCallDetails) -> Handler | None:
-        return handlers.get(details.method)
-
-    ask: Ask = find
-    for interceptor in reversed(interceptors):
-        ask = partial(interceptor.intercept_service, ask)
-    return ask
-
-
-class _CallDetails(grpc.HandlerCallDetails):
-    """What interceptors are told of a call."""
-
-    def __init__(self, method: str, invocation_metadata: Any) -> None:
-        self.method = method
-        self.invocation_metadata = invocation_metadata
 
 
 def _end(

@@ -41,9 +41,12 @@ from serve.kserve.repository import ModelControl, check_change, load, repository
 from serve.kserve.settings import log_settings, refuse_changes, trace_settings
 from serve.kserve.statistics import Statistics
 from serve.operation.observer import Call
+from serve.screen import Work
 from serve.security.caller import caller_of, host_of
 
 SERVICE_NAME = kserve.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
+
+INFER = kserve.ModelInferRequest
 
 LOCAL = ("unix", "127.0.0.1", "::1")
 """Where callers on this machine call from."""
@@ -95,6 +98,7 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
         self._max_message_bytes = max_message_bytes
         self._local = LOCAL if unix_is_local else LOCAL[1:]
         self._regions = Regions(max_regions=options.max_regions)
+        self._no_regions = OwnRegions(Regions(max_regions=0), lambda: "")
 
     def __repr__(self) -> str:
         return f"<KserveServicer {self._catalog!r} {self._regions!r}>"
@@ -112,6 +116,18 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
         own = self._own_regions(context)
         work = self._infer(request, call, answering.deadline_s(context), own)
         return await answering.answer(call, work, context)
+
+    def foresee_infer(self, request: Message) -> Work:
+        """Say what a request would have an engine do; see `serve.screen`.
+
+        Raises:
+            HoraceError: the request is wrong, or names shared memory.
+        """
+        model = self._catalog.model(request.model_name, request.model_version)
+        asked = read_parameters(request.parameters, dim=model.encoder.dim)
+        limits = {"max_images": self._max_images, "max_bytes": self._max_message_bytes}
+        images = read_inputs(request, self._no_regions, **limits).count
+        return Work(model=model, images=images, priority=asked.priority, within_s=asked.timeout_s)
 
     async def ModelStreamInfer(
         self, request_iterator: AsyncIterator[Message], context: Context

@@ -167,6 +167,21 @@ class Guard:
             client, quota = certificate_subject(auth_context) or host_of(peer), self._quota
         return Pass(caller=Caller(client=client, request_id=request_id_of(metadata)), quota=quota)
 
+    def recognise(self, method: str, metadata: Metadata, *, peer: str) -> str | None:
+        """Name the caller of a call that would be let in for nothing, over a plain connection.
+
+        None for one that would be refused, counted or charged: it is let in by the methods
+        that do so.
+        """
+        try:
+            key = authorise(method, metadata, self._ring(), open_reflection=self._open_reflection)
+        except UnauthenticatedError:
+            return None
+        quota = self._quota if key is None else key.quota(self._quota)
+        if quota.is_rated or quota.calls < math.inf:
+            return None
+        return host_of(peer) if key is None else key.name
+
     def under_way(self, entered: Pass) -> AbstractContextManager[None]:
         """Count a call as open while in the context.
 

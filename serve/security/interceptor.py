@@ -25,33 +25,20 @@ from functools import partial
 from typing import Any, NoReturn, TypeAlias
 
 import grpc
-from google.protobuf.descriptor import Descriptor
 
-from serve.errors import (
-    RequestError,
-    UnauthenticatedError,
-    retry_metadata,
-    to_status,
-)
+from serve.errors import UnauthenticatedError, retry_metadata, to_status
 from serve.in_flight import InFlight
 from serve.security.buckets import Quota
 from serve.security.caller import CURRENT, Caller
 from serve.security.costs import count_images
 from serve.security.guard import HEALTH, Guard, Pass
 from serve.security.ring import ApiKey
-from serve.security.wire import check_message, make_plan
+from serve.security.wire import Parse, most_fields, reading
 from serve.valve import Refuses, never
-
-FIELDS_AN_IMAGE = 4
-"""Of a message: a combined query of one example has three."""
-
-OTHER_FIELDS = 256
-"""Of a message, such as parameters of KServe."""
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Behaviour: TypeAlias = "Callable[[Any, Context], Any]"
-Parse: TypeAlias = Callable[[bytes], Any]
 Enter: TypeAlias = "Callable[[Context], Pass]"
 TakeIn: TypeAlias = Callable[[Pass, Any], Any]
 
@@ -84,7 +71,7 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
         """
         self._guard = guard
         self._max_images = max_images
-        self._max_fields = FIELDS_AN_IMAGE * max_images + OTHER_FIELDS
+        self._max_fields = most_fields(max_images)
         self._refuses = refuses
         self.in_flight = InFlight(max_bytes=max_in_flight_bytes)
         self._sleep = sleep
@@ -124,7 +111,7 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
         name, make = _KINDS[shape]
         behaviour: Behaviour = getattr(handler, name)
         take = self._take_stream if handler.request_streaming else self._take_message
-        take_in = partial(take, _reading(handler.request_deserializer or bytes, self._max_fields))
+        take_in = partial(take, reading(handler.request_deserializer or bytes, self._max_fields))
         enter = _enter_free if method.startswith(HEALTH) else self._enter
         if inspect.isasyncgenfunction(behaviour):
             guarded = self._guard_generator(behaviour, enter, take_in)
@@ -245,34 +232,6 @@ _KINDS: dict[tuple[bool, bool], tuple[str, Callable[..., Handler]]] = {
     (True, True): ("stream_stream", grpc.stream_stream_rpc_method_handler),
 }
 """By whether requests and replies are streams: a handler's function, and what makes one."""
-
-
-def _reading(parse: Parse, max_fields: int) -> Parse:
-    """Make what reads a message of a kind: counts what it holds, and then parses it."""
-    kind = getattr(getattr(parse, "__self__", None), "DESCRIPTOR", None)
-    plan = None if kind is None else make_plan(kind)
-
-    def read(raw: bytes) -> Any:
-        if plan is not None:
-            check_message(raw, plan, max_fields=max_fields)
-        return _parse(parse, raw, kind)
-
-    return read
-
-
-def _parse(parse: Parse, raw: bytes, kind: Descriptor | None) -> Any:
-    """Parse a message.
-
-    Raises:
-        RequestError: the bytes are none of its kind.
-    """
-    try:
-        return parse(raw)
-    except Exception as error:  # protobuf's own, of another class in each implementation
-        name = "a message of this method" if kind is None else f"a {kind.full_name}"
-        raise RequestError(
-            "message", expected=f"{name} in protobuf's encoding", found=f"{len(raw)} other bytes"
-        ) from error
 
 
 def _is_grpcio(details: grpc.HandlerCallDetails) -> bool:

@@ -17,7 +17,8 @@ Source: https://protobuf.dev/programming-guides/encoding/
 
 from __future__ import annotations
 
-from typing import TypeAlias, Union
+from collections.abc import Callable
+from typing import Any, TypeAlias, Union
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
@@ -29,7 +30,15 @@ what `serve.kserve.inputs.MAX_TYPED_VALUES` pixels take."""
 
 MAX_DEPTH = 8
 
+FIELDS_AN_IMAGE = 4
+"""Of a message: a combined query of one example has three."""
+
+OTHER_FIELDS = 256
+"""Of a message, such as parameters of KServe."""
+
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+
+Parse: TypeAlias = Callable[[bytes], Any]
 
 Plan: TypeAlias = dict[int, Union["Plan", None]]
 """What to look into of a message, by field; a field of packed numbers has None."""
@@ -45,7 +54,7 @@ _FIXED = {
 """They take as much in memory as on the wire."""
 
 
-class _NotAMessageError(Exception):
+class NotAMessageError(Exception):
     """These bytes are none."""
 
 
@@ -77,6 +86,11 @@ class _Room:
                 found="more",
                 mend="send raw bytes",
             )
+
+
+def most_fields(max_images: int) -> int:
+    """Give the fields of the largest message that may be meant."""
+    return FIELDS_AN_IMAGE * max_images + OTHER_FIELDS
 
 
 def make_plan(kind: Descriptor, depth: int = 0) -> Plan | None:
@@ -113,7 +127,7 @@ def check_message(raw: bytes, plan: Plan, *, max_fields: int) -> None:
     """
     try:
         _walk(raw, 0, len(raw), plan, max_fields, _Room(max_fields))
-    except (_NotAMessageError, IndexError):
+    except (NotAMessageError, IndexError):
         return
 
 
@@ -126,22 +140,22 @@ def _walk(raw: bytes, at: int, end: int, plan: Plan, left: int, room: _Room) -> 
         tag = raw[at]
         at += 1
         if tag > 127:
-            tag, at = _read_varint(raw, at - 1)
+            tag, at = read_varint(raw, at - 1)
         wire = tag & 7
         if wire == BYTES:
             start = at + 1
             if (size := raw[at]) > 127:
-                size, start = _read_varint(raw, at)
+                size, start = read_varint(raw, at)
             at = start + size
             if at > end:
-                raise _NotAMessageError
+                raise NotAMessageError
             if plan and (tag >> 3) in plan:
                 if (within := plan[tag >> 3]) is None:
                     room.take_packed(size)
                 else:
                     left = _walk(raw, start, at, within, left, room)
         elif wire == VARINT:
-            at = at + 1 if raw[at] < 128 else _read_varint(raw, at)[1]
+            at = at + 1 if raw[at] < 128 else read_varint(raw, at)[1]
         elif wire == FIXED32:
             at += 4
         elif wire == FIXED64:
@@ -151,7 +165,7 @@ def _walk(raw: bytes, at: int, end: int, plan: Plan, left: int, room: _Room) -> 
     return left
 
 
-def _read_varint(raw: bytes, at: int) -> tuple[int, int]:
+def read_varint(raw: bytes, at: int) -> tuple[int, int]:
     """Give a number of variable length, and where it ends."""
     value = 0
     for shift in range(0, 70, 7):
@@ -160,4 +174,32 @@ def _read_varint(raw: bytes, at: int) -> tuple[int, int]:
         value |= (byte & 127) << shift
         if byte < 128:
             return value, at
-    raise _NotAMessageError
+    raise NotAMessageError
+
+
+def reading(parse: Parse, max_fields: int) -> Parse:
+    """Make what reads a message of a kind: counts what it holds, and then parses it."""
+    kind = getattr(getattr(parse, "__self__", None), "DESCRIPTOR", None)
+    plan = None if kind is None else make_plan(kind)
+
+    def read(raw: bytes) -> Any:
+        if plan is not None:
+            check_message(raw, plan, max_fields=max_fields)
+        return _parse(parse, raw, kind)
+
+    return read
+
+
+def _parse(parse: Parse, raw: bytes, kind: Descriptor | None) -> Any:
+    """Parse a message.
+
+    Raises:
+        RequestError: the bytes are none of its kind.
+    """
+    try:
+        return parse(raw)
+    except Exception as error:  # protobuf's own, of another class in each implementation
+        name = "a message of this method" if kind is None else f"a {kind.full_name}"
+        raise RequestError(
+            "message", expected=f"{name} in protobuf's encoding", found=f"{len(raw)} other bytes"
+        ) from error

@@ -76,12 +76,14 @@ class BatcherMachine(RuleBasedStateMachine):
         self.unprepared[ticket] = []
         self.unsettled[ticket] = set(range(images))
         certain = not self.line and self.fits(ticket) and self.holds_nothing(client)
+        told, checked = None, None if line_up else self.check(ticket)
         try:
             admitted = self.batcher.admit(ticket, line_up=line_up)
         except (QueueFullError, DeadlineError) as error:
             full, endless = isinstance(error, QueueFullError), ticket.deadline_s == math.inf
             assert not (certain and full), "there was room"
             assert full or not endless, "there was time"
+            told = str(error)
             self.gone.add(ticket)
             self.unsettled[ticket] = set()
         else:
@@ -92,7 +94,18 @@ class BatcherMachine(RuleBasedStateMachine):
                 self.unprepared[ticket] = list(range(images))
             else:
                 self.line.append(ticket)
+        assert line_up or told == checked, "what is checked is what is decided"
         return ticket
+
+    def check(self, ticket):
+        """Why a newcomer would be refused, which holds nothing and changes no other's lot."""
+        before = self.batcher.statistics()
+        try:
+            self.batcher.check(ticket)
+        except (QueueFullError, DeadlineError) as error:
+            return str(error)
+        assert self.batcher.statistics() == before
+        return None
 
     @rule(ticket=tickets, count=st.integers(1, 8))
     def ready(self, ticket, count):

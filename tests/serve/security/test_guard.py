@@ -146,3 +146,15 @@ def test_refusals_are_logged_now_and_then(caplog):
         caplog.messages[-1] == "1000 calls without a key of ours were refused, the last of '/a/B'"
     )
     assert "secret" not in caplog.text
+
+
+def test_a_caller_is_recognised_where_nothing_else_is_to_be_done():
+    """By its key, else its address; not without a key of ours, and not where it is charged."""
+    everyone, keyed = Guard(), Guard(ring=lambda: RING)
+    assert everyone.recognise(METHOD, [], peer="ipv4:10.0.0.7:1234") == "10.0.0.7"
+    assert keyed.recognise(METHOD, [("x-api-key", "right")], peer="ipv4:10.0.0.7:1234") == "app"
+    assert keyed.recognise(METHOD, [("x-api-key", "wrong")], peer="ipv4:10.0.0.7:1234") is None
+    assert keyed.recognise(METHOD, [], peer="ipv4:10.0.0.7:1234") is None
+    assert keyed.unauthenticated == 0, "who lets the call in counts it"
+    for quota in (Quota(requests_per_s=5), Quota(images_per_s=5), Quota(calls=5)):
+        assert Guard(quota=quota).recognise(METHOD, [], peer="ipv4:10.0.0.7:1234") is None
