@@ -265,7 +265,7 @@ class NativeFront:
         try:
             metadata, peer, left_s = details
             if left_s is not None:
-                left_s -= waited_s
+                left_s -= waited_s + self._is_gathering * GATHER_S  # as long for the way back
             path = self._methods[method_id][0]
             if (refusal := self._refusal(path, left_s)) is not None:
                 code, message = to_status(refusal)
