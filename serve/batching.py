@@ -124,15 +124,19 @@ class Batcher(Generic[TicketT]):
         self._hold(ticket)
         return True
 
-    def check(self, ticket: Ticket) -> None:
+    def check(self, ticket: Ticket, *, before: int = 0) -> None:
         """Refuse a newcomer that would not come in now; it is counted then, and held never.
+
+        Args:
+            ticket: the request.
+            before: images of the same client and priority that are about to come in.
 
         Raises:
             QueueFullError: it does not fit beside what is held and who waits already.
             DeadlineError: it cannot be done by its deadline.
         """
         if ticket.deadline_s < math.inf:
-            self._refuse_unmeetable(ticket)
+            self._refuse_unmeetable(ticket, before)
         if not self._room.admits(ticket):
             raise self._full(ticket)
 
@@ -286,7 +290,7 @@ class Batcher(Generic[TicketT]):
             reply_s=self._reply.seconds,
         )
 
-    def _refuse_unmeetable(self, ticket: Ticket) -> None:
+    def _refuse_unmeetable(self, ticket: Ticket, before: int) -> None:
         """Refuse a newcomer that cannot be done by its deadline.
 
         Raises:
@@ -294,9 +298,10 @@ class Batcher(Generic[TicketT]):
         """
         now_s = ticket.arrived_s
         left_s = ticket.deadline_s - now_s
-        if left_s > self._longest_s(self._backlog.images + ticket.images, now_s) and left_s > 0:
+        waiting = self._backlog.images + before
+        if left_s > self._longest_s(waiting + ticket.images, now_s) and left_s > 0:
             return
-        ahead = self._backlog.ahead_of(
+        ahead = before + self._backlog.ahead_of(
             ticket, self._room.holding(ticket.client), clients=self._room.clients
         )
         takes_s = self._drain_s(ahead + ticket.images, now_s)

@@ -179,7 +179,9 @@ class Engine:
         self._observer.answered(embedded, self._clock() - job.arrived_s)
         return embedded
 
-    def check(self, *, count: int, deadline_s: float, client: str, priority: int) -> None:
+    def check(
+        self, *, count: int, deadline_s: float, client: str, priority: int, before: int = 0
+    ) -> None:
         """Refuse a request that `embed` would not take in now; another is not held either.
 
         What its payload takes in memory is left to `embed`: to count it costs a copy.
@@ -189,6 +191,7 @@ class Engine:
             deadline_s: on this engine's clock.
             client: whose request it is.
             priority: of it.
+            before: images of the same client and priority that are about to come.
 
         Raises:
             RequestError: there is no such priority.
@@ -205,7 +208,7 @@ class Engine:
         )
         try:
             with self._changed:
-                self._batcher.check(ticket)
+                self._batcher.check(ticket, before=before)
         except (QueueFullError, DeadlineError) as error:
             self._observer.failed(error, count, 0.0)
             if isinstance(error, DeadlineError):

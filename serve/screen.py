@@ -9,6 +9,8 @@ Rules:
     What an engine has said of a request holds for the caller's next of the same kind (all but
     the images, and the name that the caller gave it) for a moment: those that end before the
     first would have been answered are refused unread.
+    Who is let by comes to its engine a little later; until then the images of its client and
+    priority count as before those that follow, or a burst would be let by together.
     Only a caller that would be let in hears of an engine. One without a key, one that is
     charged, and a message that is wrong or large, go the usual way, and are told there.
     Each refusal is counted, logged and traced as that of the service.
@@ -19,8 +21,10 @@ Only the native front end asks: grpcio makes a task before it shows a call.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, TypeAlias
 from weakref import ReferenceType, ref
 
@@ -38,6 +42,9 @@ MAX_BYTES = 1 << 18
 """Of a message that is read here; most are admitted later, and then read again."""
 
 Metadata: TypeAlias = Sequence[tuple[str, str | bytes]]
+
+Lane: TypeAlias = tuple[str, str, str, int]
+"""Model, version, client and priority."""
 
 Status: TypeAlias = "tuple[grpc.StatusCode, str, Metadata]"
 """What a call ends with: its code, the message and what goes behind."""
@@ -109,9 +116,8 @@ class _Verdict:
 class Screens(Protocol):
     """What a front end asks before it begins a call."""
 
-    @property
-    def is_refusing(self) -> bool:
-        """Whether some calls are refused of late, so that more may be."""
+    def begin_burst(self) -> Callable[[], None]:
+        """Hear that calls come; give what is to be called when those let by are in their queues."""
 
     def refuses(
         self, path: str, payload: bytes, metadata: Metadata, peer: str, left_s: float | None
@@ -130,7 +136,9 @@ class Screens(Protocol):
 class _Nobody:
     """Lets every call begin."""
 
-    is_refusing = False
+    def begin_burst(self) -> Callable[[], None]:
+        """Keep nothing in mind."""
+        return lambda: None
 
     def refuses(self, *_: object) -> None:
         """Refuse none."""
@@ -155,6 +163,8 @@ class Screen:
         self._max_fields = max_fields
         self._methods: dict[str, Method] = {}
         self._verdicts: dict[tuple[str, str, bytes], _Verdict] = {}
+        self._coming: Counter[Lane] = Counter()  # images let by that are in no queue yet
+        self._burst: Counter[Lane] = Counter()  # of which those of this burst
 
     def __repr__(self) -> str:
         return f"<Screen {list(self._methods)} with {len(self._verdicts)} verdicts>"
@@ -164,10 +174,14 @@ class Screen:
         parse = reading(method.parse, self._max_fields)
         self._methods[path] = replace(method, parse=parse)
 
-    @property
-    def is_refusing(self) -> bool:
-        """Whether some calls are refused of late, so that more may be."""
-        return self._answering.is_refusing
+    def begin_burst(self) -> Callable[[], None]:
+        """Hear that calls come; give what is to be called when those let by are in their queues."""
+        burst = self._burst = Counter()
+        return partial(self._end_burst, burst)
+
+    def _end_burst(self, burst: Counter[Lane]) -> None:
+        """Count the images of a burst no more: their engines do."""
+        self._coming -= burst
 
     def refuses(
         self, path: str, payload: bytes, metadata: Metadata, peer: str, left_s: float | None
@@ -210,12 +224,14 @@ class Screen:
         self, call: Call, work: Work, deadline_s: float, kind: tuple[str, str, bytes]
     ) -> Status | None:
         """Have an engine decide about a call, and remember what it says."""
+        coming = work.model.name, work.model.version, call.client, work.priority
         try:
             work.model.engine.check(
                 count=work.images,
                 deadline_s=min(deadline_s, call.arrived_s + work.within_s),
                 client=call.client,
                 priority=work.priority,
+                before=self._coming[coming],
             )
         except (QueueFullError, DeadlineError) as error:
             status = (*to_status(error), retry_metadata(error))
@@ -230,6 +246,8 @@ class Screen:
             return self._refuse(call, work.model, work.images, status)
         except HoraceError:  # such as a priority that there is not: told on the usual way
             return None
+        self._coming[coming] += work.images
+        self._burst[coming] += work.images
         return None
 
     def _refuse(self, call: Call, model: ServedModel, images: int, status: Status) -> Status:

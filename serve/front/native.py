@@ -26,8 +26,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -122,7 +121,6 @@ class NativeFront:
         self._folder: Path | None = None
         self._calls: dict[int, NativeCall] = {}
         self._stopping = False
-        self._bursts: deque[tuple[Iterator[Event], float]] = deque()
         self._refused = 0
         self._is_gathering = False
         self._receiver: threading.Thread | None = None
@@ -227,27 +225,16 @@ class NativeFront:
         events: list[Event],
         received_s: float,
     ) -> None:
-        """Take up a burst once those before it are."""
-        self._bursts.append((iter(events), received_s))
-        if len(self._bursts) == 1:
-            self._take_up(native, loop)
+        """Begin to answer the calls of a burst, and stop where callers have gone.
 
-    def _take_up(self, native: NativeGrpcFront, loop: asyncio.AbstractEventLoop) -> None:
-        """Begin to answer the calls that have come, and stop where callers have gone.
-
-        While some are refused, one begins at a time: whether the next may is known once the
-        last is in its queue, which is where its task comes to in its first step.
+        In the first step of its task each comes to its queue.
         """
-        while self._bursts:
-            events, received_s = self._bursts[0]
-            waited_s = time.monotonic() - received_s
-            for event in events:
-                if self._begin(native, loop, event, waited_s) and self._screen.is_refusing:
-                    loop.call_soon(self._take_up, native, loop)
-                    return
-            self._bursts.popleft()
-            self._is_gathering = self._refused >= GATHERING
-            self._refused = 0
+        come_to_queues = self._screen.begin_burst()
+        waited_s, self._refused = time.monotonic() - received_s, 0
+        for event in events:
+            self._begin(native, loop, event, waited_s)
+        self._is_gathering = self._refused >= GATHERING
+        loop.call_soon(come_to_queues)
 
     def _begin(
         self,
@@ -255,13 +242,13 @@ class NativeFront:
         loop: asyncio.AbstractEventLoop,
         event: Event,
         waited_s: float,
-    ) -> bool:
-        """Begin to answer a call unless it is refused, or stop; whether one was begun."""
+    ) -> None:
+        """Begin to answer a call unless it is refused; or stop one."""
         kind, call_id, method_id, payload, _, details = event
         if kind == EVENT_CANCEL:
             if (gone := self._calls.get(call_id)) is not None:
                 gone.leave()
-            return False
+            return
         try:
             metadata, peer, left_s = details
             if left_s is not None:
@@ -277,15 +264,14 @@ class NativeFront:
             if status is not None:
                 self._refused += 1
                 _end(native, call_id, *status)
-                return False
+                return
             call = NativeCall(call_id, metadata, peer, left_s)
             call.task = loop.create_task(self._answer(native, call, method_id, payload))
         except Exception as error:  # a fault of ours; the others are answered
             _end(native, call_id, *to_status(error))
-            return False
+            return
         self._calls[call_id] = call
         call.task.add_done_callback(partial(self._forget, native, call))
-        return True
 
     def _refusal(self, path: str, left_s: float | None) -> ServeError | None:
         """Say why a call is not begun; probes are, however busy this is."""

@@ -49,11 +49,13 @@ class Engine:
 
     def __init__(self):
         self.asked = []
+        self.before = []
         self.others = []
         self.error = LATE
 
-    def check(self, *, count, deadline_s, client, priority):
+    def check(self, *, count, deadline_s, client, priority, before=0):
         """Refuse, or not."""
+        self.before.append(before)
         self.asked.append((client, count, priority, deadline_s))
         if self.error is not None:
             raise self.error
@@ -144,21 +146,21 @@ def test_nobody_is_asked_about_while_nothing_is_refused():
     desk = Desk()
     assert desk.ask() is None
     assert desk.asked == []
-    assert not desk.screen.is_refusing
+    assert not desk.answering.is_refusing
 
 
 def test_a_refusal_makes_others_likely_for_a_second(desk):
     """And each that follows does; the engine hears whose call it is, and until when it has time."""
-    assert desk.screen.is_refusing
+    assert desk.answering.is_refusing
     assert desk.ask(images(b"x", b"y", priority=3)) is not None
     assert desk.asked == [("10.0.0.7", 2, 3, 100.5)]
     desk.now_s += 0.9 * REFUSING_S
     assert desk.ask(left_s=None) is not None
     assert desk.asked[1:] == [("10.0.0.7", 1, 0, math.inf)]
     desk.now_s += 0.9 * REFUSING_S
-    assert desk.screen.is_refusing
+    assert desk.answering.is_refusing
     desk.now_s += 0.2 * REFUSING_S
-    assert not desk.screen.is_refusing
+    assert not desk.answering.is_refusing
     assert desk.ask() is None
 
 
@@ -234,6 +236,21 @@ def test_kinds_of_requests_are_not_remembered_without_end(desk):
     for n in range(3 * MAX_VERDICTS):
         desk.ask(images(b"x", model=str(n)))
     assert len(desk.screen._verdicts) <= MAX_VERDICTS
+
+
+def test_who_was_let_by_in_a_burst_counts_before_those_that_follow(desk):
+    """Of its own client and priority; once the next burst comes, they are in their queues."""
+    desk.engine.error = None
+    ends = desk.screen.begin_burst()
+    for request in (images(b"x", b"y"), images(b"x"), images(b"x", priority=1)):
+        assert desk.ask(request) is None
+    assert desk.ask(peer="ipv4:10.0.0.8:1234") is None
+    assert desk.engine.before == [0, 2, 0, 0]
+    desk.screen.begin_burst()
+    assert desk.ask() is None
+    ends()
+    assert desk.ask() is None
+    assert desk.engine.before[4:] == [3, 1], "the first burst is in its queues, the second is not"
 
 
 @pytest.mark.parametrize("error", [None, RequestError("priority")])
@@ -313,7 +330,7 @@ def count_begun(server):
 
 @pytest.mark.parametrize("frontend", ["native"])
 def test_of_a_burst_those_begin_that_are_taken_in(serving, fake, image, eventually, frontend):
-    """The next is asked about once the last has its place: none begins to be refused later."""
+    """Those let by count before those that follow: none begins to be refused later."""
 
     async def main():
         async with (
