@@ -10,6 +10,13 @@ import pytest
 
 from serve.front.threads import unhurried_threads
 
+
+@pytest.fixture(autouse=True)
+def one_core(monkeypatch):
+    """As far as this process knows."""
+    monkeypatch.setattr("serve.front.threads.cpu_budget", lambda: 1)
+
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the policy is Linux's")
 
 
@@ -31,6 +38,14 @@ def test_a_thread_that_begins_within_waits_and_its_maker_does_not():
     with pytest.raises(ValueError, match="a port"), unhurried_threads():
         raise ValueError("a port that cannot be had")
     assert os.sched_getscheduler(0) == usual
+
+
+def test_on_several_cores_nothing_changes(monkeypatch):
+    """Encoders keep them all busy, and a reader would wait too long."""
+    monkeypatch.setattr("serve.front.threads.cpu_budget", lambda: 2)
+    usual = os.sched_getscheduler(0)
+    with unhurried_threads():
+        assert policy_of_a_thread() == usual
 
 
 def test_where_it_is_forbidden_nothing_changes(monkeypatch):
