@@ -51,7 +51,7 @@ from train.option_groups import require
 from train.probe.labelled import LabelledSet, read_labelled
 from train.probe.linear import describe_settings, describe_split
 from train.probe.linear_layers import Candidate, Layers, fit, measure
-from train.probe.opening import opened_on_device, require_run
+from train.probe.opening import opened_on_device
 from train.probe.options import LinearOptions
 from train.probe.report import ProbeRow, command_line, notes_of
 from train.run import RunDirectory, describe_environment
@@ -107,7 +107,6 @@ def main(options: Options) -> None:
     start_s = time.monotonic()
     threads = options.threads or cpu_budget()
     bundle = read_bundle(options.bundle)
-    require_run(options.run)
     require_export(bundle, RunDirectory(path=options.run))
     # The CPU is everywhere. The baselines are listed here, not by the probe.
     linear = LinearOptions(

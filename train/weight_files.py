@@ -80,7 +80,7 @@ def _file_of(path: Path) -> Path:
 def _checkpoint_of_bundle(path: Path) -> Path:
     """Find the checkpoint that a bundle was exported from, in the run that it names.
 
-    A bundle has no weights to train on: its graph is folded.
+    A bundle has no projector, and `train.export.unfold` needs images.
     """
     provenance = read_bundle(path, verify=False).provenance
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from models.bundle import Bundle, read_bundle
 from models.errors import SourceError, UsageError
 from models.images import ImageData, ImageRecord, ImageSource, open_source
 from train.device import Compute
-from train.errors import RunError, TrainError
+from train.errors import TrainError
 from train.export.bundle import export_run
 from train.probe import arms, linear_layers
 from train.probe import finetune as finetune_probe
@@ -27,6 +28,7 @@ from train.probe import linear as linear_probe
 from train.probe import transfer as transfer_probe
 from train.probe.__main__ import run as run_probe
 from train.probe.options import (
+    DistilOptions,
     FinetuneOptions,
     LinearOptions,
     RecipeOptions,
@@ -314,20 +316,69 @@ def test_too_few_labels_are_refused(finetune: FinetuneOptions, run: Probed) -> N
         finetune_probe.evaluate_finetune(replace(finetune, labels=0.01), run, CPU)
 
 
-def test_a_bundle_cannot_be_trained_further(
-    finetune: FinetuneOptions, bundle: Bundle, linear: LinearOptions
+def test_a_bundle_is_trained_further_without_its_run(
+    finetune: FinetuneOptions, bundle: Bundle, run: Probed
 ) -> None:
-    """Fine-tuning says what to give instead; transfer leaves the networks out and says so."""
-    with pytest.raises(RunError, match="whose weights can be trained further, found a bundle; gi"):
-        finetune_probe.main(replace(finetune, run=bundle.path))
-    options = TransferOptions(
-        encoder=str(bundle.path), images=linear.images, test=linear.test, baselines=False
-    )
+    """The network is had back from the graph: every row does about as that of the run does."""
+    of_run = finetune_probe.evaluate_finetune(finetune, run, CPU)
     with closing(opened(bundle.path)) as probed:
+        options = replace(finetune, run=bundle.path)
+        of_bundle = finetune_probe.evaluate_finetune(options, probed, CPU)
+        transfer = TransferOptions(
+            encoder=str(bundle.path), images=finetune.images, test=finetune.test, labels=0.25,
+            recipe=QUICK, baselines=False,
+        )  # fmt: skip
+        transferred = transfer_probe.evaluate_transfer(transfer, probed, CPU)
+    assert [row.name for row in of_bundle.rows] == [row.name for row in of_run.rows]
+    for row in of_bundle.rows:
+        assert top1(of_bundle, row.name) == pytest.approx(top1(of_run, row.name), abs=0.05)
+    assert [row.name for row in transferred.rows] == ["fine-tuned", "linear, encoder"]
+
+
+def test_a_bundle_of_another_maker_has_the_linear_layer_alone(
+    linear: LinearOptions, make_bundle: Callable[..., Bundle]
+) -> None:
+    """Transfer leaves the networks out and says so."""
+    encoder = str(make_bundle().path)
+    options = TransferOptions(
+        encoder=encoder, images=linear.images, test=linear.test, labels=0.25, baselines=False
+    )
+    with closing(opened(Path(encoder))) as probed:
         report = transfer_probe.evaluate_transfer(options, probed, CPU)
     assert [row.name for row in report.rows] == ["linear, encoder"]
-    assert "only a run can be trained further" in report.notes[-1]
+    assert "its network cannot be trained further" in report.notes[-1]
     assert report.settings.keys() == {"solver", "features", "c_grid", "labels", "balanced"}
+
+
+def test_unlabelled_images_add_students_beside_their_teachers(
+    finetune: FinetuneOptions, run: Probed, events: Events
+) -> None:
+    """The network pretrained and the one from scratch, both distilled, before a test image."""
+    options = replace(
+        finetune, unlabelled=finetune.images, validation="train", val_images=50,
+        distil=DistilOptions(epochs=1, images=100, batch_size=32),
+    )  # fmt: skip
+    report = finetune_probe.evaluate_finetune(options, run, CPU)
+    assert [row.name for row in report.rows] == [
+        "self-distilled", "fine-tuned", "from scratch", "frozen, linear layer",
+        "random, linear layer", "from scratch, self-distilled",
+    ]  # fmt: skip
+    assert events == ["arm trained"] * 4 + ["test image"] * 200
+    assert report.difference is not None
+    assert report.against == "from scratch"
+    gain = top1(report, "self-distilled") - top1(report, "from scratch")
+    assert report.difference.mean == pytest.approx(gain)
+    notes = {row.name: row.note for row in report.rows}
+    assert re.fullmatch(
+        r"taught by 'frozen, linear layer' on (\d+) unlabelled images", notes["self-distilled"]
+    )
+    distil = report.settings["distil"]
+    assert isinstance(distil, dict)
+    assert distil["images"] == 100
+    alone = finetune_probe.evaluate_finetune(replace(options, baselines=False), run, CPU)
+    assert "from scratch" not in [row.name for row in alone.rows]
+    assert alone.rows[0].top1 == report.rows[0].top1
+    assert alone.against is None
 
 
 def test_a_report_is_kept_with_its_bundle(
@@ -382,6 +433,11 @@ def test_a_report_is_kept_with_its_bundle(
         ("finetune {none} --images a --test b", 1, "expected a run directory, found no such dir"),
         ("transfer {none} --images a --test b", 1, "expected a bundle directory, found no such"),
         ("finetune {run} --images a --test b --labels 2", 2, "--labels: expected more than 0, at"),
+        (
+            "finetune {run} --images a --test b --distil.lr 0",
+            2,
+            "--distil.lr: expected more than 0",
+        ),
         ("finetune {run} --images a --test b --seeds 1 1", 2, "--seeds: expected different num"),
         (
             "finetune {run} --images a --test b --recipe.epochs 0",

@@ -102,25 +102,26 @@ class Classifier(nn.Module):
 def train_classifier(
     classifier: Classifier,
     images_NHWC: NDArray[np.uint8],
-    labels_N: NDArray[np.int64],
+    targets_N: NDArray[np.int64] | NDArray[np.float32],
     recipe: Recipe,
     *,
     seed: int,
     compute: Compute,
 ) -> None:
-    """Train in place, on labelled images.
+    """Train in place, on images and what they are to be taken for.
 
     Args:
         classifier: in any mode; it ends in eval mode.
         images_NHWC: uint8.
-        labels_N: one class number an image, none negative.
+        targets_N: one class number an image, none negative; or (N, C) probabilities, which a
+            layer cannot be fitted to.
         recipe: how.
         seed: of order and augmentation.
         compute: the device and the arithmetic of the backbone.
     """
     classifier.to(compute.device).to(memory_format=torch.channels_last)
     images = torch.from_numpy(images_NHWC).to(compute.device)
-    labels = torch.from_numpy(labels_N).to(compute.device)
+    targets = torch.from_numpy(targets_N).to(compute.device)
     views = crops_and_flips((recipe.smallest_crop, 1.0), recipe.flip_probability)
     generator = torch.Generator().manual_seed(seed)
     optimizer, peaks = _make_optimizer(classifier, recipe)
@@ -129,7 +130,7 @@ def train_classifier(
     total_steps = recipe.epochs * len(images) // batch_size
     if recipe.head_c is not None:
         fit_head(
-            classifier, images, labels, c=recipe.head_c, is_mirrored=recipe.flip_probability > 0
+            classifier, images, targets, c=recipe.head_c, is_mirrored=recipe.flip_probability > 0
         )
     batches = _batches(len(images), batch_size, generator)
     for step in range(total_steps):
@@ -139,7 +140,7 @@ def train_classifier(
             group["lr"] = peak * lr_share(recipe, step, total_steps)
         logits_NC = classifier(augment(images[rows], views, generator), compute)
         loss = nn.functional.cross_entropy(
-            logits_NC, labels[rows], label_smoothing=recipe.label_smoothing
+            logits_NC, targets[rows], label_smoothing=recipe.label_smoothing
         )
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(scaler.scale(loss))

@@ -1,9 +1,9 @@
 """From options to the arms of a comparison with few labels: data, recipes, classifiers.
 
 Rules:
-    Both arms have the same network, readout, labels, held-out images, batch, augmentation
+    All arms have the same network, readout, labels, held-out images, batch, augmentation
     and regularisation; each has its own learning rates and its own length, and what is
-    chosen, is chosen alike.
+    chosen, is chosen alike. What learns from unlabelled images, too, is `train.probe.distil`.
     No test image is read here.
 
 Shapes: N images, C classes.
@@ -28,7 +28,6 @@ from train.config import options_from_json
 from train.errors import TrainError
 from train.export.graph import EncoderGraph
 from train.export.readout import PooledReadout
-from train.export.run_graph import last_checkpoint
 from train.probe.arms import Arm, LabelBudget, LabelledImages, MakeClassifier
 from train.probe.classifier import Classifier, Recipe
 from train.probe.labelled import (
@@ -39,8 +38,8 @@ from train.probe.labelled import (
     record_classes,
 )
 from train.probe.options import RECIPES, FewLabelsOptions, RecipeOptions
-from train.probe.probed import load_graph
-from train.run import RunConfig, RunDirectory
+from train.probe.pretrained import Pretrained, load_to_train
+from train.run import RunConfig
 
 VALIDATION_SHARE = 0.2
 """Of the labels that may be used, held out while settings are chosen."""
@@ -144,16 +143,24 @@ def read_budget(
     return budget, images, draw
 
 
-def make_arms(options: FewLabelsOptions, run: RunDirectory, n_classes: int) -> list[Arm]:
+def make_arms(
+    options: FewLabelsOptions,
+    pretrained: Pretrained,
+    n_classes: int,
+    sample_NHWC: NDArray[np.uint8],
+) -> list[Arm]:
     """Give the arm that is fine-tuned and, on request, the one from scratch.
 
-    Raises:
-        RunError: the run has no checkpoint, or is damaged.
+    Args:
+        options: of the recipes and the readout.
+        pretrained: the network.
+        n_classes: how many classes there are.
+        sample_NHWC: images for the statistics of a network that has none.
     """
-    config = run.read_config()
+    config = pretrained.config
     finetuned = Arm(
         name="fine-tuned",
-        make=_from_file(last_checkpoint(run), config, options, n_classes),
+        make=_from_file(pretrained.trained, config, options, n_classes, sample_NHWC),
         recipes=finetune_recipes(resolve(options)),
         note="",
     )
@@ -168,23 +175,28 @@ def make_arms(options: FewLabelsOptions, run: RunDirectory, n_classes: int) -> l
     return [finetuned, scratch]
 
 
-def make_layer_arms(options: FewLabelsOptions, run: RunDirectory, n_classes: int) -> list[Arm]:
+def make_layer_arms(
+    options: FewLabelsOptions,
+    pretrained: Pretrained,
+    n_classes: int,
+    sample_NHWC: NDArray[np.uint8],
+) -> list[Arm]:
     """Give the arms of a linear layer alone: on the network after pretraining, and before.
 
-    Raises:
-        RunError: as above.
+    The arguments are those of `make_arms`.
     """
-    config, recipes = run.read_config(), layer_recipes(resolve(options))
-    files = {"frozen": last_checkpoint(run), "random": run.initial_file}
+    config, recipes = pretrained.config, layer_recipes(resolve(options))
+    files = {"frozen": pretrained.trained, "random": pretrained.untrained}
     notes = {"frozen": "as pretraining left it", "random": "as pretraining found it"}
     return [
         Arm(
             name=f"{name}, linear layer",
-            make=_from_file(file, config, options, n_classes),
+            make=_from_file(file, config, options, n_classes, sample_NHWC),
             recipes=recipes,
             note=f"the network {notes[name]}",
         )
         for name, file in files.items()
+        if file is not None
     ]
 
 
@@ -302,19 +314,23 @@ def _recipe(
 
 
 def _from_file(
-    file: Path, config: RunConfig, options: FewLabelsOptions, n_classes: int
+    file: Path,
+    config: RunConfig,
+    options: FewLabelsOptions,
+    n_classes: int,
+    sample_NHWC: NDArray[np.uint8],
 ) -> MakeClassifier:
-    """Give a function that makes a classifier of a run's weights."""
+    """Give a function that makes a classifier of a file's weights."""
 
-    def make(seed: int) -> Classifier:
-        graph = load_graph(file, config, stages=options.stages, grid=options.grid)
+    def make(_: int) -> Classifier:
+        graph = load_to_train(file, config, sample_NHWC, stages=options.stages, grid=options.grid)
         return Classifier(graph, n_classes)
 
     return make
 
 
 def _from_scratch(config: RunConfig, options: FewLabelsOptions, n_classes: int) -> MakeClassifier:
-    """Give a function that makes a classifier of a run's network with new random weights."""
+    """Give a function that makes a classifier of the same network with new random weights."""
 
     def make(seed: int) -> Classifier:
         pretrain = options_from_json(config.options)

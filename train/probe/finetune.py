@@ -8,13 +8,16 @@ Source: Zbontar et al., arXiv 2103.03230, section 3.2, whose recipe is `--preset
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from models.bundle import Json
 from models.images import ImageSource, open_source
 from train.probe.labelled import LabelledSet, read_labelled
-from train.probe.opening import opened_on_device, require_run
+from train.probe.opening import opened_on_device, require_weights
 from train.probe.options import FewLabelsOptions, FinetuneOptions
 from train.probe.report import ProbeReport, command_line, notes_of, score_classes, show
 from train.run import describe_environment
@@ -23,7 +26,18 @@ if TYPE_CHECKING:
     from train.device import Compute
     from train.probe.arms import LabelBudget, LabelledImages, TrainedArm
     from train.probe.few_labels import LabelDraw
+    from train.probe.pretrained import Pretrained
     from train.probe.probed import Probed
+
+FROM_SCRATCH = "from scratch"
+STUDENTS = {
+    "self-distilled": "frozen, linear layer",
+    "from scratch, self-distilled": FROM_SCRATCH,
+}
+"""Teachers by student: what both have of the unlabelled images is the same."""
+
+SAMPLE_IMAGES = 2_000
+"""For the BatchNorm statistics of a bundle's network."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +51,8 @@ class Trained:
 
 
 def main(options: FinetuneOptions) -> None:
-    """Train both arms, measure, print and write."""
-    require_run(options.run)
+    """Train all arms, measure, print and write."""
+    require_weights(options.run)
     where = str(options.run)
     with opened_on_device(where, options, precision=options.precision) as (probed, compute):
         report = evaluate_finetune(options, probed, compute)
@@ -53,11 +67,21 @@ def evaluate_finetune(options: FinetuneOptions, probed: Probed, compute: Compute
         TrainError: there are too few labels, or nothing trains.
     """
     from train.probe.arms import difference, score_arms
+    from train.probe.pretrained import read_pretrained
 
     test_source = open_source(options.test)  # a misspelt name ends it now, not at the end
-    trained = train_arms(options, probed, compute, with_layers=options.baselines)
+    unlabelled = None if options.unlabelled is None else open_source(options.unlabelled)
+    with_layers = options.baselines or unlabelled is not None  # one of them teaches
+    pretrained = read_pretrained(options.run)
+    trained = train_arms(options, probed, pretrained, compute, with_layers=with_layers)
+    settings = describe_settings(options, compute)
+    if unlabelled is not None:
+        students = train_students(options, probed, unlabelled, trained, compute)
+        trained = replace(trained, arms=[students[0], *trained.arms, *students[1:]])
+        settings |= {"unlabelled": unlabelled.uri, "distil": {**asdict(options.distil)}}
     test = read_test(test_source, probed, trained.images)
     rows, scores_NC = score_arms(trained.arms, labelled_images(test), compute)
+    against = next((row for row in rows if row.name == FROM_SCRATCH), None)
     return ProbeReport(
         kind="finetune",
         command=command_line(),
@@ -65,11 +89,11 @@ def evaluate_finetune(options: FinetuneOptions, probed: Probed, compute: Compute
         images=describe_images(trained),
         test={**test.describe()},
         split=describe_split(options, trained),
-        settings=describe_settings(options, compute),
+        settings=settings,
         seeds=options.seeds,
         rows=rows,
-        difference=difference(rows[0], rows[1]) if len(rows) > 1 else None,
-        against=rows[1].name if len(rows) > 1 else None,
+        difference=None if against is None else difference(rows[0], against),
+        against=None if against is None else against.name,
         per_class=score_classes(scores_NC, test.labels_N, test.class_names),
         notes=notes_of(trained.images, test),
         environment=describe_environment(),
@@ -77,7 +101,12 @@ def evaluate_finetune(options: FinetuneOptions, probed: Probed, compute: Compute
 
 
 def train_arms(
-    options: FewLabelsOptions, probed: Probed, compute: Compute, *, with_layers: bool
+    options: FewLabelsOptions,
+    probed: Probed,
+    pretrained: Pretrained,
+    compute: Compute,
+    *,
+    with_layers: bool,
 ) -> Trained:
     """Draw the labels, let each arm choose, and train it on every seed.
 
@@ -90,14 +119,51 @@ def train_arms(
     from train.probe.arms import train_arm
     from train.probe.few_labels import make_arms, make_layer_arms, read_budget
 
-    assert probed.run is not None, "only a run has weights to train"
     budget, images, draw = read_budget(options, probed.encoder)
-    n_classes = len(images.class_names)
-    arms = make_arms(options, probed.run, n_classes)
+    given = options, pretrained, len(images.class_names), sample_of(images)
+    arms = make_arms(*given)
     if with_layers:
-        arms += make_layer_arms(options, probed.run, n_classes)
+        arms += make_layer_arms(*given)
     trained = [train_arm(arm, budget, compute) for arm in arms]
     return Trained(arms=trained, budget=budget, images=images, draw=draw)
+
+
+def train_students(
+    options: FinetuneOptions,
+    probed: Probed,
+    unlabelled: ImageSource,
+    trained: Trained,
+    compute: Compute,
+) -> list[TrainedArm]:
+    """Let the frozen network with its layer teach the network, and that from scratch itself.
+
+    Raises:
+        SourceError, TrainError: there are no unlabelled images.
+    """
+    from train.probe.distil import read_unlabelled, train_student
+
+    unlabelled_NHWC = read_unlabelled(
+        unlabelled,
+        probed.encoder,
+        limit=options.distil.images,
+        without=trained.budget.held_out,
+        seed=options.seeds[0],
+    )
+    teachers = {arm.arm.name: arm for arm in trained.arms}
+    return [
+        train_student(
+            student, teachers[teacher], trained.budget, unlabelled_NHWC, options.distil, compute
+        )
+        for student, teacher in STUDENTS.items()
+        if teacher in teachers
+    ]
+
+
+def sample_of(images: LabelledSet) -> NDArray[np.uint8]:
+    """Give a sample of the images that were read, spread over them."""
+    assert images.images_NHWC is not None, "images were asked for"
+    rows = np.linspace(0, len(images) - 1, min(len(images), SAMPLE_IMAGES)).astype(np.int64)
+    return images.images_NHWC[rows]
 
 
 def read_test(source: ImageSource, probed: Probed, train: LabelledSet) -> LabelledSet:

@@ -119,8 +119,7 @@ def read_labelled(
         labels += [label for label in batch.labels if label is not None]
         rows_read += [int(key) for key in batch.keys]
         n_rejects += len(batch.rejects)
-        digests += [hashlib.blake2b(image.data, digest_size=16).digest()
-                    for image in batch.images_NHWC]  # fmt: skip
+        digests += pixel_digests(batch.images_NHWC)
         for encoder, made in zip(encoders, features, strict=True):
             made.append(encoder.encode(batch.images_NHWC))
         if with_pixels:
@@ -148,6 +147,11 @@ def read_labelled(
         n_rejects=n_rejects,
         n_unlabelled=sum(record.label is None for record in source.records()),
     )
+
+
+def pixel_digests(images_NHWC: NDArray[np.uint8]) -> list[bytes]:
+    """Hash the pixels of each image."""
+    return [hashlib.blake2b(image.data, digest_size=16).digest() for image in images_NHWC]
 
 
 def record_classes(source: ImageSource) -> tuple[list[str], NDArray[np.int64]]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from models.bundle import BUNDLE_FILE
 from models.cpu import cpu_budget
-from train.errors import RunError, training_packages
+from train.errors import training_packages
 from train.probe.options import CommonOptions
 from train.run import RunDirectory
 
@@ -56,17 +56,11 @@ def opened_on_device(
         yield probed, compute
 
 
-def require_run(where: Path) -> None:
+def require_weights(where: Path) -> None:
     """Refuse what has no weights that could be trained further.
 
     Raises:
-        RunError: it is no run.
+        RunError: it is neither a run nor a bundle.
     """
-    if (where / BUNDLE_FILE).is_file():
-        raise RunError(
-            str(where),
-            expected="a run directory, whose weights can be trained further",
-            found="a bundle",
-            mend="give the run that it was exported from",
-        )
-    RunDirectory(path=where).read_config()
+    if not (where / BUNDLE_FILE).is_file():
+        RunDirectory(path=where).read_config()

@@ -233,6 +233,47 @@ RECIPES: dict[str, RecipeOptions] = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistilOptions:
+    """How a classifier of few labels teaches its network on unlabelled images."""
+
+    images: int = 60_000
+    """Unlabelled images, at most; drawn by the first seed."""
+
+    epochs: int = 1
+    """Passes over them, and the labelled ones."""
+
+    lr: float = 1e-3
+    """Learning rate of layer and network, at its peak."""
+
+    batch_size: int = 128
+    """Images a step."""
+
+    smallest_crop: float = 0.7
+    """Smallest share of the image that a random crop covers; 1 for no crops."""
+
+    neighbours: int = 10
+    """Nearest images over which the teacher's probabilities are smoothed."""
+
+    smoothing: float = 0.7
+    """What the neighbours count against the image itself; 0 for no smoothing."""
+
+    temperature: float = 0.3
+    """Below 1 the smoothed probabilities are sharpened, above 1 softened."""
+
+    def __post_init__(self) -> None:
+        for name, least in {"images": 1, "epochs": 1, "batch_size": 2, "neighbours": 1}.items():
+            option = f"--distil.{name.replace('_', '-')}"
+            require(getattr(self, name) >= least, option, f"at least {least}", getattr(self, name))
+        for name in ("lr", "temperature"):
+            value = getattr(self, name)
+            require(value > 0, f"--distil.{name}", "more than 0", value)
+        crop = self.smallest_crop
+        require(0 < crop <= 1, "--distil.smallest-crop", "more than 0, at most 1", crop)
+        sound = 0 <= self.smoothing < 1
+        require(sound, "--distil.smoothing", "at least 0, less than 1", self.smoothing)
+
+
+@dataclass(frozen=True, kw_only=True)
 class FewLabelsOptions(CommonOptions):
     """What is told to a probe that trains the whole network."""
 
@@ -272,17 +313,25 @@ class FewLabelsOptions(CommonOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneOptions(FewLabelsOptions):
-    """Fine-tune a run with few labels, against the same network trained from scratch on them."""
+    """Fine-tune a network with few labels, against the same one trained from scratch on them.
 
-    run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
-    """Run directory of `train.pretrain`."""
+    With --unlabelled the network learns from images without labels, too: self-distillation.
+    """
+
+    run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN_OR_BUNDLE")]]
+    """A run of `train.pretrain`, or a bundle."""
+
+    unlabelled: str | None = None
+    """Images to learn from without their labels, if they have any; may be those of --images."""
+
+    distil: DistilOptions = field(default_factory=DistilOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransferOptions(FewLabelsOptions):
     """Take an encoder to other labelled images: linear layer and fine-tuning, with baselines.
 
-    A bundle gets the linear layer alone: only a run has weights to train further.
+    A bundle whose network cannot be had back from its graph gets the linear layer alone.
     """
 
     encoder: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RUN_OR_BUNDLE")]]

@@ -28,9 +28,8 @@ from models.files import sha256_file
 from models.preprocess import PreprocessSpec, preprocess
 from models.runtime import open_random_twin
 from train.export.graph import EncoderGraph, run_in_batches
-from train.export.readout import PooledReadout
-from train.export.run_graph import graph_of, last_checkpoint
-from train.run import RunConfig, RunDirectory
+from train.probe.pretrained import load_graph, read_pretrained
+from train.run import RunDirectory
 
 
 class RunEncoder:
@@ -148,16 +147,16 @@ def open_probed(
 
 def _open_run(run: RunDirectory, stages: Sequence[int], grid: int, device: torch.device) -> Probed:
     """Open a run's last checkpoint, and its initial weights as the twin."""
-    config, checkpoint = run.read_config(), last_checkpoint(run)
+    pretrained = read_pretrained(run.path)
     opened = []
-    for file in (checkpoint, run.initial_file):
-        graph = load_graph(file, config, stages=stages, grid=grid)
+    for file in (pretrained.trained, run.initial_file):
+        graph = load_graph(file, pretrained.config, stages=stages, grid=grid)
         opened.append(
             RunEncoder(
                 graph,
                 name=run.path.resolve().name,
                 fingerprint=sha256_file(file),
-                preprocessing=config.preprocessing,
+                preprocessing=pretrained.config.preprocessing,
                 device=device,
             )
         )
@@ -166,23 +165,9 @@ def _open_run(run: RunDirectory, stages: Sequence[int], grid: int, device: torch
         "kind": "run",
         "name": encoder.name,
         "fingerprint": encoder.fingerprint,
-        "checkpoint": checkpoint.name,
+        "checkpoint": pretrained.trained.name,
         "stages": list(stages),
         "grid": grid,
         "dim": encoder.dim,
     }
     return Probed(encoder=encoder, twin=twin, bundle=None, run=run, description=description)
-
-
-def load_graph(
-    file: Path, config: RunConfig, *, stages: Sequence[int] = (), grid: int = 1
-) -> EncoderGraph:
-    """Build a run's graph with the weights of a file and a pooled readout.
-
-    Raises:
-        RunError: the file is missing or damaged.
-        UsageError: the network has no such stage.
-    """
-    graph, stage_dims, _ = graph_of(file, config)
-    graph.readout = PooledReadout(stage_dims, stages=stages, grid=grid)
-    return graph

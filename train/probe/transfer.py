@@ -13,11 +13,13 @@ Source: Zbontar et al., arXiv 2103.03230, section 3.3.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
 from models.bundle import Json
 from models.images import open_source
+from train.errors import ExportError, RunError
 from train.probe import linear as linear_probe
 from train.probe.finetune import (
     Trained,
@@ -34,6 +36,7 @@ from train.run import describe_environment
 if TYPE_CHECKING:
     from train.device import Compute
     from train.probe.linear_layers import Layers
+    from train.probe.pretrained import Pretrained
     from train.probe.probed import Probed
 
 
@@ -62,8 +65,11 @@ def evaluate_transfer(options: TransferOptions, probed: Probed, compute: Compute
     _, labels_N = record_classes(open_source(options.images))
     draw = draw_labels(labels_N, options)
     layers = fit_layers(linear, probed, draw.by_seed[options.seeds[0]])
+    pretrained = _find_pretrained(options, probed)
     trained = (
-        None if probed.run is None else train_arms(options, probed, compute, with_layers=False)
+        None
+        if pretrained is None
+        else train_arms(options, probed, pretrained, compute, with_layers=False)
     )
     test = read_test(linear, probed, layers, test_source, with_images=True)
     rows, scores_NC = measure(linear, layers, test)
@@ -72,7 +78,7 @@ def evaluate_transfer(options: TransferOptions, probed: Probed, compute: Compute
     settings = linear_probe.describe_settings(linear)
     settings |= {"labels": options.labels, "balanced": options.balanced}
     if trained is None:
-        notes.append("only a run can be trained further: of a bundle there is the linear layer")
+        notes.append("its network cannot be trained further: there is the linear layer alone")
     else:
         arms, scores_NC = score_arms(trained.arms, labelled_images(test), compute)
         gain = difference(*arms) if len(arms) == 2 else None
@@ -94,6 +100,19 @@ def evaluate_transfer(options: TransferOptions, probed: Probed, compute: Compute
         notes=notes,
         environment=describe_environment(),
     )
+
+
+def _find_pretrained(options: TransferOptions, probed: Probed) -> Pretrained | None:
+    """Find the network to train further: that of a run, or of a bundle that unfolds."""
+    from train.probe.pretrained import read_pretrained
+
+    if probed.run is not None:
+        return read_pretrained(probed.run.path)
+    if probed.bundle is None:
+        return None
+    with suppress(RunError, ExportError):
+        return read_pretrained(probed.bundle)
+    return None
 
 
 def _linear_options(options: TransferOptions) -> LinearOptions:

@@ -14,9 +14,7 @@ from PIL import Image
 from pymilvus import MilvusClient
 
 from index.build import BuildOptions, build
-from index.collection import Collection, id_of
-from index.delete import DeleteOptions
-from index.delete import main as delete
+from index.collection import Collection
 from index.errors import CollectionError
 from index.export import ExportOptions
 from index.export import main as export
@@ -105,44 +103,11 @@ def test_it_is_exported_as_from_disk(options: BuildOptions, tmp_path: Path) -> N
         assert tables[0].equals(tables[1])
 
 
-def test_images_are_deleted_from_it(
-    options: BuildOptions, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """By key, id and filter; one that is not there, and nothing is."""
-    address = build(options).collection
-
-    def run(*args: str) -> tuple[int, str]:
-        argv = [address, *args]
-        status = run_command(DeleteOptions, delete, prog="delete", argv=argv)
-        captured = capsys.readouterr()
-        return status, captured.out + captured.err
-
-    status, said = run("--key", "red/000.png", "--id", "7")
-    assert (status, "id 7: expected an id of the 12 in collection" in said) == (1, True)
-    which = (
-        "--key",
-        "red/000.png",
-        "--id",
-        str(id_of("red/001.png")),
-        "--filter",
-        "label = 'blue'",
-    )
-    status, said = run(*which, "--dry-run")
-    assert (status, said.splitlines()[0]) == (
-        0,
-        f"{address}: would delete 6 images, 6 would be left",
-    )
-    assert run(*which) == (0, f"{address}: deleted 6 images, 6 are left\n")
-    with closing(open_collection(address)) as stored:
-        keys = [*(f"green/{n:03}.png" for n in range(4)), "red/002.png", "red/003.png"]
-        assert sorted(stored.keys()) == keys
-
-
 @pytest.mark.parametrize(
     "command",
     [
-        "describe C", "compact C", "verify C", "tune C --recall .9", "duplicates C --out O",
-        "outliers C --out O", "map C --out O",
+        "describe C", "delete C --key K", "delete C --key K --dry-run", "compact C", "verify C",
+        "tune C --recall .9", "duplicates C --out O", "outliers C --out O", "map C --out O",
         "select C --budget 1 --method random --out O",
     ],
 )  # fmt: skip
@@ -159,8 +124,7 @@ def test_what_wants_a_directory_says_so(
     assert (status, capsys.readouterr().err) == (
         2,
         f"python -m index.{name}: collection: expected a directory, found the address of a Milvus; "
-        "`index.search`, `index.export`, `index.delete` and `index.evaluate retrieval`, `recall` "
-        "and `space` take either, this does not\n",
+        "`python -m index.search` and `python -m index.export` take either, this does not\n",
     )
     assert not (tmp_path / "out").exists()
 
