@@ -6,8 +6,7 @@ such as the delete.csv of `index.duplicates`), or several of these together.
 Rules:
     One key, id or line that is not there, and nothing is deleted: a slip of the pen is found
     before it costs something.
-    All of them go in one write: after a crash all are gone, or none. A Milvus takes them by some
-    thousands: where it refuses some, the same command with what is left mends it.
+    All of them go in one write: after a crash all are gone, or none.
     `--dry-run` opens the collection for reading only, and says what would go.
     The images' files are not touched, and the space is given back by `index.compact`.
 """
@@ -19,7 +18,6 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,9 +25,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tyro.conf import Positional
 
-from index.errors import CollectionError, unknown_id
-from index.filters import parse_filter
-from index.interface import AnyCollection, open_collection, open_writer
+from index.collection import Collection
+from index.errors import CollectionError
+from index.milvus.connection import require_directory
+from index.storage.writer import CollectionWriter
 from models.command import run_command
 from models.errors import UsageError
 
@@ -43,8 +42,8 @@ ID_COLUMN = "id"
 class DeleteOptions:
     """Delete images from a collection."""
 
-    collection: Positional[str]
-    """The collection's directory, or milvus:URI#NAME."""
+    collection: Positional[Path]
+    """The collection's directory."""
     key: tuple[str, ...] = ()
     """Keys of images to delete."""
     id: tuple[int, ...] = ()
@@ -75,12 +74,13 @@ def main(options: DeleteOptions) -> None:
         HoraceError: the collection cannot be read or written, or one of those to be deleted is
             not there; then nothing is.
     """
+    require_directory(options.collection)
     if options.dry_run:
-        with closing(open_collection(options.collection)) as collection:
+        with Collection.open(options.collection) as collection:
             ids = choose(collection, options)
             _tell_dry_run(collection, options, ids)
         return
-    with closing(open_writer(options.collection)) as writer:
+    with CollectionWriter.open(options.collection) as writer:
         ids = choose(writer.collection, options)
         deleted = writer.delete(ids)
         left = writer.collection.count
@@ -90,7 +90,7 @@ def main(options: DeleteOptions) -> None:
         print(f"{options.collection}: deleted {_images(deleted)}, {left} are left")
 
 
-def choose(collection: AnyCollection, options: DeleteOptions) -> NDArray[np.int64]:
+def choose(collection: Collection, options: DeleteOptions) -> NDArray[np.int64]:
     """Find the ids of all that is to be deleted, each once.
 
     Raises:
@@ -103,13 +103,10 @@ def choose(collection: AnyCollection, options: DeleteOptions) -> NDArray[np.int6
     if options.list is not None:
         named += _read_list(options.list)
     ids_N = np.array(named, np.int64)
-    unknown = ids_N[~np.isin(ids_N, collection.ids)]
-    if unknown.size:
-        raise unknown_id(int(unknown[0]), count=collection.count, name=collection.name)
+    collection.row_numbers(ids_N)
     if options.filter is not None:
-        rows = collection.table()
-        chosen = rows.filter(parse_filter(options.filter, rows.schema))["id"]
-        ids_N = np.concatenate([ids_N, chosen.to_numpy()])
+        chosen = collection.ids[collection.select(options.filter).mask_N]
+        ids_N = np.concatenate([ids_N, chosen])
     return np.unique(ids_N)
 
 
@@ -146,9 +143,7 @@ def _bad_list(where: str, expected: str, found: str) -> CollectionError:
     )
 
 
-def _tell_dry_run(
-    collection: AnyCollection, options: DeleteOptions, ids: NDArray[np.int64]
-) -> None:
+def _tell_dry_run(collection: Collection, options: DeleteOptions, ids: NDArray[np.int64]) -> None:
     """Say what would be deleted."""
     left = collection.count - len(ids)
     if options.json:

@@ -167,21 +167,3 @@ def open_collection(address: str, *, threads: int | None = None) -> AnyCollectio
     from index.collection import Collection
 
     return Collection.open(address, threads=threads)
-
-
-def open_writer(address: str) -> AnyWriter:
-    """Open a collection to write to it, by its directory or by `milvus:URI#NAME`.
-
-    Raises:
-        UsageError: the address is none.
-        CollectionError: there is none, it has another writer, is damaged, or does not answer.
-    """
-    from index.milvus.connection import is_milvus
-
-    if is_milvus(address):
-        from index.milvus.writer import MilvusWriter
-
-        return MilvusWriter.open(address)
-    from index.storage.writer import CollectionWriter
-
-    return CollectionWriter.open(address)

@@ -63,8 +63,7 @@ def require_directory(path: Path | str) -> None:
             "collection",
             expected="a directory",
             found="the address of a Milvus",
-            mend="`index.search`, `index.export`, `index.delete` and `index.evaluate retrieval`, "
-            "`recall` and `space` take either, this does not",
+            mend="`python -m index.search` and `python -m index.export` take either, this does not",
         )
 
 
