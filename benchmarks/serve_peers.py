@@ -44,7 +44,14 @@ import numpy as np
 
 from benchmarks.peers.bundles import make_bundle
 from benchmarks.peers.encoder import Setting
-from benchmarks.peers.loads import Load, Target, measure, warm_up
+from benchmarks.peers.loads import (
+    Load,
+    Target,
+    children_cpu_s,
+    measure,
+    measure_alone,
+    warm_up,
+)
 from benchmarks.peers.processes import BenchmarkError
 from benchmarks.peers.requests import check_answer, make_images, write_bodies
 from benchmarks.peers.servers import LANES, PEERS, PYTRITON, count_answered, kind_of, serve
@@ -305,11 +312,15 @@ def run_ceiling(bundle: Path, payload: str, one: Target, seconds: float) -> Row:
         bundle=bundle, payload=payload, port=0, instances=1, threads=cpu_budget(), max_requests=1
     )
     argv = [sys.executable, "-m", "benchmarks.peers.ceiling", str(one.body), str(seconds)]
-    done = subprocess.run(
-        argv, env=os.environ | setting.environment(), capture_output=True, text=True, check=True
-    )
-    figures: Row = json.loads(done.stdout)
-    return figures
+
+    def run() -> Row:
+        done = subprocess.run(
+            argv, env=os.environ | setting.environment(), capture_output=True, text=True, check=True
+        )
+        figures: Row = json.loads(done.stdout)
+        return figures
+
+    return measure_alone(run, children_cpu_s)
 
 
 def summarise(options: Options, kept: Measurements) -> dict[str, object]:

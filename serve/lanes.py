@@ -13,7 +13,7 @@ Rules:
 
 It does not know what waits, and holds nothing.
 
-Measured: docs/decisions/0023-a-batch-a-thread.md.
+See docs/decisions/0024-a-batch-a-thread.md.
 """
 
 from __future__ import annotations

@@ -75,6 +75,12 @@ def cpu_s(pid: int) -> float:
     return sum(_own_cpu_s(member) for member in _tree(pid))
 
 
+def machine_cpu_s() -> float:
+    """Give the CPU seconds that everything on this machine has used."""
+    user, nice, system, _, _, *rest = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+    return sum(map(int, (user, nice, system, *rest))) / TICKS
+
+
 def _tree(pid: int) -> Iterator[int]:
     """List a process and its descendants that live."""
     yield pid
