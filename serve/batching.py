@@ -359,11 +359,17 @@ class Batcher(Generic[TicketT]):
     def _until_idle_s(self, images: int, now_s: float) -> float:
         """Say for how long no instance will take the first of so many images that wait."""
         images += self._running_images
-        waits = self._running and self._has_lanes and images < self._instances
+        few = self._running and self._has_lanes and images < self._instances
+        waits = few or self._is_on_all
         if len(self._running) < self._instances and not waits:
             return 0.0
         ends_s = [self._ends_running_s(batch, now_s) for batch in self._running]
         return max(0.0, (max if waits else min)(ends_s) - now_s)
+
+    @property
+    def _is_on_all(self) -> bool:
+        """Whether a batch runs that has all lanes."""
+        return self._has_lanes and any(not batch.on_one_thread for batch in self._running)
 
     def _ends_running_s(self, batch: Batch[TicketT], now_s: float) -> float:
         """Say when a batch that runs will be done."""
@@ -381,6 +387,7 @@ class Batcher(Generic[TicketT]):
         return next_share(
             waiting=self._queue.images,
             running=self._running_images,
+            is_on_all=self._is_on_all,
             lanes=self._instances,
             most=self._max_batch_images,
             image_s=self._latency.image_s(now_s),

@@ -4,8 +4,9 @@ An encoder with lanes computes a batch on all of its threads, or on the calling 
 many batches side by side as it has threads.
 
 Rules:
-    Where there are fewer images than lanes they run together on all threads, one batch at a
-    time: that answers a lone image soonest.
+    Where there are fewer images than lanes they run together on all threads: that answers a lone
+    image soonest. Nothing runs beside such a batch, and it begins beside nothing: it would wait
+    at every layer for the thread whose CPU was taken.
     Where there are as many images or more, each lane takes its share of all that there are as a
     batch of its own. Threads that share one batch wait for one another after every layer;
     lanes never do, and a batch of one image costs an image there little more than a full one.
@@ -38,17 +39,20 @@ class Share:
 
 
 def next_share(
-    *, waiting: int, running: int, lanes: int, most: int, image_s: float
+    *, waiting: int, running: int, is_on_all: bool, lanes: int, most: int, image_s: float
 ) -> Share | None:
     """Say what an idle lane takes; None where it waits for what runs.
 
     Args:
         waiting: images that wait, at least one.
         running: images in batches that run.
+        is_on_all: whether one of these is on all threads.
         lanes: threads of the encoder.
         most: the largest batch.
         image_s: what an image takes on one thread; 0 where that is not known.
     """
+    if is_on_all:
+        return None
     if waiting + running < lanes:
         return None if running else Share(most, on_one_thread=False)
     fair = -(-(waiting + running) // lanes)

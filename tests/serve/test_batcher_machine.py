@@ -235,9 +235,11 @@ class BatcherMachine(RuleBasedStateMachine):
         assert repr(self.batcher._backlog) == "<Backlog (0, 0, 0) images>"
 
     def waits(self):
-        """Whether few images wait for those that all threads are at."""
+        """Whether images wait for those that all threads are at, or few for any that run."""
         running = sum(batch.images for batch in self.in_flight)
-        return self.has_lanes and running and len(self.queued) + running < self.instances
+        few = running and len(self.queued) + running < self.instances
+        is_on_all = any(not batch.on_one_thread for batch in self.in_flight)
+        return self.has_lanes and (few or is_on_all)
 
     def check_order(self, taken):
         """First come, first served within each client and priority."""

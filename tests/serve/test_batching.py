@@ -340,17 +340,19 @@ def make_lanes(lanes: int, **changes: float) -> Batcher[Ticket]:
 
 
 def test_a_lone_image_has_all_threads_and_company_has_lanes():
-    """One image runs on all threads; one that comes beside it has the other lane at once."""
+    """Those that come while one image is on all threads wait for it, and then have a lane each."""
     batcher = make_lanes(2)
-    first, second = admitted(batcher, 1), admitted(batcher, 1)
-    batcher.cancel(second)
+    first = admitted(batcher, 1)
     alone = batcher.decide(0.0).batch
     assert contents(alone) == [(first, [0])]
     assert not alone.on_one_thread
-    third = admitted(batcher, 1)
-    beside = batcher.decide(0.0).batch
-    assert contents(beside) == [(third, [0])]
-    assert beside.on_one_thread
+    others = [admitted(batcher, 1), admitted(batcher, 1)]
+    assert batcher.decide(0.0).batch is None
+    batcher.finish(alone, 0.0)
+    for other in others:
+        batch = batcher.decide(0.0).batch
+        assert contents(batch) == [(other, [0])]
+        assert batch.on_one_thread
 
 
 def test_lanes_share_a_request():

@@ -7,9 +7,12 @@ from hypothesis import strategies as st
 from serve.lanes import Share, next_share
 
 
-def share(waiting, running, *, lanes=4, most=32, image_s=0.0):
+def share(waiting, running, *, is_on_all=False, lanes=4, most=32, image_s=0.0):
     """What an idle lane takes."""
-    return next_share(waiting=waiting, running=running, lanes=lanes, most=most, image_s=image_s)
+    return next_share(
+        waiting=waiting, running=running, is_on_all=is_on_all, lanes=lanes, most=most,
+        image_s=image_s,
+    )  # fmt: skip
 
 
 def test_fewer_images_than_lanes_run_together_on_all_threads():
@@ -18,7 +21,13 @@ def test_fewer_images_than_lanes_run_together_on_all_threads():
 
 
 def test_what_all_threads_are_at_is_waited_for():
-    """A second batch on all threads would be in the way of the first."""
+    """However many wait: a batch beside it would take a CPU that its layers wait for."""
+    assert share(1, 1, is_on_all=True) is None
+    assert share(32, 1, is_on_all=True) is None
+
+
+def test_few_images_wait_for_lanes_that_run():
+    """They have all threads soon."""
     assert share(1, 1) is None
     assert share(2, 1) is None
 
