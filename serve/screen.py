@@ -31,7 +31,7 @@ from weakref import ReferenceType, ref
 import grpc
 
 from models.errors import HoraceError
-from serve.answering import Answering
+from serve.answering import Answering, time_to_answer
 from serve.catalog import ServedModel
 from serve.errors import DeadlineError, QueueFullError, retry_metadata, to_status
 from serve.operation.observer import Call
@@ -197,7 +197,7 @@ class Screen:
             return None
         kind, request_id = read
         now_s = self._answering.clock()
-        deadline_s = math.inf if left_s is None else now_s + left_s
+        deadline_s = now_s + time_to_answer(left_s)
         call = Call(
             method=method.name,
             arrived_s=now_s,

@@ -153,7 +153,7 @@ def test_a_refusal_makes_others_likely_for_a_second(desk):
     """And each that follows does; the engine hears whose call it is, and until when it has time."""
     assert desk.answering.is_refusing
     assert desk.ask(images(b"x", b"y", priority=3)) is not None
-    assert desk.asked == [("10.0.0.7", 2, 3, 100.5)]
+    assert desk.asked == [("10.0.0.7", 2, 3, 100.45)]
     desk.now_s += 0.9 * REFUSING_S
     assert desk.ask(left_s=None) is not None
     assert desk.asked[1:] == [("10.0.0.7", 1, 0, math.inf)]
@@ -294,7 +294,7 @@ def test_without_a_key_nobody_hears_of_an_engine():
     assert desk.ask(metadata=(("x-api-key", "wrong"),)) is None
     assert desk.asked == []
     assert desk.ask(metadata=(("x-api-key", "right"),)) is not None
-    assert desk.asked == [("team", 1, 0, 100.5)]
+    assert desk.asked == [("team", 1, 0, 100.45)]
 
 
 @pytest.mark.parametrize("quota", [Quota(images_per_s=1e6), Quota(calls=1e6)])
