@@ -24,6 +24,7 @@ random vectors: `python -m benchmarks.filters --synthetic 60000`.
 from __future__ import annotations
 
 import json
+import shlex
 import statistics
 import sys
 import tempfile
@@ -107,6 +108,7 @@ def measure(path: Path, queries_QD: NDArray[np.float32], options: FilterBenchmar
     singles_QD = queries_QD[: options.singles]
     with Collection.open(path, threads=1) as one, Collection.open(path, verify=False) as all_:
         report = {
+            "command": shlex.join(["python", "-m", "benchmarks.filters", *sys.argv[1:]]),
             "cpu": cpu_name(),
             "cpus": cpu_budget(),
             "versions": {name: version(name) for name in ("faiss-cpu", "numpy", "pyarrow")},
