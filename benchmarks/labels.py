@@ -156,6 +156,7 @@ def main(options: Options) -> None:
         "test": {**test.describe()},
         "seeds": list(options.seeds),
         "effort": options.effort,
+        "device": compute.name,
         "precision": compute.precision,
         "threads": threads,
         "total_s": round(time.monotonic() - start_s),

@@ -9,11 +9,13 @@ within every repeat, so that a noisy moment hits all of them; a ratio is the med
 repeats' own ratios. Where other programs run, look at `cpu_s`, the CPU time of all threads.
 
 Memory: each candidate once, in a process of its own, on embeddings that exist already: the
-peak of the resident set (VmHWM) after it, less the one before it. The two gradients count.
+peak of the resident set (VmHWM) after it, less the one before it; on a GPU the peak of what
+torch's allocator has handed out. The two gradients count.
 
 Exactness: value and gradients against the paper's formula in float64.
 
-Run from the root: `python -m benchmarks.loss --out benchmarks/results/loss.json`.
+Run from the root: `python -m benchmarks.loss --out benchmarks/results/loss.json`; with
+`--device cuda` on one GPU, in float32 without TF32.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import gc
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -30,6 +33,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +41,7 @@ from torch import Tensor, nn
 from models.command import progress, run_command
 from models.cpu import cpu_budget, cpu_name
 from train.loss import barlow_twins_loss
-from train.loss.forms import memory_bytes
+from train.loss.forms import device_memory_bytes
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -55,6 +59,8 @@ class LossBenchmarkOptions:
     """Batch x dimensions to time everything at."""
     large: str = "256x65536"
     """Where only the exact forms of Horace are run, for C would take 17 GB; empty: nowhere."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the embeddings are."""
     repeats: int = 7
     """How often the candidates take turns at each size."""
     threads: int | None = None
@@ -67,7 +73,7 @@ class LossBenchmarkOptions:
 
 def official(z1: Tensor, z2: Tensor) -> Tensor:
     """The authors' loss, as their `main.py` computes it on one process."""
-    norm = nn.BatchNorm1d(z1.shape[1], affine=False)
+    norm = nn.BatchNorm1d(z1.shape[1], affine=False, device=z1.device)
     c = norm(z1).T @ norm(z2)
     c.div_(len(z1))
     on_diagonal = torch.diagonal(c).add_(-1).pow_(2).sum()
@@ -94,30 +100,38 @@ def candidates(*, is_large: bool) -> dict[str, Loss]:
     return found
 
 
-def embeddings(size: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def embeddings(size: str, device: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Two views that share half of their variance."""
     n, dim = map(int, size.split("x"))
     draw = torch.Generator().manual_seed(0)
     views = []
     shared = torch.randn(n, dim, generator=draw)
     for _ in range(2):
-        views.append((shared + torch.randn(n, dim, generator=draw)).to(dtype).requires_grad_())
+        view = shared + torch.randn(n, dim, generator=draw)
+        views.append(view.to(device, dtype).requires_grad_())
     return views[0], views[1]
 
 
 def run_once(loss: Loss, z1: Tensor, z2: Tensor) -> tuple[float, float]:
     """Go forward and backward; give wall and CPU seconds."""
     z1.grad = z2.grad = None
-    wall_s, cpu_s = time.perf_counter(), time.process_time()
+    wall_s, cpu_s = now_s(), time.process_time()
     torch.autograd.backward(loss(z1, z2))
-    return time.perf_counter() - wall_s, time.process_time() - cpu_s
+    return now_s() - wall_s, time.process_time() - cpu_s
+
+
+def now_s() -> float:
+    """Read the clock when a GPU, if there is one, has done what it was told."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def time_in_turns(
-    losses: dict[str, Loss], size: str, repeats: int
+    losses: dict[str, Loss], size: str, device: str, repeats: int
 ) -> dict[str, dict[str, list[float]]]:
     """Give each candidate's seconds, a figure a repeat; the first repeat does not count."""
-    z1, z2 = embeddings(size)
+    z1, z2 = embeddings(size, device)
     figures: dict[str, dict[str, list[float]]] = {
         name: {"wall_s": [], "cpu_s": []} for name in losses
     }
@@ -164,34 +178,42 @@ def peak_bytes() -> int:
     return int(peak) * 1024
 
 
-def measure_memory(name: str, size: str) -> int:
+def measure_memory(name: str, size: str, device: str) -> int:
     """Give the bytes that one forward and backward takes beyond the embeddings."""
     loss = candidates(is_large=False)[name]
-    small1, small2 = embeddings("64x64")
+    small1, small2 = embeddings("64x64", device)
     run_once(loss, small1, small2)  # libraries load, pools start
-    z1, z2 = embeddings(size)
+    z1, z2 = embeddings(size, device)
     gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run_once(loss, z1, z2)
+        return torch.cuda.max_memory_allocated() - before
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is resident
     before = peak_bytes()
     run_once(loss, z1, z2)
     return peak_bytes() - before
 
 
-def memory_in_own_process(name: str, size: str) -> int:
+def memory_in_own_process(name: str, size: str, device: str) -> int:
     """Measure memory where nothing else has been."""
-    command = [sys.executable, "-m", "benchmarks.loss", "--memory-of", f"{name}:{size}"]
+    command = [
+        sys.executable, "-m", "benchmarks.loss", "--memory-of", f"{name}:{size}",
+        "--device", device,
+    ]  # fmt: skip
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def errors(losses: dict[str, Loss], size: str) -> dict[str, dict[str, float]]:
+def errors(losses: dict[str, Loss], size: str, device: str) -> dict[str, dict[str, float]]:
     """Give each candidate's relative error in value and gradient against float64."""
-    z1, z2 = embeddings(size, torch.float64)
+    z1, z2 = embeddings(size, device, torch.float64)
     exact = barlow_twins_loss_written_out(z1, z2)
     torch.autograd.backward(exact)
     assert z1.grad is not None
     rows = {}
     for name, loss in losses.items():
-        w1, w2 = embeddings(size)
+        w1, w2 = embeddings(size, device)
         value = loss(w1, w2)
         torch.autograd.backward(value)
         assert w1.grad is not None
@@ -215,13 +237,14 @@ def main(options: LossBenchmarkOptions) -> None:
     """Measure, print tables and write the figures."""
     torch.set_num_threads(options.threads or cpu_budget())
     if options.memory_of:
-        print(measure_memory(*options.memory_of.split(":")))
+        print(measure_memory(*options.memory_of.split(":"), options.device))
         return
     report: dict[str, object] = {
-        "command": "python -m benchmarks.loss",
+        "command": shlex.join(["python", "-m", "benchmarks.loss", *sys.argv[1:]]),
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
-        "memory_bytes": memory_bytes(torch.device("cpu")),
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
+        "memory_bytes": device_memory_bytes(torch.device(options.device)),
         "load_average_before": round(os.getloadavg()[0], 1),
         "versions": {"python": platform.python_version()} | package_versions(),
         "repeats": options.repeats,
@@ -231,15 +254,15 @@ def main(options: LossBenchmarkOptions) -> None:
     for i in progress(range(len(sizes)), what="measuring", total=len(sizes), unit="size"):
         size = sizes[i]
         losses = candidates(is_large=size == options.large)
-        figures = time_in_turns(losses, size, options.repeats)
+        figures = time_in_turns(losses, size, options.device, options.repeats)
         rows: dict[str, dict[str, object]] = {
             name: {kind: spread(values) for kind, values in figures[name].items()}
             | times_as_fast(figures, name)
-            | {"peak_extra_bytes": memory_in_own_process(name, size)}
+            | {"peak_extra_bytes": memory_in_own_process(name, size, options.device)}
             for name in losses
         }
         if size != options.large:
-            for name, error in errors(losses, size).items():
+            for name, error in errors(losses, size, options.device).items():
                 rows[name]["relative_error"] = error
         report[size] = rows
         print(table(size, rows), flush=True)

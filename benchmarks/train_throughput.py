@@ -5,23 +5,25 @@ folder of 3,000 JPEGs of 500 x 375 (`benchmarks.photographs`) at 224 with that o
 
 Horace trains as `train.pretrain` does: its own source of batches, views, loss and step, at
 float32 and at its default precision. lightly trains as its documentation shows: its BYOL
-transforms with our probabilities and ranges, torchvision's image loading, a DataLoader, its
-BarlowTwinsLoss; with 0, 1, 2 and 4 workers, of which the best counts. It gets our network
-and optimiser. One more contender is what a user of lightly could add by hand: bf16 autocast
-and channels_last.
+transforms with our probabilities and ranges, torchvision's image loading, a DataLoader (that
+pins memory for a GPU), its BarlowTwinsLoss; with 0, 1, 2 and 4 workers, and as many as there
+are CPUs, of which the best counts. It gets our network and optimiser. One more contender is
+what a user of lightly could add by hand: bf16 autocast and channels_last.
 
 Each measurement is a process of its own: some steps to warm up, then as many as fit in the
 time. What DataLoader workers had prepared before the clock starts counts in lightly's
 favour. Contenders take turns within every round; ratios are paired within rounds.
 
 Run from the root, after `apt-get install mate-backgrounds`:
-`python -m benchmarks.train_throughput --out benchmarks/results/train_throughput.json`.
+`python -m benchmarks.train_throughput --out benchmarks/results/train_throughput.json`; with
+`--device cuda` on one GPU.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -38,20 +40,22 @@ import tyro
 
 from benchmarks.photographs import DEBIAN_PHOTOS, make_jpegs
 from models.command import progress, run_command
-from models.cpu import cpu_budget, cpu_name
+from models.cpu import cpu_budget
 from train.config import PretrainOptions
 from train.presets import PRESETS
+from train.run import describe_environment
 
 Case = Literal["fashion-mnist", "photographs"]
+DeviceName = Literal["cpu", "cuda"]
 Step = Callable[[], int]
 """Takes one training step and gives the number of its images."""
 
 CASES: tuple[Case, ...] = ("fashion-mnist", "photographs")
 BARS: dict[Case, float] = {"fashion-mnist": 3.0, "photographs": 1.3}
-WORKERS = (0, 1, 2, 4)
+WORKERS = tuple(sorted({0, 1, 2, 4, cpu_budget()}))
 OURS, OURS_FP32, TUNED = "horace", "horace fp32", "lightly tuned"
 CONTENDERS = (OURS, OURS_FP32, *(f"lightly {n} workers" for n in WORKERS), TUNED)
-TUNED_WORKERS = 2
+TUNED_WORKERS = cpu_budget()
 JPEGS = 3000
 PHOTOGRAPH_PX = 224
 PHOTOGRAPH_BATCH = 64
@@ -65,6 +69,9 @@ class Options:
 
     cases: tuple[Case, ...] = CASES
     """What to train on."""
+
+    device: DeviceName = "cpu"
+    """Where both train."""
 
     rounds: int = 3
     """How often every contender is measured."""
@@ -103,8 +110,9 @@ def main(options: Options) -> None:
     for case, contender in progress(turns, what="measuring", total=len(turns), unit="turn"):
         figures[case].setdefault(contender, []).append(in_process(case, contender, options))
     report = {
-        "command": "python -m benchmarks.train_throughput",
-        "hardware": {"cpu": cpu_name(), "cpus": cpu_budget()},
+        "command": shlex.join(["python", "-m", "benchmarks.train_throughput", *sys.argv[1:]]),
+        "device": options.device,
+        "hardware": describe_environment()["hardware"],
         "load_average_before": round(load, 1),
         "versions": {
             name: version(name)
@@ -125,15 +133,16 @@ def in_process(case: Case, contender: str, options: Options) -> dict[str, float]
     command = [
         sys.executable, "-m", "benchmarks.train_throughput", "--cases", case,
         "--only", contender, "--seconds", str(options.seconds), "--jpegs", str(options.jpegs),
+        "--device", options.device,
     ]  # fmt: skip
-    ended = subprocess.run(command, check=True, capture_output=True, text=True)
+    ended = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     figures: dict[str, float] = json.loads(ended.stdout.splitlines()[-1])
     return figures
 
 
 def measure(case: Case, contender: str, options: Options) -> dict[str, float]:
     """Train with one contender and give its figures."""
-    pretraining = pretrain_options(case, options.jpegs)
+    pretraining = replace(pretrain_options(case, options.jpegs), device=options.device)
     if contender in (OURS, OURS_FP32):
         precision = "fp32" if contender == OURS_FP32 else "auto"
         return measure_horace(replace(pretraining, precision=precision), options.seconds)
@@ -144,7 +153,7 @@ def measure(case: Case, contender: str, options: Options) -> dict[str, float]:
 
 def pretrain_options(case: Case, jpegs: Path) -> PretrainOptions:
     """Give what both train: the preset of the case."""
-    changes = {"device": "cpu", "threads": cpu_budget(), "epochs": 1000}
+    changes = {"threads": cpu_budget(), "epochs": 1000}
     if case == "photographs":
         changes |= {
             "source": f"folder:{jpegs}",
@@ -160,10 +169,19 @@ def time_steps(step: Step, seconds: float) -> float:
     """Give images a second, after some steps that do not count."""
     for _ in range(WARM_UP_STEPS):
         step()
-    start_s, images = time.perf_counter(), 0
+    start_s, images = now_s(), 0
     while time.perf_counter() - start_s < seconds:
         images += step()
-    return images / (time.perf_counter() - start_s)
+    return images / (now_s() - start_s)
+
+
+def now_s() -> float:
+    """Read the clock when a GPU, if there is one, has done what it was told."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def measure_horace(options: PretrainOptions, seconds: float) -> dict[str, float]:
@@ -203,10 +221,10 @@ def measure_horace(options: PretrainOptions, seconds: float) -> dict[str, float]
 
 def part_ms(part: Callable[[], object], images: int) -> float:
     """Give the milliseconds an image that a part of a step takes."""
-    start_s = time.perf_counter()
+    start_s = now_s()
     for _ in range(PART_STEPS):
         part()
-    return (time.perf_counter() - start_s) / (PART_STEPS * images) * 1e3
+    return (now_s() - start_s) / (PART_STEPS * images) * 1e3
 
 
 def lightly_step(options: PretrainOptions, workers: int, *, is_tuned: bool) -> Step:
@@ -221,16 +239,17 @@ def lightly_step(options: PretrainOptions, workers: int, *, is_tuned: bool) -> S
     torch.set_num_threads(cpu_budget())
     torch.manual_seed(options.seed)
     layout = torch.channels_last if is_tuned else torch.contiguous_format
+    device = torch.device(options.device)
     network = build_network(options.network, options.channels, options.image_size_px)
-    network.to(memory_format=layout)
+    network.to(device=device, memory_format=layout)
     optimizer = make_optimizer(network, options.optimizer, weight_decay=options.weight_decay)
     criterion = BarlowTwinsLoss(lambda_param=options.lambd)
-    is_bf16 = is_tuned and has_native_bf16(torch.device("cpu"))
+    is_bf16 = is_tuned and has_native_bf16(device)
     pairs = endless(lightly_loader(options, workers))
 
     def step() -> int:
-        view1, view2 = next(pairs)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_bf16):
+        view1, view2 = (view.to(device, non_blocking=True) for view in next(pairs))
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_bf16):
             _, z1_ND = network(view1.contiguous(memory_format=layout))
             _, z2_ND = network(view2.contiguous(memory_format=layout))
         loss = criterion(z1_ND.float(), z2_ND.float())
@@ -295,6 +314,8 @@ def lightly_loader(options: PretrainOptions, workers: int):
         shuffle=True,
         drop_last=True,
         num_workers=workers,
+        pin_memory=options.device == "cuda",
+        persistent_workers=workers > 0,
     )
 
 

@@ -182,13 +182,17 @@ def engine_key(fingerprint: str, *, gpu: str, tensorrt: str) -> str:
 
 def gpu_name(device: int, gpus: Path = GPUS) -> str:
     """Name a GPU as its driver does; by its number where the driver does not say."""
-    files = sorted(gpus.glob("*/information"))
-    if device < len(files):
-        for line in files[device].read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key == "Model":
-                return value.strip()
-    return f"gpu-{device}"
+    names = gpu_names(gpus)
+    return names[device] if device < len(names) else f"gpu-{device}"
+
+
+def gpu_names(gpus: Path = GPUS) -> list[str]:
+    """Name the machine's GPUs in the driver's order; none where there is no driver."""
+    names = []
+    for number, file in enumerate(sorted(gpus.glob("*/information"))):
+        lines = dict(line.split(":", 1) for line in file.read_text().splitlines() if ":" in line)
+        names.append(lines.get("Model", f"gpu-{number}").strip())
+    return names
 
 
 def tensorrt_version() -> str:

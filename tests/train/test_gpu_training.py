@@ -15,6 +15,7 @@ from train.checkpoint import list_checkpoints, load_weights
 from train.config import PretrainOptions
 from train.log import read_log
 from train.loop import pretrain
+from train.recorded import STEPS_BEFORE, recorded
 
 RunOptions = Callable[..., PretrainOptions]
 
@@ -56,6 +57,46 @@ def test_a_compiled_network_trains(tmp_path: Path, run_options: RunOptions) -> N
     pretrain(options)
     losses = losses_of(options.run_path)
     assert losses[-1] < losses[0]
+
+
+def test_a_recorded_step_learns_what_others_learn(
+    tmp_path: Path, run_options: RunOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CUDA graph is replayed, and the run ends close to one that never was recorded."""
+    replays = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(
+        torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(1), replay(graph))
+    )
+    options = run_options(tmp_path / "recorded", device="cuda", precision="fp32")
+    pretrain(options)
+    steps = load_weights(list_checkpoints(options.run_path / "checkpoints")[-1])["step"]
+    assert len(replays) == steps - STEPS_BEFORE > 0
+    monkeypatch.setattr("train.recorded.STEPS_BEFORE", 10**9)
+    plain = run_options(tmp_path / "plain", device="cuda", precision="fp32")
+    pretrain(plain)
+    for name, value in last_weights(options.run_path).items():
+        torch.testing.assert_close(value, last_weights(plain.run_path)[name], rtol=1e-2, atol=1e-3)
+
+
+def test_what_waits_for_the_gpu_is_computed_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    """The warning names the reason, and the results are right before and after it."""
+    device = torch.device("cuda", 0)
+    compute = recorded(lambda x: (x * x.sum().item(),), device)
+    for _ in range(STEPS_BEFORE + 3):
+        (found,) = compute(torch.ones(3, device=device))
+        torch.testing.assert_close(found.cpu(), torch.full((3,), 3.0))
+    assert caplog.text.count("cannot be recorded as a CUDA graph") == 1
+
+
+def test_a_recording_reads_what_it_is_given(caplog: pytest.LogCaptureFixture) -> None:
+    """New inputs are looked at, and results that were given stay as they are."""
+    device = torch.device("cuda", 0)
+    compute = recorded(lambda x: (2 * x,), device)
+    found = [compute(torch.full((3,), float(i), device=device))[0] for i in range(8)]
+    for i, tensor in enumerate(found):
+        torch.testing.assert_close(tensor.cpu(), torch.full((3,), 2.0 * i))
+    assert not caplog.text
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

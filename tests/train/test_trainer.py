@@ -148,3 +148,14 @@ def test_each_view_has_its_half_of_the_probabilities() -> None:
 def test_every_step_has_a_seed_of_its_own() -> None:
     """Seeds of neighbouring steps and runs do not meet."""
     assert len({step_seed(seed, step) for seed in range(10) for step in range(100)}) == 1000
+
+
+def test_views_made_in_the_recording_are_those_made_before_it(options: PretrainOptions) -> None:
+    """A step learns the same from images with parameters as from the views of these."""
+    trainer, batch = make_trainer(options), make_batch()
+    trainer.is_recorded = True
+    assert trainer.makes_views_whole(batch)
+    assert not trainer.makes_views_whole(make_batch(views=2))
+    made = trainer._whole_views(*trainer._whole(batch))
+    for view, expected in zip(made, trainer.views(batch), strict=True):
+        torch.testing.assert_close(view, expected, rtol=0, atol=1e-4)

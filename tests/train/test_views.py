@@ -22,6 +22,7 @@ from train.views import (
     random_view,
 )
 from train.views.operations import brighten_, stretch_contrast_
+from train.views.whole import apply_whole, whole_parameters
 
 FULL_RECIPE = ViewRecipe(
     crop_area=(0.2, 1.0),
@@ -227,6 +228,20 @@ def test_normaliser_takes_uint8_nhwc_to_channels_last_floats() -> None:
     normalised = Normaliser(mean=mean, std=std).to_input(images)
     assert normalised.shape == (1, 2, 1, 1)
     torch.testing.assert_close(normalised.flatten(), torch.tensor([-1.0, 1.0]))
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_without_a_choice_of_images_views_are_the_same(channels: int, interpolation: str) -> None:
+    """What a CUDA graph does to all images changes only those that it was drawn for."""
+    images = noise(64, channels, 20)
+    recipe = dataclasses.replace(FULL_RECIPE, interpolation=interpolation)
+    parameters = drawn(images, recipe)
+    given = whole_parameters(parameters, images.shape, images)
+    kept = images.clone()
+    views = apply_whole(images, given, recipe)
+    torch.testing.assert_close(views, apply_view(images, parameters), rtol=0, atol=1e-5)
+    assert torch.equal(images, kept)
 
 
 @pytest.mark.gpu

@@ -6,7 +6,7 @@ Rules:
     An image that cannot be used is counted, and its place is taken by the next usable one in
     the order of the source, so that batches stay full; with views of its own.
     So many batches are worked on ahead, and no more, as `PREFETCH_BATCHES` says.
-    Threads, not processes: libjpeg-turbo and Pillow let go of the GIL, and
+    Threads, not processes: libjpeg-turbo and torch let go of the GIL, and
     nothing is pickled or copied between address spaces.
 
 How an image becomes two views is the matter of a `MakeViews`, such as `train.views.crops`.
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import TypeAlias
 
 import numpy as np
@@ -28,6 +28,7 @@ from models.images import ImageData
 from train.data.batches import Batch, Pixels, Plan
 from train.data.catalogue import Catalogue
 from train.data.rejects import Rejects, reject_of
+from train.threads import single_threads
 
 PREFETCH_BATCHES = 3
 """Batches beyond the one in use that are decoded or being decoded."""
@@ -59,7 +60,7 @@ class StreamSource:
         self.steps_per_epoch = plan.steps_per_epoch
         self._catalogue, self._plan = catalogue, plan
         self._make_views, self._rejects = make_views, rejects
-        self._pool = ThreadPoolExecutor(workers, "decode")
+        self._pool = single_threads(workers, "decode")
 
     def batches(self, first_step: int, total_steps: int) -> Iterator[Batch]:
         """Yield the batches of the steps from `first_step` to before `total_steps`.

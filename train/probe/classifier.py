@@ -32,6 +32,7 @@ from train.device import Compute
 from train.export.graph import EncoderGraph
 from train.probe.augment import augment, crops_and_flips
 from train.probe.softmax import fit_softmax
+from train.recorded import recorded
 
 EVALUATION_BATCH = 500
 HEAD_TOLERANCE = 1e-3
@@ -133,17 +134,22 @@ def train_classifier(
             classifier, images, targets, c=recipe.head_c, is_mirrored=recipe.flip_probability > 0
         )
     batches = _batches(len(images), batch_size, generator)
-    for step in range(total_steps):
-        rows = next(batches).to(compute.device)
-        classifier.train(not recipe.freezes_batch_norm)
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * lr_share(recipe, step, total_steps)
-        logits_NC = classifier(augment(images[rows], views, generator), compute)
+
+    def leave_gradients(views_NHWC: Tensor, targets_N: Tensor) -> tuple[Tensor, ...]:
         loss = nn.functional.cross_entropy(
-            logits_NC, targets[rows], label_smoothing=recipe.label_smoothing
+            classifier(views_NHWC, compute), targets_N, label_smoothing=recipe.label_smoothing
         )
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(scaler.scale(loss))
+        return ()
+
+    learn = recorded(leave_gradients, compute.device)
+    classifier.train(not recipe.freezes_batch_norm)
+    for step in range(total_steps):
+        rows = next(batches).to(compute.device)
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * lr_share(recipe, step, total_steps)
+        learn(augment(images[rows], views, generator), targets[rows])
         scaler.step(optimizer)
         scaler.update()
     classifier.eval()

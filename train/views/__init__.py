@@ -11,7 +11,7 @@ Rules:
     Any number of channels: where it is not three, saturation, hue and grey fall away.
 
 What is drawn, and how, is in `train.views.parameters`; what is done to pixels is in
-`train.views.operations`.
+`train.views.operations`; `train.views.whole` makes the same views for a CUDA graph.
 
 Source: arXiv 2103.03230, section 2.2.
 
@@ -24,27 +24,24 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from threading import Barrier
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from train.threads import single_threads
 from train.views.operations import (
+    JITTER_OPERATIONS,
     blur_,
-    brighten_,
     crop_and_resize,
+    jitter_numbers,
     mirror_,
-    saturate_,
     solarise_,
-    stretch_contrast_,
     to_device,
     to_grey_,
-    turn_hue_,
 )
 from train.views.parameters import (
-    JITTERS,
     UNITS,
     ViewParameters,
     ViewRecipe,
@@ -65,12 +62,6 @@ __all__ = [
 
 CACHE_BYTES = 1 << 19
 """Images that a thread of a CPU works on at a time, or one image if that is larger."""
-
-JITTER_OPERATIONS = (brighten_, stretch_contrast_, saturate_, turn_hue_)
-"""In the order of `JITTERS`."""
-
-COLOUR_JITTERS = ("saturation", "hue")
-"""Those that have a meaning only for red, green and blue."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,22 +202,8 @@ def _in_pieces(
 
 @cache
 def _workers(threads: int) -> ThreadPoolExecutor:
-    """Give the threads that make pieces, each with one thread for its operations.
-
-    They are kept: what OpenMP sets up for a new thread takes longer than a small piece.
-    """
-    pool = ThreadPoolExecutor(threads)
-    ready = Barrier(threads)
-
-    def start(_: int) -> None:
-        torch.set_num_threads(1)
-        torch.get_num_threads()  # binds this thread to that: see lazy_init_num_threads in ATen
-        ready.wait()
-
-    for _ in pool.map(start, range(threads)):
-        pass
-    torch.set_num_threads(threads)  # for threads that are yet to come
-    return pool
+    """Give the threads that make pieces."""
+    return single_threads(threads, "views")
 
 
 def _change_values(views_nCHW: Tensor, parameters: ViewParameters) -> None:
@@ -240,10 +217,7 @@ def _change_values(views_nCHW: Tensor, parameters: ViewParameters) -> None:
 
 def _jitter(views_nCHW: Tensor, parameters: ViewParameters) -> None:
     """Change brightness, contrast, saturation and hue, in each image's own order."""
-    names = [name for name in JITTERS if getattr(parameters.recipe, name) > 0]
-    if views_nCHW.shape[1] != 3:
-        names = [name for name in names if name not in COLOUR_JITTERS]
-    numbers = [JITTERS.index(name) for name in names]
+    numbers = jitter_numbers(parameters.recipe, views_nCHW.shape[1])
     for slot_n in parameters.order.T:
         for j in numbers:
             is_chosen = parameters.is_jittered & (slot_n == j)

@@ -19,6 +19,7 @@ Shapes: n images, C channels, H x W pixels, K taps; n111 is (n, 1, 1, 1).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,13 +27,53 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from train.views.parameters import CropBoxes, Interpolation
+from train.views.parameters import JITTERS, CropBoxes, Interpolation, ViewRecipe
 
 GREY_WEIGHTS = (0.299, 0.587, 0.114)
 """Luma of ITU-R BT.601, as in Pillow's conversion to grey."""
 
+COLOUR_JITTERS = ("saturation", "hue")
+"""Those that have a meaning only for red, green and blue."""
+
 CUBIC_A = -0.75
 """The slope of Keys' kernel at 1; Pillow has -.5."""
+
+
+class CropTaps(NamedTuple):
+    """Which pixels make up each pixel of the crops, and by what weights: arrays or tensors.
+
+    Attributes:
+        lines_nKCH: numbers of the rows of all planes, of every image, channel and row.
+        line_weights_nK1H1: of each.
+        columns_nK11W: numbers of the columns, of every image and column.
+        column_weights_nK11W: of each.
+    """
+
+    lines_nKCH: Any
+    line_weights_nK1H1: Any
+    columns_nK11W: Any
+    column_weights_nK11W: Any
+
+
+def crop_taps(
+    boxes: CropBoxes,
+    is_mirrored: NDArray[np.bool_],
+    interpolation: Interpolation,
+    shape: tuple[int, ...],
+) -> CropTaps:
+    """Say of which pixels the crops of (n, C, H, W) images are made, as arrays."""
+    n, channels, height, width = shape
+    row_nKH, row_weight_nKH = taps(boxes.top, boxes.height, height, interpolation)
+    column_nKW, column_weight_nKW = taps(boxes.left, boxes.width, width, interpolation)
+    column_nKW[is_mirrored] = column_nKW[is_mirrored, :, ::-1]
+    column_weight_nKW[is_mirrored] = column_weight_nKW[is_mirrored, :, ::-1]
+    first_n1C1 = np.arange(n * channels).reshape(n, 1, channels, 1) * height
+    return CropTaps(
+        lines_nKCH=first_n1C1 + row_nKH[:, :, None],
+        line_weights_nK1H1=row_weight_nKH[:, :, None, :, None],
+        columns_nK11W=column_nKW[:, :, None, None],
+        column_weights_nK11W=column_weight_nKW[:, :, None, None],
+    )
 
 
 def crop_and_resize(
@@ -49,25 +90,27 @@ def crop_and_resize(
     Returns:
         (n, C, H, W) contiguous; a cubic's overshoot is cut off at 0 and 1.
     """
-    n, channels, height, width = images_nCHW.shape
-    row_nKH, row_weight_nKH = taps(boxes.top, boxes.height, height, interpolation)
-    column_nKW, column_weight_nKW = taps(boxes.left, boxes.width, width, interpolation)
-    column_nKW[is_mirrored] = column_nKW[is_mirrored, :, ::-1]
-    column_weight_nKW[is_mirrored] = column_weight_nKW[is_mirrored, :, ::-1]
-    planes = images_nCHW.reshape(n * channels * height, width)
-    first_n1C1 = np.arange(n * channels).reshape(n, 1, channels, 1) * height
-    lines_nKCH = to_device(first_n1C1 + row_nKH[:, :, None], planes)
-    columns_nK11W = to_device(column_nKW[:, :, None, None], planes)
-    shape = images_nCHW.shape
+    found = crop_taps(boxes, is_mirrored, interpolation, images_nCHW.shape)
+    return weigh_taps(images_nCHW, CropTaps(*(to_device(array, images_nCHW) for array in found)))
+
+
+def weigh_taps(images_nCHW: Tensor, taken: CropTaps) -> Tensor:
+    """Make crops of their taps, which are tensors where the images are."""
+    shape, width = images_nCHW.shape, images_nCHW.shape[3]
+    planes = images_nCHW.reshape(-1, width)
     rows_nCHW = _weighted_sum(
-        (planes.index_select(0, lines.flatten()).view(shape) for lines in lines_nKCH.unbind(1)),
-        to_device(row_weight_nKH[:, :, None, :, None], planes),
+        (
+            planes.index_select(0, lines.flatten()).view(shape)
+            for lines in taken.lines_nKCH.unbind(1)
+        ),
+        taken.line_weights_nK1H1,
     )
     views_nCHW = _weighted_sum(
-        (rows_nCHW.gather(3, columns.expand(shape)) for columns in columns_nK11W.unbind(1)),
-        to_device(column_weight_nKW[:, :, None, None], planes),
+        (rows_nCHW.gather(3, columns.expand(shape)) for columns in taken.columns_nK11W.unbind(1)),
+        taken.column_weights_nK11W,
     )
-    return views_nCHW.clamp_(0, 1) if interpolation == "bicubic" else views_nCHW
+    has_overshoot = taken.lines_nKCH.shape[1] > 2
+    return views_nCHW.clamp_(0, 1) if has_overshoot else views_nCHW
 
 
 def _weighted_sum(taken: Iterator[Tensor], weights_nK: Tensor) -> Tensor:
@@ -197,3 +240,16 @@ def to_device(values: NDArray[np.generic], like: Tensor) -> Tensor:
     tensor = torch.from_numpy(np.ascontiguousarray(values))
     dtype = like.dtype if tensor.is_floating_point() else tensor.dtype
     return tensor.to(like.device, dtype, non_blocking=True)
+
+
+JITTER_OPERATIONS = (brighten_, stretch_contrast_, saturate_, turn_hue_)
+"""In the order of `JITTERS`."""
+
+
+def jitter_numbers(recipe: ViewRecipe, channels: int) -> list[int]:
+    """Give the numbers of the jitter's operations that can change an image."""
+    return [
+        j
+        for j, name in enumerate(JITTERS)
+        if getattr(recipe, name) > 0 and (channels == 3 or name not in COLOUR_JITTERS)
+    ]
