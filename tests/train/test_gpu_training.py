@@ -8,13 +8,19 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from models.networks import ResNet
 from train.checkpoint import list_checkpoints, load_weights
 from train.config import PretrainOptions
+from train.device import Compute
+from train.export.graph import EncoderGraph
+from train.export.readout import PooledReadout
 from train.log import read_log
 from train.loop import pretrain
+from train.probe.classifier import Classifier, Recipe, train_classifier
 from train.recorded import STEPS_BEFORE, recorded
 
 RunOptions = Callable[..., PretrainOptions]
@@ -97,6 +103,25 @@ def test_a_recording_reads_what_it_is_given(caplog: pytest.LogCaptureFixture) ->
     for i, tensor in enumerate(found):
         torch.testing.assert_close(tensor.cpu(), torch.full((3,), 2.0 * i))
     assert not caplog.text
+
+
+def test_a_classifier_is_recorded(caplog: pytest.LogCaptureFixture) -> None:
+    """Backbone, readout of every stage and layer: nothing in them waits for the host."""
+    device = torch.device("cuda", 0)
+    backbone = ResNet(layout="resnet10", stem="small", width=8, in_channels=1)
+    readout = PooledReadout(backbone.stage_dims, stages=(1, 2, 3), grid=2)
+    graph = EncoderGraph(backbone, readout, [0.5], [0.25])
+    images = np.random.default_rng(0).integers(0, 256, (64, 16, 16, 1), dtype=np.uint8)
+    recipe = Recipe(
+        epochs=4, batch_size=16, optimizer="adamw", lr_head=1e-3, lr_backbone=1e-3,
+        weight_decay=0.0, schedule="cosine", warmup_share=0.1, label_smoothing=0.1,
+        smallest_crop=0.8, flip_probability=0.5, head_c=0.1, freezes_batch_norm=False,
+    )  # fmt: skip
+    train_classifier(
+        Classifier(graph, 4), images, np.arange(64) % 4, recipe, seed=0,
+        compute=Compute(device=device, precision="bf16"),
+    )  # fmt: skip
+    assert "cannot be recorded" not in caplog.text
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -16,6 +16,7 @@ dimensions.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -125,10 +126,23 @@ def pool_to_grid(map_NCHW: Tensor, grid: int) -> Tensor:
             found=str(grid),
             mend="choose a smaller grid or an earlier stage",
         )
-    shares_GP = np.kron(_shares(height, grid), _shares(width, grid)).astype(np.float32)
-    shares_GP11 = torch.from_numpy(shares_GP).to(map_NCHW.device)[:, :, None, None]
+    of_cells = _kept_cell_shares if map_NCHW.is_cuda else _cell_shares
+    shares_GP11 = of_cells(height, width, grid, map_NCHW.device)
     pixels_NPC1 = map_NCHW.flatten(2).transpose(1, 2).unsqueeze(3)
     return nn.functional.conv2d(pixels_NPC1, shares_GP11).flatten(1)
+
+
+def _cell_shares(height: int, width: int, grid: int, device: torch.device) -> Tensor:
+    """Give how much each of P pixels of a map counts in each of G cells, (G, P, 1, 1)."""
+    shares_GP = np.kron(_shares(height, grid), _shares(width, grid)).astype(np.float32)
+    return torch.from_numpy(shares_GP).to(device)[:, :, None, None]
+
+
+@cache
+def _kept_cell_shares(height: int, width: int, grid: int, device: torch.device) -> Tensor:
+    """Keep them on a GPU: a copy from the host cannot be recorded (`train.recorded`)."""
+    with torch.inference_mode(False):  # a training may be the next to need them
+        return _cell_shares(height, width, grid, device)
 
 
 def _shares(size: int, cells: int) -> NDArray[np.float64]:
