@@ -39,6 +39,7 @@ PresetName = Literal["fashion-mnist", "folder", "cifar10-resnet18", "imagenet-re
 FREE_OPTIONS = (
     "checkpoint_every_s",
     "checkpoint_every_steps",
+    "cuda_graph",
     "keep_checkpoints",
     "knn_every_epochs",
     "log_every_steps",
@@ -160,7 +161,11 @@ class PretrainOptions:
     bf16 where the device computes it natively."""
 
     compile: bool = False
-    """Compile the network: a minute or more at the start, faster steps on a GPU."""
+    """Compile the network: a minute or more at the start; for small ones slower steps, too."""
+
+    cuda_graph: bool = True
+    """On one GPU, without --compile: record what every step does alike, and replay it. What
+    cannot be recorded is told and computed as it is; then leave it off."""
 
     data_in: Literal["auto", "memory", "stream"] = "auto"
     """Hold the decoded images in memory, or read them anew in every epoch; auto holds what

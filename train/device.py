@@ -21,6 +21,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -159,7 +160,7 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Device
     """Bring batches to the device; to a GPU one ahead, while it computes on the one before.
 
     On the CPU nothing is copied and nothing is read ahead. On a GPU a batch is the caller's
-    until it asks for the second one after it; all have the shape of the first.
+    until it asks for the next one; all have the shape of the first.
     """
     if device.type != "cuda":
         for batch in batches:
@@ -168,26 +169,20 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Device
     copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no types
     slots: list[_Slot] = []
     ahead: tuple[int, _Slot] | None = None
-    for batch in batches:
-        tensors = _tensors(batch)
-        if len(slots) < SLOTS:
-            slots.append(_Slot(tensors, device))
-        slot = slots.pop(0)
-        slots.append(slot)
-        slot.fill(tensors, copying)
+    for number, coming in enumerate(chain(batches, [None])):
+        filled = None
+        if coming is not None:
+            tensors = _tensors(coming)
+            if number < SLOTS:
+                slots.append(_Slot(tensors, device))
+            filled = coming.step, slots[number % SLOTS]
+            filled[1].fill(tensors, copying)
         if ahead is not None:
-            yield from _handed_over(*ahead)
-        ahead = batch.step, slot
-    if ahead is not None:
-        yield from _handed_over(*ahead)
-
-
-def _handed_over(step: int, slot: _Slot) -> Iterator[DeviceBatch]:
-    """Yield the batch of a slot, and note when the work on it has been given."""
-    computing = torch.cuda.current_stream(slot.pixels[0].device)
-    computing.wait_event(slot.copied)
-    yield DeviceBatch(step=step, pixels=slot.pixels)
-    slot.used.record(torch.cuda.current_stream(slot.pixels[0].device))
+            step, slot = ahead
+            torch.cuda.current_stream(device).wait_event(slot.copied)
+            yield DeviceBatch(step=step, pixels=slot.pixels)
+            slot.used.record(torch.cuda.current_stream(device))
+        ahead = filled
 
 
 class _Slot:
@@ -198,6 +193,8 @@ class _Slot:
         self.pixels = tuple(torch.empty_like(tensor, device=device) for tensor in like)
         self.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no types
         self.used = torch.cuda.Event()  # type: ignore[no-untyped-call]  # as above
+        # Memory that is new here may be in use there still: the first copy waits, too.
+        self.used.record(torch.cuda.current_stream(device))
 
     def fill(self, tensors: tuple[Tensor, ...], copying: torch.cuda.Stream) -> None:
         """Start to copy a batch, when the one before it has been copied and used."""

@@ -1,6 +1,6 @@
 """What a GPU does in every step alike, recorded once and then started as one: a CUDA graph.
 
-A step on small images is a thousand kernels of some microseconds each, and Python takes longer
+A step on small images is hundreds of kernels of some microseconds each, and Python takes longer
 to start them than a GPU to run them.
 
 Rules:
@@ -71,23 +71,23 @@ class Recorded:
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             found = self._compute(*given)
-        current.wait_stream(self._stream)
-        for tensor in found:
-            tensor.record_stream(current)
+        current.wait_stream(self._stream)  # whose next work waits for `current` in its turn
         return found
 
     def _record(self, given: Tensors) -> None:
         """Record what is computed; where that cannot be done, leave it at that."""
         places = tuple(tensor.clone() for tensor in given)
         graph = torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream(self._stream.device)
+        # Only what this thread does would spoil the recording: others may read or save.
+        recording = torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local")
         try:
-            # Only what this thread does would spoil the recording: others may read or save.
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            with torch.cuda.stream(current), recording:  # a failed one leaves its own stream on
                 found = self._compute(*places)
         except RuntimeError as error:
             log.warning(
                 "the step cannot be recorded as a CUDA graph and is slower for it: %s",
-                str(error).splitlines()[0],
+                str(error.__context__ or error).splitlines()[0],
             )
             return
         self._graph, self._given, self._found = graph, places, found

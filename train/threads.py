@@ -7,6 +7,9 @@ from threading import Barrier
 
 import torch
 
+START_S = 60.0
+"""In which all threads must have started; else the machine has none to give."""
+
 
 def single_threads(count: int, name: str) -> ThreadPoolExecutor:
     """Start threads in each of which torch's operations take no other thread to help.
@@ -21,7 +24,7 @@ def single_threads(count: int, name: str) -> ThreadPoolExecutor:
     def start(_: int) -> None:
         torch.set_num_threads(1)
         torch.get_num_threads()  # binds this thread to that: see lazy_init_num_threads in ATen
-        ready.wait()
+        ready.wait(START_S)
 
     for _ in pool.map(start, range(count)):
         pass

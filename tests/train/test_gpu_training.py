@@ -65,8 +65,12 @@ def test_a_compiled_network_trains(tmp_path: Path, run_options: RunOptions) -> N
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("changes", [{}, {"channels": 3, "optimizer": "lars"}])
 def test_a_recorded_step_learns_what_others_learn(
-    tmp_path: Path, run_options: RunOptions, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    run_options: RunOptions,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, object],
 ) -> None:
     """A CUDA graph is replayed, and the run ends close to one that never was recorded."""
     replays = []
@@ -74,13 +78,14 @@ def test_a_recorded_step_learns_what_others_learn(
     monkeypatch.setattr(
         torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(1), replay(graph))
     )
-    options = run_options(tmp_path / "recorded", device="cuda", precision="fp32")
+    common = {"device": "cuda", "precision": "fp32", **changes}
+    options = run_options(tmp_path / "recorded", **common)
     pretrain(options)
     steps = load_weights(list_checkpoints(options.run_path / "checkpoints")[-1])["step"]
     assert len(replays) == steps - STEPS_BEFORE > 0
-    monkeypatch.setattr("train.recorded.STEPS_BEFORE", 10**9)
-    plain = run_options(tmp_path / "plain", device="cuda", precision="fp32")
+    plain = run_options(tmp_path / "plain", cuda_graph=False, **common)
     pretrain(plain)
+    assert len(replays) == steps - STEPS_BEFORE
     for name, value in last_weights(options.run_path).items():
         torch.testing.assert_close(value, last_weights(plain.run_path)[name], rtol=1e-2, atol=1e-3)
 

@@ -146,7 +146,7 @@ def train_classifier(
     learn = recorded(leave_gradients, compute.device)
     classifier.train(not recipe.freezes_batch_norm)
     for step in range(total_steps):
-        rows = next(batches).to(compute.device)
+        rows = next(batches).to(compute.device, non_blocking=True)
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * lr_share(recipe, step, total_steps)
         learn(augment(images[rows], views, generator), targets[rows])

@@ -7,9 +7,8 @@ Rules:
     1/8 at which the smallest crop still has the pixels of the view. `models.preprocess`,
     which serves, keeps twice as many: a view is about to be jittered and blurred anyway, and
     at 3000 x 2000 decoding takes a third less.
-    A crop is of whole pixels of what was decoded, and resizing is antialiased, by torch: for
-    two crops of 224 pixels it takes a third of the time of Pillow, whose copies in and out
-    hold the GIL, so that more than a few threads would wait for one another.
+    A crop is of whole pixels of what was decoded, and resizing is antialiased, by torch:
+    Pillow's copies in and out hold the GIL, so that threads would wait for one another.
     Only crops are made here; mirroring and colours are for whole batches, in `train.views`.
 
 Shapes: H x W pixels and C channels of a view, h x w of an image.
@@ -101,14 +100,12 @@ def cut_crops(
     if not cut.boxes:  # nothing that can be decoded at another scale than its own
         cut.choose_divisor(*picture.pixels.shape[:2])
     scale = picture.height / cut.image_height
-    pixels_hwC = np.require(picture.pixels, requirements=["C", "W"])  # torch asks for it
-    image_1Chw = torch.from_numpy(pixels_hwC.reshape(*pixels_hwC.shape[:2], channels))[None]
-    image_1Chw = image_1Chw.permute(0, 3, 1, 2)
+    pixels_hwC = picture.pixels.reshape(*picture.pixels.shape[:2], channels)
     views = []
     for box in cut.boxes:
-        rows, columns = _part(box, picture, scale)
+        crop_hwC = torch.from_numpy(np.array(pixels_hwC[_part(box, picture, scale)]))
         view_1CHW = functional.interpolate(
-            image_1Chw[:, :, rows, columns], (height, width), mode=interpolation, antialias=True
+            crop_hwC.permute(2, 0, 1)[None], (height, width), mode=interpolation, antialias=True
         )
         views.append(view_1CHW[0].permute(1, 2, 0).numpy())
     return views

@@ -8,7 +8,7 @@ Rules:
     grey have no meaning and are not called; contrast has one, see `stretch_contrast_`.
 
 Crops are never larger than what they are resized to, so nothing is scaled down here and no
-low-pass filter is needed; where a stream's images are cropped at decoding, that is Pillow's.
+low-pass filter is needed; where a stream's images are cropped at decoding, torch has one.
 
 Source: torchvision's `functional`, whose definitions these are; the cubic kernel is that of
 Keys, IEEE Trans. ASSP 29 (1981), with a = -.75 as in torch.
@@ -19,7 +19,6 @@ Shapes: n images, C channels, H x W pixels, K taps; n111 is (n, 1, 1, 1).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,40 +38,29 @@ CUBIC_A = -0.75
 """The slope of Keys' kernel at 1; Pillow has -.5."""
 
 
-class CropTaps(NamedTuple):
-    """Which pixels make up each pixel of the crops, and by what weights: arrays or tensors.
-
-    Attributes:
-        lines_nKCH: numbers of the rows of all planes, of every image, channel and row.
-        line_weights_nK1H1: of each.
-        columns_nK11W: numbers of the columns, of every image and column.
-        column_weights_nK11W: of each.
-    """
-
-    lines_nKCH: Any
-    line_weights_nK1H1: Any
-    columns_nK11W: Any
-    column_weights_nK11W: Any
-
-
 def crop_taps(
     boxes: CropBoxes,
     is_mirrored: NDArray[np.bool_],
     interpolation: Interpolation,
     shape: tuple[int, ...],
-) -> CropTaps:
-    """Say of which pixels the crops of (n, C, H, W) images are made, as arrays."""
+) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int64], NDArray[np.float32]]:
+    """Say which pixels of (n, C, H, W) images make up their crops, and by what weights.
+
+    Returns:
+        Numbers of the rows of all planes, (n, K, C, H), and the weight of each, (n, K, 1, H, 1);
+        numbers of the columns and the weight of each, both (n, K, 1, 1, W).
+    """
     n, channels, height, width = shape
     row_nKH, row_weight_nKH = taps(boxes.top, boxes.height, height, interpolation)
     column_nKW, column_weight_nKW = taps(boxes.left, boxes.width, width, interpolation)
     column_nKW[is_mirrored] = column_nKW[is_mirrored, :, ::-1]
     column_weight_nKW[is_mirrored] = column_weight_nKW[is_mirrored, :, ::-1]
     first_n1C1 = np.arange(n * channels).reshape(n, 1, channels, 1) * height
-    return CropTaps(
-        lines_nKCH=first_n1C1 + row_nKH[:, :, None],
-        line_weights_nK1H1=row_weight_nKH[:, :, None, :, None],
-        columns_nK11W=column_nKW[:, :, None, None],
-        column_weights_nK11W=column_weight_nKW[:, :, None, None],
+    return (
+        first_n1C1 + row_nKH[:, :, None],
+        row_weight_nKH[:, :, None, :, None],
+        column_nKW[:, :, None, None],
+        column_weight_nKW[:, :, None, None],
     )
 
 
@@ -91,25 +79,28 @@ def crop_and_resize(
         (n, C, H, W) contiguous; a cubic's overshoot is cut off at 0 and 1.
     """
     found = crop_taps(boxes, is_mirrored, interpolation, images_nCHW.shape)
-    return weigh_taps(images_nCHW, CropTaps(*(to_device(array, images_nCHW) for array in found)))
+    return weigh_taps(images_nCHW, *(to_device(array, images_nCHW) for array in found))
 
 
-def weigh_taps(images_nCHW: Tensor, taken: CropTaps) -> Tensor:
-    """Make crops of their taps, which are tensors where the images are."""
+def weigh_taps(
+    images_nCHW: Tensor,
+    lines_nKCH: Tensor,
+    line_weights_nK1H1: Tensor,
+    columns_nK11W: Tensor,
+    column_weights_nK11W: Tensor,
+) -> Tensor:
+    """Make crops of what `crop_taps` says, as tensors where the images are."""
     shape, width = images_nCHW.shape, images_nCHW.shape[3]
     planes = images_nCHW.reshape(-1, width)
     rows_nCHW = _weighted_sum(
-        (
-            planes.index_select(0, lines.flatten()).view(shape)
-            for lines in taken.lines_nKCH.unbind(1)
-        ),
-        taken.line_weights_nK1H1,
+        (planes.index_select(0, lines.flatten()).view(shape) for lines in lines_nKCH.unbind(1)),
+        line_weights_nK1H1,
     )
     views_nCHW = _weighted_sum(
-        (rows_nCHW.gather(3, columns.expand(shape)) for columns in taken.columns_nK11W.unbind(1)),
-        taken.column_weights_nK11W,
+        (rows_nCHW.gather(3, columns.expand(shape)) for columns in columns_nK11W.unbind(1)),
+        column_weights_nK11W,
     )
-    has_overshoot = taken.lines_nKCH.shape[1] > 2
+    has_overshoot = lines_nKCH.shape[1] > 2
     return views_nCHW.clamp_(0, 1) if has_overshoot else views_nCHW
 
 

@@ -134,7 +134,7 @@ def crop_box(
 ) -> tuple[float, float, float, float]:
     """Draw one crop as (top, left, height, width), in pixels and fractions of them.
 
-    Its distribution is that of a batch's crops. Pillow's `resize` takes such boxes; where
+    Its distribution is that of a batch's crops. Fractions of pixels are given; where
     whole pixels are needed the caller rounds.
 
     Args:

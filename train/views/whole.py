@@ -18,7 +18,6 @@ from torch import Tensor
 
 from train.views.operations import (
     JITTER_OPERATIONS,
-    CropTaps,
     blur_,
     crop_taps,
     grey,
@@ -34,7 +33,7 @@ class WholeParameters(NamedTuple):
     """What `ViewParameters` say, as tensors of shapes that depend on the recipe alone.
 
     Attributes:
-        lines_nKCH, line_weights_nK1H1, columns_nK11W, column_weights_nK11W: as in `CropTaps`.
+        lines_nKCH, line_weights_nK1H1, columns_nK11W, column_weights_nK11W: as in `crop_taps`.
         jitter_SJn111: of every operation in every place; what changes nothing where it was
             not drawn.
         is_grey_n111: 1 or 0.
@@ -85,7 +84,7 @@ def apply_whole(images_nCHW: Tensor, given: WholeParameters, recipe: ViewRecipe)
     Returns:
         (n, C, H, W) of the same dtype, in [0, 1].
     """
-    views_nCHW = weigh_taps(images_nCHW, CropTaps(*given[:4]))
+    views_nCHW = weigh_taps(images_nCHW, *given[:4])
     channels = images_nCHW.shape[1]
     for amounts_Jn111 in given.jitter_SJn111:
         for j in jitter_numbers(recipe, channels):
