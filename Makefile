@@ -76,7 +76,8 @@ bench: $(VENV)/.installed data ## Run the benchmarks: hours, on a quiet machine 
 	$(BIN)/python -m benchmarks.restart --out $(RESULTS)/restart.json
 	test -d $(SHIPPED_RUN) || $(BIN)/python -m train.pretrain fashion-mnist --out $(SHIPPED_RUN)
 	$(BIN)/python -m benchmarks.fashion_mnist $(SHIPPED_RUN) $(SHIPPED) --out $(RESULTS)/fashion_mnist.json
-	$(BIN)/python -m benchmarks.labels --keep artifacts/bench/labels --out $(RESULTS)/labels.json
+	$(BIN)/python -m benchmarks.labels --labels 0.01 --keep artifacts/bench/labels --out $(RESULTS)/labels.json
+	$(BIN)/python -m benchmarks.labels --labels 0.1 --keep artifacts/bench/labels --out $(RESULTS)/labels_10.json
 	$(BIN)/python -m benchmarks.int8 --out $(RESULTS)/int8.json
 	$(BIN)/python -m benchmarks.observers --out $(RESULTS)/observers.json
 	$(BIN)/python -m benchmarks.perf_analyzer --out $(RESULTS)/perf_analyzer.json
