@@ -122,8 +122,8 @@ def test_resuming_with_another_option_names_it(run_options: RunOptions, finished
     assert str(error.value) == (
         f"resuming {finished_run}: loss.lambd: expected None, found 0.1; "
         "leave it out, or start another run with another --out; only --checkpoint-every-s, "
-        "--checkpoint-every-steps, --keep-checkpoints, --knn-every-epochs, --log-every-steps, "
-        "--workers may change on the way"
+        "--checkpoint-every-steps, --cuda-graph, --keep-checkpoints, --knn-every-epochs, "
+        "--log-every-steps, --workers may change on the way"
     )
 
 
