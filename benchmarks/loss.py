@@ -38,6 +38,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from benchmarks.clock import now_s
 from models.command import progress, run_command
 from models.cpu import cpu_budget, cpu_name
 from train.loss import barlow_twins_loss
@@ -118,13 +119,6 @@ def run_once(loss: Loss, z1: Tensor, z2: Tensor) -> tuple[float, float]:
     wall_s, cpu_s = now_s(), time.process_time()
     torch.autograd.backward(loss(z1, z2))
     return now_s() - wall_s, time.process_time() - cpu_s
-
-
-def now_s() -> float:
-    """Read the clock when a GPU, if there is one, has done what it was told."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def time_in_turns(

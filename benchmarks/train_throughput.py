@@ -38,6 +38,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from benchmarks.clock import now_s
 from benchmarks.photographs import DEBIAN_PHOTOS, make_jpegs
 from models.command import progress, run_command
 from models.cpu import cpu_budget
@@ -46,7 +47,6 @@ from train.presets import PRESETS
 from train.run import describe_environment
 
 Case = Literal["fashion-mnist", "photographs"]
-DeviceName = Literal["cpu", "cuda"]
 Step = Callable[[], int]
 """Takes one training step and gives the number of its images."""
 
@@ -70,7 +70,7 @@ class Options:
     cases: tuple[Case, ...] = CASES
     """What to train on."""
 
-    device: DeviceName = "cpu"
+    device: Literal["cpu", "cuda"] = "cpu"
     """Where both train."""
 
     contenders: tuple[str, ...] = CONTENDERS
@@ -176,15 +176,6 @@ def time_steps(step: Step, seconds: float) -> float:
     while time.perf_counter() - start_s < seconds:
         images += step()
     return images / (now_s() - start_s)
-
-
-def now_s() -> float:
-    """Read the clock when a GPU, if there is one, has done what it was told."""
-    import torch
-
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def measure_horace(options: PretrainOptions, seconds: float) -> dict[str, float]:

@@ -34,7 +34,7 @@ run -m index.evaluate knn --collection "$OUT/collection" --images fashion-mnist:
 step "5/6 Serve, and search over gRPC with test images"
 run examples/search_over_grpc.py "$OUT/bundle" "$OUT/collection" --grid "$OUT/search.png"
 
-step "6/6 Done"
+step "6/6 Done, after $((SECONDS / 60)) minutes"
 cp "$OUT/run/curves.png" "$OUT/curves.png"
 cat <<TEXT
 In $OUT:
