@@ -2,10 +2,10 @@
 
 Every row is a whole run of `train.pretrain` with one thing changed, judged by the kNN
 accuracy (k=20, T=.07, cosine) of the pooled features of the last stage, in eval mode, on
-5,000 images held out of the *training* set; the test set is never read. The figures of the
-paper beside it are ImageNet linear top-1 after 300 epochs (arXiv 2103.03230, tables 5 and 6
-and figures 2 to 4): only their order can be compared, and the rank correlation says how far
-it agrees.
+images held out of the *training* set; the test set is never read. The figures of the paper
+beside it are ImageNet linear top-1 after 300 epochs (arXiv 2103.03230, tables 5 and 6 and
+figures 2 to 4): only their order can be compared, and the rank correlation says how far it
+agrees.
 
 What differs from the paper besides the scale: AdamW instead of LARS, its learning rate times
 sqrt(batch/128); of the projector only the last layer is widened, since three layers of 16,384
@@ -136,7 +136,10 @@ def main(options: AblationOptions) -> None:
         print(_line(results[-1]), flush=True)
     report: dict[str, Json] = {
         "command": shlex.join(["python", "-m", "benchmarks.ablations", *sys.argv[1:]]),
-        "measure": "kNN top-1 (k=20, T=.07) of pooled features, 5,000 held-out training images",
+        "measure": "kNN top-1 (k=20, T=.07) of pooled features, held-out training images",
+        "held_out_images": RunDirectory(path=run_options(rows()[0], options, 0).run_path)
+        .read_config()
+        .data["val_images"],
         "epochs": options.epochs,
         "seeds": options.seeds,
         "limit_images": options.limit_images,

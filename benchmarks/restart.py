@@ -1,17 +1,14 @@
 """Ten SIGKILLs at random moments, and whether the run ends in the bytes of an undisturbed one.
 
 One run of `python -m train.pretrain` is left alone. Another, with the same options, is killed
-again and again: each time a moment is drawn evenly between the start of the process and the
-time that the undisturbed one would still have taken, imports and reading included. It then
-goes on with `--resume`, or by the command it was started with where it had not yet written
-its `config.json`, in the end without a kill.
+again and again: each time a moment is drawn evenly between the start of the process, imports
+and reading included, and twice an equal share of the training after its first step, or the
+last checkpoint where that comes first. It then goes on with `--resume`, or by the command it
+was started with where it had not yet written its `config.json`, in the end without a kill.
 
 Compared are SHA-256 of the last checkpoint's weights, of the optimiser's moments, of torch's
-generator, of the steps in the log, and of the `encoder.onnx` that is exported. A process that
-ends before its moment has come is no kill: it is noted, and the moment drawn anew.
-
-The default seed is one whose first moment lies in the imports, before there is a run, so that
-the original command is given twice, and of whose others about half lie in training. Images
+generator, of the steps in the log, and of the `encoder.onnx` that is exported. No kill
+counts that comes after the last checkpoint: a run that gets there too early is an error. Images
 are those that ship with the tests.
 
 It is about one process on the CPU, in the precision that `auto` is there; for the others, for
@@ -107,9 +104,10 @@ class Pace:
     ending_s: float
     steps: int
 
-    def remaining_s(self, step: int) -> float:
-        """Say how long a process takes that goes on after `step`."""
-        return self.startup_s + self.training_s * (1 - step / self.steps) + self.ending_s
+    def bound_s(self, step: int, kills: int) -> float:
+        """Say up to when a process may be killed that goes on after `step`."""
+        share = min(2 / kills, 1 - step / self.steps)
+        return self.startup_s + share * self.training_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +121,6 @@ class Sitting:
         after_s: its moment, in seconds since the start of the process.
         was_training: whether it had come as far as its first step.
         step: the last in the log when it had ended.
-        was_killed: whether it was still at work at its moment.
     """
 
     resumed: bool
@@ -132,7 +129,6 @@ class Sitting:
     after_s: float
     was_training: bool
     step: int
-    was_killed: bool
 
 
 def pretrain_command(run: Path, options: RestartOptions) -> list[str]:
@@ -168,17 +164,15 @@ def run_undisturbed(command: Sequence[str], run: Path) -> Pace:
     )
 
 
-def kill_at_random(
-    command: Sequence[str], run: Path, pace: Pace, draw: random.Random, said_file: Path
+def kill_at(
+    command: Sequence[str], run: Path, after_s: float, bound_s: float, said_file: Path
 ) -> Sitting:
-    """Start or resume a run, and kill it at a random moment of what it has left.
+    """Start or resume a run, and kill it after so many seconds.
 
     Raises:
         TrainError: it failed of itself.
     """
     resumed, from_step = RunDirectory(path=run).config_file.exists(), last_checkpoint(run)
-    bound_s = pace.remaining_s(from_step)
-    after_s = draw.uniform(0, bound_s)
     with said_file.open("w") as errors:  # a file, for nobody would empty a pipe
         start_s = time.monotonic()
         process = subprocess.Popen([*command, *resume_option(run)], stderr=errors)
@@ -196,7 +190,6 @@ def kill_at_random(
         after_s=round(after_s, 3),
         was_training=IN_TRAINING in said,
         step=max(log_steps(run), default=0),
-        was_killed=status == -signal.SIGKILL,
     )
 
 
@@ -208,12 +201,22 @@ def resume_option(run: Path) -> tuple[str, ...]:
 def kill_again_and_again(
     command: Sequence[str], run: Path, pace: Pace, options: RestartOptions
 ) -> list[Sitting]:
-    """Kill a run as often as asked, then let it end."""
+    """Kill a run as often as asked, then let it end.
+
+    Raises:
+        TrainError: it was at its end before.
+    """
     draw, said_file = random.Random(options.seed), run.with_name("said.txt")
     sittings: list[Sitting] = []
-    while sum(sitting.was_killed for sitting in sittings) < options.kills:
-        sittings.append(kill_at_random(command, run, pace, draw, said_file))
+    for n in range(options.kills):
+        bound_s = pace.bound_s(last_checkpoint(run), options.kills)
+        sittings.append(kill_at(command, run, draw.uniform(0, bound_s), bound_s, said_file))
         print(line(sittings[-1]), flush=True)
+        if last_checkpoint(run) == pace.steps:
+            raise TrainError(
+                "the run", expected=f"{options.kills} kills before its last checkpoint",
+                found=f"{n}", mend="give more --epochs, or another --seed",
+            )  # fmt: skip
     finish([*command, *resume_option(run)])
     return sittings
 
@@ -294,18 +297,13 @@ def measure(options: RestartOptions, folder: Path) -> dict[str, Json]:
     sittings = kill_again_and_again(command["killed"], runs["killed"], pace, options)
     hashes = {name: hashes_of(run, folder / f"{name}-bundle") for name, run in runs.items()}
     config = RunDirectory(path=runs["killed"]).read_config()
-    noted: dict[bool, list[Json]] = {True: [], False: []}
-    for sitting in sittings:
-        fields = asdict(sitting)
-        noted[fields.pop("was_killed")].append(fields)
     return {
         "training": shlex.join(["python", *pretrain_command(Path("RUN"), options)[1:]]),
         "precision": config.options["precision"],
         "threads": config.options["threads"],
         "seed": options.seed,
         "undisturbed": {name: round(value, 3) for name, value in asdict(pace).items()},
-        "kills": noted[True],
-        "ended_before_their_moment": noted[False],
+        "kills": [asdict(sitting) for sitting in sittings],
         "hashes": {name: dict(found) for name, found in hashes.items()},
         "equal": hashes["undisturbed"] == hashes["killed"],
     }
@@ -350,9 +348,8 @@ def line(sitting: Sitting) -> str:
     """Lay out one sitting for people."""
     how = "resumed" if sitting.resumed else "started"
     where = "in training" if sitting.was_training else "before training"
-    end = "killed" if sitting.was_killed else "ended of itself before"
     return (
-        f"{how} at step {sitting.from_step}, {end} {sitting.after_s:.2f} of at most "
+        f"{how} at step {sitting.from_step}, killed after {sitting.after_s:.2f} of at most "
         f"{sitting.bound_s:.2f} s, {where}, the log at step {sitting.step}"
     )
 

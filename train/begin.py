@@ -209,25 +209,28 @@ def make_trainer(
 
 
 def start_or_resume(run: RunDirectory, config: RunConfig, trainer: Trainer) -> Progress:
-    """Fill the run directory, or bring the trainer to its last checkpoint."""
-    if not trainer.options.resume:
-        if trainer.ranks.is_lead:
-            save_initial(run.initial_file, trainer.network)
-        if trainer.options.init_from is not None:
-            report = initialise_from(trainer.options.init_from, trainer.network)
-            log.info("%s", report.summary())
-        if trainer.ranks.is_lead:
-            run.write_config(config)
-        return Progress()
-    checkpoints = list_checkpoints(run.checkpoints)
-    if not checkpoints:
+    """Fill the run directory, or bring the trainer to its last checkpoint.
+
+    A run that has none yet begins as it began, with the weights of `init_from` where it has
+    them.
+    """
+    options, is_lead = trainer.options, trainer.ranks.is_lead
+    checkpoints = list_checkpoints(run.checkpoints) if options.resume else []
+    if checkpoints:
+        progress = restore_checkpoint(
+            checkpoints[-1], trainer.network, trainer.optimizer, trainer.scaler
+        )
+        log.info("resuming %s after step %d of %d", run.path, progress.step, trainer.total_steps)
+        return progress
+    if options.resume:
         log.info("%s has no checkpoint yet: starting at step 0", run.path)
-        return Progress()
-    progress = restore_checkpoint(
-        checkpoints[-1], trainer.network, trainer.optimizer, trainer.scaler
-    )
-    log.info("resuming %s after step %d of %d", run.path, progress.step, trainer.total_steps)
-    return progress
+    elif is_lead:
+        save_initial(run.initial_file, trainer.network)
+    if options.init_from is not None:
+        log.info("%s", initialise_from(options.init_from, trainer.network).summary())
+    if is_lead and not options.resume:
+        run.write_config(config)
+    return Progress()
 
 
 def describe_run(

@@ -5,6 +5,8 @@ Rules:
     to a checkpoint are all there when it is.
     A loss that is not finite ends the run before another checkpoint is written.
     Between two records nothing waits for a GPU.
+    The images that this rank has skipped are written down with every checkpoint and however
+    the run ends: they may never be met again. Those of other ranks come when all of them stop.
 
 Shapes: N images, D dimensions.
 """
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 from train.checkpoint import Progress, save_checkpoint
+from train.data.rejects import Rejects, write_rejects
 from train.diagnostics import embedding_diagnostics
 from train.errors import TrainError
 from train.log import ProgressDisplay, RunLog, read_log
@@ -39,6 +42,7 @@ class Books:
         run: where checkpoints go.
         run_log: where records go.
         display: shows people how far it is.
+        rejects: the images that were skipped so far.
         start: where the run goes on.
     """
 
@@ -49,10 +53,12 @@ class Books:
         run: RunDirectory,
         run_log: RunLog,
         display: ProgressDisplay,
+        rejects: Rejects,
         start: Progress,
     ) -> None:
         self._trainer, self._watch, self._run = trainer, watch, run
-        self._run_log, self._display, self._start = run_log, display, start
+        self._run_log, self._display = run_log, display
+        self._rejects, self._start = rejects, start
         self._began_s = self._saved_s = time.monotonic()
         self._window: list[Tensor] = []
         self._health = HealthWatch(read_log(run.log_file))
@@ -132,6 +138,11 @@ class Books:
                 keep=trainer.options.keep_checkpoints,
             )
             self._saved_s = time.monotonic()
+        self.keep_rejects()
+
+    def keep_rejects(self) -> None:
+        """Write down the images that were skipped."""
+        write_rejects(self._run.rejects_file, self._rejects.all())
 
 
 def mean_of_window(window: list[Tensor], step: int) -> dict[str, float]:

@@ -45,7 +45,7 @@ FREE_OPTIONS = (
     "log_every_steps",
     "workers",
 )
-"""Options that change no weight, so that a run may go on with others."""
+"""Options that change no weight beyond rounding, so that a run may go on with others."""
 
 UNKEPT_OPTIONS = ("out", "resume", "show_views")
 """Options that say where and how to run, not what: `config.json` leaves them out."""

@@ -127,7 +127,8 @@ def open_books(
     )
     files.callback(display.close)
     files.enter_context(logging_redirect_tqdm())
-    books = Books(trainer, watch, run, run_log, display, start)
+    books = Books(trainer, watch, run, run_log, display, data.rejects, start)
+    files.callback(books.keep_rejects)
     books.open()
     return books
 

@@ -121,6 +121,11 @@ class LossOptions:
         is_weight = self.lambd is None or self.lambd >= 0
         require(is_weight, "--loss.lambd", "at least 0", self.lambd)
         require(self.temperature > 0, "--loss.temperature", "more than 0", self.temperature)
+        is_ablation = self.objective == "cross-entropy" or self.normalise == "features"
+        require(
+            not is_ablation or self.form in ("auto", "direct"), "--loss.form",
+            f"auto or direct for {self.objective} with normalise {self.normalise}", self.form,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,11 +25,13 @@ from train.begin import (
 )
 from train.checkpoint import list_checkpoints, load_weights
 from train.config import PretrainOptions, ViewOptions
+from train.data.batches import Batch
 from train.errors import RunError, TrainError
 from train.log import read_log
 from train.loop import pretrain
 from train.ranks import Ranks
 from train.run import RunDirectory
+from train.trainer import StepOutcome, Trainer
 
 RunOptions = Callable[..., PretrainOptions]
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -145,21 +148,47 @@ def test_views_made_by_workers_need_a_stream(tmp_path: Path, run_options: RunOpt
     )
 
 
-@pytest.mark.parametrize("views_in", ["batch", "workers"])
-def test_a_streamed_run_goes_on_to_the_same_bits(
-    tmp_path: Path, run_options: RunOptions, views_in: str
-) -> None:
-    """From an earlier checkpoint, with another number of threads that decode."""
-    folder = tmp_path / "photos"
+def broken_photos(folder: Path) -> Path:
+    """Write 24 pictures of unlike sizes, and a file that is none."""
     folder.mkdir()
     draw = np.random.default_rng(0)
     for i in range(24):
         pixels = draw.integers(0, 256, (40 + i, 50, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{i:02d}.jpg")
     (folder / "broken.jpg").write_bytes(b"no picture")
-    options = run_options(
-        tmp_path / "run", source=f"folder:{folder}", image_size_px=16, channels=3, batch_size=8,
-        epochs=3, data_in="stream", workers=2, checkpoint_every_steps=2, keep_checkpoints=9,
+    return folder
+
+
+def pack(folder: Path, n_shards: int) -> str:
+    """Deal the files of a folder out to tar files; give them as a source."""
+    for shard in range(n_shards):
+        with tarfile.open(folder.with_name(f"shard-{shard}.tar"), "w") as archive:
+            for path in sorted(folder.iterdir())[shard::n_shards]:
+                archive.add(path, path.name)
+    return f"wds:{folder.with_name('shard-*.tar')}"
+
+
+def stream_options(
+    run: Path, run_options: RunOptions, source: str, **more: object
+) -> PretrainOptions:
+    """Options of a short run over photographs that are streamed."""
+    return run_options(
+        run, source=source, image_size_px=16, channels=3, batch_size=8, epochs=3,
+        data_in="stream", workers=2, **more,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("views_in", "is_packed"), [("batch", False), ("workers", False), ("batch", True)]
+)
+def test_a_streamed_run_goes_on_to_the_same_bits(
+    tmp_path: Path, run_options: RunOptions, views_in: str, is_packed: bool
+) -> None:
+    """From an earlier checkpoint, with another number of threads that decode."""
+    folder = broken_photos(tmp_path / "photos")
+    options = stream_options(
+        tmp_path / "run", run_options, pack(folder, 2) if is_packed else f"folder:{folder}",
+        checkpoint_every_steps=2, keep_checkpoints=9,
         views=ViewOptions(views_in=views_in, blur_probability=(0.5, 0.5)),  # type: ignore[arg-type]  # cases
     )  # fmt: skip
     pretrain(options)
@@ -169,7 +198,32 @@ def test_a_streamed_run_goes_on_to_the_same_bits(
     pretrain(replace(options, resume=True, workers=1))
     for name, value in last_network(options.run_path).items():
         assert torch.equal(value, whole[name]), name
-    assert "broken.jpg" in (options.run_path / "rejects.jsonl").read_text()
+    assert "broken" in (options.run_path / "rejects.jsonl").read_text()
+
+
+def test_skipped_images_are_written_down_before_the_end(
+    tmp_path: Path, run_options: RunOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With each checkpoint, for a kill, and where an error ends the run."""
+    options = stream_options(
+        tmp_path / "run", run_options, f"folder:{broken_photos(tmp_path / 'photos')}",
+        checkpoint_every_steps=1,
+    )  # fmt: skip
+    rejects = options.run_path / "rejects.jsonl"
+    step = Trainer.step
+
+    def fail(trainer: Trainer, batch: Batch) -> StepOutcome:
+        if batch.step == 1:
+            assert "broken.jpg" in rejects.read_text()
+            rejects.unlink()
+            raise TrainError("a step", expected="an outcome", found="a fault")
+        return step(trainer, batch)
+
+    monkeypatch.setattr(Trainer, "step", fail)
+    monkeypatch.setattr("train.loop.keep_rejects", lambda *_: None)  # of a run's start and end
+    with pytest.raises(TrainError, match="a step: "):
+        pretrain(options)
+    assert "broken.jpg" in rejects.read_text()
 
 
 def test_a_run_starts_from_the_weights_of_another(
@@ -189,6 +243,21 @@ def test_a_run_starts_from_the_weights_of_another(
     torch.testing.assert_close(last_network(options.run_path)[name], given)
     initial = load_weights(options.run_path / "initial.pt")["network"]
     assert not torch.allclose(initial[name], given), "the random twin of an export stays random"
+
+
+def test_a_run_without_a_checkpoint_begins_as_it_began(
+    tmp_path: Path, run_options: RunOptions, finished_run: Path
+) -> None:
+    """Killed before its first checkpoint, it still starts from the weights it was given."""
+    options = run_options(tmp_path / "run", init_from=finished_run, epochs=1)
+    pretrain(options)
+    whole, first = last_network(options.run_path), read_log(options.run_path / "log.jsonl")[0]
+    for path in list_checkpoints(options.run_path / "checkpoints"):
+        path.unlink()
+    pretrain(replace(options, resume=True))
+    assert read_log(options.run_path / "log.jsonl")[0]["knn_start"] == first["knn_start"]
+    for name, value in last_network(options.run_path).items():
+        assert torch.equal(value, whole[name]), name
 
 
 def test_a_picture_of_the_views_is_all_that_is_made(

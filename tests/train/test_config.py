@@ -131,9 +131,18 @@ def test_a_misspelt_library_is_guessed() -> None:
     [
         ({"lambd": -1.0}, "--loss.lambd: expected at least 0, found -1.0"),
         ({"temperature": 0.0}, "--loss.temperature: expected more than 0, found 0.0"),
+        (
+            {"objective": "cross-entropy", "form": "gram"},
+            "--loss.form: expected auto or direct for cross-entropy with normalise batch, "
+            "found gram",
+        ),
+        (
+            {"normalise": "features", "form": "tiled"},
+            "--loss.form: expected auto or direct for barlow with normalise features, found tiled",
+        ),
     ],
 )
-def test_a_senseless_loss_is_named(changes: dict[str, float], message: str) -> None:
+def test_a_senseless_loss_is_named(changes: dict[str, object], message: str) -> None:
     """Loss options are checked as the others are."""
     with pytest.raises(UsageError) as error:
         LossOptions(**changes)  # type: ignore[arg-type]  # any option
