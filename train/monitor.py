@@ -11,7 +11,7 @@ What is measured of a batch is in `train.diagnostics`; here is only what it mean
 
 Source of the vote: Wu et al., arXiv 1805.01978; k and T as in DINO (arXiv 2104.14294).
 
-Shapes: N images, D dimensions, Q queries, K neighbours.
+Shapes: N images, D dimensions, P pixels a reduced image, Q queries, K neighbours.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from index.evaluation.baselines import pixel_neighbours, reduce_pixels, unit_pixels
 from index.knn import knn_search, weighted_knn_vote
 from models.vectors import finish_vectors
 
@@ -58,8 +59,9 @@ LEAST_RECORDS_TO_JUDGE = 20
 LEAST_FALL = 0.02
 """Share of its first mean that a loss has lost by then, or it stands."""
 
-MOST_RISE = 1.5
-"""Times its lowest mean that a loss may rise to."""
+MOST_RISE = 0.5
+"""Share of its lowest mean that a loss may rise by; where that is below 0, of the larger of it
+and the first, in size."""
 
 
 def embed(
@@ -92,9 +94,10 @@ def embed(
         network.train(was_training)
 
 
-def pixels(images_NHWC: NDArray[np.uint8], rows: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Give the raw pixels of some images as vectors: the baseline that needs no encoder."""
-    return images_NHWC[rows].reshape(len(rows), -1).astype(np.float32)
+def pixels(images_NHWC: NDArray[np.uint8], rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Give the raw pixels of some images, averaged down to 32 px a side; (len(rows), P) uint8."""
+    blocks = (rows[i : i + FEATURE_BATCH] for i in range(0, len(rows), FEATURE_BATCH))
+    return np.concatenate([reduce_pixels(images_NHWC[block]) for block in blocks])
 
 
 def knn_accuracy(
@@ -108,7 +111,7 @@ def knn_accuracy(
     Returns:
         The share of queries whose label wins, 0 to 1.
     """
-    similarities_QK, rows_QK = knn_search(
+    neighbours = knn_search(
         finish_vectors(queries_QD),
         finish_vectors(bank_ND),
         min(KNN_K, len(bank_ND)),
@@ -116,6 +119,27 @@ def knn_accuracy(
         # the bits of every later sum with it.
         threads=torch.get_num_threads(),
     )
+    return _vote_accuracy(*neighbours, bank_labels_N, query_labels_Q)
+
+
+def pixel_accuracy(
+    bank_NP: NDArray[np.uint8],
+    bank_labels_N: NDArray[np.int64],
+    queries_QP: NDArray[np.uint8],
+    query_labels_Q: NDArray[np.int64],
+) -> float:
+    """Classify by raw pixels as `knn_accuracy` does: the baseline that needs no encoder."""
+    neighbours = pixel_neighbours(queries_QP, bank_NP, min(KNN_K, len(bank_NP)), unit_pixels)
+    return _vote_accuracy(*neighbours, bank_labels_N, query_labels_Q)
+
+
+def _vote_accuracy(
+    similarities_QK: NDArray[np.float32],
+    rows_QK: NDArray[np.int64],
+    bank_labels_N: NDArray[np.int64],
+    query_labels_Q: NDArray[np.int64],
+) -> float:
+    """Let the neighbours vote, and give the share of queries whose label wins."""
     scores_QC = weighted_knn_vote(
         similarities_QK,
         bank_labels_N[rows_QK],
@@ -207,14 +231,15 @@ def _loss_signs(losses: list[float]) -> dict[str, Sign]:
         return {}
     means = np.convolve(losses, np.full(LOSS_RECORDS, 1 / LOSS_RECORDS), mode="valid")
     first, lowest, now = float(means[0]), float(means.min()), float(means[-1])
-    if now > MOST_RISE * lowest and now - lowest > LEAST_FALL * first:
+    scale = lowest if lowest >= 0 else max(abs(first), -lowest)
+    if now - lowest > max(MOST_RISE * scale, LEAST_FALL * abs(first)):
         return {
             "loss rises": Sign(
                 f"the loss rises: {now:.4g} over the last records, after {lowest:.4g}: the "
                 "training diverges; lower --lr-peak"
             )
         }
-    if lowest > (1 - LEAST_FALL) * first:
+    if lowest > first - LEAST_FALL * abs(first):
         return {
             "loss stands": Sign(
                 f"the loss does not fall: {now:.4g} after {len(losses)} records, {first:.4g} at "

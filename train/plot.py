@@ -3,6 +3,7 @@
 Rules:
     A panel is there where its values were measured, and nowhere else.
     What a value should be compared with is drawn beside it, dashed: floors, limits, baselines.
+    An axis is logarithmic only where every value is above 0: none is left out.
     Every record has a marker where they are few, so that a single one shows.
     Colours come from `PALETTE` alone, so that a page can put others in their place.
 
@@ -78,7 +79,7 @@ class Panel:
         note: how to read it, in a sentence.
         curves: at least one of them was measured.
         levels: what they are compared with.
-        is_log: whether the upright axis is logarithmic.
+        is_log: whether the upright axis is logarithmic, where the values allow it.
         from_zero: whether the upright axis begins at 0.
     """
 
@@ -92,13 +93,15 @@ class Panel:
 
     def points(self, curve: Curve, records: Records) -> tuple[list[float], list[float]]:
         """Give the epochs and heights at which a value was measured."""
-        least = 0.0 if self.is_log else -math.inf  # a logarithmic axis has no place for less
         measured = [r for r in records if r.get(curve.name) is not None and "epoch" in r]
-        known = [(r["epoch"], r[curve.name]) for r in measured]
-        return (
-            [epoch for epoch, value in known if value > least],
-            [curve.scale * value for _, value in known if value > least],
-        )
+        return [r["epoch"] for r in measured], [curve.scale * r[curve.name] for r in measured]
+
+    def has_log_axis(self, records: Records) -> bool:
+        """Say whether the upright axis is logarithmic: there is no place on it for 0 and less."""
+        heights = [height for curve in self.curves for height in self.points(curve, records)[1]]
+        levels = [level.height(records) for level in self.levels]
+        known = heights + [height for height in levels if height is not None]
+        return self.is_log and all(height > 0 for height in known)
 
     def drawn(self, records: Records) -> bool:
         """Say whether there is anything to draw."""
@@ -146,6 +149,7 @@ def panels(*, redundancy_floor: float | None = None) -> list[Panel]:
             levels=(
                 Level(label="raw pixels", name="knn_pixels", scale=100),
                 Level(label="untrained encoder", name="knn_random", scale=100, colour=ORANGE),
+                Level(label="weights it starts from", name="knn_start", scale=100, colour=ORANGE),
             ),
         ),
         Panel(
@@ -261,7 +265,7 @@ def draw_panel(axes: Axes, panel: Panel, records: Records) -> None:
         if height is not None:
             axes.axhline(height, color=level.colour, label=level.label, linewidth=1.1,
                          linestyle=(0, (4, 3)))  # fmt: skip
-    if panel.is_log:
+    if panel.has_log_axis(records):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     else:

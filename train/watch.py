@@ -3,6 +3,7 @@
 Rules:
     The images are held in memory as they will be served: no random view, no stream.
     Queries were held out from training; the images that they are compared with were not.
+    Raw pixels, the baseline, are those of images averaged down to 32 px a side.
     Features are computed in eval mode and float32, whatever arithmetic trains.
     Without labels of two classes, or switched off, there is nothing to watch.
 """
@@ -12,8 +13,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from train import monitor
@@ -48,7 +47,7 @@ class Watch:
 
     def baselines(self, network: nn.Module, *, is_untrained: bool) -> dict[str, float]:
         """Measure what a trained encoder has to beat: raw pixels and what it starts from."""
-        pixels, start = self._knn(monitor.pixels), self.knn_top1(network)
+        pixels, start = self._pixels_top1(), self.knn_top1(network)
         log.info(
             "kNN on %d held-out training images, before training: raw pixels %.2f%%, %s %.2f%%",
             len(self._images.val),
@@ -60,14 +59,19 @@ class Watch:
 
     def knn_top1(self, network: nn.Module) -> float:
         """Measure the features that `network` gives first; its mode is restored."""
-        return self._knn(lambda images, rows: monitor.embed(network, images, rows, self._to_input))
-
-    def _knn(
-        self, vectors_of: Callable[[NDArray[np.uint8], NDArray[np.int64]], NDArray[np.float32]]
-    ) -> float:
-        """Classify the held-out images by their neighbours in the bank."""
         images, labels = self._images.images_NHWC, self._images.labels_N
         bank, val = self._images.bank, self._images.val
         return monitor.knn_accuracy(
-            vectors_of(images, bank), labels[bank], vectors_of(images, val), labels[val]
+            monitor.embed(network, images, bank, self._to_input),
+            labels[bank],
+            monitor.embed(network, images, val, self._to_input),
+            labels[val],
+        )
+
+    def _pixels_top1(self) -> float:
+        """Measure raw pixels."""
+        images, labels = self._images.images_NHWC, self._images.labels_N
+        bank, val = self._images.bank, self._images.val
+        return monitor.pixel_accuracy(
+            monitor.pixels(images, bank), labels[bank], monitor.pixels(images, val), labels[val]
         )

@@ -95,18 +95,45 @@ def test_the_layer_can_start_at_its_optimum() -> None:
 
 @pytest.mark.parametrize("is_frozen", [True, False])
 def test_statistics_stay_where_they_are_frozen(is_frozen: bool) -> None:
-    """All BatchNorm statistics are those from before, or none is; weights move either way."""
+    """All of the network's BatchNorm statistics are those from before, or none is.
+
+    Weights move either way.
+    """
     classifier = classifier_of(0)
     before = state_of(classifier)
     train(classifier, replace(RECIPE, freezes_batch_norm=is_frozen), some_images(24))
     after = state_of(classifier)
-    statistics = [name for name in before if name.endswith(("running_mean", "running_var"))]
+    statistics = [
+        name for name in before
+        if name.startswith("graph.") and name.endswith(("running_mean", "running_var"))
+    ]  # fmt: skip
     stayed = [torch.equal(before[name], after[name]) for name in statistics]
     assert len(stayed) > 10
     assert all(stayed) if is_frozen else not any(stayed)
     assert not torch.equal(before["graph.backbone.conv1.weight"],
                            after["graph.backbone.conv1.weight"])  # fmt: skip
     assert not classifier.training
+
+
+def test_features_are_standardised_where_statistics_are_frozen() -> None:
+    """A layer that starts at zero, too, is trained on features of mean 0 and variance 1.
+
+    They are the features from before the first step, of the images and their mirror images.
+    """
+    classifier, images = classifier_of(0), some_images(60)
+    seen = np.concatenate([images.images_NHWC, images.images_NHWC[:, :, ::-1]])
+    with torch.inference_mode():
+        features_ND = classifier.graph(torch.from_numpy(seen)).double()
+    variance_D, mean_D = torch.var_mean(features_ND, dim=0, correction=0)
+    train(classifier, replace(RECIPE, freezes_batch_norm=True), images)
+    norm = classifier.standardise
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    np.testing.assert_allclose(norm.running_mean, mean_D, rtol=1e-4, atol=1e-6)
+    scale_D = (norm.running_var + norm.eps).sqrt()
+    varies_D = variance_D > norm.eps
+    assert varies_D.sum() > 10
+    np.testing.assert_allclose(scale_D[varies_D], variance_D[varies_D].sqrt(), rtol=1e-3)
 
 
 def test_training_is_a_function_of_the_seed() -> None:

@@ -17,7 +17,15 @@ from models.encoder import Encoder
 from models.images import open_source
 from models.runtime import open_bundle
 from train.errors import TrainError
-from train.probe.labelled import choose_labels, hold_out, read_labelled, record_classes
+from train.probe.few_labels import read_budget
+from train.probe.labelled import (
+    choose_labels,
+    hold_out,
+    pixel_digests,
+    read_labelled,
+    record_classes,
+)
+from train.probe.options import FinetuneOptions
 
 Labels = st.lists(st.integers(0, 4), min_size=1, max_size=200).map(np.array)
 
@@ -77,6 +85,20 @@ def test_rows_are_numbers_of_labelled_records(encoder: Encoder, folder: Path) ->
     places = np.searchsorted(whole.rows_N, part.rows_N)
     assert set(part.rows_N) <= set(wanted)
     np.testing.assert_array_equal(part.features[0], whole.features[0][places])
+
+
+def test_a_label_of_an_image_that_is_none_is_lost(encoder: Encoder, folder: Path) -> None:
+    """The next image does not take its place: each is there once, with its own label."""
+    options = FinetuneOptions(run=Path("r"), images=str(folder), test="t", labels=1.0, seeds=(0,))
+    budget, images, draw = read_budget(options, encoder)
+    assert len(draw.by_seed[0]) == 10
+    assert images.rows_N.tolist() == [0, 1, 2, 3, 4, 6, 7, 8, 9]
+    labelled = budget.by_seed[0]
+    assert pixel_digests(labelled.images_NHWC) == images.digests
+    assert labelled.labels_N.tolist() == [0] * 5 + [1] * 4
+    chosen_on = [*pixel_digests(budget.fitted.images_NHWC),
+                 *pixel_digests(budget.held_out.images_NHWC)]  # fmt: skip
+    assert sorted(chosen_on) == sorted(images.digests)
 
 
 def test_the_hash_is_of_pixels_and_labels(

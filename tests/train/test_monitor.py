@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Iterable, Mapping
 
 import numpy as np
+import pytest
 import torch
+from torch import Tensor, nn
 
 from models.networks import BarlowTwins, ResNet
+from train.data.training_data import WatchedImages
 from train.diagnostics import embedding_diagnostics
-from train.monitor import FEATURE_BATCH, HealthWatch, embed, knn_accuracy, pixels
+from train.monitor import (
+    FEATURE_BATCH,
+    HealthWatch,
+    embed,
+    knn_accuracy,
+    pixel_accuracy,
+    pixels,
+)
 from train.views import Normaliser
+from train.watch import Watch
 
 
 def make_network() -> BarlowTwins:
@@ -59,14 +71,61 @@ def test_knn_leaves_torch_its_threads() -> None:
         bank = np.eye(4, dtype=np.float32)
         knn_accuracy(bank, np.arange(4), bank, np.arange(4))
         assert torch.get_num_threads() == 1
+        pixel_accuracy(bank.astype(np.uint8), np.arange(4), bank.astype(np.uint8), np.arange(4))
+        assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
 
 
 def test_pixels_are_rows_of_values() -> None:
-    """The baseline's vectors are the images themselves."""
+    """The baseline's vectors are the images themselves, averaged down where they are large."""
     images = np.arange(12, dtype=np.uint8).reshape(3, 2, 2, 1)
     assert pixels(images, np.array([2])).tolist() == [[8, 9, 10, 11]]
+    large = np.full((FEATURE_BATCH + 1, 64, 96, 3), 7, np.uint8)
+    reduced = pixels(large, np.arange(len(large)))
+    assert (reduced.shape, reduced.dtype) == ((len(large), 32 * 32 * 3), np.uint8)
+    assert (reduced == 7).all()
+
+
+@pytest.mark.parametrize("side_px", [28, 32])
+def test_small_images_are_compared_pixel_by_pixel(side_px: int) -> None:
+    """Their figure is that of their own values as vectors."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (300, side_px, side_px, 1), dtype=np.uint8)
+    labels = rng.integers(0, 3, 300)
+    val, bank = np.arange(100), np.arange(100, 300)
+    vectors = images.reshape(300, -1).astype(np.float32)
+    expected = knn_accuracy(vectors[bank], labels[bank], vectors[val], labels[val])
+    assert 0 < expected < 1
+    assert expected == pixel_accuracy(
+        pixels(images, bank), labels[bank], pixels(images, val), labels[val]
+    )
+
+
+class Brightness(nn.Module):
+    """A backbone of one feature and a constant."""
+
+    def forward(self, images_NCHW: Tensor) -> tuple[Tensor]:
+        """Give the mean of each image."""
+        means_N = images_NCHW.mean(dim=(1, 2, 3))
+        return (torch.stack([means_N, torch.ones_like(means_N)], dim=1),)
+
+
+def test_the_baselines_of_large_images_are_bounded_in_memory() -> None:
+    """Raw pixels take no multiple of the images that are watched."""
+    images = np.random.default_rng(0).integers(0, 256, (60, 224, 224, 3), dtype=np.uint8)
+    watched_images = WatchedImages(
+        images_NHWC=images, labels_N=np.arange(60) % 2, val=np.arange(20), bank=np.arange(20, 60)
+    )
+    watch = Watch(watched_images, lambda x: x[:, :8, :8].permute(0, 3, 1, 2) / 255, every_epochs=1)
+    tracemalloc.start()
+    try:
+        figures = watch.baselines(Brightness(), is_untrained=False)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert figures.keys() == {"knn_pixels", "knn_start"}
+    assert peak_bytes < 2 * images.nbytes
 
 
 HEALTHY = {"loss": 100.0, "spread": 0.6, "rankme": 40.0, "rankme_limit": 128.0}
@@ -128,6 +187,19 @@ def test_a_loss_that_rises_is_said() -> None:
     (text,) = watched([{"loss": loss} for loss in losses])
     assert text.startswith("the loss rises: ")
     assert "the training diverges; lower --lr-peak" in text
+
+
+def test_a_loss_below_zero_is_judged_by_how_it_moves() -> None:
+    """A cross-entropy falls through zero: that is no sign, but a rise or a standstill is."""
+    falling = [{"loss": 4.0 - i} for i in range(40)]
+    assert watched(falling) == []
+    noisy = [{"loss": -10.0 - 0.3 * i + (-1) ** i} for i in range(40)]
+    assert watched(noisy) == []
+    rising = [{"loss": loss} for loss in (*np.linspace(-5, -20, 20), *np.linspace(-19, 0, 20))]
+    (text,) = watched(rising)
+    assert text.startswith("the loss rises: ")
+    (text,) = watched([{"loss": -100.0 + i % 5} for i in range(25)])
+    assert text.startswith("the loss does not fall: -98 after 20 records, -98 at first; raise")
 
 
 def test_what_was_said_before_a_resume_is_not_said_again() -> None:

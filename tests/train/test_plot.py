@@ -58,14 +58,30 @@ def test_both_baselines_are_drawn() -> None:
     }
 
 
+def test_the_weights_that_a_run_starts_from_are_drawn() -> None:
+    """They take the place of the untrained encoder."""
+    records = [{"step": 0, "knn_pixels": 0.8, "knn_start": 0.75}, *ALL[1:]]
+    assert panels()[1].in_words(records).endswith("raw pixels 80; weights it starts from 75")
+
+
 def test_the_loss_is_drawn_above_its_floor() -> None:
-    """The floor of the redundancy term is a line where it is known; zeros have no place."""
+    """The floor of the redundancy term is a line where it is known."""
     axes = Figure().add_subplot()
-    records = [LOSS, LOSS | {"epoch": 1.0, "loss_redundancy": 0.0}]
-    draw_panel(axes, panels(redundancy_floor=2.0)[0], records)
+    draw_panel(axes, panels(redundancy_floor=2.0)[0], [LOSS])
     heights = {line.get_label(): np.asarray(line.get_ydata()).tolist() for line in axes.lines}
     assert heights["floor of redundancy"] == [2.0, 2.0]
     assert heights["redundancy"] == [3.0]
+    assert axes.get_yscale() == "log"
+
+
+@pytest.mark.parametrize("least", [0.0, -40.0])
+def test_a_loss_that_is_not_above_zero_is_drawn(least: float) -> None:
+    """The axis is linear where a logarithmic one would leave values out."""
+    records = [LOSS, LOSS | {"epoch": 1.0, "loss": least}]
+    (losses,) = draw_curves(records, title="run").axes
+    assert losses.get_yscale() == "linear"
+    assert np.asarray(losses.lines[0].get_ydata()).tolist() == [9.0, least]
+    assert f"loss 9 at epoch 0.5, {least:.4g} at epoch 1" in panels()[0].in_words(records)
 
 
 def test_losses_have_plain_labels() -> None:

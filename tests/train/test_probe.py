@@ -27,6 +27,9 @@ from train.probe import finetune as finetune_probe
 from train.probe import linear as linear_probe
 from train.probe import transfer as transfer_probe
 from train.probe.__main__ import run as run_probe
+from train.probe.few_labels import read_budget
+from train.probe.labelled import record_classes
+from train.probe.linear_layers import fit_layers
 from train.probe.options import (
     DistilOptions,
     FinetuneOptions,
@@ -37,6 +40,7 @@ from train.probe.options import (
 )
 from train.probe.probed import Probed, RunEncoder, open_probed
 from train.probe.report import ProbeReport, as_text, score
+from train.probe.transfer import BUNDLE_READOUT
 from train.run import RunDirectory
 
 ROOT = Path(__file__).parents[2]
@@ -326,13 +330,47 @@ def test_a_bundle_is_trained_further_without_its_run(
         of_bundle = finetune_probe.evaluate_finetune(options, probed, CPU)
         transfer = TransferOptions(
             encoder=str(bundle.path), images=finetune.images, test=finetune.test, labels=0.25,
-            recipe=QUICK, baselines=False,
+            recipe=QUICK, baselines=False, stages=(2,), grid=2,
         )  # fmt: skip
         transferred = transfer_probe.evaluate_transfer(transfer, probed, CPU)
     assert [row.name for row in of_bundle.rows] == [row.name for row in of_run.rows]
     for row in of_bundle.rows:
         assert top1(of_bundle, row.name) == pytest.approx(top1(of_run, row.name), abs=0.05)
     assert [row.name for row in transferred.rows] == ["fine-tuned", "linear, encoder"]
+    assert [row.note for row in transferred.rows] == ["", BUNDLE_READOUT]
+    assert (transferred.settings["stages"], transferred.settings["grid"]) == ([2], 2)
+    assert transferred.rows[1].dim == bundle.output.dim
+
+
+def test_a_transfer_names_all_images_that_it_learned_from(
+    finetune: FinetuneOptions, run: Probed
+) -> None:
+    """Those of every seed and those held out are hashed, and looked for in the test images."""
+    transfer = TransferOptions(
+        encoder=str(finetune.run), images=finetune.images, test=finetune.images, labels=0.25,
+        seeds=(0, 1), validation="train", val_images=50, recipe=QUICK, baselines=False,
+    )  # fmt: skip
+    report = transfer_probe.evaluate_transfer(transfer, run, CPU)
+    _, images, draw = read_budget(transfer, run.encoder)
+    assert len(draw.used) > 150
+    assert report.images["sha256"] == images.sha256
+    assert report.images["labels_by_seed"] == {"0": 100, "1": 100}
+    of_layers = report.images["linear"]
+    assert isinstance(of_layers, dict)
+    assert of_layers["images"] == 100
+    assert of_layers["sha256"] != images.sha256
+    assert report.notes == [f"{len(draw.used)} test images are training images pixel for pixel"]
+    text = as_text(report)
+    assert f"trained on 100 labelled images a seed ({len(draw.used)} read) of" in text
+
+
+def test_a_class_that_was_not_drawn_keeps_its_number(linear: LinearOptions, run: Probed) -> None:
+    """The layers of a transfer count classes as its networks do: all of the source's."""
+    class_names, labels_N = record_classes(open_source(linear.images))
+    rows = np.flatnonzero(labels_N != 0)[:100]
+    layers = fit_layers(replace(linear, baselines=False), run, rows, class_names)
+    assert list(layers.train.class_names) == class_names
+    np.testing.assert_array_equal(layers.train.labels_N, labels_N[rows])
 
 
 def test_a_bundle_of_another_maker_has_the_linear_layer_alone(
@@ -348,6 +386,24 @@ def test_a_bundle_of_another_maker_has_the_linear_layer_alone(
     assert [row.name for row in report.rows] == ["linear, encoder"]
     assert "its network cannot be trained further" in report.notes[-1]
     assert report.settings.keys() == {"solver", "features", "c_grid", "labels", "balanced"}
+
+
+def test_a_readout_that_nothing_has_is_refused(
+    linear: LinearOptions, make_bundle: Callable[..., Bundle]
+) -> None:
+    """A linear layer on a bundle has the bundle's; so has a transfer where nothing is trained."""
+    encoder = str(make_bundle().path)
+    chosen = replace(linear, encoder=encoder, stages=(2,), grid=2)
+    transfer = TransferOptions(encoder=encoder, images=linear.images, test=linear.test, grid=2)
+    with closing(opened(Path(encoder))) as probed:
+        with pytest.raises(UsageError) as refused:
+            linear_probe.evaluate_linear(chosen, probed)
+        assert str(refused.value) == (
+            f"--stages: expected a run, whose readout is chosen here, found {encoder}, which has "
+            "a readout of its own; leave the option out, or name a run"
+        )
+        with pytest.raises(UsageError, match=r"^--grid: expected a run, whose readout"):
+            transfer_probe.evaluate_transfer(transfer, probed, CPU)
 
 
 def test_unlabelled_images_add_students_beside_their_teachers(
@@ -443,6 +499,11 @@ def test_a_report_is_kept_with_its_bundle(
             "finetune {run} --images a --test b --recipe.epochs 0",
             2,
             "--recipe.epochs: expected at least 1, found (0,)",
+        ),
+        (
+            "finetune {run} --images a --test b --recipe.weight-decay -1",
+            2,
+            "--recipe.weight-decay: expected at least 0, found -1",
         ),
     ],
 )

@@ -18,6 +18,7 @@ from models.errors import UsageError
 from train.report.__main__ import ReportOptions, main
 from train.report.facts import duration, number, read_facts
 from train.report.page import VOID
+from train.report.sections import at_a_glance
 from train.run import RunDirectory
 
 SECTIONS = (
@@ -193,6 +194,28 @@ def test_images_that_are_gone_are_said(copy_run: Copy, tmp_path: Path) -> None:
     page = Page(run / "report.html")
     assert page.read.count("The run's images cannot be read now: ") == 3
     assert "Loss" in page.read
+
+
+@pytest.mark.parametrize(
+    ("first", "beside"),
+    [
+        ({"knn_pixels": 0.8, "knn_random": 0.7}, "raw pixels 80.0, untrained 70.0; k=20"),
+        ({"knn_pixels": 0.8, "knn_start": 0.75},
+         "raw pixels 80.0, weights it starts from 75.0; k=20"),
+        ({"knn_pixels": 0.8}, "raw pixels 80.0; k=20"),
+        ({}, "k=20"),
+    ],
+)  # fmt: skip
+def test_accuracy_stands_beside_the_baselines_that_were_measured(
+    copy_run: Copy, first: dict[str, float], beside: str
+) -> None:
+    """A run that starts from weights has no untrained encoder."""
+    run = copy_run()
+    lines = [json.dumps({"step": 0, **first}), '{"step": 9, "epoch": 1, "knn_top1": 0.9}']
+    (run / "log.jsonl").write_text("\n".join(lines))
+    name, value, more = at_a_glance(read_facts(RunDirectory(path=run)), None)[0]
+    assert (name, value) == ("kNN top-1", "90.0 %")
+    assert more.startswith(beside)
 
 
 def test_a_damaged_checkpoint_is_said(copy_run: Copy) -> None:

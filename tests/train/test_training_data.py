@@ -61,7 +61,7 @@ def test_what_fits_is_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert opened(tmp_path, limit_images=8).data_in == "memory"
     source = open_source(f"folder:{tmp_path}")
     assert choose_data_in(source, SPEC, 8, processes=2) == "stream", "each holds its own"
-    with pytest.raises(TrainError, match="found 60 or more; choose --data-in stream, or lower"):
+    with pytest.raises(TrainError, match="found 60 or more; free memory, or begin a new run"):
         opened(tmp_path, data_in="memory")
 
 

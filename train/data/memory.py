@@ -134,14 +134,12 @@ def sample_images(
         SourceError: the source is missing or damaged.
         TrainError: not two images can be used.
     """
-    records = list(islice(source.records(), limit))
-    drawn = np.random.default_rng(0).permutation(len(records))
+    drawn = np.random.default_rng(0).permutation(count_records(source, limit=limit))
     images: list[NDArray[np.uint8]] = []
     rejects: list[Reject] = []
     for start in range(0, len(drawn), n):
-        # In the order of the source: a compressed shard is then read once.
-        for row in np.sort(drawn[start : start + n]):
-            outcome = fit_record(records[row], spec)
+        for record in pick_records(source, drawn[start : start + n]):
+            outcome = fit_record(record, spec)
             if isinstance(outcome, Reject):
                 rejects.append(outcome)
             else:
@@ -150,6 +148,21 @@ def sample_images(
             break
     _report(source.uri, len(images), rejects)
     return np.stack(images[:n])
+
+
+def count_records(source: ImageSource, *, limit: int | None = None) -> int:
+    """Count the records of a source, or its first `limit`, by going through them."""
+    return sum(1 for _ in islice(source.records(), limit))
+
+
+def pick_records(source: ImageSource, rows: NDArray[np.int64]) -> Iterator[ImageRecord]:
+    """Yield the records of these numbers, in the order of the source.
+
+    The others are let go: those of a compressed shard carry their bytes.
+    """
+    wanted = frozenset(rows.tolist())
+    records = islice(source.records(), max(wanted, default=-1) + 1)
+    return (record for row, record in enumerate(records) if row in wanted)
 
 
 def split_rows(
@@ -263,5 +276,6 @@ def _check_fits(n: int, budget_images: int, uri: str, spec: PreprocessSpec) -> N
             f"{uri} in memory",
             expected=f"at most {budget_images} images of {spec.height}x{spec.width} here",
             found=f"{n} or more",
-            mend="choose --data-in stream, or lower --image-size-px or --limit-images",
+            mend="free memory, or begin a new run with --data-in stream or a lower "
+            "--image-size-px or --limit-images",
         )

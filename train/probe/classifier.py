@@ -5,6 +5,7 @@ Rules:
     readout, standardisation, layer, augmentation and loop are the same.
     The layer starts at zero or, where a recipe says so, at the optimum on frozen features, so
     that the backbone does not move to make up for a layer that knows nothing.
+    Where statistics are frozen, the standardisation's are measured before the first step.
     Learning rates are functions of the step; all randomness comes from the seed.
 
 The readout's features are standardised by a BatchNorm without weights, so that stages of
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from train.device import Compute
 from train.export.graph import EncoderGraph
 from train.probe.augment import augment, crops_and_flips
-from train.probe.softmax import fit_softmax
+from train.probe.softmax import fit_softmax, require_finite, standardisation
 from train.recorded import recorded
 
 EVALUATION_BATCH = 500
@@ -129,10 +130,11 @@ def train_classifier(
     scaler = compute.grad_scaler()
     batch_size = min(recipe.batch_size, len(images))
     total_steps = recipe.epochs * len(images) // batch_size
+    is_mirrored = recipe.flip_probability > 0
     if recipe.head_c is not None:
-        fit_head(
-            classifier, images, targets, c=recipe.head_c, is_mirrored=recipe.flip_probability > 0
-        )
+        fit_head(classifier, images, targets, c=recipe.head_c, is_mirrored=is_mirrored)
+    elif recipe.freezes_batch_norm:
+        fit_standardisation(classifier, images, is_mirrored=is_mirrored)
     batches = _batches(len(images), batch_size, generator)
 
     def leave_gradients(views_NHWC: Tensor, targets_N: Tensor) -> tuple[Tensor, ...]:
@@ -163,29 +165,29 @@ def fit_head(
     The features are those of the images and, where mirroring is allowed, of their mirror
     images.
     """
-    classifier.eval()
-    seen = [images_NHWC, images_NHWC.flip(2)] if is_mirrored else [images_NHWC]
-    with torch.inference_mode():
-        blocks = [
-            classifier.graph(block).float().cpu()
-            for images in seen
-            for block in torch.split(images, EVALUATION_BATCH)
-        ]
     model = fit_softmax(
-        torch.cat(blocks).clone(),
-        labels_N.cpu().repeat(len(seen)),
+        _frozen_features(classifier, images_NHWC, is_mirrored=is_mirrored),
+        labels_N.cpu().repeat(1 + is_mirrored),
         n_classes=classifier.head.out_features,
         c=c,
         tolerance=HEAD_TOLERANCE,
     )
-    norm = classifier.standardise
-    assert norm.running_mean is not None, "it keeps statistics"
-    assert norm.running_var is not None, "it keeps statistics"
+    _set_standardisation(classifier, model.mean_D, model.scale_D)
     with torch.no_grad():
-        norm.running_mean.copy_(model.mean_D)
-        norm.running_var.copy_((model.scale_D.square() - norm.eps).clamp(min=0))
         classifier.head.weight.copy_(model.weights_DC.T)
         classifier.head.bias.copy_(model.biases_C)
+
+
+def fit_standardisation(classifier: Classifier, images_NHWC: Tensor, *, is_mirrored: bool) -> None:
+    """Give the standardisation the statistics that `fit_head` gives it, and leave the layer.
+
+    Raises:
+        TrainError: features are not finite.
+    """
+    features_ND = _frozen_features(classifier, images_NHWC, is_mirrored=is_mirrored)
+    mean_D, scale_D = standardisation(features_ND)
+    require_finite(mean_D, scale_D)
+    _set_standardisation(classifier, mean_D, scale_D)
 
 
 def predict(
@@ -209,6 +211,29 @@ def lr_share(recipe: Recipe, step: int, total_steps: int) -> float:
     if recipe.schedule == "drops":
         return rise * DROP ** sum(share >= drop for drop in DROPS)
     return rise * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def _frozen_features(classifier: Classifier, images_NHWC: Tensor, *, is_mirrored: bool) -> Tensor:
+    """Give (N, D) float32 on the CPU; those of the mirror images come after the others."""
+    classifier.eval()
+    seen = [images_NHWC, images_NHWC.flip(2)] if is_mirrored else [images_NHWC]
+    with torch.inference_mode():
+        blocks = [
+            classifier.graph(block).float().cpu()
+            for images in seen
+            for block in torch.split(images, EVALUATION_BATCH)
+        ]
+    return torch.cat(blocks).clone()
+
+
+def _set_standardisation(classifier: Classifier, mean_D: Tensor, scale_D: Tensor) -> None:
+    """Let the standardisation subtract a mean and divide by a deviation."""
+    norm = classifier.standardise
+    assert norm.running_mean is not None, "it keeps statistics"
+    assert norm.running_var is not None, "it keeps statistics"
+    with torch.no_grad():
+        norm.running_mean.copy_(mean_D)
+        norm.running_var.copy_((scale_D.square() - norm.eps).clamp(min=0))
 
 
 def _make_optimizer(

@@ -131,9 +131,8 @@ def read_budget(
 
     def of(rows: NDArray[np.int64]) -> LabelledImages:
         """Find records among the images; one that could not be used is not there."""
-        found = np.searchsorted(images.rows_N, rows)
-        found = found[found < len(images)]
-        return everything.take(found[np.isin(images.rows_N[found], rows)])
+        usable = rows[np.isin(rows, images.rows_N)]
+        return everything.take(np.searchsorted(images.rows_N, usable))
 
     budget = LabelBudget(
         by_seed={seed: of(rows) for seed, rows in draw.by_seed.items()},
@@ -170,7 +169,7 @@ def make_arms(
         name="from scratch",
         make=_from_scratch(config, options, n_classes),
         recipes=scratch_recipes(resolve(options)),
-        note="the same network, readout and labels; learning rate and length chosen alike",
+        note="the same network, readout and labels; what is chosen, is chosen alike",
     )
     return [finetuned, scratch]
 

@@ -18,7 +18,7 @@ from models.errors import UsageError
 from models.images import open_source
 from train.errors import writing
 from train.probe.labelled import LabelledSet
-from train.probe.opening import opened_on_device
+from train.probe.opening import opened_on_device, refuse_readout
 from train.probe.options import LinearOptions
 from train.probe.report import ProbeReport, command_line, notes_of, score_classes, show
 from train.run import describe_environment
@@ -46,9 +46,12 @@ def evaluate_linear(options: LinearOptions, probed: Probed) -> ProbeReport:
     Raises:
         SourceError: a source is missing or damaged.
         TrainError: there are no labels, or features are not finite.
+        UsageError: a readout is chosen for an encoder that has its own.
     """
     from train.probe.linear_layers import fit_layers, measure, read_test
 
+    if probed.run is None:
+        refuse_readout(options.encoder, options)
     test_source = open_source(options.test)  # a misspelt name ends it now, not at the end
     layers = fit_layers(options, probed)
     test = read_test(options, probed, layers, test_source)

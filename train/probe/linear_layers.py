@@ -12,7 +12,7 @@ Shapes: N images, D dimensions, C classes.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,9 +78,14 @@ class Layers:
 
 
 def fit_layers(
-    options: LinearOptions, probed: Probed, rows: NDArray[np.int64] | None = None
+    options: LinearOptions,
+    probed: Probed,
+    rows: NDArray[np.int64] | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> Layers:
     """Read the training images, all or some rows of them, and fit every candidate's layer.
+
+    Without `class_names` the classes are those that occur in what is read.
 
     Raises:
         SourceError: the source is missing or damaged.
@@ -91,6 +96,7 @@ def fit_layers(
         _encoders(options, probed),
         preprocess_for=probed.encoder,
         what="training images",
+        class_names=class_names,
         rows=rows,
         with_pixels=options.baselines,
         with_images=options.augment,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from models.bundle import BUNDLE_FILE
 from models.cpu import cpu_budget
+from models.errors import UsageError
 from train.errors import training_packages
 from train.probe.options import CommonOptions
 from train.run import RunDirectory
@@ -54,6 +55,21 @@ def opened_on_device(
         )
     with closing(probed):
         yield probed, compute
+
+
+def refuse_readout(where: str, options: CommonOptions) -> None:
+    """Refuse `--stages` and `--grid` for an encoder whose readout is its own.
+
+    Raises:
+        UsageError: one of them is given.
+    """
+    if options.stages or options.grid != 1:
+        raise UsageError(
+            "--stages" if options.stages else "--grid",
+            expected="a run, whose readout is chosen here",
+            found=f"{where}, which has a readout of its own",
+            mend="leave the option out, or name a run",
+        )
 
 
 def require_weights(where: Path) -> None:

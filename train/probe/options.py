@@ -37,10 +37,11 @@ class CommonOptions:
     """Labelled images that are read once, at the end."""
 
     stages: tuple[int, ...] = ()
-    """Stages of a run's network whose maps are read out, from 1; the last where not given."""
+    """Stages of the network whose maps are read out, from 1; the last where not given. Of a
+    run, and of what is trained further; a linear layer on a bundle has the bundle's readout."""
 
     grid: int = 1
-    """Cells a side that each map of a run is pooled to."""
+    """Cells a side that each of these maps is pooled to."""
 
     baselines: bool = True
     """Measure the baselines, too."""
@@ -188,13 +189,15 @@ class RecipeOptions:
         for name in ("warmup_share", "label_smoothing", "flip_probability"):
             value = getattr(self, name)
             _require_all(name, None if value is None else (value,), lambda x: 0 <= x <= 1, "0 to 1")
-        size = self.batch_size
+        size, decay = self.batch_size, self.weight_decay
         require(size is None or size >= 2, "--recipe.batch-size", "at least 2", size)
+        require(decay is None or decay >= 0, "--recipe.weight-decay", "at least 0", decay)
 
 
 RECIPES: dict[str, RecipeOptions] = {
-    # arXiv 2103.03230, section 3.2 and appendix A.3. Of the learning rates it names the best
-    # of a search on the test images; here a few are tried on held-out ones.
+    # arXiv 2103.03230, section 3.2 and appendix A.3. When fine-tuning, the learning rates are
+    # those it names, the best of a search on the test images; from scratch, where layer and
+    # backbone share one, three are tried on held-out images.
     "paper": RecipeOptions(
         epochs=(20,),
         lr_head=(0.5,),

@@ -7,6 +7,8 @@ colour pass through the encoder's own preprocessing.
 Rules:
     Everything is chosen and trained before a test image is read; the test images are read
     once for the linear rows and once for the trained networks.
+    A linear layer on a bundle has the bundle's own readout; the options choose that of a run,
+    and of the trained networks.
 
 Source: Zbontar et al., arXiv 2103.03230, section 3.3.
 """
@@ -23,12 +25,13 @@ from train.errors import ExportError, RunError
 from train.probe import linear as linear_probe
 from train.probe.finetune import (
     Trained,
+    describe_images,
     describe_settings,
     describe_split,
     labelled_images,
     train_arms,
 )
-from train.probe.opening import opened_on_device
+from train.probe.opening import opened_on_device, refuse_readout
 from train.probe.options import CommonOptions, LinearOptions, TransferOptions
 from train.probe.report import ProbeReport, command_line, notes_of, score_classes, show
 from train.run import describe_environment
@@ -38,6 +41,8 @@ if TYPE_CHECKING:
     from train.probe.linear_layers import Layers
     from train.probe.pretrained import Pretrained
     from train.probe.probed import Probed
+
+BUNDLE_READOUT = "the bundle's own readout; --stages and --grid are of the trained networks alone"
 
 
 def main(options: TransferOptions) -> None:
@@ -54,6 +59,7 @@ def evaluate_transfer(options: TransferOptions, probed: Probed, compute: Compute
     Raises:
         SourceError: a source is missing or damaged.
         TrainError: there are too few labels, or nothing trains.
+        UsageError: a readout is chosen, and nothing has it.
     """
     from train.probe.arms import difference, score_arms
     from train.probe.few_labels import draw_labels
@@ -62,10 +68,12 @@ def evaluate_transfer(options: TransferOptions, probed: Probed, compute: Compute
 
     test_source = open_source(options.test)  # a misspelt name ends it now, not at the end
     linear = _linear_options(options)
-    _, labels_N = record_classes(open_source(options.images))
-    draw = draw_labels(labels_N, options)
-    layers = fit_layers(linear, probed, draw.by_seed[options.seeds[0]])
     pretrained = _find_pretrained(options, probed)
+    if pretrained is None:
+        refuse_readout(options.encoder, options)
+    class_names, labels_N = record_classes(open_source(options.images))
+    draw = draw_labels(labels_N, options)
+    layers = fit_layers(linear, probed, draw.by_seed[options.seeds[0]], class_names)
     trained = (
         None
         if pretrained is None
@@ -74,7 +82,8 @@ def evaluate_transfer(options: TransferOptions, probed: Probed, compute: Compute
     test = read_test(linear, probed, layers, test_source, with_images=True)
     rows, scores_NC = measure(linear, layers, test)
     rows = [replace(row, name=f"linear, {row.name}") for row in rows]
-    gain, notes = None, notes_of(layers.train, test)
+    # The trained networks' images are all seeds' and those held out: the layers' are among them.
+    gain, notes = None, notes_of(layers.train if trained is None else trained.images, test)
     settings = linear_probe.describe_settings(linear)
     settings |= {"labels": options.labels, "balanced": options.balanced}
     if trained is None:
@@ -82,13 +91,15 @@ def evaluate_transfer(options: TransferOptions, probed: Probed, compute: Compute
     else:
         arms, scores_NC = score_arms(trained.arms, labelled_images(test), compute)
         gain = difference(*arms) if len(arms) == 2 else None
+        if probed.run is None:
+            rows[0] = replace(rows[0], note=BUNDLE_READOUT)
         rows = [*arms, *rows]
         settings |= describe_settings(options, compute)
     return ProbeReport(
         kind="transfer",
         command=command_line(),
         encoder=probed.description,
-        images={**layers.train.describe()},
+        images=_describe_images(layers, trained),
         test={**test.describe()},
         split=_describe_split(options, linear, layers, trained),
         settings=settings,
@@ -119,6 +130,14 @@ def _linear_options(options: TransferOptions) -> LinearOptions:
     """Give the linear probe what it shares with the transfer."""
     shared = {field.name: getattr(options, field.name) for field in fields(CommonOptions)}
     return LinearOptions(encoder=options.encoder, seed=options.seeds[0], **shared)
+
+
+def _describe_images(layers: Layers, trained: Trained | None) -> dict[str, Json]:
+    """Say which training images were read, and which of them the linear layers learned from."""
+    of_layers = layers.train.describe()
+    if trained is None:
+        return {**of_layers}
+    return {**describe_images(trained), "linear": {**of_layers}}
 
 
 def _describe_split(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice, zip_longest
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from models.preprocess import PreprocessSpec
 from models.vectors import finish_vectors
 from train.backbones import build_network
 from train.checkpoint import list_checkpoints, load_backbone, load_weights
-from train.data.memory import fit_record
+from train.data.memory import count_records, fit_record, pick_records
 from train.diagnostics import (
     correlation_summary,
     entropy_rank,
@@ -126,16 +126,15 @@ def draw_sample(source: ImageSource, spec: PreprocessSpec, n: int, *, limit: int
         SourceError: the source is missing or damaged.
         TrainError: not two of the images can be used.
     """
-    records = list(islice(source.records(), limit))
-    drawn = np.random.default_rng(SEED).permutation(len(records))
-    rows = np.sort(drawn[: max(n, 2)])  # in the order of the source: a shard is read once
+    drawn = np.random.default_rng(SEED).permutation(count_records(source, limit=limit))
+    rows = drawn[: max(n, 2)]
     images, labels, keys = [], [], []
-    for row in progress(rows.tolist(), what="reading", total=len(rows)):
-        outcome = fit_record(records[row], spec)
+    for record in progress(pick_records(source, rows), what="reading", total=len(rows)):
+        outcome = fit_record(record, spec)
         if not isinstance(outcome, Reject):
             images.append(outcome)
-            labels.append(records[row].label)
-            keys.append(records[row].key)
+            labels.append(record.label)
+            keys.append(record.key)
     if len(images) < 2:
         raise TrainError(source.uri, expected="at least 2 usable images", found=str(len(images)))
     return Sample(images_NHWC=np.stack(images), labels=labels, keys=keys)

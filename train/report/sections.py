@@ -25,6 +25,11 @@ STATUS_TEXTS = {
     "running": "training goes on",
     "stopped": "stopped before its end",
 }
+BASELINES = {
+    "knn_pixels": "raw pixels",
+    "knn_random": "untrained",
+    "knn_start": "weights it starts from",
+}
 MAX_REJECTS = 50
 """Skipped images that are named; the others are counted."""
 
@@ -76,12 +81,12 @@ def tile(name: str, value: str, more: str) -> Html:
 def at_a_glance(facts: RunFacts, findings: Findings | None) -> list[tuple[str, str, str]]:
     """Choose the figures that say most: name, value, and what to compare it with."""
     tiles = []
-    knn, pixels, untrained = (facts.last(f"knn_{x}") for x in ("top1", "pixels", "random"))
+    knn = facts.last("knn_top1")
     if knn is not None:
-        more = f"k={KNN_K}, T={KNN_TEMPERATURE}, {facts.count('val_images'):,} held-out images"
-        if pixels is not None and untrained is not None:
-            beside = f"raw pixels {100 * pixels:.1f}, untrained {100 * untrained:.1f}"
-            more = f"{beside}; {more}"
+        known = ((name, facts.last(key)) for key, name in BASELINES.items())
+        beside = ", ".join(f"{name} {100 * v:.1f}" for name, v in known if v is not None)
+        how = f"k={KNN_K}, T={KNN_TEMPERATURE}, {facts.count('val_images'):,} held-out images"
+        more = f"{beside}; {how}" if beside else how
         tiles.append(("kNN top-1", f"{100 * knn:.1f} %", more))
     loss, first = facts.last("loss"), facts.first("loss")
     if loss is not None and first is not None:
