@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,9 @@ settings.load_profile("horace")
 # A shell that starts the suite in the background has it ignore Ctrl-C, and with it every process
 # that a test starts and interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# A process that a test starts, and that aborts, says where it was.
+os.environ.setdefault("PYTHONFAULTHANDLER", "1")
 
 
 def write_tiny_graph(path: Path, *, spec: PreprocessSpec, dim: int, seed: int) -> None:
