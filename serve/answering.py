@@ -163,6 +163,7 @@ class Answering:
                 task.add_done_callback(partial(_set, admitted))  # or refused
                 started.add(task)
                 replies.put_nowait(task)
+                del request, task  # or this frame keeps them while it waits for the next
                 await admitted.wait()
                 await room.acquire()
 
@@ -174,9 +175,10 @@ class Answering:
                     while (task := await replies.get()) is not None:
                         await context.write(await task)
                         started.discard(task)
+                        del task
                         room.release()
                 if error := reader_error(reader):
-                    await context.abort(*to_status(error))
+                    await context.abort(*to_status(error), retry_metadata(error))
             finally:
                 for unfinished in (reader, *started):
                     unfinished.cancel()

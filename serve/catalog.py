@@ -196,19 +196,26 @@ class Catalog:
         if replaced is not None:
             _retire(replaced)
 
-    def withdraw_collection(self, name: str) -> None:
-        """Offer a collection no more; it is closed when nobody uses it."""
-        _retire(self.collections.pop(name))
-
     def close(self) -> None:
         """Close everything here and now, used or not, also what was swapped out."""
         for hold in self._holds:  # the latest first
             hold.close()
 
     @property
+    def running(self) -> list[ServedModel]:
+        """List every version that callers reach: those offered, and what collections keep.
+
+        May be read on any thread: each dictionary is copied in one step.
+        """
+        by_name = list(self.versions.values())
+        offered = [model for versions in by_name for model in list(versions.values())]
+        kept = [served.model for served in list(self.collections.values())]
+        return list(dict.fromkeys((*offered, *kept)))
+
+    @property
     def alive(self) -> bool:
-        """Whether every model can serve."""
-        return all(model.engine.alive for model in self.models.values())
+        """Whether every version that callers reach can serve."""
+        return all(model.engine.alive for model in self.running)
 
     def _maker_of(self, name: str, fingerprint: str) -> ServedModel:
         """Find the newest version that made a collection's vectors.

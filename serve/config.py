@@ -112,7 +112,9 @@ class ServeOptions:
 
     cpu_budget: int | None = None
     """CPUs for decoding and inference; those that the process may use where not given. The
-    models share them evenly, each model's among its instances; no model has less than one."""
+    models that there are when one is loaded, the repository's included, share them evenly,
+    each model's among its instances; no model has less than one. Nothing is taken from what
+    is served: a model that comes later, or a version that is kept, has its threads beside."""
 
     drain_s: float = 30.0
     """How long requests under way may take after SIGTERM."""

@@ -28,7 +28,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.encoder import Encoder, LaneEncoder
-from models.errors import EncoderError, EncoderUnavailableError, ImageError
+from models.errors import (
+    EncoderError,
+    EncoderUnavailableError,
+    FingerprintMismatchError,
+    ImageError,
+)
 from models.image_source import ImageData
 from models.preprocess import DEFAULT_LIMITS, ImageLimits
 from serve.batching import Batcher
@@ -81,7 +86,8 @@ class Engine:
             instances: threads that call an encoder without lanes; else there is one a lane.
             limits: what one image may cost.
             clock: monotonic seconds.
-            on_trouble: called on some thread once one has died or hangs, and is replaced.
+            on_trouble: called on some thread once one has died or hangs, and is replaced; and
+                whenever a server that computes has another encoder than it had.
             observer: hears of every request and of every batch.
         """
         self.encoder = encoder
@@ -105,6 +111,8 @@ class Engine:
         self._closing = False
         self._observer = observer
         self._crashed = False
+        self._on_trouble = on_trouble
+        self._told_mismatch = ""
         self._idle_workers = 0
         self._crew = Crew(
             self._work,
@@ -166,7 +174,8 @@ class Engine:
             QueueFullError: there is no room, and `wait_for_room` is false.
             DeadlineError: the deadline passed first.
             InternalError: the encoder failed.
-            UnavailableError: the engine is closing or has crashed.
+            UnavailableError: the engine is closing or has crashed, or what computes elsewhere
+                does not answer, or is another encoder now.
 
         On cancellation the images that have not started are forgotten.
         """
@@ -396,8 +405,23 @@ class Engine:
         if isinstance(error, EncoderUnavailableError):
             log.warning("a batch of %d images failed: %s", batch.images, error)
             return UnavailableError("the servers that compute this model do not answer")
+        if isinstance(error, FingerprintMismatchError):
+            return self._explain_mismatch(error)
         log.error("%r failed on a batch of %d images", self.encoder, batch.images, exc_info=error)
         return InternalError("the encoder failed on these images")
+
+    def _explain_mismatch(self, error: FingerprintMismatchError) -> ServeError:
+        """Tell that another encoder computes now, for as long as this model is not loaded again."""
+        if self._told_mismatch != (text := str(error)):
+            self._told_mismatch = text
+            log.error("model %s cannot be served as it was loaded: %s", self.encoder.name, text)
+        self._on_trouble()
+        return UnavailableError(
+            f"model {self.encoder.name}",
+            expected=error.expected,
+            found=error.found,
+            mend="call another server, or have this one read its models again",
+        )
 
     def _encode(self, batch: Batch[Job]) -> NDArray[np.float32]:
         """Lay the images of a batch side by side and run the encoder on them.

@@ -38,6 +38,10 @@ Source of the second: gRFC A6, https://github.com/grpc/proposal/blob/master/A6-c
 """
 
 
+RETRY_AFTER_S = 1.0
+"""When to come back for what other calls hold: they end within about that, and no more is known."""
+
+
 class ServeError(HoraceError):
     """Base of the errors of `serve`.
 

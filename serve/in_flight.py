@@ -4,8 +4,9 @@ Rules:
     A call's message counts from the moment it has come until the call is over, whether it is
     embedded, searched with, or refused later. One that does not fit is refused before it is
     parsed; where nothing is under way any message fits.
-    Messages of streams are not counted here: each stream has one that waits, in a line that is
-    bounded in bytes (`serve.room`).
+    A message of a stream counts while it waits for its caller's turn. After that it waits in a
+    line that is bounded in bytes (`serve.room`). A stream that waits for its next message keeps
+    none.
 
 What gRPC itself has received of messages that are not complete is not seen here; it is at most
 the largest message for each call that may be open.
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 from types import TracebackType
 
-from serve.errors import QueueFullError
+from serve.errors import RETRY_AFTER_S, QueueFullError
 
 
 class InFlight:
@@ -43,6 +44,7 @@ class InFlight:
                 expected=f"at most {self.max_bytes} bytes",
                 found=f"{self.bytes} bytes, and this one with {size}",
                 mend="try again later, or elsewhere",
+                retry_after_s=RETRY_AFTER_S,
             )
         return Held(self, size)
 

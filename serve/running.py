@@ -4,6 +4,9 @@ Rules:
     Orders come from signals or from a supervisor; here they are names in two queues.
     The first order to stop drains, the second cuts off at once. One that comes before the
     server is ready ends it then and there.
+    A server that lives no more, as `/healthz` of the metrics port says it, is stopped, and the
+    end is no good one: whoever minds the process starts another. An event loop that hangs
+    does not find that out.
     A signal that comes again within a moment is its echo, not a second order: `timeout` and
     process managers signal a process and then its whole group.
 """
@@ -20,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from models.memory import give_back_large_blocks
-from serve.errors import UnavailableError
+from serve.errors import InternalError, UnavailableError
 from serve.server import Server
 
 log = logging.getLogger("horace.serve")
@@ -28,6 +31,14 @@ log = logging.getLogger("horace.serve")
 
 ECHO_S = 0.25
 """The longest between a signal and its echo; nobody presses Ctrl-C twice so fast."""
+
+
+DEATH = "the loss of a thread that nothing replaces"
+"""Who orders the stop of a server that is not alive."""
+
+LOOK_EVERY_S, DEATH_LOOKS = 10.0, 6
+"""How often it is asked whether it is, and how often in a row the answer is no by then: as the
+probe of `deploy/kubernetes/deployment.yaml` has it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,15 +86,20 @@ async def run_server(
     Raises:
         HoraceError: the server cannot start.
         UnavailableError: calls were cut off.
+        InternalError: the server lived no more, by its own account.
     """
     give_back_large_blocks()
     if not await _start(server, orders.stops):
         return
     reloading = asyncio.create_task(_reload(server, orders.reloads))
+    watching = asyncio.create_task(_watch_life(server, orders.stops))
     on_ready()
-    log.info("stopping on %s", await orders.stops.get())
+    log.info("stopping on %s", why := await orders.stops.get())
     reloading.cancel()
+    watching.cancel()
     await _drain(server, orders.stops, drain_s)
+    if why == DEATH:
+        raise InternalError("server", expected="one that lives", found="a thread that is lost")
     log.info("stopped; every call was answered, %d in all", server.calls.accepted)
 
 
@@ -137,6 +153,15 @@ async def _drain(server: Server, stops: asyncio.Queue[str], drain_s: float) -> N
     again.cancel()
     if calls := draining.result():
         raise cut_off(calls, f"that {drain_s:g} s were over")
+
+
+async def _watch_life(server: Server, stops: asyncio.Queue[str]) -> None:
+    """Order a stop once the server has not been alive for a while, until cancelled."""
+    looks = 0
+    while looks < DEATH_LOOKS:
+        await asyncio.sleep(LOOK_EVERY_S)
+        looks = 0 if await server.operation.alive() else looks + 1
+    stops.put_nowait(DEATH)
 
 
 async def _reload(server: Server, reloads: asyncio.Queue[str]) -> None:

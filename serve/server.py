@@ -348,15 +348,18 @@ class Server:
                 self._loop.call_soon_threadsafe(self.recovery.note_trouble)
 
     async def _probe(self) -> None:
-        """Send an image through every model, and something through the pool for searches.
+        """Send an image through every version, and something through the pool for searches.
+
+        What was swapped out meanwhile is left out: what replaced it has computed an image.
 
         Raises:
             StartError: a model gave no vector.
             ServeError: it takes no requests, or lost this one.
         """
-        for name in list(self.catalog.models):
-            with self.catalog.lease_model(name) as model:
-                await warm_up(model)
+        for model in self.catalog.running:
+            if not model.hold.closed:
+                with model.lease():
+                    await warm_up(model)
         await self._search_pool.run(lambda: None)
 
     def _end_changes(self) -> None:

@@ -116,43 +116,15 @@ class HoraceServicer(pb_grpc.HoraceServicer):
         self, request: pb.ListModelsRequest, context: Context
     ) -> pb.ListModelsResponse:
         """Say which models there are and what they take."""
-        models = [
-            pb.Model(
-                name=model.name,
-                fingerprint=model.encoder.fingerprint,
-                dim=model.encoder.dim,
-                preprocessing_json=json.dumps(model.encoder.preprocessing.to_json()),
-                is_default=model.name == self._catalog.default,
-                max_images_per_request=self._limits.max_images,
-                max_request_bytes=self._limits.max_message_bytes,
-                version=model.version,
-                versions=list(self._catalog.versions[model.name]),
-            )
-            for model in self._catalog.models.values()
-        ]
-        return pb.ListModelsResponse(models=models)
+        call = self._answering.new_call("ListModels", "", context)
+        return await self._answering.answer(call, self._list_models(), context)
 
     async def ListCollections(
         self, request: pb.ListCollectionsRequest, context: Context
     ) -> pb.ListCollectionsResponse:
         """Say which collections there are and which model may query them."""
-        for served in list(self._catalog.collections.values()):
-            with served.lease():
-                await served.following.snapshot(self._following_pool.run)
-        collections = [
-            pb.Collection(
-                name=served.name,
-                fingerprint=served.collection.fingerprint,
-                dim=served.collection.dim,
-                count=served.collection.count,
-                metric=served.collection.metric,
-                index=served.collection.factory,
-                model=served.model.name,
-                version=version_of(served.collection),
-            )
-            for served in self._catalog.collections.values()
-        ]
-        return pb.ListCollectionsResponse(collections=collections)
+        call = self._answering.new_call("ListCollections", "", context)
+        return await self._answering.answer(call, self._list_collections(), context)
 
     async def EmbedStream(
         self, request_iterator: AsyncIterator[pb.EmbedRequest], context: Context
@@ -169,6 +141,47 @@ class HoraceServicer(pb_grpc.HoraceServicer):
 
         window = self._limits.stream_requests
         await self._answering.stream(request_iterator, context, answer, window=window)
+
+    # Lists.
+
+    async def _list_models(self) -> pb.ListModelsResponse:
+        """Describe every model by the version that is served by default."""
+        models = [
+            pb.Model(
+                name=model.name,
+                fingerprint=model.encoder.fingerprint,
+                dim=model.encoder.dim,
+                preprocessing_json=json.dumps(model.encoder.preprocessing.to_json()),
+                is_default=model.name == self._catalog.default,
+                max_images_per_request=self._limits.max_images,
+                max_request_bytes=self._limits.max_message_bytes,
+                version=model.version,
+                versions=list(self._catalog.versions[model.name]),
+            )
+            for model in self._catalog.models.values()
+        ]
+        return pb.ListModelsResponse(models=models)
+
+    async def _list_collections(self) -> pb.ListCollectionsResponse:
+        """Describe every collection as a search would find it now."""
+        names = list(self._catalog.collections)
+        collections = [await self._describe_collection(name) for name in names]
+        return pb.ListCollectionsResponse(collections=collections)
+
+    async def _describe_collection(self, name: str) -> pb.Collection:
+        """Describe one collection; any may be swapped while another is looked at."""
+        with self._catalog.lease_collection(name) as served:
+            collection = await served.following.snapshot(self._following_pool.run)
+            return pb.Collection(
+                name=served.name,
+                fingerprint=collection.fingerprint,
+                dim=collection.dim,
+                count=collection.count,
+                metric=collection.metric,
+                index=collection.factory,
+                model=served.model.name,
+                version=version_of(collection),
+            )
 
     # Embed.
 
@@ -288,6 +301,7 @@ class HoraceServicer(pb_grpc.HoraceServicer):
         if request.filter:
             selection = await self._run_search(partial(select, collection, request.filter))
             query = replace(query, selection=selection)
+        self._check_search_room()
         match request.WhichOneof("queries"):
             case "combined":
                 work = await self._read_combined(
@@ -341,6 +355,11 @@ class HoraceServicer(pb_grpc.HoraceServicer):
 
     async def _run_search(self, work: Callable[[], Value]) -> Value:
         """Search on a thread; refuse where too many wait for one."""
+        self._check_search_room()
+        return await self._search_pool.run(work)
+
+    def _check_search_room(self) -> None:
+        """Refuse a search where too many wait for a thread."""
         most = self._limits.max_waiting_searches
         if self._search_pool.waiting >= most:
             raise QueueFullError(
@@ -349,7 +368,6 @@ class HoraceServicer(pb_grpc.HoraceServicer):
                 found=f"{most}",
                 retry_after_s=self._search_pool.wait_s,
             )
-        return await self._search_pool.run(work)
 
 
 def version_of(collection: Collection) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import grpc
 
@@ -33,11 +33,14 @@ class GrpcioFront:
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         reuse_port: bool = False,
         on_turned_away: OnTurnedAway = hears_nothing,
+        elsewhere: Callable[[], int] = lambda: 0,
     ) -> None:
-        """Make the server; see `make_front`."""
+        """Make the server; see `make_front`, and for `elsewhere` `CallLimit`."""
         self._reuse_port = reuse_port
         pending = max(2 * LEAST_PENDING, max_calls // 2)
-        self.limit = CallLimit(max_calls=max_calls, on_turned_away=on_turned_away)
+        self.limit = CallLimit(
+            max_calls=max_calls, on_turned_away=on_turned_away, elsewhere=elsewhere
+        )
         self._server = grpc.aio.server(
             interceptors=(self.limit, *interceptors),
             maximum_concurrent_rpcs=max_calls + 2 * PROBES,  # and those that are being refused

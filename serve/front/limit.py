@@ -20,13 +20,10 @@ from typing import Any, NoReturn, TypeAlias
 
 import grpc
 
-from serve.errors import QueueFullError, retry_metadata, to_status
+from serve.errors import RETRY_AFTER_S, QueueFullError, retry_metadata, to_status
 
 TOO_MANY = "Concurrent RPC limit exceeded!"
 """grpcio's own words."""
-
-RETRY_AFTER_S = 1.0
-"""Calls end within about that; nothing more is known of other people's."""
 
 HEALTH = "/grpc.health."
 
@@ -49,19 +46,33 @@ def too_many_calls() -> QueueFullError:
 class CallLimit(grpc.aio.ServerInterceptor):
     """Counts the calls of a grpcio server, before anything of them is read."""
 
-    def __init__(self, *, max_calls: int, on_turned_away: OnTurnedAway = hears_nothing) -> None:
+    def __init__(
+        self,
+        *,
+        max_calls: int,
+        on_turned_away: OnTurnedAway = hears_nothing,
+        elsewhere: Callable[[], int] = lambda: 0,
+    ) -> None:
         """Count nothing yet.
 
         Args:
             max_calls: that are open at once, probes apart.
             on_turned_away: hears of every call that is refused.
+            elsewhere: gives how many of those places another front end has taken.
         """
+        self._max_calls = max_calls
         self._places = {False: max_calls, True: PROBES}
+        self._elsewhere = elsewhere
         self._silent: dict[asyncio.Task[Any], None] = {}
         self._on_turned_away = on_turned_away
 
     def __repr__(self) -> str:
         return f"<CallLimit room for {self._places[False]} calls, {self._places[True]} probes>"
+
+    @property
+    def calls(self) -> int:
+        """How many calls are open here."""
+        return self._max_calls - self._places[False]
 
     @property
     def probes_left(self) -> int:
@@ -75,7 +86,8 @@ class CallLimit(grpc.aio.ServerInterceptor):
     ) -> Handler | None:
         """Let a call pass while there is a place for it; the task that answers it holds it."""
         is_probe = handler_call_details.method.startswith(HEALTH)
-        if self._places[is_probe] <= 0 and not (is_probe and self._end_silent_probe()):
+        places = self._places[is_probe] - (0 if is_probe else self._elsewhere())
+        if places <= 0 and not (is_probe and self._end_silent_probe()):
             # As a stream, of which grpcio reads no message that it is not asked for.
             return grpc.stream_stream_rpc_method_handler(self._refuse, None, None)
         task = asyncio.current_task()

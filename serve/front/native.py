@@ -2,7 +2,8 @@
 
 Rules:
     Unary methods are read here; streams, reflection and methods that do not exist go to a
-    grpcio server behind it, over a socket of this machine that nobody else can open.
+    grpcio server behind it, over a socket of this machine that nobody else can open. The places
+    of calls are those of both together.
     A burst of calls crosses from Rust to Python, and from its thread to the event loop, at
     once. A call that its engine would refuse ends there (`serve.screen`); while some do, bursts
     are let grow. Each other is a task of its own, with grpc.aio's context, so that services and
@@ -113,6 +114,7 @@ class NativeFront:
             max_calls=max_calls,
             interceptors=interceptors,
             on_turned_away=on_turned_away,
+            elsewhere=lambda: len(self._calls),
         )
         self._registry = Registry(self._behind.server)
         self._ask = chain(interceptors, self._registry.unary)
@@ -279,7 +281,7 @@ class NativeFront:
             return UnavailableError(STOPPING)
         if path.startswith(HEALTH):
             return too_many_calls() if len(self._calls) >= self._max_calls + PROBES else None
-        if len(self._calls) >= self._max_calls:
+        if len(self._calls) + self._behind.limit.calls >= self._max_calls:
             return too_many_calls()
         return self._refuses(left_s)
 

@@ -115,9 +115,9 @@ class _Routes:
         async def work(context: HttpContext, entered: Pass) -> Response:
             listed = pb.ListModelsRequest()
             self._charge(entered, listed)
-            return json_response(
-                models_reply(await self._doorman.services.ListModels(listed, cast(Any, context)))
-            )
+            context.is_with_service = True
+            reply = await self._doorman.services.ListModels(listed, cast(Any, context))
+            return json_response(models_reply(reply))
 
         return await self._answer(request, "ListModels", work)
 
@@ -127,8 +127,8 @@ class _Routes:
         async def work(context: HttpContext, entered: Pass) -> Response:
             listed = pb.ListCollectionsRequest()
             self._charge(entered, listed)
-            services = self._doorman.services
-            reply = await services.ListCollections(listed, cast(Any, context))
+            context.is_with_service = True
+            reply = await self._doorman.services.ListCollections(listed, cast(Any, context))
             return json_response(collections_reply(reply))
 
         return await self._answer(request, "ListCollections", work)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 INPUT = "images"
 """The one input: UINT8 or FP32 pixels (N, H, W, C), or BYTES of N encoded images."""
@@ -43,5 +42,3 @@ PRECISION_DTYPES: dict[str, np.dtype[np.generic]] = {
     "FP32": np.dtype("<f4"),
 }
 """Datatypes of pixels."""
-
-Pixels = NDArray[np.uint8]

@@ -3,7 +3,7 @@
 Rules:
     Every request and batch counts, whichever protocol it came by.
     A request is noted, and counted with many others later (`serve.operation.histogram`).
-    A few versions of each model are remembered, the newest ones.
+    Every version that is served is remembered, and a few of each model that are not any more.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from weakref import WeakValueDictionary
 
 from serve.job import Embedded
 from serve.operation.histogram import Notes
 from serve.operation.observer import Nobody
 
 KEPT_VERSIONS = 8
-"""Versions of one model whose counts are kept: more than are ever served at once."""
+"""Versions of one model, the newest, whose counts are kept whether they are served or not."""
 
 
 @dataclass(slots=True)
@@ -70,9 +72,8 @@ class ModelCounts:
         self._clock = clock
         self._lock = threading.Lock()
         self._counts = Counts()
-        self._answered: Notes[tuple[float, float, float, float]] = Notes(
-            self._fold_answered, self._lock
-        )
+        fold = partial(_fold_answered, self._counts)  # no cycle: these go with their engine
+        self._answered: Notes[tuple[float, float, float, float]] = Notes(fold, self._lock)
 
     def __repr__(self) -> str:
         return f"<ModelCounts {self._counts!r}>"
@@ -102,15 +103,15 @@ class ModelCounts:
             self._answered.fold()
             yield self._counts
 
-    def _fold_answered(self, notes: list[tuple[float, float, float, float]]) -> None:
-        """Count requests."""
-        counts = self._counts
-        for decode_s, queue_s, inference_s, total_s in notes:
-            counts.success.add(total_s)
-            counts.decode.add(decode_s)
-            counts.queue.add(queue_s)
-            counts.inference.add(inference_s)
-            counts.output.add(max(0.0, total_s - decode_s - queue_s - inference_s))
+
+def _fold_answered(counts: Counts, notes: list[tuple[float, float, float, float]]) -> None:
+    """Count requests."""
+    for decode_s, queue_s, inference_s, total_s in notes:
+        counts.success.add(total_s)
+        counts.decode.add(decode_s)
+        counts.queue.add(queue_s)
+        counts.inference.add(inference_s)
+        counts.output.add(max(0.0, total_s - decode_s - queue_s - inference_s))
 
 
 class Statistics(Nobody):
@@ -118,17 +119,21 @@ class Statistics(Nobody):
 
     def __init__(self) -> None:
         """Start with none."""
-        self._counts: dict[tuple[str, str], ModelCounts] = {}  # the oldest first
+        self._kept: dict[tuple[str, str], ModelCounts] = {}  # the oldest first
+        self._counts: WeakValueDictionary[tuple[str, str], ModelCounts] = WeakValueDictionary()
 
     def __repr__(self) -> str:
         return f"<Statistics {list(self._counts)}>"
 
     def watch_model(self, name: str, version: str) -> ModelCounts:
-        """Give the counts of one version of a model."""
-        versions = [pair for pair in list(self._counts) if pair[0] == name]
-        for pair in versions[: max(0, len(versions) - KEPT_VERSIONS + 1)]:
-            self._counts.pop(pair, None)
-        return self._counts.setdefault((name, version), ModelCounts())
+        """Give the counts of one version of a model; its engine holds them while it is served."""
+        counts = self._counts.setdefault((name, version), ModelCounts())
+        self._kept.pop((name, version), None)
+        kept = [pair for pair in self._kept if pair[0] == name]
+        for pair in kept[: max(0, len(kept) - KEPT_VERSIONS + 1)]:
+            del self._kept[pair]
+        self._kept[name, version] = counts
+        return counts
 
     def find(self, name: str, version: str) -> ModelCounts | None:
         """Find the counts of one version of a model."""

@@ -20,7 +20,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -101,9 +101,9 @@ class Lifecycle:
         self._on_change = on_change
         self._clock = clock
         self._models: dict[str, ModelSource] = {}
+        self._found: Mapping[str, Path] = {}  # in the repository, at the last look
         self._collections = [
-            CollectionSource(key=f"collection {named.path}", name=named.name, options=named)
-            for named in collections
+            CollectionSource(name=named.name, options=named) for named in collections
         ]
         self._watcher = Watcher()
         self._changing = asyncio.Lock()
@@ -116,9 +116,10 @@ class Lifecycle:
 
     @property
     def model_count(self) -> int:
-        """How many models there are to share the CPUs."""
-        in_repository = sum(source.in_repository for source in self._models.values())
-        return max(1, len(self._named_models) + in_repository)
+        """How many models there are to share the CPUs, loaded or not."""
+        named = {options.name for options in self._named_models}
+        named |= {name for name, source in self._models.items() if not source.in_repository}
+        return max(1, len(self._named_models) + len(self._found.keys() - named))
 
     async def start(self) -> None:
         """Load everything.
@@ -127,11 +128,9 @@ class Lifecycle:
             HoraceError: what was named cannot be opened, does not run or does not fit.
         """
         async with self._changing:
+            await self._find_models()  # each has its share of the CPUs, also the first
             for options in self._named_models:
-                source = ModelSource(
-                    key=f"model {options.path}", name=options.name, options=options
-                )
-                await self._load_model(source)
+                await self._load_model(ModelSource(name=options.name, options=options))
             await self._discover()
             for source in self._models.values():
                 if source.in_repository:
@@ -294,17 +293,28 @@ class Lifecycle:
         return await self._pool.run(partial(sign, directory))
 
     async def _read(self, source: Source, work: Callable[[], Awaitable[Read]]) -> Read:
-        """Do `work` on what is on the disk; again where that changed meanwhile."""
+        """Do `work` on what is on the disk; again where that changed meanwhile.
+
+        What is cancelled was not tried: the next signal or look reads it.
+        """
         for attempts_left in reversed(range(READS)):
             signature = await self._sign(source)
-            if signature:
-                self._watcher.tried(source.key, signature)
             try:
-                return await work()
-            except HoraceError:
-                if not attempts_left or await self._sign(source) == signature:
-                    raise
+                read = await work()
+            except Exception as error:
+                again = attempts_left and isinstance(error, HoraceError)
+                if again and await self._sign(source) != signature:
+                    continue
+                self._note_tried(source, signature)
+                raise
+            self._note_tried(source, signature)
+            return read
         raise AssertionError("the last attempt returns or raises")
+
+    def _note_tried(self, source: Source, signature: Signature) -> None:
+        """Remember what a source looked like when it was loaded, or refused."""
+        if signature:
+            self._watcher.tried(source.key, signature)
 
     async def _load_model(self, source: ModelSource) -> None:
         """Open what is new of a model, and let it take the place of what is old."""
@@ -426,19 +436,21 @@ class Lifecycle:
 
     async def _discover(self) -> None:
         """Take note of models that have come into the repository; forget what never was one."""
-        if self._repository is None:
-            return
-        found = await self._pool.run(partial(find_models, self._repository))
-        for name, path in found.items():
+        await self._find_models()
+        for name, path in self._found.items():
             options = ModelOptions(name=name, path=str(path))
-            source = ModelSource(
-                key=f"model {path}", name=name, options=options, in_repository=True
-            )
+            source = ModelSource(name=name, options=options, in_repository=True)
             if self._models.setdefault(name, source).options.path != str(path):
                 log.warning("model %s of the repository is not served: the name is taken", name)
         for name, source in list(self._models.items()):
-            if source.in_repository and name not in found and name not in self._catalog.versions:
+            is_gone = source.in_repository and name not in self._found
+            if is_gone and name not in self._catalog.versions:
                 del self._models[name]
+
+    async def _find_models(self) -> None:
+        """Look what models the repository has."""
+        if self._repository is not None:
+            self._found = await self._pool.run(partial(find_models, self._repository))
 
     def _drop(self, source: ModelSource) -> None:
         """Let go of a model whose directory is gone."""

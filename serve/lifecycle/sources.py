@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from serve.lifecycle.files import Signature
 from serve.lifecycle.options import ModelOptions, NamedPath
@@ -50,11 +50,12 @@ class Source:
     """A thing to load, and what came of it so far.
 
     Attributes:
-        key: what it is called before it has a name, such as `model artifacts/bundle`.
+        kind: `model` or `collection`.
         name: as callers use it; None until it is known.
     """
 
-    key: str
+    kind: ClassVar[str]
+
     name: str | None
     options: NamedPath
     loads: int = 0
@@ -64,7 +65,12 @@ class Source:
     loading: bool = False
 
     def __str__(self) -> str:
-        return self.key if self.name is None else f"{self.key.partition(' ')[0]} {self.name}"
+        return f"{self.kind} {self.options.path if self.name is None else self.name}"
+
+    @property
+    def key(self) -> str:
+        """What it is watched under; one path may be served by several names."""
+        return f"{self.kind} {self.options.name}={self.options.path}"
 
     def loaded(self, load_s: float) -> None:
         """Count a load that is served now."""
@@ -98,6 +104,8 @@ class ModelSource(Source):
         last_version: the highest number that was ever served.
     """
 
+    kind = "model"
+
     options: ModelOptions
     last_version: int = 0
     in_repository: bool = False
@@ -108,6 +116,8 @@ class ModelSource(Source):
 @dataclass(kw_only=True, eq=False)
 class CollectionSource(Source):
     """A collection, and whether it waits for the model that made it."""
+
+    kind = "collection"
 
     options: NamedPath
     waits_for_model: bool = False

@@ -5,7 +5,8 @@ Rules:
     A request has one line at most, where it is over: at WARNING where the server is at
     fault, at INFO where the caller is or where it was slow, at DEBUG otherwise.
     Under overload the log does not become the load: beyond some lines a second the rest are
-    counted, and the next line says how many were left out.
+    counted, and the next line says how many were left out. Lines about requests have one such
+    account; each warning or error of the server, by the place that logs it, has one of its own.
     A line carries names, counts and times; never image bytes, keys or metadata. What a
     caller wrote freely, such as its request id, is cut and printable.
 """
@@ -17,6 +18,7 @@ import logging
 import re
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 import grpc
@@ -27,7 +29,9 @@ from serve.operation.options import LogOptions
 log = logging.getLogger("horace.request")
 
 LINES_PER_S = 20
-"""Lines about requests in one second; what fails more often than this has one cause."""
+"""Lines of one account in one second; what fails more often than this has one cause."""
+
+SERVER_LOG = "horace.serve"
 
 FIELDS = "fields"
 """The attribute of a log record that holds what a line of JSON has beside its text."""
@@ -97,7 +101,39 @@ def set_up_logs(
     formatter = JsonFormatter(worker) if options.log_format == "json" else TextFormatter(worker)
     for handler in logging.getLogger().handlers if handlers is None else handlers:
         handler.setFormatter(formatter)
+        handler.addFilter(RateFilter())
     logging.getLogger("horace").setLevel(options.log_level.upper())
+
+
+class RateFilter(logging.Filter):
+    """Lets each place of the server log at most `LINES_PER_S` of its warnings and errors."""
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """Count nothing yet; `clock` gives monotonic seconds."""
+        super().__init__()
+        self._clock = clock
+        self._second_began_s = clock()
+        self._lines: Counter[tuple[str, int]] = Counter()
+        self._left_out: Counter[tuple[str, int]] = Counter()
+
+    def __repr__(self) -> str:
+        return f"<RateFilter {self._left_out.total()} lines left out>"
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether this line is written; one that is says how many before it were not."""
+        if record.name != SERVER_LOG or record.levelno < logging.WARNING:
+            return True
+        if (now_s := self._clock()) - self._second_began_s >= 1:
+            self._second_began_s = now_s
+            self._lines.clear()
+        place = record.pathname, record.lineno
+        self._lines[place] += 1
+        if self._lines[place] > LINES_PER_S:
+            self._left_out[place] += 1
+            return False
+        if left_out := self._left_out.pop(place, 0):
+            setattr(record, FIELDS, {**getattr(record, FIELDS, {}), "left_out": left_out})
+        return True
 
 
 class RequestLog(Nobody):

@@ -90,9 +90,15 @@ class ServerState:
         return self._health.serving
 
     def _models(self) -> Iterable[ServedModel]:
-        """List every version of every model."""
-        for versions in list(self._catalog.versions.values()):
-            yield from list(versions.values())
+        """List every version that callers reach.
+
+        A version that was replaced under its number, and that a collection keeps, is left out:
+        a series has one value.
+        """
+        shown: dict[tuple[str, str], ServedModel] = {}
+        for model in self._catalog.running:
+            shown.setdefault((model.name, model.version), model)
+        return shown.values()
 
 
 def _state_of(model: ServedModel) -> ModelState:

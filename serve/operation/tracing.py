@@ -107,7 +107,7 @@ class Tracer(Nobody):
         parent = self._parent_of(call)
         if parent is None and self._draw() >= self._ratio:
             return
-        if parent is not None and not get_current_span(parent).get_span_context().trace_flags:
+        if parent is not None and not _is_sampled(parent):
             return
         end_ns = self._now_ns()
         start_ns = end_ns - int(total_s * 1e9)
@@ -152,6 +152,11 @@ class Tracer(Nobody):
                 stage.set_attributes({"horace.model": call.model, "horace.images": call.images})
             stage.end(until_ns)
             at_ns = until_ns
+
+
+def _is_sampled(parent: Context) -> bool:
+    """Whether the caller traces its call; the other flags say nothing about that."""
+    return get_current_span(parent).get_span_context().trace_flags.sampled
 
 
 def attributes_of(call: Call) -> dict[str, str | int]:

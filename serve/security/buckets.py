@@ -31,7 +31,7 @@ class Quota:
 
     Attributes:
         requests_per_s: requests, and messages of streams.
-        images_per_s: images and queries.
+        images_per_s: images, and queries or their examples.
         calls: calls and streams that are open at once.
         burst_s: how long a caller that was idle may go above the rates: a bucket holds as
             much as its rate gives in this time, and at least one.

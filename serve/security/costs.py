@@ -5,17 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from serve.combining import count_examples
 from serve.searching import count_queries
 
 
 def count_images(request: Any) -> int:
-    """Count the images or queries of a message; 0 for one that is not about images.
+    """Count the images, queries or examples of a message; 0 for one that is not about images.
 
     It believes what the message says: what asks for more than it may is refused later, and
     pays for having asked.
     """
     count = _COUNTS.get(request.DESCRIPTOR.full_name)
     return 0 if count is None else count(request)
+
+
+def _count_search(request: Any) -> int:
+    """Count the queries, or their examples where those are more."""
+    return max(count_queries(request), count_examples(request.combined))
 
 
 def _count_tensor(request: Any) -> int:
@@ -27,6 +33,6 @@ def _count_tensor(request: Any) -> int:
 
 _COUNTS: dict[str, Callable[[Any], int]] = {
     "horace.v1.EmbedRequest": lambda request: len(request.images),
-    "horace.v1.SearchRequest": count_queries,
+    "horace.v1.SearchRequest": _count_search,
     "inference.ModelInferRequest": _count_tensor,
 }

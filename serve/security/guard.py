@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
-from serve.errors import QueueFullError, UnauthenticatedError
+from serve.errors import RETRY_AFTER_S, QueueFullError, UnauthenticatedError
 from serve.security.buckets import Ledger, Quota
 from serve.security.caller import Caller, certificate_subject, host_of, request_id_of
 from serve.security.ring import ApiKey, KeyRing
@@ -201,6 +201,7 @@ class Guard:
                 expected=f"at most {quota.calls:g}",
                 found="one more",
                 mend="wait for one of them",
+                retry_after_s=RETRY_AFTER_S,
             )
         try:
             yield

@@ -8,7 +8,8 @@ Rules:
     Bytes that are no message of the method's kind are the caller's fault, INVALID_ARGUMENT,
     on both front ends alike, and never a traceback.
     A unary call above its rate is refused with the time to wait. A stream is held back: its
-    next message is taken up when its turn comes, and nothing of it is lost.
+    next message is taken up when its turn comes, and nothing of it is lost; unless there is
+    no room for it among the bytes under way.
     Whatever goes wrong leaves as a status of `serve.errors`.
 
 It sees handlers, not services: whatever is added to the server is guarded.
@@ -40,7 +41,7 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Behaviour: TypeAlias = "Callable[[Any, Context], Any]"
 Enter: TypeAlias = "Callable[[Context], Pass]"
-TakeIn: TypeAlias = Callable[[Pass, Any], Any]
+TakeIn: TypeAlias = "Callable[[Pass, Any, Context], Any]"
 
 _KEY: ContextVar[ApiKey | None] = ContextVar("horace_key", default=None)
 """The key that let this task's call in; interceptor and handler run in one task."""
@@ -127,7 +128,7 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
             try:
                 entered = enter(context)
                 with self._guard.under_way(entered), self.in_flight.hold(incoming):
-                    return await behaviour(take_in(entered, incoming), context)
+                    return await behaviour(take_in(entered, incoming, context), context)
             except grpc.aio.BaseError:  # the call was ended, or its caller has gone
                 raise
             except Exception as error:
@@ -142,7 +143,8 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
             try:
                 entered = enter(context)
                 with self._guard.under_way(entered), self.in_flight.hold(incoming):
-                    async with aclosing(behaviour(take_in(entered, incoming), context)) as replies:
+                    taken = take_in(entered, incoming, context)
+                    async with aclosing(behaviour(taken, context)) as replies:
                         async for reply in replies:
                             yield reply
             except grpc.aio.BaseError:  # the call was ended, or its caller has gone
@@ -169,7 +171,7 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
         CURRENT.set(entered.caller)  # this task answers nothing else
         return entered
 
-    def _take_message(self, parse: Parse, entered: Pass, raw: bytes) -> Any:
+    def _take_message(self, parse: Parse, entered: Pass, raw: bytes, _: Context) -> Any:
         """Read the one message of a call, and charge for it."""
         request = parse(raw)
         if entered.quota.is_rated:
@@ -177,15 +179,29 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
         return request
 
     async def _take_stream(
-        self, parse: Parse, entered: Pass, incoming: AsyncIterator[bytes]
+        self, parse: Parse, entered: Pass, _: object, context: Context
     ) -> AsyncIterator[Any]:
-        """Read the messages of a stream, each when it is its turn."""
-        async for raw in incoming:
-            request = parse(raw)
-            images = self._count(request)
-            while wait_s := self._guard.wait_s(entered, images=images):
-                await self._sleep(wait_s)
-            yield request
+        """Read the messages of a stream, each when it is its turn; keep none that was given.
+
+        grpcio's own iterator would keep the last one until the next has come.
+        """
+        while (raw := await context.read()) is not grpc.aio.EOF:
+            requests = [parse(raw)]
+            await self._wait_for_turn(entered, raw, self._count(requests[0]))
+            del raw
+            yield requests.pop()  # or this frame keeps it while the stream is held back
+
+    async def _wait_for_turn(self, entered: Pass, raw: bytes, images: int) -> None:
+        """Charge for a message of a stream, now or once that is allowed.
+
+        Raises:
+            QueueFullError: it has to wait, and there is no room for it meanwhile.
+        """
+        if wait_s := self._guard.wait_s(entered, images=images):
+            with self.in_flight.hold(raw):
+                while wait_s:
+                    await self._sleep(wait_s)
+                    wait_s = self._guard.wait_s(entered, images=images)
 
     def _count(self, request: Any) -> int:
         """Count the images that a message is charged for."""

@@ -32,7 +32,7 @@ class CallerLimits:
     """Requests a second, a stream's messages among them; no limit where not given."""
 
     images_per_s: float | None = None
-    """Images and queries a second; no limit where not given."""
+    """Images, and queries or their examples, a second; no limit where not given."""
 
     burst_s: float = 1.0
     """Seconds' worth of both that a caller may ask for at once after it was idle."""

@@ -4,7 +4,7 @@ Rules:
     The port is taken first and alone (`ports`); the supervisor itself never listens.
     All workers must become ready once; one that cannot ends the start with its own error.
     After that a worker that dies is started again, at once or after a while (`restarts`),
-    and meanwhile the others serve.
+    and again where the system cannot start it; meanwhile the others serve.
     The first order to stop drains every worker, the second cuts them off; one that does not
     end then is killed. The end is good if every worker's was.
     One event at a time: deaths, reports, orders and timers are read from one queue.
@@ -146,7 +146,7 @@ class Supervisor:
                 self._bury(worker)
             case "restart", Worker():
                 if not self._stops:
-                    self._start(worker)
+                    self._start_again(worker)
             case "reload", _:
                 log.info("reloading on %s", what)
                 self._tell_all(Order.RELOAD)
@@ -183,11 +183,15 @@ class Supervisor:
             self._start_error = _start_error(worker, how, words)
             self._stop("that")
         else:
-            delay_s = worker.restarts.delay_s(self._clock() - worker.started_s)
             why = f"{how}: {words.line}" if words else how
-            log.error("%s %s; another follows in %.1f s", worker, why, delay_s)
-            loop = asyncio.get_running_loop()
-            loop.call_later(delay_s, self._events.put_nowait, ("restart", worker, None))
+            self._follow(worker, why, lived_s=self._clock() - worker.started_s)
+
+    def _follow(self, worker: Worker, why: str, *, lived_s: float) -> None:
+        """Have another process in a worker's place, after a while."""
+        delay_s = worker.restarts.delay_s(lived_s)
+        log.error("%s %s; another follows in %.1f s", worker, why, delay_s)
+        loop = asyncio.get_running_loop()
+        loop.call_later(delay_s, self._events.put_nowait, ("restart", worker, None))
 
     def _stop(self, why: str) -> None:
         """Drain, or cut off what drains."""
@@ -202,21 +206,34 @@ class Supervisor:
     # Processes.
 
     def _start(self, worker: Worker) -> None:
-        """Start a process in a worker's place."""
+        """Start a process in a worker's place.
+
+        Raises:
+            OSError: the system has no process, memory or descriptors to spare.
+        """
         ours, theirs = self._spawn.Pipe()
-        worker.process = self._spawn.Process(
-            target=run_worker,
-            args=(self._options, worker.place, theirs),
-            name=f"horace {worker}",
-            daemon=True,
-        )
-        worker.pipe, worker.started_s = ours, self._clock()
-        with _signals_held():
-            worker.process.start()
-        theirs.close()
+        with theirs, contextlib.ExitStack() as undo:
+            undo.enter_context(ours)
+            process = self._spawn.Process(
+                target=run_worker,
+                args=(self._options, worker.place, theirs),
+                name=f"horace {worker}",
+                daemon=True,
+            )
+            with _signals_held():
+                process.start()
+            undo.pop_all()
+        worker.process, worker.pipe, worker.started_s = process, ours, self._clock()
         loop = asyncio.get_running_loop()
         loop.add_reader(ours.fileno(), self._read, worker)
-        loop.add_reader(worker.process.sentinel, self._notice, worker, worker.process.sentinel)
+        loop.add_reader(process.sentinel, self._notice, worker, process.sentinel)
+
+    def _start_again(self, worker: Worker) -> None:
+        """Start a process in a dead worker's place, or try later: the others serve."""
+        try:
+            self._start(worker)
+        except OSError as error:
+            self._follow(worker, f"cannot be started: {error}", lived_s=0.0)
 
     def _read(self, worker: Worker) -> None:
         """Read one report, or notice that there will be none any more."""

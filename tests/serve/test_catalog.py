@@ -119,7 +119,7 @@ def test_a_collection_moves_to_a_newer_version_that_fits():
         assert catalog.collection().model.encoder is two
     assert one.closed
     assert not collection.closed
-    catalog.withdraw_collection("c")
+    put_collection(catalog, "c", "a")
     assert collection.closed
     assert not two.closed
 
@@ -146,7 +146,7 @@ def test_a_collection_rebuilt_by_the_old_encoder_stays_with_it():
     put_collection(catalog, "c", "a")
     assert catalog.collection("c").model.encoder is one
     assert not one.closed
-    catalog.withdraw_collection("c")
+    put_collection(catalog, "c", "b")
     assert one.closed
 
 
@@ -161,6 +161,28 @@ def test_a_collection_that_fits_no_model_changes_nothing():
     assert "b" * 64 in str(error.value)
     assert catalog.collection("c").collection is old
     assert not old.closed
+
+
+def test_whatever_computes_for_callers_has_to_be_alive():
+    """The newest version, one that is kept, and one that only its collection keeps."""
+    catalog = Catalog()
+    things = {"1": put_model(catalog, "m", "1", "a")}
+    put_collection(catalog, "c", "a")
+    for version in ("2", "3"):
+        things[version] = put_model(catalog, "m", version, "b")
+    catalog.withdraw_model("m", "1")
+    assert [(model.name, model.version) for model in catalog.running] == [
+        ("m", "3"),
+        ("m", "2"),
+        ("m", "1"),
+    ]
+    assert catalog.alive
+    for thing in things.values():
+        thing.alive = False
+        assert not catalog.alive
+        thing.alive = True
+    put_collection(catalog, "c", "b")
+    assert [model.version for model in catalog.running] == ["3", "2"]
 
 
 def test_closing_closes_what_was_swapped_out_and_is_still_used():

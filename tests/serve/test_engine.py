@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 
 import serve.decoding
-from models.errors import EncoderUnavailableError, ImageError, ImageFault
+from models.errors import (
+    EncoderUnavailableError,
+    FingerprintMismatchError,
+    ImageError,
+    ImageFault,
+)
 from serve.engine import Engine
 from serve.errors import (
     DeadlineError,
@@ -145,6 +150,29 @@ def test_an_encoder_whose_servers_do_not_answer_is_unavailable(fake, image):
             assert first_values(await embed(engine, [image(2)])) == [2.0]
 
     asyncio.run(main())
+
+
+def test_an_encoder_that_has_become_another_is_unavailable_and_trouble(fake, image, caplog):
+    """The caller is told both fingerprints and no address; the log has the rest, once."""
+    mismatch = FingerprintMismatchError(
+        "horace://10.0.0.7:50051/m", expected="a" * 64, found="b" * 64, mend="open it again"
+    )
+    troubles = []
+
+    async def main():
+        async with running(fake, on_trouble=lambda: troubles.append(1)) as engine:
+            for _ in range(2):
+                fake.failures.append(mismatch)
+                with pytest.raises(UnavailableError) as error:
+                    await embed(engine, [image(1)])
+            return str(error.value)
+
+    assert asyncio.run(main()) == (
+        f"model fake: expected encoder {'a' * 64}, found encoder {'b' * 64}; "
+        "call another server, or have this one read its models again"
+    )
+    assert troubles == [1, 1]
+    assert caplog.text.count("horace://10.0.0.7:50051/m: expected encoder aaa") == 1
 
 
 def test_an_encoder_that_gives_too_few_vectors_is_an_error(fake, image):

@@ -143,8 +143,9 @@ def test_bytes_under_way_are_bounded(serving, fake, eventually, frontend):
             fake.gate.clear()
             held = stub.Embed(large)
             await eventually(fake.entered.is_set)
-            code, message, _ = await refusal(stub.Embed(large))
+            code, message, trailers = await refusal(stub.Embed(large))
             assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert trailers["retry-after-ms"] == "1000"
             assert message.startswith(
                 "requests under way: expected at most 1048576 bytes, found 64"
             )
@@ -156,7 +157,7 @@ def test_bytes_under_way_are_bounded(serving, fake, eventually, frontend):
 
 
 def test_where_nothing_is_under_way_any_message_fits():
-    """What could never come in beside others comes in alone; streams count as nothing here."""
+    """What could never come in beside others comes in alone; a stream itself is no message."""
     in_flight = InFlight(max_bytes=10)
     with in_flight.hold(bytes(20)):
         assert repr(in_flight) == "<InFlight 20/10 bytes of 1 calls>"

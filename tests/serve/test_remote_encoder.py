@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import shutil
 import socket
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,6 +19,7 @@ from models.remote import TIMEOUT_S, RemoteEncoder
 from models.wire import vectors_to_wire
 from protos import horace_pb2 as pb
 from protos import horace_pb2_grpc as pb_grpc
+from serve.errors import UnavailableError
 from serve.security.options import KeyOptions
 from serve.security.ring import hash_token
 from serve.security.tls import TlsOptions
@@ -191,6 +193,38 @@ def test_a_server_in_front_of_a_server(serving, make_bundle):
             assert found.model == "front"
             assert found.fingerprint == expected.fingerprint
             np.testing.assert_array_equal(found.vectors, expected.vectors)
+
+    asyncio.run(main())
+
+
+def test_a_server_in_front_is_not_ready_until_it_has_read_what_changed_behind(
+    serving, make_bundle, tmp_path, eventually
+):
+    """Its callers are told both fingerprints; SIGHUP reads the model again and mends it."""
+    path = tmp_path / "m"
+    image = np.zeros((28, 28), np.uint8)
+    one = make_bundle(path=path)
+
+    async def main():
+        from serve.client import AsyncClient, RetryPolicy
+
+        async with (
+            serving(bundle=(f"m={path}",)) as behind,
+            serving(bundle=(f"m=horace://{behind.address}/m",)) as front,
+            AsyncClient(front.address, retry=RetryPolicy(attempts=1)) as client,
+        ):
+            assert (await client.embed([image])).fingerprint == one.fingerprint
+            shutil.rmtree(path)
+            two = make_bundle(seed=2, path=path)
+            assert await behind.reloads.run() == []
+            with pytest.raises(UnavailableError) as error:
+                await client.embed([image])
+            fingerprints = f"expected encoder {one.fingerprint}, found encoder {two.fingerprint}"
+            assert f"model m: {fingerprints}" in str(error.value)
+            await eventually(lambda: not front.health.serving)
+            assert await front.reloads.run() == []
+            await eventually(lambda: front.health.serving)
+            assert (await client.embed([image])).fingerprint == two.fingerprint
 
     asyncio.run(main())
 

@@ -1,12 +1,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
+import threading
 
 import pytest
 
-from serve.running import ECHO_S, orders_by_signal
+from serve import running
+from serve.config import ServeOptions
+from serve.errors import InternalError
+from serve.running import ECHO_S, Orders, orders_by_signal, run_server
+from serve.server import Server
 
 
 async def hear(orders, *numbers: int) -> list[str]:
@@ -44,3 +50,23 @@ def test_another_signal_is_no_echo():
         assert await hear(orders, signal.SIGTERM, signal.SIGINT) == ["SIGTERM", "SIGINT"]
 
     asyncio.run(main())
+
+
+def test_a_server_that_reads_no_more_ends_badly(fake, monkeypatch, caplog):
+    """After a drain: whoever minds the process, such as a supervisor, starts another."""
+    monkeypatch.setattr(running, "LOOK_EVERY_S", 0.001)
+    caplog.set_level(logging.INFO, "horace.serve")
+    options = ServeOptions(port=0, bundle=("fake://fake",), frontend="native")
+
+    async def main():
+        server = Server(options, open_model=lambda *_, **__: fake)
+
+        def lose_receiver() -> None:
+            server._front._receiver = threading.Thread(target=print)  # never started
+
+        await run_server(server, Orders(), drain_s=10, on_ready=lose_receiver)
+
+    with pytest.raises(InternalError, match=r"^server: expected one that lives, found a thread"):
+        asyncio.run(main())
+    assert "stopping on the loss of a thread that nothing replaces" in caplog.text
+    assert fake.closed

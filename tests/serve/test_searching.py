@@ -238,22 +238,32 @@ def test_more_neighbours_than_images_gives_all_images(place, searching):
     asyncio.run(main())
 
 
-def test_searches_that_wait_are_bounded(place, searching, monkeypatch):
-    """Beyond the bound a search is refused at once, and can be tried again."""
+@pytest.mark.parametrize("kind", ["ids", "images", "combined"])
+def test_searches_that_wait_are_bounded(place, searching, monkeypatch, kind):
+    """Beyond the bound a search is refused before its images are computed; there is a next time."""
     from serve.pool import ThreadPool
 
     monkeypatch.setattr(ThreadPool, "waiting", property(lambda pool: 10**6))
+    image = pb.Image(encoded=next(place[1].rglob("*.png")).read_bytes())
+    example = pb.Combination(positives=[pb.Example(image=image)])
+    request = {
+        "ids": pb.SearchRequest(ids=pb.IdQueries(ids=[1])),
+        "images": pb.SearchRequest(images=pb.ImageQueries(images=[image])),
+        "combined": pb.SearchRequest(combined=pb.Combined(queries=[example])),
+    }[kind]
 
     async def main():
         async with (
             searching() as server,
             grpc.aio.insecure_channel(server.address) as channel,
         ):
+            statistics = server.catalog.model("tiny").engine.statistics
+            before = statistics()
             with pytest.raises(grpc.aio.AioRpcError) as error:
-                await pb_grpc.HoraceStub(channel).Search(
-                    pb.SearchRequest(ids=pb.IdQueries(ids=[1]))
-                )
-        assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+                await pb_grpc.HoraceStub(channel).Search(request)
+            assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert error.value.details().startswith("searches: expected fewer than 256 that wait")
+            assert statistics() == before
 
     asyncio.run(main())
 

@@ -214,6 +214,32 @@ def test_calls_beyond_the_bound_are_refused_unread(serving, fake, image, eventua
     asyncio.run(main())
 
 
+def test_calls_and_streams_have_one_account(serving, fake, image, eventually):
+    """A call and a stream are two, whichever of them comes next."""
+
+    async def main():
+        async with (
+            serving(fake, max_calls=2) as server,
+            grpc.aio.insecure_channel(server.address) as channel,
+        ):
+            stub = pb_grpc.HoraceStub(channel)
+            request = pb.EmbedRequest(images=[image_to_wire(image(1))])
+            stream = stub.EmbedStream()
+            await stream.write(request)
+            assert (await stream.read()).vectors.rows == 1
+            fake.gate.clear()
+            held = stub.Embed(request)
+            await eventually(lambda: server.calls.active == 2)
+            for refused in (stub.Embed(request), stub.EmbedStream(iter([request]))):
+                assert await refused.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            fake.gate.set()
+            await held
+            assert (await stub.Embed(request)).vectors.rows == 1
+            stream.cancel()
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize(
     ("threads", "models", "instances", "each"),
     [(8, 1, 1, 8), (8, 3, 1, 2), (8, 2, 3, 2), (1, 4, 1, 1), (2, 1, 4, 1)],
@@ -318,7 +344,7 @@ def test_a_search_thread_that_hangs_is_replaced(serving, fake, eventually):
             try:
                 with pytest.raises(InternalError, match="lost a thread"):
                     await server._search_pool.run(lambda: hangs.wait(30))
-                await eventually(lambda: server.recovery.troubles == 1)
+                await eventually(lambda: "1 so far" in repr(server.recovery))
                 await eventually(lambda: server.health.serving)
             finally:
                 hangs.set()

@@ -50,3 +50,14 @@ def test_a_few_versions_of_each_model_are_remembered():
     kept = [n for n in range(100) if statistics.find("mine", str(n)) is not None]
     assert len(kept) == KEPT_VERSIONS
     assert statistics.find("other", "1") is other
+
+
+def test_a_version_that_is_counted_is_never_forgotten():
+    """A server may keep more versions than are remembered of those that are gone."""
+    statistics = Statistics()
+    served = [statistics.watch_model("mine", str(n)) for n in range(2 * KEPT_VERSIONS)]
+    assert [statistics.find("mine", str(n)) for n in range(2 * KEPT_VERSIONS)] == served
+    assert statistics.watch_model("mine", "0") is served[0]
+    served.clear()
+    kept = [n for n in range(2 * KEPT_VERSIONS) if statistics.find("mine", str(n)) is not None]
+    assert kept == [0, *range(KEPT_VERSIONS + 1, 2 * KEPT_VERSIONS)]

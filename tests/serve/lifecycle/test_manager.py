@@ -9,6 +9,7 @@ import grpc
 import numpy as np
 import pytest
 
+from models.bundle import Bundle, write_bundle
 from models.errors import BundleError, FingerprintMismatchError
 from models.wire import image_to_wire
 from protos import horace_pb2 as pb
@@ -31,6 +32,24 @@ def version(server: Server, name: str = "m") -> tuple[str, str]:
     """The version that is served, and its encoder."""
     model = server.catalog.model(name)
     return model.version, model.encoder.fingerprint
+
+
+def served_versions(server: Server) -> dict[str, str]:
+    """The version of every model that is served by default."""
+    return {name: model.version for name, model in server.catalog.models.items()}
+
+
+def put_two_precisions(path, one: Bundle, other: Bundle) -> None:
+    """Write a bundle whose int8 is another encoder, in the place of what is there."""
+    write_bundle(
+        path,
+        name="m",
+        files={"encoder.onnx": one.encoder_path, "encoder.int8.onnx": other.encoder_path},
+        preprocessing=one.preprocessing,
+        output=one.output,
+        provenance={},
+        replace=True,
+    )
 
 
 def test_a_bundle_that_changed_is_swapped_and_the_old_one_freed(serving, put_bundle, tmp_path):
@@ -193,6 +212,58 @@ def test_watching_loads_what_has_come_to_rest(serving, put_bundle, tmp_path):
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("how", ["reload", "look"])
+def test_one_directory_under_several_names_is_read_again_under_each(
+    serving, put_bundle, put_collection, tmp_path, how
+):
+    """Two precisions of a bundle, and a collection by two names; then both are left alone."""
+    one, two = put_bundle(tmp_path / "one", 1), put_bundle(tmp_path / "two", 2)
+    path = tmp_path / "m"
+    put_two_precisions(path, one, two)
+    things = put_collection(tmp_path / "things", one)
+    options = {
+        "bundle": (f"small={path},precision=int8", f"big={path}"),
+        "collection": (f"c={things}", f"d={things}"),
+    }
+
+    async def main():
+        async with serving(**options) as server:
+
+            async def read_again():
+                if how == "reload":
+                    assert await server.reloads.run() == []
+                for _ in range(2 * (how == "look")):
+                    await server.lifecycle.look()
+
+            await read_again()
+            put_two_precisions(path, one, two)
+            put_collection(things, one)
+            await read_again()
+            assert served_versions(server) == {"small": "2", "big": "2"}
+            assert version(server, "small") == ("2", two.fingerprint)
+            loads = {name: count.loads for name, count in server.lifecycle.statistics().items()}
+            assert loads == {"model small": 2, "model big": 2, "collection c": 2, "collection d": 2}
+            await read_again()
+            assert served_versions(server) == {"small": "2", "big": "2"}
+
+    asyncio.run(main())
+
+
+def test_a_model_of_the_repository_may_have_another_name_beside(serving, put_bundle, tmp_path):
+    """By its own name and as a bundle: both follow what is on the disk."""
+    path = tmp_path / "r" / "m"
+    put_bundle(path, 1)
+
+    async def main():
+        async with serving(bundle=(f"x={path}",), repository=str(tmp_path / "r")) as server:
+            put_bundle(path, 2)
+            for _ in range(2):
+                await server.lifecycle.look()
+            assert served_versions(server) == {"x": "2", "m": "2"}
+
+    asyncio.run(main())
+
+
 def test_watching_goes_on_by_itself(serving, put_bundle, tmp_path, eventually):
     """With --watch-s nobody has to ask."""
     one = put_bundle(tmp_path / "m", 1)
@@ -203,6 +274,20 @@ def test_watching_goes_on_by_itself(serving, put_bundle, tmp_path, eventually):
             await eventually(lambda: version(server)[1] == two.fingerprint)
 
     asyncio.run(main())
+
+
+def test_models_of_the_repository_have_their_share_of_the_cpus(serving, put_bundle, tmp_path):
+    """A bundle that is loaded before them leaves them theirs; what a bundle displaces has none."""
+    path = put_bundle(tmp_path / "m", 1).path
+    for n, name in enumerate(("a", "b", "taken")):
+        put_bundle(tmp_path / "r" / name, n)
+    options = {"bundle": (f"m={path}", f"taken={path}"), "repository": str(tmp_path / "r")}
+
+    async def main():
+        async with serving(**options, cpu_budget=8) as server:
+            return {n: model.encoder.threads for n, model in server.catalog.models.items()}
+
+    assert asyncio.run(main()) == {"m": 2, "taken": 2, "a": 2, "b": 2}
 
 
 def test_a_repository_is_followed(serving, put_bundle, tmp_path, caplog):
@@ -268,6 +353,37 @@ def test_callers_load_and_unload_where_they_may(serving, put_bundle, tmp_path):
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("how", ["reload", "look"])
+def test_a_load_whose_caller_goes_was_not_tried(serving, put_bundle, tmp_path, how):
+    """What was cut off is read by the next signal, or the next looks."""
+    one = put_bundle(tmp_path / "m", 1)
+
+    async def main():
+        async with serving(bundle=(f"m={one.path}",), model_control=True) as server:
+            two = put_bundle(tmp_path / "m", 2)
+            loader, begun = server.lifecycle._loader, asyncio.Event()
+            load = loader.load
+
+            async def hang(*args, **kwargs):
+                begun.set()
+                await asyncio.Event().wait()
+
+            loader.load = hang
+            loading = asyncio.create_task(server.lifecycle.load("m"))
+            await begun.wait()
+            loading.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await loading
+            loader.load = load
+            if how == "reload":
+                assert await server.reloads.run() == []
+            for _ in range(2 * (how == "look")):
+                await server.lifecycle.look()
+            assert version(server) == ("2", two.fingerprint)
+
+    asyncio.run(main())
+
+
 def test_callers_may_not_unless_the_operator_says_so(fake, serving):
     """The line names the option."""
 
@@ -305,6 +421,78 @@ def test_a_collection_stays_with_the_model_that_made_it(
             assert (result.fingerprint, len(result.hits[0])) == (two.fingerprint, 3)
             await server._disposal_pool.run(lambda: None)
             assert not old.engine.alive
+
+    asyncio.run(main())
+
+
+def test_a_version_that_only_a_collection_uses_is_looked_after(
+    serving, put_bundle, put_collection, tmp_path, monkeypatch
+):
+    """The server is ready by it, probes it, and has it in its metrics beside the newest."""
+    one = put_bundle(tmp_path / "m", 1)
+    things = put_collection(tmp_path / "things", one)
+    probed = []
+
+    async def warm_up(model):
+        probed.append(model.version)
+
+    monkeypatch.setattr("serve.server.warm_up", warm_up)
+
+    async def main():
+        async with serving(bundle=(f"m={one.path}",), collection=(f"c={things}",)) as server:
+            put_bundle(tmp_path / "m", 2)
+            await server.reloads.run()
+            await server._probe()
+            assert probed == ["2", "1"]
+            server.catalog.collection("c").model.engine._crashed = True
+            server._tell_health()
+            assert not server.health.serving
+            states = server.operation._state.models()
+            assert [(state.version, state.alive) for state in states] == [("2", True), ("1", False)]
+
+    asyncio.run(main())
+
+
+def test_versions_of_one_number_are_one_in_the_metrics(
+    serving, put_bundle, put_collection, tmp_path
+):
+    """Replaced under its number, while a collection keeps the one before: the new one is shown."""
+    one = put_bundle(tmp_path / "m" / "7", 1)
+    things = put_collection(tmp_path / "things", one)
+
+    async def main():
+        async with serving(bundle=(f"m={tmp_path / 'm'}",), collection=(f"c={things}",)) as server:
+            two = put_bundle(tmp_path / "m" / "7", 2)
+            await server.reloads.run()
+            assert [m.encoder.fingerprint for m in server.catalog.running] == [
+                two.fingerprint,
+                one.fingerprint,
+            ]
+            (state,) = server.operation._state.models()
+            assert (state.version, state.fingerprint) == ("7", two.fingerprint)
+
+    asyncio.run(main())
+
+
+def test_what_is_replaced_while_a_probe_runs_is_not_probed(
+    serving, put_bundle, tmp_path, monkeypatch
+):
+    """The first of two models is probed, the second is swapped meanwhile and closed."""
+    paths = [put_bundle(tmp_path / name, n).path for n, name in enumerate("ab")]
+    probed = []
+
+    async def main():
+        async with serving(bundle=tuple(f"{path.name}={path}" for path in paths)) as server:
+
+            async def warm_up(model):
+                if not probed:
+                    put_bundle(paths[1], 5)
+                    await server.reloads.run()
+                probed.append((model.name, model.version))
+
+            monkeypatch.setattr("serve.server.warm_up", warm_up)
+            await server._probe()
+            assert probed == [("a", "1")]
 
     asyncio.run(main())
 

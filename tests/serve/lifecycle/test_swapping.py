@@ -104,6 +104,34 @@ def test_no_query_fails_while_a_collection_is_swapped(
     asyncio.run(main())
 
 
+def test_collections_are_listed_while_they_are_swapped(
+    serving, put_bundle, put_collection, tmp_path
+):
+    """The first is looked at while the second moves to another version of its model."""
+    bundle = put_bundle(tmp_path / "m", 1)
+    things = put_collection(tmp_path / "things", bundle)
+    options = {"bundle": (f"m={bundle.path}",), "collection": (f"c={things}", f"d={things}")}
+
+    async def main():
+        async with (
+            serving(**options, model_control=True) as server,
+            AsyncClient(server.address, retry=ONCE) as client,
+        ):
+            following = server.catalog.collection("c").following
+
+            async def snapshot(_):
+                await server.lifecycle.load("m")
+                assert server.calls.active == 1
+                return following.current
+
+            following.snapshot = snapshot
+            listed = await client.list_collections()
+            assert [(one.name, one.count) for one in listed] == [("c", 6), ("d", 6)]
+            assert server.catalog.collection("d").model.version == "2"
+
+    asyncio.run(main())
+
+
 def test_a_signal_reloads(start_server, put_bundle, tmp_path):
     """SIGHUP to the process: a while later the new encoder answers."""
     one = put_bundle(tmp_path / "m", 1)

@@ -16,6 +16,7 @@ from serve.job import Embedded
 from serve.operation.logs import (
     LINES_PER_S,
     JsonFormatter,
+    RateFilter,
     RequestLog,
     TextFormatter,
     describe,
@@ -231,3 +232,39 @@ def test_the_servers_log_is_json_on_stderr(start_server, make_bundle):
     assert failed["level"] == "info"
     assert failed["model"] == "m"
     assert server.process.stdout.read() == ""
+
+
+def test_a_warning_without_end_does_not_fill_the_log():
+    """Each place has some lines a second; the next one says how many were left out."""
+    clock, stream = Clock(), io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(JsonFormatter())
+    handler.addFilter(rate := RateFilter(clock=clock))
+
+    def write(level: int, name: str = "horace.serve", line: int = 1) -> None:
+        handler.handle(logging.LogRecord(name, level, "here.py", line, "again", None, None))
+
+    def count() -> int:
+        return len(stream.getvalue().splitlines())
+
+    for _ in range(LINES_PER_S + 5):
+        write(logging.ERROR)
+    assert count() == LINES_PER_S
+    assert repr(rate) == "<RateFilter 5 lines left out>"
+    write(logging.ERROR, line=2)
+    write(logging.INFO)
+    write(logging.ERROR, name="another")
+    assert count() == LINES_PER_S + 3
+    clock.now_s += 1
+    write(logging.ERROR)
+    write(logging.ERROR)
+    last, after = map(json.loads, stream.getvalue().splitlines()[-2:])
+    assert last["left_out"] == 5
+    assert "left_out" not in after
+
+
+def test_the_logs_that_are_set_up_are_bounded(lines):
+    """By the handlers, which all of the server's lines come to."""
+    handler = logging.StreamHandler(io.StringIO())
+    set_up_logs(LogOptions(), [handler])
+    assert [type(one) for one in handler.filters] == [RateFilter]

@@ -225,6 +225,37 @@ def test_the_queue_is_seen_while_it_is_full(serving, fake, image, eventually):
     assert seen["horace_calls_active", ()] == 1
 
 
+def test_lists_are_counted_and_drained_like_other_calls(serving, fake):
+    """Over gRPC and HTTP: once each, and none more once the server drains."""
+
+    async def main():
+        async with (
+            serving(fake, metrics=MetricsOptions(port=0), http=HttpOptions(port=0)) as server,
+            grpc.aio.insecure_channel(server.address) as channel,
+        ):
+            stub = pb_grpc.HoraceStub(channel)
+            calls = (
+                lambda: stub.ListModels(pb.ListModelsRequest()),
+                lambda: stub.ListCollections(pb.ListCollectionsRequest()),
+            )
+            for call, page in zip(calls, ("/v1/models", "/v1/collections"), strict=True):
+                await call()
+                assert (await asyncio.to_thread(fetch, server.http.url + page))[0] == 200
+            server.calls.drain()
+            for call in calls:
+                with pytest.raises(grpc.aio.AioRpcError, match="the server is stopping"):
+                    await call()
+            return samples((await get(server, "/metrics"))[1])
+
+    seen = asyncio.run(main())
+    for method in ("ListModels", "ListCollections"):
+        counts = {
+            code: seen["horace_requests_total", (("code", code), ("method", method))]
+            for code in ("OK", "UNAVAILABLE")
+        }
+        assert counts == {"OK": 2, "UNAVAILABLE": 1}
+
+
 def test_two_servers_of_one_process_count_apart(serving, fake, image):
     """Nothing is global: a request to one is not seen by the other."""
     twin = type(fake)(name="twin")

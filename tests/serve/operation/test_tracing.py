@@ -132,6 +132,8 @@ def test_a_request_of_a_traced_caller_is_a_span_of_its_trace(serving, fake, imag
         ([], 0.2, True),
         ([("traceparent", f"00-{TRACE}-{SPAN}-01")], 0.9, True),
         ([("traceparent", f"00-{TRACE}-{SPAN}-00")], 0.0, False),
+        ([("traceparent", f"00-{TRACE}-{SPAN}-02")], 0.0, False),
+        ([("traceparent", f"00-{TRACE}-{SPAN}-03")], 0.9, True),
         ([("traceparent", "no trace at all")], 0.9, False),
         ([("traceparent", "no trace at all")], 0.1, True),
         ([("traceparent-bin", b"\x00")], 0.9, False),
@@ -140,7 +142,7 @@ def test_a_request_of_a_traced_caller_is_a_span_of_its_trace(serving, fake, imag
 def test_the_caller_decides_and_where_it_does_not_a_share_is_traced(
     collector, metadata, drawn, traced
 ):
-    """W3C's flag is followed; what is no traceparent is none."""
+    """W3C's flag is followed, beside level 2's; what is no traceparent is none."""
     tracer = tracer_of(collector, ratio=0.25, draw=lambda: drawn)
     tracer.answered(call(*metadata), 0.1)
     tracer.close()

@@ -323,6 +323,7 @@ def test_calls_of_one_caller_are_bounded_and_free_again(serving, fake, image, ev
                 await stub.Embed(request, timeout=PATIENCE_S)
             assert refusal.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
             assert "calls of this caller that are open at once" in refusal.value.details()
+            assert dict(refusal.value.trailing_metadata())["retry-after-ms"] == "1000"
             held[0].cancel()
             fake.gate.set()
             await held[1]

@@ -132,18 +132,30 @@ def test_more_images_than_a_request_may_have_are_refused_unread(attack, fake, im
 
 
 def test_a_rate_of_images_counts_them_whatever_the_way_in(attack, image):
-    """Six images are the burst: four by Embed and two by KServe; the seventh waits."""
-    four = pb.EmbedRequest(images=[image_to_wire(image(1))] * 4)
-    one = pb.EmbedRequest(images=[image_to_wire(image(1))])
+    """Twelve images are the burst: four by Embed, two by KServe, six by Search; the next waits."""
+    wire = image_to_wire(image(1))
+    one = pb.EmbedRequest(images=[wire])
+    example = pb.Example(image=wire)
+    query = pb.Combination(positives=[example] * 3, negatives=[example])
+    by_images = pb.SearchRequest(images=pb.ImageQueries(images=[wire] * 2))
+    combined = pb.SearchRequest(combined=pb.Combined(queries=[query]))
 
     async def work(horace, triton):
-        await horace.Embed(four, timeout=TIMEOUT_S)
+        await horace.Embed(pb.EmbedRequest(images=[wire] * 4), timeout=TIMEOUT_S)
         await triton.ModelInfer(infer_request(png(8), png(8)), timeout=TIMEOUT_S)
-        for call in (horace.Embed(one), triton.ModelInfer(infer_request(png(8)))):
+        for search in (by_images, combined):  # charged, though there is nothing to search in
+            error = await failure(horace.Search(search, timeout=TIMEOUT_S))
+            assert error.code() is grpc.StatusCode.NOT_FOUND
+        for call in (
+            horace.Embed(one),
+            triton.ModelInfer(infer_request(png(8))),
+            horace.Search(by_images),
+            horace.Search(combined),
+        ):
             error = await failure(call)
             assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
             assert error.details().startswith("rate of this caller: expected at most 0.001 images")
             assert int(dict(error.trailing_metadata())["retry-after-ms"]) > 100_000
         await horace.ListModels(pb.ListModelsRequest())  # has none
 
-    attack(work, limits=CallerLimits(images_per_s=0.001, burst_s=6000))
+    attack(work, limits=CallerLimits(images_per_s=0.001, burst_s=12_000))

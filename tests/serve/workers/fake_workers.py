@@ -31,6 +31,7 @@ def fake_worker(options, place, pipe) -> None:
         mark = memory / "died"
         if not mark.exists():
             mark.write_text("")
+            pipe.recv()  # not before the test says so: all are ready then
             pipe.send(Failed(line="a reason", bad_use=False))
             sys.exit(4)
     obey(behaviour, pipe, memory / f"reloads-{place.index}")

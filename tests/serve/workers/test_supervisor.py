@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import importlib.util
 import logging
 import sys
@@ -74,6 +75,7 @@ def test_a_worker_that_dies_is_followed_by_another(supervise, caplog, eventually
     """With its last words in the log; the ready line does not come again."""
 
     async def script(minding, orders):
+        orders.reloads.put_nowait("SIGHUP")
         await eventually(lambda: "worker 1 serves again" in caplog.text)
         assert repr(minding) == "<Supervisor worker 0 ready, worker 1 ready>"
         orders.stops.put_nowait("SIGTERM")
@@ -81,6 +83,31 @@ def test_a_worker_that_dies_is_followed_by_another(supervise, caplog, eventually
     lines, _ = supervise("one dies later", script)
     assert len(lines) == 1
     assert "worker 1 ended with status 4: a reason; another follows in 0.1 s" in caplog.text
+
+
+@pytest.mark.parametrize("what", ["Pipe", "Process"])
+def test_a_process_that_cannot_be_started_is_tried_again(
+    supervise, monkeypatch, caplog, eventually, what
+):
+    """The others serve meanwhile, and nothing is left open of what failed."""
+
+    async def script(minding, orders):
+        make, failures = getattr(minding._spawn, what), [OSError(errno.EMFILE, "too many files")]
+
+        def fail_once(*args, **options):
+            if failures:
+                raise failures.pop()
+            return make(*args, **options)
+
+        monkeypatch.setattr(minding._spawn, what, fail_once)
+        minding._workers[1].process.kill()
+        await eventually(lambda: "worker 1 serves again" in caplog.text)
+        assert not failures
+        assert repr(minding) == "<Supervisor worker 0 ready, worker 1 ready>"
+        orders.stops.put_nowait("SIGTERM")
+
+    supervise("good", script)
+    assert "cannot be started: [Errno 24] too many files; another follows in 0.2 s" in caplog.text
 
 
 def test_an_order_to_reload_reaches_all(supervise, tmp_path, eventually):
