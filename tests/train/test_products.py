@@ -37,7 +37,7 @@ def test_other_strides_and_dtypes_take_the_plain_way(
     """A slice of columns, float64, or a torch without oneDNN: the same product."""
     x = torch.randn(9, 12, dtype=dtype, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(times_transposed(x[:, 2:7], x[:, 2:7]), x[:, 2:7] @ x[:, 2:7].T)
-    monkeypatch.setattr(products, "HAS_ONEDNN", False)
+    monkeypatch.setattr(products, "ONEDNN_IS_FASTER", False)
     assert torch.equal(times_transposed(x, x), x @ x.T)
 
 
@@ -56,7 +56,7 @@ def test_a_product_is_float32_whatever_the_caller_allows(
     has_onednn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the bit, also on a CPU that multiplies in bfloat16; the setting stays the caller's."""
-    monkeypatch.setattr(products, "HAS_ONEDNN", products.HAS_ONEDNN and has_onednn)
+    monkeypatch.setattr(products, "ONEDNN_IS_FASTER", products.ONEDNN_IS_FASTER and has_onednn)
     x = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
     expected = times_transposed(x, x)
     with matmul_precision("medium"):

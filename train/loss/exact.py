@@ -238,16 +238,22 @@ def _tiled(views: _Views, wanted: tuple[bool, ...], tile_rows: int) -> tuple[Ten
     """Compute F and the products with C from C itself, some rows at a time."""
     a_nD, b_nD = views.a, views.b
     square_sum = torch.zeros((), dtype=torch.float64, device=a_nD.device)
-    da_nD = torch.empty_like(a_nD) if wanted[0] else None
-    db_nD = torch.zeros_like(b_nD) if wanted[1] else None
+    is_whole = tile_rows >= a_nD.shape[1]
+    da_nD = torch.empty_like(a_nD) if wanted[0] and not is_whole else None
+    db_nD: Tensor | None = None
     for first in range(0, a_nD.shape[1], tile_rows):
         rows = slice(first, first + tile_rows)
-        a_Wn = a_nD[:, rows].T.contiguous()
-        c_WD = times_transposed(a_Wn, b_nD.T)
+        c_WD = times_transposed(a_nD[:, rows].T, b_nD.T)
         sum_in_place(c_WD, views.group).div_(views.n_global)
         square_sum += torch.linalg.vector_norm(c_WD, dim=1).double().square().sum()
-        if da_nD is not None:
-            da_nD[:, rows] = times_transposed(b_nD, c_WD).mul_(views.weight)
-        if db_nD is not None:
-            db_nD.add_(times_transposed(a_nD[:, rows].contiguous(), c_WD.T), alpha=views.weight)
+        c_WD.mul_(views.weight)
+        if wanted[0]:
+            da_nW = times_transposed(b_nD, c_WD)
+            if da_nD is None:
+                da_nD = da_nW
+            else:
+                da_nD[:, rows] = da_nW
+        if wanted[1]:
+            part_nD = times_transposed(a_nD[:, rows], c_WD.T)
+            db_nD = part_nD if db_nD is None else db_nD.add_(part_nD)
     return square_sum, (da_nD, db_nD)

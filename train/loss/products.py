@@ -6,9 +6,10 @@ Rules:
     bfloat16. What the caller had set is as it was afterwards.
 
 On a CPU torch multiplies float32 matrices by MKL, which on AMD's processors stays with AVX2
-where oneDNN, the other library that torch carries, uses AVX-512. Both add in float32.
-torch reaches oneDNN's plain product only through the operator that `torch.compile` uses.
-Where that is not there, and on any other device or dtype, this is `x @ w.T`.
+where oneDNN, the other library that torch carries, uses AVX-512; without AVX-512 MKL is the
+faster. Both add in float32. torch reaches oneDNN's plain product only through the operator that
+`torch.compile` uses. Where that is not there, and on any other device or dtype, this is
+`x @ w.T`.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-HAS_ONEDNN: bool = torch.backends.mkldnn.is_available() and (  # type: ignore[no-untyped-call]  # torch
-    hasattr(torch.ops.mkldnn, "_linear_pointwise")
+ONEDNN_IS_FASTER: bool = (
+    torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch
+    and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )
 
 
@@ -28,21 +31,22 @@ def times_transposed(x_PK: Tensor, w_QK: Tensor) -> Tensor:
     """Compute x w^T, without a gradient.
 
     Args:
-        x_PK: (P, K), contiguous for the fast way.
+        x_PK: (P, K).
         w_QK: (Q, K), contiguous, or the transpose of what is, for the fast way: with other
             strides oneDNN takes minutes.
     """
     is_fast = (
-        HAS_ONEDNN
+        ONEDNN_IS_FASTER
         and x_PK.device.type == "cpu"
         and x_PK.dtype == torch.float32
-        and x_PK.is_contiguous()
         and (w_QK.is_contiguous() or w_QK.T.is_contiguous())
     )
     with full_precision(x_PK.device):
         if not is_fast:
             return x_PK @ w_QK.T
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(x_PK, w_QK, None, "none", [], "")
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x_PK.contiguous(), w_QK, None, "none", [], ""
+        )
         return product
 
 
