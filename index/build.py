@@ -2,7 +2,9 @@
 
 Rules:
     Decoding, encoding and writing go on at the same time, see `index.building.pipeline`.
-    Memory holds a few batches, two parts and the index, whatever the size of the source.
+    Memory holds a few batches and two parts, whatever the size of the source, while it embeds.
+    Then it holds the index, which grows with the source: a graph is built on a second copy of
+    all vectors. Where the source says how many, that is held against the machine's memory first.
     A build that was killed goes on where it stood when the same command is run again, and
     ends in the same files as one that was not: finished parts are never embedded twice.
     An image that cannot be used, or whose key another has, is written to `rejects.jsonl` and
@@ -25,7 +27,7 @@ from contextlib import ExitStack, closing, contextmanager
 from typing import cast
 
 from index.ann.kinds import FLAT
-from index.building.assemble import choose_factory, write_collection
+from index.building.assemble import check_memory, choose_factory, write_collection
 from index.building.dry_run import BuildPlan, plan_build
 from index.building.filling import Filling, fill_store, resumable
 from index.building.metadata import Metadata
@@ -133,6 +135,7 @@ def plan(options: BuildOptions) -> BuildPlan:
         if options.restart:
             parts.forget()
         count = key.source_count
+        _check_memory(options, key)
         fixed = options.recall is None and (options.index != "auto" or count is not None)
         return plan_build(
             parts,
@@ -140,6 +143,7 @@ def plan(options: BuildOptions) -> BuildPlan:
             encoder,
             crew=_crew(options),
             factory=choose_factory(options.index, count or 0) if fixed else None,
+            goal=options.goal,
         )
 
 
@@ -176,6 +180,7 @@ def _build(
         with PartStore(out, key, restart=True):
             return summarise(out, finished)
     check_target(out, replace=options.replace)
+    _check_memory(options, key)
     restart = options.restart or finished is not None  # the parts are in that collection
     with PartStore(out, key, restart=restart) as store, resumable(store):
         reused, embed_s = fill_store(store, source, encoder, _filling(options))
@@ -226,6 +231,12 @@ def _build_in_milvus(
         )
         store.discard()
     return summary
+
+
+def _check_memory(options: BuildOptions, key: RunKey) -> None:
+    """Look whether the index can be built, before hours of embedding."""
+    if options.goal is None and key.source_count is not None:
+        check_memory(choose_factory(options.index, key.source_count), key.source_count, key.dim)
 
 
 def _crew(options: BuildOptions) -> Crew:

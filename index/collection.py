@@ -1,8 +1,9 @@
-"""A collection of images: unit vectors of one encoder, their ids and metadata, searchable.
+"""A collection of images: vectors of one encoder, their ids and metadata, searchable.
 
 Rules:
     Every query says which encoder made it; another encoder's is refused, whatever its
-    dimension. Scores are cosines, best first.
+    dimension. Scores are best first: cosines, of unit vectors, or where the metric is Euclidean
+    minus the squared distance, of vectors of any length.
     Ids are 63-bit hashes of the images' keys: they outlive a rebuild and fit an int64.
     An open collection never changes, whatever is written to its files; any number of threads
     may search it. `latest` gives what is there now, and shares what has not changed.
@@ -148,6 +149,11 @@ class Collection:
         return self._snapshot.ids
 
     @property
+    def max_neighbours(self) -> None:
+        """The most neighbours that a search gives: any number."""
+        return None
+
+    @property
     def deleted(self) -> dict[str, int]:
         """Rows that are deleted, or replaced, and still take space: by segment, "" the delta."""
         return {part.segment.entry.name: part.dead for part in self._snapshot.parts}
@@ -184,7 +190,7 @@ class Collection:
         """Find the k nearest images of each query.
 
         Args:
-            queries_QD: (Q, D) float32, unit length.
+            queries_QD: (Q, D) float32, of unit length where the metric is cosine.
             k: neighbours a query, at least 1; K is no larger than the collection.
             fingerprint: of the encoder that made the queries.
             exact: whether to search every vector instead of the index.
@@ -275,7 +281,7 @@ class Collection:
         )  # fmt: skip
 
     def vectors(self, ids: ArrayLike) -> NDArray[np.float32]:
-        """Give the stored vectors, (n, D) float32 of unit length.
+        """Give the stored vectors, (n, D) float32, of unit length where the metric is cosine.
 
         Raises:
             UnknownIdError: an id is not in the collection.

@@ -68,6 +68,10 @@ class AnyCollection(Protocol):
     def ids(self) -> NDArray[np.int64]:
         """(N,) int64: the id of every image."""
 
+    @property
+    def max_neighbours(self) -> int | None:
+        """The most neighbours that a search of the index gives; None where it gives any number."""
+
     def latest(self) -> Self:
         """Give the collection as it is now."""
 

@@ -37,6 +37,9 @@ RANGE_FIRST, RANGE_MORE = 64, 8
 """Neighbours that a range search asks for at first, and how many times more where the last of
 them is still within the range."""
 
+RANGE_WEIGHED = 4
+"""Candidates for each neighbour of a range that an index weighs at least, whatever the effort."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ranking:
@@ -154,10 +157,13 @@ def search_range(
     limit: int | None = None,
     exact: bool = False,
     parameters: Mapping[str, int] | None = None,
+    effort: int | None = None,
     filter: str | AnySelection | None = None,
     without_QW: NDArray[np.int64] | None = None,
 ) -> Neighbours:
     """Find all images within a cosine of each query, best first; through an index, nearly all.
+
+    Queries that have more within it than an index gives are searched exactly.
 
     Args:
         collection: where to search.
@@ -165,8 +171,10 @@ def search_range(
         min_score: the least cosine, -1 to 1.
         fingerprint: of the encoder that made the queries.
         limit: of the nearest a query that are given, however many there are; none where None.
-        exact: as in `Collection.search`; so are the next three.
-        parameters: see there.
+        exact: as in `Collection.search`; so are `parameters` and what follows `effort`.
+        parameters: see there; taken as they are, however many are within the range.
+        effort: candidates that the index weighs for a query, and four at least for each neighbour
+            that is asked for; instead of `parameters`.
         filter: see there.
         without_QW: see there.
 
@@ -181,13 +189,20 @@ def search_range(
     check_min_score(min_score)
     if limit is not None and limit < 1:
         raise UsageError("limit", expected="at least 1", found=str(limit))
+    if effort is not None and parameters:
+        raise UsageError("effort", expected="no parameters beside it", found=str(dict(parameters)))
     most = min(collection.count, limit or collection.count)
+    by_index = collection.max_neighbours
+    n_without = 0 if without_QW is None else without_QW.shape[1]
     selection = collection.select(filter) if isinstance(filter, str) else filter
     ids = [np.empty(0, np.int64)] * len(queries_QD)
     scores = [np.empty(0, np.float32)] * len(queries_QD)
     left = np.arange(len(queries_QD))
     k = min(RANGE_FIRST, most)
     while left.size:
+        exact = exact or (by_index is not None and k + n_without > by_index)
+        if effort is not None:
+            parameters = collection.effort_parameters(max(effort, RANGE_WEIGHED * k), k)
         found = collection.search(
             queries_QD[left], k, fingerprint=fingerprint, exact=exact, parameters=parameters,
             filter=selection, without_QW=None if without_QW is None else without_QW[left],

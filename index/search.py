@@ -37,16 +37,17 @@ from index.combine import (
     pad_ids,
     query_vector,
 )
-from index.embed import embed
 from index.errors import CollectionError, QueryError, UnknownIdError
 from index.found import Found, as_text, look_up_hits
 from index.interface import AnyCollection, open_collection
+from index.knn import COSINE
 from index.neighbours import Neighbours
 from index.ranking import Ranking, search_range
 from models.command import run_command
 from models.encoder import Encoder, open_encoder
 from models.errors import BundleError, ImageError, UsageError
 from models.image_source import read_image_file
+from models.vectors import finish_vectors
 
 EMBED_BATCH = 64
 """Query images that are encoded at once."""
@@ -89,7 +90,8 @@ class SearchOptions:
     diversity: float = 0.0
     """0 for the nearest, up to 1 for what is also unlike one another."""
     effort: int | None = None
-    """Candidates that the index weighs for a query: more find more, and take longer."""
+    """Candidates that the index weighs for a query: more find more, and take longer. With
+    --min-score they are at least four for each that is looked for."""
     exact: bool = False
     """Search every vector instead of the index."""
     json: bool = False
@@ -197,17 +199,17 @@ def _search(
 ) -> Neighbours:
     """Search as the options say."""
     effort, limit = options.effort, options.limit
-    k = options.ranking.pool(limit)
-    parameters = None if effort is None else collection.effort_parameters(effort, k)
     if options.is_range and options.min_score is not None:
         found = search_range(
             collection, queries_QD, options.min_score, fingerprint=collection.fingerprint,
-            limit=limit, exact=options.exact, parameters=parameters, filter=options.filter,
+            limit=limit, exact=options.exact, effort=effort, filter=options.filter,
             without_QW=without_QW,
         )  # fmt: skip
         if options.k is None and found.ids.shape[1] == limit:
             log.warning("the nearest %d are given, and there may be more: see --k", limit)
         return found
+    k = options.ranking.pool(limit)
+    parameters = None if effort is None else collection.effort_parameters(effort, k)
     found = collection.search(
         queries_QD, k, fingerprint=collection.fingerprint,
         exact=options.exact, parameters=parameters, filter=options.filter, without_QW=without_QW,
@@ -229,14 +231,19 @@ def _search_files(collection: AnyCollection, options: SearchOptions) -> list[Fou
 def _embed_files(
     collection: AnyCollection, options: SearchOptions, names: Sequence[str]
 ) -> tuple[list[Found], NDArray[np.float32]]:
-    """Read and embed image files; a row for each that can be used."""
+    """Read and embed image files; a row for each that can be used.
+
+    Cosines are of unit vectors; by distances the encoder's own output is compared.
+    """
     with closing(open_collection_encoder(collection, options.encoder)) as encoder:
         queries = [_read_query(encoder, name) for name in names]
         pixels = [image for _, image in queries if image is not None]
         batches = [pixels[n : n + EMBED_BATCH] for n in range(0, len(pixels), EMBED_BATCH)]
-        vectors = [embed(encoder, np.stack(batch)) for batch in batches]
+        encoded = [encoder.encode(np.stack(batch)) for batch in batches]
     empty = np.empty((0, collection.dim), np.float32)
-    return [one for one, _ in queries], np.concatenate([empty, *vectors])
+    vectors_QD = np.concatenate([empty, *encoded])
+    is_unit = collection.metric == COSINE
+    return [one for one, _ in queries], finish_vectors(vectors_QD, normalize=is_unit)
 
 
 def _search_combined(collection: AnyCollection, options: SearchOptions) -> Found:

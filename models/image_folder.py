@@ -7,6 +7,8 @@ Rules:
     itself has none. A root above the classes (`data/train/cats`) is mended by naming the
     folder of the classes (`data/train`), which a rule of the last folder could not offer.
     Links are followed; one that leads back to a folder above itself is not.
+    What cannot be looked into is listed as a folder that cannot be read, ending in `/`, so
+    that nobody takes what was below it for gone: a folder, or a link that leads nowhere.
     Names that start with a dot and endings that are no image's are counted, not listed.
     A name that is no UTF-8 keeps its bytes as `\xNN` in the key.
 
@@ -54,12 +56,16 @@ class FolderSource:
     """The images below a folder.
 
     Raises:
-        SourceError: there is no such folder.
+        SourceError: there is no such folder, or it is out of reach.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = Path(os.path.abspath(root))
-        if not self.root.is_dir():
+        try:
+            is_folder = self.root.is_dir()
+        except OSError as error:  # not of what is not there, but of a share that is away
+            raise _cannot_list(self.root, error) from error
+        if not is_folder:
             raise SourceError(
                 f"image folder {root}",
                 expected="a folder",
@@ -82,14 +88,18 @@ class FolderSource:
         return self._listing.ignored
 
     def count(self) -> int:
-        """Count the images; walks the folder on the first call."""
+        """Count the images; walks the folder on the first call.
+
+        Raises:
+            SourceError: the folder cannot be listed, or holds no image.
+        """
         return len(self._listing.keys)
 
     def records(self, start: int = 0) -> Iterator[ImageRecord]:
         """Yield the images by key.
 
         Raises:
-            SourceError: the folder holds no image.
+            SourceError: the folder cannot be listed, or holds no image.
         """
         for key in islice(self._listing.keys, start, None):
             label, slash, _ = key.partition("/")
@@ -138,7 +148,11 @@ class FolderSource:
         """Read the file of a key."""
         if key.endswith("/"):
             raise ImageError(
-                ImageFault.UNREADABLE, key, expected="a readable folder", found="no permission"
+                ImageFault.UNREADABLE,
+                key,
+                expected="a readable folder",
+                found="one that cannot be listed",
+                mend="check its permissions, and where it leads if it is a link",
             )
         return read_image_file(self._path(key), key)
 
@@ -151,7 +165,11 @@ class FolderSource:
 
 
 def _walk(root: Path) -> _Listing:
-    """List every image below `root`."""
+    """List every image below `root`.
+
+    Raises:
+        SourceError: `root` itself cannot be listed.
+    """
     keys: list[str] = []
     ignored = archives = 0
     folders: list[tuple[str, str, tuple[tuple[int, int], ...]]] = [(str(root), "", ())]
@@ -160,7 +178,9 @@ def _walk(root: Path) -> _Listing:
         try:
             info = os.stat(folder)
             entries = list(os.scandir(folder))
-        except OSError:
+        except OSError as error:
+            if not prefix:
+                raise _cannot_list(root, error) from error
             keys.append(prefix)
             continue
         identity = (info.st_dev, info.st_ino)
@@ -174,18 +194,41 @@ def _walk(root: Path) -> _Listing:
                 folders.append((entry.path, below, (*above, identity)))
             elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
                 keys.append(prefix + _escape(entry.name))
+            elif _is_lost(entry):
+                keys.append(f"{prefix}{_escape(entry.name)}/")
             else:
                 ignored += 1
                 archives += ".tar" in entry.name or entry.name.endswith(".tgz")
     return _Listing(sorted(keys), ignored, archives)
 
 
+def _cannot_list(root: Path, error: OSError) -> SourceError:
+    """Say that the root itself is out of reach."""
+    return SourceError(
+        f"image folder {root}",
+        expected="a folder that can be listed",
+        found=os.strerror(error.errno) if error.errno else str(error),
+        mend="check its permissions and whether its disk is there",
+    )
+
+
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Tell whether an entry is a folder or a link to one; a circular link is neither."""
+    """Tell whether an entry is known to be a folder or a link to one."""
     try:
         return entry.is_dir()
     except OSError:
         return False
+
+
+def _is_lost(entry: os.DirEntry[str]) -> bool:
+    """Tell whether nobody knows what an entry is, as of a link that leads nowhere."""
+    try:
+        entry.stat()
+    except FileNotFoundError:  # a file that is no link was deleted just now
+        return entry.is_symlink()
+    except OSError:
+        return True
+    return False
 
 
 def _escape(name: str) -> str:

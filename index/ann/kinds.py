@@ -67,8 +67,10 @@ class Kind:
         codec: `Flat`, `SQ8`, `SQfp16`, `PQ` or `RaBitQ`.
         links: a graph's links a node, below the top twice as many; 0 for lists.
         lists: number of inverted lists; 0 for a graph.
+        sub_vectors: that a product code has, of 4 bits each; 0 of other codecs.
         reduced: dimensions that a PCA leaves; 0 where there is none.
-        code_bits: bits of a vector's code, for a vector of so many dimensions, over those.
+        bits: a dimension, of RaBitQ's codes.
+        is_fast_scan: whether codes are scanned in registers.
         is_cagra: whether a GPU builds it.
     """
 

@@ -120,11 +120,12 @@ def draw(path: Path, tuned: Tuned) -> None:
 
 def _trial_json(tuned: Tuned, trial: Trial, *, points: bool = False) -> dict[str, Json]:
     """Lay one kind out."""
+    size = None if trial.file_bytes is None else round(trial.file_bytes / tuned.count, 2)
     found: dict[str, Json] = {
         "factory": trial.candidate.factory,
         "parameters": None if trial.parameters is None else dict(trial.parameters),
         **_figures_json(trial.figures),
-        "bytes_per_vector": round(trial.file_bytes / tuned.count, 2),
+        "bytes_per_vector": size,
         "build_s": round(trial.build_s, 3),
         "build_memory_bytes": trial.grown_bytes,
     }

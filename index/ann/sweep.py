@@ -45,7 +45,8 @@ GRAPH_FACTORS = (1, 2, 4)
 WORST_SHARE = 0.05
 BATCH = 256
 TOLERANCE = {False: 1e-6, True: 1e-5}
-"""Of a score, by which equal ones may differ: the sums of float32 depend on their order."""
+"""By which equal scores may differ, relative to the query's squared length or to the score where
+that is larger: the sums of float32 depend on their order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +120,8 @@ def recalls(found_QK: NDArray[np.float32], queries: Queries, k: int) -> NDArray[
     truth_QK = queries.truth_QK[:, :k]
     n_true_Q = np.isfinite(truth_QK).sum(axis=1)
     last_Q = truth_QK[np.arange(len(truth_QK)), n_true_Q - 1]
-    enough_Q = last_Q - queries.tolerance * np.maximum(1.0, np.abs(last_Q))
+    size_Q = np.square(queries.vectors_QD, dtype=np.float64).sum(axis=1)
+    enough_Q = last_Q - queries.tolerance * np.maximum(size_Q, np.abs(last_Q))
     n_found_Q = (found_QK[:, :k] >= enough_Q[:, None]).sum(axis=1)
     shares_Q: NDArray[np.float64] = np.minimum(1.0, n_found_Q / n_true_Q)
     return shares_Q

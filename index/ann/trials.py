@@ -121,7 +121,8 @@ class Trial:
         parameters: the chosen ones; None where the target was not reached.
         figures: of those, or of the best setting.
         build_s: seconds of building it.
-        file_bytes: of its file; 0 where there is none.
+        file_bytes: of its file; 0 of exact search, None where the target was not reached and
+            nothing was written.
         grown_bytes: memory that building it took.
         file: where it waits; None where it has none.
     """
@@ -131,7 +132,7 @@ class Trial:
     parameters: Mapping[str, int] | None
     figures: Figures
     build_s: float
-    file_bytes: int
+    file_bytes: int | None
     grown_bytes: int
     file: Path | None
 
@@ -211,7 +212,7 @@ class Bench:
             parameters=None if chosen is None else chosen.parameters,
             figures=figures,
             build_s=build_s,
-            file_bytes=0 if file is None else file.stat().st_size,
+            file_bytes=None if file is None else file.stat().st_size,
             grown_bytes=max(0, memory.peak_bytes - before),
             file=file,
         )

@@ -51,7 +51,7 @@ class Tuned:
         count: of the vectors.
         dim: their length.
         queries: where they are from.
-        n_queries: of them; half chose, half confirmed. None where exact search was taken
+        n_queries: of them; half chose, half confirmed. 0 where exact search was taken
             unmeasured.
         candidates: all kinds, those that did not fit among them.
         trials: those that were built.

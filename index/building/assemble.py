@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import platform
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -14,13 +15,17 @@ import faiss
 import numpy as np
 import pyarrow as pa
 
-from index.ann.kinds import FLAT_MAX_COUNT
+from index.ann.kinds import FLAT_MAX_COUNT, parse_kind
+from index.ann.memory import as_size, build_bytes
 from index.building.metadata import Metadata, join_blocks
 from index.building.part_file import PART_ROW_SCHEMA
 from index.building.parts import PartStore
 from index.storage.manifest import REJECTS_FILE, Manifest, SegmentEntry, hash_files
-from index.storage.segment import EF_SEARCH, FLAT, HNSW, write_segment
+from index.storage.rows import check_row_sizes
+from index.storage.segment import EF_SEARCH, FLAT, HNSW, Block, write_segment
 from models.encoder import Encoder
+from models.errors import UsageError
+from models.memory import free_memory_bytes, memory_bytes
 
 log = logging.getLogger("horace.index")
 
@@ -30,6 +35,26 @@ def choose_factory(index: Literal["auto", "flat", "hnsw"], count: int) -> str:
     if index == "auto":
         index = "flat" if count <= FLAT_MAX_COUNT else "hnsw"
     return FLAT if index == "flat" else HNSW
+
+
+def check_memory(factory: str, count: int, dim: int) -> None:
+    """Refuse an index that this machine can never build, and warn of one that it could not now.
+
+    Raises:
+        UsageError: building it holds more than all the memory.
+    """
+    needed = 0 if factory == FLAT else build_bytes(parse_kind(factory, dim), count, dim)
+    all_bytes, free_bytes = memory_bytes(), free_memory_bytes()
+    error = UsageError(
+        f"memory for index {factory} over {count} x {dim}",
+        expected=f"at least {as_size(needed)} to build it",
+        found=f"{as_size(all_bytes)}, {as_size(free_bytes)} of it free",
+        mend="take --recall .99 --memory-budget 2GB, which chooses one that fits, or --index flat",
+    )
+    if needed > all_bytes:
+        raise error
+    if needed > free_bytes:
+        log.warning("%s", error)
 
 
 def write_collection(
@@ -52,6 +77,9 @@ def write_collection(
         uri: of the encoder, or the path of its bundle.
         factory: of the index.
         metadata: what is joined to the rows.
+
+    Raises:
+        UsageError: a row is larger than any file may have.
     """
     entry = SegmentEntry(
         name="000000",
@@ -65,7 +93,7 @@ def write_collection(
         blocks = join_blocks(metadata, blocks)
         schema = pa.schema([*schema, *metadata.columns])
     try:
-        names = write_segment(directory, entry, blocks, encoder.dim, schema=schema)
+        names = write_segment(directory, entry, _checked(blocks), encoder.dim, schema=schema)
     except RuntimeError as error:  # faiss's own, for a file that it cannot write
         raise OSError(None, str(error).splitlines()[0]) from error
     lines = [json.dumps(dataclasses.asdict(reject)) + "\n" for reject in store.rejects]
@@ -93,3 +121,10 @@ def write_collection(
             "metadata": None if metadata is None else metadata.report().to_json(),
         },
     )
+
+
+def _checked(blocks: Iterator[Block]) -> Iterator[Block]:
+    """Refuse rows that are too large, before they are written."""
+    for block in blocks:
+        check_row_sizes(block.rows)
+        yield block

@@ -12,13 +12,15 @@ Rules:
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain, islice
 
+from index.ann.candidates import choose_candidates
 from index.ann.kinds import FLAT, parse_kind
 from index.ann.memory import as_size, search_bytes
+from index.ann.trials import Goal
 from index.building.part_set import PartSet, RecordBatch
 from index.building.pipeline import Crew, embed_batches
 from models.encoder import Encoder
@@ -45,7 +47,10 @@ class BuildPlan:
         encoder: its name.
         fingerprint: of the encoder.
         dim: length of a vector.
-        index: FAISS factory string, or `Flat`; None where the number of images decides.
+        index: FAISS factory string, or `Flat`; None where the number of images decides, or what
+            each reaches.
+        recall: that the index must reach, where it is chosen so.
+        candidates: the kinds that would be tried then; none where their number is not known.
         collection_bytes: on the disk, for as many images as there are; None likewise.
         parts_bytes: on the disk beside it until the build is done; None likewise.
         sampled: images that were embedded to see how long it takes.
@@ -61,6 +66,8 @@ class BuildPlan:
     fingerprint: str
     dim: int
     index: str | None
+    recall: float | None
+    candidates: Sequence[str]
     collection_bytes: int | None
     parts_bytes: int | None
     sampled: int
@@ -72,7 +79,7 @@ class BuildPlan:
         lines = [
             f"would build {count} of {self.source} with encoder {self.encoder} "
             f"{self.fingerprint[:12]} ({self.dim} dimensions), index "
-            f"{self.index or 'by their number'}",
+            f"{self._index_text}",
             f"reuses {self.reused} images in {self.reused_parts} finished parts",
         ]
         if self.collection_bytes is not None and self.parts_bytes is not None:
@@ -88,6 +95,14 @@ class BuildPlan:
             lines.append(f"{takes}{rate}; the index comes after that")
         return "\n".join(lines)
 
+    @property
+    def _index_text(self) -> str:
+        """Say which index, or what decides."""
+        if self.recall is None:
+            return self.index or "by their number"
+        among = f", of {' '.join(self.candidates)}" if self.candidates else ""
+        return f"chosen by its recall, at least {self.recall}{among}"
+
 
 def plan_build(
     parts: PartSet,
@@ -96,6 +111,7 @@ def plan_build(
     *,
     crew: Crew,
     factory: str | None,
+    goal: Goal | None = None,
 ) -> BuildPlan:
     """Look at what is there, and embed a sample of what is missing.
 
@@ -105,6 +121,7 @@ def plan_build(
         encoder: what would embed them.
         crew: how many batches would be at work.
         factory: of the index; None where it is not known yet.
+        goal: what the index must reach, where it is chosen so.
 
     Raises:
         HoraceError: as the build would.
@@ -120,6 +137,7 @@ def plan_build(
     index_bytes = 0
     if factory not in (None, FLAT) and images is not None:
         index_bytes = search_bytes(parse_kind(factory, key.dim), images, key.dim)
+    candidates = [] if goal is None or images is None else _candidates(goal, images, key.dim)
     missing = None if images is None else images - parts.n_records
     return BuildPlan(
         source=key.source,
@@ -130,12 +148,20 @@ def plan_build(
         fingerprint=key.fingerprint,
         dim=key.dim,
         index=factory,
+        recall=None if goal is None else goal.recall,
+        candidates=candidates,
         collection_bytes=None if images is None else images * row_bytes + index_bytes,
         parts_bytes=None if images is None else images * row_bytes,
         sampled=sampled,
         images_per_s=rate,
         embed_s=None if rate is None or missing is None else missing / rate,
     )
+
+
+def _candidates(goal: Goal, count: int, dim: int) -> list[str]:
+    """Name the kinds among which the goal would choose."""
+    found = choose_candidates(count, dim, memory_bytes=goal.memory_bytes, recall=goal.recall)
+    return [candidate.factory for candidate in found if candidate.fits]
 
 
 def measure_rate(

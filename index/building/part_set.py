@@ -8,7 +8,7 @@ Rules:
     A source must list the same keys when a killed build goes on; a file that was changed
     under its own name is not noticed.
     An image is kept once: of those of one id the first in the source's order. A vector that
-    is not finite is a reject.
+    is not finite or not of length 1 is a reject.
 
 Nothing is locked here: `index.building.parts` keeps other builds out.
 """
@@ -37,13 +37,14 @@ from index.building.part_file import (
 )
 from index.embed import EmbeddedBatch, Reject
 from index.errors import CollectionError
+from index.storage.incoming import UNIT_TOLERANCE
 from index.storage.segment import Block
 from models.files import atomic_file
 from models.image_source import ImageRecord
 
 PART_PREFIX = "part-"
 
-DUPLICATE_KEY, NOT_FINITE = "duplicate_key", "not_finite"
+DUPLICATE_KEY, NOT_FINITE, NOT_UNIT = "duplicate_key", "not_finite", "not_unit"
 """Faults of a `Reject` that decoding does not see."""
 
 log = logging.getLogger("horace.index")
@@ -89,6 +90,8 @@ class PartSet:
         self.n_seen: int | None = None
         self._parts: dict[int, Part] = {}
         self._repeats: dict[int, NDArray[np.int64]] = {}
+        self._earlier: dict[int, list[str]] = {}
+        """The keys of the images whose ids those have."""
         self.find()
 
     def find(self) -> None:
@@ -179,15 +182,14 @@ class PartSet:
         labels = [label for batch in batches for label in batch.labels]
         digests = [digest for batch in batches for digest in batch.digests]
         vectors_ND = np.concatenate([batch.vectors_ND for batch in batches])
-        is_finite_N = np.logical_and.reduce(np.isfinite(vectors_ND), axis=1)
-        kept = np.flatnonzero(is_finite_N).tolist()
-        unsound = [not_finite(keys[row], digests[row]) for row in np.flatnonzero(~is_finite_N)]
+        unsound = reject_unsound(keys, digests, vectors_ND)
+        kept = [n for n in range(len(keys)) if n not in unsound]
         part = Part(
             file=self._file(start),
             start=start,
             n_records=sum(map(len, batches)),
             n_images=len(kept),
-            rejects=(*(reject for batch in batches for reject in batch.rejects), *unsound),
+            rejects=(*(reject for batch in batches for reject in batch.rejects), *unsound.values()),
         )
         write_part(
             part,
@@ -224,7 +226,7 @@ class PartSet:
     def settle(self) -> None:
         """Find the images whose id an earlier one has: from here on they are rejects.
 
-        Memory holds 16 bytes an image.
+        Memory holds some 80 bytes an image meanwhile, and of repeats their keys afterwards.
 
         Raises:
             CollectionError: a part was damaged after it was written.
@@ -233,10 +235,27 @@ class PartSet:
         ids = [read_part(part, ["id"], self.key.dim)["id"].to_numpy() for part in parts]
         cuts = np.cumsum([0, *map(len, ids)])
         ids_N = np.concatenate([np.empty(0, np.int64), *ids])
-        _, first_M = np.unique(ids_N, return_index=True)
-        repeats = np.setdiff1d(np.arange(len(ids_N)), first_M)
-        owners = np.searchsorted(cuts, repeats, side="right") - 1
-        self._repeats = {parts[n].start: repeats[owners == n] - cuts[n] for n in np.unique(owners)}
+        ids_M, first_M = np.unique(ids_N, return_index=True)
+        repeats_R = np.setdiff1d(np.arange(len(ids_N)), first_M)
+        earlier_R = first_M[np.searchsorted(ids_M, ids_N[repeats_R])]
+        owners_R = np.searchsorted(cuts, repeats_R, side="right") - 1
+        self._repeats, self._earlier = {}, {}
+        for n in np.unique(owners_R).tolist():
+            mine_R, start = owners_R == n, parts[n].start
+            self._repeats[start] = repeats_R[mine_R] - cuts[n]
+            self._earlier[start] = self._read_keys(parts, cuts, earlier_R[mine_R])
+
+    def _read_keys(
+        self, parts: Sequence[Part], cuts: NDArray[np.int64], rows_R: NDArray[np.int64]
+    ) -> list[str]:
+        """Read the keys of images by their numbers among those of all parts."""
+        owners_R = np.searchsorted(cuts, rows_R, side="right") - 1
+        keys: dict[int, str] = {}
+        for n in np.unique(owners_R).tolist():
+            rows = np.unique(rows_R[owners_R == n])
+            table = read_part(parts[n], ["key"], self.key.dim).take(rows - cuts[n])
+            keys.update(zip(rows.tolist(), _texts(table["key"]), strict=True))
+        return [keys[row] for row in rows_R.tolist()]
 
     def blocks(self) -> Iterator[Block]:
         """Read the finished parts, one at a time, as rows of a segment.
@@ -266,8 +285,9 @@ class PartSet:
         repeats = self._repeats.get(part.start)
         if repeats is not None:
             table = read_part(part, ["key", "digest"], self.key.dim).take(repeats)
-            for key, digest in zip(*map(_texts, table.columns), strict=True):
-                yield _repeated(key, digest)
+            columns = map(_texts, table.columns)
+            for key, digest, earlier in zip(*columns, self._earlier[part.start], strict=True):
+                yield _repeated(key, digest, earlier)
 
     def _check_keys(self, part: Part, found: Sequence[str]) -> None:
         """Refuse a source that lists others than a part was made of."""
@@ -293,13 +313,31 @@ def _texts(column: pa.ChunkedArray[pa.StringScalar]) -> list[str]:
     return cast(list[str], column.to_pylist())
 
 
-def not_finite(key: str, digest: str) -> Reject:
-    """Reject an image whose vector is no vector."""
-    message = f"{key}: expected a finite vector, found NaN or infinity"
-    return Reject(key=key, fault=NOT_FINITE, message=message, digest=digest)
+def reject_unsound(
+    keys: Sequence[str], digests: Sequence[str], vectors_ND: NDArray[np.float32]
+) -> dict[int, Reject]:
+    """Reject, by its row, every image whose vector no search could compare."""
+    lengths_N = np.sqrt(np.einsum("nd,nd->n", vectors_ND, vectors_ND, dtype=np.float64))
+    is_sound_N = np.abs(lengths_N - 1) <= UNIT_TOLERANCE  # False of NaN, too
+    return {
+        row: _unsound(keys[row], digests[row], float(lengths_N[row]))
+        for row in np.flatnonzero(~is_sound_N).tolist()
+    }
 
 
-def _repeated(key: str, digest: str) -> Reject:
-    """Reject an image that came before."""
-    message = f"{key}: expected a key of its own, found an earlier image of this key"
-    return Reject(key=key, fault=DUPLICATE_KEY, message=message, digest=digest)
+def _unsound(key: str, digest: str, length: float) -> Reject:
+    """Reject an image whose vector has that length."""
+    if np.isfinite(length):
+        fault, fact = NOT_UNIT, f"expected a vector of length 1, found length {length:.4g}"
+    else:
+        fault, fact = NOT_FINITE, "expected a finite vector, found NaN or infinity"
+    return Reject(key=key, fault=fault, message=f"{key}: {fact}", digest=digest)
+
+
+def _repeated(key: str, digest: str, earlier: str) -> Reject:
+    """Reject an image whose id an earlier one has, as a rule since it has its key."""
+    if key == earlier:
+        fact = "expected a key of its own, found an earlier image of this key"
+    else:
+        fact = f"expected an id of its own, found that of key {earlier!r}; rename one of the two"
+    return Reject(key=key, fault=DUPLICATE_KEY, message=f"{key}: {fact}", digest=digest)

@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import cast
 
@@ -30,8 +31,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from index.building.dry_run import measure_rate
 from index.building.metadata import Metadata
-from index.building.part_set import DUPLICATE_KEY, RecordBatch, not_finite
+from index.building.part_set import DUPLICATE_KEY, RecordBatch, reject_unsound
 from index.building.pipeline import Crew, embed_batches
 from index.building.sync_plan import UNREADABLE, Stored, SyncPlan, plan_sync
 from index.building.sync_rows import RowMaker, with_digest
@@ -105,7 +107,9 @@ def sync_collection(
 def plan_collection(
     collection: Collection, source: ImageSource, encoder: Encoder, settings: SyncSettings
 ) -> SyncSummary:
-    """Tell what `sync_collection` would do; nothing is written, and a writer may be at work.
+    """Tell what `sync_collection` would do, and embed a sample to tell how long that takes.
+
+    Nothing is written, and a writer may be at work.
 
     Raises:
         FingerprintMismatchError: the collection is another encoder's.
@@ -167,6 +171,9 @@ class _Sync:
             self.writer.delete(self.ids[np.array(plan.drop, np.int64)])
             self.writer.compact()
             self._write_state(scan)
+            embed_s = time.monotonic() - start_s
+        else:
+            embed_s = self._estimate_s(plan)
         return SyncSummary(
             collection=str(self.path),
             source=self.uri,
@@ -184,7 +191,7 @@ class _Sync:
             embedded=len(plan.embed) if self.writer is None else self.embedded,
             read=scan.n_read,
             scan_s=scan_s,
-            embed_s=time.monotonic() - start_s,
+            embed_s=embed_s,
             metadata=None if metadata is None else metadata.report().to_json(),
             dry_run=self.writer is None,
         )
@@ -242,6 +249,13 @@ class _Sync:
             pairs = []  # keys are the same, and nothing else can be another
         return self.rows.find_updated([one for one, _ in pairs], [row for _, row in pairs])
 
+    def _estimate_s(self, plan: SyncPlan) -> float:
+        """Say how long it takes to embed what is to be embedded, by a sample of it."""
+        if not plan.embed:
+            return 0.0
+        _, rate = measure_rate(self._batches(plan), self.encoder, self.settings.crew)
+        return len(plan.embed) / rate if rate else 0.0
+
     # Writing.
 
     def _write_stored(self, rows: pa.Table, vector_rows: Sequence[int]) -> None:
@@ -265,13 +279,9 @@ class _Sync:
         """Embed what no vector is known of, and write it as it comes."""
         if not plan.embed:
             return
-        size = self.settings.batch_size
-        batches = (
-            RecordBatch(size * number, records)
-            for number, records in enumerate(split(self._wanted(plan), size))
-        )
         waiting: list[EmbeddedBatch] = []
-        with closing(embed_batches(batches, self.encoder, crew=self.settings.crew)) as embedded:
+        batches, crew = self._batches(plan), self.settings.crew
+        with closing(embed_batches(batches, self.encoder, crew=crew)) as embedded:
             total = len(plan.embed)
             for batch in progress(embedded, what="embedding", total=total, size=len):
                 waiting.append(batch)
@@ -280,6 +290,12 @@ class _Sync:
                     waiting = []
         if waiting:
             self._write_embedded(plan, waiting)
+
+    def _batches(self, plan: SyncPlan) -> Iterator[RecordBatch]:
+        """Give the records to embed in batches."""
+        size = self.settings.batch_size
+        for number, records in enumerate(split(self._wanted(plan), size)):
+            yield RecordBatch(size * number, records)
 
     def _wanted(self, plan: SyncPlan) -> Iterator[ImageRecord]:
         """Give the records to embed, of each key the first."""
@@ -295,12 +311,10 @@ class _Sync:
         labels = [label for batch in batches for label in batch.labels]
         digests = [digest for batch in batches for digest in batch.digests]
         vectors_ND = np.concatenate([batch.vectors_ND for batch in batches])
-        is_sound_N = np.isfinite(vectors_ND).all(axis=1)
-        for row in np.flatnonzero(~is_sound_N):
-            self._reject(plan, not_finite(keys[row], digests[row]))
-        for reject in (reject for batch in batches for reject in batch.rejects):
+        unsound = reject_unsound(keys, digests, vectors_ND)
+        for reject in chain(unsound.values(), *(batch.rejects for batch in batches)):
             self._reject(plan, reject)
-        kept = np.flatnonzero(is_sound_N).tolist()
+        kept = [n for n in range(len(keys)) if n not in unsound]
         rows = self.rows.make(
             [plan.embed[keys[n]] for n in kept],
             [keys[n] for n in kept],

@@ -83,10 +83,11 @@ class RowMaker:
         """Give the label of an image that is stored; one that was given by hand stays.
 
         In a folder the key tells the label: where a stored one is another, it came from a table
-        of metadata, and a sync without that table must not undo it.
+        of metadata, and a sync without that table must not undo it. Elsewhere nothing tells where
+        a stored one came from: the source has the last word, unless it gives none.
         """
         if not self.is_folder:
-            return label
+            return old_label if label is None else label
         folder, slash, _ = old_key.partition("/")
         return label if old_label == (folder if slash else None) else old_label
 

@@ -33,7 +33,7 @@ class SyncSummary:
         embedded: images that went through the encoder.
         read: images that were read to be hashed.
         scan_s: seconds for finding out.
-        embed_s: seconds for doing it.
+        embed_s: seconds for doing it; of a dry run those for embedding, as a sample took.
         metadata: how images and rows of `--metadata` met; None where none was given.
         dry_run: whether nothing was changed.
     """
@@ -73,7 +73,8 @@ class SyncSummary:
             f"read {self.read} in {self.scan_s:.1f} s, {did} {self.embedded}"
         )
         if self.dry_run:
-            lines += "; nothing was changed"
+            takes = f" in about {self.embed_s:.1f} s" if self.embedded else ""
+            lines += f"{takes}; nothing was changed"
         else:
             lines += f" in {self.embed_s:.1f} s"
         if self.metadata is not None:

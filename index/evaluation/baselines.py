@@ -17,7 +17,7 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from index.embed import Reject, decode_batches, embed
+from index.embed import Reject, decode_batches
 from index.errors import EvaluationError
 from index.knn import MISSING, knn_search, merge_neighbours
 from models.bundle import Json
@@ -82,6 +82,7 @@ def see_images(
     preprocess_for: Encoder,
     with_pixels: bool,
     what: str,
+    normalize: bool = True,
 ) -> Seen:
     """Decode images once, and take everything that is needed of them.
 
@@ -91,6 +92,7 @@ def see_images(
         preprocess_for: whose preprocessing is applied; the encoders share it.
         with_pixels: whether to keep reduced pixels.
         what: a word or two for the progress line.
+        normalize: whether vectors have unit length; else they are the encoders' own output.
     """
     counts = [source.count() for source in sources]
     known = [count for count in counts if count is not None]
@@ -112,7 +114,8 @@ def see_images(
         if with_pixels:
             pixels.append(reduce_pixels(batch.images_NHWC))
         for encoder, made in zip(encoders, vectors, strict=True):
-            made.append(embed(encoder, batch.images_NHWC))
+            encoded_ND = encoder.encode(batch.images_NHWC)
+            made.append(finish_vectors(encoded_ND, normalize=normalize))
     return Seen(
         keys=keys,
         labels=labels,

@@ -44,6 +44,7 @@ from index.evaluation.places import Places
 from index.evaluation.recall_scores import recall_by_score, worst_mean
 from index.evaluation.same_images import is_same_vector, sources_of, stored_digests
 from index.knn import MISSING, knn_search, weighted_knn_vote
+from index.neighbours import require_cosine
 from index.search import open_collection_encoder
 from models.encoder import Encoder
 from models.errors import SourceError, UsageError
@@ -111,11 +112,13 @@ def evaluate(options: KnnOptions) -> KnnReport:
     """Measure the encoder's row and, on request, the baselines' rows.
 
     Raises:
+        UsageError: the collection compares no cosines.
         EvaluationError: there are no labels, none in common, or no query.
         HoraceError: collection, encoder or images cannot be used.
     """
     with ExitStack() as stack:
         collection = stack.enter_context(Collection.open(options.collection))
+        require_cosine(collection.metric, "kNN evaluation")
         encoder = open_collection_encoder(collection, options.encoder)
         stack.enter_context(closing(encoder))
         twin = _open_twin(collection, options) if options.baselines else None

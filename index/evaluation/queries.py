@@ -23,6 +23,7 @@ from index.embed import Reject
 from index.evaluation.baselines import see_images
 from index.evaluation.same_images import collection_digests
 from index.interface import AnyCollection, open_collection
+from index.knn import COSINE
 from index.milvus.connection import is_milvus
 from index.search import open_collection_encoder
 from index.storage.manifest import MANIFEST_FILE
@@ -108,6 +109,7 @@ def open_queries(
         seen = see_images(
             [open_source(queries)], [opened],
             preprocess_for=opened, with_pixels=False, what="queries",
+            normalize=collection.metric == COSINE,
         )  # fmt: skip
     return Queries(
         name=queries,

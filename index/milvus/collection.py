@@ -158,6 +158,11 @@ class MilvusCollection:
         """Nothing that would change: a collection in Milvus is no snapshot."""
         return (0, 0)
 
+    @property
+    def max_neighbours(self) -> int:
+        """The most neighbours that Milvus gives for a query; an exact search gives any number."""
+        return MAX_NEIGHBOURS
+
     def latest(self) -> MilvusCollection:
         """Give the collection with the columns that it has now."""
         with milvus_errors(str(self.address)):
@@ -189,7 +194,8 @@ class MilvusCollection:
         Raises:
             FingerprintMismatchError: another encoder made the queries.
             FilterError: the filter cannot be read.
-            UsageError: as of a collection on disk; and k is over 16,384.
+            UsageError: as of a collection on disk; and k is over 16,384, ids left out among
+                them, and the search is not exact.
             CollectionError: Milvus does not answer.
         """
         self.require(fingerprint)
@@ -197,6 +203,13 @@ class MilvusCollection:
         count = self.count
         k_asked = min(k + n_without, count)
         settings = self._settings(parameters or {}, k_asked)
+        if k_asked > self.max_neighbours and not exact:
+            raise UsageError(
+                "k",
+                expected=f"at most {self.max_neighbours} from Milvus",
+                found=str(k_asked),
+                mend="ask for fewer, or search exactly",
+            )
         selection = self.select(filter) if isinstance(filter, str) else filter
         expression = "" if selection is None else selection.expression
         if not count or not len(queries_QD):
@@ -318,10 +331,8 @@ class MilvusCollection:
         """Check the parameters of a search, and give them Milvus's names.
 
         Raises:
-            UsageError: the index has no such parameter, or k is more than Milvus gives.
+            UsageError: the index has no such parameter.
         """
-        if k > MAX_NEIGHBOURS:
-            raise UsageError("k", expected=f"at most {MAX_NEIGHBOURS} from Milvus", found=str(k))
         known: Mapping[str, str] = _PARAMETERS[self.description.index]
         for name, value in parameters.items():
             if name not in known or value < 1:

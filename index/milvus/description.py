@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -160,8 +160,3 @@ def make_index(client: MilvusClient, description: Description) -> IndexParams:
     metric = METRICS[description.metric]
     parameters.add_index(VECTOR, metric_type=metric, **INDEXES[description.index])
     return cast("IndexParams", parameters)
-
-
-def column_names(columns: pa.Schema) -> Sequence[str]:
-    """Name the columns to ask for."""
-    return [one.name for one in columns]

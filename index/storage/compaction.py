@@ -5,14 +5,17 @@ Rules:
     that to add a little never rebuilds a lot.
     What was a delta is Flat until it is merged, however large it is: together with others of its
     kind it gets an index. Only a large segment that somebody made Flat stays so.
+    An index of more lists than there are rows to merge is made with as many as those call for.
     Nothing here touches a file.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
-from index.ann.kinds import FLAT, FLAT_MAX_COUNT, HNSW, default_parameters
+from index.ann.candidates import list_count
+from index.ann.kinds import FLAT, FLAT_MAX_COUNT, HNSW, default_parameters, parse_kind
 from index.storage.manifest import SegmentEntry
 
 DEAD_SHARE = 0.2
@@ -59,8 +62,18 @@ def choose_index(
     for group in (merged, others):
         if chosen := [entry for entry in group if not _is_unchosen(entry)]:
             largest = max(chosen, key=lambda entry: entry.count)
-            return largest.factory, largest.parameters
+            return _with_fitting_lists(largest.factory, count), largest.parameters
     return HNSW, default_parameters(HNSW)
+
+
+def _with_fitting_lists(factory: str, count: int) -> str:
+    """Give the factory, with fewer lists where it has more than there are rows.
+
+    The search parameters stay: as many probes of fewer lists read more rows, not less.
+    """
+    if factory == FLAT or parse_kind(factory).lists <= count:
+        return factory
+    return re.sub(r"IVF\d+", f"IVF{list_count(count)}", factory)
 
 
 def _is_unchosen(entry: SegmentEntry) -> bool:

@@ -108,7 +108,7 @@ def prepare_rows(rows: pa.Table, schema: pa.Schema) -> pa.Table:
             raise UsageError(f"column {name}", expected=f"one of {known}", found=str(column.type))
         table = table.append_column(pa.field(name, column.type), column)
     assert is_row_schema(table.schema), f"a file with {table.schema} would not open again"
-    check_row_sizes(table)
+    check_row_sizes(table, schema)
     return table
 
 

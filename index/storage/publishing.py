@@ -16,7 +16,7 @@ import dataclasses
 import platform
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import cast
 
@@ -214,6 +214,23 @@ def checked(store: Store, new: NewSegment) -> NewSegment:
     manifest = dataclasses.replace(store.manifest, files=new.files)
     store.keep(open_segment(store.path, manifest, new.entry, verify=False), manifest)
     return new
+
+
+@contextmanager
+def removed_unless_named(store: Store, new: NewSegment | None) -> Iterator[None]:
+    """Remove a new segment where this block raises and no manifest names it.
+
+    Where the manifest is not the one that was read last, it may be the next one, or that of
+    another collection: then the segment stays, for the next writer to sweep away.
+    """
+    try:
+        yield
+    except BaseException:
+        named = [entry.name for entry in store.manifest.segments]
+        if new is not None and new.entry.name not in named and store.is_current():
+            store.let_go(new.entry.name)
+            shutil.rmtree(store.path / SEGMENTS / new.entry.name, ignore_errors=True)
+        raise
 
 
 def living_blocks(parts: Sequence[Part], schema: pa.Schema) -> Iterator[Block]:

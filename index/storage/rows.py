@@ -7,8 +7,9 @@ Rules:
     A column is of one of `COLUMN_TYPES` and its name is its own: what is stored is what
     filters, `Row.metadata` and JSON can carry.
     A table may lack further columns: a row without a value has null.
-    A row has at most `MAX_ROW_BYTES` when it is written, so that a file which holds more for its
-    rows is none of ours, however small it is on the disk.
+    A row has at most `MAX_ROW_BYTES` when it comes in, so that a file which holds more for its
+    rows is none of ours, however small it is on the disk. It is counted with columns that it may
+    get when it is merged with others: merging and sealing refuse none.
 """
 
 from __future__ import annotations
@@ -48,6 +49,9 @@ COLUMN_TYPES: tuple[pa.DataType, ...] = (
 
 MAX_ROW_BYTES = 64 << 10
 """Of one row in memory: its texts, and `VALUE_BYTES` a column. Keys are paths, of at most 4 kB."""
+
+RESERVED_COLUMNS = 256
+"""That a row is counted with, at least: later rows may bring the collection columns."""
 
 VALUE_BYTES = 16
 """What a value takes besides its text, at most: 8 of its own or of offsets, and a bit of
@@ -140,19 +144,25 @@ def row_bytes(rows: pa.Table | pa.RecordBatch) -> NDArray[np.int64]:
     return bytes_N
 
 
-def check_row_sizes(rows: pa.Table) -> None:
-    """Refuse to write a row that is larger than is believed of a file.
+def check_row_sizes(rows: pa.Table, schema: pa.Schema = ROW_SCHEMA) -> None:
+    """Refuse to take in a row that is, or may become, larger than is believed of a file.
+
+    Args:
+        rows: what comes.
+        schema: of the collection that they come to.
 
     Raises:
         UsageError: there is one; names its key.
     """
-    bytes_N = row_bytes(rows)
-    wrong = np.flatnonzero(bytes_N > MAX_ROW_BYTES)
+    n_columns = max(RESERVED_COLUMNS, len({*schema.names, *rows.column_names}))
+    most = max(0, MAX_ROW_BYTES - VALUE_BYTES * n_columns)
+    bytes_N = row_bytes(rows) - VALUE_BYTES * rows.num_columns
+    wrong = np.flatnonzero(bytes_N > most)
     if wrong.size:
         key = str(rows["key"][int(wrong[0])].as_py())
         raise UsageError(
             f"row of key {key[:100]!r}",
-            expected=f"at most {MAX_ROW_BYTES} bytes",
+            expected=f"at most {most} bytes of text",
             found=f"{bytes_N[wrong[0]]}",
             mend="keep long texts elsewhere, and here the place where they are",
         )

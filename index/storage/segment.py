@@ -1,7 +1,8 @@
 """A segment: vectors that never change, their ids and metadata, and the index over them.
 
 Files, under `segments/NAME/` of a collection:
-    vectors.npy   (N, D) float32, unit length; memory-mapped, never overwritten.
+    vectors.npy   (N, D) float32, of unit length where the metric is cosine;
+                  memory-mapped, never overwritten.
     ids.npy       (N,) int64, row by row those of vectors.npy.
     rows.parquet  id, key, label (may be null), source, and further columns
                   (`index.storage.rows`); the same rows in the same order.
@@ -41,11 +42,7 @@ from index.knn import COSINE, MISSING, knn_search, pad_neighbours
 from index.selection import Selector, count_candidates, is_exact_cheaper, keep_chosen
 from index.storage.manifest import Manifest, SegmentEntry, check_file
 from index.storage.rows import ROW_SCHEMA as ROW_SCHEMA
-from index.storage.rows import (
-    check_row_sizes,
-    in_schema,
-    is_row_schema,
-)
+from index.storage.rows import in_schema, is_row_schema
 from index.storage.rows_file import read_table
 from models.errors import UsageError
 
@@ -64,7 +61,7 @@ class Block:
 
     Attributes:
         rows: a table of the segment's schema, n rows.
-        vectors_ND: (n, D) float32, unit length.
+        vectors_ND: (n, D) float32, of unit length where the metric is cosine.
     """
 
     rows: pa.Table
@@ -338,7 +335,6 @@ def _write_rows_and_vectors(
         np.lib.format.write_array_header_1_0(file, header)
         for block in blocks:
             file.write(np.ascontiguousarray(block.vectors_ND, "<f4").data)
-            check_row_sizes(block.rows)
             rows.write_table(block.rows)
             ids.append(block.rows["id"].to_numpy())
     ids_N = np.concatenate(ids)

@@ -176,6 +176,10 @@ class Store:
         files = [manifest.files.get(name) for name in segment_files(segment.entry)]
         self._segments[segment.entry.name] = (files, segment)
 
+    def let_go(self, name: str) -> None:
+        """Keep a segment open no longer that no manifest will name: its files hold disk."""
+        self._segments.pop(name, None)
+
     def apply(self, change: Block | Delete, position: Position) -> int:
         """Take over what was written to the journal; give how many rows it killed."""
         killed = 0

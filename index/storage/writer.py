@@ -49,6 +49,7 @@ from index.storage.publishing import (
     begin_journal,
     new_segment_name,
     publish,
+    removed_unless_named,
     sweep,
     write_parts,
 )
@@ -242,7 +243,7 @@ class CollectionWriter:
                 name = new_segment_name(self._store)
             merged = [part for part in parts if part.segment.entry.name in chosen]
             new = merge(self._store, merged, name=name, index=index)
-            with self._lock, self._changing():
+            with self._lock, self._changing(), removed_unless_named(self._store, new):
                 new = replace(new, alive_N=still_alive(merged, self._store.snapshot))
                 tuning = self._store.manifest.tuning
                 publish(self._store, added=new, merged=chosen)
@@ -322,7 +323,7 @@ class CollectionWriter:
                 parameters=parameters,
             )  # fmt: skip
             new = replace(new, alive_N=still_alive(whole.merged, self._store.snapshot))
-            with self._changing():
+            with self._changing(), removed_unless_named(self._store, new):
                 publish(self._store, added=new, merged=merged, tuning=tuning)
                 self._take_over()
 
@@ -362,7 +363,7 @@ class CollectionWriter:
         """Make a segment of a large delta; what was written is safe without."""
         try:
             self._seal()
-        except (OSError, CollectionError) as error:
+        except (OSError, HoraceError) as error:
             log.warning("%s: the delta stays in the journal: %s", self.path, error)
             self._seal_rows, self._seal_bytes = 2 * self._seal_rows, 2 * self._seal_bytes
 
@@ -378,7 +379,7 @@ class CollectionWriter:
                 store, store.snapshot.parts[-1:], name=new_segment_name(self._store), factory=FLAT,
                 parameters={}, is_provisional=True,
             )  # fmt: skip
-        with self._changing():
+        with self._changing(), removed_unless_named(store, added):
             publish(store, added=added, journal=begin_journal(store))
             self._journal = None
             self._take_over()

@@ -19,8 +19,11 @@ from index.collection import id_of
 from index.storage.manifest import Manifest, SegmentEntry, hash_files, write_manifest
 from index.storage.rows import ROW_SCHEMA
 from index.storage.segment import Block, write_segment
+from index.storage.writer import CollectionWriter
 from models.bundle import Bundle, OutputSpec, write_bundle
+from models.images import open_source
 from models.preprocess import PreprocessSpec
+from models.runtime import open_bundle
 
 SIDE, DIM = 12, 16
 FINGERPRINT = "f" * 64
@@ -163,6 +166,30 @@ def built_hnsw(
     """An HNSW collection over `train_folder`; do not change it."""
     out = tmp_path_factory.mktemp("collections") / "colours-hnsw"
     build(BuildOptions(images=str(train_folder), encoder=str(bundle.path), out=out, index="hnsw"))
+    return out
+
+
+@pytest.fixture(scope="session")
+def built_euclidean(
+    tmp_path_factory: pytest.TempPathFactory, bundle: Bundle, train_folder: Path
+) -> Path:
+    """The encoder's own output over `train_folder`, compared by distances; do not change it."""
+    out = tmp_path_factory.mktemp("collections") / "colours-euclidean"
+    records = list(open_source(str(train_folder)).records())
+    encoder = open_bundle(bundle.path)
+    vectors_ND = encoder.encode(np.stack([encoder.preprocess(one.read()) for one in records]))
+    rows = pa.table(
+        {
+            "key": [one.key for one in records],
+            "label": [one.label for one in records],
+            "source": [f"folder:{train_folder}"] * len(records),
+        }
+    )
+    with CollectionWriter.create(
+        out, name="far", fingerprint=bundle.fingerprint, dim=DIM, encoder=str(bundle.path),
+        metric="euclidean",
+    ) as writer:  # fmt: skip
+        writer.add(rows, vectors_ND, fingerprint=bundle.fingerprint)
     return out
 
 

@@ -170,6 +170,17 @@ def test_metadata_that_names_no_image_costs_no_embedding(tmp_path, capsys, bundl
     assert (status, summary["reused"], summary["metadata"]["without_row"]) == (0, 12, 11)
 
 
+def test_metadata_that_no_row_may_have(tmp_path, capsys, bundle, new_folder):
+    """Is an error that names the image."""
+    facts, out = tmp_path / "facts.csv", tmp_path / "c"
+    facts.write_text("key,note\nred/001.png," + "x" * 61440 + "\n")
+    args = ("--images", new_folder(), "--encoder", bundle.path, "--out", out, "--metadata", facts)
+    status, _, err = run_in_process(capsys, *args)
+    assert status == 2
+    assert "row of key 'red/001.png': expected at most 61440 bytes of text, found 61" in err
+    assert not out.exists()
+
+
 def test_a_second_image_of_a_key_is_rejected(tmp_path, bundle):
     """An id must name one image; a tar may hold a name twice."""
     with tarfile.open(tmp_path / "twice.tar", "w") as archive:
@@ -193,15 +204,41 @@ def test_a_second_image_of_a_key_is_rejected(tmp_path, bundle):
     }
 
 
-def test_a_vector_that_is_no_number_is_rejected(tmp_path):
+def test_an_image_whose_id_another_key_has_is_rejected(tmp_path, monkeypatch):
+    """And the reject names that key, in whatever part it is."""
+    monkeypatch.setattr("index.building.part_file.id_of", lambda key: {"a": 1, "b": 2}.get(key, 1))
+    key = RunKey(source="", source_count=None, fingerprint="", dim=2, batch_size=2, part_size=2)
+    with PartStore(tmp_path / "c", key) as store:
+        for start, keys in ((0, ["a", "b"]), (2, ["c", "a"])):
+            store.add(
+                [
+                    EmbeddedBatch(
+                        start=start,
+                        keys=keys,
+                        labels=[None] * 2,
+                        digests=["1", "2"],
+                        vectors_ND=np.eye(2, dtype=np.float32),
+                        rejects=[],
+                    )
+                ]
+            )
+        store.settle()
+        assert [reject.message for reject in store.rejects] == [
+            "c: expected an id of its own, found that of key 'a'; rename one of the two",
+            "a: expected a key of its own, found an earlier image of this key",
+        ]
+        assert store.n_images == 2
+
+
+def test_a_vector_that_no_search_could_compare_is_rejected(tmp_path):
     """An encoder that fails in silence spoils no search."""
     key = RunKey(source="", source_count=None, fingerprint="", dim=2, batch_size=3, part_size=48)
     batch = EmbeddedBatch(
         start=0,
-        keys=["a", "b", "c"],
-        labels=[None] * 3,
-        digests=["1", "2", "3"],
-        vectors_ND=np.array([[1, 0], [np.nan, 0], [0, np.inf]], np.float32),
+        keys=["a", "b", "c", "d"],
+        labels=[None] * 4,
+        digests=["1", "2", "3", "4"],
+        vectors_ND=np.array([[1, 0], [np.nan, 0], [0, np.inf], [0, 0]], np.float32),
         rejects=[],
     )
     with PartStore(tmp_path / "c", key) as store:
@@ -210,9 +247,11 @@ def test_a_vector_that_is_no_number_is_rejected(tmp_path):
         assert [(reject.key, reject.fault) for reject in store.rejects] == [
             ("b", "not_finite"),
             ("c", "not_finite"),
+            ("d", "not_unit"),
         ]
         assert store.rejects[1].digest == "3"
         assert store.rejects[0].message == "b: expected a finite vector, found NaN or infinity"
+        assert store.rejects[2].message == "d: expected a vector of length 1, found length 0"
 
 
 def test_files_that_are_no_images_are_mentioned(tmp_path, bundle, new_folder, caplog):

@@ -367,6 +367,27 @@ def test_a_range_has_all_within_it(writer: AnyWriter, vectors_ND: NDArray[np.flo
         assert set(ids[ids >= 0]) == set(ids_of(*np.flatnonzero(scores >= 0.4).tolist()))
 
 
+def test_more_than_milvus_gives_are_searched_exactly(
+    writer: AnyWriter,
+    vectors_ND: NDArray[np.float32],
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its limit is that of its own search: exact ones, and ranges, have any number."""
+    monkeypatch.setattr("index.milvus.collection.MAX_NEIGHBOURS", 100)
+    collection = writer.collection
+    search = partial(collection.search, vectors_ND[:2], fingerprint=FINGERPRINT)
+    ids, _ = nearest(vectors_ND[:2], vectors_ND, 300)
+    assert np.array_equal(search(300, exact=True).ids, ids)
+    every = search_range(collection, vectors_ND[:2], -1, fingerprint=FINGERPRINT)
+    assert (every.ids >= 0).sum(axis=1).tolist() == [COUNT, COUNT]
+    if kind.startswith("milvus"):
+        with pytest.raises(UsageError, match="k: expected at most 100 from Milvus, found 101; ask"):
+            search(100, without_QW=collection.ids[:2, None])
+    else:
+        assert collection.max_neighbours is None
+
+
 def test_written_images_are_there_at_once(make: Make) -> None:
     """Add, replace, delete: each is seen by the next search, and nothing is there twice."""
     vectors_ND = unit(np.random.default_rng(6).standard_normal((30, DIM)))

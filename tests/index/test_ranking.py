@@ -1,8 +1,12 @@
+import dataclasses
+from functools import partial
+
 import numpy as np
 import pytest
 
 from index.collection import Collection
 from index.ranking import Ranking, pick_diverse, search_range
+from index.storage.manifest import read_manifest, write_manifest
 from models.errors import UsageError
 
 FINGERPRINT = "f" * 64
@@ -92,6 +96,65 @@ def test_a_range_search_finds_all_within_the_range(tmp_path, make_collection, un
         assert empty.ids.shape == (6, 0)
         none = search_range(collection, queries[:0], 0.5, fingerprint=FINGERPRINT)
         assert none.ids.shape == (0, 0)
+
+
+INDEXES = {
+    "HNSW32": {"efSearch": 64},
+    "HNSW32,SQ8,RFlat": {"efSearch": 64, "k_factor": 1},
+    "IVF32,PQ8x4fs,RFlat": {"nprobe": 8, "k_factor": 8},
+    "RR,IVF32,RaBitQ,RFlat": {"nprobe": 8, "k_factor": 8},
+}
+
+
+@pytest.fixture(params=INDEXES)
+def clustered(request, tmp_path, make_collection):
+    """3,000 vectors around twenty centres behind an index, and fifty queries of the same kind."""
+    rng = np.random.default_rng(0)
+    centres = rng.standard_normal((20, 16))
+    rows = centres[rng.integers(0, 20, 3050)] + 0.5 * rng.standard_normal((3050, 16))
+    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    path = make_collection(tmp_path / "c", rows[:3000], factory=request.param)
+    manifest = read_manifest(path)
+    entry = dataclasses.replace(manifest.segments[0], parameters=INDEXES[request.param])
+    write_manifest(path, dataclasses.replace(manifest, segments=(entry,)))
+    with Collection.open(path) as collection:
+        yield collection, rows[3000:]
+
+
+def test_a_range_search_through_an_index_finds_nearly_all(clustered):
+    """Ranges of less than is asked for at first, and of more; with effort no fewer."""
+    collection, queries = clustered
+    for least in (0.9, 0.8, 0.5):
+        search = partial(search_range, collection, queries, least, fingerprint=FINGERPRINT)
+        exact = search(exact=True)
+
+        def recall(found, exact=exact):
+            pairs = zip(exact.ids, found.ids, strict=True)
+            n_found = sum(np.isin(e[e >= 0], f).sum() for e, f in pairs)
+            return n_found / (exact.ids >= 0).sum()
+
+        plain = recall(search())
+        assert plain >= 0.95
+        assert recall(search(effort=500)) >= plain - 0.005
+        assert recall(search(effort=3000)) >= 0.99
+
+
+def test_the_effort_of_a_range_is_that_of_each_round(clustered, monkeypatch):
+    """Of 64 neighbours as many as were said, of 512 four for each."""
+    collection, queries = clustered
+    asked, parameters_of = [], collection.effort_parameters
+
+    def effort_parameters(candidates, k):
+        asked.append((candidates, k))
+        return parameters_of(candidates, k)
+
+    monkeypatch.setattr(collection, "effort_parameters", effort_parameters)
+    search_range(collection, queries, -1, fingerprint=FINGERPRINT, limit=900, effort=500)
+    assert asked == [(500, 64), (2048, 512), (3600, 900)]
+    with pytest.raises(UsageError, match="effort: expected no parameters beside it, found"):
+        search_range(
+            collection, queries, 0, fingerprint=FINGERPRINT, effort=9, parameters={"efSearch": 9}
+        )
 
 
 def test_bounds(tmp_path, make_collection, unit_rows):

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from index.build import BuildOptions, build
-from index.collection import Row, id_of
+from index.collection import Collection, Row, id_of
 from index.found import Found, Hit
 from index.search import SearchOptions, main
 from index.storage.writer import CollectionWriter
@@ -158,6 +158,15 @@ def test_effort_of_one_search(search, tmp_path, make_collection, unit_rows, fact
     assert recall() == plain
     assert recall("--effort", 1 << 40) >= 0.99
     assert recall("--effort", 3000, "--min-score", -1, "--k", 10) >= 0.99
+    within = ("--min-score", 0.7)
+    exact = hits(*within, "--exact")
+    n_within = sum(map(len, exact))
+
+    def recall_within(*args):
+        pairs = zip(hits(*within, *args), exact, strict=True)
+        return sum(len(set(a) & set(b)) for a, b in pairs) / n_within
+
+    assert recall_within("--effort", 500) >= max(0.98, recall_within() - 0.005)
     if factory != "Flat":
         assert least < most
     assert (path / "manifest.json").read_bytes() == before
@@ -212,6 +221,20 @@ def test_a_grid_shows_what_is_left_of_its_source(search, bundle, new_folder, tmp
     status, _, _ = search(options.out, "--key", "red/001.png", "--grid", tmp_path / "none.png")
     assert status == 0
     assert "image folder" in caplog.text
+
+
+def test_by_distances_an_image_is_searched_with_as_the_encoder_gives_it(
+    search, built_euclidean, train_folder
+):
+    """Not at unit length: the image itself is at no distance, whatever its vector's length."""
+    key = "red/000.png"
+    _, out, _ = search(built_euclidean, train_folder / key, "--k", 1, "--json")
+    (hit,) = json.loads(out)["queries"][0]["hits"]
+    with Collection.open(built_euclidean) as collection:
+        (stored,) = collection.vectors([id_of(key)])
+    assert hit["key"] == key
+    assert hit["score"] == pytest.approx(0, abs=1e-4 * float(stored @ stored))
+    assert float(stored @ stored) > 100
 
 
 def test_another_encoder_is_refused(search, built, bundle, other_bundle, test_folder):

@@ -94,6 +94,15 @@ def test_the_cheapest_is_taken(collection, capsys):
     assert report["chosen"]["factory"] == read_manifest(collection).segments[0].factory
 
 
+def test_what_was_not_written_has_no_size(collection, capsys):
+    """A kind below the target has no file, and so no bytes a vector: not none of them."""
+    kinds = ("Flat", "HNSW2")
+    assert run(collection, "--recall", "1", "--queries", 20, "--index", *kinds, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    sizes = {trial["factory"]: trial["bytes_per_vector"] for trial in report["trials"]}
+    assert sizes == {"Flat": 0, "HNSW2": None}
+
+
 def test_a_target_that_none_reaches_fails_and_changes_nothing(collection, capsys):
     """The one line says what the best reached and what to change."""
     before = (collection / "manifest.json").read_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -108,6 +109,39 @@ def test_a_folder_that_cannot_be_listed_is_reported_like_a_file(
     assert [record.key for record in records] == ["cats/1.jpg", "closed/"]
     with pytest.raises(ImageError, match=r"^closed/: expected a readable folder"):
         records[1].read()
+
+
+def test_a_root_that_cannot_be_listed_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sync would take every image for gone."""
+    source = fill(tmp_path, "cats/1.jpg")
+
+    def scandir(folder: object) -> object:
+        """Fail as a share does that is away."""
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    message = (
+        f"image folder {tmp_path}: expected a folder that can be listed, found "
+        f"{os.strerror(errno.ESTALE)}; check its permissions and whether its disk is there"
+    )
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(SourceError) as caught:
+        source.count()
+    assert str(caught.value) == message
+    monkeypatch.setattr(Path, "is_dir", scandir)
+    with pytest.raises(SourceError) as caught:
+        FolderSource(tmp_path)
+    assert str(caught.value) == message
+
+
+def test_a_link_that_leads_nowhere_is_a_folder_that_cannot_be_read(tmp_path: Path) -> None:
+    """What was below it is not gone: the disk that it leads to may be back tomorrow."""
+    source = fill(tmp_path, "cats/1.jpg", "notes.txt")
+    (tmp_path / "away").symlink_to("nowhere")
+    (tmp_path / "cats" / "round").symlink_to("round")
+    assert [key for key, _ in listed(source)] == ["away/", "cats/1.jpg", "cats/round/"]
+    assert source.ignored == 1
 
 
 def test_a_name_that_is_no_text_has_a_key_that_is(tmp_path: Path) -> None:

@@ -26,11 +26,11 @@ FACTORIES = [
 METRICS = ["cosine", "euclidean"]
 
 
-def draw(n, *, seed, metric="cosine"):
+def draw(n, *, seed, metric="cosine", noise=0.4):
     """Draw vectors around thirty centres, of unit length where they are compared by cosine."""
     shape, draw = np.random.default_rng(0), np.random.default_rng(seed)
     centres = shape.standard_normal((30, DIM))
-    rows = centres[draw.integers(0, 30, n)] + 0.4 * draw.standard_normal((n, DIM))
+    rows = centres[draw.integers(0, 30, n)] + noise * draw.standard_normal((n, DIM))
     if metric == "cosine":
         rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     return rows.astype(np.float32)
@@ -105,6 +105,30 @@ def test_parameters_belong_to_the_call(make_index, factory):
     assert recall(search(least), truth) < recall(search(most), truth)
     assert recall(search(most), truth) > 0.99
     np.testing.assert_array_equal(search({}), before)
+
+
+@pytest.mark.parametrize(
+    ("factory", "parameters"),
+    [
+        ("HNSW32", {"efSearch": 64}),
+        ("HNSW32,SQ8,RFlat", {"efSearch": 64, "k_factor": 1}),
+        ("IVF32,PQ16x4fs,RFlat", {"nprobe": 24, "k_factor": 8}),
+        ("RR,IVF32,RaBitQfs,RFlat", {"nprobe": 16, "k_factor": 12}),
+    ],
+)
+def test_a_hundred_are_found_about_as_well_as_ten(factory, parameters):
+    """By parameters that are for ten, scaled; and ten themselves by those that were given."""
+    vectors, queries = draw(3000, seed=1, noise=2.0), draw(200, seed=2, noise=2.0)
+    kind = parse_kind(factory)
+    index = AnnIndex(kind, build_index(vectors, factory), vectors, metric="cosine")
+
+    def recall_at(k):
+        scaled = index.scale(parameters, 10, k)
+        _, truth = knn_search(queries, vectors, k)
+        return recall(index.search(queries, k, parameters=scaled, threads=1)[1], truth)
+
+    assert recall_at(100) >= recall_at(10) - 0.002
+    assert index.scale(parameters, 10, 10) == parameters
 
 
 @pytest.mark.parametrize("factory", FACTORIES)

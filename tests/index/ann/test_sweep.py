@@ -94,3 +94,14 @@ def test_the_truth_is_that_of_the_rows_that_are_not_held_back(metric):
     truth = exact_truth(queries, vectors, 5, rows_M=rows, metric=metric, threads=1)
     expected = np.sort(scores, axis=1)[:, ::-1][:, :5]
     np.testing.assert_allclose(truth.truth_QK, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [3e-3, 1.0, 300.0])
+def test_a_row_at_twice_the_distance_is_not_found_whatever_the_scale(length):
+    """Equal but for rounding counts; distances of short vectors are small, and no less apart."""
+    vectors = np.zeros((1, 4), np.float32)
+    vectors[0, 0] = length
+    truth = -(length**2) * np.float32([[0.1, 0.2, 0.3]])
+    queries = Queries(vectors_QD=vectors, truth_QK=truth, tolerance=1e-5)
+    assert recalls(truth * (1 + 1e-6), queries, 3).tolist() == [1]
+    assert recalls(2 * truth, queries, 3).tolist() == pytest.approx([1 / 3])

@@ -1,8 +1,11 @@
+import dataclasses
 import json
+import re
 import tarfile
 
 import pytest
 
+import index.building.assemble as assemble
 from index.build import BuildOptions, build, main, plan
 from index.building.dry_run import BuildPlan
 from index.building.part_set import PartSet
@@ -44,6 +47,36 @@ def test_nothing_is_written(tmp_path, bundle, train_folder):
     assert planned.fingerprint == bundle.fingerprint
     assert planned.sampled > 0
     assert planned.embed_s == pytest.approx(60 / planned.images_per_s)
+
+
+def test_an_index_that_is_chosen_by_its_recall(tmp_path, bundle, train_folder, monkeypatch):
+    """Is said so, with what there is to choose from within the memory."""
+    monkeypatch.setattr("index.ann.candidates.INDEX_MIN_COUNT", 50)
+    wanted = options(bundle, train_folder, tmp_path / "c", recall=0.9)
+    planned = plan(wanted)
+    assert (planned.index, planned.recall) == (None, 0.9)
+    assert planned.candidates[:2] == ["Flat", "IVF16,PQ4x4fs,RFlat"]
+    assert "index chosen by its recall, at least 0.9, of Flat IVF16,PQ4x4fs,RFlat " in str(planned)
+    assert plan(dataclasses.replace(wanted, memory_budget="10")).candidates == ["Flat"]
+
+
+def test_an_index_that_memory_cannot_hold(tmp_path, bundle, train_folder, monkeypatch, caplog):
+    """Is refused before anything is embedded; where memory may be free later, it is a warning."""
+    wanted = options(bundle, train_folder, tmp_path / "c", index="hnsw")
+    monkeypatch.setattr(assemble, "free_memory_bytes", lambda: 20_000)
+    assert plan(wanted).index == "HNSW32"
+    message = (
+        r"memory for index HNSW32 over 60 x 16: expected at least \d\S* kB to build it, found "
+        r"\S+ \w+, 20 kB of it free; take --recall .99 --memory-budget 2GB, which chooses one that "
+        r"fits, or --index flat"
+    )
+    assert re.fullmatch(message, caplog.messages[-1])
+    monkeypatch.setattr(assemble, "memory_bytes", lambda: 30_000)
+    for work in (plan, build):
+        with pytest.raises(UsageError, match=message):
+            work(wanted)
+    assert list(tmp_path.iterdir()) == []
+    assert plan(dataclasses.replace(wanted, index="flat")).index == "Flat"
 
 
 def test_parts_of_an_unfinished_run_are_counted_and_left_alone(

@@ -1,7 +1,9 @@
 import dataclasses
+import errno
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +25,7 @@ from index.embed import embed
 from index.storage.writer import CollectionWriter
 from index.verify import verify
 from models.command import run_command
-from models.errors import FingerprintMismatchError
+from models.errors import FingerprintMismatchError, SourceError
 from models.images import open_source
 from models.runtime import open_bundle
 
@@ -135,6 +137,28 @@ def test_a_damaged_memory_costs_reading_and_nothing_else(options, folder, bundle
     check(options.out, folder, bundle)
 
 
+def test_a_folder_that_is_away_keeps_its_images(options, folder, tmp_path, monkeypatch):
+    """Whether it cannot be listed or a link leads nowhere: an hour of it drops nothing."""
+    (folder / "a").rename(tmp_path / "disk")
+    (folder / "a").symlink_to(tmp_path / "disk")
+    sync(options)
+    (tmp_path / "disk").rename(tmp_path / "away")
+    assert facts(sync(options)) == {"unchanged": 6, "unreadable": 6, "rejected": 1, "read": 7}
+    real = os.scandir
+
+    def scandir(path):
+        if str(path) == str(folder):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", scandir)
+        with pytest.raises(SourceError, match="expected a folder that can be listed"):
+            sync(options)
+    (tmp_path / "away").rename(tmp_path / "disk")
+    assert facts(sync(options)) == {"unchanged": 12, "read": 12}
+
+
 def test_rejects_are_tried_again_when_they_have_changed(options, folder, bundle, monkeypatch):
     """Not before; those of the first build are known as well."""
     bad = folder / "a" / "bad.png"
@@ -152,6 +176,19 @@ def test_rejects_are_tried_again_when_they_have_changed(options, folder, bundle,
     assert facts(sync(options)) == {"unchanged": 12, "rejected": 1, "read": 13}
     bad.unlink()
     check(options.out, folder, bundle)
+
+
+def test_an_image_without_a_direction_is_rejected(options, folder, bundle):
+    """The encoder takes the grey of 110 for nothing, and nothing has no cosine."""
+    sync(options)
+    picture(folder / "a" / "110.png", 110)
+    picture(folder / "a" / "new.png", 251)
+    assert facts(sync(options)) == {
+        "new": 1, "unchanged": 12, "rejected": 1, "embedded": 2, "read": 14
+    }  # fmt: skip
+    with Collection.open(options.out) as collection:
+        assert collection.count == 13
+    assert verify(options.out).faults == []
 
 
 def test_an_interrupted_sync_goes_on(options, folder, bundle, monkeypatch):
@@ -249,8 +286,24 @@ def test_a_dry_run_changes_nothing(options, folder):
     before = (options.out / "manifest.json").read_bytes()
     summary = sync(dataclasses.replace(options, dry_run=True))
     assert facts(summary) == {"new": 1, "unchanged": 12, "embedded": 1, "read": 13}
-    assert "to embed 1; nothing was changed" in str(summary)
+    assert re.search(r"to embed 1 in about \d+\.\d s; nothing was changed", str(summary))
     assert (options.out / "manifest.json").read_bytes() == before
+
+
+def test_a_dry_run_says_how_long_it_takes(options, folder, monkeypatch):
+    """By a sample, as of a build; where nothing is to be embedded, no time."""
+    monkeypatch.setattr(sync_module, "measure_rate", lambda *_: (1, 0.25))
+    sync(options)
+    picture(folder / "a" / "new.png", 251)
+    picture(folder / "a" / "newer.png", 252)
+    summary = sync(dataclasses.replace(options, dry_run=True))
+    assert summary.embed_s == 8
+    assert "to embed 2 in about 8.0 s; nothing was changed" in str(summary)
+    monkeypatch.undo()
+    sync(options)
+    summary = sync(dataclasses.replace(options, dry_run=True))
+    assert summary.embed_s == 0
+    assert "to embed 0; nothing was changed" in str(summary)
 
 
 def test_a_dry_run_while_a_writer_is_at_work(options, folder):
@@ -383,6 +436,36 @@ def test_shards_are_followed_as_folders_are(options, tmp_path):
         assert {row.key: row.label for row in rows} == {
             "shard.tar/a.png": "y", "shard.tar/b.png": "x", "shard.tar/d.png": "z"
         }  # fmt: skip
+
+
+def test_labels_of_a_table_stay_where_shards_give_none(options, tmp_path):
+    """A sync without the table undoes none; a class in the shards has the last word."""
+
+    def write_shard(labels):
+        with tarfile.open(tmp_path / "shard.tar", "w") as archive:
+            for number, (name, label) in enumerate(labels.items()):
+                picture(tmp_path / "member.png", 20 * number)
+                archive.add(tmp_path / "member.png", f"{name}.png")
+                member = tarfile.TarInfo(f"{name}.cls")
+                member.size = len(label)
+                if label:
+                    archive.addfile(member, io.BytesIO(label.encode()))
+
+    def labels():
+        with Collection.open(options.out) as collection:
+            return {row.key[-5]: row.label for row in collection.rows(collection.ids)}
+
+    table = tmp_path / "labels.csv"
+    table.write_text("key,label\nshard.tar/a.png,dear\nshard.tar/b.png,cheap\n")
+    write_shard({"a": "", "b": "", "c": "x"})
+    shards = dataclasses.replace(options, images=str(tmp_path / "shard.tar"))
+    sync(dataclasses.replace(shards, metadata=table))
+    assert labels() == {"a": "dear", "b": "cheap", "c": "x"}
+    assert facts(sync(shards)) == {"unchanged": 3, "read": 3}
+    assert labels() == {"a": "dear", "b": "cheap", "c": "x"}
+    write_shard({"a": "", "b": "y", "c": "x"})
+    assert facts(sync(shards)) == {"updated": 1, "unchanged": 2, "read": 3}
+    assert labels() == {"a": "dear", "b": "y", "c": "x"}
 
 
 def test_a_flipped_byte_in_what_is_remembered_is_found(options, folder, settled):

@@ -23,6 +23,7 @@ from index.evaluation.evaluate_knn import KnnOptions, evaluate
 from index.storage.manifest import read_manifest, write_manifest
 from index.storage.writer import CollectionWriter
 from models.bundle import read_bundle
+from models.errors import UsageError
 from models.images import open_source
 from models.runtime import open_bundle
 
@@ -113,6 +114,12 @@ def test_ties_and_a_k_beyond_the_collection(tmp_path, bundle):
     huge = evaluate(KnnOptions(collection=out, images=images, k=(2_000_000_000,)))
     assert huge.encoder_by_k[2_000_000_000] == report.encoder_by_k[200]
     assert huge.baselines[0].by_k[2_000_000_000] == report.baselines[0].by_k[200]
+
+
+def test_distances_are_no_votes(built_euclidean, test_folder):
+    """The vote is over cosines; of a collection of distances it would mean nothing."""
+    with pytest.raises(UsageError, match="kNN evaluation: expected a collection of cosines, found"):
+        evaluate(KnnOptions(collection=built_euclidean, images=str(test_folder)))
 
 
 def test_baselines_stand_beside_the_encoder(mini):

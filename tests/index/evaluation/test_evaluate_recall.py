@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from contextlib import ExitStack
 
 import numpy as np
 import pyarrow as pa
@@ -10,6 +11,7 @@ from index.collection import Collection
 from index.errors import EvaluationError
 from index.evaluate import run
 from index.evaluation.evaluate_recall import RecallOptions, _bytes_by_file, evaluate
+from index.evaluation.queries import open_queries
 from index.storage.manifest import read_manifest, write_manifest
 from index.storage.writer import CollectionWriter
 from models.errors import UsageError
@@ -191,3 +193,16 @@ def test_distances_are_the_right_way_round(tmp_path):
     direct = [np.isin(nearest[n], places[n]).mean() for n in range(300)]
     assert report.conditions[0].by_k[10].mean == pytest.approx(np.mean(direct))
     assert np.mean(direct) > 0.9
+
+
+@pytest.mark.parametrize("fixture", ["built", "built_euclidean"])
+def test_images_ask_as_the_collections_own_vectors_are(fixture, request, train_folder):
+    """Of unit length for cosines, and as the encoder gives them for distances."""
+    with (
+        Collection.open(request.getfixturevalue(fixture)) as collection,
+        ExitStack() as stack,
+    ):
+        queries = open_queries(stack, collection, str(train_folder))
+        asked = queries.vectors(np.arange(len(queries)))
+        stored = collection.vectors([collection.find_key(key) for key in queries.keys])
+        np.testing.assert_allclose(asked, stored, rtol=1e-4, atol=1e-5)

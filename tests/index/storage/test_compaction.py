@@ -55,6 +55,18 @@ def test_the_index_of_what_was_merged():
     assert choose_index(60_000, [small, exact], [tuned]) == ("Flat", {})
 
 
+def test_an_index_has_no_more_lists_than_rows():
+    """A few rows beside millions take their kind of index, with lists for a few."""
+    for factory, fitting in [
+        ("IVF65536,PQ8x4fs,RFlat", "IVF128,PQ8x4fs,RFlat"),
+        ("RR,IVF65536,RaBitQ,RFlat", "RR,IVF128,RaBitQ,RFlat"),
+        ("IVF20001,PQ8x4fs,RFlat", "IVF20001,PQ8x4fs,RFlat"),
+        ("HNSW32", "HNSW32"),
+    ]:
+        large = entry(8 * MILLION, factory=factory, nprobe=16)
+        assert choose_index(20_001, [entry(15_000)], [large]) == (fitting, {"nprobe": 16})
+
+
 def test_what_was_a_delta_is_not_left_without_an_index():
     """Of whatever size: alone where it is large, else together with others of its kind."""
     deltas = [entry(20_000, name=name, is_provisional=True) for name in "abc"]

@@ -16,7 +16,15 @@ from index.storage.manifest import (
     read_manifest,
     write_manifest,
 )
-from index.storage.rows import MAX_ROW_BYTES, ROW_SCHEMA, Row, is_row_schema, read_rows
+from index.storage.rows import (
+    MAX_ROW_BYTES,
+    RESERVED_COLUMNS,
+    ROW_SCHEMA,
+    VALUE_BYTES,
+    Row,
+    is_row_schema,
+    read_rows,
+)
 from index.storage.segment import Block, write_segment
 from index.storage.writer import CollectionWriter
 from models.errors import UsageError
@@ -144,11 +152,24 @@ def test_some_bytes_that_stand_for_many(tmp_path, unit_rows, note):
 
 
 def test_a_text_that_no_file_may_have(tmp_path, unit_rows):
-    """Is refused when it is written, with its key."""
-    rows = rows_of(["a.png", "b.png"])
-    rows = rows.append_column("note", pa.array([None, "x" * MAX_ROW_BYTES]))
-    vectors = unit_rows(2, 8)
-    entry = SegmentEntry(name="000000", count=2, factory="Flat")
-    blocks = [Block(rows=rows, vectors_ND=vectors)]
-    with pytest.raises(UsageError, match=r"row of key 'b.png': expected at most 65536 bytes"):
-        write_segment(tmp_path / "c", entry, blocks, 8, schema=rows.schema)
+    """Is refused when it comes in, with its key; room is left for columns of later rows."""
+    longest = MAX_ROW_BYTES - RESERVED_COLUMNS * VALUE_BYTES
+    longest -= len("b.png" + "folder:/nowhere")
+    with CollectionWriter.create(
+        tmp_path / "c", name="made", fingerprint="f" * 64, dim=8
+    ) as writer:
+
+        def add(key, vector, **further):
+            rows = pa.table({"key": [key], "source": ["folder:/nowhere"], **further})
+            writer.add(rows, unit_rows(4, 8)[vector : vector + 1], fingerprint="f" * 64)
+
+        with pytest.raises(UsageError, match=r"row of key 'b.png': expected at most 61440 bytes"):
+            add("b.png", 0, note=["x" * (longest + 1)])
+        add("b.png", 0, note=["x" * longest])
+        writer.seal()
+        columns = {f"c{n}": [n] for n in range(RESERVED_COLUMNS - 5)}
+        add("c.png", 1, **columns)
+        writer.compact(all=True)
+        with pytest.raises(UsageError, match=r"row of key 'd.png': expected at most 61424 bytes"):
+            add("d.png", 2, other=[1], note=["x" * longest])
+    assert len(Collection.open(tmp_path / "c").table()) == 2

@@ -376,6 +376,20 @@ def test_a_collection_that_grows_gets_an_index(writer, unit_rows, monkeypatch):
     assert verify(writer.path).faults == []
 
 
+def test_a_few_rows_beside_an_index_of_more_lists_are_compacted(writer, unit_rows, monkeypatch):
+    """They get an index of the same kind, which they can fill."""
+    monkeypatch.setattr(compaction, "FLAT_MAX_COUNT", 60)
+    vectors, keys = unit_rows(370, DIM), list(map(str, range(370)))
+    writer.add(table(*keys[:300]), vectors[:300], fingerprint=FINGERPRINT)
+    writer.compact(index="RR,IVF200,RaBitQ,RFlat")
+    writer.add(table(*keys[300:]), vectors[300:], fingerprint=FINGERPRINT)
+    writer.compact()
+    assert [(one.factory, one.count) for one in writer.collection.manifest.segments] == [
+        ("RR,IVF200,RaBitQ,RFlat", 300), ("RR,IVF16,RaBitQ,RFlat", 70)
+    ]  # fmt: skip
+    assert nearest(writer.collection, vectors[350:352]) == [["350"], ["351"]]
+
+
 def test_a_filter_is_worked_out_once_a_part(writer, vectors, monkeypatch):
     """A write looks at the rows of the delta alone; a snapshot keeps what it chose."""
     n_worked_out = []
@@ -423,6 +437,39 @@ def test_a_full_disk_costs_nothing_that_was_acknowledged(writer, vectors, monkey
     writer.close()
     CollectionWriter.open(writer.path).close()
     assert verify(writer.path).faults == verify(writer.path).unknown == []
+
+
+def test_a_full_disk_keeps_no_segment_that_nobody_names(writer, unit_rows, tmp_path, monkeypatch):
+    """Where the manifest finds no room, what was written for it would stay in the way."""
+
+    def full(*_, **options):
+        raise OSError(28, "No space left on device")
+
+    def names():
+        return sorted(folder.name for folder in writer.path.glob("segments/*"))
+
+    def refused(step):
+        before = names()
+        for name in ("write_manifest", "_write_tombstones"):
+            with monkeypatch.context() as patch:
+                patch.setattr(publishing, name, full)
+                with pytest.raises(CollectionError, match="found No space left on device; make ro"):
+                    step()
+            assert names() == before
+        step()
+        assert names() == [one.name for one in writer.collection.manifest.segments]
+        assert verify(writer.path).faults == verify(writer.path).unknown == []
+
+    vectors = unit_rows(60, DIM)
+    for start in (0, 30):
+        keys = list(map(str, range(start, start + 30)))
+        writer.add(table(*keys), vectors[start : start + 30], fingerprint=FINGERPRINT)
+        refused(writer.seal)
+    refused(lambda: writer.compact(all=True))
+    with writer.whole() as whole:
+        file = tmp_path / "index.faiss"
+        asked = write_hnsw(whole.segment.vectors_ND, file)
+        refused(lambda: writer.replace_index(whole, file, **asked))
 
 
 BREAKS = {
