@@ -220,7 +220,8 @@ def search_vectors(
     """
     ids, scores = no_neighbours()
     if len(vectors_QD):
-        found = query.search(collection, finish_vectors(vectors_QD))
+        is_cosine = collection.metric == "cosine"  # else lengths count, as they are stored
+        found = query.search(collection, finish_vectors(vectors_QD, normalize=is_cosine))
         ids, scores = found.ids, found.scores
     return lay_out(collection, ids, scores, statuses, query)
 

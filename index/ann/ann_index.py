@@ -35,11 +35,10 @@ from index.knn import (
 )
 
 LIST_CANDIDATES = 2
-"""Of lists, for each neighbour; with these and `scale` filters that leave 98 to 30% find .996 to
-.998 of the ten nearest, where searches without one find .993 (60,000 embeddings, 512 wide, 300
-queries, nprobe 48 of 256, k_factor 3; FAISS 1.15.1)."""
+"""Of lists, for each neighbour; with these and `scale` a filter that leaves half finds .995 of the
+ten nearest, as a search without one does (`benchmarks/results/filters_tuned.json`)."""
 
-GRAPH_SLACK, PROBES_GROW, FACTOR_FALLS = 2, 2 / 3, 1 / 6
+GRAPH_SLACK, PROBES_GROW, FACTOR_FALLS = 2, 1 / 2, 1 / 4
 """Of `scale`: candidates of a graph for each neighbour, and exponents for lists. With these
 recall@100 is about that at 10: decision 0015."""
 

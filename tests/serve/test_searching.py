@@ -5,11 +5,13 @@ import io
 
 import grpc
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
 from index.build import BuildOptions, build
 from index.collection import Collection, id_of
+from index.storage.writer import CollectionWriter
 from models.encoder import open_encoder
 from models.vectors import finish_vectors
 from models.wire import vectors_to_wire
@@ -94,6 +96,36 @@ def test_images_vectors_and_ids_find_what_the_collection_finds(place, searching)
             assert ids_of(by_id) == [row[1:] for row in ids], "each is left out of its own"
             assert by_image.timings.search_ms > 0
             assert by_image.timings.inference_ms > 0
+
+    asyncio.run(main())
+
+
+def test_lengths_count_where_distances_are_compared(place, serving):
+    """The query of a Euclidean collection stays as its encoder made it, like what is stored."""
+    bundle, folder, out = place
+    files = [path.read_bytes() for path in sorted(folder.rglob("*.png"))[:6]]
+    encoder = open_encoder(bundle.path)
+    vectors = encoder.encode(np.stack([encoder.preprocess(file) for file in files]))
+    sizes = np.linspace(1, 6, 6, dtype=np.float32)[:, None]  # one direction: lengths alone differ
+    rows = pa.table({"key": [f"{n}.png" for n in range(6)], "source": ["folder:far"] * 6})
+    far = out.with_name("far")
+    with CollectionWriter.create(
+        far, name="far", fingerprint=bundle.fingerprint, dim=bundle.dim,
+        encoder=str(bundle.path), metric="euclidean",
+    ) as writer:  # fmt: skip
+        writer.add(rows, vectors[:1] * sizes, fingerprint=bundle.fingerprint)
+
+    async def main():
+        async with (
+            serving(bundle=(str(bundle.path),), collection=(str(far),)) as server,
+            AsyncClient(server.address) as client,
+        ):
+            by_array = await client.search(
+                vectors=vectors[:1] * sizes, fingerprint=bundle.fingerprint, k=1
+            )
+            assert ids_of(by_array) == [[id_of(f"{n}.png")] for n in range(6)]
+            by_image = await client.search(files[:1], k=1)
+            assert ids_of(by_image) == [[id_of("0.png")]]
 
     asyncio.run(main())
 
