@@ -254,6 +254,8 @@ def _tiled(views: _Views, wanted: tuple[bool, ...], tile_rows: int) -> tuple[Ten
             else:
                 da_nD[:, rows] = da_nW
         if wanted[1]:
-            part_nD = times_transposed(a_nD[:, rows], c_WD.T)
-            db_nD = part_nD if db_nD is None else db_nD.add_(part_nD)
+            if db_nD is None:
+                db_nD = times_transposed(a_nD[:, rows], c_WD.T)
+            else:
+                db_nD += times_transposed(a_nD[:, rows], c_WD.T)
     return square_sum, (da_nD, db_nD)
