@@ -34,8 +34,8 @@ from typing import Generic
 from serve.backlog import Backlog
 from serve.errors import DeadlineError, QueueFullError
 from serve.fair_queue import FairQueue
-from serve.lanes import Share, next_share
-from serve.latency import Lag, LatencyModel
+from serve.lanes import Share, next_share, takes_all
+from serve.latency import BELIEVED_S, Lag, LatencyModel
 from serve.room import Room
 from serve.tickets import Batch, BatcherStatistics, Decision, Part, Ticket, TicketT
 
@@ -81,6 +81,7 @@ class Batcher(Generic[TicketT]):
         self._held: dict[TicketT, set[Part[TicketT]]] = {}  # with their waiting parts
         self._latency = LatencyModel()
         self._on_all = LatencyModel()  # with lanes: of batches on all threads
+        self._company_until_s = -math.inf  # with lanes: requests come beside others until then
         self._reply = Lag()
         self._running: dict[Batch[TicketT], None] = {}
         self._running_images = 0
@@ -346,7 +347,7 @@ class Batcher(Generic[TicketT]):
 
     def _drain_s(self, images: int, now_s: float) -> float:
         """Say how long images take once an instance is idle; 0 where that is not known."""
-        if self._has_lanes and images < self._instances:
+        if self._takes_all(images, now_s):
             return self._on_all.predict_s(images, now_s)
         share = -(-images // self._instances) if self._has_lanes else images
         return self._latency.drain_s(
@@ -358,13 +359,22 @@ class Batcher(Generic[TicketT]):
 
     def _until_idle_s(self, images: int, now_s: float) -> float:
         """Say for how long no instance will take the first of so many images that wait."""
-        images += self._running_images
-        few = self._running and self._has_lanes and images < self._instances
+        few = self._running and self._takes_all(images + self._running_images, now_s)
         waits = few or self._is_on_all
         if len(self._running) < self._instances and not waits:
             return 0.0
         ends_s = [self._ends_running_s(batch, now_s) for batch in self._running]
         return max(0.0, (max if waits else min)(ends_s) - now_s)
+
+    def _takes_all(self, images: int, now_s: float) -> bool:
+        """Say whether so many images would run on all lanes together."""
+        return self._has_lanes and takes_all(
+            images, lanes=self._instances, lone_s=self._lone_s(now_s)
+        )
+
+    def _lone_s(self, now_s: float) -> float:
+        """Say what an image takes on one thread; 0 where requests come one by one of late."""
+        return self._latency.predict_s(1, now_s) if now_s < self._company_until_s else 0.0
 
     @property
     def _is_on_all(self) -> bool:
@@ -391,10 +401,13 @@ class Batcher(Generic[TicketT]):
             lanes=self._instances,
             most=self._max_batch_images,
             image_s=self._latency.image_s(now_s),
+            lone_s=self._lone_s(now_s),
         )
 
     def _hold(self, ticket: TicketT) -> None:
         """Count what a ticket holds, from now until it is over."""
+        if self._held:
+            self._company_until_s = ticket.arrived_s + BELIEVED_S
         self._held[ticket] = set()
         self._room.hold(ticket)
         self._backlog.add(ticket, ticket.images)

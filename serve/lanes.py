@@ -10,6 +10,8 @@ Rules:
     Where there are as many images or more, each lane takes its share of all that there are as a
     batch of its own. Threads that share one batch wait for one another after every layer;
     lanes never do, and a batch of one image costs an image there little more than a full one.
+    So it is with fewer, too, where requests have come beside others of late and one thread needs
+    less than `SOON_S` for an image: all of them could save it no more, and its company would wait.
     A share is worth its hand-over: it takes at least `SHARE_S`, as long as there are images.
 
 It does not know what waits, and holds nothing.
@@ -23,6 +25,9 @@ from dataclasses import dataclass
 
 SHARE_S = 0.001
 """To hand a batch to a thread and its rows back costs a tenth of this."""
+
+SOON_S = 0.004
+"""Less than this a caller hardly sees; a forecast is twice the deviation above what is usual."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +43,27 @@ class Share:
     on_one_thread: bool
 
 
+def takes_all(images: int, *, lanes: int, lone_s: float) -> bool:
+    """Say whether so many images, and none beside them, run on all threads.
+
+    Args:
+        images: images that wait or run.
+        lanes: threads of the encoder.
+        lone_s: what a batch of one image takes on one thread; 0 where that is not known, or
+            requests come one by one.
+    """
+    return images < lanes and not 0 < lone_s < SOON_S
+
+
 def next_share(
-    *, waiting: int, running: int, is_on_all: bool, lanes: int, most: int, image_s: float
+    *,
+    waiting: int,
+    running: int,
+    is_on_all: bool,
+    lanes: int,
+    most: int,
+    image_s: float,
+    lone_s: float,
 ) -> Share | None:
     """Say what an idle lane takes; None where it waits for what runs.
 
@@ -49,11 +73,12 @@ def next_share(
         is_on_all: whether one of these is on all threads.
         lanes: threads of the encoder.
         most: the largest batch.
-        image_s: what an image takes on one thread; 0 where that is not known.
+        image_s: what an image more costs a batch on one thread; 0 where that is not known.
+        lone_s: what a batch of one image takes there, as in `takes_all`.
     """
     if is_on_all:
         return None
-    if waiting + running < lanes:
+    if takes_all(waiting + running, lanes=lanes, lone_s=lone_s):
         return None if running else Share(most, on_one_thread=False)
     fair = -(-(waiting + running) // lanes)
     least = int(SHARE_S / image_s) if image_s else 1

@@ -4,7 +4,7 @@ import pytest
 
 from serve.batching import Batcher
 from serve.errors import DeadlineError, QueueFullError, RequestError
-from serve.latency import MIN_BATCHES
+from serve.latency import BELIEVED_S, MIN_BATCHES
 from serve.tickets import Batch, Ticket, read_priority
 
 
@@ -404,6 +404,30 @@ def test_a_forecast_knows_on_how_many_threads():
         DeadlineError, match=r"expected 500 ms from now, for 2 images with 1 before"
     ):
         batcher.admit(Ticket(images=2, arrived_s=now_s, deadline_s=now_s + 0.3))
+
+
+def test_images_that_are_soon_done_have_a_thread_each_once_requests_come_beside_others():
+    """Neither waits for the other, or is promised less; after a moment one by one it is as ever."""
+    batcher = make_lanes(2)
+    now_s = learn_lanes(batcher, alone_s=0.0005, lane_s=0.001)
+    admitted(batcher, 1, arrived_s=now_s)
+    alone = batcher.decide(now_s).batch
+    assert not alone.on_one_thread
+    admitted(batcher, 1, arrived_s=now_s)
+    assert batcher.decide(now_s).batch is None
+    now_s += 0.0005
+    batcher.finish(alone, now_s)
+    first = batcher.decide(now_s).batch
+    admitted(batcher, 1, arrived_s=now_s, deadline_s=now_s + 0.0015)
+    second = batcher.decide(now_s).batch
+    now_s += 0.001
+    for batch in (first, second):
+        assert batch.images == 1
+        assert batch.on_one_thread
+        batcher.finish(batch, now_s)
+    now_s += BELIEVED_S
+    admitted(batcher, 1, arrived_s=now_s)
+    assert not batcher.decide(now_s).batch.on_one_thread
 
 
 def test_a_forecast_counts_what_is_waited_for():

@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from serve.lanes import Share, next_share
 
 
-def share(waiting, running, *, is_on_all=False, lanes=4, most=32, image_s=0.0):
+def share(waiting, running, *, is_on_all=False, lanes=4, most=32, image_s=0.0, lone_s=0.0):
     """What an idle lane takes."""
     return next_share(
         waiting=waiting, running=running, is_on_all=is_on_all, lanes=lanes, most=most,
-        image_s=image_s,
+        image_s=image_s, lone_s=lone_s,
     )  # fmt: skip
 
 
@@ -51,6 +51,13 @@ def test_a_share_is_worth_its_hand_over():
     assert share(4, 0, image_s=2e-3) == Share(1, on_one_thread=True)
 
 
+def test_an_image_that_is_soon_done_has_one_thread():
+    """All of them would save its caller little, and keep others waiting."""
+    assert share(1, 0, lone_s=1e-3) == share(1, 1, lone_s=1e-3) == Share(1, on_one_thread=True)
+    assert share(1, 0, lone_s=50e-3) == Share(32, on_one_thread=False)
+    assert share(1, 1, lone_s=50e-3) is None
+
+
 def test_one_lane_takes_what_there_is():
     """With one thread there is one manner."""
     assert share(5, 0, lanes=1) == Share(5, on_one_thread=True)
@@ -61,8 +68,9 @@ def test_one_lane_takes_what_there_is():
     running=st.integers(0, 200),
     lanes=st.integers(1, 64),
     image_s=st.sampled_from([0.0, 1e-5, 1e-3, 1.0]),
+    lone_s=st.sampled_from([0.0, 1e-3, 1.0]),
 )
-def test_images_never_wait_for_nothing(waiting, running, lanes, image_s):
+def test_images_never_wait_for_nothing(waiting, running, lanes, image_s, lone_s):
     """An idle lane takes something within bounds, unless something runs that it waits for."""
-    taken = share(waiting, running, lanes=lanes, image_s=image_s)
+    taken = share(waiting, running, lanes=lanes, image_s=image_s, lone_s=lone_s)
     assert (taken is not None and 1 <= taken.images <= 32) or running
