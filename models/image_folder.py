@@ -102,9 +102,9 @@ class FolderSource:
             SourceError: the folder cannot be listed, or holds no image.
         """
         for key in islice(self._listing.keys, start, None):
-            label, slash, _ = key.partition("/")
+            label, _, rest = key.partition("/")
             read = partial(self._read, key)
-            yield ImageRecord(key, label if slash else None, read, self._size_bytes(key))
+            yield ImageRecord(key, label if rest else None, read, self._size_bytes(key))
 
     def load(self, key: str) -> ImageData:
         """Read the image of that key.

@@ -106,7 +106,10 @@ def test_a_folder_that_cannot_be_listed_is_reported_like_a_file(
 
     monkeypatch.setattr(os, "scandir", scandir)
     records = list(source.records())
-    assert [record.key for record in records] == ["cats/1.jpg", "closed/"]
+    assert [(record.key, record.label) for record in records] == [
+        ("cats/1.jpg", "cats"),
+        ("closed/", None),
+    ]
     with pytest.raises(ImageError, match=r"^closed/: expected a readable folder"):
         records[1].read()
 

@@ -371,6 +371,9 @@ def test_a_class_that_was_not_drawn_keeps_its_number(linear: LinearOptions, run:
     layers = fit_layers(replace(linear, baselines=False), run, rows, class_names)
     assert list(layers.train.class_names) == class_names
     np.testing.assert_array_equal(layers.train.labels_N, labels_N[rows])
+    alone = np.flatnonzero(labels_N == 0)[:20]
+    with pytest.raises(TrainError, match=rf"expected two classes or more, found {class_names[0]}"):
+        fit_layers(replace(linear, baselines=False), run, alone, class_names)
 
 
 def test_a_bundle_of_another_maker_has_the_linear_layer_alone(

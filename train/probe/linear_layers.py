@@ -89,7 +89,7 @@ def fit_layers(
 
     Raises:
         SourceError: the source is missing or damaged.
-        TrainError: there are no labels, or features are not finite.
+        TrainError: what is read has not two classes, or features are not finite.
     """
     train = read_labelled(
         open_source(options.images),
@@ -101,7 +101,7 @@ def fit_layers(
         with_pixels=options.baselines,
         with_images=options.augment,
     )
-    require_classes(options.images, train.class_names)
+    require_classes(options.images, [train.class_names[n] for n in np.unique(train.labels_N)])
     found = candidates(options, _encoders(options, probed), train)
     return Layers(train=train, fitted=[fit(candidate, train, options) for candidate in found])
 
