@@ -19,6 +19,8 @@ from the last checkpoint. Ranks that join or leave a torchrun at work are not pr
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import socket
 from collections.abc import Iterator
@@ -139,6 +141,10 @@ def joined(ranks: Ranks) -> Iterator[None]:
     store = PrefixStore(f"start-{ranks.restarts}", store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    # The trainer refers to itself, so it holds the group, and gloo's threads, until it is
+    # collected. A thread of gloo that lets go of a tensor once the interpreter has begun to end
+    # aborts the process: they must be gone by then, however this ends.
+    atexit.register(gc.collect)
     try:
         yield
     finally:

@@ -4,7 +4,7 @@ import hashlib
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from models.files import (
@@ -17,8 +17,16 @@ from models.files import (
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
 )
+
+
+def reverse_keys(value):
+    """The same value with the keys of every dictionary the other way round."""
+    if isinstance(value, dict):
+        return {key: reverse_keys(inner) for key, inner in reversed(value.items())}
+    return [reverse_keys(inner) for inner in value] if isinstance(value, list) else value
 
 
 def test_hash_is_that_of_the_content(tmp_path):
@@ -28,10 +36,11 @@ def test_hash_is_that_of_the_content(tmp_path):
     assert sha256_file(tmp_path / "f") == hashlib.sha256(content).hexdigest()
 
 
-@given(st.dictionaries(st.text(), json_values))
+@given(st.dictionaries(st.text(), json_values, max_size=3))
+@example({"a": [{"b": 1, "c": 2}], "d": {"e": {}, "f": 3}})
 def test_equal_values_have_one_text(value):
-    """The order of keys does not matter."""
-    assert canonical_json(value) == canonical_json(dict(reversed(value.items())))
+    """The order of keys does not matter, at any depth."""
+    assert canonical_json(value) == canonical_json(reverse_keys(value))
 
 
 def test_nan_has_no_canonical_text():

@@ -6,12 +6,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
+import tritonclient.grpc
+from numpy.typing import NDArray
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
 from models.bundle import Bundle
@@ -32,7 +34,7 @@ IMAGES = np.arange(12, dtype=np.uint8).reshape(3, 2, 2, 1)
 def test_a_real_tritonserver_gives_the_encoders_bits(
     make_bundle: MakeBundle, tmp_path: Path
 ) -> None:
-    """By the repository that the export wrote: same vectors, fingerprint and preprocessing."""
+    """From the repository that the export wrote, to Horace's client and to Triton's own."""
     bundle = make_bundle("cats", dim=16)
     write_model(
         TritonOptions(
@@ -41,18 +43,34 @@ def test_a_real_tritonserver_gives_the_encoders_bits(
         )
     )  # fmt: skip
     images = np.random.default_rng(0).integers(0, 256, (9, 28, 28, 1), dtype=np.uint8)
-    local = open_encoder(bundle.path, threads=1)
+    with closing(open_encoder(bundle.path, threads=1)) as local:
+        expected = local.encode(images).tobytes()
     with tritonserver(tmp_path / "repository", tmp_path) as server:
         encoder = open_encoder(f"triton://{server.address}/cats")
         assert (encoder.name, encoder.dim) == ("cats", 16)
         assert encoder.fingerprint == bundle.fingerprint
         assert encoder.preprocessing == bundle.preprocessing
         found = encoder.encode(images)  # more than a batch of that server
-        assert found.tobytes() == local.encode(images).tobytes()
+        assert found.tobytes() == expected
         assert encoder.encode(images[:0]).shape == (0, 16)
         with pytest.raises(EncoderError, match="NOT_FOUND: Request for unknown model: 'dogs'"):
             open_encoder(f"triton://{server.address}/dogs")
         encoder.close()
+        with tritonclient.grpc.InferenceServerClient(server.address) as client:
+            assert client.is_model_ready("cats")
+            parts = [infer(client, part) for part in np.split(images, [1, 5])]
+        assert np.concatenate(parts).tobytes() == expected
+
+
+def infer(
+    client: tritonclient.grpc.InferenceServerClient, images: NDArray[np.uint8]
+) -> NDArray[np.float32]:
+    """Embed images with Triton's own client."""
+    given = tritonclient.grpc.InferInput("images", list(images.shape), "UINT8")
+    given.set_data_from_numpy(images)
+    made = client.infer("cats", [given]).as_numpy("embeddings")
+    assert made is not None
+    return made
 
 
 def config(fingerprint: str = "f" * 64, **changes: object) -> model_config_pb2.ModelConfig:

@@ -1,4 +1,4 @@
-"""The 400 real images that ship with the tests, and one finished run on them."""
+"""The 400 real images that ship with the tests, one finished run on them, and its bundle."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from models.bundle import Bundle
 from train.config import NetworkOptions, PretrainOptions, ViewOptions
 
 RunOptions = Callable[..., PretrainOptions]
@@ -52,3 +53,13 @@ def finished_run(run_options: RunOptions, tmp_path_factory: pytest.TempPathFacto
     out = tmp_path_factory.mktemp("runs") / "undisturbed"
     pretrain(run_options(out))
     return out
+
+
+@pytest.fixture(scope="session")
+def bundle(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Export that run; no test writes into the bundle."""
+    from train.export.bundle import export_run
+    from train.run import RunDirectory
+
+    out = tmp_path_factory.mktemp("bundles") / "mini"
+    return export_run(RunDirectory(path=finished_run), out, name="mini")

@@ -58,12 +58,6 @@ def images_NHWC(config: RunConfig) -> NDArray[np.uint8]:
 
 
 @pytest.fixture(scope="module")
-def bundle(run: RunDirectory, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """Its bundle."""
-    return export_run(run, tmp_path_factory.mktemp("bundles") / "mini", name="mini")
-
-
-@pytest.fixture(scope="module")
 def unwatched(run_options: RunOptions, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """A run that looks at no label."""
     out = tmp_path_factory.mktemp("runs") / "unwatched"

@@ -1,4 +1,4 @@
-"""The command: what a run leaves, what it refuses, and that a kill changes no bit."""
+"""The command: what a run leaves, and what it refuses."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from models.errors import UsageError
+from tests.train.states import final_state
 from train.books import mean_of_window
 from train.checkpoint import list_checkpoints, load_weights
 from train.config import LossOptions, PretrainOptions
@@ -26,17 +27,6 @@ from train.pretrain import main
 RunOptions = Callable[..., PretrainOptions]
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 STEPS = 3 * (360 // 32)
-
-
-def final_state(run: Path) -> dict[str, bytes]:
-    """Every tensor of the last checkpoint, as bytes."""
-    state = load_weights(list_checkpoints(run / "checkpoints")[-1])
-    moments = state["optimizer"]["state"]
-    assert isinstance(moments, dict)
-    tensors = dict(state["network"])
-    tensors |= {f"moment {i} {name}": x for i, m in moments.items() for name, x in m.items()}
-    tensors["rng"] = state["torch_rng"]
-    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
 
 
 def test_a_run_leaves_all_of_its_files(finished_run: Path) -> None:
@@ -85,18 +75,6 @@ def test_a_finished_run_resumes_to_itself(
     before = final_state(finished_run)
     pretrain(run_options(finished_run, resume=True))
     assert final_state(finished_run) == before
-
-
-def test_a_run_killed_before_its_first_checkpoint_starts_over(
-    tmp_path: Path, run_options: RunOptions, finished_run: Path
-) -> None:
-    """With a configuration and no checkpoint, --resume begins at step 0."""
-    out = tmp_path / "early"
-    pretrain(run_options(out))
-    for path in list_checkpoints(out / "checkpoints"):
-        path.unlink()
-    pretrain(run_options(out, resume=True))
-    assert final_state(out) == final_state(finished_run)
 
 
 def test_a_directory_with_a_run_is_refused(run_options: RunOptions, finished_run: Path) -> None:
@@ -204,22 +182,3 @@ def test_help_is_quick_and_loads_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert "--lr-peak" in done.stdout
     assert done.stderr == "False"
-
-
-def test_bad_use_is_one_line_and_status_2(tmp_path: Path) -> None:
-    """A value out of range, told at once; a missing source fails with status 1."""
-    base = [sys.executable, "-m", "train.pretrain"]
-    bad = subprocess.run(
-        [*base, "fashion-mnist", "--epochs", "0"], check=False, capture_output=True, text=True
-    )
-    assert bad.returncode == 2
-    assert bad.stderr == "python -m train.pretrain: --epochs: expected at least 1, found 0\n"
-    missing = subprocess.run(
-        [*base, f"folder:{tmp_path / 'none'}", "--out", str(tmp_path / "run")],
-        check=False, capture_output=True, text=True,
-    )  # fmt: skip
-    assert missing.returncode == 1
-    last = missing.stderr.splitlines()[-1]
-    assert last.startswith("python -m train.pretrain: ")
-    assert "expected" in last
-    assert "Traceback" not in missing.stderr

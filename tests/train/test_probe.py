@@ -21,7 +21,6 @@ from models.errors import SourceError, UsageError
 from models.images import ImageData, ImageRecord, ImageSource, open_source
 from train.device import Compute
 from train.errors import TrainError
-from train.export.bundle import export_run
 from train.probe import arms, linear_layers
 from train.probe import finetune as finetune_probe
 from train.probe import linear as linear_probe
@@ -41,7 +40,6 @@ from train.probe.options import (
 from train.probe.probed import Probed, RunEncoder, open_probed
 from train.probe.report import ProbeReport, as_text, score
 from train.probe.transfer import BUNDLE_READOUT
-from train.run import RunDirectory
 
 ROOT = Path(__file__).parents[2]
 MINI = ROOT / "tests/data/fashion-mnist-mini"
@@ -68,13 +66,6 @@ def _one_thread() -> Iterator[None]:
 def test_source() -> str:
     """200 test images of Fashion-MNIST, with labels."""
     return f"idx:{MINI / 't10k-images-idx3-ubyte.gz'},{MINI / 't10k-labels-idx1-ubyte.gz'}"
-
-
-@pytest.fixture(scope="module")
-def bundle(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The finished run's bundle."""
-    return export_run(RunDirectory(path=finished_run), tmp_path_factory.mktemp("b") / "mini",
-                      name="mini")  # fmt: skip
 
 
 def opened(where: Path, **options: object) -> Probed:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from models.errors import UsageError
@@ -50,3 +54,31 @@ def test_a_batch_has_to_be_shared_equally() -> None:
     assert str(error.value) == (
         "--batch-size: expected a multiple of the 4 ranks, found 9; give 12"
     )
+
+
+class HoldsItself:
+    """Refers to itself and to the group, as a trainer does."""
+
+    def __init__(self) -> None:
+        self.itself, self.group = self, dist.group.WORLD
+
+
+def gloo_threads() -> list[str]:
+    """The threads that a group has in this process."""
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if "gloo" in name]
+
+
+def test_the_threads_of_the_group_end_before_the_interpreter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One that lets go of a tensor while the interpreter ends would abort the process."""
+    at_exit: list[Callable[[], object]] = []
+    monkeypatch.setattr("train.ranks.atexit", SimpleNamespace(register=at_exit.append))
+    monkeypatch.setattr("train.ranks.rendezvous", lambda _: iter([(dist.HashStore(), 0, 1)]))
+    with joined(Ranks(world=2)):
+        HoldsItself()
+    assert gloo_threads()
+    for call in at_exit:
+        call()
+    assert not gloo_threads()

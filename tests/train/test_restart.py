@@ -13,10 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from models.errors import UsageError
+from tests.train.states import final_state
+from train.begin import settle
 from train.checkpoint import list_checkpoints, load_weights
 from train.config import PretrainOptions
 from train.log import read_log
 from train.loop import pretrain
+from train.ranks import Ranks
 from train.run import RunDirectory
 
 RunOptions = Callable[..., PretrainOptions]
@@ -39,17 +43,6 @@ def command_line(options: PretrainOptions, *more: str, launch: tuple[str, ...]) 
         "--network.projector-widths", "32", "32", "--views.crop-area", ".4", "1",
         "--views.blur-probability", "0", "0", "--views.solarise-probability", "0", "0", *more,
     ]  # fmt: skip
-
-
-def final_state(run: Path) -> dict[str, bytes]:
-    """Every tensor of the last checkpoint, as bytes."""
-    state = load_weights(list_checkpoints(run / "checkpoints")[-1])
-    moments = state["optimizer"]["state"]
-    assert isinstance(moments, dict)
-    tensors = dict(state["network"])
-    tensors |= {f"moment {i} {name}": x for i, m in moments.items() for name, x in m.items()}
-    tensors["rng"] = state["torch_rng"]
-    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
 
 
 def say_until(process: subprocess.Popen[str], text: str) -> str:
@@ -98,7 +91,7 @@ def test_two_kills_change_no_bit(tmp_path: Path, run_options: RunOptions) -> Non
     draw = random.Random(0)
     killed = run_options(tmp_path / "killed", epochs=20)
     assert kill_after(killed, "epoch 1: kNN", draw.uniform(0.0, 0.2))
-    kill_after(killed, IN_TRAINING, draw.uniform(0.0, 0.3))
+    assert kill_after(killed, IN_TRAINING, draw.uniform(0.0, 0.3))
     assert "resuming" in finish(command_line(killed, "--resume", launch=PRETRAIN))
     pretrain(run_options(tmp_path / "undisturbed", epochs=20))
     assert final_state(killed.run_path) == final_state(tmp_path / "undisturbed")
@@ -251,8 +244,9 @@ def test_a_batch_that_ranks_cannot_share_is_refused(
     tmp_path: Path, run_options: RunOptions
 ) -> None:
     """Every rank needs as many images as the others."""
-    options = run_options(tmp_path / "run", epochs=1)
-    command = command_line(options, "--batch-size", "31", launch=RANKS)
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert done.returncode != 0
-    assert "--batch-size: expected a multiple of the 2 ranks, found 31; give 32" in done.stderr
+    options = run_options(tmp_path / "run", batch_size=31)
+    with pytest.raises(UsageError) as error:
+        settle(options, None, Ranks(world=2))
+    assert str(error.value) == (
+        "--batch-size: expected a multiple of the 2 ranks, found 31; give 32"
+    )

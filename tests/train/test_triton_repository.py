@@ -1,4 +1,7 @@
-"""A model for Triton: what is written, what is refused, and that a real server serves it."""
+"""A model for Triton: what is written, and what is refused.
+
+That a real server serves it is in `tests/models/test_triton.py`.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-import tritonclient.grpc
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as triton
 
 from models.bundle import PRECISION_FILES, Bundle, write_bundle
-from models.encoder import open_encoder
 from models.errors import UsageError
-from tests.tritonserver import SITE_PACKAGES, tritonserver
 from train.errors import ExportError
 from train.export.triton import TritonOptions, check_model_target, write_model
 
@@ -165,36 +164,3 @@ def test_it_is_a_command_that_needs_no_torch(make_bundle: MakeBundle, tmp_path: 
     assert done.stdout == (
         f"{tmp_path}/r/cats\nserve it with: tritonserver --model-repository {tmp_path}/r\n"
     )
-
-
-def test_a_real_tritonserver_gives_the_encoders_bits(
-    make_bundle: MakeBundle, tmp_path: Path
-) -> None:
-    """Loaded by the Python backend and asked by Triton's own client, alone and in batches."""
-    bundle = make_bundle("cats", dim=16)
-    write_model(
-        TritonOptions(
-            bundle=bundle.path, out=tmp_path / "repository", backend="python", threads=1,
-            site_packages=SITE_PACKAGES,
-        )
-    )  # fmt: skip
-    images = np.random.default_rng(0).integers(0, 256, (9, 28, 28, 1), dtype=np.uint8)
-    with (
-        tritonserver(tmp_path / "repository", tmp_path) as server,
-        tritonclient.grpc.InferenceServerClient(server.address) as client,
-    ):
-        assert client.is_model_ready("cats")
-        config = client.get_model_config("cats").config
-        assert config.parameters["fingerprint"].string_value == bundle.fingerprint
-        found = [_infer(client, images[:1]), _infer(client, images[1:])]
-    encoder = open_encoder(bundle.path, threads=1)
-    assert np.concatenate(found).tobytes() == encoder.encode(images).tobytes()
-
-
-def _infer(client: tritonclient.grpc.InferenceServerClient, images: np.ndarray) -> np.ndarray:
-    """Embed images with Triton's client."""
-    given = tritonclient.grpc.InferInput("images", list(images.shape), "UINT8")
-    given.set_data_from_numpy(images)
-    made = client.infer("cats", [given]).as_numpy("embeddings")
-    assert made is not None
-    return made

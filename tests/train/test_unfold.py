@@ -18,19 +18,11 @@ from models.networks import Backbone, ResNet
 from models.preprocess import PreprocessSpec, preprocess
 from train.backbones import TorchvisionBackbone
 from train.errors import ExportError, RunError
-from train.export.bundle import export_run
 from train.export.graph import EncoderGraph, write_onnx
 from train.export.readout import PooledReadout
 from train.export.unfold import channel_statistics, restore_statistics, unfold_backbone
 from train.probe.pretrained import load_graph, load_to_train, read_pretrained
 from train.run import RunDirectory
-
-
-@pytest.fixture(scope="module")
-def bundle(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The finished run's bundle."""
-    return export_run(RunDirectory(path=finished_run), tmp_path_factory.mktemp("b") / "mini",
-                      name="mini")  # fmt: skip
 
 
 @pytest.fixture
