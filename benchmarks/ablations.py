@@ -23,7 +23,6 @@ import json
 import logging
 import math
 import operator
-import shlex
 import shutil
 import statistics
 import sys
@@ -33,6 +32,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
+from benchmarks.measuring import command_line
 from models.bundle import Json
 from models.command import run_command
 from train.config import NetworkOptions, PretrainOptions, options_json
@@ -135,7 +135,7 @@ def main(options: AblationOptions) -> None:
         results.append(describe(row, top1s, baseline))
         print(_line(results[-1]), flush=True)
     report: dict[str, Json] = {
-        "command": shlex.join(["python", "-m", "benchmarks.ablations", *sys.argv[1:]]),
+        "command": command_line(),
         "measure": "kNN top-1 (k=20, T=.07) of pooled features, held-out training images",
         "held_out_images": RunDirectory(path=run_options(rows()[0], options, 0).run_path)
         .read_config()

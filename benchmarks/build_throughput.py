@@ -28,7 +28,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-import shlex
 import statistics
 import subprocess
 import sys
@@ -47,6 +46,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.int8 import MEAN, STD, spread_of
+from benchmarks.measuring import command_line, turns
 from benchmarks.photographs import make_jpegs
 from models.bundle import ENCODER_FILE, OutputSpec, write_bundle
 from models.command import progress, run_command
@@ -113,7 +113,7 @@ def main(options: BuildThroughputOptions) -> None:
     """Measure, print, and write the result."""
     folder = make_jpegs(Path(f"{options.jpegs}-{options.images}"), options.images)
     report = {
-        "command": shlex.join(["python", "-m", "benchmarks.build_throughput", *sys.argv[1:]]),
+        "command": command_line(),
         "hardware": describe_environment()["hardware"],
         "cpus": cpu_budget(),
         "load_before": os.getloadavg(),
@@ -156,13 +156,13 @@ def measure(name: str, folder: Path, options: BuildThroughputOptions) -> dict[st
                 f"build_{n}_processes": lambda n=n: run_build(folder, bundle, Path(place), n)
                 for n in counts
             }
-            times: dict[str, list[Timing]] = {key: [] for key in work}
-            built: dict[str, list[dict[str, float]]] = {key: [] for key in builds}
-            for _ in progress(range(options.rounds), what=name, total=options.rounds, unit="round"):
-                for key, run in work.items():
-                    times[key].append(run())
-                for key, build in builds.items():
-                    built[key].append(build())
+            found: dict[str, list[Any]] = {key: [] for key in (*work, *builds)}
+            rounds = range(options.rounds)
+            for number in progress(rounds, what=name, total=options.rounds, unit="round"):
+                for key, run in turns([*work.items(), *builds.items()], number):
+                    found[key].append(run())
+            times: dict[str, list[Timing]] = {key: found[key] for key in work}
+            built: dict[str, list[dict[str, float]]] = {key: found[key] for key in builds}
         quarter = link_some(folder, Path(place) / "quarter", options.images // 4)
         few = run_build(quarter, bundle, Path(place), 1)
     return {

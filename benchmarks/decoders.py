@@ -36,6 +36,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, features
 
+from benchmarks.measuring import command_line, turns
 from models.command import progress, run_command
 from models.cpu import cpu_name
 from models.errors import SourceError
@@ -248,7 +249,7 @@ def time_in_turns(
     """Give each candidate's CPU milliseconds an image, one figure a repeat, the first left out."""
     figures: dict[str, list[float]] = {name: [] for name in candidates}
     for repeat in range(repeats + 1):
-        for name, candidate in candidates.items():
+        for name, candidate in turns(candidates.items(), repeat):
             start_s = time.process_time()
             for data in jpegs:
                 candidate(data, target)
@@ -324,7 +325,7 @@ def main(options: Options) -> None:
     cv2.setNumThreads(1)  # one image is one thread's work in a server
     photos = read_photos(options.photos)
     report: dict[str, object] = {
-        "command": "python -m benchmarks.decoders",
+        "command": command_line(),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": 1,

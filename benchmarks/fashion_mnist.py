@@ -3,7 +3,8 @@
 One table of seven rows: the encoder of a bundle; the same network untrained, once with the
 bundle's readout (whitened by a fit of its own) and once with its last stage pooled plainly; the
 trained network pooled plainly, which shows what the readout adds; and pixels, whitened, centred
-and raw. Every row has two figures, made in the same way:
+and raw. What is pooled plainly are the graphs of the bundle, unfolded (`train.export.unfold`): no
+row has other weights than the bundle's. Every row has two figures, made in the same way:
 
     kNN: the 20 nearest training images by cosine, found exactly, vote with exp(s / .07).
     Linear: multinomial logistic regression on standardised features, as
@@ -15,7 +16,7 @@ has a C of its own from the training images, and means and whitenings are fitted
 images without their labels. The test images are read once, when every layer is fitted.
 
 Images go through `train.probe`'s reader, split and fits, so that figures agree with its own.
-Run from the root, after `make shipped`:
+Run from the root:
 `python -m benchmarks.fashion_mnist --out benchmarks/results/fashion_mnist.json`.
 
 Shapes: N images, P pixels an image, D dimensions.
@@ -33,19 +34,20 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
+import torch
 import tyro
 from numpy.typing import NDArray
 
+from benchmarks.measuring import command_line
 from index.evaluation.baselines import Whitening
 from models.bundle import SHIPPED_BUNDLE, Bundle, Json, read_bundle
 from models.command import progress, run_command
 from models.cpu import cpu_budget
 from models.encoder import Encoder
 from models.errors import BundleError
-from models.files import atomic_file
+from models.files import atomic_file, sha256_file
 from models.images import open_source
 from train.errors import writing
-from train.export.run_graph import last_checkpoint
 from train.monitor import KNN_K, KNN_TEMPERATURE, knn_accuracy
 from train.option_groups import require
 from train.probe.labelled import LabelledSet, read_labelled
@@ -53,19 +55,18 @@ from train.probe.linear import describe_settings, describe_split
 from train.probe.linear_layers import Candidate, Layers, fit, measure
 from train.probe.opening import opened_on_device
 from train.probe.options import LinearOptions
-from train.probe.report import ProbeRow, command_line, notes_of
-from train.run import RunDirectory, describe_environment
+from train.probe.pretrained import load_graph, read_pretrained
+from train.probe.probed import RunEncoder
+from train.probe.report import ProbeRow, notes_of
+from train.run import describe_environment
 
 TRAIN, TEST = "fashion-mnist:train", "fashion-mnist:test"
-SHIPPED_RUN = Path("artifacts/runs/fashion-mnist")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Measure a bundle on Fashion-MNIST by kNN and a linear probe, beside its baselines."""
 
-    run: tyro.conf.Positional[Path] = SHIPPED_RUN
-    """Run directory that the bundle was exported from."""
     bundle: tyro.conf.Positional[Path] = SHIPPED_BUNDLE
     """The bundle, with its untrained twin."""
     limit: int | None = None
@@ -107,7 +108,7 @@ def main(options: Options) -> None:
     start_s = time.monotonic()
     threads = options.threads or cpu_budget()
     bundle = read_bundle(options.bundle)
-    require_export(bundle, RunDirectory(path=options.run))
+    require_twin(bundle)
     # The CPU is everywhere. The baselines are listed here, not by the probe.
     linear = LinearOptions(
         encoder=str(bundle.path),
@@ -117,7 +118,7 @@ def main(options: Options) -> None:
         device="cpu",
         threads=threads,
     )
-    train, test, rows = measure_all(options, linear)
+    train, test, rows = measure_all(bundle, options, linear)
     result: dict[str, Json] = {
         "command": command_line(),
         "limit": options.limit,
@@ -139,29 +140,43 @@ def main(options: Options) -> None:
             file.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def require_export(bundle: Bundle, run: RunDirectory) -> None:
-    """Refuse a bundle without an untrained twin, or of another training than the run's.
+def require_twin(bundle: Bundle) -> None:
+    """Refuse a bundle without an untrained twin.
 
     Raises:
         BundleError: it is one.
-        RunError: the run is damaged, or has no checkpoint.
     """
-    config, checkpoint = run.read_config(), last_checkpoint(run)
-    kept = bundle.provenance
-    found = (kept.get("command"), kept.get("data"), _object(kept, "training").get("checkpoint"))
-    is_of_run = found == (config.command, config.data, checkpoint.name)
-    if is_of_run and bundle.random_path is not None:
-        return
-    raise BundleError(
-        str(bundle.path),
-        expected=f"the export of {checkpoint} with its untrained twin",
-        found="no twin" if is_of_run else "one of other training, data or checkpoint",
-        mend="give a run and the bundle that was exported from it",
-    )
+    if bundle.random_path is None:
+        raise BundleError(
+            str(bundle.path),
+            expected="a bundle with its untrained twin",
+            found="no random.onnx",
+            mend="export it without --no-random-twin",
+        )
+
+
+def pooled_plainly(bundle: Bundle) -> list[Encoder]:
+    """Open the untrained and the trained network of a bundle with their last stage averaged.
+
+    Raises:
+        RunError, ExportError: its graphs do not unfold.
+    """
+    pretrained = read_pretrained(bundle.path)
+    assert pretrained.untrained is not None, "require_twin saw one"
+    return [
+        RunEncoder(
+            load_graph(file, pretrained.config),
+            name=bundle.name,
+            fingerprint=sha256_file(file),
+            preprocessing=bundle.preprocessing,
+            device=torch.device("cpu"),
+        )
+        for file in (pretrained.untrained, pretrained.trained)
+    ]
 
 
 def measure_all(
-    options: Options, linear: LinearOptions
+    bundle: Bundle, options: Options, linear: LinearOptions
 ) -> tuple[LabelledSet, LabelledSet, list[Row]]:
     """Fit every row's layer on the training images; then read the test images, and count.
 
@@ -170,14 +185,9 @@ def measure_all(
     """
     limited = None if options.limit is None else np.arange(options.limit)
     test_source = open_source(linear.test)  # a missing file ends it now, not at the end
-    run = str(options.run)
-    with (
-        opened_on_device(linear.encoder, linear, precision="fp32") as (of_bundle, _),
-        opened_on_device(run, linear, precision="fp32") as (of_run, _),  # last stage, pooled whole
-    ):
-        assert of_bundle.twin is not None, "require_export saw one"
-        assert of_run.twin is not None, "a run has its initial weights"
-        encoders = [of_bundle.encoder, of_bundle.twin, of_run.twin, of_run.encoder]
+    with opened_on_device(linear.encoder, linear, precision="fp32") as (of_bundle, _):
+        assert of_bundle.twin is not None, "require_twin saw one"
+        encoders = [of_bundle.encoder, of_bundle.twin, *pooled_plainly(bundle)]
         train = read_labelled(
             open_source(linear.images),
             encoders,

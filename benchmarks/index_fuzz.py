@@ -25,7 +25,6 @@ import json
 import os
 import random
 import resource
-import shlex
 import shutil
 import subprocess
 import sys
@@ -42,6 +41,7 @@ import numpy as np
 
 from benchmarks.damage import Damage, damages
 from benchmarks.ledger import DIM, FINGERPRINT, read_state, rows_of, vectors_of
+from benchmarks.measuring import command_line
 from index.collection import Collection, id_of
 from index.errors import CollectionError
 from index.storage.manifest import (
@@ -336,7 +336,7 @@ def main(options: FuzzOptions) -> None:
     found = hunt_kinds(options)
     findings = [one for kind in found.values() for one in cast(dict[str, Any], kind)["findings"]]
     report: dict[str, Json] = {
-        "command": shlex.join(["python", "-m", "benchmarks.index_fuzz", *sys.argv[1:]]),
+        "command": command_line(),
         "cpu": cpu_name(),
         "versions": {name: version(name) for name in ("faiss-cpu", "numpy", "pyarrow")},
         "elapsed_s": round(time.monotonic() - start_s, 1),

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import json
 import random
-import shlex
 import signal
 import statistics
 import subprocess
@@ -42,6 +41,7 @@ import numpy as np
 
 from benchmarks.build_kills import kill_builds
 from benchmarks.ledger import FINGERPRINT, Ledger, State, Write, read_state, vectors_of
+from benchmarks.measuring import command_line
 from index.collection import Collection
 from index.errors import CollectionError
 from index.storage.manifest import MANIFEST_FILE
@@ -254,7 +254,7 @@ def main(options: KillOptions) -> None:
         written = kill_writers(Path(folder) / "written", options.kills - n_builds, draw)
         built = kill_builds(Path(folder), options.build_images, n_builds, draw)
     report: dict[str, Json] = {
-        "command": shlex.join(["python", "-m", "benchmarks.index_kills", *sys.argv[1:]]),
+        "command": command_line(),
         "cpu": cpu_name(),
         "cpus": cpu_budget(),
         "versions": {name: version(name) for name in ("faiss-cpu", "numpy", "pyarrow")},

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import random
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -38,6 +37,7 @@ from benchmarks.answers import Answers, TimedWrite, judge
 from benchmarks.ledger import Ledger, Write
 from benchmarks.ledger_reader import read_until
 from benchmarks.ledger_writer import write_until
+from benchmarks.measuring import command_line
 from index.collection import Collection
 from index.errors import CollectionError
 from index.storage.writer import CollectionWriter
@@ -242,7 +242,7 @@ def main(options: ReadersOptions) -> None:
         with tempfile.TemporaryDirectory() as folder:
             ways.append(measure(way, Path(folder) / "collection", options))
     report: dict[str, Json] = {
-        "command": shlex.join(["python", "-m", "benchmarks.index_readers", *sys.argv[1:]]),
+        "command": command_line(),
         "cpu": cpu_name(),
         "cpus": cpu_budget(),
         "versions": {name: version(name) for name in ("faiss-cpu", "numpy", "pyarrow")},

@@ -23,6 +23,7 @@ import torch
 import tyro
 from numpy.typing import NDArray
 
+from benchmarks.measuring import command_line, turns
 from models.bundle import (
     ENCODER_FILE,
     PRECISION_FILES,
@@ -73,6 +74,7 @@ def main(options: Int8Options) -> None:
     """Measure, print, and write the result."""
     environment = describe_environment()
     report = {
+        "command": command_line(),
         "hardware": environment["hardware"],
         "instructions": cpu_instructions(),
         "threads": options.threads,
@@ -137,8 +139,9 @@ def time_by_turns(
     images_per_s: dict[str, list[float]] = {name: [] for name in encoders}
     for encoder in encoders.values():
         encoder.encode(images_NHWC)  # the first run allocates
-    for _ in progress(range(rounds), what=f"batch {len(images_NHWC)}", total=rounds, unit="round"):
-        for name, encoder in encoders.items():
+    numbers = progress(range(rounds), what=f"batch {len(images_NHWC)}", total=rounds, unit="round")
+    for number in numbers:
+        for name, encoder in turns(encoders.items(), number):
             start_s = time.perf_counter()
             encoder.encode(images_NHWC)
             images_per_s[name].append(len(images_NHWC) / (time.perf_counter() - start_s))

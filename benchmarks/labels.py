@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
+from benchmarks.measuring import command_line
 from models.bundle import Json
 from models.command import run_command
 from models.cpu import cpu_budget
@@ -45,7 +46,7 @@ from train.probe.finetune import FROM_SCRATCH, STUDENTS, sample_of
 from train.probe.labelled import read_labelled
 from train.probe.opening import opened_on_device, require_weights
 from train.probe.options import CommonOptions, DistilOptions, FinetuneOptions, RecipeOptions
-from train.probe.report import ProbeRow, Spread, command_line
+from train.probe.report import ProbeRow, Spread
 from train.run import describe_environment
 
 if TYPE_CHECKING:

@@ -24,7 +24,6 @@ import gc
 import json
 import os
 import platform
-import shlex
 import statistics
 import subprocess
 import sys
@@ -39,6 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.clock import now_s
+from benchmarks.measuring import command_line, turns
 from models.command import progress, run_command
 from models.cpu import cpu_budget, cpu_name
 from train.loss import barlow_twins_loss
@@ -130,7 +130,7 @@ def time_in_turns(
         name: {"wall_s": [], "cpu_s": []} for name in losses
     }
     for repeat in range(repeats + 1):
-        for name, loss in losses.items():
+        for name, loss in turns(losses.items(), repeat):
             gc.collect()
             wall_s, cpu_s = run_once(loss, z1, z2)
             if repeat:
@@ -234,7 +234,7 @@ def main(options: LossBenchmarkOptions) -> None:
         print(measure_memory(*options.memory_of.split(":"), options.device))
         return
     report: dict[str, object] = {
-        "command": shlex.join(["python", "-m", "benchmarks.loss", *sys.argv[1:]]),
+        "command": command_line(),
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -41,6 +40,7 @@ from typing import Literal
 import numpy as np
 
 from benchmarks.filters import SYNTHETIC_DIM, draw_clustered
+from benchmarks.measuring import command_line
 from benchmarks.nearest.tasks import K, make_task
 from benchmarks.nearest.tuned import FINGERPRINT, make_rows
 from index.ann.memory import parse_size
@@ -122,7 +122,7 @@ def run_all(path: Path, options: MillionOptions) -> dict[str, Json]:
     }
     print(as_text(written, tuned, asked, added), file=sys.stderr)
     return {
-        "command": shlex.join(["python", "-m", "benchmarks.million", *sys.argv[1:]]),
+        "command": command_line(),
         "cpu": cpu_name(),
         "cpus": cpu_budget(),
         "versions": {name: version(name) for name in PACKAGES},

@@ -24,6 +24,7 @@ import grpc
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
+from benchmarks.measuring import command_line, turns
 from models.command import run_command
 from models.cpu import cpu_name
 from serve.job import Embedded
@@ -107,8 +108,8 @@ def measure(options: Options) -> dict[str, list[float]]:
     """Give microseconds a request, one figure a turn."""
     observers = {name: make() for name, make in CANDIDATES.items()}
     micros: dict[str, list[float]] = {name: [] for name in observers}
-    for _ in range(options.repeats):
-        for name, observe in observers.items():
+    for repeat in range(options.repeats):
+        for name, observe in turns(observers.items(), repeat):
             started_s = time.thread_time()
             for _ in range(options.requests):
                 observe()
@@ -126,7 +127,7 @@ def main(options: Options) -> None:
         print(f"{name:24} {middle:7.2f} us ({low:.2f}-{high:.2f})")
     if options.out:
         report = {
-            "command": f"python -m benchmarks.observers --repeats {options.repeats}",
+            "command": command_line(),
             "cpu": cpu_name(),
             "python": sys.version.split()[0],
             "prometheus_client": version("prometheus-client"),

@@ -18,7 +18,6 @@ fashion-mnist --encoder models/shipped/fashion-mnist --out C`:
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -34,6 +33,7 @@ from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import load_digits
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from benchmarks.measuring import command_line
 from benchmarks.photographs import DEBIAN_PHOTOS, cut_part, read_photos
 from index.collection import Collection
 from index.curation.outlying import SCORERS, TEMPERATURE, Surroundings, find_suspects
@@ -130,7 +130,7 @@ def main(options: OutlierBenchmarkOptions) -> None:
     for seed in progress(options.seeds, what="seeds", total=len(options.seeds), unit="seed"):
         _measure(options, seed, results, labels)
     report = {
-        "command": shlex.join(["python", "-m", "benchmarks.outliers", *sys.argv[1:]]),
+        "command": command_line(),
         "cpu": cpu_name(),
         "cpus": cpu_budget(),
         "versions": {

@@ -26,6 +26,7 @@ from pathlib import Path
 import tritonclient.grpc
 
 from benchmarks.fetch_perf_analyzer import CLIENT, PerfAnalyzer, fetch_perf_analyzer
+from benchmarks.measuring import turns
 from benchmarks.peers.processes import BenchmarkError, cpu_s
 from benchmarks.served import Served, environment
 from models.bundle import SHIPPED_BUNDLE, Json, read_bundle
@@ -117,7 +118,7 @@ def measure(
     """Measure every mode at every concurrency, round by round."""
     cases = [(mode, count) for mode in options.modes for count in options.concurrencies]
     found: dict[tuple[str, int], list[dict[str, float]]] = {case: [] for case in cases}
-    rounds = [case for _ in range(options.rounds) for case in cases]
+    rounds = [case for number in range(options.rounds) for case in turns(cases, number)]
     arguments = ("--bundle", str(options.bundle), "--frontend", options.frontend)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         server = Served(Path(folder), *arguments)

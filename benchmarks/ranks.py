@@ -20,7 +20,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -35,6 +34,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.measuring import command_line
 from models.bundle import Json
 from models.command import run_command
 from models.errors import UsageError
@@ -278,7 +278,7 @@ def main(options: RanksOptions) -> None:
     environment = describe_environment()
     failed = [line(result) for result in results if not result["holds"]]
     report: dict[str, Json] = {
-        "command": shlex.join(["python", "-m", "benchmarks.ranks", *sys.argv[1:]]),
+        "command": command_line(),
         "hardware": environment["hardware"],
         "versions": environment["versions"],
         "backend": "gloo",

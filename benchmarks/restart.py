@@ -34,6 +34,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.measuring import command_line
 from models.bundle import ENCODER_FILE, Json
 from models.command import run_command
 from models.errors import UsageError
@@ -325,7 +326,7 @@ def main(options: RestartOptions) -> None:
             found = measure(options, Path(folder))
     environment = describe_environment()
     report: dict[str, Json] = {
-        "command": shlex.join(["python", "-m", "benchmarks.restart", *sys.argv[1:]]),
+        "command": command_line(),
         "hardware": environment["hardware"],
         "versions": environment["versions"],
         "elapsed_s": round(time.monotonic() - start_s, 1),

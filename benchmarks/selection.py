@@ -23,7 +23,6 @@ models/shipped/fashion-mnist --out C`:
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -36,6 +35,7 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
+from benchmarks.measuring import command_line
 from index.collection import Collection
 from index.curation.choosing import METHODS, Pool
 from index.curation.smoothing import NEIGHBOURS, ROUNDS, smooth
@@ -123,7 +123,7 @@ def main(options: SelectionBenchmarkOptions) -> None:
         rows.append(summarise(arm, options.budgets, runs))
         print(as_line(rows[-1], options.budgets), flush=True)
     report = {
-        "command": shlex.join(["python", "-m", "benchmarks.selection", *sys.argv[1:]]),
+        "command": command_line(),
         "cpu": cpu_name(),
         "cpus": cpu_budget(),
         "versions": {name: version(name) for name in ("faiss-cpu", "numpy")},

@@ -26,7 +26,6 @@ from __future__ import annotations
 import datetime
 import json
 import platform
-import shlex
 import sys
 import tempfile
 from collections.abc import Callable
@@ -46,6 +45,7 @@ from benchmarks.changes.scenarios import (
     stop_and_start,
 )
 from benchmarks.changes.server import ChangesError
+from benchmarks.measuring import command_line
 from models.bundle import Json
 from models.command import run_command
 from models.cpu import cpu_budget, cpu_name
@@ -153,7 +153,7 @@ def main(options: ChangesOptions) -> None:
         print(scenario, json.dumps(scenarios[scenario]), flush=True)
     packages = ("grpcio", "pygrpc-native", "numpy", "onnxruntime", "protobuf")
     report: dict[str, Json] = {
-        "command": shlex.join(["python", "-m", "benchmarks.serve_changes", *sys.argv[1:]]),
+        "command": command_line(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "hardware": {"cpu": cpu_name(), "cpus": cpu_budget()},
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},

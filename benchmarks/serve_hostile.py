@@ -69,12 +69,16 @@ class HostileOptions:
     """Requests under way at once."""
     frontend: Literal["native", "grpcio"] = "native"
     """What reads gRPC."""
+    looks: int = 5
+    """How often the open descriptors are counted for a sample, of which the least is taken."""
     out: Path | None = None
     """JSON file for the result."""
 
     def __post_init__(self) -> None:
-        if self.inputs < 10 or self.concurrency < 1:
-            raise UsageError("--inputs, --concurrency", expected="at least 10, at least 1")
+        if self.inputs < 10 or self.concurrency < 1 or self.looks < 1:
+            raise UsageError(
+                "--inputs, --concurrency, --looks", expected="at least 10, at least 1, 1"
+            )
 
 
 async def attack(served: Served, options: HostileOptions) -> tuple[Tally, list[Sample]]:
@@ -95,7 +99,7 @@ async def attack(served: Served, options: HostileOptions) -> tuple[Tally, list[S
             if not served.is_alive:
                 break
             await asyncio.to_thread(served.settle)
-            samples.append(served.sample(run.tally.inputs))
+            samples.append(served.sample(run.tally.inputs, looks=options.looks))
             print(f"{samples[-1]} faults={sum(run.tally.faults.values())}", file=sys.stderr)
         if served.is_alive:
             await _fill_every_thread(run)

@@ -21,7 +21,7 @@ batch and the caller.
 
 Run from the root: `python -m benchmarks.serve_overload --out
 benchmarks/results/serve_overload.json`, about 100 s for each of `--cases`. A case that is run
-again takes the place of what the file has of it.
+again takes the place of what the file has of it; each says by which command, where and on what.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ from threading import Thread
 import numpy as np
 
 from benchmarks.frames import connect
+from benchmarks.measuring import command_line
 from benchmarks.peers.bundles import make_bundle
 from models.command import run_command
 from models.cpu import cpu_budget, cpu_name
@@ -67,6 +68,9 @@ SETTLING_S = 2
 TICK_S = 0.002
 """How often the open loop looks what is due: a client of thousands of calls a second that woke
 for each would cost as much as the server that refuses them."""
+
+OPTIONS = ("seconds", "peak_seconds", "overload", "clients", "serve")
+"""What a run says of the options that it was made with."""
 
 PATIENCE_S = 60.0
 """How long the server may take to start, and a call without a deadline to be answered."""
@@ -383,31 +387,35 @@ def serving(arguments: Sequence[str], cores: set[int]) -> Iterator[ServerProcess
 
 def main(options: Options) -> None:
     """Measure, print, and write the result."""
-    report: dict[str, object] = {
-        "command": "python -m benchmarks.serve_overload",
-        "hardware": {"cpu": cpu_name(), "cpus": cpu_budget()},
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("grpcio", "pygrpc-native", "onnxruntime")},
-        },
-    }
-    runs: dict[str, object] = {}
-    if options.out is not None and options.out.exists():
-        runs = json.loads(options.out.read_text()).get("runs", {})
+    runs = {} if options.out is None else read_runs(options.out)
     asked = asdict(options)
     for case in CASES:
         if case.name not in options.cases:
             continue
-        load = os.getloadavg()[0]
         runs[case.name] = {
-            "load_average_before": round(load, 1),
-            "options": {name: asked[name] for name in ("seconds", "overload", "clients", "serve")},
+            "command": command_line(),
+            "hardware": {"cpu": cpu_name(), "cpus": cpu_budget()},
+            "versions": {
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("grpcio", "pygrpc-native", "onnxruntime")},
+            },
+            "load_average_before": round(os.getloadavg()[0], 1),
+            "options": {name: asked[name] for name in OPTIONS},
             **measure(options, case),
         }
         print(json.dumps({case.name: runs[case.name]}, indent=2), flush=True)
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(report | {"runs": runs}, indent=2, default=str) + "\n")
+        options.out.write_text(json.dumps({"runs": runs}, indent=2) + "\n")
+
+
+def read_runs(file: Path) -> dict[str, dict[str, object]]:
+    """Give the runs that a file has; what it says of all of them is said of each."""
+    if not file.exists():
+        return {}
+    report = json.loads(file.read_text())
+    runs = report.pop("runs")
+    return {name: report | run for name, run in runs.items()}
 
 
 def divide_cores(case: Case) -> tuple[set[int], set[int]]:

@@ -15,12 +15,19 @@ ceiling is the encoder in a process of its own without any server.
 A server's instance has all threads. Triton and mosec take part in a second form, too, `_lanes`,
 whose instances have one thread each: see `benchmarks.peers.servers`. Horace is as by default.
 
-Contenders take turns within a round; ratios are paired within rounds. Each measurement is
-kept under artifacts/bench/peers/ as soon as it is made. A run goes on from there, so several
-with a few cases each and a last one with all make one report; `--fresh` forgets what is kept.
+Triton is its Python backend (`train.export.triton_model`), since the wheel that brings the server
+has no other: each instance calls ONNX Runtime from a Python process of its own. JPEGs it decodes
+there in a loop, one after the other, before it encodes; mosec has two workers that decode, and
+Horace a pool. What is said of Triton is said of this, not of its onnxruntime backend.
+
+Contenders take turns within a round; ratios are paired within rounds, and given with their
+extremes. Each measurement is kept under artifacts/bench/peers/ as soon as it is made. A run goes
+on from there, so several with a few cases each and a last one with all make one report. What is
+kept does not say by which code, options or machine: `--fresh` forgets it, and a report is made so.
 
 gRPC: perf_analyzer, and h2load where it cannot (JPEGs, Horace's own Embed); HTTP: wrk, and
-h2load at a rate. Clients differ in cost, so the CPU of server and client is counted apart.
+h2load at a rate. Clients differ in cost, and share the CPUs with the server: h2load takes less
+than perf_analyzer, which favours Embed. So the CPU of server and client is counted apart.
 
 Run from the root, on a quiet machine, after `apt-get install wrk nghttp2-client`:
 `python -m benchmarks.serve_peers --out benchmarks/results/serve_peers.json`: some 16 minutes.
@@ -30,7 +37,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import shutil
 import statistics
 import subprocess
@@ -42,6 +48,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.measuring import command_line, turns
 from benchmarks.peers.bundles import make_bundle
 from benchmarks.peers.encoder import Setting
 from benchmarks.peers.loads import (
@@ -205,15 +212,15 @@ def main(options: Options) -> None:
     _check_tools()
     options.home.mkdir(parents=True, exist_ok=True)
     kept = Measurements(options.home / "measurements.jsonl", fresh=options.fresh)
-    turns = [
+    order = [
         (n, case, server)
         for n in range(options.rounds)
         for case in CASES
         if case.name in options.cases and (case.repeats or n == 0)
-        for server in (CEILING, *dict.fromkeys(map(server_of, _who(case, options))))
+        for server in turns([CEILING, *dict.fromkeys(map(server_of, _who(case, options)))], n)
     ]
     load, failures = os.getloadavg()[0], []
-    for n, case, server in progress(turns, what="measuring", total=len(turns), unit="turn"):
+    for n, case, server in progress(order, what="measuring", total=len(order), unit="turn"):
         try:
             take_turn(n, case, server, options, kept)
         except BenchmarkError as error:  # a peer that fails is part of the result
@@ -256,7 +263,7 @@ def take_turn(n: int, case: Case, server: str, options: Options, kept: Measureme
     if all(not list(_loads_left(n, case, name, seconds, kept)) for name in who):
         return
     with serve(server, bundle, case.payload, images=case.images, home=home) as running:
-        for name in who:
+        for name in turns(who, n):
             target = replace(targets[kind_of(name)], url=running.url)
             check_answer(kind_of(name), target, expected_ND)
             client = client_of(kind_of(name), case.payload)
@@ -335,12 +342,12 @@ def summarise(options: Options, kept: Measurements) -> dict[str, object]:
         for case in cases
     }
     return {
-        "command": shlex.join(["python", "-m", "benchmarks.serve_peers", *sys.argv[1:]]),
+        "command": command_line(),
         "hardware": {"cpu": cpu_name(), "cpus": cpu_budget()},
         "versions": {
             **{name: version(name) for name in ("onnxruntime", "grpcio", "pygrpc-native")},
             **PEERS,
-            "tritonserver": f"nvidia-pytriton {PYTRITON}",
+            "tritonserver": f"nvidia-pytriton {PYTRITON}, Python backend",
         },
         "rounds": options.rounds,
         "seconds": options.seconds,
@@ -366,11 +373,11 @@ def bars(case: Case, kept: Measurements) -> dict[str, object]:
     return {ours: _held(ours, case, kept) for ours in case.contenders if ours in OURS}
 
 
-def _held(ours: str, case: Case, kept: Measurements) -> dict[str, float]:
+def _held(ours: str, case: Case, kept: Measurements) -> dict[str, Row]:
     """Hold Horace, called in one way, against each of the others and the ceiling."""
     most = f"c{max(case.concurrencies)}"
     rows = kept.of(case.name, ours, most)
-    held: dict[str, float | None] = {}
+    held: dict[str, Row | None] = {}
     for name in case.contenders:
         if name in OURS:
             continue
@@ -385,14 +392,20 @@ def _held(ours: str, case: Case, kept: Measurements) -> dict[str, float]:
     held["share of the ceiling"] = _ratio(alone, ceilings, "images_per_s")
     single = kept.of(case.name, ours, "c1")
     if overheads := [single[n]["p50_ms"] - ceilings[n]["p50_ms"] for n in single if n in ceilings]:
-        held["overhead over in-process at c1, ms"] = round(statistics.median(overheads), 2)
+        held["overhead over in-process at c1, ms"] = _spread(overheads)
     return {name: value for name, value in held.items() if value is not None}
 
 
-def _ratio(ours: dict[int, Row], theirs: dict[int, Row], figure: str) -> float | None:
-    """Give the median over rounds of one figure's ratio; None without common rounds."""
+def _ratio(ours: dict[int, Row], theirs: dict[int, Row], figure: str) -> Row | None:
+    """Give the spread over rounds of one figure's ratio; None without common rounds."""
     ratios = [ours[n][figure] / theirs[n][figure] for n in ours if theirs.get(n, {}).get(figure)]
-    return round(statistics.median(ratios), 2) if ratios else None
+    return _spread(ratios) if ratios else None
+
+
+def _spread(values: list[float]) -> Row:
+    """Give the least, the median and the most."""
+    named = {"min": min(values), "median": statistics.median(values), "max": max(values)}
+    return {name: round(value, 2) for name, value in named.items()}
 
 
 def _check_tools() -> None:

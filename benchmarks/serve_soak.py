@@ -86,14 +86,18 @@ class SoakOptions:
     """Only these kinds of requests, to find out which of them costs; all where none is given."""
     frontend: Literal["native", "grpcio"] = "native"
     """What reads gRPC."""
+    looks: int = 5
+    """How often the open descriptors are counted for a sample, of which the least is taken."""
     out: Path | None = None
     """JSON file for the result."""
 
     def __post_init__(self) -> None:
         if unknown := set(self.kinds) - set(KINDS):
             raise UsageError("--kinds", expected=", ".join(KINDS), found=", ".join(unknown))
-        if self.requests < PARTS or self.callers < 1:
-            raise UsageError("--requests, --callers", expected=f"at least {PARTS}, at least 1")
+        if self.requests < PARTS or self.callers < 1 or self.looks < 1:
+            raise UsageError(
+                "--requests, --callers, --looks", expected=f"at least {PARTS}, at least 1, 1"
+            )
 
 
 @dataclass(kw_only=True)
@@ -288,7 +292,7 @@ async def soak(served: Served, options: SoakOptions) -> tuple[Seen, list[Sample]
         if not served.is_alive:
             break
         await asyncio.to_thread(served.settle)
-        samples.append(served.sample(seen.begun))
+        samples.append(served.sample(seen.begun, looks=options.looks))
         print(f"{samples[-1]} faults={seen.faults.total()}", file=sys.stderr)
     for caller in callers:
         await caller.close()

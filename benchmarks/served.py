@@ -7,7 +7,6 @@ metrics; what it takes (memory, threads, descriptors) from `/proc`, its workers'
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import socket
 import subprocess
@@ -20,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from platform import platform, python_version
 
+from benchmarks.measuring import command_line
 from models.bundle import Json
 from models.cpu import cpu_budget, cpu_name
 from serve.errors import ServeError
@@ -95,8 +95,8 @@ class Served:
         """Whether the process is there."""
         return self.process.poll() is None
 
-    def sample(self, done: int) -> Sample:
-        """Say what it takes now."""
+    def sample(self, done: int, *, looks: int) -> Sample:
+        """Say what it takes now; its descriptors are the fewest of so many looks."""
         proc = Path(f"/proc/{self.process.pid}")
         pages = int((proc / "statm").read_text().split()[1])
         return Sample(
@@ -104,7 +104,7 @@ class Served:
             seconds=round(time.monotonic() - self._began_s, 2),
             resident_mib=round(pages * os.sysconf("SC_PAGE_SIZE") / (1 << 20), 2),
             threads=len(os.listdir(proc / "task")),
-            descriptors=min(_count_slowly(proc / "fd")),  # our own last look may be closing
+            descriptors=min(_count_slowly(proc / "fd", looks)),  # our own last may be closing
         )
 
     def gauges(self) -> dict[str, float]:
@@ -147,11 +147,12 @@ class Served:
             self.process.stdout.close()
 
 
-def _count_slowly(folder: Path) -> Iterator[int]:
-    """Count the entries of a folder a few times."""
-    for _ in range(5):
+def _count_slowly(folder: Path, looks: int) -> Iterator[int]:
+    """Count the entries of a folder so many times, with a pause between them."""
+    for look in range(looks):
+        if look:
+            time.sleep(0.02)
         yield len(os.listdir(folder))
-        time.sleep(0.02)
 
 
 def _free_port() -> int:
@@ -165,15 +166,9 @@ def environment(*distributions: str) -> dict[str, Json]:
     """Name the versions and the hardware that a result depends on."""
     versions: dict[str, Json] = {name: version(name) for name in ("grpcio", *distributions)}
     return {
-        "command": shlex.join(["python", "-m", *_module_and_arguments()]),
+        "command": command_line(),
         "hardware": f"{cpu_name()}, {cpu_budget()} CPUs",
         "system": platform(),
         "python": python_version(),
         "versions": versions,
     }
-
-
-def _module_and_arguments() -> list[str]:
-    """Give the command line of this process as a module's."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return [spec.name if spec is not None else sys.argv[0], *sys.argv[1:]]

@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shlex
 import statistics
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from benchmarks.measuring import command_line
 from benchmarks.photographs import DEBIAN_PHOTOS, make_jpegs
 from index.build import BuildOptions, build, sync
 from index.building.sync_state import SETTLED_S
@@ -152,7 +152,7 @@ def main(options: SyncBenchOptions) -> None:
         build_s = time.monotonic() - start_s
         checked, rounds = dataclasses.replace(follow, checksum=True), options.rounds
         report: dict[str, Json] = {
-            "command": shlex.join(["python", "-m", "benchmarks.sync", *sys.argv[1:]]),
+            "command": command_line(),
             "cpu": cpu_name(),
             "cpus": cpu_budget(),
             "versions": {

@@ -15,7 +15,6 @@ Run from the root: `python -m benchmarks.tombstones --out benchmarks/results/tom
 from __future__ import annotations
 
 import json
-import shlex
 import shutil
 import sys
 import tempfile
@@ -27,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.filters import Search, draw_clustered, recall, take_turns, write_synthetic
+from benchmarks.measuring import command_line
 from index.collection import Collection
 from index.storage.snapshot import join_masks
 from index.storage.writer import CollectionWriter
@@ -62,7 +62,7 @@ class TombstoneOptions:
 def main(options: TombstoneOptions) -> None:
     """Measure, print, and write the result."""
     report = {
-        "command": shlex.join(["python", "-m", "benchmarks.tombstones", *sys.argv[1:]]),
+        "command": command_line(),
         "cpu": cpu_name(),
         "cpus": cpu_budget(),
         "versions": {name: version(name) for name in ("faiss-cpu", "numpy", "pyarrow")},

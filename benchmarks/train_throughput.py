@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -39,6 +38,7 @@ from typing import Annotated, Literal
 import tyro
 
 from benchmarks.clock import now_s
+from benchmarks.measuring import command_line, turns
 from benchmarks.photographs import DEBIAN_PHOTOS, make_jpegs
 from models.command import progress, run_command
 from models.cpu import cpu_budget
@@ -102,18 +102,18 @@ def main(options: Options) -> None:
         return
     if "photographs" in options.cases:
         make_jpegs(options.jpegs, JPEGS, photos=options.photos)
-    turns = [
+    order = [
         (case, contender)
-        for _ in range(options.rounds)
+        for number in range(options.rounds)
         for case in options.cases
-        for contender in options.contenders
+        for contender in turns(options.contenders, number)
     ]
     figures: dict[Case, dict[str, list[dict[str, float]]]] = {case: {} for case in options.cases}
     load = os.getloadavg()[0]
-    for case, contender in progress(turns, what="measuring", total=len(turns), unit="turn"):
+    for case, contender in progress(order, what="measuring", total=len(order), unit="turn"):
         figures[case].setdefault(contender, []).append(in_process(case, contender, options))
     report = {
-        "command": shlex.join(["python", "-m", "benchmarks.train_throughput", *sys.argv[1:]]),
+        "command": command_line(),
         "device": options.device,
         "hardware": describe_environment()["hardware"],
         "load_average_before": round(load, 1),

@@ -1,5 +1,7 @@
 """Compare a collection's vectors at fp32 and at fp16: bytes, bits, neighbours, search time.
 
+Both take turns, round by round.
+
 The figures of docs/decisions/0002-vectors-at-fp32.md. Run from the root, after
 `python -m index.build --images fashion-mnist --encoder models/shipped/fashion-mnist --out C`:
 `python -m benchmarks.vector_dtypes C --out benchmarks/results/vector_dtypes.json`.
@@ -11,7 +13,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +22,7 @@ import faiss
 import numpy as np
 import tyro
 
+from benchmarks.measuring import command_line, turns
 from index.collection import Collection
 from index.knn import faiss_threads, knn_search
 from models.command import run_command
@@ -68,7 +71,11 @@ def main(options: DtypeOptions) -> None:
     def search_fp32(rows: np.ndarray, threads: int) -> None:
         knn_search(rows, bank, K, threads=threads)
 
+    ways = {"fp32": search_fp32, "fp16": search_fp16}
+    all_at_once = {n: lambda s=s: s(queries, cpu_budget()) for n, s in ways.items()}
+    alone = {n: lambda s=s: s(queries[:1], 1) for n, s in ways.items()}
     report = {
+        "command": command_line(),
         "count": len(bank),
         "dim": bank.shape[1],
         "queries": len(queries),
@@ -81,13 +88,11 @@ def main(options: DtypeOptions) -> None:
         "same_order": float((exact == rounded).all(axis=1).mean()),
         "largest_change_of_a_cosine": float(np.abs(rounded_scores - exact_scores).max()),
         "batch_s": {
-            name: min(_times(lambda s=search: s(queries, cpu_budget()), BATCH_REPEATS))
-            for name, search in (("fp32", search_fp32), ("fp16", search_fp16))
+            name: min(seconds) for name, seconds in _take_turns(all_at_once, BATCH_REPEATS).items()
         },
         "single_ms": {
-            name: 1000
-            * statistics.median(_times(lambda s=search: s(queries[:1], 1), SINGLE_REPEATS))
-            for name, search in (("fp32", search_fp32), ("fp16", search_fp16))
+            name: 1000 * statistics.median(seconds)
+            for name, seconds in _take_turns(alone, SINGLE_REPEATS).items()
         },
     }
     print(json.dumps(report, indent=2))
@@ -95,14 +100,16 @@ def main(options: DtypeOptions) -> None:
         options.out.write_text(json.dumps(report, indent=2) + "\n")
 
 
-def _times(work: Callable[[], None], repeats: int) -> list[float]:
-    """Give the seconds of each of some runs, after one that does not count."""
-    work()
-    seconds = []
-    for _ in range(repeats):
-        start_s = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - start_s)
+def _take_turns(ways: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Give each way's seconds, a figure a round, after one run of each that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for way in ways.values():
+        way()
+    for number in range(rounds):
+        for name, way in turns(ways.items(), number):
+            start_s = time.perf_counter()
+            way()
+            seconds[name].append(time.perf_counter() - start_s)
     return seconds
 
 

@@ -45,6 +45,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
+from benchmarks.measuring import command_line, turns
 from models.command import progress, run_command
 from models.cpu import cpu_budget, cpu_name
 from models.files import atomic_file
@@ -100,16 +101,19 @@ def main(options: Options) -> None:
     """Measure in turns, print and write."""
     torch.set_num_threads(cpu_budget())
     load = os.getloadavg()[0]
-    turns = [
-        (shape, name) for _ in range(options.rounds) for shape in SHAPES for name in CONTENDERS
+    order = [
+        (shape, name)
+        for number in range(options.rounds)
+        for shape in SHAPES
+        for name in turns(CONTENDERS, number)
     ]
     figures: dict[tuple[int, int, int], dict[str, list[float]]] = {shape: {} for shape in SHAPES}
-    for shape, name in progress(turns, what="measuring", total=len(turns), unit="turn"):
+    for shape, name in progress(order, what="measuring", total=len(order), unit="turn"):
         images = pictures(shape)
         speed = images_per_s(CONTENDERS[name](images), options.seconds)
         figures[shape].setdefault(name, []).append(speed)
     report = {
-        "command": "python -m benchmarks.views",
+        "command": command_line(),
         "hardware": {"cpu": cpu_name(), "cpus": cpu_budget()},
         "load_average_before": round(load, 1),
         "versions": {

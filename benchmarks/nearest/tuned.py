@@ -26,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from benchmarks.measuring import turns
 from benchmarks.nearest.tasks import K, Task
 from index.collection import Collection
 from index.knn import faiss_threads
@@ -156,11 +157,11 @@ def _take_turns(
     """Time ways to search, one query a call: microseconds."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     with faiss_threads(1):
-        for _ in range(rounds):
-            for name, way in ways.items():
+        for number in range(rounds):
+            for name, way in turns(ways.items(), number):
                 start_s = time.perf_counter()
-                for number in range(len(queries_QD)):
-                    way(queries_QD[number : number + 1])
+                for row in range(len(queries_QD)):
+                    way(queries_QD[row : row + 1])
                 seconds[name].append((time.perf_counter() - start_s) / len(queries_QD))
     return {
         name: {

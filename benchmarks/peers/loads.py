@@ -5,8 +5,9 @@ Rules:
     those cannot: gRPC with JPEGs or with Horace's own messages, and HTTP at a given rate.
     One connection of up to `concurrency` calls for gRPC, `concurrency` connections for HTTP.
     An open loop has 64 calls at most under way: what a server does not keep up with waits.
-    That of HTTP sends one call on each of 16 connections at once, since h2load's beat is that
-    of a connection; above capacity on 64.
+    h2load's beat is that of a connection, 10 ms or what is between two calls, where that is
+    more: of gRPC it sends all that is due in 10 ms at once, of HTTP one call on each of 16
+    connections; above capacity on 64. perf_analyzer spreads its calls out.
     CPU is counted over the whole load, of the server's processes and of the client apart. A
     measurement during which anything else took over a twentieth of the CPUs is made again.
 """

@@ -6,6 +6,7 @@ Rules:
     an instance of one thread for each CPU. Batches are at most 64 images, of whole requests,
     and 32 for Horace; where a server waits for a fuller batch it waits 1 ms at most. Horace and
     Triton wait for nothing: they batch what comes while the encoder is busy.
+    Triton is its Python backend, the only one in the wheel that brings the server.
     Python-served peers have an environment of their own, made once under artifacts/.
     Horace is as `python -m serve` starts it, but for the bundle and the port.
 """

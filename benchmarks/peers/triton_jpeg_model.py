@@ -1,6 +1,7 @@
 """A Triton model that decodes JPEGs and encodes them: `model.py` of the JPEG cases.
 
-It is copied into a repository; the encoder and the decoder are those of the other peers. A
+It is copied into a repository; the encoder and the decoder are those of the other peers. An
+instance decodes the images of a batch one after the other, then encodes them. A
 JPEG comes as its bytes in a UINT8 tensor (N, L), the shorter ones filled up with zeros: this
 server's Python backend misreads BYTES tensors under NumPy 2, and arrays but for DLPack.
 """

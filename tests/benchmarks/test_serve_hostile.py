@@ -24,7 +24,7 @@ def test_a_server_lives_through_hostile_inputs_and_answers_everybody_else(fronte
     done = subprocess.run(
         [
             sys.executable, "-m", "benchmarks.serve_hostile", "--frontend", frontend,
-            "--inputs", "400", "--seed", "3", "--out", str(out),
+            "--inputs", "400", "--seed", "3", "--looks", "1", "--out", str(out),
         ],
         cwd=ROOT, capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
