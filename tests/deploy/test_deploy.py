@@ -148,6 +148,7 @@ def test_the_image_runs_without_root_and_without_torch():
     """A numeric user, the engines' extra, and none of those that bring torch."""
     user, group = arguments_of("USER").split(":")
     assert min(int(user), int(group)) > 0
+    assert {rest.split()[0] for kind, rest in instructions() if kind == "FROM"} == {"${BASE}"}
     (extras,) = [rest for kind, rest in instructions() if kind == "ARG" and "EXTRAS" in rest]
     wanted = extras.split("=")[1].split(",")
     assert ("cpu" in wanted) != ("gpu" in wanted)
@@ -238,6 +239,7 @@ def test_the_manifests_select_the_same_pods(metric_names):
     assert manifest("Service")["spec"]["selector"] == labels
     assert manifest("PodDisruptionBudget")["spec"]["selector"]["matchLabels"] == labels
     scaler = manifest("HorizontalPodAutoscaler")["spec"]
+    assert "replicas" not in deployment["spec"]
     assert scaler["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
     names = {m["pods"]["metric"]["name"] for m in scaler["metrics"] if m["type"] == "Pods"}
     assert names
@@ -246,7 +248,36 @@ def test_the_manifests_select_the_same_pods(metric_names):
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
     assert port["targetPort"] in {known["name"] for known in container["ports"]}
     listed = manifest("Kustomization")["resources"]
-    assert {path.name for path in KUBERNETES} == {*listed, "kustomization.yaml"}
+    optional = {"kustomization.yaml", "podmonitor.yaml"}
+    assert {path.name for path in KUBERNETES} == {*listed, *optional}
+
+
+def test_the_manifests_are_scraped_under_the_job_that_the_alarms_ask_for():
+    """By the operator: the pods' label names the job, as compose's configuration does."""
+    monitor = manifest("PodMonitor")["spec"]
+    pod = manifest("Deployment")["spec"]["template"]
+    labels = pod["metadata"]["labels"]
+    assert monitor["selector"]["matchLabels"] == labels
+    (job,) = read_yaml("prometheus", "prometheus.yml")["scrape_configs"]
+    assert labels[monitor["jobLabel"]] == job["job_name"]
+    (endpoint,) = monitor["podMetricsEndpoints"]
+    (container,) = pod["spec"]["containers"]
+    assert endpoint["port"] in {port["name"] for port in container["ports"]}
+    asked = {name for rule in alerts() for name in re.findall(r'job="(\w+)"', rule["expr"])}
+    assert asked == {job["job_name"]}
+
+
+def test_what_the_deployment_has_commented_out_fits_together():
+    """Its options exist, each file of theirs lies on a volume, and the volumes are there."""
+    text = (DEPLOY / "kubernetes" / "deployment.yaml").read_text()
+    pod = yaml.safe_load(re.sub(r"(?m)^( +)# - ", r"\1- ", text))["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    options = options_of(*container["args"])
+    mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+    files = (*options.bundle, *options.collection, options.keys.file)
+    for file in (*files, options.tls.cert, options.tls.key):
+        assert str(Path(file).parent) in mounts
+    assert set(mounts.values()) == {volume["name"] for volume in pod["volumes"]}
 
 
 def test_prometheus_scrapes_what_compose_runs():
@@ -275,6 +306,14 @@ def test_alerts_ask_for_metrics_that_there_are(metric_names):
         asked = set(re.findall(r"\b(?:horace|nv|process)_\w+|\bup\b", alert["expr"]))
         assert asked, alert
         assert asked <= known, alert["alert"]
+
+
+def test_each_alert_sounds_in_the_tests_of_the_rules():
+    """Over series made for it, which `promtool` evaluates."""
+    tests = read_yaml("prometheus", "alerts_test.yml")["tests"]
+    cases = [case for test in tests for case in test["alert_rule_test"]]
+    sounding = {case["alertname"] for case in cases if case["exp_alerts"]}
+    assert sounding == {alert["alert"] for alert in alerts()}
 
 
 @pytest.mark.skipif(PROMTOOL is None, reason="promtool comes with Debian's package prometheus")
@@ -320,8 +359,12 @@ def test_options_that_the_handbook_names_exist():
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9.-]*[a-z0-9]", HANDBOOK.read_text()))
     others = {
         "--build",
+        "--build-arg",
+        "--concurrency",
         "--file",
+        "--images-per-request",
         "--previous",
+        "--seconds",
         "--server",
         "--strict",
         "--sync",
