@@ -87,7 +87,8 @@ class EmbeddedBatch:
         keys: of the N images that could be used.
         labels: of the same.
         digests: of what was read for them.
-        vectors_ND: of the same, float32, unit length unless the encoder failed in silence.
+        vectors_ND: of the same, float32; unit length, where that was asked for, unless the encoder
+            failed in silence.
         rejects: the others. `len(batch)` counts both.
     """
 
@@ -139,7 +140,7 @@ def decode_batches(
 
 
 def embed_records(
-    records: Sequence[ImageRecord], encoder: Encoder, *, start: int = 0
+    records: Sequence[ImageRecord], encoder: Encoder, *, start: int = 0, normalize: bool = True
 ) -> EmbeddedBatch:
     """Read, decode and encode one batch, on the calling thread.
 
@@ -147,6 +148,7 @@ def embed_records(
         records: of the batch.
         encoder: what embeds them.
         start: number of the first of them in the source.
+        normalize: whether vectors are scaled to unit length.
 
     Raises:
         EncoderError: the runtime failed.
@@ -157,18 +159,20 @@ def embed_records(
         keys=batch.keys,
         labels=batch.labels,
         digests=batch.digests,
-        vectors_ND=embed(encoder, batch.images_NHWC),
+        vectors_ND=embed(encoder, batch.images_NHWC, normalize=normalize),
         rejects=batch.rejects,
     )
 
 
-def embed(encoder: Encoder, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Encode preprocessed images to (N, D) float32 of unit length.
+def embed(
+    encoder: Encoder, images_NHWC: NDArray[np.uint8], *, normalize: bool = True
+) -> NDArray[np.float32]:
+    """Encode preprocessed images to (N, D) float32, of unit length where it normalises.
 
     Raises:
         EncoderError: the runtime failed.
     """
-    return finish_vectors(encoder.encode(images_NHWC), normalize=True)
+    return finish_vectors(encoder.encode(images_NHWC), normalize=normalize)
 
 
 def split(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

@@ -16,7 +16,6 @@ Shapes: Q queries, C candidates, K neighbours, D dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -156,7 +155,6 @@ def search_range(
     fingerprint: str,
     limit: int | None = None,
     exact: bool = False,
-    parameters: Mapping[str, int] | None = None,
     effort: int | None = None,
     filter: str | AnySelection | None = None,
     without_QW: NDArray[np.int64] | None = None,
@@ -171,10 +169,9 @@ def search_range(
         min_score: the least cosine, -1 to 1.
         fingerprint: of the encoder that made the queries.
         limit: of the nearest a query that are given, however many there are; none where None.
-        exact: as in `Collection.search`; so are `parameters` and what follows `effort`.
-        parameters: see there; taken as they are, however many are within the range.
+        exact: as in `Collection.search`; so is what follows `effort`.
         effort: candidates that the index weighs for a query, and four at least for each neighbour
-            that is asked for; instead of `parameters`.
+            that is asked for; its own parameters where None.
         filter: see there.
         without_QW: see there.
 
@@ -189,9 +186,7 @@ def search_range(
     check_min_score(min_score)
     if limit is not None and limit < 1:
         raise UsageError("limit", expected="at least 1", found=str(limit))
-    if effort is not None and parameters:
-        raise UsageError("effort", expected="no parameters beside it", found=str(dict(parameters)))
-    most = min(collection.count, limit or collection.count)
+    most = max(1, min(collection.count, limit or collection.count))  # one of none finds none
     by_index = collection.max_neighbours
     n_without = 0 if without_QW is None else without_QW.shape[1]
     selection = collection.select(filter) if isinstance(filter, str) else filter
@@ -201,6 +196,7 @@ def search_range(
     k = min(RANGE_FIRST, most)
     while left.size:
         exact = exact or (by_index is not None and k + n_without > by_index)
+        parameters = None
         if effort is not None:
             parameters = collection.effort_parameters(max(effort, RANGE_WEIGHED * k), k)
         found = collection.search(

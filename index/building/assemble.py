@@ -49,7 +49,8 @@ def check_memory(factory: str, count: int, dim: int) -> None:
         f"memory for index {factory} over {count} x {dim}",
         expected=f"at least {as_size(needed)} to build it",
         found=f"{as_size(all_bytes)}, {as_size(free_bytes)} of it free",
-        mend="take --recall .99 --memory-budget 2GB, which chooses one that fits, or --index flat",
+        mend="take --index flat; or, without --index and --sync, --recall .99 --memory-budget 2GB, "
+        "which chooses one that fits",
     )
     if needed > all_bytes:
         raise error

@@ -37,6 +37,7 @@ from index.building.part_file import (
 )
 from index.embed import EmbeddedBatch, Reject
 from index.errors import CollectionError
+from index.knn import COSINE
 from index.storage.incoming import UNIT_TOLERANCE
 from index.storage.segment import Block
 from models.files import atomic_file
@@ -89,9 +90,8 @@ class PartSet:
         self.directory, self.key = directory, key
         self.n_seen: int | None = None
         self._parts: dict[int, Part] = {}
-        self._repeats: dict[int, NDArray[np.int64]] = {}
-        self._earlier: dict[int, list[str]] = {}
-        """The keys of the images whose ids those have."""
+        self._repeats: dict[int, dict[int, str]] = {}
+        """Of a part, by its start: rows whose ids earlier images have, and the keys of those."""
         self.find()
 
     def find(self) -> None:
@@ -239,11 +239,12 @@ class PartSet:
         repeats_R = np.setdiff1d(np.arange(len(ids_N)), first_M)
         earlier_R = first_M[np.searchsorted(ids_M, ids_N[repeats_R])]
         owners_R = np.searchsorted(cuts, repeats_R, side="right") - 1
-        self._repeats, self._earlier = {}, {}
+        self._repeats = {}
         for n in np.unique(owners_R).tolist():
             mine_R, start = owners_R == n, parts[n].start
-            self._repeats[start] = repeats_R[mine_R] - cuts[n]
-            self._earlier[start] = self._read_keys(parts, cuts, earlier_R[mine_R])
+            rows = (repeats_R[mine_R] - cuts[n]).tolist()
+            earlier = self._read_keys(parts, cuts, earlier_R[mine_R])
+            self._repeats[start] = dict(zip(rows, earlier, strict=True))
 
     def _read_keys(
         self, parts: Sequence[Part], cuts: NDArray[np.int64], rows_R: NDArray[np.int64]
@@ -266,8 +267,8 @@ class PartSet:
         for part in self.finished:
             table = read_part(part, COLUMNS, self.key.dim)
             repeats = self._repeats.get(part.start)
-            if repeats is not None:
-                table = table.take(np.setdiff1d(np.arange(len(table)), repeats))
+            if repeats:
+                table = table.take(np.setdiff1d(np.arange(len(table)), list(repeats)))
             column = cast("pa.ListArray[pa.FloatScalar]", table["vector"].combine_chunks())
             vectors = column.flatten().to_numpy()
             source = pa.array([self.key.source] * len(table), pa.string())
@@ -283,10 +284,10 @@ class PartSet:
         """Give the rejects of a part, the repeats last."""
         yield from part.rejects
         repeats = self._repeats.get(part.start)
-        if repeats is not None:
-            table = read_part(part, ["key", "digest"], self.key.dim).take(repeats)
+        if repeats:
+            table = read_part(part, ["key", "digest"], self.key.dim).take(list(repeats))
             columns = map(_texts, table.columns)
-            for key, digest, earlier in zip(*columns, self._earlier[part.start], strict=True):
+            for key, digest, earlier in zip(*columns, repeats.values(), strict=True):
                 yield _repeated(key, digest, earlier)
 
     def _check_keys(self, part: Part, found: Sequence[str]) -> None:
@@ -314,11 +315,17 @@ def _texts(column: pa.ChunkedArray[pa.StringScalar]) -> list[str]:
 
 
 def reject_unsound(
-    keys: Sequence[str], digests: Sequence[str], vectors_ND: NDArray[np.float32]
+    keys: Sequence[str],
+    digests: Sequence[str],
+    vectors_ND: NDArray[np.float32],
+    *,
+    metric: str = COSINE,
 ) -> dict[int, Reject]:
     """Reject, by its row, every image whose vector no search could compare."""
     lengths_N = np.sqrt(np.einsum("nd,nd->n", vectors_ND, vectors_ND, dtype=np.float64))
-    is_sound_N = np.abs(lengths_N - 1) <= UNIT_TOLERANCE  # False of NaN, too
+    is_sound_N = np.isfinite(lengths_N)
+    if metric == COSINE:
+        is_sound_N = np.abs(lengths_N - 1) <= UNIT_TOLERANCE  # False of NaN, too
     return {
         row: _unsound(keys[row], digests[row], float(lengths_N[row]))
         for row in np.flatnonzero(~is_sound_N).tolist()

@@ -112,7 +112,7 @@ def make_parts(
 
 
 def embed_batches(
-    batches: Iterable[RecordBatch], encoder: Encoder, *, crew: Crew
+    batches: Iterable[RecordBatch], encoder: Encoder, *, crew: Crew, normalize: bool = True
 ) -> Generator[EmbeddedBatch, None, None]:
     """Embed batches with several workers; give them in order.
 
@@ -128,7 +128,9 @@ def embed_batches(
     try:
         damage: list[SourceError] = []
         for batch in _until_damaged(batches, damage):
-            task = pool.submit(embed_records, batch.records, gated, start=batch.start)
+            task = pool.submit(
+                embed_records, batch.records, gated, start=batch.start, normalize=normalize
+            )
             begun.append(task)
             if len(begun) >= WINDOW * crew.workers:
                 yield begun.popleft().result()

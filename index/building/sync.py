@@ -1,41 +1,38 @@
 """`index.build --sync`: bring a collection up to date with one of its sources.
 
 Only what is new or changed is embedded; what moved keeps its vector, what is gone is dropped.
-What is to be done is decided by `index.building.sync_plan`.
+What is to be done is decided by `index.building.sync_plan`, and done by `sync_writing`.
 
 Rules:
     Every write goes through the collection's writer, whole or not at all, and what is written is
     not done again: a sync that was killed goes on when the same command is run again, and those
     who search meanwhile see the collection of some moment in between.
     What is gone is dropped last, so that a moved image is never missing.
+    Vectors are as the collection compares them: of unit length for cosines, else the encoder's own.
     Only rows of the source are touched; a source that the collection does not know is added.
     Metadata stays with its image; a table that is given again has the last word.
     Another encoder is refused before anything is read.
-
-Shapes: N images of a batch, D dimensions.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
-from itertools import chain
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
 from index.building.dry_run import measure_rate
 from index.building.metadata import Metadata
-from index.building.part_set import DUPLICATE_KEY, RecordBatch, reject_unsound
-from index.building.pipeline import Crew, embed_batches
-from index.building.sync_plan import UNREADABLE, Stored, SyncPlan, plan_sync
+from index.building.part_set import RecordBatch
+from index.building.pipeline import Crew
+from index.building.sync_plan import MENDED_ELSEWHERE, Stored, SyncPlan, plan_sync
 from index.building.sync_rows import RowMaker, with_digest
 from index.building.sync_scan import Scan, scan_source
 from index.building.sync_state import (
@@ -46,8 +43,9 @@ from index.building.sync_state import (
     write_state,
 )
 from index.building.sync_summary import SyncSummary
+from index.building.sync_writing import SyncWriting
 from index.collection import Collection, id_of
-from index.embed import EmbeddedBatch, Reject, split
+from index.embed import split
 from index.storage.manifest import REJECTS_FILE
 from index.storage.rows import DIGEST
 from index.storage.writer import CollectionWriter
@@ -55,9 +53,6 @@ from models.command import progress
 from models.encoder import Encoder
 from models.image_folder import FolderSource
 from models.image_source import ImageRecord, ImageSource
-
-WRITE_ROWS = 1024
-"""Rows of one write: what a killed sync has to embed again, at most."""
 
 log = logging.getLogger("horace.index")
 
@@ -129,9 +124,6 @@ class _Sync:
     settings: SyncSettings
     writer: CollectionWriter | None = None
     """None where nothing is to be changed."""
-    rejects: list[Reject] = field(default_factory=list)
-    digests: dict[str, str] = field(default_factory=dict)
-    embedded: int = 0
 
     def __post_init__(self) -> None:
         self.path = Path(self.collection.path)
@@ -162,18 +154,20 @@ class _Sync:
             metadata.require_met(scan.seen[0].key)
         plan = self._plan(scan, state)
         scan_s, start_s = time.monotonic() - start_s, time.monotonic()
-        self.rejects = list(plan.rejects)
         updated, updated_rows = self._find_updated(plan)
+        plan.updated, n_unchanged = len(updated), len(plan.unchanged) - len(updated)
         if self.writer is not None:
-            self._write_stored(updated, updated_rows)
-            self._write_reused(plan)
-            self._embed(plan)
-            self.writer.delete(self.ids[np.array(plan.drop, np.int64)])
+            done = SyncWriting(self.writer, self.collection, plan, self.rows)
+            done.write_updated(updated, updated_rows)
+            done.write_reused()
+            if plan.embed:
+                done.embed(self._batches(plan), self.encoder, self.settings.crew)
+            done.drop()
             self.writer.compact()
-            self._write_state(scan)
-            embed_s = time.monotonic() - start_s
+            self._write_state(scan, plan, done.digests)
+            embedded, embed_s = done.embedded, time.monotonic() - start_s
         else:
-            embed_s = self._estimate_s(plan)
+            embedded, embed_s = len(plan.embed), self._estimate_s(plan)
         return SyncSummary(
             collection=str(self.path),
             source=self.uri,
@@ -183,20 +177,18 @@ class _Sync:
             changed=plan.changed,
             moved=plan.moved,
             gone=plan.gone,
-            updated=len(updated),
-            unchanged=len(plan.unchanged) - len(updated),
+            updated=plan.updated,
+            unchanged=n_unchanged,
             unreadable=len(plan.retained),
-            rejected=len(self.rejects),
+            rejected=len(plan.rejects),
             log=str(rejects_file(self.path, self.uri)),
-            embedded=len(plan.embed) if self.writer is None else self.embedded,
+            embedded=embedded,
             read=scan.n_read,
             scan_s=scan_s,
             embed_s=embed_s,
             metadata=None if metadata is None else metadata.report().to_json(),
             dry_run=self.writer is None,
         )
-
-    # Looking.
 
     def _read_state(self) -> SyncState:
         """Give what is remembered; of a source that was only built, its rejects."""
@@ -237,7 +229,7 @@ class _Sync:
             rejected={
                 reject.key: reject
                 for reject in state.rejects.values()
-                if reject.fault not in (DUPLICATE_KEY, UNREADABLE)
+                if reject.fault not in MENDED_ELSEWHERE
             },
         )
 
@@ -256,41 +248,6 @@ class _Sync:
         _, rate = measure_rate(self._batches(plan), self.encoder, self.settings.crew)
         return len(plan.embed) / rate if rate else 0.0
 
-    # Writing.
-
-    def _write_stored(self, rows: pa.Table, vector_rows: Sequence[int]) -> None:
-        """Write rows with vectors that are stored under whatever key."""
-        for start in range(0, len(rows), WRITE_ROWS):
-            ids = self.ids[vector_rows[start : start + WRITE_ROWS]]
-            self._write(rows.slice(start, WRITE_ROWS), self.collection.vectors(ids))
-
-    def _write_reused(self, plan: SyncPlan) -> None:
-        """Write the keys that take over a vector."""
-        seen = [one.seen for one in plan.reuse]
-        rows = self.rows.make(
-            [one.metadata_row for one in plan.reuse],
-            [one.key for one in seen],
-            [one.label for one in seen],
-            [one.digest for one in seen],
-        )
-        self._write_stored(rows, [one.vector_row for one in plan.reuse])
-
-    def _embed(self, plan: SyncPlan) -> None:
-        """Embed what no vector is known of, and write it as it comes."""
-        if not plan.embed:
-            return
-        waiting: list[EmbeddedBatch] = []
-        batches, crew = self._batches(plan), self.settings.crew
-        with closing(embed_batches(batches, self.encoder, crew=crew)) as embedded:
-            total = len(plan.embed)
-            for batch in progress(embedded, what="embedding", total=total, size=len):
-                waiting.append(batch)
-                if sum(map(len, waiting)) >= WRITE_ROWS:
-                    self._write_embedded(plan, waiting)
-                    waiting = []
-        if waiting:
-            self._write_embedded(plan, waiting)
-
     def _batches(self, plan: SyncPlan) -> Iterator[RecordBatch]:
         """Give the records to embed in batches."""
         size = self.settings.batch_size
@@ -305,52 +262,16 @@ class _Sync:
                 waiting.remove(record.key)
                 yield record
 
-    def _write_embedded(self, plan: SyncPlan, batches: Sequence[EmbeddedBatch]) -> None:
-        """Write what was embedded, and take note of what could not be."""
-        keys = [key for batch in batches for key in batch.keys]
-        labels = [label for batch in batches for label in batch.labels]
-        digests = [digest for batch in batches for digest in batch.digests]
-        vectors_ND = np.concatenate([batch.vectors_ND for batch in batches])
-        unsound = reject_unsound(keys, digests, vectors_ND)
-        for reject in chain(unsound.values(), *(batch.rejects for batch in batches)):
-            self._reject(plan, reject)
-        kept = [n for n in range(len(keys)) if n not in unsound]
-        rows = self.rows.make(
-            [plan.embed[keys[n]] for n in kept],
-            [keys[n] for n in kept],
-            [labels[n] for n in kept],
-            [digests[n] for n in kept],
-        )
-        self._write(rows, vectors_ND[kept])
-        self.embedded += len(keys)
-        self.digests.update(zip(keys, digests, strict=True))
-
-    def _reject(self, plan: SyncPlan, reject: Reject) -> None:
-        """Take note of an image that turned out to be none; its old row goes, if it has one."""
-        self.rejects.append(reject)
-        if reject.digest is not None:
-            self.digests[reject.key] = reject.digest
-        old_row = plan.embed[reject.key]
-        if old_row is None:
-            plan.new -= 1
-            return
-        plan.changed -= 1
-        (plan.retained if reject.fault == UNREADABLE else plan.drop).append(old_row)
-
-    def _write(self, rows: pa.Table, vectors_ND: NDArray[np.float32]) -> None:
-        """Hand rows to the writer."""
-        assert self.writer is not None, "a dry run writes"
-        self.writer.upsert(rows, vectors_ND, fingerprint=self.encoder.fingerprint)
-
-    def _write_state(self, scan: Scan) -> None:
+    def _write_state(self, scan: Scan, plan: SyncPlan, embedded: Mapping[str, str]) -> None:
         """Remember stamps and rejects for the next time; it is no loss if that fails."""
-        digests = {one.key: one.digest for one in scan.seen} | self.digests
+        digests = {one.key: one.digest for one in scan.seen}
+        digests |= embedded
         stamps = {
             key: (stamp, digest)
             for key, stamp in scan.stamps.items()
             if (digest := digests.get(key)) is not None
         }
         try:
-            write_state(self.path, self.uri, stamps, self.rejects)
+            write_state(self.path, self.uri, stamps, plan.rejects)
         except OSError as error:
             log.warning("%s: the next sync will read every file again: %s", self.uri, error)

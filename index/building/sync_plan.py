@@ -22,6 +22,12 @@ from index.embed import Reject
 UNREADABLE = "unreadable"
 """The fault of an image that could not be read, as of `models.errors.ImageFault`."""
 
+TOO_LARGE = "row_too_large"
+"""The fault of an image whose row has more text than may come in."""
+
+MENDED_ELSEWHERE = (DUPLICATE_KEY, TOO_LARGE, UNREADABLE)
+"""Faults that may be gone although the bytes are the same."""
+
 
 @dataclass(frozen=True, slots=True)
 class Seen:
@@ -73,7 +79,8 @@ class SyncPlan:
         embed: keys that are to be embedded, and the rows whose metadata they keep.
         drop: rows that are to be deleted.
         retained: rows whose images cannot be read now, which stay.
-        rejects: images that are not tried, and why.
+        rejects: images that are not tried, and why; later those that turned out to be none, too.
+        updated: how many unchanged ones have another label, metadata or source now.
         new: how many keys the collection did not have.
         changed: how many it had of other content.
         moved: how many had another key.
@@ -86,6 +93,7 @@ class SyncPlan:
     drop: list[int] = field(default_factory=list)
     retained: list[int] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
+    updated: int = 0
     new: int = 0
     changed: int = 0
     moved: int = 0
@@ -112,7 +120,7 @@ def plan_sync(
     plan, rejected = SyncPlan(), rejected or {}
     fresh: list[Seen] = []
     met: set[str] = set()
-    unreadable_folders: list[str] = []
+    away: set[str] = set()
     for one in seen:
         old = stored.get(one.key)
         if one.key in met:
@@ -121,11 +129,11 @@ def plan_sync(
         met.add(one.key)
         if one.reject is not None:
             plan.rejects.append(one.reject)
+            is_away = one.reject.fault == UNREADABLE
             if old is not None:
-                is_away = one.reject.fault == UNREADABLE
                 (plan.retained if is_away else plan.drop).append(old.row)
-            if one.key.endswith("/"):
-                unreadable_folders.append(one.key)
+            if is_away:
+                away.add(one.key.removesuffix("/"))  # a link like an image may lead to a folder
         elif one.key in taken:
             plan.rejects.append(_refuse(one, "an image of another source with this key or its id"))
         elif old is not None and one.digest is not None and old.digest == one.digest:
@@ -139,7 +147,7 @@ def plan_sync(
         else:
             plan.changed += 1
             _reuse_or_embed(plan, one, by_digest, metadata_row=old.row)
-    gone = _find_gone(plan, stored, met, unreadable_folders)
+    gone = _find_gone(plan, stored, met, away)
     for one in fresh:
         donors = gone.get(one.digest or "")
         if donors:
@@ -154,15 +162,14 @@ def plan_sync(
 
 
 def _find_gone(
-    plan: SyncPlan, stored: Mapping[str, Stored], met: Set[str], unreadable_folders: list[str]
+    plan: SyncPlan, stored: Mapping[str, Stored], met: Set[str], away: Set[str]
 ) -> dict[str, list[int]]:
     """Find the rows whose keys the source has no more, by digest; they are dropped."""
     gone: dict[str, list[int]] = {}
-    prefixes = tuple(unreadable_folders)
     for key, old in stored.items():
         if key in met:
             continue
-        if prefixes and key.startswith(prefixes):
+        if any(key[:n] in away for n, letter in enumerate(key) if letter == "/"):
             plan.retained.append(old.row)
             continue
         plan.drop.append(old.row)

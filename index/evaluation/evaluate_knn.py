@@ -186,7 +186,7 @@ def _report(
         encoder_by_k=by_k,
         index=_index_delta(collection, places, vectors_QD, exact, task, by_k),
         baselines=rows,
-        same_vector=int(is_same_vector(exact.scores[:, 0], collection.metric).sum()),
+        same_vector=int(is_same_vector(vectors_QD, exact.scores[:, 0], collection.metric).sum()),
         duplicates=None
         if in_bank is None
         else sum(digest in in_bank for digest in queries.digests),

@@ -113,8 +113,7 @@ def evaluate(options: RetrievalOptions) -> RetrievalReport:
         queries = open_queries(stack, collection, options.queries, encoder=options.encoder)
         bank = _Bank.of(collection)
         queries, n_relevant_Q, notes = _choose(collection, bank, queries, options)
-        scores_QM, best_Q = _rank(collection, bank, queries, n_relevant_Q)
-        is_same_Q = is_same_vector(best_Q, collection.metric)
+        scores_QM, is_same_Q = _rank(collection, bank, queries, n_relevant_Q)
         is_copy_Q = _find_copies(collection, queries, may_read=options.contents)
         measures = _estimates(scores_QM, options.seed)
         per_class = _per_class(bank, queries, scores_QM)
@@ -231,32 +230,33 @@ def _choose(
 
 def _rank(
     collection: AnyCollection, bank: _Bank, queries: Queries, n_relevant_Q: NDArray[np.int64]
-) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Rank the collection for every query.
 
     Queries with as many relevant images go together, so that no place is found for nothing.
 
     Returns:
-        (Q, M) scores, and (Q,) the score of each query's nearest image.
+        (Q, M) scores, and (Q,) whether the nearest image's vector is the query's own.
     """
     truth_Q = number_labels(queries.labels, bank.classes)
     order = np.argsort(n_relevant_Q, kind="stable")
     scores_QM = np.empty((len(queries), len(MEASURES)))
-    best_Q = np.empty(len(queries), np.float32)
+    is_same_Q = np.empty(len(queries), np.bool_)
     for block in progress(
         _blocks(order, n_relevant_Q), what="ranking", total=len(queries), size=len
     ):
         k = max(LEAST_PLACES, int(n_relevant_Q[block].max()))
+        vectors_QD = queries.vectors(block)
         found = collection.search(
-            queries.vectors(block), k, fingerprint=collection.fingerprint, exact=True,
+            vectors_QD, k, fingerprint=collection.fingerprint, exact=True,
             without_QW=None if queries.ids_Q is None else queries.ids_Q[block, None],
         )  # fmt: skip
         relevant_QK = bank.classes_of(found.ids) == truth_Q[block, None]
         missing = max(0, k - relevant_QK.shape[1])
         relevant_QK = np.pad(relevant_QK, ((0, 0), (0, missing)))
         scores_QM[block] = retrieval_scores(relevant_QK, n_relevant_Q[block])
-        best_Q[block] = found.scores[:, 0]
-    return scores_QM, best_Q
+        is_same_Q[block] = is_same_vector(vectors_QD, found.scores[:, 0], collection.metric)
+    return scores_QM, is_same_Q
 
 
 def _blocks(order: NDArray[np.int64], n_relevant_Q: NDArray[np.int64]) -> list[NDArray[np.int64]]:

@@ -6,7 +6,7 @@ Rules:
     Vectors are the same up to the rounding of float32; pictures that the encoder cannot tell
     apart look like one image.
 
-Shapes: Q queries.
+Shapes: Q queries, D dimensions.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from index.errors import EvaluationError
 from index.interface import AnyCollection
+from index.knn import COSINE
 from index.storage.rows import DIGEST
 from models.command import progress
 from models.errors import ImageError, SourceError
@@ -27,14 +28,17 @@ from models.image_source import digest_of
 from models.images import ImageSource, open_source
 
 SAME_VECTOR = 1e-6
-"""Cosines this close to 1, or squared distances to 0, are those of one image: float32 rounds
-unit vectors by some 1e-7."""
+"""Scores this close to the best there is, relative to the query's squared length, are those of one
+image: float32 rounds by some 1e-7 of that."""
 
 
-def is_same_vector(scores_Q: NDArray[np.float32], metric: str) -> NDArray[np.bool_]:
+def is_same_vector(
+    queries_QD: NDArray[np.float32], scores_Q: NDArray[np.float32], metric: str
+) -> NDArray[np.bool_]:
     """Tell of each query's best score whether it is that of its own vector."""
-    best = 1.0 if metric == "cosine" else 0.0
-    return scores_Q >= best - SAME_VECTOR
+    size_Q: NDArray[np.float64] = np.square(queries_QD, dtype=np.float64).sum(axis=1)
+    best_Q = size_Q if metric == COSINE else np.zeros_like(size_Q)
+    return scores_Q >= best_Q - SAME_VECTOR * size_Q
 
 
 def sources_of(collection: AnyCollection) -> list[ImageSource]:

@@ -20,6 +20,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
+from index.ann.ann_index import GRAPH_SLACK
+from index.ann.kinds import EF_SEARCH, NEIGHBOURS
 from index.errors import UnknownIdError, unknown_id
 from index.filters import parse_filter_as
 from index.milvus.connection import MilvusAddress, connect, milvus_errors, read_address
@@ -44,8 +46,6 @@ if TYPE_CHECKING:
 
 MAX_NEIGHBOURS = 16_384
 """The most that Milvus gives for a query."""
-
-EF_SEARCH = 64
 
 _PARAMETERS = {"hnsw": {"efSearch": "ef"}, "flat": {}}
 """Search parameters by their names on disk, and by Milvus's."""
@@ -330,6 +330,9 @@ class MilvusCollection:
     def _settings(self, parameters: Mapping[str, int], k: int) -> dict[str, int]:
         """Check the parameters of a search, and give them Milvus's names.
 
+        Where none is given it is as on disk, see `AnnIndex.scale`: for `MAX_NEIGHBOURS` 32,768, as
+        much as any Milvus takes (milvus#3738).
+
         Raises:
             UsageError: the index has no such parameter.
         """
@@ -343,7 +346,8 @@ class MilvusCollection:
                     else f"none for {self.factory}",
                     found=str(value),
                 )
-        effort = max(parameters.get("efSearch", EF_SEARCH), k)
+        least = max(EF_SEARCH, GRAPH_SLACK * k if k > NEIGHBOURS else k)
+        effort = max(parameters.get("efSearch", least), k)
         return {name: effort for name in known.values()}
 
     def _look_up(self, ids: ArrayLike, fields: Sequence[str]) -> list[dict[str, Any]]:

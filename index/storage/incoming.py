@@ -84,8 +84,8 @@ def prepare_rows(rows: pa.Table, schema: pa.Schema) -> pa.Table:
 
     Raises:
         UsageError: a column is missing, there twice, of another type, null where a value must be,
-            no Unicode, or of a name that no filter can have; or a row is larger than any file may
-            have.
+            no Unicode, or of a name that no filter can have; or there are more columns, or a row
+            is larger, than any file may have.
     """
     _check_table(rows)
     columns = {}

@@ -172,7 +172,9 @@ def write_parts(
     """Write the living rows of parts as one segment; on failure nothing of it is left."""
     new = write_aside(store, parts, name=name, factory=factory, parameters=parameters)
     entry = dataclasses.replace(new.entry, is_provisional=is_provisional)
-    return checked(store, dataclasses.replace(new, entry=entry))
+    new = dataclasses.replace(new, entry=entry)
+    with removed_unless_named(store, new):
+        return checked(store, new)
 
 
 def write_aside(
@@ -203,10 +205,10 @@ def write_aside(
         )
         for file in (*folder.iterdir(), folder, folder.parent):
             sync(file)
+        return NewSegment(entry=entry, files=hash_files(store.path, names))
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    return NewSegment(entry=entry, files=hash_files(store.path, names))
 
 
 def checked(store: Store, new: NewSegment) -> NewSegment:

@@ -7,9 +7,9 @@ Rules:
     A column is of one of `COLUMN_TYPES` and its name is its own: what is stored is what
     filters, `Row.metadata` and JSON can carry.
     A table may lack further columns: a row without a value has null.
-    A row has at most `MAX_ROW_BYTES` when it comes in, so that a file which holds more for its
-    rows is none of ours, however small it is on the disk. It is counted with columns that it may
-    get when it is merged with others: merging and sealing refuse none.
+    A collection has at most `MAX_COLUMNS` columns, and a row at most `MAX_TEXT_BYTES` of text when
+    they come in: whatever it is merged with, a row never has more than `MAX_ROW_BYTES`, and a file
+    which holds more for its rows is none of ours, however small it is on the disk.
 """
 
 from __future__ import annotations
@@ -50,12 +50,15 @@ COLUMN_TYPES: tuple[pa.DataType, ...] = (
 MAX_ROW_BYTES = 64 << 10
 """Of one row in memory: its texts, and `VALUE_BYTES` a column. Keys are paths, of at most 4 kB."""
 
-RESERVED_COLUMNS = 256
-"""That a row is counted with, at least: later rows may bring the collection columns."""
+MAX_COLUMNS = 256
+"""Of a collection, those of `ROW_SCHEMA` among them."""
 
 VALUE_BYTES = 16
 """What a value takes besides its text, at most: 8 of its own or of offsets, and a bit of
 validity, which is a byte where there is one row."""
+
+MAX_TEXT_BYTES = MAX_ROW_BYTES - VALUE_BYTES * MAX_COLUMNS
+"""Of all texts of a row: later rows may bring the collection columns up to `MAX_COLUMNS`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,44 +140,56 @@ def is_row_schema(schema: pa.Schema) -> bool:
 
 def row_bytes(rows: pa.Table | pa.RecordBatch) -> NDArray[np.int64]:
     """Give the bytes that each row takes in memory, at most; of codes, those they stand for."""
-    bytes_N = np.full(len(rows), VALUE_BYTES * rows.num_columns, np.int64)
+    return text_bytes(rows) + VALUE_BYTES * rows.num_columns
+
+
+def text_bytes(rows: pa.Table | pa.RecordBatch) -> NDArray[np.int64]:
+    """Give the bytes of all texts of each row; of codes, those they stand for."""
+    bytes_N = np.zeros(len(rows), np.int64)
     for column in rows.columns:
         if pa.types.is_dictionary(column.type) or pa.types.is_string(column.type):
-            bytes_N += _text_bytes(column)
+            bytes_N += _lengths(column)
     return bytes_N
 
 
 def check_row_sizes(rows: pa.Table, schema: pa.Schema = ROW_SCHEMA) -> None:
-    """Refuse to take in a row that is, or may become, larger than is believed of a file.
+    """Refuse to take in what would be, or might become, larger than is believed of a file.
 
     Args:
         rows: what comes.
         schema: of the collection that they come to.
 
     Raises:
-        UsageError: there is one; names its key.
+        UsageError: the collection would have too many columns, or a row has too much text; names
+            its key.
     """
-    n_columns = max(RESERVED_COLUMNS, len({*schema.names, *rows.column_names}))
-    most = max(0, MAX_ROW_BYTES - VALUE_BYTES * n_columns)
-    bytes_N = row_bytes(rows) - VALUE_BYTES * rows.num_columns
-    wrong = np.flatnonzero(bytes_N > most)
+    n_columns = len({*schema.names, *rows.column_names})
+    if n_columns > MAX_COLUMNS:
+        raise UsageError(
+            "rows",
+            expected=f"at most {MAX_COLUMNS} columns, with those of the collection",
+            found=str(n_columns),
+            mend="leave columns out",
+        )
+    bytes_N = text_bytes(rows)
+    wrong = np.flatnonzero(bytes_N > MAX_TEXT_BYTES)
     if wrong.size:
         key = str(rows["key"][int(wrong[0])].as_py())
         raise UsageError(
             f"row of key {key[:100]!r}",
-            expected=f"at most {most} bytes of text",
+            expected=f"at most {MAX_TEXT_BYTES} bytes of text",
             found=f"{bytes_N[wrong[0]]}",
             mend="keep long texts elsewhere, and here the place where they are",
         )
 
 
-def _text_bytes(column: Any) -> NDArray[np.int64]:
+def _lengths(column: Any) -> NDArray[np.int64]:
     """Give the bytes of each text; of a dictionary's codes those of the texts they stand for."""
     if isinstance(column, pa.ChunkedArray):
-        pieces = [_text_bytes(chunk) for chunk in column.chunks]
+        pieces = [_lengths(chunk) for chunk in column.chunks]
         return np.concatenate([np.empty(0, np.int64), *pieces])
     if isinstance(column, pa.DictionaryArray):
-        lengths_M = np.append(_text_bytes(column.dictionary), 0)
+        lengths_M = np.append(_lengths(column.dictionary), 0)
         codes: Any = column.indices
         codes = pc.fill_null(codes, len(lengths_M) - 1)
         return cast("NDArray[np.int64]", lengths_M[codes.to_numpy()])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from models.bundle import Bundle, OutputSpec, write_bundle
 from models.images import open_source
 from models.preprocess import PreprocessSpec
 from models.runtime import open_bundle
+from tests.milvusserver import milvus_server
 
 SIDE, DIM = 12, 16
 FINGERPRINT = "f" * 64
@@ -191,6 +192,13 @@ def built_euclidean(
     ) as writer:  # fmt: skip
         writer.add(rows, vectors_ND, fingerprint=bundle.fingerprint)
     return out
+
+
+@pytest.fixture(scope="session")
+def milvus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of one Milvus for all tests; each takes names of its own."""
+    with milvus_server(tmp_path_factory.mktemp("milvus")) as uri:
+        yield uri
 
 
 @pytest.fixture

@@ -31,7 +31,6 @@ from index.ranking import Ranking, search_range
 from index.storage.ids import id_of
 from index.storage.writer import CollectionWriter
 from models.errors import FingerprintMismatchError, UsageError
-from tests.milvusserver import milvus_server
 
 FINGERPRINT = "a" * 64
 DIM = 16
@@ -39,13 +38,6 @@ COUNT = 600
 STORES = ("flat", "hnsw", "delta", "milvus-flat", "milvus-hnsw")
 
 Make = Callable[..., AnyWriter]
-
-
-@pytest.fixture(scope="module")
-def milvus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Run one Milvus for all tests."""
-    with milvus_server(tmp_path_factory.mktemp("milvus")) as uri:
-        yield uri
 
 
 @pytest.fixture(scope="module", params=STORES)
@@ -202,6 +194,17 @@ def test_more_effort_finds_more(make: Make, kind: str) -> None:
     assert recalls[1] >= 0.99
 
 
+def test_of_many_an_index_finds_as_large_a_share(make: Make) -> None:
+    """Whoever asks for a hundred, and says nothing of effort, misses no more than of ten."""
+    vectors_ND = unit(np.random.default_rng(2).standard_normal((2000, 64)))
+    collection = make(table(range(2000)), vectors_ND).collection
+    queries_QD = unit(np.random.default_rng(3).standard_normal((100, 64)))
+    ids, _ = nearest(queries_QD, vectors_ND, 100)
+    found = collection.search(queries_QD, 100, fingerprint=FINGERPRINT)
+    pairs = zip(found.ids, ids, strict=True)
+    assert np.mean([len(set(a) & set(b)) / 100 for a, b in pairs]) >= 0.995
+
+
 def test_ties_are_all_found_in_an_order_that_stays(make: Make) -> None:
     """Equal vectors have equal scores; twice asked, twice the same answer."""
     vectors_ND = np.repeat(unit(np.random.default_rng(4).standard_normal((4, DIM))), 5, axis=0)
@@ -232,6 +235,8 @@ def test_no_more_are_asked_for_than_there_are(make: Make) -> None:
     collection = writer.collection.latest()
     assert collection.count == 0
     assert collection.search(vectors_ND, 9, fingerprint=FINGERPRINT).ids.shape == (3, 0)
+    every = search_range(collection, vectors_ND, -1, fingerprint=FINGERPRINT, effort=50)
+    assert every.ids.shape == (3, 0)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 from index.collection import Collection
 from index.ranking import Ranking, pick_diverse, search_range
 from index.storage.manifest import read_manifest, write_manifest
+from index.storage.writer import CollectionWriter
 from models.errors import UsageError
 
 FINGERPRINT = "f" * 64
@@ -151,10 +152,18 @@ def test_the_effort_of_a_range_is_that_of_each_round(clustered, monkeypatch):
     monkeypatch.setattr(collection, "effort_parameters", effort_parameters)
     search_range(collection, queries, -1, fingerprint=FINGERPRINT, limit=900, effort=500)
     assert asked == [(500, 64), (2048, 512), (3600, 900)]
-    with pytest.raises(UsageError, match="effort: expected no parameters beside it, found"):
-        search_range(
-            collection, queries, 0, fingerprint=FINGERPRINT, effort=9, parameters={"efSearch": 9}
-        )
+
+
+def test_a_range_of_a_collection_whose_images_were_deleted(clustered):
+    """Finds nothing, with effort and without."""
+    collection, queries = clustered
+    with CollectionWriter.open(collection.path) as writer:
+        writer.delete(collection.ids)
+        for effort in (None, 50):
+            found = search_range(
+                writer.collection, queries, 0.5, fingerprint=FINGERPRINT, effort=effort
+            )
+            assert found.ids.shape == (50, 0)
 
 
 def test_bounds(tmp_path, make_collection, unit_rows):

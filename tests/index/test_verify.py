@@ -3,7 +3,6 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import faiss
@@ -452,13 +451,16 @@ def test_a_column_whose_name_is_no_text_is_refused(built, copy_collection):
     file = path / "segments/000000/rows.parquet"
     content = file.read_bytes()
     places = [at for at in range(len(content)) if content.startswith(b"digest", at)]
-    assert places
+    n_refused = 0
     for at in places:
         file.write_bytes(content[:at] + b"\xff\xfe" + content[at + 2 :])
         rehash(path)
-        with suppress(CollectionError), Collection.open(path) as collection:
-            assert collection.table().column_names[-1] == "digest"
-    assert len(places) > 1
+        try:
+            with Collection.open(path) as collection:
+                assert collection.table().column_names[-1] == "digest"
+        except CollectionError:
+            n_refused += 1
+    assert n_refused > 0
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "journal-000001", ".lock"])

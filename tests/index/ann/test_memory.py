@@ -87,7 +87,7 @@ def test_lists_and_sub_vectors_by_rule():
     assert [list_count(n) for n in (100, 60_000, 1_000_000, 10**9)] == [16, 256, 1024, 8192]
     assert sub_vectors(784) == [196, 392]
     assert sub_vectors(50) == [10, 25]
-    assert sub_vectors(7) == [1] or sub_vectors(7) == [7]
+    assert sub_vectors(7) == [1]
     for dim in (1, 7, 13, 96, 127, 1536):
         assert all(dim % m == 0 for m in sub_vectors(dim))
 

@@ -67,8 +67,8 @@ def test_an_index_that_memory_cannot_hold(tmp_path, bundle, train_folder, monkey
     assert plan(wanted).index == "HNSW32"
     message = (
         r"memory for index HNSW32 over 60 x 16: expected at least \d\S* kB to build it, found "
-        r"\S+ \w+, 20 kB of it free; take --recall .99 --memory-budget 2GB, which chooses one that "
-        r"fits, or --index flat"
+        r"\S+ \w+, 20 kB of it free; take --index flat; or, without --index and --sync, "
+        r"--recall .99 --memory-budget 2GB, which chooses one that fits"
     )
     assert re.fullmatch(message, caplog.messages[-1])
     monkeypatch.setattr(assemble, "memory_bytes", lambda: 30_000)

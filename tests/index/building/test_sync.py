@@ -18,10 +18,11 @@ from PIL import Image
 
 import index.building.sync as sync_module
 from index.build import BuildOptions, build, main, sync
-from index.building import sync_state
-from index.building.sync_state import read_state
+from index.building import part_set, sync_state, sync_writing
+from index.building.sync_state import Stamp, read_state
 from index.collection import Collection, id_of
 from index.embed import embed
+from index.storage import rows
 from index.storage.writer import CollectionWriter
 from index.verify import verify
 from models.command import run_command
@@ -61,6 +62,12 @@ def check(collection, folder, bundle):
     assert (verify(collection).faults, verify(collection).unknown) == ([], [])
 
 
+def count(path):
+    """Give how many images a collection has."""
+    with Collection.open(path) as collection:
+        return collection.count
+
+
 @pytest.fixture
 def folder(tmp_path):
     """Twelve pictures in two folders."""
@@ -77,10 +84,27 @@ def options(tmp_path, bundle, folder):
     )
 
 
+@pytest.fixture(autouse=True)
+def unsettled():
+    """Take no file for settled, however long a test runs; apart from `monkeypatch.undo`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sync_state, "SETTLED_S", 1e9)
+        yield
+
+
 @pytest.fixture
 def settled(monkeypatch):
     """Take files that were just written for settled, where no test can wait."""
     monkeypatch.setattr(sync_state, "SETTLED_S", -1e9)
+
+
+def test_a_file_is_settled_when_it_was_left_alone_for_seconds(monkeypatch):
+    """By the later of its two times."""
+    monkeypatch.setattr(sync_state, "SETTLED_S", 3.0)
+    for times in ((7_000_000_000, 1), (1, 7_000_000_000)):
+        stamp = Stamp(1, *times, inode=1)
+        assert not stamp.is_settled(10_000_000_000)
+        assert stamp.is_settled(10_000_000_001)
 
 
 def test_a_collection_follows_its_folder(options, folder, bundle):
@@ -159,12 +183,24 @@ def test_a_folder_that_is_away_keeps_its_images(options, folder, tmp_path, monke
     assert facts(sync(options)) == {"unchanged": 12, "read": 12}
 
 
+def test_a_folder_that_was_emptied_drops_nothing(options, folder, tmp_path):
+    """Its disk may not be mounted."""
+    sync(options)
+    folder.rename(tmp_path / "disk")
+    folder.mkdir()
+    with pytest.raises(SourceError, match=r"expected images .*, found 0 other files"):
+        sync(options)
+    folder.rmdir()
+    (tmp_path / "disk").rename(folder)
+    assert facts(sync(options)) == {"unchanged": 12, "read": 12}
+
+
 def test_rejects_are_tried_again_when_they_have_changed(options, folder, bundle, monkeypatch):
     """Not before; those of the first build are known as well."""
     bad = folder / "a" / "bad.png"
     bad.write_text("no image")
     assert facts(sync(options)) == {"new": 12, "rejected": 1, "embedded": 12}
-    monkeypatch.setattr(sync_module, "embed_batches", None)  # nothing can be embedded
+    monkeypatch.setattr(sync_writing, "embed_batches", None)  # nothing can be embedded
     for _ in range(2):
         assert facts(sync(options)) == {"unchanged": 12, "rejected": 1, "read": 13}
     monkeypatch.undo()
@@ -191,25 +227,91 @@ def test_an_image_without_a_direction_is_rejected(options, folder, bundle):
     assert verify(options.out).faults == []
 
 
+def test_a_stored_vector_without_a_direction_is_rejected(options, folder, tmp_path, monkeypatch):
+    """As older collections have: with other metadata or moved it goes, and the rest is written."""
+    monkeypatch.setattr(part_set, "reject_unsound", lambda *_: {})
+    for name in ("110.png", "twin.png"):
+        picture(folder / "a" / name, 110)
+    assert facts(sync(options)) == {"new": 14, "embedded": 14}
+    monkeypatch.undo()
+    table = tmp_path / "facts.csv"
+    table.write_text("key,price\na/00.png,1\na/110.png,2\n")
+    (folder / "a" / "twin.png").rename(folder / "b" / "twin.png")
+    told = dataclasses.replace(options, metadata=table)
+    assert facts(sync(told)) == {"updated": 1, "unchanged": 12 - 1, "rejected": 2, "read": 14}
+    assert facts(sync(told)) == {"unchanged": 12, "rejected": 2, "read": 14}
+    with Collection.open(options.out) as collection:
+        assert collection.count == 12
+        assert collection.select("price = 1").count == 1
+    assert verify(options.out).faults == []
+
+
+def test_a_row_of_more_text_than_may_come_in_stays_as_it_is(options, folder, tmp_path, monkeypatch):
+    """As older collections have: updated, moved or changed, its key is rejected each time."""
+    table = tmp_path / "facts.csv"
+    long = "x" * 62_000
+    table.write_text(f"key,note\na/00.png,{long}\na/02.png,{long}\na/04.png,{long}\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(rows, "MAX_TEXT_BYTES", 63_000)
+        sync(dataclasses.replace(options, metadata=table))
+    table.write_text(f"key,note\na/00.png,{long}y\na/06.png,short\n")
+    (folder / "a" / "02.png").rename(folder / "b" / "moved.png")
+    picture(folder / "a" / "04.png", 251)
+    for _ in range(2):
+        assert facts(sync(options)) == {
+            "unchanged": 10, "rejected": 2, "embedded": 1, "read": 12
+        }  # fmt: skip
+    reject = read_state(options.out, f"folder:{folder}").rejects["b/moved.png"]
+    assert reject.fault == "row_too_large"
+    assert re.fullmatch(
+        r"b/moved.png: expected at most 61440 bytes of text in its row, found 62\d\d\d",
+        reject.message,
+    )
+    (folder / "b" / "moved.png").rename(folder / "a" / "02.png")
+    assert facts(sync(dataclasses.replace(options, metadata=table))) == {
+        "updated": 2, "unchanged": 8, "rejected": 1, "embedded": 1, "changed": 1, "read": 12
+    }  # fmt: skip
+    with Collection.open(options.out) as collection:
+        notes = {row.key: row.metadata["note"] for row in collection.rows(collection.ids)}
+        assert notes == dict.fromkeys(notes) | {"a/00.png": long, "a/06.png": "short"}
+    assert verify(options.out).faults == []
+
+
+def test_vectors_are_as_long_as_the_collection_compares_them(options, folder, bundle):
+    """By distances, those of images are the encoder's own, as those of queries are."""
+    with CollectionWriter.create(
+        options.out, name="c", fingerprint=bundle.fingerprint, dim=bundle.output.dim,
+        metric="euclidean",
+    ):  # fmt: skip
+        pass
+    picture(folder / "a" / "110.png", 110)  # the encoder gives zero, which has a distance
+    assert facts(sync(options)) == {"new": 13, "embedded": 13}
+    with Collection.open(options.out) as opened, closing(open_bundle(bundle.path)) as encoder:
+        for record in open_source(str(folder)).records():
+            expected = encoder.encode(encoder.preprocess(record.read())[None])
+            found = opened.vectors([id_of(record.key)])
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_an_interrupted_sync_goes_on(options, folder, bundle, monkeypatch):
     """What was written is not embedded again; nothing is there twice."""
     (folder / "a" / "00.png").unlink()
     sync(options)
     for level in range(12):
         picture(folder / "c" / f"{level:02}.png", 3 + 20 * level)
-    monkeypatch.setattr(sync_module, "WRITE_ROWS", 4)
-    write, written = sync_module._Sync._write, []
+    monkeypatch.setattr(sync_writing, "WRITE_ROWS", 4)
+    upsert, written = CollectionWriter.upsert, []
 
-    def interrupt(self, rows, vectors_ND):
-        if len(rows) and len(written) == 2:
+    def interrupt(self, rows, vectors_ND, **options):
+        if len(written) == 2:
             raise KeyboardInterrupt
-        written.extend([rows] if len(rows) else [])
-        write(self, rows, vectors_ND)
+        written.append(rows)
+        upsert(self, rows, vectors_ND, **options)
 
-    monkeypatch.setattr(sync_module._Sync, "_write", interrupt)
+    monkeypatch.setattr(CollectionWriter, "upsert", interrupt)
     with pytest.raises(KeyboardInterrupt, match="the same command goes on from there"):
         sync(options)
-    monkeypatch.setattr(sync_module._Sync, "_write", write)
+    monkeypatch.setattr(CollectionWriter, "upsert", upsert)
     assert facts(sync(options)) == {"new": 4, "unchanged": 19, "embedded": 4, "read": 23}
     check(options.out, folder, bundle)
 
@@ -388,27 +490,26 @@ def test_a_killed_sync_leaves_a_sound_collection_and_goes_on(options, folder, tm
     """What it wrote before SIGKILL is there and is not embedded again."""
     sync(options)
     images = tmp_path / "noise-images-idx3-ubyte"
-    header = np.array([0x00000803, 2500, 14, 14], ">u4").tobytes()
-    images.write_bytes(header + np.random.default_rng(0).bytes(2500 * 14 * 14))
+    header = np.array([0x00000803, 10_000, 14, 14], ">u4").tobytes()
+    images.write_bytes(header + np.random.default_rng(0).bytes(10_000 * 14 * 14))
     args = ("--images", f"idx:{images}", "--encoder", options.encoder, "--out", options.out)
     command = [sys.executable, "-m", "index.build", *map(str, args), "--sync"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     deadline_s = time.monotonic() + 60
-    while not any(file.stat().st_size > 50_000 for file in options.out.glob("journal-*")):
+    while count(options.out) == 12:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline_s, "nothing was written within a minute"
         time.sleep(0.001)
     process.kill()
     process.communicate()
-    with Collection.open(options.out) as collection:
-        n_there = collection.count - 12
-    assert 0 < n_there < 2500
+    n_there = count(options.out) - 12
+    assert 0 < n_there < 10_000
     assert verify(options.out).faults == []
     summary = sync(dataclasses.replace(options, images=f"idx:{images}"))
     assert (summary.unchanged, summary.new, summary.embedded) == (
-        n_there, 2500 - n_there, 2500 - n_there
+        n_there, 10_000 - n_there, 10_000 - n_there
     )  # fmt: skip
-    assert summary.images == 2512
+    assert summary.images == 10_012
     assert verify(options.out).faults == []
 
 

@@ -62,12 +62,20 @@ def test_a_move_is_one_and_takes_its_metadata_along():
 
 
 def test_what_cannot_be_read_stays_and_what_is_no_image_goes():
-    """Also all below a folder that cannot be read."""
-    before = {"away": "1", "empty": "2", "locked/a": "3", "locked/b": "4", "lock": "5"}
-    plan = plan_of({"away": "!unreadable", "empty": "!empty", "locked/": "!unreadable"}, before)
-    assert sorted(plan.retained) == [0, 2, 3]
+    """Also all below a folder that cannot be read, or a link that led to one, whatever its name."""
+    before = {
+        "away": "1",
+        "empty": "2",
+        "locked/a": "3",
+        "locked/b": "4",
+        "lock": "5",
+        "l.png/a": "6",
+    }
+    now = {"away": "!unreadable", "empty": "!empty", "locked/": "!unreadable"}
+    plan = plan_of({**now, "l.png": "!unreadable"}, before)
+    assert sorted(plan.retained) == [0, 2, 3, 5]
     assert sorted(plan.drop) == [1, 4]
-    assert [one.key for one in plan.rejects] == ["away", "empty", "locked/"]
+    assert [one.key for one in plan.rejects] == ["away", "empty", "locked/", "l.png"]
     assert plan.gone == 1
 
 

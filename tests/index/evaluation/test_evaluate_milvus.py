@@ -9,19 +9,16 @@ from index.evaluation.evaluate_recall import RecallOptions
 from index.evaluation.evaluate_retrieval import RetrievalOptions
 from index.evaluation.evaluate_space import SpaceOptions
 from index.interface import open_collection
-from tests.milvusserver import milvus_server
 
 
 @pytest.fixture(scope="module")
-def stored(tmp_path_factory, bundle, train_folder):
+def stored(tmp_path_factory, milvus, bundle, train_folder):
     """The images of `built` in a Milvus; its address."""
-    with milvus_server(tmp_path_factory.mktemp("milvus")) as uri:
-        folder = tmp_path_factory.mktemp("parts")
-        options = BuildOptions(
-            images=str(train_folder), encoder=str(bundle.path), out=folder / "colours",
-            store=f"milvus:{uri}", index="hnsw",
-        )  # fmt: skip
-        yield build(options).collection
+    options = BuildOptions(
+        images=str(train_folder), encoder=str(bundle.path),
+        out=tmp_path_factory.mktemp("parts") / "colours", store=f"milvus:{milvus}", index="hnsw",
+    )  # fmt: skip
+    return build(options).collection
 
 
 def test_a_milvus_is_evaluated_as_a_directory_is(stored, built):

@@ -2,6 +2,7 @@ import json
 import shutil
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -154,6 +155,20 @@ def test_copies_within_a_collection_are_flagged(tmp_path, bundle, new_folder):
     shutil.rmtree(folder)
     with pytest.raises(EvaluationError, match="put them back, or leave --contents out"):
         evaluate(RetrievalOptions(collection=str(plain), contents=True))
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1, 1e4])
+def test_copies_are_told_by_distance_at_any_scale(tmp_path, unit_rows, scale):
+    """Two of ten vectors are equal, whatever the lengths of all."""
+    vectors = scale * unit_rows(10, 8)
+    vectors[9] = vectors[0]
+    rows = {"key": list("abcdefghij"), "label": ["x"] * 10, "source": ["folder:/nowhere"] * 10}
+    with CollectionWriter.create(
+        tmp_path / "c", name="far", fingerprint="f" * 64, dim=8, metric="euclidean"
+    ) as writer:
+        writer.add(pa.table(rows), vectors, fingerprint="f" * 64)
+    report = evaluate(RetrievalOptions(collection=str(tmp_path / "c")))
+    assert report.duplicates.same_vector == 2
 
 
 def test_what_cannot_be_scored_is_left_out_and_said(tmp_path, bundle, new_folder):

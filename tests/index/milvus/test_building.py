@@ -3,7 +3,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -25,14 +24,6 @@ from index.search import SearchOptions, main
 from models.command import run_command
 from models.errors import UsageError
 from tests.index.conftest import make_bundle, make_folder
-from tests.milvusserver import milvus_server
-
-
-@pytest.fixture(scope="module")
-def milvus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Run one Milvus for all tests."""
-    with milvus_server(tmp_path_factory.mktemp("milvus")) as uri:
-        yield uri
 
 
 @pytest.fixture

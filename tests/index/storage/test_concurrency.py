@@ -46,9 +46,10 @@ def test_readers_see_whole_snapshots_while_a_writer_writes(path, unit_rows):
     """
     vectors = unit_rows(180, DIM)
     is_done = threading.Event()
+    has_read = [threading.Event() for _ in range(3)]
     faults = []
 
-    def read():
+    def read(has_read):
         collection = Collection.open(path, threads=1)
         while not is_done.is_set():
             latest = collection.latest()
@@ -63,11 +64,12 @@ def test_readers_see_whole_snapshots_while_a_writer_writes(path, unit_rows):
                     faults.append(f"{found.scores[0]} where {best} was there")
                 if [row.id for row in latest.rows(found.ids[0])] != found.ids[0].tolist():
                     faults.append(f"rows of {found.ids[0]}")
+                has_read.set()
             collection = latest
 
-    def guarded(work):
+    def guarded(work, *arguments):
         try:
-            work()
+            work(*arguments)
         except Exception as error:
             faults.append(repr(error))
 
@@ -77,19 +79,22 @@ def test_readers_see_whole_snapshots_while_a_writer_writes(path, unit_rows):
             while not is_done.is_set():
                 writer.compact(all=True)
 
-        threads = [
-            threading.Thread(target=guarded, args=(work,)) for work in [read] * 3 + [compact]
-        ]
+        works = [(compact,), *((read, event) for event in has_read)]
+        threads = [threading.Thread(target=guarded, args=work) for work in works]
         for thread in threads:
             thread.start()
-        for n in range(60):
-            own = [3 * n, 3 * n + 1, 3 * n + 2]
-            writer.upsert(table(*map(str, own)), vectors[own], fingerprint=FINGERPRINT)
-            if n % 3 == 2:
-                writer.delete([id_of(str(row)) for row in range(3 * n - 3, 3 * n)])
-        is_done.set()
-        for thread in threads:
-            thread.join()
+        try:
+            for n in range(60):
+                own = [3 * n, 3 * n + 1, 3 * n + 2]
+                writer.upsert(table(*map(str, own)), vectors[own], fingerprint=FINGERPRINT)
+                if n % 3 == 2:
+                    writer.delete([id_of(str(row)) for row in range(3 * n - 3, 3 * n)])
+                if n == 30:
+                    assert all(event.wait(60) for event in has_read), faults
+        finally:
+            is_done.set()
+            for thread in threads:
+                thread.join()
         expected = {str(3 * n + i) for n in range(60) for i in range(3) if n % 3 != 1}
         assert set(writer.collection.keys()) == expected
     assert faults == []

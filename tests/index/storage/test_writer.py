@@ -440,7 +440,7 @@ def test_a_full_disk_costs_nothing_that_was_acknowledged(writer, vectors, monkey
 
 
 def test_a_full_disk_keeps_no_segment_that_nobody_names(writer, unit_rows, tmp_path, monkeypatch):
-    """Where the manifest finds no room, what was written for it would stay in the way."""
+    """Where it cannot be opened, or its manifest finds no room, it would stay in the way."""
 
     def full(*_, **options):
         raise OSError(28, "No space left on device")
@@ -448,9 +448,9 @@ def test_a_full_disk_keeps_no_segment_that_nobody_names(writer, unit_rows, tmp_p
     def names():
         return sorted(folder.name for folder in writer.path.glob("segments/*"))
 
-    def refused(step):
+    def refused(step, *more):
         before = names()
-        for name in ("write_manifest", "_write_tombstones"):
+        for name in ("write_manifest", "_write_tombstones", "open_segment", *more):
             with monkeypatch.context() as patch:
                 patch.setattr(publishing, name, full)
                 with pytest.raises(CollectionError, match="found No space left on device; make ro"):
@@ -464,8 +464,8 @@ def test_a_full_disk_keeps_no_segment_that_nobody_names(writer, unit_rows, tmp_p
     for start in (0, 30):
         keys = list(map(str, range(start, start + 30)))
         writer.add(table(*keys), vectors[start : start + 30], fingerprint=FINGERPRINT)
-        refused(writer.seal)
-    refused(lambda: writer.compact(all=True))
+        refused(writer.seal, "hash_files")
+    refused(lambda: writer.compact(all=True), "hash_files")
     with writer.whole() as whole:
         file = tmp_path / "index.faiss"
         asked = write_hnsw(whole.segment.vectors_ND, file)
