@@ -62,6 +62,7 @@ RETRIED_METHOD = {"service": "horace.v1.Horace", "method": "Embed"}
 
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),
+    ("grpc.lb_policy_name", "round_robin"),  # over all servers that a name stands for
     (
         "grpc.service_config",
         json.dumps({"methodConfig": [{"name": [RETRIED_METHOD], "retryPolicy": RETRY}]}),

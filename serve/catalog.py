@@ -202,15 +202,19 @@ class Catalog:
             hold.close()
 
     @property
-    def running(self) -> list[ServedModel]:
-        """List every version that callers reach: those offered, and what collections keep.
+    def offered(self) -> list[ServedModel]:
+        """List every version that callers may name.
 
-        May be read on any thread: each dictionary is copied in one step.
+        May be read on any thread, as `running` may: each dictionary is copied in one step.
         """
         by_name = list(self.versions.values())
-        offered = [model for versions in by_name for model in list(versions.values())]
+        return [model for versions in by_name for model in list(versions.values())]
+
+    @property
+    def running(self) -> list[ServedModel]:
+        """List every version that callers reach: those offered, and what collections keep."""
         kept = [served.model for served in list(self.collections.values())]
-        return list(dict.fromkeys((*offered, *kept)))
+        return list(dict.fromkeys((*self.offered, *kept)))
 
     @property
     def alive(self) -> bool:
@@ -222,7 +226,7 @@ class Catalog:
 
         The one that the collection of this name is bound to counts, too, offered or not.
         """
-        offered = [model for versions in self.versions.values() for model in versions.values()]
+        offered = self.offered
         if name in self.collections:
             offered.append(self.collections[name].model)
         for model in offered:

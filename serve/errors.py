@@ -42,6 +42,11 @@ RETRY_AFTER_S = 1.0
 """When to come back for what other calls hold: they end within about that, and no more is known."""
 
 
+PROMISED = {"promised": True}
+"""`extra` of a line of the log that is found nowhere else, or that a caller was told of: it is
+written however many of its kind there are (`serve.operation.logs`)."""
+
+
 class ServeError(HoraceError):
     """Base of the errors of `serve`.
 
@@ -136,7 +141,8 @@ def to_status(error: BaseException) -> tuple[grpc.StatusCode, str]:
         if code := STATUS_CODES.get(kind):
             return code, _cut(without_paths(str(error)))
     incident = secrets.token_hex(4)
-    log.error("incident %s: %s", incident, type(error).__name__, exc_info=error)
+    kind_name = type(error).__name__
+    log.error("incident %s: %s", incident, kind_name, exc_info=error, extra=PROMISED)
     return (
         grpc.StatusCode.INTERNAL,
         f"internal error; the server's log has it as incident {incident}",

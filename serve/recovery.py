@@ -1,9 +1,9 @@
 """Ready again after trouble: only once a real inference has gone through the pipeline.
 
 Rules:
-    Trouble is a thread that died or hangs, in any pool or model, or a remote model that has
-    become another encoder. From then on the server is not ready, until a probe has passed
-    that began after the last trouble.
+    Trouble is a thread that died or hangs, in any pool or any model that is offered, or such a
+    model that is remote and has become another encoder. From then on the server is not ready,
+    until a probe has passed that began after the last trouble.
     A probe that fails or takes too long is tried again at intervals, as long as it takes.
     The trouble is logged where it was found; here the log has one line when it is over.
 """

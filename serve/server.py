@@ -4,7 +4,8 @@ Rules:
     The port is taken first and alone: a port in use is an error, not a share of its traffic
     (gRPC would bind it with SO_REUSEPORT and say nothing).
     Readiness comes from a real image through the whole pipeline of every model, and after a
-    thread was lost from another.
+    thread was lost from another. What only a collection keeps is asked for no image then: a
+    remote encoder that has become another is the trouble of that collection's callers alone.
     Stopping drains: not ready, no new calls, those under way are answered, within a limit.
     What this opens it closes: encoders, collections, engines, threads.
     Models and collections are opened on a thread that nobody has to wait for: a start can
@@ -20,8 +21,10 @@ import asyncio
 import contextlib
 import logging
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -36,7 +39,7 @@ from serve.calls import Calls
 from serve.catalog import Catalog
 from serve.config import MIB, ServeOptions
 from serve.engine import Engine
-from serve.front import make_front
+from serve.front import Front, make_front
 from serve.front.port import is_loopback, join_address
 from serve.health import Health
 from serve.http.door import HttpDoor
@@ -130,24 +133,9 @@ class Server:
         self._watching: asyncio.Task[None] | None = None
         self.health = Health([services.SERVICE_NAME, kserve.SERVICE_NAME, health.SERVICE_NAME])
         self.calls = Calls()
-        statistics = Statistics()
-        self.operation = Operation(
-            metrics=options.metrics,
-            tracing=options.tracing,
-            logs=options.log,
-            state=ServerState(
-                self.catalog,
-                self.calls,
-                self.health,
-                loads=self.lifecycle.statistics,
-                reloads=self.reloads.statistics,
-                in_flight=self.security.interceptor.in_flight,
-                lives=self._lives,
-            ),
-            place=place,
-            also=(statistics,),
-            keyed=options.keys.file is not None,
-        )
+        self._engines: WeakKeyDictionary[Engine, tuple[str, str]] = WeakKeyDictionary()
+        statistics = Statistics(served=self._served)
+        self.operation = self._make_operation(statistics)
         self._closing.callback(self.operation.close)
         self._watchdog.watch(self.operation)
         answering = Answering(calls=self.calls, observer=self.operation.observer)
@@ -158,31 +146,8 @@ class Server:
             following_pool=self._following_pool,
             answering=answering,
         )
-        self.kserve = KserveServicer(
-            self.catalog,
-            answering=answering,
-            health=self.health,
-            options=options.kserve,
-            max_images=options.max_images_per_request,
-            max_batch_images=options.max_batch_images,
-            statistics=statistics,
-            control=self.lifecycle,
-            max_message_bytes=options.max_message_mib * MIB,
-            unix_is_local=is_loopback(options.host),
-        )
-        self._front = make_front(
-            options.frontend,
-            max_message_bytes=options.max_message_mib * MIB,
-            max_calls=options.max_calls,
-            max_calls_a_connection=options.limits.calls_per_connection,
-            interceptors=[self.security.interceptor],
-            reuse_port=place.shares_ports,
-            tls=options.tls.is_on,
-            host=options.host,
-            refuses=self.valve.refuses,
-            screen=self._make_screen(answering),
-            on_turned_away=self.operation.observer.turned_away,
-        )
+        self.kserve = self._make_kserve(answering, statistics)
+        self._front = self._make_front(answering)
         self.http = self._make_http_door()
         self.port = 0
         self._ready = False
@@ -268,6 +233,62 @@ class Server:
         await self.http.stop(cut_off=True)
         self._closing.close()
 
+    def _make_operation(self, statistics: Statistics) -> Operation:
+        """Make what an operator sees; `statistics` hear what the metrics hear."""
+        options = self._options
+        state = ServerState(
+            self.catalog,
+            self.calls,
+            self.health,
+            served=self._served,
+            loads=self.lifecycle.statistics,
+            reloads=self.reloads.statistics,
+            in_flight=self.security.interceptor.in_flight,
+            lives=self._lives,
+        )
+        return Operation(
+            metrics=options.metrics,
+            tracing=options.tracing,
+            logs=options.log,
+            state=state,
+            place=self.place,
+            also=(statistics,),
+            keyed=options.keys.file is not None,
+        )
+
+    def _make_kserve(self, answering: Answering, statistics: Statistics) -> KserveServicer:
+        """Make the service of KServe's protocol."""
+        options = self._options
+        return KserveServicer(
+            self.catalog,
+            answering=answering,
+            health=self.health,
+            options=options.kserve,
+            max_images=options.max_images_per_request,
+            max_batch_images=options.max_batch_images,
+            statistics=statistics,
+            control=self.lifecycle,
+            max_message_bytes=options.max_message_mib * MIB,
+            unix_is_local=is_loopback(options.host),
+        )
+
+    def _make_front(self, answering: Answering) -> Front:
+        """Make what reads gRPC."""
+        options = self._options
+        return make_front(
+            options.frontend,
+            max_message_bytes=options.max_message_mib * MIB,
+            max_calls=options.max_calls,
+            max_calls_a_connection=options.limits.calls_per_connection,
+            interceptors=[self.security.interceptor],
+            reuse_port=self.place.shares_ports,
+            tls=options.tls.is_on,
+            host=options.host,
+            refuses=self.valve.refuses,
+            screen=self._make_screen(answering),
+            on_turned_away=self.operation.observer.turned_away,
+        )
+
     def _make_screen(self, answering: Answering) -> Screen:
         """Make what ends calls before they are begun: those of the methods that embed."""
         max_fields = most_fields(self._options.max_images_per_request)
@@ -341,14 +362,25 @@ class Server:
         pools = (self._decode_pool, self._search_pool, self._opening_pool, self._disposal_pool)
         return self._front.alive and all(pool.alive for pool in pools)
 
-    def _on_trouble(self) -> None:
-        """Hear, on any thread, that one has died or hangs."""
+    def _served(self) -> list[tuple[str, str]]:
+        """Name the versions that run: offered, about to be, or still in use."""
+        return [pair for engine, pair in self._engines.items() if engine.state != "closed"]
+
+    def _on_trouble(self, encoder: Encoder | None = None) -> None:
+        """Hear, on any thread, that one has died or hangs: an encoder's, or one of a pool."""
         with contextlib.suppress(RuntimeError):  # the loop has ended
             if self._loop is not None:
-                self._loop.call_soon_threadsafe(self.recovery.note_trouble)
+                self._loop.call_soon_threadsafe(self._note_trouble, encoder)
+
+    def _note_trouble(self, encoder: Encoder | None) -> None:
+        """Be ready no more until a probe has passed, where it can."""
+        if encoder is None or any(encoder is model.encoder for model in self.catalog.offered):
+            self.recovery.note_trouble()
+        else:
+            self._tell_health()
 
     async def _probe(self) -> None:
-        """Send an image through every version, and something through the pool for searches.
+        """Send an image through every version that is offered, and a task through the search pool.
 
         What was swapped out meanwhile is left out: what replaced it has computed an image.
 
@@ -356,7 +388,7 @@ class Server:
             StartError: a model gave no vector.
             ServeError: it takes no requests, or lost this one.
         """
-        for model in self.catalog.running:
+        for model in self.catalog.offered:
             if not model.hold.closed:
                 with model.lease():
                     await warm_up(model)
@@ -415,9 +447,10 @@ class Server:
             max_delay_s=options.max_delay_ms / 1e3,
             instances=model.instances or options.instances or 1,
             limits=options.image_limits,
-            on_trouble=self._on_trouble,
+            on_trouble=partial(self._on_trouble, encoder),
             observer=self.operation.observer.watch_model(name, version),
         )
+        self._engines[engine] = name, version
         self._watchdog.watch(engine)
         return engine
 

@@ -16,9 +16,10 @@ import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from models.wire import dtype_from_wire, vectors_to_wire
 from protos import horace_pb2 as pb
@@ -27,7 +28,7 @@ from serve.answering import Answering, Context
 from serve.catalog import Catalog, ServedCollection, ServedModel
 from serve.combining import count_examples, read_combinations, search_combinations
 from serve.embedding import count_payload, finish, read_images
-from serve.errors import QueueFullError, RequestError, retry_after_ms
+from serve.errors import RETRY_AFTER_S, QueueFullError, RequestError, retry_after_ms
 from serve.job import Embedded
 from serve.operation.observer import Call
 from serve.pool import ThreadPool
@@ -45,8 +46,6 @@ from serve.searching import (
 if TYPE_CHECKING:
     from index.collection import Collection
 
-Value = TypeVar("Value")
-
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Horace"].full_name
 
 
@@ -58,7 +57,8 @@ class RequestLimits:
         max_images: images of Embed, queries of Search.
         max_message_bytes: of a request, and of a reply that grows with k.
         max_neighbours: the largest k.
-        max_waiting_searches: searches that wait for a thread.
+        max_waiting_searches: searches that wait for a thread; of images also those that are
+            embedded first, which have their place from then on.
         stream_requests: requests of one stream that are under way at once.
     """
 
@@ -93,6 +93,7 @@ class HoraceServicer(pb_grpc.HoraceServicer):
         self._catalog = catalog
         self._limits = limits
         self._search_pool = search_pool
+        self._embedding_searches = 0
         self._following_pool = following_pool
         self._clock = answering.clock
         self._answering = answering
@@ -299,28 +300,14 @@ class HoraceServicer(pb_grpc.HoraceServicer):
             max_reply_bytes=self._limits.max_message_bytes,
         )
         if request.filter:
-            selection = await self._run_search(partial(select, collection, request.filter))
-            query = replace(query, selection=selection)
-        self._check_search_room()
-        match request.WhichOneof("queries"):
-            case "combined":
-                work = await self._read_combined(
-                    served, collection, call, request, query, deadline_s
-                )
-            case "images":
-                embedded = await self._compute(
-                    served.model, call, request.images.images, request.priority, deadline_s
-                )
-                call.embedded = embedded
-                vectors_QD, statuses = finish(embedded, normalize=False)
-                work = partial(search_vectors, collection, vectors_QD, statuses, query)
-            case "vectors":
-                vectors_QD, statuses = read_query_vectors(request.vectors, served)
-                work = partial(search_vectors, collection, vectors_QD, statuses, query)
-            case _:
-                work = partial(search_ids, collection, request.ids.ids, query)
+            self._check_search_room()
+            selecting = partial(select, collection, request.filter)
+            query = replace(query, selection=await self._search_pool.run(selecting))
+        work = await self._prepare(served, collection, call, request, query, deadline_s)
+        if call.embedded is None:
+            self._check_search_room()
         started_s = self._clock()
-        results = await self._run_search(work)
+        results = await self._search_pool.run(work)
         call.search_s = self._clock() - started_s
         return pb.SearchResponse(
             results=results,
@@ -330,6 +317,32 @@ class HoraceServicer(pb_grpc.HoraceServicer):
             request_id=request.request_id,
             version=version_of(collection),
         )
+
+    async def _prepare(
+        self,
+        served: ServedCollection,
+        collection: Collection,
+        call: Call,
+        request: pb.SearchRequest,
+        query: Query,
+        deadline_s: float,
+    ) -> Callable[[], list[pb.Hits]]:
+        """Read the queries and embed their images; give the search that is left to do."""
+        match request.WhichOneof("queries"):
+            case "combined":
+                return await self._read_combined(
+                    served, collection, call, request, query, deadline_s
+                )
+            case "images":
+                images = request.images.images
+                vectors_QD, statuses = await self._embed_queries(
+                    served, call, images, request.priority, deadline_s
+                )
+            case "vectors":
+                vectors_QD, statuses = read_query_vectors(request.vectors, served)
+            case _:
+                return partial(search_ids, collection, request.ids.ids, query)
+        return partial(search_vectors, collection, vectors_QD, statuses, query)
 
     async def _read_combined(
         self,
@@ -347,26 +360,37 @@ class HoraceServicer(pb_grpc.HoraceServicer):
         vectors_ND = np.empty((0, collection.dim), np.float32)
         statuses: list[pb.ItemStatus] = []
         if images:
-            call.embedded = await self._compute(
-                served.model, call, images, request.priority, deadline_s
+            vectors_ND, statuses = await self._embed_queries(
+                served, call, images, request.priority, deadline_s
             )
-            vectors_ND, statuses = finish(call.embedded, normalize=False)
         return partial(search_combinations, collection, combinations, vectors_ND, statuses, query)
 
-    async def _run_search(self, work: Callable[[], Value]) -> Value:
-        """Search on a thread; refuse where too many wait for one."""
-        self._check_search_room()
-        return await self._search_pool.run(work)
+    async def _embed_queries(
+        self,
+        served: ServedCollection,
+        call: Call,
+        images: Sequence[pb.Image],
+        priority: int,
+        deadline_s: float,
+    ) -> tuple[NDArray[np.float32], list[pb.ItemStatus]]:
+        """Embed what a search is for; it has its place among those that wait from now on."""
+        self._check_search_room(self._embedding_searches)
+        self._embedding_searches += 1
+        try:
+            call.embedded = await self._compute(served.model, call, images, priority, deadline_s)
+        finally:
+            self._embedding_searches -= 1
+        return finish(call.embedded, normalize=False)
 
-    def _check_search_room(self) -> None:
-        """Refuse a search where too many wait for a thread."""
+    def _check_search_room(self, to_come: int = 0) -> None:
+        """Refuse a search where too many wait for a thread, those to come included."""
         most = self._limits.max_waiting_searches
-        if self._search_pool.waiting >= most:
+        if self._search_pool.waiting + to_come >= most:
             raise QueueFullError(
                 "searches",
                 expected=f"fewer than {most} that wait",
                 found=f"{most}",
-                retry_after_s=self._search_pool.wait_s,
+                retry_after_s=self._search_pool.wait_s or RETRY_AFTER_S,
             )
 
 

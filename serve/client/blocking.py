@@ -67,7 +67,8 @@ class Client:
         """Talk to the server at `host:port`; nothing is sent before the first call.
 
         Args:
-            target: `host:port`.
+            target: `host:port`; where the host has several addresses, such as the pods of a
+                headless Service, calls take turns among them.
             tls: how the connection is secured; in the clear where None.
             api_key: sent with every call, where the server asks for one.
             timeout_s: of every operation that is given none of its own.

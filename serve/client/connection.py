@@ -6,6 +6,7 @@ Rules:
     The API key travels as `authorization: Bearer KEY` with every call, and stands in no
     message and no repr.
     Connections live on keepalive pings; gRPC's own retries are off, `RetryPolicy` decides.
+    A name with several addresses is several servers, and calls take turns among them.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ CHANNEL_OPTIONS: tuple[tuple[str, int | str], ...] = (
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.enable_retries", 0),  # `RetryPolicy` decides
+    ("grpc.lb_policy_name", "round_robin"),  # or one pod of a headless Service gets every call
     ("grpc.initial_reconnect_backoff_ms", 100),
     # gRPC's name for the least time that an attempt to connect has: with 100 ms a handshake
     # of TLS with a busy server was given up. What is refused is tried again as fast as ever.
@@ -95,7 +97,7 @@ class Connection:
     """One server and how it is reached.
 
     Attributes:
-        target: `host:port`.
+        target: `host:port`, or another name that gRPC resolves, such as `dns:///host:port`.
         tls: how the connection is secured; in the clear where None.
         api_key: who calls; nobody in particular where None.
     """

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import grpc
 from starlette.responses import Response
 
-from serve.errors import STATUS_CODES, ServeError, to_status
+from serve.errors import RETRY_AFTER_S, STATUS_CODES, ServeError, to_status
 from serve.http.replies import json_response
 
 Code = grpc.StatusCode
@@ -53,9 +53,6 @@ OWN_STATUS: dict[type[ServeError], tuple[int, str]] = {
     MediaTypeError: (415, "unsupported_media_type"),
 }
 """What gRPC has no code for."""
-
-RETRY_AFTER_S = 1.0
-"""Told with 429 and 503 where nothing better is known."""
 
 
 class Aborted(Exception):

@@ -3,18 +3,16 @@
 Rules:
     Every request and batch counts, whichever protocol it came by.
     A request is noted, and counted with many others later (`serve.operation.histogram`).
-    Every version that is served is remembered, and a few of each model that are not any more.
+    Every version that runs is remembered, and a few of each model that do not any more.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from weakref import WeakValueDictionary
 
 from serve.job import Embedded
 from serve.operation.histogram import Notes
@@ -72,8 +70,7 @@ class ModelCounts:
         self._clock = clock
         self._lock = threading.Lock()
         self._counts = Counts()
-        fold = partial(_fold_answered, self._counts)  # no cycle: these go with their engine
-        self._answered: Notes[tuple[float, float, float, float]] = Notes(fold, self._lock)
+        self._answered: Notes[tuple[float, float, float, float]] = Notes(self._fold, self._lock)
 
     def __repr__(self) -> str:
         return f"<ModelCounts {self._counts!r}>"
@@ -103,36 +100,41 @@ class ModelCounts:
             self._answered.fold()
             yield self._counts
 
-
-def _fold_answered(counts: Counts, notes: list[tuple[float, float, float, float]]) -> None:
-    """Count requests."""
-    for decode_s, queue_s, inference_s, total_s in notes:
-        counts.success.add(total_s)
-        counts.decode.add(decode_s)
-        counts.queue.add(queue_s)
-        counts.inference.add(inference_s)
-        counts.output.add(max(0.0, total_s - decode_s - queue_s - inference_s))
+    def _fold(self, notes: list[tuple[float, float, float, float]]) -> None:
+        """Count requests."""
+        counts = self._counts
+        for decode_s, queue_s, inference_s, total_s in notes:
+            counts.success.add(total_s)
+            counts.decode.add(decode_s)
+            counts.queue.add(queue_s)
+            counts.inference.add(inference_s)
+            counts.output.add(max(0.0, total_s - decode_s - queue_s - inference_s))
 
 
 class Statistics(Nobody):
     """The counts of every model: an observer of engines, and deaf to calls."""
 
-    def __init__(self) -> None:
-        """Start with none."""
-        self._kept: dict[tuple[str, str], ModelCounts] = {}  # the oldest first
-        self._counts: WeakValueDictionary[tuple[str, str], ModelCounts] = WeakValueDictionary()
+    def __init__(self, *, served: Callable[[], Iterable[tuple[str, str]]]) -> None:
+        """Start with none.
+
+        Args:
+            served: the names and versions that run, offered or not yet; others are retired.
+        """
+        self._served = served
+        self._counts: dict[tuple[str, str], ModelCounts] = {}  # the oldest first
 
     def __repr__(self) -> str:
         return f"<Statistics {list(self._counts)}>"
 
     def watch_model(self, name: str, version: str) -> ModelCounts:
-        """Give the counts of one version of a model; its engine holds them while it is served."""
-        counts = self._counts.setdefault((name, version), ModelCounts())
-        self._kept.pop((name, version), None)
-        kept = [pair for pair in self._kept if pair[0] == name]
-        for pair in kept[: max(0, len(kept) - KEPT_VERSIONS + 1)]:
-            del self._kept[pair]
-        self._kept[name, version] = counts
+        """Give the counts of one version of a model; make room for them among the retired."""
+        counts = self._counts.pop((name, version), None) or ModelCounts()
+        versions = [pair for pair in self._counts if pair[0] == name]
+        excess = max(0, len(versions) - KEPT_VERSIONS + 1)
+        served = set(self._served())
+        for pair in [pair for pair in versions if pair not in served][:excess]:
+            del self._counts[pair]
+        self._counts[name, version] = counts
         return counts
 
     def find(self, name: str, version: str) -> ModelCounts | None:

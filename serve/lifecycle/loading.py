@@ -3,7 +3,7 @@
 Rules:
     Nothing is offered to callers before a real image has gone through the whole pipeline:
     what is broken is found here, while what is served goes on.
-    What was opened and does not run, or not in time, is closed.
+    What was opened and does not run, or not in time, is closed; so is what nobody waits for.
     On a GPU the largest batch goes through, too: CUDA plans and TensorRT builds by shape, and
     the first caller must not wait for that.
     Opening blocks and runs on a thread; the warm-up belongs to the event loop.
@@ -27,6 +27,7 @@ from models.providers import ON_CPU, Placement
 from serve.engine import Engine
 from serve.errors import StartError
 from serve.lifecycle.leases import Dispose
+from serve.lifecycle.opening import open_on
 from serve.lifecycle.options import ModelOptions
 from serve.pool import ThreadPool
 
@@ -148,7 +149,8 @@ class Loader:
         Raises:
             HoraceError: it cannot be opened, or does not run.
         """
-        encoder = await self._pool.run(partial(self._open, options, path))
+        opening = partial(self._open, options, path)
+        encoder = await open_on(self._pool, opening, self.dispose)
         name = name or encoder.name
         try:
             engine = self._make_engine(encoder, options, name=name, version=version)

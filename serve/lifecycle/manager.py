@@ -10,7 +10,7 @@ Rules:
     Models are read before collections, so that a pair that belongs together is replaced
     together. A collection that no model fits any more stays with the version that made it;
     one that fits none yet is tried again after every model that is loaded (decision 0009).
-    What changes on the disk while it is read is read again.
+    What has left the repository is new should it come back.
 
 Belongs to one event loop; whatever blocks runs on a thread.
 """
@@ -20,18 +20,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-from models.bundle import split_precision
 from models.errors import FingerprintMismatchError, HoraceError
 from serve.catalog import Catalog, refuse_taken_name
-from serve.errors import PreconditionError, ServeError, UnknownNameError
+from serve.errors import PROMISED, PreconditionError, ServeError, UnknownNameError
 from serve.lifecycle.files import Signature, find_models, find_versions, sign
 from serve.lifecycle.loading import Loaded, Loader
+from serve.lifecycle.opening import open_on
 from serve.lifecycle.options import ModelOptions, NamedPath
+from serve.lifecycle.reading import Reader
 from serve.lifecycle.sources import (
     CollectionSource,
     LoadStatistics,
@@ -41,7 +42,6 @@ from serve.lifecycle.sources import (
     Source,
 )
 from serve.lifecycle.versions import plan_versions
-from serve.lifecycle.watching import Watcher
 from serve.pool import ThreadPool
 
 if TYPE_CHECKING:
@@ -49,10 +49,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("horace.serve")
 
-READS = 3
-"""How often what changes under our eyes is read before it is given up until the next look."""
-
-Read = TypeVar("Read")
 OpenCollection = Callable[[str], "Collection"]
 
 
@@ -105,12 +101,12 @@ class Lifecycle:
         self._collections = [
             CollectionSource(name=named.name, options=named) for named in collections
         ]
-        self._watcher = Watcher()
+        self._reader = Reader(pool)
         self._changing = asyncio.Lock()
         self._started = False
 
     def __repr__(self) -> str:
-        return f"<Lifecycle of {', '.join(self._models) or 'no model'}, {self._watcher!r}>"
+        return f"<Lifecycle of {', '.join(self._models) or 'no model'}, {self._reader!r}>"
 
     # For the server.
 
@@ -131,7 +127,7 @@ class Lifecycle:
             await self._find_models()  # each has its share of the CPUs, also the first
             for options in self._named_models:
                 await self._load_model(ModelSource(name=options.name, options=options))
-            await self._discover()
+            self._note_found()
             for source in self._models.values():
                 if source.in_repository:
                     await self._try(source)
@@ -149,10 +145,10 @@ class Lifecycle:
         async with self._changing:
             await self._discover()
             for source in self._sources():
-                signature = await self._sign(source)
+                signature = await self._reader.sign(source)
                 if not signature and isinstance(source, ModelSource) and source.in_repository:
                     self._drop(source)
-                elif not signature or self._watcher.is_new(source.key, signature):
+                elif not signature or self._reader.is_new(source, signature):
                     refused += not await self._try(source)
         if refused:
             raise ReloadError("models and collections", expected="all", found=f"{refused} refused")
@@ -171,8 +167,7 @@ class Lifecycle:
         async with self._changing:
             await self._discover()
             sources = {source.key: source for source in self._sources()}
-            seen = {key: await self._sign(source) for key, source in sources.items()}
-            changes = self._watcher.look(seen)
+            changes = await self._reader.look(sources.values())
             for key in changes.changed:
                 await self._try(sources[key])
             for key in changes.gone:
@@ -269,7 +264,7 @@ class Lifecycle:
             self._refuse(source, error)
             return False
         except Exception as error:
-            log.exception("loading %s failed in our own code", source)
+            log.exception("loading %s failed in our own code", source, extra=PROMISED)
             source.refused(type(error).__name__)
             return False
         return True
@@ -281,47 +276,15 @@ class Lifecycle:
 
     def _refuse(self, source: Source, error: HoraceError) -> None:
         """Tell and count a load that changed nothing."""
-        log.error("%s refused, what was served is served: %s", source, error)
+        log.error("%s refused, what was served is served: %s", source, error, extra=PROMISED)
         source.refused(str(error))
-
-    async def _sign(self, source: Source) -> Signature:
-        """Say what a source looks like on the disk; empty for what is not there."""
-        options = source.options
-        if isinstance(options, ModelOptions) and options.is_remote:
-            return ()
-        directory, _ = split_precision(Path(options.path))
-        return await self._pool.run(partial(sign, directory))
-
-    async def _read(self, source: Source, work: Callable[[], Awaitable[Read]]) -> Read:
-        """Do `work` on what is on the disk; again where that changed meanwhile.
-
-        What is cancelled was not tried: the next signal or look reads it.
-        """
-        for attempts_left in reversed(range(READS)):
-            signature = await self._sign(source)
-            try:
-                read = await work()
-            except Exception as error:
-                again = attempts_left and isinstance(error, HoraceError)
-                if again and await self._sign(source) != signature:
-                    continue
-                self._note_tried(source, signature)
-                raise
-            self._note_tried(source, signature)
-            return read
-        raise AssertionError("the last attempt returns or raises")
-
-    def _note_tried(self, source: Source, signature: Signature) -> None:
-        """Remember what a source looked like when it was loaded, or refused."""
-        if signature:
-            self._watcher.tried(source.key, signature)
 
     async def _load_model(self, source: ModelSource) -> None:
         """Open what is new of a model, and let it take the place of what is old."""
         started_s = self._clock()
         source.loading = True
         try:
-            loaded, served = await self._read(source, partial(self._open_model, source))
+            loaded, served = await self._reader.read(source, partial(self._open_model, source))
         finally:
             source.loading = False
         self._offer(source, loaded, served)
@@ -395,8 +358,9 @@ class Lifecycle:
         if source.loads and await self._follow(source):
             source.loaded(self._clock() - started_s)
             return
-        collection = await self._read(
-            source, partial(self._pool.run, partial(self._open_collection, source.options.path))
+        opening = partial(self._open_collection, source.options.path)
+        collection = await self._reader.read(
+            source, partial(open_on, self._pool, opening, self._catalog.dispose)
         )
         name = source.name or collection.name
         source.waits_for_model = False
@@ -424,7 +388,7 @@ class Lifecycle:
         """
         following = self._catalog.collection(source.name or "").following
         try:
-            await self._read(source, partial(following.catch_up, self._pool.run))
+            await self._reader.read(source, partial(following.catch_up, self._pool.run))
         except FingerprintMismatchError:
             return False
         current = following.current
@@ -435,27 +399,37 @@ class Lifecycle:
     # The repository.
 
     async def _discover(self) -> None:
-        """Take note of models that have come into the repository; forget what never was one."""
+        """Look what models the repository has, and take note of them."""
         await self._find_models()
-        for name, path in self._found.items():
-            options = ModelOptions(name=name, path=str(path))
-            source = ModelSource(name=name, options=options, in_repository=True)
-            if self._models.setdefault(name, source).options.path != str(path):
-                log.warning("model %s of the repository is not served: the name is taken", name)
-        for name, source in list(self._models.items()):
-            is_gone = source.in_repository and name not in self._found
-            if is_gone and name not in self._catalog.versions:
-                del self._models[name]
+        self._note_found()
 
     async def _find_models(self) -> None:
         """Look what models the repository has."""
         if self._repository is not None:
             self._found = await self._pool.run(partial(find_models, self._repository))
 
+    def _note_found(self) -> None:
+        """Take note of models that have come into the repository; forget what never was one."""
+        for name, path in self._found.items():
+            options = ModelOptions(name=name, path=str(path))
+            source = ModelSource(name=name, options=options, in_repository=True)
+            if self._models.setdefault(name, source).options.path != str(path):
+                taken = "model %s of the repository is not served: the name is taken"
+                log.warning(taken, name, extra=PROMISED)
+        for name, source in list(self._models.items()):
+            is_gone = source.in_repository and name not in self._found
+            if is_gone and name not in self._catalog.versions:
+                self._forget(source)
+
     def _drop(self, source: ModelSource) -> None:
         """Let go of a model whose directory is gone."""
         self._withdraw(source)
+        self._forget(source)
+
+    def _forget(self, source: ModelSource) -> None:
+        """Mind a model no more."""
         del self._models[source.name or ""]
+        self._reader.forget(source)
 
 
 def _find(path: str) -> tuple[dict[str, str], dict[str, Signature]]:

@@ -45,6 +45,10 @@ class Watcher:
         """Remember that what looks like this was loaded, or refused."""
         self._tried[name] = signature
 
+    def forget(self, name: str) -> None:
+        """Take what comes under that name for new, whatever it looks like."""
+        self._tried.pop(name, None)
+
     def is_new(self, name: str, signature: Signature) -> bool:
         """Whether something else was tried last under that name, or nothing."""
         return self._tried.get(name) != signature

@@ -7,6 +7,8 @@ Rules:
     Under overload the log does not become the load: beyond some lines a second the rest are
     counted, and the next line says how many were left out. Lines about requests have one such
     account; each warning or error of the server, by the place that logs it, has one of its own.
+    What was promised is written all the same: each incident that a caller was told of, each
+    model that was refused. Beyond those lines it has no traceback.
     A line carries names, counts and times; never image bytes, keys or metadata. What a
     caller wrote freely, such as its request id, is cut and printable.
 """
@@ -106,7 +108,10 @@ def set_up_logs(
 
 
 class RateFilter(logging.Filter):
-    """Lets each place of the server log at most `LINES_PER_S` of its warnings and errors."""
+    """Lets each place of the server log at most `LINES_PER_S` of its warnings and errors.
+
+    Those that are `serve.errors.PROMISED` lose their traceback instead.
+    """
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         """Count nothing yet; `clock` gives monotonic seconds."""
@@ -129,6 +134,9 @@ class RateFilter(logging.Filter):
         place = record.pathname, record.lineno
         self._lines[place] += 1
         if self._lines[place] > LINES_PER_S:
+            if getattr(record, "promised", False):
+                record.exc_info = record.exc_text = None
+                return True
             self._left_out[place] += 1
             return False
         if left_out := self._left_out.pop(place, 0):

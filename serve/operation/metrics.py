@@ -54,10 +54,10 @@ class Source(Protocol):
     """Where the present state is read, from any thread."""
 
     def served(self) -> Iterable[tuple[str, str]]:
-        """Give the names and versions that are served."""
+        """Give the names and versions that run, offered or not yet."""
 
     def models(self) -> Iterable[ModelState]:
-        """Give the state of each."""
+        """Give the state of each that callers reach."""
 
     def collections(self) -> Iterable[tuple[str, int]]:
         """Give the name of each collection and how many images it holds."""

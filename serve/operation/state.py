@@ -8,7 +8,7 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from serve.calls import Calls
@@ -44,6 +44,7 @@ class ServerState:
         calls: Calls,
         health: Health,
         *,
+        served: Callable[[], Iterable[tuple[str, str]]],
         loads: Callable[[], Mapping[str, LoadStatistics]],
         reloads: Callable[[], ReloadStatistics],
         in_flight: InFlight,
@@ -51,8 +52,10 @@ class ServerState:
     ) -> None:
         """Read these; they belong to the server.
 
+        `served` names the versions that run, those that are about to be offered included;
         `lives` says whether every thread is there that nothing else replaces.
         """
+        self.served = served
         self.lives = lives
         self._in_flight = in_flight
         self.loads = loads
@@ -64,13 +67,16 @@ class ServerState:
     def __repr__(self) -> str:
         return f"<ServerState {self._health!r} {self._calls!r} {self._catalog!r}>"
 
-    def served(self) -> Iterable[tuple[str, str]]:
-        """Give the names and versions that are served."""
-        return [(model.name, model.version) for model in self._models()]
-
     def models(self) -> Iterable[ModelState]:
-        """Give the state of each."""
-        return [_state_of(model) for model in self._models()]
+        """Give the state of every version that callers reach.
+
+        One that was replaced under its number, and that a collection keeps, shares the series of
+        the one in its place: of that are the values, and it is alive where both are.
+        """
+        series: dict[tuple[str, str], list[ServedModel]] = {}
+        for model in self._catalog.running:
+            series.setdefault((model.name, model.version), []).append(model)
+        return [_state_of(models) for models in series.values()]
 
     def collections(self) -> Iterable[tuple[str, int]]:
         """Give the name of each collection and how many images it holds."""
@@ -89,26 +95,16 @@ class ServerState:
         """Say whether the server serves."""
         return self._health.serving
 
-    def _models(self) -> Iterable[ServedModel]:
-        """List every version that callers reach.
 
-        A version that was replaced under its number, and that a collection keeps, is left out:
-        a series has one value.
-        """
-        shown: dict[tuple[str, str], ServedModel] = {}
-        for model in self._catalog.running:
-            shown.setdefault((model.name, model.version), model)
-        return shown.values()
-
-
-def _state_of(model: ServedModel) -> ModelState:
-    """Look at one model."""
+def _state_of(models: Sequence[ServedModel]) -> ModelState:
+    """Look at those of one name and version, the one that is offered first."""
+    model = models[0]
     return ModelState(
         name=model.name,
         version=model.version,
         fingerprint=model.encoder.fingerprint,
         dim=model.encoder.dim,
-        alive=model.engine.alive,
+        alive=all(one.engine.alive for one in models),
         statistics=model.engine.statistics(),
     )
 

@@ -155,7 +155,7 @@ class ModelTallies:
         """Start empty.
 
         Args:
-            served: the names and versions that are served now; others are retired.
+            served: the names and versions that run, offered or not yet; others are retired.
         """
         self._served = served
         self.lock = threading.Lock()

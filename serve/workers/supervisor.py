@@ -2,7 +2,8 @@
 
 Rules:
     The port is taken first and alone (`ports`); the supervisor itself never listens.
-    All workers must become ready once; one that cannot ends the start with its own error.
+    All workers must become ready once; one that cannot, or that the system cannot start, ends
+    the start with its own error.
     After that a worker that dies is started again, at once or after a while (`restarts`),
     and again where the system cannot start it; meanwhile the others serve.
     The first order to stop drains every worker, the second cuts them off; one that does not
@@ -117,7 +118,7 @@ class Supervisor:
             ]
             try:
                 for worker in self._workers:
-                    self._start(worker)
+                    self._start_first(worker)
                 while any(worker.process for worker in self._workers) or not self._stops:
                     self._handle(*await self._events.get())
             finally:
@@ -227,6 +228,22 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         loop.add_reader(ours.fileno(), self._read, worker)
         loop.add_reader(process.sentinel, self._notice, worker, process.sentinel)
+
+    def _start_first(self, worker: Worker) -> None:
+        """Start the first process in a worker's place.
+
+        Raises:
+            StartError: the system has nothing to spare for it.
+        """
+        try:
+            self._start(worker)
+        except OSError as error:
+            raise StartError(
+                str(worker),
+                expected="a process of its own",
+                found=error.strerror or str(error),
+                mend="ask for fewer --workers, or allow more processes and descriptors",
+            ) from error
 
     def _start_again(self, worker: Worker) -> None:
         """Start a process in a dead worker's place, or try later: the others serve."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import grpc
 import numpy as np
@@ -14,6 +15,7 @@ import serve.client.combining
 from index.build import BuildOptions, build
 from index.collection import Collection, id_of
 from index.combine import search_combined
+from index.storage.manifest import read_manifest, write_manifest
 from models.encoder import open_encoder
 from models.errors import UsageError
 from models.vectors import finish_vectors
@@ -281,19 +283,47 @@ def test_an_example_of_another_encoder_is_refused_by_name_of_both(searching):
     asyncio.run(main())
 
 
-def test_more_effort_finds_what_exact_search_finds(place, searching):
+@pytest.fixture
+def hasty(tmp_path, make_bundle):
+    """A bundle, 600 images behind an index that weighs one candidate, and the same without."""
+    images = tmp_path / "noise-images-idx3-ubyte"
+    header = np.array([0x00000803, 600, 28, 28], ">u4").tobytes()
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (600, 28, 28)) * (rng.random((600, 28, 28)) < 0.02)
+    images.write_bytes(header + pixels.astype(np.uint8).tobytes())
+    bundle = make_bundle()
+    for kind in ("hnsw", "flat"):
+        options = BuildOptions(
+            images=f"idx:{images}", encoder=str(bundle.path), out=tmp_path / kind, index=kind
+        )
+        build(options)
+    manifest = read_manifest(tmp_path / "hnsw")
+    segment = replace(manifest.segments[0], parameters={"efSearch": 1})
+    write_manifest(tmp_path / "hnsw", replace(manifest, segments=(segment,)))
+    return bundle.path, tmp_path / "hnsw", tmp_path / "flat"
+
+
+def test_more_effort_finds_what_exact_search_finds(hasty, serving):
     """And where the collection has no index it changes nothing."""
+    bundle, *collections = map(str, hasty)
 
     async def main():
-        async with searching() as server:
+        async with (
+            serving(bundle=(bundle,), collection=tuple(collections)) as server,
+            AsyncClient(server.address) as client,
+        ):
+            (model,) = await client.list_models()
+            queries = np.random.default_rng(1).standard_normal((100, 16)).astype(np.float32)
 
-            def work():
-                with Client(server.address) as client:
-                    ids = [id_of(f"c{n % 3}/{n:02}.png") for n in range(9)]
-                    exact = client.search(ids=ids, exact=True, effort=1)
-                    assert ids_of(client.search(ids=ids, effort=200)) == ids_of(exact)
+            async def search(name, **how):
+                query = {"vectors": queries, "fingerprint": model.fingerprint}
+                return ids_of(await client.search(**query, collection=name, k=1, **how))
 
-            await asyncio.to_thread(work)
+            exact = await search("hnsw", exact=True, effort=1)
+            assert await search("hnsw") != exact
+            assert await search("hnsw", effort=600) == exact
+            for how in ({}, {"effort": 1}, {"effort": 600}, {"exact": True}):
+                assert await search("flat", **how) == exact
 
     asyncio.run(main())
 

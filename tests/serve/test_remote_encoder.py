@@ -229,6 +229,35 @@ def test_a_server_in_front_is_not_ready_until_it_has_read_what_changed_behind(
     asyncio.run(main())
 
 
+def test_a_collection_that_only_an_encoder_of_before_can_query_is_its_callers_trouble(
+    serving, stored, make_bundle
+):
+    """The server behind has another encoder now: image queries fail, and all else is served."""
+    image = np.zeros((28, 28), np.uint8)
+    collection = {"collection": (f"c={stored.collection}",)}
+
+    async def main():
+        from serve.client import AsyncClient, RetryPolicy
+
+        async with (
+            serving(bundle=(f"m={stored.bundle}",)) as behind,
+            serving(bundle=(f"m=horace://{behind.address}/m",), **collection) as front,
+            AsyncClient(front.address, retry=RetryPolicy(attempts=1)) as client,
+        ):
+            assert (await client.search([image])).hits[0]
+            shutil.rmtree(stored.bundle)
+            two = make_bundle(seed=2, path=stored.bundle)
+            assert await behind.reloads.run() == []
+            assert await front.reloads.run() == []
+            with pytest.raises(UnavailableError, match=f"found encoder {two.fingerprint}"):
+                await client.search([image])
+            assert repr(front.recovery) == "<Recovery well, 0 so far>"
+            assert front.health.serving
+            assert (await client.embed([image])).fingerprint == two.fingerprint
+
+    asyncio.run(main())
+
+
 def test_a_secured_server_is_reached_by_key_and_certificate(
     serving, make_bundle, tmp_path, monkeypatch
 ):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import threading
 
 import grpc
 import numpy as np
@@ -20,6 +21,7 @@ from protos import horace_pb2_grpc as pb_grpc
 from serve.client import AsyncClient
 from serve.errors import PreconditionError, RequestError, UnknownNameError
 from serve.searching import public_source
+from serve.services import RequestLimits
 
 COUNT = 60
 
@@ -296,6 +298,40 @@ def test_searches_that_wait_are_bounded(place, searching, monkeypatch, kind):
             assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
             assert error.value.details().startswith("searches: expected fewer than 256 that wait")
             assert statistics() == before
+
+    asyncio.run(main())
+
+
+def test_a_search_has_its_place_before_its_images_are_embedded(place, searching, eventually):
+    """A burst at an idle server: what is embedded is searched, what is beyond is never embedded."""
+    images = pb.ImageQueries(images=[pb.Image(encoded=next(place[1].rglob("*.png")).read_bytes())])
+    request = pb.SearchRequest(images=images)
+    gate = threading.Event()
+
+    async def main():
+        async with (
+            searching() as server,
+            grpc.aio.insecure_channel(server.address) as channel,
+        ):
+            server.services._limits = RequestLimits(max_waiting_searches=2)
+            engine = server.catalog.model("tiny").engine
+            search = pb_grpc.HoraceStub(channel).Search
+            for _ in range(server._decode_pool.size):
+                server._decode_pool.submit(lambda: gate.wait(60))
+            try:
+                embedded = [search(request), search(request)]
+                await eventually(lambda: engine.statistics().held_requests == 2)
+                with pytest.raises(grpc.aio.AioRpcError) as error:
+                    await search(request)
+                assert error.value.details().startswith("searches: expected fewer than 2 that wait")
+                assert dict(error.value.trailing_metadata())["retry-after-ms"] == "1000"
+                by_id = await search(pb.SearchRequest(ids=pb.IdQueries(ids=[1])))
+                assert len(by_id.results) == 1, "it waits for no encoder"
+            finally:
+                gate.set()
+            for call in embedded:
+                assert (await call).results[0].hits
+            assert (await search(request)).results[0].hits
 
     asyncio.run(main())
 

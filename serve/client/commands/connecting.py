@@ -21,7 +21,7 @@ class ServerOptions:
     """A server and the way to it."""
 
     server: str = "localhost:50051"
-    """The server, as HOST:PORT."""
+    """The server, as HOST:PORT; where HOST has several addresses, each is called in turn."""
     timeout_s: float = 60.0
     """How long one operation may take, with its retries."""
     api_key_file: Path | None = None

@@ -19,8 +19,9 @@ from tyro.conf import Positional, arg
 
 from models.errors import ImageError, UsageError
 from models.image_source import ImageData
+from serve.client.arguments import check_number
 from serve.client.blocking import Client
-from serve.client.combining import Combination
+from serve.client.combining import MAX_NEGATIVE_WEIGHT, NEGATIVE_WEIGHT, Combination
 from serve.client.commands.connecting import ServerOptions
 from serve.client.commands.files import ImageFile, read_files
 from serve.client.requests import SearchOptions
@@ -45,6 +46,8 @@ class SearchCommand(ServerOptions):
     """Image files that the answer is to be unlike; implies --together."""
     not_id: tuple[int, ...] = ()
     """Ids of stored images that the answer is to be unlike; implies --together."""
+    not_weight: float = NEGATIVE_WEIGHT
+    """How much those weigh against what is searched with, 0 to 10."""
     vectors: Path | None = None
     """A .npy file of (N, D) vectors to search with, of the encoder that --fingerprint names."""
     fingerprint: str | None = None
@@ -59,6 +62,8 @@ class SearchCommand(ServerOptions):
     """The least cosine of a hit, -1 to 1."""
     diversity: float = 0.0
     """0 for the nearest, up to 1 for hits that are also unlike one another."""
+    effort: int | None = None
+    """Candidates that the index weighs for a query: more find more, and take longer."""
     exact: bool = False
     """Compare every vector, and ask no index."""
     metadata: bool = False
@@ -82,9 +87,13 @@ class SearchCommand(ServerOptions):
             collection=self.collection,
             k=self.k,
             filter=self.filter,
+            effort=self.effort,
             min_score=self.min_score,
             diversity=self.diversity,
         )
+        check_number("--not-weight", self.not_weight, 0, MAX_NEGATIVE_WEIGHT)
+        if self.exact and self.effort is not None:
+            raise UsageError("--effort", expected="an index to search", found="--exact")
         if not (self.images or self.id or self.vectors):
             expected = "image files, --id or --vectors"
             raise UsageError("queries", expected=expected, found="none of them")
@@ -176,6 +185,7 @@ def _search_together(client: Client, options: SearchCommand) -> list[Found]:
     combination = Combination(
         positives=[*map(_data, likes), *options.id],
         negatives=[*map(_data, unlikes), *options.not_id],
+        negative_weight=options.not_weight,
     )
     positives = [*(file.name for file in likes), *map(str, options.id)]
     negatives = [*(file.name for file in unlikes), *map(str, options.not_id)]
@@ -227,6 +237,7 @@ def _search(
         collection=options.collection,
         k=options.k,
         filter=options.filter,
+        effort=options.effort,
         min_score=options.min_score,
         diversity=options.diversity,
         exact=options.exact,

@@ -116,6 +116,9 @@ def test_search_finds_by_files_ids_and_vectors(command, serving, stored, tmp_pat
             _, out, _ = await call("search", first, "--filter", "label = 'class-1'", "--json")
             labels = {h["label"] for h in json.loads(out)["queries"][0]["hits"]}
             assert labels == {"class-1"}
+            status, _, error = await call("search", first, "--effort", 10_001)
+            assert status == 1
+            assert "effort: expected 0 to 10000, found 10001" in error
 
     asyncio.run(main())
     assert grid.read_bytes().startswith(b"\x89PNG")
@@ -135,10 +138,14 @@ def test_search_takes_several_examples_as_one_query(command, serving, stored, tm
                 "search", "--id", ids[0], ids[1], "--together", "--not-id", ids[-1]
             )
             broken = await call("search", bad, "--together")
-            return out, ids, text, broken
+            unweighed = ("--not", unlike, "--not-weight", 0)
+            _, light, _ = await call("search", like, *unweighed, "--json")
+            return out, ids, text, broken, light
 
-    out, ids, text, broken = asyncio.run(main())
+    out, ids, text, broken, light = asyncio.run(main())
     (query,) = json.loads(out)["queries"]
+    assert json.loads(light)["queries"][0]["hits"][0]["score"] == pytest.approx(1, abs=1e-5)
+    assert query["hits"][0]["score"] < 0.9999
     assert query["query"] == f"{like}, not {unlike}"
     assert query["hits"][0]["key"] == "class-0/00.png"
     assert text.startswith(f"{ids[0]} and {ids[1]}, not {ids[-1]}\n")
@@ -195,12 +202,13 @@ def test_a_server_that_does_not_serve_is_status_1(command, serving, fake):
     assert re.search(r"expected one that serves, found one that does not now$", error)
 
 
+@pytest.mark.parametrize("frontend", ["grpcio"])  # what is measured, and not how
 @pytest.mark.parametrize("mode", [["--concurrency", "3"], ["--rate", "100"]])
 def test_bench_counts_what_was_answered(command, serving, fake, stored, mode):
     """Requests, images, latencies; images without a vector apart."""
     bad = stored.folder / "bad.png"
     bad.write_bytes(b"no image")
-    timing = ("--seconds", 1, "--warm-up-s", 0.1)
+    timing = ("--seconds", 0.5, "--warm-up-s", 0.1)
 
     async def main():
         async with command(serving(fake)) as (_, call):
@@ -219,13 +227,17 @@ def test_bench_counts_what_was_answered(command, serving, fake, stored, mode):
     assert "latency p50 " in text
 
 
+@pytest.mark.parametrize("frontend", ["grpcio"])
 def test_bench_counts_errors_by_code_and_hides_none(command, serving, fake):
     """Without a retry; where nothing was answered the status is 1."""
 
+    def fail(images_NHWC):
+        raise RuntimeError
+
     async def main():
         async with command(serving(fake, max_queue_images=1)) as (_, call):
-            fake.failures += [RuntimeError()] * 100_000
-            timing = ("--seconds", 1, "--warm-up-s", 0)
+            fake.encode = fail
+            timing = ("--seconds", 0.5, "--warm-up-s", 0)
             return await call("bench", "--json", "--concurrency", 4, *timing)
 
     status, out, error = asyncio.run(main())
@@ -282,6 +294,9 @@ def test_options_of_tls_make_a_client_of_tls(monkeypatch):
         (["embed", "x", "--tls-ca", "no.pem"], "ca no.pem: expected a PEM file"),
         (["search"], "queries: expected image files, --id or --vectors, found none of them"),
         (["search", "x", "--k", "0"], "k: expected an integer, 1 to"),
+        (["search", "x", "--effort", "0"], "effort: expected an integer, 1 to"),
+        (["search", "x", "--effort", "9", "--exact"], "--effort: expected an index to search"),
+        (["search", "x", "--not-weight", "11"], "--not-weight: expected a number, 0 to 10"),
         (["search", "--vectors", "v.npy"], "--vectors: expected --fingerprint"),
         (["search", "--vectors", "no.npy", "--fingerprint", "f"], "--vectors no.npy: expected a"),
         (["search", "--not", "x", "--id", "1", "--vectors", "v.npy"], "--vectors: expected"),

@@ -4,7 +4,7 @@ import asyncio
 import re
 import signal
 import socket
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -73,15 +73,13 @@ def test_a_request_whose_body_is_not_here_yet_is_under_way(http_serving, fake, p
     assert (reply.status_code, cut_off) == (200, 0)
 
 
-def test_the_process_says_where_http_is_and_drains(start_server):
+def test_the_process_says_where_http_is(start_server):
     """The ready line has the address; SIGTERM ends it with status 0."""
     server = start_server("--http.port", "0")
     url = server.ready_line.rpartition("http=")[2]
-    threads = [threading.Thread(target=httpx.get, args=(url + "/v1/models",)) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        replies = list(pool.map(httpx.get, [url + "/v1/models"] * 4))
+    assert [reply.status_code for reply in replies] == [200] * 4
     assert server.stop(signal.SIGTERM) == 0
 
 

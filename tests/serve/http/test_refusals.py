@@ -34,67 +34,68 @@ async def raw_request(url, head, body=b""):
 PNG = "iVBORw0KGgo="
 
 
-@pytest.mark.parametrize(
-    ("document", "status", "message"),
-    [
-        ({}, 400, "images: expected a list that is not empty, found None"),
-        ({"images": []}, 400, "images: expected a list that is not empty, found []"),
-        ({"images": "abc"}, 400, "images: expected a list that is not empty, found 'abc'"),
-        ({"images": [7]}, 400, "images[0]: expected text, the base64 of a file, found 7"),
-        ({"images": [PNG], "model": "cat"}, 404, "model: expected 'fake', found 'cat'"),
-        ({"images": [PNG], "model": 7}, 400, "model: expected text, found 7"),
-        ({"images": [PNG], "dims": 99}, 400, "dims: expected 1 to 4, found 99"),
-        ({"images": [PNG], "dims": 0}, 400, "dims: expected an integer, 1 to 4294967295, found 0"),
-        ({"images": [PNG], "dims": True}, 400, "dims: expected an integer"),
-        ({"images": [PNG], "normalize": 1}, 400, "normalize: expected true or false, found 1"),
-        ({"images": [PNG], "dtype": "bf16"}, 400, "dtype: expected fp32 or fp16 or int8, found"),
-        ({"images": [PNG], "dtype": "fp16"}, 400, "dtype: expected fp32 where vectors are numbers"),
-        ({"images": [PNG], "encoding": "hex"}, 400, "encoding: expected float or base64, found"),
-        ({"images": [PNG], "dmis": 4}, 400, "field: expected one of images, model, version"),
-        ({"images": [PNG] * 9}, 400, "images: expected 1 to 8 a request, found 9; split the"),
-        ([1], 400, "body: expected a JSON object, found list"),
-    ],
-)
-def test_what_embed_cannot_mean_is_refused(http_serving, fake, document, status, message):
+EMBED = [
+    ({}, 400, "images: expected a list that is not empty, found None"),
+    ({"images": []}, 400, "images: expected a list that is not empty, found []"),
+    ({"images": "abc"}, 400, "images: expected a list that is not empty, found 'abc'"),
+    ({"images": [7]}, 400, "images[0]: expected text, the base64 of a file, found 7"),
+    ({"images": [PNG], "model": "cat"}, 404, "model: expected 'fake', found 'cat'"),
+    ({"images": [PNG], "model": 7}, 400, "model: expected text, found 7"),
+    ({"images": [PNG], "dims": 99}, 400, "dims: expected 1 to 4, found 99"),
+    ({"images": [PNG], "dims": 0}, 400, "dims: expected an integer, 1 to 4294967295, found 0"),
+    ({"images": [PNG], "dims": True}, 400, "dims: expected an integer"),
+    ({"images": [PNG], "normalize": 1}, 400, "normalize: expected true or false, found 1"),
+    ({"images": [PNG], "dtype": "bf16"}, 400, "dtype: expected fp32 or fp16 or int8, found"),
+    ({"images": [PNG], "dtype": "fp16"}, 400, "dtype: expected fp32 where vectors are numbers"),
+    ({"images": [PNG], "encoding": "hex"}, 400, "encoding: expected float or base64, found"),
+    ({"images": [PNG], "dmis": 4}, 400, "field: expected one of images, model, version"),
+    ({"images": [PNG] * 9}, 400, "images: expected 1 to 8 a request, found 9; split the"),
+    ([1], 400, "body: expected a JSON object, found list"),
+]
+
+
+def test_what_embed_cannot_mean_is_refused(http_serving, fake):
     """With the status of its kind and one line."""
 
     async def main():
         async with http_serving(fake, max_images_per_request=8) as (_, http):
-            return await http.post("/v1/embed", json=document)
+            for document, status, message in EMBED:
+                reply = await http.post("/v1/embed", json=document)
+                assert reply.status_code == status, document
+                assert message in reply.json()["error"]["message"]
 
-    reply = asyncio.run(main())
-    assert reply.status_code == status
-    assert message in reply.json()["error"]["message"]
+    asyncio.run(main())
+    assert fake.batches == []
 
 
-@pytest.mark.parametrize(
-    ("document", "message"),
-    [
-        ({}, "queries: expected one of images, vectors, ids and combined, found none"),
-        ({"ids": [1], "images": [PNG]}, "found images and ids"),
-        ({"ids": [True]}, "ids: expected ids, as numbers or as text, found True"),
-        ({"ids": ["x"]}, "ids: expected ids, as numbers or as text, found 'x'"),
-        ({"vectors": [[1], [1, 2]]}, "vectors: expected vectors of one length"),
-        ({"vectors": [["1"]]}, "vectors: expected numbers, found something else"),
-        ({"vectors": [[]]}, "vectors: expected a list that is not empty"),
-        ({"vectors": [[1.0] * 8]}, "expected the fingerprint of the encoder that made them"),
-        ({"combined": [{"positives": [{}]}]}, "expected one of image, vector and id in each"),
-        ({"combined": [{"positives": [{"image": "?"}]}]}, "positives: expected an image in base64"),
-        ({"combined": [{"nonsense": 1}]}, "expected an object of positives, negatives, negative"),
-        ({"ids": [1], "k": 2000}, "k: expected 1 to 1000, found 2000"),
-    ],
-)
-def test_what_search_cannot_mean_is_refused(http_serving, stored, document, message):
+SEARCH = [
+    ({}, "queries: expected one of images, vectors, ids and combined, found none"),
+    ({"ids": [1], "images": [PNG]}, "found images and ids"),
+    ({"ids": [True]}, "ids: expected ids, as numbers or as text, found True"),
+    ({"ids": ["x"]}, "ids: expected ids, as numbers or as text, found 'x'"),
+    ({"vectors": [[1], [1, 2]]}, "vectors: expected vectors of one length"),
+    ({"vectors": [["1"]]}, "vectors: expected numbers, found something else"),
+    ({"vectors": [[]]}, "vectors: expected a list that is not empty"),
+    ({"vectors": [[1.0] * 8]}, "expected the fingerprint of the encoder that made them"),
+    ({"combined": [{"positives": [{}]}]}, "expected one of image, vector and id in each"),
+    ({"combined": [{"positives": [{"image": "?"}]}]}, "positives: expected an image in base64"),
+    ({"combined": [{"nonsense": 1}]}, "expected an object of positives, negatives, negative"),
+    ({"ids": [1], "k": 2000}, "k: expected 1 to 1000, found 2000"),
+]
+
+
+def test_what_search_cannot_mean_is_refused(http_serving, stored):
     """As 400, in one line."""
     served = {"bundle": (str(stored.bundle),), "collection": (str(stored.collection),)}
 
     async def main():
         async with http_serving(**served) as (_, http):
-            return await http.post("/v1/search", json=document)
+            for document, message in SEARCH:
+                reply = await http.post("/v1/search", json=document)
+                assert reply.status_code == 400, reply.text
+                assert message in reply.json()["error"]["message"]
 
-    reply = asyncio.run(main())
-    assert reply.status_code == 400, reply.text
-    assert message in reply.json()["error"]["message"]
+    asyncio.run(main())
 
 
 FORM = "multipart/form-data; boundary=b"
@@ -112,60 +113,60 @@ def a_form(*images, headers=None, **fields):
     return {"files": [("images", data) for data in images], "data": fields, "headers": headers}
 
 
-@pytest.mark.parametrize(
-    ("body", "status", "message"),
-    [
-        (a_body(b"{", "application/json"), 400, "body: expected JSON, found"),
-        (
-            a_body(b'{"ids":[' + b"{}," * 5000 + b"0]}", "application/json"),
-            400,
-            "body: expected at most 4160 lists and objects, found more; split the request",
-        ),
-        (
-            a_body(b"[" + b'"",' * 5000 + b"0]", "application/json"),
-            400,
-            "body: expected at most 4224 quotation marks, found more; split the request",
-        ),
-        (a_body(b"x"), 415, "expected application/json or multipart/form-data, not compressed"),
-        (a_body(b"x", "text/plain"), 415, "found content-type 'text/plain'"),
-        (
-            a_body(b"x", "application/json", **{"content-encoding": "gzip"}),
-            415,
-            "found content-encoding 'gzip'",
-        ),
-        (a_body(b"x", "multipart/form-data"), 400, "form: expected a boundary in content-type"),
-        (a_body(b"x", FORM), 400, "multipart form: found"),
-        (a_body(OPEN_FORM, FORM), 400, "multipart form: expected the boundary that ends it"),
-        (a_form(b"x", dims=["1", "2"]), 400, "field 'dims': expected one value, found several"),
-        (a_form(b"x", model=b"\xff"), 400, "field 'model': expected UTF-8, found other bytes"),
-        (a_form(b"x", model="m" * 20000), 400, "field 'model': expected at most 16384 bytes"),
-        (a_form(*[b"x"] * 9), 400, "images: expected 1 to 8 a request, found more than 8"),
-        (
-            a_form(b"x", **{f"f{n}": "" for n in range(70)}),
-            400,
-            "form: expected at most 64 fields, found more",
-        ),
-        (
-            a_form(b"x", headers={"x-timeout-ms": "soon"}),
-            400,
-            "x-timeout-ms: expected milliseconds, 1 or more, found 'soon'",
-        ),
-        (a_form(b"x", headers={"x-timeout-ms": "0"}), 400, "x-timeout-ms: expected milliseconds"),
-        (a_form(b"x" * (1 << 20)), 413, "body: expected at most 1048576 bytes, found"),
-    ],
-)
-def test_a_body_that_cannot_be_read_is_refused(http_serving, fake, body, status, message):
+BODIES = [
+    (a_body(b"{", "application/json"), 400, "body: expected JSON, found"),
+    (
+        a_body(b'{"ids":[' + b"{}," * 5000 + b"0]}", "application/json"),
+        400,
+        "body: expected at most 4160 lists and objects, found more; split the request",
+    ),
+    (
+        a_body(b"[" + b'"",' * 5000 + b"0]", "application/json"),
+        400,
+        "body: expected at most 4224 quotation marks, found more; split the request",
+    ),
+    (a_body(b"x"), 415, "expected application/json or multipart/form-data, not compressed"),
+    (a_body(b"x", "text/plain"), 415, "found content-type 'text/plain'"),
+    (
+        a_body(b"x", "application/json", **{"content-encoding": "gzip"}),
+        415,
+        "found content-encoding 'gzip'",
+    ),
+    (a_body(b"x", "multipart/form-data"), 400, "form: expected a boundary in content-type"),
+    (a_body(b"x", FORM), 400, "multipart form: found"),
+    (a_body(OPEN_FORM, FORM), 400, "multipart form: expected the boundary that ends it"),
+    (a_form(b"x", dims=["1", "2"]), 400, "field 'dims': expected one value, found several"),
+    (a_form(b"x", model=b"\xff"), 400, "field 'model': expected UTF-8, found other bytes"),
+    (a_form(b"x", model="m" * 20000), 400, "field 'model': expected at most 16384 bytes"),
+    (a_form(*[b"x"] * 9), 400, "images: expected 1 to 8 a request, found more than 8"),
+    (
+        a_form(b"x", **{f"f{n}": "" for n in range(70)}),
+        400,
+        "form: expected at most 64 fields, found more",
+    ),
+    (
+        a_form(b"x", headers={"x-timeout-ms": "soon"}),
+        400,
+        "x-timeout-ms: expected milliseconds, 1 or more, found 'soon'",
+    ),
+    (a_form(b"x", headers={"x-timeout-ms": "0"}), 400, "x-timeout-ms: expected milliseconds"),
+    (a_form(b"x" * (1 << 20)), 413, "body: expected at most 1048576 bytes, found"),
+]
+
+
+def test_a_body_that_cannot_be_read_is_refused(http_serving, fake):
     """With a status of HTTP, a code for programs and one line for people."""
+    codes = {400: "invalid_argument", 413: "body_too_large", 415: "unsupported_media_type"}
 
     async def main():
         async with http_serving(fake, max_images_per_request=8, max_message_mib=1) as (_, http):
-            return await http.post("/v1/embed", **body)
+            for body, status, message in BODIES:
+                reply = await http.post("/v1/embed", **body)
+                error = reply.json()["error"]
+                assert (reply.status_code, error["code"]) == (status, codes[status]), error
+                assert message in error["message"]
 
-    reply = asyncio.run(main())
-    assert reply.status_code == status
-    codes = {400: "invalid_argument", 413: "body_too_large", 415: "unsupported_media_type"}
-    assert reply.json()["error"]["code"] == codes[status]
-    assert message in reply.json()["error"]["message"]
+    asyncio.run(main())
     assert fake.batches == []
 
 

@@ -141,11 +141,12 @@ def test_names_are_unique_and_few(regions, shm):
 
 
 @pytest.fixture
-def open_files() -> Iterator[None]:
-    """Nothing stays open."""
-    before = len(os.listdir("/proc/self/fd"))
+def open_files(shm: Path) -> Iterator[None]:
+    """Nothing of the directory stays open."""
     yield
-    assert len(os.listdir("/proc/self/fd")) == before
+    links = Path("/proc/self/fd").iterdir()
+    found = [os.readlink(link) for link in links if link.is_symlink()]
+    assert [name for name in found if name.startswith(f"{shm}/")] == []
 
 
 @pytest.mark.usefixtures("open_files")

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -102,6 +104,42 @@ def test_what_fails_in_its_largest_batch_is_closed(load, fake):
     with pytest.raises(EncoderError, match="out of memory"):
         load("dir,provider=cuda")
     assert fake.closed
+
+
+def test_what_is_opened_for_nobody_is_closed(fake, pool):
+    """The load is cancelled while a thread opens; one whose turn had not come is not opened."""
+    gate, entered = threading.Event(), threading.Event()
+    opened = []
+
+    def open_model(path, **how):
+        entered.set()
+        assert gate.wait(30)
+        opened.append(fake)
+        return fake
+
+    loader = Loader(
+        open_model=open_model,
+        make_engine=lambda *_, **__: pytest.fail("nobody waits for it"),
+        divide_threads=lambda options: 1,
+        pool=pool,
+        dispose=at_once,
+    )
+    options = read_model_options("dir")
+
+    async def main():
+        loading = partial(loader.load, options, "dir", name=None, version="1")
+        loads = [asyncio.create_task(loading()) for _ in range(2)]
+        assert await asyncio.to_thread(entered.wait, 30)
+        for load in loads:
+            load.cancel()
+        gone = await asyncio.gather(*loads, return_exceptions=True)
+        assert [type(error) for error in gone] == [asyncio.CancelledError] * 2
+        gate.set()
+        await pool.run(lambda: None)
+        await asyncio.sleep(0)
+
+    asyncio.run(main())
+    assert (opened, fake.closed) == ([fake], True)
 
 
 def test_what_hangs_is_given_up(load, fake, monkeypatch):

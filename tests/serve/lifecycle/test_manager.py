@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import re
 import shutil
 import weakref
 
@@ -9,7 +10,7 @@ import grpc
 import numpy as np
 import pytest
 
-from models.bundle import Bundle, write_bundle
+from models.bundle import BUNDLE_FILE, Bundle, write_bundle
 from models.errors import BundleError, FingerprintMismatchError
 from models.wire import image_to_wire
 from protos import horace_pb2 as pb
@@ -17,6 +18,10 @@ from protos import horace_pb2_grpc as pb_grpc
 from serve.client import AsyncClient
 from serve.config import ServeOptions
 from serve.errors import PreconditionError, StartError, UnknownNameError
+from serve.kserve.statistics import KEPT_VERSIONS
+from serve.operation.logs import LINES_PER_S, RateFilter
+from serve.operation.options import MetricsOptions
+from serve.operation.tally import KEPT_VERSIONS as COUNTED
 from serve.server import Server
 
 IMAGE = np.zeros((28, 28), np.uint8)
@@ -319,6 +324,40 @@ def test_a_repository_is_followed(serving, put_bundle, tmp_path, caplog):
     asyncio.run(main())
 
 
+def test_a_model_that_was_moved_away_and_back_is_served_again(serving, put_bundle, tmp_path):
+    """By signals alone, though its files look as they did before."""
+    here, away = tmp_path / "r" / "m", tmp_path / "away"
+    put_bundle(here, 1)
+
+    async def main():
+        async with serving(repository=str(tmp_path / "r")) as server:
+            for source, target, served in ((here, away, []), (away, here, ["m"])):
+                source.rename(target)
+                assert await server.reloads.run() == []
+                assert list(server.catalog.models) == served
+
+    asyncio.run(main())
+
+
+def test_every_model_that_is_refused_has_its_line(serving, tmp_path, caplog):
+    """Also where they are more than one place may log in a second."""
+    names = [f"bad-{n:02}" for n in range(LINES_PER_S + 5)]
+    for name in names:
+        (tmp_path / "r" / name).mkdir(parents=True)
+        (tmp_path / "r" / name / BUNDLE_FILE).write_text("{}")
+    caplog.handler.addFilter(limit := RateFilter(clock=lambda: 0.0))
+
+    async def main():
+        async with serving(repository=str(tmp_path / "r")):
+            pass
+
+    try:
+        asyncio.run(main())
+    finally:
+        caplog.handler.removeFilter(limit)
+    assert re.findall("model (.*) refused, what was", caplog.text) == names
+
+
 def test_callers_load_and_unload_where_they_may(serving, put_bundle, tmp_path):
     """Unloaded it stays so, whatever the disk and the signal say, until it is loaded."""
     put_bundle(tmp_path / "r" / "m", 1)
@@ -428,7 +467,7 @@ def test_a_collection_stays_with_the_model_that_made_it(
 def test_a_version_that_only_a_collection_uses_is_looked_after(
     serving, put_bundle, put_collection, tmp_path, monkeypatch
 ):
-    """The server is ready by it, probes it, and has it in its metrics beside the newest."""
+    """The server is ready by it, asks it for no image, and shows it beside the newest."""
     one = put_bundle(tmp_path / "m", 1)
     things = put_collection(tmp_path / "things", one)
     probed = []
@@ -443,7 +482,7 @@ def test_a_version_that_only_a_collection_uses_is_looked_after(
             put_bundle(tmp_path / "m", 2)
             await server.reloads.run()
             await server._probe()
-            assert probed == ["2", "1"]
+            assert probed == ["2"]
             server.catalog.collection("c").model.engine._crashed = True
             server._tell_health()
             assert not server.health.serving
@@ -456,7 +495,10 @@ def test_a_version_that_only_a_collection_uses_is_looked_after(
 def test_versions_of_one_number_are_one_in_the_metrics(
     serving, put_bundle, put_collection, tmp_path
 ):
-    """Replaced under its number, while a collection keeps the one before: the new one is shown."""
+    """Replaced under its number, while a collection keeps the one before: the new one is shown.
+
+    Where the old one is dead the server is not ready, and the series says of which model.
+    """
     one = put_bundle(tmp_path / "m" / "7", 1)
     things = put_collection(tmp_path / "things", one)
 
@@ -469,7 +511,35 @@ def test_versions_of_one_number_are_one_in_the_metrics(
                 one.fingerprint,
             ]
             (state,) = server.operation._state.models()
-            assert (state.version, state.fingerprint) == ("7", two.fingerprint)
+            assert (state.version, state.fingerprint, state.alive) == ("7", two.fingerprint, True)
+            server.catalog.collection("c").model.engine._crashed = True
+            server._tell_health()
+            assert not server.health.serving
+            (state,) = server.operation._state.models()
+            assert (state.fingerprint, state.alive) == (two.fingerprint, False)
+
+    asyncio.run(main())
+
+
+def test_every_version_that_is_kept_is_counted(serving, put_bundle, tmp_path):
+    """All are opened before the first is offered: more than are remembered of the retired."""
+    versions = [str(n) for n in range(1, max(COUNTED, KEPT_VERSIONS) + 3)]
+    for n in versions:
+        put_bundle(tmp_path / "m" / n, 1)
+    options = {
+        "bundle": (f"m={tmp_path / 'm'},keep={len(versions)}",),
+        "metrics": MetricsOptions(port=0),
+    }
+
+    async def main():
+        async with serving(**options) as server, AsyncClient(server.address) as client:
+            for n in versions:
+                await client.embed([IMAGE], version=n)
+            text = (await server.operation.metrics()).decode()
+            for n in versions:  # and each was warmed up
+                assert f'nv_inference_request_success{{model="m",version="{n}"}} 2.0' in text
+                with server.kserve._statistics.find("m", n).read() as counts:
+                    assert counts.success.count == 2
 
     asyncio.run(main())
 

@@ -12,6 +12,7 @@ from models.errors import UsageError
 from models.wire import image_to_wire
 from protos import horace_pb2 as pb
 from protos import horace_pb2_grpc as pb_grpc
+from serve.errors import to_status
 from serve.job import Embedded
 from serve.operation.logs import (
     LINES_PER_S,
@@ -261,6 +262,23 @@ def test_a_warning_without_end_does_not_fill_the_log():
     last, after = map(json.loads, stream.getvalue().splitlines()[-2:])
     assert last["left_out"] == 5
     assert "left_out" not in after
+
+
+def test_what_was_promised_is_in_the_log_however_much_there_is():
+    """Every incident that a caller was told of has its line, some have a traceback."""
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(JsonFormatter())
+    handler.addFilter(RateFilter(clock=Clock()))
+    log = logging.getLogger("horace.serve")
+    log.addHandler(handler)
+    try:
+        told = [to_status(KeyError(n))[1].split()[-1] for n in range(LINES_PER_S + 5)]
+    finally:
+        log.removeHandler(handler)
+    entries = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [entry["message"] for entry in entries] == [f"incident {n}: KeyError" for n in told]
+    assert ["exception" in entry for entry in entries] == [True] * LINES_PER_S + [False] * 5
 
 
 def test_the_logs_that_are_set_up_are_bounded(lines):

@@ -86,13 +86,13 @@ def test_failures_have_tritons_reasons(error, reason):
     assert reason_of(error) == reason
 
 
-def test_a_hundred_thousand_names_make_no_hundred_thousand_series():
+def test_names_without_end_make_no_series_without_end():
     """text-embeddings-inference#271: models, versions and keys without end stay bounded."""
     tallies = ModelTallies(served=lambda: [("kept", "1")])
     tallies.watch("kept", "1")
-    for n in range(100_000):
+    for n in range(1000):
         tally = tallies.watch(f"model-{n}", str(n))
-        if n % 1000 == 0:
+        if n % 10 == 0:
             tally.failed(QueueFullError("full"), 1, 0.1)
     assert len(tallies.models) <= MAX_MODELS + 1
     assert ("kept", "1") in tallies.versions

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from functools import partial
 
 import grpc
 import numpy as np
@@ -18,6 +19,8 @@ from serve.client import Client
 from serve.client.connection import ClientTls
 from serve.config import ServeOptions
 from serve.errors import StartError
+from serve.security import security
+from serve.security.files import Watcher
 from serve.security.options import KeyOptions
 from serve.security.ring import new_token, write_line
 from serve.security.tls import TlsOptions, read_certificates
@@ -154,8 +157,11 @@ def test_a_broken_new_certificate_is_refused_and_the_old_goes_on(serving, fake, 
     assert sum("found key values mismatch" in message for message in caplog.messages) == 1
 
 
-def test_a_certificate_that_changes_on_disk_is_taken_by_itself(serving, fake, pki, eventually):
+def test_a_certificate_that_changes_on_disk_is_taken_by_itself(
+    serving, fake, pki, eventually, monkeypatch
+):
     """Nobody has to send a signal."""
+    monkeypatch.setattr(security, "Watcher", partial(Watcher, every_s=0.01))
 
     async def main():
         async with serving(fake, tls=pki.options) as server:

@@ -4,6 +4,9 @@ import asyncio
 import errno
 import importlib.util
 import logging
+import multiprocessing
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -133,6 +136,28 @@ def test_a_worker_without_words_ends_the_start(supervise):
         StartError, match=r"^worker 1: expected one that becomes ready, found one that ended with"
     ):
         supervise("one dies")
+
+
+def test_a_process_that_cannot_be_started_ends_the_start(supervise, monkeypatch):
+    """In one line; the worker before it is not left behind."""
+    spawn, started = multiprocessing.get_context("spawn"), []
+    make = spawn.Process
+
+    def fail_second(*args, **options):
+        if started:
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        started.append(make(*args, **options))
+        return started[0]
+
+    monkeypatch.setattr(spawn, "Process", fail_second)
+    with pytest.raises(StartError) as error:
+        supervise("good")
+    assert str(error.value) == (
+        "worker 1: expected a process of its own, found Resource temporarily unavailable; "
+        "ask for fewer --workers, or allow more processes and descriptors"
+    )
+    started[0].join()
+    assert started[0].exitcode == -signal.SIGKILL
 
 
 def test_a_second_order_cuts_off(supervise, tmp_path, eventually):

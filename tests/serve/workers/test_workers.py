@@ -56,17 +56,22 @@ def start_workers(start_server, make_bundle, tmp_path):
     return start
 
 
-def test_one_line_when_all_are_ready_and_a_clean_end(start_workers):
-    """Two processes serve, and a signal to the parent drains them both."""
-    server, log = start_workers()
-    assert server.ready_line == (
-        f"horace serving on {server.address} models=m collections=none workers=2"
-    )
-    assert len(workers_of(server.process.pid)) == 2
+def test_one_line_when_all_are_ready_and_one_order_ends_them(start_workers):
+    """Two processes serve gRPC and HTTP; Ctrl-C and a service manager reach them, too."""
+    server, log = start_workers("--http.port", "0")
+    url = re.search(r" http=(http://\S+) workers=2$", server.ready_line)[1]
+    workers = workers_of(server.process.pid)
+    assert len(workers) == 2
     for _ in range(4):
         with Client(server.address) as client:
             assert client.embed([IMAGE]).statuses[0].ok
+        with urllib.request.urlopen(f"{url}/readyz") as reply:
+            assert reply.status == 200
+    for pid in workers:
+        os.kill(pid, signal.SIGINT)
+        os.kill(pid, signal.SIGTERM)
     assert server.stop() == 0
+    assert "cut off" not in log.read_text()
     assert log.read_text().count("stopped; every call was answered") == 2
 
 
@@ -106,22 +111,16 @@ def test_a_killed_worker_is_replaced_and_retries_hide_it(start_workers, frontend
 
 
 def test_a_worker_that_is_told_to_end_drains_and_is_replaced(start_workers):
-    """A signal to one worker is how an operator restarts one after the other."""
+    """So an operator restarts one after the other; a signal to the parent drains them all."""
     server, log = start_workers()
+    assert server.ready_line == (
+        f"horace serving on {server.address} models=m collections=none workers=2"
+    )
     os.kill(workers_of(server.process.pid)[1], signal.SIGTERM)
     wait_until(lambda: "worker 1 serves again" in log.read_text())
     assert "worker 1 ended with status 0; another follows" in log.read_text()
     assert server.stop() == 0
-
-
-def test_http_is_shared_as_grpc_is(start_workers):
-    """Both ports are held by the parent, and the line names them."""
-    server, _ = start_workers("--http.port", "0")
-    url = re.search(r" http=(http://\S+) workers=2$", server.ready_line)[1]
-    for _ in range(4):
-        with urllib.request.urlopen(f"{url}/readyz") as reply:
-            assert reply.status == 200
-    assert server.stop() == 0
+    assert log.read_text().count("stopped; every call was answered") == 3
 
 
 def test_a_signal_reloads_every_worker(start_workers, make_bundle, tmp_path):
@@ -143,16 +142,6 @@ def test_workers_end_when_their_supervisor_is_gone(start_workers):
     server.stop(signal.SIGKILL)
     wait_until(lambda: not any(Path(f"/proc/{pid}/fd").exists() for pid in workers))
     assert "stopping on the end of the supervisor" in log.read_text()
-
-
-def test_the_whole_group_may_be_told_at_once(start_workers):
-    """Ctrl-C and a service manager reach the workers, too: it is one order, not two."""
-    server, log = start_workers()
-    for pid in workers_of(server.process.pid):
-        os.kill(pid, signal.SIGINT)
-        os.kill(pid, signal.SIGTERM)
-    assert server.stop() == 0
-    assert "cut off" not in log.read_text()
 
 
 def refusal(*arguments: str) -> tuple[int, str]:

@@ -1,0 +1,54 @@
+"""Opens a thing on a thread for who waits for it, and closes what nobody waits for any more."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol, TypeVar
+
+from serve.lifecycle.leases import Dispose
+from serve.pool import ThreadPool
+
+
+class Closable(Protocol):
+    """Something with an end."""
+
+    def close(self) -> None:
+        """End it."""
+
+
+Thing = TypeVar("Thing", bound=Closable)
+
+
+async def open_on(pool: ThreadPool, opening: Callable[[], Thing], dispose: Dispose) -> Thing:
+    """Open something on a thread.
+
+    On cancellation before its turn it is never opened; after that it is closed once it is open.
+
+    Args:
+        pool: has the thread.
+        opening: opens it; may block.
+        dispose: runs what closes it; see `serve.lifecycle.leases`.
+
+    Raises:
+        InternalError: the thread died, or hangs.
+    """
+    is_wanted = True
+    work = asyncio.ensure_future(pool.run(lambda: opening() if is_wanted else None))
+    try:
+        opened = await asyncio.shield(work)
+    except asyncio.CancelledError:
+        is_wanted = False
+        work.add_done_callback(partial(_close, dispose))
+        raise
+    assert opened is not None, "it was wanted"
+    return opened
+
+
+def _close(dispose: Dispose, work: asyncio.Future[Thing | None]) -> None:
+    """Close what was opened, if it was."""
+    if work.cancelled() or work.exception() is not None:
+        return
+    if (opened := work.result()) is not None:
+        dispose(opened.close)
