@@ -132,7 +132,8 @@ class HttpServer:
 
     def _bind(self, family: int, host: str, port: int, *, v6_alone: bool) -> socket.socket:
         """Bind one address; that of every interface is also one of IPv4, unless it has its own."""
-        listener = socket.socket(family, socket.SOCK_STREAM)
+        # Named, the protocol is that of each connection, and asyncio sets TCP_NODELAY.
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if self._reuse_port:

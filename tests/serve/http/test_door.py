@@ -44,6 +44,19 @@ def test_draining_answers_what_is_under_way(http_serving, fake, png, eventually)
     assert held.headers["connection"] == late.headers["connection"] == "close"
 
 
+def test_a_reply_is_sent_at_once(http_serving, fake):
+    """Nagle's algorithm would hold back its body until the head is acknowledged: 40 ms."""
+
+    async def main():
+        async with http_serving(fake) as (server, http):
+            await http.get("/readyz")
+            (connection,) = server.http._uvicorn.server_state.connections
+            accepted = connection.transport.get_extra_info("socket")
+            return accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+    assert asyncio.run(main())
+
+
 def test_a_request_whose_body_is_not_here_yet_is_under_way(http_serving, fake, png, eventually):
     """A drain waits for it, and answers it; it is accepted once, and counted once."""
     form = httpx.Request("POST", "http://any", files=files(png(1)))
