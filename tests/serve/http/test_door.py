@@ -12,6 +12,7 @@ import pytest
 from models.errors import UsageError
 from serve.errors import StartError
 from serve.http.options import HttpOptions
+from serve.http.protocol import PatientProtocol
 
 
 def files(*images):
@@ -44,17 +45,22 @@ def test_draining_answers_what_is_under_way(http_serving, fake, png, eventually)
     assert held.headers["connection"] == late.headers["connection"] == "close"
 
 
-def test_a_reply_is_sent_at_once(http_serving, fake):
+def test_a_reply_is_sent_at_once(http_serving, fake, monkeypatch):
     """Nagle's algorithm would hold back its body until the head is acknowledged: 40 ms."""
+    at_once, made = [], PatientProtocol.connection_made
+
+    def look(protocol, transport):
+        accepted = transport.get_extra_info("socket")
+        at_once.append(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        made(protocol, transport)
 
     async def main():
-        async with http_serving(fake) as (server, http):
+        async with http_serving(fake) as (_, http):
             await http.get("/readyz")
-            (connection,) = server.http._uvicorn.server_state.connections
-            accepted = connection.transport.get_extra_info("socket")
-            return accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
-    assert asyncio.run(main())
+    monkeypatch.setattr(PatientProtocol, "connection_made", look)
+    asyncio.run(main())
+    assert at_once == [1]
 
 
 def test_a_request_whose_body_is_not_here_yet_is_under_way(http_serving, fake, png, eventually):
