@@ -27,7 +27,8 @@ kept does not say by which code, options or machine: `--fresh` forgets it, and a
 
 gRPC: perf_analyzer, and h2load where it cannot (JPEGs, Horace's own Embed); HTTP: wrk, and
 h2load at a rate. Clients differ in cost, and share the CPUs with the server: h2load takes less
-than perf_analyzer, which favours Embed. So the CPU of server and client is counted apart.
+than perf_analyzer, which favours Embed. So the CPU of server and client is counted apart. With
+JPEGs Horace's own HTTP stands beside its gRPC.
 
 Run from the root, on a quiet machine, after `apt-get install wrk nghttp2-client`:
 `python -m benchmarks.serve_peers --out benchmarks/results/serve_peers.json`: some 16 minutes.
@@ -73,7 +74,8 @@ OURS = ("horace-kserve", "horace-embed")
 CONTENDERS = (*OURS, "triton", *PEERS)
 IN_LANES = (*CONTENDERS, "triton" + LANES, "mosec" + LANES)
 ON_GRPCIO = "horace_grpcio-kserve"
-EVERYBODY = (*IN_LANES, ON_GRPCIO)
+ON_HTTP = "horace_http-embed"
+EVERYBODY = (*IN_LANES, ON_GRPCIO, ON_HTTP)
 OPEN = (0.5, 0.8, 1.2)
 """Of what a contender answered a second with 64 calls under way."""
 
@@ -119,8 +121,8 @@ CASES = (
          contenders=IN_LANES),
     Case(encoder="light", payload="tensor", images=1, concurrencies=(64,), repeats=True,
          contenders=("horace-kserve", "horace-embed", ON_GRPCIO, "triton", "mosec")),
-    Case(encoder="small", payload="jpeg", images=1, concurrencies=(64,), repeats=True,
-         contenders=IN_LANES),
+    Case(encoder="small", payload="jpeg", images=1, concurrencies=(1, 64), repeats=True,
+         contenders=(*IN_LANES, ON_HTTP)),
     Case(encoder="small", payload="tensor", images=32, concurrencies=(16,), patience=1.5),
     Case(encoder="small", payload="jpeg", images=32, concurrencies=(16,), patience=1.5),
     Case(encoder="large", payload="tensor", images=1, concurrencies=(1, 4), repeats=True,
@@ -308,7 +310,7 @@ def load_label(load: Load, case: Case, name: str, n: int, kept: Measurements) ->
 
 def client_of(name: str, payload: str) -> str:
     """Choose who calls."""
-    if name in PEERS:
+    if name in PEERS or name == ON_HTTP:
         return "http"
     return "perf_analyzer" if payload == "tensor" and name != "horace-embed" else "h2load"
 

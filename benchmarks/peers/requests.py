@@ -10,6 +10,7 @@ import struct
 from pathlib import Path
 
 import grpc
+import httpx
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -30,8 +31,11 @@ EMBED = "/horace.v1.Horace/Embed"
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 PATHS = {
     "horace-embed": EMBED, "horace-kserve": INFER, "horace_grpcio-kserve": INFER, "triton": INFER,
-    "mosec": "/inference", "litserve": "/predict", "bentoml": "/embed",
+    "horace_http-embed": "/v1/embed", "mosec": "/inference", "litserve": "/predict",
+    "bentoml": "/embed",
 }  # fmt: skip
+
+BOUNDARY = "horace-and-its-peers"
 
 LEAST_COSINE = 0.999
 
@@ -61,16 +65,23 @@ def write_bodies(images: list[NDArray[np.uint8] | bytes], folder: Path) -> dict[
     jpegs = [image for image in images if isinstance(image, bytes)]
     plain = join(jpegs) if jpegs else np.stack(images).tobytes()
     text = base64.b64encode(plain).decode()
+    form = httpx.Request(
+        "POST", "http://any", data={"encoding": "base64"},
+        files=[("images", ("a.jpg", jpeg, "image/jpeg")) for jpeg in jpegs],
+        headers={"content-type": f"multipart/form-data; boundary={BOUNDARY}"},
+    )  # fmt: skip
     bodies = {
         "horace-embed": _frame(pb.EmbedRequest(images=map(image_to_wire, images))),
         "horace-kserve": _frame(_infer_request(images, plain)),
         "horace_grpcio-kserve": _frame(_infer_request(images, plain)),
         "triton": _frame(_triton_request(images, plain)),
+        "horace_http-embed": form.read(),
         "mosec": plain,
         "litserve": json.dumps({"images": text}).encode(),
         "bentoml": json.dumps({"bodies": [text]}).encode(),
     }
     types = dict.fromkeys(("litserve", "bentoml"), "application/json")
+    types["horace_http-embed"] = form.headers["content-type"]
     grpc_types = {
         name: "application/grpc" for name, path in PATHS.items() if path in (EMBED, INFER)
     }
@@ -167,4 +178,11 @@ def _call_http(name: str, target: Target) -> bytes:
     connection.close()
     if reply.status != 200:
         raise BenchmarkError(name, expected="status 200", found=f"{reply.status} {content!r:.200}")
-    return base64.b64decode(json.loads(content)[0]) if name == "bentoml" else content
+    match name:
+        case "bentoml":
+            return base64.b64decode(json.loads(content)[0])
+        case "horace_http-embed":
+            rows = json.loads(content)["results"]
+            return b"".join(base64.b64decode(row["vector"]) for row in rows)
+        case _:
+            return content

@@ -20,7 +20,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -102,6 +102,12 @@ def horace_grpcio(setting: Setting, home: Path) -> tuple[list[str], dict[str, st
     """Say how Horace is started on grpcio, to show what its front end is worth."""
     argv, environment = horace(setting, home)
     return [*argv, "--frontend", "grpcio"], environment
+
+
+def horace_http(setting: Setting, home: Path) -> tuple[list[str], dict[str, str]]:
+    """Say how Horace is started for callers over HTTP."""
+    argv, environment = horace(replace(setting, port=0), home)
+    return [*argv, "--http.port", str(setting.port)], environment
 
 
 def triton(setting: Setting, home: Path) -> tuple[list[str], dict[str, str]]:
@@ -205,7 +211,10 @@ def answers_http(url: str) -> Callable[[], bool]:
         connection = http.client.HTTPConnection(url, timeout=5)
         try:
             connection.request("GET", "/health")
-            return connection.getresponse().status in (200, 404)  # mosec has no such page
+            return connection.getresponse().status in (
+                200,
+                404,
+            )  # mosec and Horace have no such page
         except OSError:
             return False
         finally:
@@ -217,6 +226,7 @@ def answers_http(url: str) -> Callable[[], bool]:
 COMMANDS: dict[str, Callable[[Setting, Path], tuple[list[str], dict[str, str]]]] = {
     "horace": horace,
     "horace_grpcio": horace_grpcio,
+    "horace_http": horace_http,
     "triton": triton,
     "mosec": peer("mosec", "{BIN}/python", str(ROOT / "benchmarks/peers/mosec_server.py")),
     "litserve": peer("litserve", "{BIN}/python", str(ROOT / "benchmarks/peers/litserve_server.py")),
@@ -229,6 +239,7 @@ COMMANDS: dict[str, Callable[[Setting, Path], tuple[list[str], dict[str, str]]]]
 ANSWERS: dict[str, Callable[[str], Callable[[], bool]]] = {
     "horace": answers_grpc,
     "horace_grpcio": answers_grpc,
+    "horace_http": answers_http,
     "triton": answers_grpc,
     "mosec": answers_http,
     "litserve": answers_http,
