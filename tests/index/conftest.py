@@ -194,9 +194,13 @@ def built_euclidean(
     return out
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def milvus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of one Milvus for all tests; each takes names of its own."""
+    """The address of a Milvus for the tests of a module; each takes names of its own.
+
+    Not for the session: pymilvus pings a server that it asks nothing, and Milvus Lite bears that
+    for some minutes alone.
+    """
     with milvus_server(tmp_path_factory.mktemp("milvus")) as uri:
         yield uri
 
