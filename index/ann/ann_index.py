@@ -42,6 +42,10 @@ GRAPH_SLACK, PROBES_GROW, FACTOR_FALLS = 2, 1 / 2, 1 / 4
 """Of `scale`: candidates of a graph for each neighbour, and exponents for lists. With these
 recall@100 is about that at 10: decision 0015."""
 
+FILTER_SLACK = 1.1
+"""The same of a graph whose candidates a filter chooses from: it misses some of the last, of which
+few were chosen (decision 0014)."""
+
 MAX_KEPT_SETTINGS = 256
 """Sets of FAISS's search parameters that are kept made; a few microseconds each to make."""
 
@@ -158,20 +162,22 @@ class AnnIndex:
             )
         return scores_QK, rows_QK
 
-    def scale(self, parameters: Mapping[str, int], k: int, wanted: int) -> dict[str, int]:
+    def scale(
+        self, parameters: Mapping[str, int], k: int, wanted: int, *, slack: float = GRAPH_SLACK
+    ) -> dict[str, int]:
         """Give the parameters by which `wanted` neighbours are found as well as k by these.
 
         A graph that keeps no more candidates than it is asked for misses many of the last:
-        it keeps twice as many. Lists that held the k nearest hold less of the next ones: more are
-        looked into. For fewer as many are ranked again, or the first of one would not be the
-        first of k.
+        it keeps `slack` times as many. Lists that held the k nearest hold less of the next ones:
+        more are looked into. For fewer as many are ranked again, or the first of one would not be
+        the first of k.
         """
         found = {**self.kind.defaults, **parameters}
         ratio = wanted / max(1, k)
         if ratio < 1 and "k_factor" in found:
             found["k_factor"] = math.ceil(found["k_factor"] / ratio)
         elif ratio > 1 and self.kind.family == "graph":
-            found["efSearch"] = max(found["efSearch"], GRAPH_SLACK * wanted)
+            found["efSearch"] = max(found["efSearch"], math.ceil(slack * wanted))
         elif ratio > 1:
             found["nprobe"] = min(self.kind.lists, round(found["nprobe"] * ratio**PROBES_GROW))
             found["k_factor"] = max(2, math.ceil(found["k_factor"] / ratio**FACTOR_FALLS))
@@ -180,11 +186,11 @@ class AnnIndex:
     def candidates(self, k: int, parameters: Mapping[str, int]) -> int:
         """Say how many rows a filter may choose from that cost a search for k nothing more.
 
-        `scale` makes a graph keep `GRAPH_SLACK` times as many.
+        `scale` makes a graph keep `FILTER_SLACK` times as many.
         """
         found = {**self.kind.defaults, **parameters}
         is_graph = self.kind.family == "graph"
-        return max(1, found["efSearch"] // GRAPH_SLACK) if is_graph else LIST_CANDIDATES * k
+        return max(1, int(found["efSearch"] / FILTER_SLACK)) if is_graph else LIST_CANDIDATES * k
 
     def effort_parameters(
         self, candidates: int, k: int, parameters: Mapping[str, int]

@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from index.ann.ann_index import AnnIndex
+from index.ann.ann_index import FILTER_SLACK, AnnIndex
 from index.ann.kinds import EF_SEARCH as EF_SEARCH
 from index.ann.kinds import FLAT as FLAT
 from index.ann.kinds import HNSW as HNSW
@@ -196,11 +196,8 @@ class Segment:
         )
         if is_exact_cheaper(chosen=len(rows_M), candidates=candidates, queries=len(queries_QD)):
             return self._compare(queries_QD, k, rows_M=rows_M, threads=threads)
-        wider = (
-            self.index.scale(parameters, n_found, max(n_found, candidates))
-            if parameters
-            else self.index.scale(self._parameters, NEIGHBOURS, candidates)
-        )
+        own, k_of_own = (parameters, n_found) if parameters else (self._parameters, NEIGHBOURS)
+        wider = self.index.scale(own, k_of_own, max(n_found, candidates), slack=FILTER_SLACK)
         found = self.index.search(queries_QD, candidates, parameters=wider, threads=threads)
         scores, rows, short = keep_chosen(*found, mask_N, n_found)
         if short.size:
