@@ -107,7 +107,7 @@ def read_ring(path: str | Path) -> KeyRing:
     """Read a key file.
 
     Raises:
-        StartError: there is none, or it is not right throughout, or it has no key.
+        StartError: there is none, or it is not right throughout.
     """
     try:
         data = Path(path).read_bytes()
@@ -134,8 +134,6 @@ def _read_lines(text: str, where: str) -> list[ApiKey]:
         for n, line in enumerate(text.splitlines(), 1)
         if line.strip() and not line.lstrip().startswith("#")
     ]
-    if not keys:
-        raise StartError(where, expected="at least one key", found="none")
     limits: dict[str, tuple[tuple[str, float], ...]] = {}
     for key in keys:
         if limits.setdefault(key.name, key.limits) != key.limits:

@@ -8,12 +8,14 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import grpc
 
+from serve.errors import StartError
 from serve.lifecycle.reloading import Reloads
 from serve.security.files import Reloadable, Watcher
 from serve.security.guard import Guard
@@ -22,6 +24,8 @@ from serve.security.options import CallerLimits, KeyOptions
 from serve.security.ring import KeyRing, read_ring
 from serve.security.tls import Certificates, Tls, TlsOptions
 from serve.valve import Refuses, never
+
+log = logging.getLogger("horace.serve")
 
 
 class Security:
@@ -55,7 +59,14 @@ class Security:
         self._tls = Tls(tls) if tls.is_on else None
         self._ring: Reloadable[KeyRing] | None = None
         if (file := keys.file) is not None:
-            self._ring = Reloadable("API keys", [file], lambda: read_ring(file))
+            self._ring = Reloadable("API keys", [file], partial(_read_keys, file))
+            if not self._ring.value.names:
+                raise StartError(
+                    f"key file {file}",
+                    expected="at least one key",
+                    found="none",
+                    mend=f"add one with python -m serve.security.keys new NAME --file {file}",
+                )
         self.guard = Guard(
             ring=self._keys, open_reflection=keys.open_reflection, quota=limits.quota
         )
@@ -97,3 +108,15 @@ class Security:
     def _keys(self) -> KeyRing | None:
         """Give the keys of the moment."""
         return None if self._ring is None else self._ring.value
+
+
+def _read_keys(file: str) -> KeyRing:
+    """Read the key file, from which the last key may have been taken.
+
+    Raises:
+        StartError: it cannot be read, or is not right throughout.
+    """
+    ring = read_ring(file)
+    if not ring.names:
+        log.warning("key file %s has no key: nobody gets in", file)
+    return ring

@@ -16,6 +16,7 @@ from tritonclient.grpc import service_pb2 as kserve_pb2
 from models.wire import image_to_wire
 from protos import horace_pb2 as pb
 from protos import horace_pb2_grpc as pb_grpc
+from serve.errors import StartError
 from serve.security import security
 from serve.security.files import Watcher
 from serve.security.options import CallerLimits, KeyOptions
@@ -245,8 +246,24 @@ def test_a_key_is_taken_back_while_the_server_runs(serving, fake, keys, token, t
             (tmp_path / "keys").write_text("broken")
             assert await server.reloads.run() == ["API keys"]
             assert (await rpc.call(channel, [("x-api-key", new)]))[0] is grpc.StatusCode.OK
+            (tmp_path / "keys").write_text("# the last was taken out\n")
+            assert await server.reloads.run() == []
+            code, _ = await rpc.call(channel, [("x-api-key", new)])
+            assert code is grpc.StatusCode.UNAUTHENTICATED
 
     asyncio.run(main())
+
+
+def test_a_server_does_not_start_with_keys_of_which_there_is_none(serving, fake, keys, tmp_path):
+    """Nobody could get in."""
+    (tmp_path / "keys").write_text("# none yet\n")
+
+    async def main():
+        async with serving(fake, keys=keys):
+            pass
+
+    with pytest.raises(StartError, match="expected at least one key, found none; add one with"):
+        asyncio.run(main())
 
 
 def test_a_key_file_that_changes_is_read_by_itself(
