@@ -29,6 +29,12 @@ MENDED_ELSEWHERE = (DUPLICATE_KEY, TOO_LARGE, UNREADABLE)
 """Faults that may be gone although the bytes are the same."""
 
 
+OF_ANOTHER = (
+    "an image of another source with this key or its id; sources with equal names belong under one "
+    "folder, and --moved-from says where this one was before"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Seen:
     """A record of the source.
@@ -135,7 +141,7 @@ def plan_sync(
             if is_away:
                 away.add(one.key.removesuffix("/"))  # a link like an image may lead to a folder
         elif one.key in taken:
-            plan.rejects.append(_refuse(one, "an image of another source with this key or its id"))
+            plan.rejects.append(_refuse(one, OF_ANOTHER))
         elif old is not None and one.digest is not None and old.digest == one.digest:
             plan.unchanged.append((one, old.row))
         elif (reject := rejected.get(one.key)) and one.digest and reject.digest == one.digest:

@@ -398,7 +398,11 @@ class CollectionWriter:
         return self._journal
 
     def _tell_untuned(self, tuning: Mapping[str, Json]) -> None:
-        """Say that nobody has measured the index that there is now."""
+        """Say that nobody has measured the index that there is now, unless it was and is exact."""
+        chosen = tuning.get("chosen")
+        factory = chosen.get("factory") if isinstance(chosen, dict) else None
+        if factory == self._collection.factory == FLAT:
+            return
         asked = "".join(f" --{name} {tuning[name]}" for name in ("recall", "k") if name in tuning)
         log.warning(
             "%s: recall was measured of the index before, and not of the present %s; "

@@ -101,7 +101,8 @@ def test_a_key_has_one_owner():
         (
             "duplicate_key",
             "b: expected a key of its own, found an image of another source with this key or its "
-            "id",
+            "id; sources with equal names belong under one folder, and --moved-from says where "
+            "this one was before",
         ),
         ("duplicate_key", "a: expected a key of its own, found an earlier image of this key"),
     ]
