@@ -219,14 +219,14 @@ class Collection:
             )
         if not self.count:
             return no_neighbours(len(queries_QD))
-        masks = [None] * len(snapshot.parts) if selection is None else selection.masks
+        chosen = [None] * len(snapshot.parts) if selection is None else selection.chosen
         k_asked = min(k + n_without, self.count)
         own = snapshot.own_parameters(parameters or {})
         found = []
-        for part, part_parameters, mask_N in zip(snapshot.parts, own, masks, strict=True):
+        for part, part_parameters, among in zip(snapshot.parts, own, chosen, strict=True):
             scores, rows = part.search(
                 queries_QD, k_asked, exact=exact, parameters=part_parameters,
-                threads=self._threads, mask_N=mask_N,
+                threads=self._threads, among=among,
             )  # fmt: skip
             found.append((scores, part.segment.ids_or_missing[rows]))
         scores, ids = merge_neighbours(found, k_asked)

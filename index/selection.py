@@ -8,7 +8,8 @@ Rules:
     looked at than are wanted, and those that were not chosen are dropped. A query with too
     few left, as where the filter and the neighbourhood exclude one another, is searched
     again among all that was chosen, exactly.
-    Where few rows were chosen, to compare every one of them costs less than the index does.
+    Where few rows were chosen, to compare every one of them costs less than the index does, and
+    so it does where the index was seldom of use to the queries before.
 
 Source of the limits: docs/decisions/0014-filtered-search.md, measured by benchmarks.filters.
 
@@ -22,6 +23,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import cast
 
 import numpy as np
@@ -39,16 +41,54 @@ CHANCE = 1.5
 """Deviations of the number of chosen ones among the candidates that are allowed for. With
 fewer, more queries are searched twice; with more, all of them look at more candidates."""
 
-ROWS_A_CANDIDATE = 40
+ROWS_A_CANDIDATE = 30
 """Rows that are compared, a query at a time, in about the time that the index takes a candidate:
-15 to 60, by the kind of the index and how busy the caches are. In doubt rows are compared, which is
-exact."""
+15 to 60, by the kind of the index and how busy the memory is."""
 
 MAX_BATCH_GAIN = 256
 """Rows more than that, at most: about one for each query of a batch, whose rows are copied
 once and multiplied by BLAS."""
 
+DOUBT = 4
+"""Queries that are taken to have found enough in the index, beside those that were searched for."""
+
 SourceNames = Callable[[str], str]
+
+
+class Chosen:
+    """The rows of one segment that may be found, and what searches among them have shown.
+
+    Any number of threads may use it: a lost count of `note` costs time, and no neighbour.
+
+    Attributes:
+        mask_N: (N,) bool, whether each row may be found; nobody may write to it.
+        count: how many may.
+    """
+
+    def __init__(self, mask_N: NDArray[np.bool_]) -> None:
+        """Begin without a search."""
+        self.mask_N = mask_N
+        self.count = int(np.count_nonzero(mask_N))
+        self._asked = self._short = 0
+
+    def rows(self) -> NDArray[np.int64]:
+        """Give the numbers of the chosen rows, (M,) int64, ascending."""
+        return self._few if 8 * self.count <= len(self.mask_N) else np.flatnonzero(self.mask_N)
+
+    @cached_property
+    def _few(self) -> NDArray[np.int64]:
+        """The numbers, where they weigh no more than the mask."""
+        return np.flatnonzero(self.mask_N)
+
+    @property
+    def short_share(self) -> float:
+        """The share of queries that found fewer among the index's candidates than they wanted."""
+        return self._short / (self._asked + DOUBT)
+
+    def note(self, *, asked: int, short: int) -> None:
+        """Count queries that the index was asked, and those that found too few."""
+        self._asked += asked
+        self._short += short
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,7 +99,7 @@ class Selection:
         filter: its text.
         mask_N: (N,) bool, whether each row was chosen; nobody may write to it.
         count: how many were.
-        masks: the same for the rows of each part of a collection, dead ones among them, none of
+        chosen: the same for the rows of each part of a collection, dead ones among them, none of
             which was chosen; empty for the rows of one part.
         parts: the parts of the snapshot that it was made of, and holds for.
     """
@@ -67,7 +107,7 @@ class Selection:
     filter: str
     mask_N: NDArray[np.bool_]
     count: int
-    masks: tuple[NDArray[np.bool_], ...] = ()
+    chosen: tuple[Chosen, ...] = ()
     parts: object = None
 
 
@@ -158,12 +198,17 @@ def count_candidates(k: int, *, chosen: int, count: int, ef_search: int) -> int:
     return min(count, max(ef_search, math.ceil(wanted) + ef_search // 4))
 
 
-def is_exact_cheaper(*, chosen: int, candidates: int, queries: int) -> bool:
-    """Say whether to compare every chosen row costs less than so many candidates do."""
+def is_exact_cheaper(
+    *, chosen: int, candidates: int, queries: int, short_share: float = 0.0
+) -> bool:
+    """Say whether to compare every chosen row costs less than so many candidates do.
+
+    Where the index finds too few, its candidates are paid for, and then every row.
+    """
     rows = ROWS_A_CANDIDATE
     if queries >= COPY_MIN_QUERIES:
         rows += min(queries, MAX_BATCH_GAIN)
-    return chosen <= rows * candidates
+    return chosen * (1 - short_share) <= rows * candidates
 
 
 def keep_chosen(

@@ -5,7 +5,8 @@ Rules:
     what is left out goes back to the class's own default (efSearch 16, nprobe 1), and the
     shared index is never changed.
     Re-ranking reads the segment's memory-mapped float32 vectors where they lie, within the same
-    call of FAISS: one call a query, no second copy in memory.
+    call of FAISS: one call a query, no second copy in memory. Where only some rows may be found,
+    it is a call of its own, for those alone.
     Scores are better when higher: cosines, or minus the squared distance.
     No parameter makes a search weigh more rows than there are, and memory holds the candidates of
     a block of queries: what a caller asks for is time, never all of the memory.
@@ -28,11 +29,13 @@ from numpy.typing import NDArray
 from index.ann.kinds import EF_SEARCH, NEIGHBOURS, Kind, lists_of
 from index.knn import (
     EUCLIDEAN,
+    MISSING,
     faiss_metric,
     faiss_threads,
     pad_neighbours,
     search_threads,
 )
+from index.selection import Chosen, keep_chosen
 
 LIST_CANDIDATES = 2
 """Of lists, for each neighbour; with these and `scale` a filter that leaves half finds .995 of the
@@ -94,7 +97,7 @@ class AnnIndex:
         self._flat = flat_over(vectors_ND, metric)
         storage = base.storage if kind.family == "graph" else None
         self.own_storage = None if storage is None else faiss.downcast_index(storage)
-        self._settings: dict[tuple[int, ...], tuple[faiss.SearchParameters, int]] = {}
+        self._settings: dict[tuple[int | bool, ...], tuple[faiss.SearchParameters, int]] = {}
         searched = base
         if kind.family == "graph" and rows_M is not None:
             searched = self._numbered = _number(base, rows_M)
@@ -102,7 +105,7 @@ class AnnIndex:
             base.storage, base.own_fields = self._flat, False
             if self.own_storage is not None:
                 self.own_storage.thisown = True  # of an older file: goes with this object
-        self._top = searched
+        self._coarse = self._top = searched
         if kind.refines:
             self._flat.ntotal = searched.ntotal  # FAISS wants the same number of both at first
             self._top = faiss.IndexRefine(searched, self._flat)
@@ -144,6 +147,67 @@ class AnnIndex:
         if len(rows) != 1 or rows.item(-1) < 0:  # what is missing comes last
             scores[rows < 0] = -np.inf
         return pad_neighbours(scores, rows, k) if n_asked < k else (scores, rows)
+
+    def search_among(
+        self,
+        queries_QD: NDArray[np.float32],
+        k: int,
+        among: Chosen,
+        *,
+        candidates: int,
+        parameters: Mapping[str, int],
+        threads: int,
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
+        """Find about the k nearest of the chosen rows, among so many candidates.
+
+        Codes give `k_factor` times as many, and the chosen ones alone are ranked again.
+
+        Args:
+            queries_QD: (Q, D) float32, C-contiguous.
+            k: how many, at most as many as were chosen.
+            among: the rows that may be found.
+            candidates: rows to choose from, at least k.
+            parameters: see `search`.
+            threads: see there.
+
+        Returns:
+            (Q, k) scores and rows, padded, and the queries that have too few chosen rows among
+            their candidates: fewer than k, or, of codes, than `k_factor` times k.
+        """
+        if not self.kind.refines:
+            found = self.search(queries_QD, candidates, parameters=parameters, threads=threads)
+            return keep_chosen(*found, among.mask_N, k)
+        parameters = within({**self.kind.defaults, **parameters}, candidates, self.base.ntotal)
+        factor = parameters["k_factor"]
+        n_coarse = min(candidates * factor, self.base.ntotal)
+        settings, n_block = self._settings_of(n_coarse, parameters, is_coarse=True)
+        scores_QK = np.empty((len(queries_QD), k), np.float32)
+        rows_QK = np.empty((len(queries_QD), k), np.int64)
+        counts_Q = np.empty(len(queries_QD), np.int64)
+        with faiss_threads(search_threads(threads, len(queries_QD))):
+            for start in range(0, len(queries_QD), n_block):
+                block = slice(start, start + n_block)
+                rows_QC = self._coarse.search(queries_QD[block], n_coarse, params=settings)[1]
+                rows_QC[~among.mask_N[rows_QC]] = MISSING
+                counts_Q[block] = (rows_QC != MISSING).sum(axis=1)
+                scores_QK[block], rows_QK[block] = self._rank(queries_QD[block], rows_QC, k)
+        wanted = min(k * factor, among.count)
+        return scores_QK, rows_QK, np.flatnonzero(counts_Q < wanted)
+
+    def _rank(
+        self, queries_QD: NDArray[np.float32], rows_QC: NDArray[np.int64], k: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Give the k nearest of each query's own rows, best first; row -1 is none."""
+        scores_QC = np.empty(rows_QC.shape, np.float32)
+        arrays = (scores_QC, queries_QD, self.vectors_ND, rows_QC)
+        is_euclidean = self.metric == EUCLIDEAN
+        score = faiss.fvec_L2sqr_by_idx if is_euclidean else faiss.fvec_inner_products_by_idx
+        score(*map(faiss.swig_ptr, arrays), self.vectors_ND.shape[1], *rows_QC.shape)
+        if is_euclidean:
+            np.negative(scores_QC, out=scores_QC)
+        best_QK = np.argsort(-scores_QC, axis=1)[:, :k]  # sorting all of them is the fastest
+        lines_Q = np.arange(len(rows_QC))[:, None]
+        return scores_QC[lines_Q, best_QK], rows_QC[lines_Q, best_QK]
 
     def _search_blocks(
         self,
@@ -210,20 +274,29 @@ class AnnIndex:
         }
 
     def _settings_of(
-        self, k: int, parameters: Mapping[str, int]
+        self, k: int, parameters: Mapping[str, int], *, is_coarse: bool = False
     ) -> tuple[faiss.SearchParameters, int]:
         """Make FAISS's own parameters, or take those that were made before.
+
+        Args:
+            k: how many rows are asked for.
+            parameters: all that there are.
+            is_coarse: whether they are for the index without its re-ranking.
 
         Returns:
             Those, and for how many queries at a time memory is taken.
         """
-        key = (k, *parameters.values())
+        key = (is_coarse, k, *parameters.values())
         kept = self._settings.get(key)
         if kept is not None:
             return kept
         bounded = within(parameters, k, self.base.ntotal)
-        n_block = max(1, BLOCK_CANDIDATES // max(1, k * bounded.get("k_factor", 1)))
-        made = make_settings(self.kind, self.base, k, bounded), n_block
+        if is_coarse:
+            n_block = max(1, BLOCK_CANDIDATES // max(1, k))
+            made = make_coarse_settings(self.kind, self.base, k, bounded), n_block
+        else:
+            n_block = max(1, BLOCK_CANDIDATES // max(1, k * bounded.get("k_factor", 1)))
+            made = make_settings(self.kind, self.base, k, bounded), n_block
         if len(self._settings) < MAX_KEPT_SETTINGS:
             self._settings[key] = made
         return made
@@ -248,17 +321,23 @@ def make_settings(
 ) -> faiss.SearchParameters:
     """Make FAISS's search parameters with every field set."""
     factor = parameters.get("k_factor", 1)
-    if kind.family == "graph":
-        settings = faiss.SearchParametersHNSW(
-            efSearch=max(parameters.get("efSearch", EF_SEARCH), k * factor),
-            check_relative_distance=True,
-            bounded_queue=True,
-        )
-    else:
-        settings = _list_settings(kind, base, parameters["nprobe"])
+    settings = make_coarse_settings(kind, base, k * factor, parameters)
     if kind.refines:
         settings = faiss.IndexRefineSearchParameters(k_factor=factor, base_index_params=settings)
     return settings
+
+
+def make_coarse_settings(
+    kind: Kind, base: faiss.Index, k: int, parameters: Mapping[str, int]
+) -> faiss.SearchParameters:
+    """Make those of the index without its re-ranking, of which k are asked."""
+    if kind.family == "lists":
+        return _list_settings(kind, base, parameters["nprobe"])
+    return faiss.SearchParametersHNSW(
+        efSearch=max(parameters.get("efSearch", EF_SEARCH), k),
+        check_relative_distance=True,
+        bounded_queue=True,
+    )
 
 
 def _list_settings(kind: Kind, base: faiss.Index, nprobe: int) -> faiss.SearchParameters:

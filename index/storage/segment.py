@@ -39,7 +39,7 @@ from index.ann.making import build_index, write_index
 from index.ann.opening import open_index
 from index.errors import CollectionError
 from index.knn import COSINE, MISSING, knn_search, pad_neighbours
-from index.selection import Selector, count_candidates, is_exact_cheaper, keep_chosen
+from index.selection import Chosen, Selector, count_candidates, is_exact_cheaper
 from index.storage.manifest import Manifest, SegmentEntry, check_file
 from index.storage.rows import ROW_SCHEMA as ROW_SCHEMA
 from index.storage.rows import in_schema, is_row_schema
@@ -143,7 +143,7 @@ class Segment:
         exact: bool,
         parameters: Mapping[str, int],
         threads: int,
-        mask_N: NDArray[np.bool_] | None = None,
+        among: Chosen | None = None,
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Find the k nearest rows: (Q, k) scores and row numbers, padded with -inf and -1.
 
@@ -154,7 +154,7 @@ class Segment:
             parameters: of the index, for this call, taken as they are; where there are none, its
                 own, scaled to k.
             threads: CPU threads.
-            mask_N: (N,) bool, the rows that may be found; all where None.
+            among: the rows that may be found; all where None.
 
         Raises:
             UsageError: a parameter that the index does not have.
@@ -162,9 +162,9 @@ class Segment:
         if parameters:
             check_parameters(parameters, self.parameter_names, self.entry.factory)
             parameters = {**self._parameters, **parameters}
-        if mask_N is not None:
+        if among is not None:
             return self._search_chosen(
-                queries_QD, k, mask_N, exact=exact, parameters=parameters, threads=threads
+                queries_QD, k, among, exact=exact, parameters=parameters, threads=threads
             )
         if exact or self.index is None:
             return self._compare(queries_QD, k, threads=threads)
@@ -177,32 +177,38 @@ class Segment:
         self,
         queries_QD: NDArray[np.float32],
         k: int,
-        mask_N: NDArray[np.bool_],
+        among: Chosen,
         *,
         exact: bool,
         parameters: Mapping[str, int],
         threads: int,
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Search among the rows of a mask, in the cheaper of two ways: see `index.selection`."""
-        rows_M = np.flatnonzero(mask_N)
+        """Search among some rows, in the cheaper of two ways: see `index.selection`."""
         if exact or self.index is None:
-            return self._compare(queries_QD, k, rows_M=rows_M, threads=threads)
-        n_found = min(k, len(rows_M))
+            return self._compare(queries_QD, k, rows_M=among.rows(), threads=threads)
+        n_found = min(k, among.count)
         candidates = count_candidates(
             n_found,
-            chosen=len(rows_M),
+            chosen=among.count,
             count=self.entry.count,
             ef_search=self.index.candidates(n_found, parameters or self._parameters),
         )
-        if is_exact_cheaper(chosen=len(rows_M), candidates=candidates, queries=len(queries_QD)):
-            return self._compare(queries_QD, k, rows_M=rows_M, threads=threads)
+        if is_exact_cheaper(
+            chosen=among.count,
+            candidates=candidates,
+            queries=len(queries_QD),
+            short_share=among.short_share,
+        ):
+            return self._compare(queries_QD, k, rows_M=among.rows(), threads=threads)
         own, k_of_own = (parameters, n_found) if parameters else (self._parameters, NEIGHBOURS)
         wider = self.index.scale(own, k_of_own, max(n_found, candidates), slack=FILTER_SLACK)
-        found = self.index.search(queries_QD, candidates, parameters=wider, threads=threads)
-        scores, rows, short = keep_chosen(*found, mask_N, n_found)
+        scores, rows, short = self.index.search_among(
+            queries_QD, n_found, among, candidates=candidates, parameters=wider, threads=threads
+        )
+        among.note(asked=len(queries_QD), short=len(short))
         if short.size:
             scores[short], rows[short] = self._compare(
-                queries_QD[short], n_found, rows_M=rows_M, threads=threads
+                queries_QD[short], n_found, rows_M=among.rows(), threads=threads
             )
         return pad_neighbours(scores, rows, k)
 

@@ -28,6 +28,7 @@ from index.knn import MISSING, pad_neighbours
 from index.selection import (
     CHANCE,
     MAX_KEPT_BYTES,
+    Chosen,
     KeptSelections,
     Selection,
     SourceNames,
@@ -64,7 +65,7 @@ class Part:
         exact: bool,
         parameters: Mapping[str, int],
         threads: int,
-        mask_N: NDArray[np.bool_] | None = None,
+        among: Chosen | None = None,
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Find the k nearest living rows; see `Segment.search`.
 
@@ -74,25 +75,29 @@ class Part:
             exact: see there.
             parameters: see there.
             threads: see there.
-            mask_N: (N,) bool, the rows that may be found, no dead one among them.
+            among: the rows that may be found, no dead one among them.
         """
-        if mask_N is not None or self.alive_N is None:
+        if among is not None or self.alive_N is None:
             return self.segment.search(
-                queries_QD, k, exact=exact, parameters=parameters, threads=threads, mask_N=mask_N
+                queries_QD, k, exact=exact, parameters=parameters, threads=threads, among=among
             )
         search = partial(self.segment.search, exact=exact, parameters=parameters, threads=threads)
         n_rows = len(self.alive_N)
         if 2 * self.count < n_rows:
-            return search(queries_QD, k, mask_N=self.alive_N)
+            return search(queries_QD, k, among=self._living)
         wanted = min(k, self.count)
         asked = wanted + spare_rows(wanted, dead=n_rows - self.count, count=n_rows)
         found = search(queries_QD, asked)
         scores_QK, rows_QK, short = keep_chosen(*found, self.alive_N, wanted)
         if short.size:
-            scores_QK[short], rows_QK[short] = search(
-                queries_QD[short], wanted, mask_N=self.alive_N
-            )
+            scores_QK[short], rows_QK[short] = search(queries_QD[short], wanted, among=self._living)
         return pad_neighbours(scores_QK, rows_QK, k)
+
+    @cached_property
+    def _living(self) -> Chosen:
+        """The living rows, where there are dead ones."""
+        assert self.alive_N is not None
+        return Chosen(self.alive_N)
 
     def find(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Give the living row of each id, -1 where there is none."""
@@ -255,7 +260,7 @@ def join_masks(filter: str, masks: Sequence[NDArray[np.bool_]], parts: Sequence[
         filter=filter,
         mask_N=mask_N,
         count=int(np.count_nonzero(mask_N)),
-        masks=tuple(masks),
+        chosen=tuple(map(Chosen, masks)),
         parts=parts,
     )
 

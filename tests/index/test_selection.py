@@ -2,9 +2,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from index.ann.ann_index import AnnIndex
 from index.collection import Collection, id_of
 from index.filters import FilterError
-from index.selection import Selector, count_candidates, is_exact_cheaper, keep_chosen
+from index.selection import Chosen, Selector, count_candidates, is_exact_cheaper, keep_chosen
 from models.errors import UsageError
 
 FINGERPRINT = "f" * 64
@@ -88,6 +89,36 @@ def test_a_filter_far_from_the_query_is_searched_again_exactly(
         ids, _ = expected(vectors, queries, mask, 10)
         far = np.arange(30) % 3 != 2
         assert found.ids[far].tolist() == np.array(ids)[far].tolist()
+
+
+def test_the_index_is_not_asked_again_where_it_was_of_no_use(
+    tmp_path, make_collection, monkeypatch
+):
+    """A filter that the neighbourhoods contradict: after a few queries its rows are compared."""
+    rng = np.random.default_rng(0)
+    vectors = np.eye(3, 16)[np.arange(3000) % 3] + 0.1 * rng.standard_normal((3000, 16))
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    asked = []
+    search_among = AnnIndex.search_among
+
+    def spy(index, queries, k, among, **options):
+        asked.append(len(queries))
+        return search_among(index, queries, k, among, **options)
+
+    monkeypatch.setattr(AnnIndex, "search_among", spy)
+    monkeypatch.setattr("index.selection.ROWS_A_CANDIDATE", 10)  # 70 candidates for 1,000 rows
+    with Collection.open(make_collection(tmp_path, vectors, factory="HNSW32")) as collection:
+
+        def search(label, n):
+            for query in vectors[:n]:
+                collection.search(query[None], 10, fingerprint=FINGERPRINT, filter=label)
+            found, asked[:] = len(asked), []
+            return found
+
+        vectors = vectors[np.arange(3000) % 3 == 0]
+        assert search("label = '0'", 20) == 20  # as the index finds them, so it goes on
+        assert 1 <= search("label = '2'", 20) < 10
+        assert search("label = '2'", 20) == 0
 
 
 def test_a_filter_changes_no_search_but_its_own(tmp_path, unit_rows, make_collection):
@@ -187,6 +218,27 @@ def test_what_is_cheaper_depends_on_how_much_is_left_and_asked():
     assert not is_exact_cheaper(chosen=12_000, candidates=90, queries=1)
     assert is_exact_cheaper(chosen=12_000, candidates=90, queries=256)
     assert not is_exact_cheaper(chosen=30_000, candidates=64, queries=256)
+
+
+def test_where_most_queries_find_too_few_rows_are_compared_sooner():
+    """What the index finds too little for is paid for twice."""
+    assert not is_exact_cheaper(chosen=6000, candidates=164, queries=1)
+    assert is_exact_cheaper(chosen=6000, candidates=164, queries=1, short_share=0.3)
+    assert not is_exact_cheaper(chosen=600_000, candidates=164, queries=1, short_share=0.9)
+
+
+def test_chosen_rows_are_numbered_and_searches_counted():
+    """Few or many; and one query without luck does not yet speak against the index."""
+    few, many = np.arange(80) % 20 == 3, np.arange(80) % 2 == 1
+    for mask in (few, many):
+        chosen = Chosen(mask)
+        assert chosen.rows().tolist() == np.flatnonzero(mask).tolist()
+        assert chosen.count == mask.sum()
+    assert chosen.short_share == 0
+    chosen.note(asked=1, short=1)
+    assert chosen.short_share == 1 / 5
+    chosen.note(asked=95, short=94)
+    assert chosen.short_share == 0.95
 
 
 def test_candidates_that_were_not_chosen_are_dropped_in_order():
