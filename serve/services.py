@@ -328,48 +328,34 @@ class HoraceServicer(pb_grpc.HoraceServicer):
         deadline_s: float,
     ) -> Callable[[], list[pb.Hits]]:
         """Read the queries and embed their images; give the search that is left to do."""
+        embed = partial(
+            self._embed_queries, served, call, priority=request.priority, deadline_s=deadline_s
+        )
         match request.WhichOneof("queries"):
             case "combined":
-                return await self._read_combined(
-                    served, collection, call, request, query, deadline_s
+                self._check_count("examples", max(1, count_examples(request.combined)))
+                combined, images = read_combinations(request.combined, served)
+                vectors_ND = np.empty((0, collection.dim), np.float32)
+                statuses: list[pb.ItemStatus] = []
+                if images:
+                    vectors_ND, statuses = await embed(images)
+                return partial(
+                    search_combinations, collection, combined, vectors_ND, statuses, query
                 )
             case "images":
-                images = request.images.images
-                vectors_QD, statuses = await self._embed_queries(
-                    served, call, images, request.priority, deadline_s
-                )
+                vectors_QD, statuses = await embed(request.images.images)
             case "vectors":
                 vectors_QD, statuses = read_query_vectors(request.vectors, served)
             case _:
                 return partial(search_ids, collection, request.ids.ids, query)
         return partial(search_vectors, collection, vectors_QD, statuses, query)
 
-    async def _read_combined(
-        self,
-        served: ServedCollection,
-        collection: Collection,
-        call: Call,
-        request: pb.SearchRequest,
-        query: Query,
-        deadline_s: float,
-    ) -> Callable[[], list[pb.Hits]]:
-        """Read combined queries and embed their images; give the search that is left to do."""
-        n_examples = count_examples(request.combined)
-        self._check_count("examples", max(1, n_examples))
-        combinations, images = read_combinations(request.combined, served)
-        vectors_ND = np.empty((0, collection.dim), np.float32)
-        statuses: list[pb.ItemStatus] = []
-        if images:
-            vectors_ND, statuses = await self._embed_queries(
-                served, call, images, request.priority, deadline_s
-            )
-        return partial(search_combinations, collection, combinations, vectors_ND, statuses, query)
-
     async def _embed_queries(
         self,
         served: ServedCollection,
         call: Call,
         images: Sequence[pb.Image],
+        *,
         priority: int,
         deadline_s: float,
     ) -> tuple[NDArray[np.float32], list[pb.ItemStatus]]:

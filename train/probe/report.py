@@ -225,15 +225,19 @@ def _points(difference: Spread) -> str:
 
 
 def _table(report: ProbeReport) -> str:
-    """Lay out the rows: mean, and least to largest where there are several seeds."""
+    """Lay out the rows: mean, and least to largest where there are several seeds.
+
+    Top-5 has a column where five guesses can be wrong.
+    """
     width = max(len(row.name) for row in report.rows) + 2
-    lines = [f"  {'':<{width}}{'dims':>6}  {'top-1 %':<24}{'top-5 %':<10}chosen"]
+    has_top5 = len(report.per_class) > 5
+    top5 = f"{'top-5 %':<10}" if has_top5 else ""
+    lines = [f"  {'':<{width}}{'dims':>6}  {'top-1 %':<24}{top5}chosen"]
     for row in report.rows:
         chosen = ", ".join(f"{name} {_short(value)}" for name, value in row.chosen.items())
-        lines.append(
-            f"  {row.name:<{width}}{row.dim or '-':>6}  {_cell(row.top1):<24}"
-            f"{_cell(row.top5, spread_shown=False):<10}{chosen}".rstrip()
-        )
+        top5 = f"{_cell(row.top5, spread_shown=False):<10}" if has_top5 else ""
+        head = f"  {row.name:<{width}}{row.dim or '-':>6}  {_cell(row.top1):<24}"
+        lines.append(f"{head}{top5}{chosen}".rstrip())
     return "\n".join(lines)
 
 
