@@ -8,15 +8,16 @@ Rules:
     complete when the last of its images is settled: computed, or failed to decode.
     An idle instance never waits while images do, unless a delay is asked for; that delay is
     anchored to the oldest waiting arrival. Batches grow only while every instance is busy.
-    Where an encoder has lanes, how many images go together is decided by `serve.lanes`.
+    Where an encoder has lanes, how many images go together is decided by `serve.lanes`, and they
+    may wait for what runs, but for nothing that is overdue: `serve.running_batches`.
     Images run by priority, clients of one priority in turns, and each client's in the order
     in which they became ready: `serve.fair_queue`.
     What a request holds (images, bytes) is bounded and counted from its admission until it
     is over; one that does not fit is refused at once and told when to come back, or waits in
     line if it asks to: `serve.room`.
     A request that cannot be done by its deadline, going by how long batches take of late
-    (`serve.latency`) and what runs before it (`serve.backlog`), is refused when it comes, and
-    dropped from the queue where that shows later: nothing is computed for it.
+    (`serve.running_batches`) and what runs before it (`serve.backlog`), is refused when it
+    comes, and dropped from the queue where that shows later: nothing is computed for it.
     A request that is cancelled, or whose deadline has passed, is computed no further.
 
 It does not know what an image is, or who is asking.
@@ -34,9 +35,9 @@ from typing import Generic
 from serve.backlog import Backlog
 from serve.errors import DeadlineError, QueueFullError
 from serve.fair_queue import FairQueue
-from serve.lanes import Share, next_share, takes_all
-from serve.latency import BELIEVED_S, Lag, LatencyModel
+from serve.lanes import Share
 from serve.room import Room
+from serve.running_batches import RunningBatches
 from serve.tickets import Batch, BatcherStatistics, Decision, Part, Ticket, TicketT
 
 TURN_IMAGES = 8
@@ -72,19 +73,14 @@ class Batcher(Generic[TicketT]):
         assert instances > 0
         self._max_batch_images = max_batch_images
         self._max_delay_s = max_delay_s
-        self._instances = instances
-        self._has_lanes = has_lanes
         turn = min(TURN_IMAGES, max_batch_images)
         self._queue: FairQueue[TicketT] = FairQueue(quantum_images=turn)
         self._backlog = Backlog(quantum_images=turn)
         self._room: Room[TicketT] = Room(max_images=max_held_images, max_bytes=max_held_bytes)
         self._held: dict[TicketT, set[Part[TicketT]]] = {}  # with their waiting parts
-        self._latency = LatencyModel()
-        self._on_all = LatencyModel()  # with lanes: of batches on all threads
-        self._company_until_s = -math.inf  # with lanes: requests come beside others until then
-        self._reply = Lag()
-        self._running: dict[Batch[TicketT], None] = {}
-        self._running_images = 0
+        self._running: RunningBatches[TicketT] = RunningBatches(
+            max_batch_images=max_batch_images, instances=instances, has_lanes=has_lanes
+        )
         self._admitted = self._refused = self._cancelled = 0
         self._unmeetable = self._expired = 0
         self._computed_images = self._computed_batches = self._abandoned_images = 0
@@ -94,8 +90,8 @@ class Batcher(Generic[TicketT]):
         room = self._room
         return (
             f"<Batcher waiting={waiting} of {self._queue.clients} clients, "
-            f"running={self._running_images} images "
-            f"in {len(self._running)}/{self._instances} batches, "
+            f"running={self._running.images} images "
+            f"in {len(self._running)}/{self._running.instances} batches, "
             f"held={room.images}/{room.max_images} images, "
             f"{room.bytes}/{room.max_bytes} bytes, {room.lined_up} in line>"
         )
@@ -197,14 +193,16 @@ class Batcher(Generic[TicketT]):
 
         Every batch must come back through `finish`.
         """
-        if len(self._running) >= self._instances:
+        if len(self._running) >= self._running.instances:
             return Decision()
-        if not self._queue.images:
-            return Decision()
-        if (share := self._next_share(now_s)) is None:
-            return Decision()
-        safe_s = now_s + self._longest_s(0, now_s)
-        expired = self._drop_late_heads(now_s, share, share.images, safe_s)
+        expired = self._drop_late_heads(now_s)
+        if not (head := self._queue.head()):
+            return Decision(expired=expired)
+        if (share := self._running.next_share(self._queue.images, now_s)) is None:
+            wake_at_s = min(self._running.overdue_s, head.ticket.deadline_s)
+            return Decision(expired=expired, wake_at_s=wake_at_s)
+        safe_s = now_s + self._running.longest_s(0, now_s)
+        expired += self._drop_late_heads(now_s, share, share.images, safe_s)
         if not self._queue.images:
             return Decision(expired=expired)
         if self._max_delay_s and self._queue.images < self._max_batch_images:
@@ -219,8 +217,7 @@ class Batcher(Generic[TicketT]):
             if room:
                 expired += self._drop_late_heads(now_s, share, room, safe_s)
         batch = Batch(tuple(parts), share.images - room, now_s, share.on_one_thread)
-        self._running[batch] = None
-        self._running_images += batch.images
+        self._running.begin(batch)
         return Decision(batch, expired)
 
     def finish(self, batch: Batch[TicketT], now_s: float, *, failed: bool = False) -> list[TicketT]:
@@ -230,13 +227,10 @@ class Batcher(Generic[TicketT]):
             The tickets to answer now: those whose last images these were; after a failure
             every ticket of the batch, of which nothing more is computed.
         """
-        del self._running[batch]
-        self._running_images -= batch.images
+        self._running.end(batch, now_s, failed=failed)
         if not failed:
             self._computed_images += batch.images
             self._computed_batches += 1
-            model = self._model_of(on_one_thread=batch.on_one_thread)
-            model.observe(batch.images, now_s - batch.started_s, now_s)
         answered = []
         for part in batch.parts:
             ticket = part.ticket
@@ -254,7 +248,7 @@ class Batcher(Generic[TicketT]):
 
     def note_reply(self, seconds: float) -> None:
         """Learn how long a reply takes from its batch to its caller's event loop."""
-        self._reply.observe(seconds)
+        self._running.reply.observe(seconds)
 
     @property
     def waiting_images(self) -> int:
@@ -277,7 +271,7 @@ class Batcher(Generic[TicketT]):
             clients=self._room.clients,
             waiting_images=self._queue.images,
             waiting_by_priority=self._queue.images_by_priority,
-            running_images=self._running_images,
+            running_images=self._running.images,
             running_batches=len(self._running),
             admitted_requests=self._admitted,
             refused_requests=self._refused,
@@ -287,8 +281,8 @@ class Batcher(Generic[TicketT]):
             computed_images=self._computed_images,
             computed_batches=self._computed_batches,
             abandoned_images=self._abandoned_images,
-            latency=self._latency.statistics(),
-            reply_s=self._reply.seconds,
+            latency=self._running.latency.statistics(),
+            reply_s=self._running.reply.seconds,
         )
 
     def _refuse_unmeetable(self, ticket: Ticket, before: int) -> None:
@@ -297,17 +291,22 @@ class Batcher(Generic[TicketT]):
         Raises:
             DeadlineError: so it is.
         """
-        now_s = ticket.arrived_s
+        now_s, running = ticket.arrived_s, self._running
         left_s = ticket.deadline_s - now_s
-        waiting = self._backlog.images + before
-        if left_s > self._longest_s(waiting + ticket.images, now_s) and left_s > 0:
+        waiting = self._backlog.images + before + ticket.images
+        if left_s > running.longest_s(waiting, now_s) and left_s > 0:
             return
         ahead = before + self._backlog.ahead_of(
             ticket, self._room.holding(ticket.client), clients=self._room.clients
         )
-        takes_s = self._drain_s(ahead + ticket.images, now_s)
+        takes_s = running.drain_s(
+            ahead + ticket.images,
+            now_s,
+            on_all=running.takes_all(waiting, now_s),
+            ready=self._queue.images + before + ticket.images,
+        )
         if takes_s:
-            takes_s += self._until_idle_s(ahead + ticket.images, now_s) + self._reply.seconds
+            takes_s += running.until_idle_s(waiting, now_s) + running.reply.seconds
         if left_s > takes_s:
             return
         self._unmeetable += 1
@@ -326,7 +325,9 @@ class Batcher(Generic[TicketT]):
     def _full(self, ticket: Ticket) -> QueueFullError:
         """Count a newcomer for which there is no room; say what is lacking, and until when."""
         self._refused += 1
-        room = self._room
+        room, running, now_s = self._room, self._running, ticket.arrived_s
+        lacking = room.lacking_images(ticket)
+        takes_s = running.drain_s(lacking, now_s, on_all=running.takes_all(lacking, now_s))
         return QueueFullError(
             "queue",
             expected=f"room for {ticket.images} images and {ticket.held_bytes} bytes",
@@ -334,80 +335,13 @@ class Batcher(Generic[TicketT]):
             f"{room.bytes} of {room.max_bytes} bytes taken, "
             f"{room.lined_up} requests in line",
             mend="try again later, or elsewhere",
-            retry_after_s=self._drain_s(room.lacking_images(ticket), ticket.arrived_s) or None,
-        )
-
-    def _longest_s(self, images: int, now_s: float) -> float:
-        """Say how long images take at most, whatever waits and runs."""
-        batch_s = self._latency.predict_s(self._max_batch_images, now_s)
-        if self._has_lanes:
-            batch_s = max(batch_s, self._on_all.predict_s(self._instances - 1, now_s))
-        batches = images // self._max_batch_images + 2  # one not full, one that runs
-        return batches * batch_s + self._reply.seconds
-
-    def _drain_s(self, images: int, now_s: float) -> float:
-        """Say how long images take once an instance is idle; 0 where that is not known."""
-        if self._takes_all(images, now_s):
-            return self._on_all.predict_s(images, now_s)
-        share = -(-images // self._instances) if self._has_lanes else images
-        return self._latency.drain_s(
-            images,
-            batch_images=min(self._max_batch_images, share),
-            instances=self._instances,
-            now_s=now_s,
-        )
-
-    def _until_idle_s(self, images: int, now_s: float) -> float:
-        """Say for how long no instance will take the first of so many images that wait."""
-        few = self._running and self._takes_all(images + self._running_images, now_s)
-        waits = few or self._is_on_all
-        if len(self._running) < self._instances and not waits:
-            return 0.0
-        ends_s = [self._ends_running_s(batch, now_s) for batch in self._running]
-        return max(0.0, (max if waits else min)(ends_s) - now_s)
-
-    def _takes_all(self, images: int, now_s: float) -> bool:
-        """Say whether so many images would run on all lanes together."""
-        return self._has_lanes and takes_all(
-            images, lanes=self._instances, lone_s=self._lone_s(now_s)
-        )
-
-    def _lone_s(self, now_s: float) -> float:
-        """Say what an image takes on one thread; 0 where requests come one by one of late."""
-        return self._latency.predict_s(1, now_s) if now_s < self._company_until_s else 0.0
-
-    @property
-    def _is_on_all(self) -> bool:
-        """Whether a batch runs that has all lanes."""
-        return self._has_lanes and any(not batch.on_one_thread for batch in self._running)
-
-    def _ends_running_s(self, batch: Batch[TicketT], now_s: float) -> float:
-        """Say when a batch that runs will be done."""
-        model = self._model_of(on_one_thread=batch.on_one_thread)
-        return batch.started_s + model.predict_s(batch.images, now_s)
-
-    def _model_of(self, *, on_one_thread: bool) -> LatencyModel:
-        """Give what is known of batches that are computed so."""
-        return self._on_all if self._has_lanes and not on_one_thread else self._latency
-
-    def _next_share(self, now_s: float) -> Share | None:
-        """Say what the next batch takes; None where it waits for what runs."""
-        if not self._has_lanes:
-            return Share(self._max_batch_images, on_one_thread=False)
-        return next_share(
-            waiting=self._queue.images,
-            running=self._running_images,
-            is_on_all=self._is_on_all,
-            lanes=self._instances,
-            most=self._max_batch_images,
-            image_s=self._latency.image_s(now_s),
-            lone_s=self._lone_s(now_s),
+            retry_after_s=takes_s or None,
         )
 
     def _hold(self, ticket: TicketT) -> None:
         """Count what a ticket holds, from now until it is over."""
         if self._held:
-            self._company_until_s = ticket.arrived_s + BELIEVED_S
+            self._running.note_company(ticket.arrived_s)
         self._held[ticket] = set()
         self._room.hold(ticket)
         self._backlog.add(ticket, ticket.images)
@@ -426,22 +360,26 @@ class Batcher(Generic[TicketT]):
         return taken
 
     def _drop_late_heads(
-        self, now_s: float, share: Share, room: int, safe_s: float
+        self, now_s: float, share: Share | None = None, room: int = 0, safe_s: float = -math.inf
     ) -> tuple[TicketT, ...]:
         """Drop tickets from the front of the queue that would be late in a batch of this kind.
 
         The batch is taken for as full as it can get: each that is dropped makes it shorter.
-        A deadline after `safe_s` is met by whatever fits into one batch.
+        A deadline after `safe_s` is met by whatever fits into one batch. Without a batch those
+        are dropped that are late now.
         """
         expired: tuple[TicketT, ...] = ()
         while (head := self._queue.head()) is not None:
             ticket = head.ticket
             deadline_s = ticket.deadline_s
-            if deadline_s > safe_s and (
-                deadline_s == math.inf or ticket.waiting + ticket.preparing <= share.images
+            if deadline_s == math.inf or (
+                deadline_s > now_s
+                and (
+                    share is None
+                    or (deadline_s > safe_s and ticket.waiting + ticket.preparing <= share.images)
+                    or deadline_s > self._ends_s(ticket, now_s, share, room)
+                )
             ):
-                break
-            if deadline_s > now_s and deadline_s > self._ends_s(ticket, now_s, share, room):
                 break
             self._expired += 1
             self._drop(ticket)
@@ -452,11 +390,13 @@ class Batcher(Generic[TicketT]):
         """Say when a ticket would be answered whose images go into the next batch."""
         batch = min(share.images, share.images - room + self._queue.images)
         images = max(batch, ticket.waiting + ticket.preparing)
+        running = self._running
         if images <= share.images:
-            takes_s = self._model_of(on_one_thread=share.on_one_thread).predict_s(images, now_s)
+            takes_s = running.predict_s(images, now_s, on_one_thread=share.on_one_thread)
         else:
-            takes_s = self._drain_s(images, now_s)
-        return now_s + takes_s + self._reply.seconds if takes_s else now_s
+            on_all = not share.on_one_thread and running.takes_all(images, now_s)
+            takes_s = running.drain_s(images, now_s, on_all=on_all)
+        return now_s + takes_s + running.reply.seconds if takes_s else now_s
 
     def _drop(self, ticket: TicketT) -> None:
         """Take a ticket's waiting images out of the queue and compute no more of it."""

@@ -11,7 +11,7 @@ How examples become one query is `index.combine`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -98,6 +98,7 @@ def search_combinations(
     image_vectors_ND: NDArray[np.float32],
     image_statuses: Sequence[pb.ItemStatus],
     query: Query,
+    on_piece: Callable[[], None],
 ) -> list[pb.Hits]:
     """Search by combined queries.
 
@@ -107,6 +108,7 @@ def search_combinations(
         image_vectors_ND: one row for each image whose status is OK.
         image_statuses: one for each image of `read_combinations`.
         query: how to search.
+        on_piece: see `Query.search`.
 
     Returns:
         One entry a query: the hits, or the status alone where it is not OK.
@@ -131,7 +133,7 @@ def search_combinations(
             statuses.append(pb.ItemStatus())
     ids, scores = no_neighbours()
     if queries:
-        found = query.search(collection, np.stack(queries), pad_ids(without))
+        found = query.search(collection, np.stack(queries), on_piece, pad_ids(without))
         ids, scores = found.ids, found.scores
     return lay_out(collection, ids, scores, statuses, query)
 

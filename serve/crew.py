@@ -53,6 +53,10 @@ class Member:
         self.work = work
         self.pulse.beat += 1
 
+    def go_on(self) -> None:
+        """Note that a piece of its work is done, and that it is at the next."""
+        self.pulse.beat += 2
+
     def end(self) -> None:
         """Note that it waits for more."""
         self.pulse.beat += 1

@@ -3,8 +3,9 @@
 Rules:
     A search sees every write that was acknowledged before the search came: it asks, which costs
     two looks at a file's status, and where something was written it waits until that is read.
-    It does not wait longer than `WAIT_S`: what takes longer, such as opening the large segment
-    of a compaction, goes on behind, and searches are answered from the snapshot at hand.
+    It does not wait once the read has taken `WAIT_S`: what takes longer, such as opening the
+    large segment of a compaction, goes on behind, and searches are answered at once from the
+    snapshot at hand.
     No search fails because of a writer. What cannot be read, or was made by another encoder,
     is not taken: it is told once, tried again after `RETRY_S`, and what was served is served.
     One search, one snapshot: whoever has it keeps it to the end.
@@ -59,6 +60,7 @@ class Following:
         self._first = collection
         self._clock = clock
         self._reading: asyncio.Task[None] | None = None
+        self._slow_at_s = float("-inf")
         self._one_at_a_time = asyncio.Lock()
         self._retry_at_s = float("-inf")
         self._told = ""
@@ -81,7 +83,8 @@ class Following:
         """
         if self.current.is_current() or self._clock() < self._retry_at_s:
             return self.current
-        await asyncio.wait([self._read(run)], timeout=WAIT_S)
+        reading = self._read(run)
+        await asyncio.wait([reading], timeout=max(0.0, self._slow_at_s - self._clock()))
         return self.current
 
     async def catch_up(self, run: RunOnThread) -> None:
@@ -97,6 +100,7 @@ class Following:
     def _read(self, run: RunOnThread) -> asyncio.Task[None]:
         """Give what reads the latest snapshot for all who wait for it."""
         if self._reading is None:
+            self._slow_at_s = self._clock() + WAIT_S
             self._reading = asyncio.create_task(self._try(run))
         return self._reading
 

@@ -13,6 +13,8 @@ Rules:
     So it is with fewer, too, where requests have come beside others of late and one thread needs
     less than `SOON_S` for an image: all of them could save it no more, and its company would wait.
     A share is worth its hand-over: it takes at least `SHARE_S`, as long as there are images.
+    Nothing waits for a batch that is overdue: it may hang. Beside it there are shares alone, for
+    the thread that it has may be at work yet.
 
 It does not know what waits, and holds nothing.
 
@@ -49,8 +51,8 @@ def takes_all(images: int, *, lanes: int, lone_s: float) -> bool:
     Args:
         images: images that wait or run.
         lanes: threads of the encoder.
-        lone_s: what a batch of one image takes on one thread; 0 where that is not known, or
-            requests come one by one.
+        lone_s: what a batch of one image takes on one thread, at most; 0 where that is not
+            known, or requests come one by one.
     """
     return images < lanes and not 0 < lone_s < SOON_S
 
@@ -60,6 +62,7 @@ def next_share(
     waiting: int,
     running: int,
     is_on_all: bool,
+    is_overdue: bool,
     lanes: int,
     most: int,
     image_s: float,
@@ -71,15 +74,17 @@ def next_share(
         waiting: images that wait, at least one.
         running: images in batches that run.
         is_on_all: whether one of these is on all threads.
+        is_overdue: whether one of these runs for far longer than it should.
         lanes: threads of the encoder.
         most: the largest batch.
         image_s: what an image more costs a batch on one thread; 0 where that is not known.
         lone_s: what a batch of one image takes there, as in `takes_all`.
     """
-    if is_on_all:
-        return None
-    if takes_all(waiting + running, lanes=lanes, lone_s=lone_s):
-        return None if running else Share(most, on_one_thread=False)
+    if not is_overdue:
+        if is_on_all:
+            return None
+        if takes_all(waiting + running, lanes=lanes, lone_s=lone_s):
+            return None if running else Share(most, on_one_thread=False)
     fair = -(-(waiting + running) // lanes)
     least = int(SHARE_S / image_s) if image_s else 1
     return Share(min(most, max(fair, least)), on_one_thread=True)

@@ -5,6 +5,8 @@ Rules:
     put into it was admitted before.
     A task that raises is a fault of ours: it is logged, and its thread goes on. A thread that
     dies or hangs is replaced, and who gave the task is told: `serve.crew`.
+    Work in pieces may take long: it hangs where one piece does, and it stops after a piece where
+    nobody waits any more.
     Threads are daemons: nothing stuck here keeps the process from ending.
 
 The standard library's ThreadPoolExecutor is not used: it makes a future and takes two locks
@@ -26,6 +28,7 @@ from serve.errors import InternalError
 
 Result = TypeVar("Result")
 Call: TypeAlias = Callable[[], None]
+Task: TypeAlias = Callable[[Member], None]
 
 log = logging.getLogger("horace.serve")
 
@@ -42,7 +45,7 @@ class ThreadPool:
 
         `on_trouble` is called on some thread once one has died or hangs and is replaced.
         """
-        self._tasks: queue.SimpleQueue[tuple[Call, Call] | None] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[tuple[Task, Call] | None] = queue.SimpleQueue()
         self._task_s = 0.0  # smoothed; several threads may write it, and one is lost then
         self._crew = Crew(
             self._work, size=threads, name=name, on_lost=_tell_lost, on_trouble=on_trouble
@@ -77,7 +80,7 @@ class ThreadPool:
         `on_lost` is called, on another thread, if its thread dies or hangs on the way; a task
         that hangs may still end afterwards.
         """
-        self._tasks.put((task, on_lost))
+        self._tasks.put((lambda _: task(), on_lost))
 
     async def run(self, work: Callable[[], Result]) -> Result:
         """Run `work` when its turn comes, and give what it returns or raises.
@@ -87,24 +90,44 @@ class ThreadPool:
         Raises:
             InternalError: its thread died, or hangs.
         """
+        return await self.run_in_pieces(lambda _: work())
+
+    async def run_in_pieces(self, work: Callable[[Call], Result]) -> Result:
+        """Run `work` when its turn comes, and give what it returns or raises.
+
+        On cancellation before its turn it never runs; after that it ends with the piece that it
+        is at.
+
+        Args:
+            work: is given what it is to call after each piece, which raises where the rest is
+                not wanted.
+
+        Raises:
+            InternalError: its thread died, or hangs at one piece.
+        """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Result] = loop.create_future()
 
-        def task() -> None:
+        def task(member: Member) -> None:
             if future.cancelled():
                 return
+
+            def on_piece() -> None:
+                member.go_on()
+                if member.given_up or future.done():
+                    raise _lost()
+
             try:
-                result = work()
+                result = work(on_piece)
             except Exception as error:
                 loop.call_soon_threadsafe(_fail, future, error)
             else:
                 loop.call_soon_threadsafe(_succeed, future, result)
 
         def on_lost() -> None:
-            lost = InternalError("the server has lost a thread that was at this request")
-            loop.call_soon_threadsafe(_fail, future, lost)
+            loop.call_soon_threadsafe(_fail, future, _lost())
 
-        self.submit(task, on_lost)
+        self._tasks.put((task, on_lost))
         return await future
 
     def look(self, *, elapsed_s: float, limit_s: float) -> None:
@@ -125,7 +148,7 @@ class ThreadPool:
             member.begin(on_lost)
             started_s = time.monotonic()
             try:
-                task()
+                task(member)
             except Exception:
                 log.exception("a task of %s failed", threading.current_thread().name)
             self._task_s += (time.monotonic() - started_s - self._task_s) / 8
@@ -140,6 +163,11 @@ def _tell_lost(member: Member) -> None:
             on_lost()
         except RuntimeError:  # the event loop is closed: nobody waits
             log.debug("a task was lost that nobody waits for")
+
+
+def _lost() -> InternalError:
+    """Make the error for who waits for a thread that is lost."""
+    return InternalError("the server has lost a thread that was at this request")
 
 
 def _succeed(future: asyncio.Future[Result], result: Result) -> None:

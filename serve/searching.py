@@ -5,6 +5,8 @@ Rules:
     A query that cannot be meant, or an id that is not there, is a status of its own; the
     other queries of the request are answered.
     Stored metadata and vectors are read once a request, for all hits together.
+    Many queries are searched in pieces: the watchdog sees each, and a search that nobody waits
+    for any more ends with one. What is found is what one call finds.
     Everything here blocks: the services run it on a thread of its own.
 
 Shapes: Q queries, K neighbours, D dimensions.
@@ -14,8 +16,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +45,13 @@ MAX_EFFORT = 10_000
 
 MAX_DIVERSE_NEIGHBOURS = 100
 """Each is compared with five times as many candidates: .03 s for 100 of 512 dimensions."""
+
+LEAST_QUERIES = 20
+"""Of a piece: below, FAISS compares exactly without BLAS, which rounds otherwise."""
+
+PIECE_PRODUCTS = 1 << 36
+"""Numbers that a piece multiplies, about, where `LEAST_QUERIES` do not multiply more: it is to end
+long before the watchdog takes its thread for stuck."""
 
 FINGERPRINT = re.compile("[0-9a-f]{64}")
 
@@ -77,23 +87,79 @@ class Query:
         self,
         collection: Collection,
         queries_QD: NDArray[np.float32],
+        on_piece: Callable[[], None],
         without_QW: NDArray[np.int64] | None = None,
     ) -> Neighbours:
-        """Search by unit vectors of the collection's own encoder; see `Collection.search`."""
+        """Search by unit vectors of the collection's own encoder; see `Collection.search`.
+
+        Args:
+            collection: where to search.
+            queries_QD: (Q, D) float32, at least one.
+            on_piece: called after each piece of the work; what it raises ends the search.
+            without_QW: see there.
+        """
+        from index.neighbours import Neighbours
         from index.ranking import Ranking
 
         ranking = Ranking(min_score=self.min_score, diversity=self.diversity)
         k = ranking.pool(self.k)
-        found = collection.search(
-            queries_QD,
-            k,
-            fingerprint=collection.fingerprint,
-            exact=self.exact,
-            parameters=collection.effort_parameters(self.effort, k) if self.effort else None,
-            filter=self.selection,
-            without_QW=without_QW,
-        )
-        return ranking.rank(collection, found, self.k)
+        parameters = collection.effort_parameters(self.effort, k) if self.effort else None
+
+        def search(piece: slice) -> Neighbours:
+            return collection.search(
+                queries_QD[piece],
+                k,
+                fingerprint=collection.fingerprint,
+                exact=self.exact,
+                parameters=parameters,
+                filter=self.selection,
+                without_QW=None if without_QW is None else without_QW[piece],
+            )
+
+        def rank(piece: slice) -> Neighbours:
+            near = Neighbours(ids=found.ids[piece], scores=found.scores[piece])
+            return ranking.rank(collection, near, self.k)
+
+        count = len(queries_QD)
+        found = _in_pieces(search, count, self._piece(collection, k), on_piece)
+        return _in_pieces(rank, count, LEAST_QUERIES if self.diversity else count, on_piece)
+
+    def _piece(self, collection: Collection, k: int) -> int:
+        """Say how many queries a piece has at least.
+
+        From `MAX_BATCH_GAIN` on a filter chooses the same way to search as for more.
+        """
+        from index.ann.kinds import FLAT
+        from index.selection import MAX_BATCH_GAIN, ROWS_A_CANDIDATE
+
+        rows = collection.count if self.selection is None else self.selection.count
+        if not self.exact and FLAT not in collection.factory.split("+"):
+            rows = min(rows, (ROWS_A_CANDIDATE + MAX_BATCH_GAIN) * max(self.effort, k))
+        fitting = PIECE_PRODUCTS // max(1, rows * collection.dim)
+        return max(LEAST_QUERIES, min(MAX_BATCH_GAIN, fitting))
+
+
+def _in_pieces(
+    find: Callable[[slice], Neighbours], count: int, least: int, on_piece: Callable[[], None]
+) -> Neighbours:
+    """Find the neighbours of `count` queries, of at least `least` at a time, and put them together.
+
+    Some pieces may be narrower: `leave_out` gives as many columns as any of its queries needs.
+    """
+    from index.knn import pad_neighbours
+    from index.neighbours import Neighbours
+
+    n_pieces = max(1, count // least)
+    parts = []
+    for start, end in pairwise(n * count // n_pieces for n in range(n_pieces + 1)):
+        parts.append(find(slice(start, end)))
+        on_piece()
+    if n_pieces == 1:
+        return parts[0]
+    width = max(part.ids.shape[1] for part in parts)
+    padded = [pad_neighbours(part.scores, part.ids, width) for part in parts]
+    scores, ids = map(np.concatenate, zip(*padded, strict=True))
+    return Neighbours(ids=ids, scores=scores)
 
 
 def count_queries(request: pb.SearchRequest) -> int:
@@ -206,6 +272,7 @@ def search_vectors(
     vectors_QD: NDArray[np.float32],
     statuses: Sequence[pb.ItemStatus],
     query: Query,
+    on_piece: Callable[[], None],
 ) -> list[pb.Hits]:
     """Search by vectors of the collection's own encoder.
 
@@ -214,6 +281,7 @@ def search_vectors(
         vectors_QD: one row for each status that is OK, of any length but zero.
         statuses: one a query.
         query: how to search.
+        on_piece: see `Query.search`.
 
     Returns:
         One entry a status: the hits, or the status alone where it is not OK.
@@ -221,19 +289,22 @@ def search_vectors(
     ids, scores = no_neighbours()
     if len(vectors_QD):
         is_cosine = collection.metric == "cosine"  # else lengths count, as they are stored
-        found = query.search(collection, finish_vectors(vectors_QD, normalize=is_cosine))
+        queries_QD = finish_vectors(vectors_QD, normalize=is_cosine)
+        found = query.search(collection, queries_QD, on_piece)
         ids, scores = found.ids, found.scores
     return lay_out(collection, ids, scores, statuses, query)
 
 
-def search_ids(collection: Collection, ids: Sequence[int], query: Query) -> list[pb.Hits]:
+def search_ids(
+    collection: Collection, ids: Sequence[int], query: Query, on_piece: Callable[[], None]
+) -> list[pb.Hits]:
     """Search by stored images, each left out of its own neighbours; an entry an id."""
     statuses = [id_status(collection, id_) for id_ in ids]
     known = [id_ for id_, status in zip(ids, statuses, strict=True) if status.code == pb.OK]
     found_ids, scores = no_neighbours()
     if known:
         without_QW = np.array(known, np.int64)[:, None]
-        found = query.search(collection, collection.vectors(known), without_QW)
+        found = query.search(collection, collection.vectors(known), on_piece, without_QW)
         found_ids, scores = found.ids, found.scores
     return lay_out(collection, found_ids, scores, statuses, query)
 

@@ -123,7 +123,8 @@ class Server:
         self._watchdog.watch(self._search_pool)
         self._opening_pool = self._make_pool("open", threads=1)
         self._disposal_pool = self._make_pool("dispose", threads=1)
-        self._following_pool = self._make_pool("follow", threads=1)
+        n_followed = max(1, len(options.collections))  # one reads, and holds up no other
+        self._following_pool = self._make_pool("follow", threads=n_followed)
         for pool in (self._opening_pool, self._disposal_pool, self._following_pool):
             self._watchdog.watch(pool, limit_s=options.watchdog.opening_s)
         self.catalog = Catalog(dispose=self._disposal_pool.submit)

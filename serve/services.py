@@ -307,7 +307,7 @@ class HoraceServicer(pb_grpc.HoraceServicer):
         if call.embedded is None:
             self._check_search_room()
         started_s = self._clock()
-        results = await self._search_pool.run(work)
+        results = await self._search_pool.run_in_pieces(work)
         call.search_s = self._clock() - started_s
         return pb.SearchResponse(
             results=results,
@@ -326,7 +326,7 @@ class HoraceServicer(pb_grpc.HoraceServicer):
         request: pb.SearchRequest,
         query: Query,
         deadline_s: float,
-    ) -> Callable[[], list[pb.Hits]]:
+    ) -> Callable[[Callable[[], None]], list[pb.Hits]]:
         """Read the queries and embed their images; give the search that is left to do."""
         embed = partial(
             self._embed_queries, served, call, priority=request.priority, deadline_s=deadline_s

@@ -31,8 +31,8 @@ class WatchdogOptions:
     """When a thread is taken for stuck."""
 
     stuck_s: float = 60.0
-    """How long a batch, a few images to decode, or a search may take before its thread is
-    replaced and its callers are told; 0: as long as they like."""
+    """How long a batch, a few images to decode, or a piece of a search may take before its thread
+    is replaced and its callers are told; 0: as long as they like."""
 
     opening_s: float = 900.0
     """How long opening or closing one model or collection may take before its thread is replaced,
@@ -63,7 +63,8 @@ class Pulse:
     """What a thread shows of itself, and what was seen of it.
 
     Attributes:
-        beat: odd while it works; it counts up with every beginning and every end.
+        beat: odd while it works; it counts up with every beginning and every end, and by two
+            with every piece between.
         seen_beat: what that was at the last look.
         seen_s: how long it has been seen at this beat.
     """

@@ -8,9 +8,9 @@ Rules:
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from models.errors import UsageError
 from models.image_source import ImageData
 from serve.client.requests import Group, Grouper, RequestSize
 from serve.client.results import EmbedResult, ItemStatus
+from serve.client.threads import on_a_thread
 from serve.errors import ServeError
 
 REQUEST_FAILED = "request_failed"
@@ -129,7 +130,7 @@ async def gather_async(
     """Cut an iterable of either kind into batches; a plain one may block a thread of its own."""
     if not isinstance(images, AsyncIterable):
         batches = gather(images, size)
-        while (batch := await asyncio.to_thread(next, batches, None)) is not None:
+        while (batch := await on_a_thread(partial(next, batches, None))) is not None:
             yield batch
         return
     gatherer = Gatherer(size)

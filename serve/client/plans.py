@@ -69,6 +69,9 @@ Value = TypeVar("Value")
 TIMEOUT_S = 60.0
 """Of one operation, with all its requests and retries."""
 
+UNSAID = RequestSize(images=1024, request_bytes=64 << 20)
+"""What a server takes unless it is told otherwise; one without a model does not say it."""
+
 TOO_LARGE = "message larger than max"
 """What gRPC itself says with RESOURCE_EXHAUSTED where no later attempt can do better."""
 
@@ -155,7 +158,8 @@ class Planner:
         self._budget = RetryBudget(retry, clock)
         self._clock = clock
         self._rng = rng
-        self._size: RequestSize | None = None
+        self._sizes: dict[bool, RequestSize] = {}
+        """By whether the length of vectors was asked, too."""
 
     def embed(
         self, images: Images, options: EmbedOptions, timeout_s: float | None
@@ -208,7 +212,8 @@ class Planner:
     ) -> Plan[SearchResult]:
         """Search, in as many requests as the queries and their hits need."""
         deadline = self._deadline(timeout_s)
-        return (yield from self._fit(partial(self._search, queries, options, deadline), deadline))
+        plan = partial(self._search, queries, options, deadline)
+        return (yield from self._fit(plan, deadline, with_dim=options.include_vectors))
 
     def _search(
         self, queries: Queries, options: SearchOptions, deadline: Deadline, size: RequestSize
@@ -236,10 +241,7 @@ class Planner:
 
     def list_collections(self, timeout_s: float | None) -> Plan[list[CollectionInfo]]:
         """Ask which collections there are."""
-        deadline = self._deadline(timeout_s)
-        answer = yield from self._call("ListCollections", pb.ListCollectionsRequest(), deadline)
-        reply = cast(pb.ListCollectionsResponse, answer)
-        return [read_collection(collection) for collection in reply.collections]
+        return (yield from self._list_collections(self._deadline(timeout_s)))
 
     def health(self, service: str, timeout_s: float | None) -> Plan[bool]:
         """Ask whether a service serves; all of them where the name is empty."""
@@ -328,31 +330,51 @@ class Planner:
         limit_s = self._timeout_s if timeout_s is None else check_timeout(timeout_s)
         return Deadline(self._clock() + limit_s, limit_s)
 
-    def _fit(self, plan: Callable[[RequestSize], Plan[Value]], deadline: Deadline) -> Plan[Value]:
+    def _fit(
+        self,
+        plan: Callable[[RequestSize], Plan[Value]],
+        deadline: Deadline,
+        *,
+        with_dim: bool = False,
+    ) -> Plan[Value]:
         """Follow `plan` within what the server takes; once more if it takes less by now."""
-        known = self._size
-        size = known or (yield from self._ask_size(deadline))
+        known = self._sizes.get(with_dim)
+        size = known or (yield from self._ask_size(deadline, with_dim=with_dim))
         try:
             return (yield from plan(size))
         except RequestError:
-            if known is None or (size := (yield from self._ask_size(deadline))) == known:
+            if known is None:
+                raise
+            if (size := (yield from self._ask_size(deadline, with_dim=with_dim))) == known:
                 raise
         return (yield from plan(size))
 
-    def _ask_size(self, deadline: Deadline) -> Plan[RequestSize]:
-        """Ask for the largest request that the server takes, and remember it."""
+    def _ask_size(self, deadline: Deadline, *, with_dim: bool = False) -> Plan[RequestSize]:
+        """Ask for the largest request that the server takes; remember it if the server says it."""
+        dim = 0
+        if with_dim:  # a collection may have longer vectors than any model that is offered
+            collections = yield from self._list_collections(deadline)
+            dim = max((collection.dim for collection in collections), default=0)
         models = yield from self._list_models(deadline)
-        self._size = RequestSize(
+        if not models:
+            return replace(UNSAID, dim=dim)
+        self._sizes[with_dim] = size = RequestSize(
             images=min(model.max_images_per_request for model in models),
             request_bytes=min(model.max_request_bytes for model in models),
-            dim=max(model.dim for model in models),
+            dim=dim,
         )
-        return self._size
+        return size
 
     def _list_models(self, deadline: Deadline) -> Plan[list[ModelInfo]]:
         """Ask which models there are."""
         answer = yield from self._call("ListModels", pb.ListModelsRequest(), deadline)
         return [read_model(model) for model in cast(pb.ListModelsResponse, answer).models]
+
+    def _list_collections(self, deadline: Deadline) -> Plan[list[CollectionInfo]]:
+        """Ask which collections there are."""
+        answer = yield from self._call("ListCollections", pb.ListCollectionsRequest(), deadline)
+        reply = cast(pb.ListCollectionsResponse, answer)
+        return [read_collection(collection) for collection in reply.collections]
 
     def _call(
         self, method: str, request: Message, deadline: Deadline, request_id: str | None = None

@@ -117,7 +117,7 @@ class RequestSize:
     Attributes:
         images: images of Embed, queries of Search.
         request_bytes: of a request, and of the hits of a reply.
-        dim: of the longest vector that it may send.
+        dim: of the longest vector that it may send; asked for where vectors are to be sent.
     """
 
     images: int

@@ -12,6 +12,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+from functools import partial
 
 from models.image_source import ImageData
 from protos import horace_pb2 as pb
@@ -24,6 +25,7 @@ from serve.client.requests import (
     embed_request,
     group_images,
 )
+from serve.client.threads import on_a_thread
 
 
 class Feed:
@@ -108,7 +110,7 @@ class AsyncFeed:
         """Group the images of either kind of iterable; a plain one may block its thread."""
         if not isinstance(self._images, AsyncIterable):
             groups = group_images(self._images, self._size)
-            while (group := await asyncio.to_thread(next, groups, None)) is not None:
+            while (group := await on_a_thread(partial(next, groups, None))) is not None:
                 yield group
             return
         grouper = Grouper(self._size)

@@ -12,6 +12,10 @@ from serve.front.port import check_address, join_address, refuse_address
 MIN_CLIENT_PING_MS = 10_000
 """A client may ask this often whether we live; gRPC's default calls 5 minutes too often."""
 
+KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS = 60_000, 20_000
+"""How long a connection may say nothing before it is asked whether its client lives, and how long
+the answer may take: the calls of a machine that is gone would hold their places for hours. grpcio
+1.85 closes by `grpc.http2.ping_timeout_ms` alone, a minute, which a slow upload may need."""
 
 LEAST_PENDING = 64
 """Calls that may wait inside gRPC for the event loop before it ends some unseen, and at twice
@@ -98,6 +102,8 @@ def server_options(
         ("grpc.so_reuseport", int(reuse_port)),
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", -1),
+        ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", MIN_CLIENT_PING_MS),
     ]

@@ -45,7 +45,7 @@ from serve.errors import (
     to_status,
 )
 from serve.front.chain import Ask, CallDetails, chain
-from serve.front.grpcio import GrpcioFront
+from serve.front.grpcio import KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS, GrpcioFront
 from serve.front.limit import HEALTH, PROBES, OnTurnedAway, hears_nothing, too_many_calls
 from serve.front.native_call import NativeCall
 from serve.front.port import check_address, join_address, refuse_address
@@ -157,6 +157,8 @@ class NativeFront:
                     [],
                     io_threads=IO_THREADS,
                     call_details=True,
+                    keepalive_time_ms=KEEPALIVE_MS,
+                    keepalive_timeout_ms=KEEPALIVE_TIMEOUT_MS,
                     max_concurrent_streams=self._max_calls_a_connection,
                     reuse_port=self._reuse_port,
                 )

@@ -137,7 +137,7 @@ class _Routes:
         """Embed images."""
 
         async def work(context: HttpContext, entered: Pass) -> Response:
-            with self._memory.holding() as held:
+            with self._memory.holding(entered.caller.client) as held:
                 body = await self._read(request, held)
                 message, asked = read_embed(body, request_id_of(context.invocation_metadata()))
                 del body  # its images are in the message now
@@ -154,7 +154,7 @@ class _Routes:
         """Find neighbours."""
 
         async def work(context: HttpContext, entered: Pass) -> Response:
-            with self._memory.holding() as held:
+            with self._memory.holding(entered.caller.client) as held:
                 body = await self._read(request, held)
                 message, asked = read_search(body, request_id_of(context.invocation_metadata()))
                 del body

@@ -3,6 +3,9 @@
 Rules:
     A body that says that it is too long is refused before it is read, one that turns out so
     as soon as it does; what all bodies hold together is bounded, too.
+    A body holds what has come of it. It is refused by its head where what it announces has no
+    room, and holds nothing by that. A caller with several bodies may hold more only while an
+    eighth as much stays free, as in `serve.room`.
     JSON is parsed once its parts are counted on its bytes: what they take is bounded, too.
     A form is taken apart as it arrives; nothing of it is written to a disk.
     In a form, parts named `images` are images; every other part is a field, as text.
@@ -10,6 +13,7 @@ Rules:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +26,7 @@ from starlette.requests import Request
 
 from serve.errors import QueueFullError, RequestError
 from serve.http.faults import BodyTooLargeError, MediaTypeError
+from serve.room import SHARE
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
@@ -69,11 +74,12 @@ class BodyMemory:
 
     def __init__(self, most_bytes: int) -> None:
         """Allow this many bytes."""
-        self._most_bytes = most_bytes
+        self.most_bytes = most_bytes
         self._held_bytes = 0
+        self._by_client: Counter[str] = Counter()
 
     def __repr__(self) -> str:
-        return f"<BodyMemory {self._held_bytes} of {self._most_bytes} bytes>"
+        return f"<BodyMemory {self.held_bytes} of {self.most_bytes} bytes>"
 
     @property
     def held_bytes(self) -> int:
@@ -81,36 +87,50 @@ class BodyMemory:
         return self._held_bytes
 
     @contextmanager
-    def holding(self) -> Iterator[Held]:
-        """Count one body until it is answered."""
-        held = Held(self)
+    def holding(self, client: str) -> Iterator[Held]:
+        """Count one body of a client until it is answered."""
+        held = Held(self, client)
         try:
             yield held
         finally:
-            self._held_bytes -= held.size_bytes
+            self.add(client, -held.size_bytes)
 
-    def take(self, size_bytes: int) -> None:
-        """Count more bytes.
+    def held_by(self, client: str) -> int:
+        """Say how many of the bytes are a client's."""
+        return self._by_client[client]
 
-        Raises:
-            QueueFullError: that would be too many.
-        """
-        if self._held_bytes + size_bytes > self._most_bytes:
-            raise QueueFullError(
-                "request bodies",
-                expected=f"at most {self._most_bytes} bytes in memory",
-                found=f"{self._held_bytes} held",
-                mend="try again",
-            )
+    def add(self, client: str, size_bytes: int) -> None:
+        """Count more bytes of a client, or less."""
         self._held_bytes += size_bytes
+        self._by_client[client] += size_bytes
+        if not self._by_client[client]:
+            del self._by_client[client]
 
 
-@dataclass(kw_only=False)
+@dataclass
 class Held:
-    """What one body holds."""
+    """What one body of a client holds."""
 
     memory: BodyMemory
+    client: str
     size_bytes: int = 0
+
+    def check(self, to_bytes: int) -> None:
+        """See whether so many bytes could be held.
+
+        Raises:
+            QueueFullError: there is no room for them.
+        """
+        memory, more = self.memory, to_bytes - self.size_bytes
+        of_client = memory.held_by(self.client)
+        to_leave = (of_client + more) // SHARE if of_client > self.size_bytes else 0
+        if more > 0 and memory.most_bytes - memory.held_bytes - more < to_leave:
+            raise QueueFullError(
+                "request bodies",
+                expected=f"at most {memory.most_bytes} bytes in memory",
+                found=f"{memory.held_bytes} held, {of_client} of them of this caller",
+                mend="try again",
+            )
 
     def grow(self, to_bytes: int) -> None:
         """Hold at least this many bytes.
@@ -118,8 +138,9 @@ class Held:
         Raises:
             QueueFullError: there is no room for them.
         """
+        self.check(to_bytes)
         if to_bytes > self.size_bytes:
-            self.memory.take(to_bytes - self.size_bytes)
+            self.memory.add(self.client, to_bytes - self.size_bytes)
             self.size_bytes = to_bytes
 
 
@@ -152,10 +173,11 @@ async def read_body(request: Request, held: Held, *, max_bytes: int, max_images:
 
 async def _chunks(request: Request, held: Held, max_bytes: int) -> AsyncIterator[bytes]:
     """Give a body as it comes, counted."""
+    max_bytes = min(max_bytes, held.memory.most_bytes)  # or it would be told to try again
     announced = request.headers.get("content-length")
     if announced is not None:
         _check_size(int(announced), max_bytes)  # h11 lets nothing else than digits pass
-        held.grow(int(announced))
+        held.check(int(announced))
     read_bytes = 0
     async for chunk in request.stream():
         read_bytes += len(chunk)

@@ -7,12 +7,15 @@ Rules:
     A signature is of every file's name, inode, size and time, so that a copy that is still
     under way looks different from the finished one; nothing is read.
     Names that begin with a dot are nobody's: what is written there is not finished.
+    Gone is only what the system says is not there. What cannot be read is an error, or a
+    mark in a signature: a want of descriptors must not look like an empty disk.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,45 +25,87 @@ from serve.lifecycle.options import NAME
 
 Signature = tuple[tuple[str, int, int, int], ...]
 
+ABSENT = (FileNotFoundError, NotADirectoryError)
+"""What the system raises where nothing is."""
+
 MAX_DEPTH = 3
 """Directories below a bundle or a collection that count: neither has more."""
 
 
 def sign(path: Path) -> Signature:
-    """Say what lies in a directory, or that it is one file; empty where there is nothing."""
-    return tuple(sorted(_walk(path, "", MAX_DEPTH)))
+    """Say what lies in a directory, or that it is one file; empty where there is nothing.
+
+    Raises:
+        SourceError: it cannot be read.
+    """
+    try:
+        return tuple(sorted(_walk(path, "", MAX_DEPTH)))
+    except ABSENT:
+        return ()
+    except OSError as error:
+        raise _unreadable(path, error) from error
 
 
 def find_versions(path: Path) -> dict[str, Path]:
-    """List the versions of a model, oldest first; what has none is "", a bundle or not."""
+    """List the versions of a model, oldest first; what has none is "", a bundle or not.
+
+    Raises:
+        SourceError: a directory cannot be read.
+    """
     directory, _ = split_precision(path)
-    found = [
-        child
-        for child in _children(directory)
-        if _is_version(child.name) and (child / BUNDLE_FILE).is_file()
-    ]
-    if not found or (directory / BUNDLE_FILE).is_file():
+    children = [child for child in _children(directory) if _is_version(child.name)]
+    found = [child for child in children if _is_bundle(child)]
+    if not found or _is_bundle(directory):
         return {"": path}
     return {child.name: child for child in sorted(found, key=lambda child: int(child.name))}
+
+
+def find_signed_versions(path: str) -> tuple[dict[str, str], dict[str, Signature]]:
+    """List the versions of a model, and what each that has a number looks like.
+
+    Raises:
+        SourceError: a directory cannot be read.
+    """
+    found = find_versions(Path(path))
+    signatures = {version: sign(path) for version, path in found.items() if version}
+    return {version: str(path) for version, path in found.items()}, signatures
 
 
 def find_models(repository: Path) -> dict[str, Path]:
     """List the models of a repository by name.
 
+    A directory that cannot be read is taken for one: its loading says what is wrong.
+
     Raises:
-        SourceError: there is no such directory.
+        SourceError: there is no such directory, or it cannot be read.
     """
-    if not repository.is_dir():
+    try:
+        children = _list(repository)
+    except OSError as error:
         raise SourceError(
-            f"--repository {repository}", expected="a directory of models", found="none"
-        )
-    children = _children(repository)
+            f"--repository {repository}",
+            expected="a directory of models",
+            found="none" if isinstance(error, ABSENT) else error.strerror,
+        ) from error
     return {c.name: c for c in children if re.fullmatch(NAME, c.name) and _is_model(c)}
 
 
 def _is_model(directory: Path) -> bool:
-    """Whether it is a bundle or has versions."""
-    return (directory / BUNDLE_FILE).is_file() or "" not in find_versions(directory)
+    """Whether it is a bundle or has versions, or may be or have."""
+    try:
+        return _is_bundle(directory) or "" not in find_versions(directory)
+    except SourceError:
+        return True
+
+
+def _is_bundle(directory: Path) -> bool:
+    """Whether it has a `bundle.json`."""
+    try:
+        return stat.S_ISREG(os.stat(directory / BUNDLE_FILE).st_mode)
+    except ABSENT:
+        return False
+    except OSError as error:
+        raise _unreadable(directory, error) from error
 
 
 def _is_version(name: str) -> bool:
@@ -69,25 +114,46 @@ def _is_version(name: str) -> bool:
 
 
 def _children(directory: Path) -> list[Path]:
-    """List the directories in a directory, by name."""
+    """List the directories in a directory, by name; none where there is no directory."""
     try:
-        with os.scandir(directory) as entries:
-            names = [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
-    except OSError:
+        return _list(directory)
+    except ABSENT:
         return []
+    except OSError as error:
+        raise _unreadable(directory, error) from error
+
+
+def _list(directory: Path) -> list[Path]:
+    """List the directories in a directory, by name."""
+    with os.scandir(directory) as entries:
+        names = [e.name for e in entries if not e.name.startswith(".") and _is_directory(e)]
     return [directory / name for name in sorted(names)]
 
 
+def _is_directory(entry: os.DirEntry[str]) -> bool:
+    """Whether it is one; also where that cannot be found out, which its reader says."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return True
+
+
+def _unreadable(path: Path, error: OSError) -> SourceError:
+    """Say what the system says of a path."""
+    return SourceError(str(path), expected="what can be read", found=error.strerror)
+
+
 def _walk(path: Path, prefix: str, depth: int) -> Iterator[tuple[str, int, int, int]]:
-    """Describe every file below a path; what goes meanwhile is passed over."""
+    """Describe every file below a path.
+
+    What goes meanwhile is passed over; what below it cannot be read is there all the same.
+    """
     try:
         entries = list(os.scandir(path))
     except NotADirectoryError:
         entries = []
         status = path.stat()
         yield (prefix, status.st_ino, status.st_size, status.st_mtime_ns)
-    except OSError:
-        return
     for entry in entries:
         if entry.name.startswith("."):
             continue
@@ -98,6 +164,9 @@ def _walk(path: Path, prefix: str, depth: int) -> Iterator[tuple[str, int, int, 
                     yield from _walk(path / entry.name, name, depth - 1)
                 continue
             status = entry.stat()
+        except ABSENT:
+            continue
         except OSError:
+            yield (name, 0, 0, 0)
             continue
         yield (name, status.st_ino, status.st_size, status.st_mtime_ns)

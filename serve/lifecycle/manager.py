@@ -10,7 +10,8 @@ Rules:
     Models are read before collections, so that a pair that belongs together is replaced
     together. A collection that no model fits any more stays with the version that made it;
     one that fits none yet is tried again after every model that is loaded (decision 0009).
-    What has left the repository is new should it come back.
+    What has left the repository is new should it come back. A repository that cannot be
+    read, or is not there, has lost nothing: its models are served as they are until it can be.
 
 Belongs to one event loop; whatever blocks runs on a thread.
 """
@@ -28,7 +29,7 @@ from typing import TYPE_CHECKING
 from models.errors import FingerprintMismatchError, HoraceError
 from serve.catalog import Catalog, refuse_taken_name
 from serve.errors import PROMISED, PreconditionError, ServeError, UnknownNameError
-from serve.lifecycle.files import Signature, find_models, find_versions, sign
+from serve.lifecycle.files import Signature, find_models, find_signed_versions
 from serve.lifecycle.loading import Loaded, Loader
 from serve.lifecycle.opening import open_on
 from serve.lifecycle.options import ModelOptions, NamedPath
@@ -39,6 +40,7 @@ from serve.lifecycle.sources import (
     ModelSource,
     ModelState,
     ModelStatus,
+    RepositorySource,
     Source,
 )
 from serve.lifecycle.versions import plan_versions
@@ -90,18 +92,22 @@ class Lifecycle:
         self._catalog = catalog
         self._loader = loader
         self._named_models = models
-        self._repository = repository
+        self._repository: RepositorySource | None = None
+        if repository is not None:
+            options = NamedPath(name=None, path=str(repository))
+            self._repository = RepositorySource(name=None, options=options)
         self._open_collection = open_collection
         self._pool = pool
         self._model_control = model_control
         self._on_change = on_change
         self._clock = clock
         self._models: dict[str, ModelSource] = {}
-        self._found: Mapping[str, Path] = {}  # in the repository, at the last look
+        self._found: Mapping[str, Path] = {}  # in the repository, at the last look that saw it
+        self._taken: set[str] = set()  # names of models there that others have
         self._collections = [
             CollectionSource(name=named.name, options=named) for named in collections
         ]
-        self._reader = Reader(pool)
+        self._reader = Reader(pool, self._refuse)
         self._changing = asyncio.Lock()
         self._started = False
 
@@ -124,7 +130,9 @@ class Lifecycle:
             HoraceError: what was named cannot be opened, does not run or does not fit.
         """
         async with self._changing:
-            await self._find_models()  # each has its share of the CPUs, also the first
+            if self._repository is not None:  # each has its share of the CPUs, also the first
+                path = Path(self._repository.options.path)
+                self._found = await self._pool.run(partial(find_models, path))
             for options in self._named_models:
                 await self._load_model(ModelSource(name=options.name, options=options))
             self._note_found()
@@ -141,12 +149,15 @@ class Lifecycle:
         Raises:
             ReloadError: some of it was refused; each has its line in the log.
         """
-        refused = 0
         async with self._changing:
-            await self._discover()
-            for source in self._sources():
-                signature = await self._reader.sign(source)
-                if not signature and isinstance(source, ModelSource) and source.in_repository:
+            self._reader.tell_again()
+            sees_repository = await self._discover()
+            refused = int(not sees_repository)
+            for source in self._sources(sees_repository):
+                signature = await self._reader.see(source)
+                if signature is None:
+                    refused += 1
+                elif not signature and isinstance(source, ModelSource) and source.in_repository:
                     self._drop(source)
                 elif not signature or self._reader.is_new(source, signature):
                     refused += not await self._try(source)
@@ -165,8 +176,8 @@ class Lifecycle:
     async def look(self) -> None:
         """Look at the disk once, and load what has changed and come to rest."""
         async with self._changing:
-            await self._discover()
-            sources = {source.key: source for source in self._sources()}
+            sees_repository = await self._discover()
+            sources = {source.key: source for source in self._sources(sees_repository)}
             changes = await self._reader.look(sources.values())
             for key in changes.changed:
                 await self._try(sources[key])
@@ -225,8 +236,9 @@ class Lifecycle:
         return statuses
 
     def statistics(self) -> dict[str, LoadStatistics]:
-        """Give the counts so far, by `model NAME` and `collection NAME`."""
-        sources = (*self._models.values(), *self._collections)
+        """Give the counts so far, by `model NAME`, `collection NAME` and `repository DIR`."""
+        repositories = () if self._repository is None else (self._repository,)
+        sources = (*repositories, *self._models.values(), *self._collections)
         return {str(source): source.statistics() for source in sources}
 
     def _require_control(self) -> None:
@@ -248,9 +260,13 @@ class Lifecycle:
 
     # Loading.
 
-    def _sources(self) -> list[Source]:
-        """List what is minded, models first; not what a call has unloaded."""
-        models = [source for source in self._models.values() if not source.unloaded]
+    def _sources(self, sees_repository: bool) -> list[Source]:
+        """List what is minded, models first; not what a call has unloaded, nor what is hidden."""
+        models = [
+            source
+            for source in self._models.values()
+            if not source.unloaded and (sees_repository or not source.in_repository)
+        ]
         return [*models, *self._collections]
 
     async def _try(self, source: Source) -> bool:
@@ -303,7 +319,7 @@ class Lifecycle:
         found: dict[str, str] = {"": options.path}
         signatures: dict[str, Signature] = {}
         if not options.is_remote:
-            found, signatures = await self._pool.run(partial(_find, options.path))
+            found, signatures = await self._pool.run(partial(find_signed_versions, options.path))
         served = self._catalog.versions.get(source.name or "", {})
         plan = plan_versions(
             found,
@@ -398,22 +414,24 @@ class Lifecycle:
 
     # The repository.
 
-    async def _discover(self) -> None:
-        """Look what models the repository has, and take note of them."""
-        await self._find_models()
-        self._note_found()
-
-    async def _find_models(self) -> None:
-        """Look what models the repository has."""
+    async def _discover(self) -> bool:
+        """Look what models the repository has, and take note of them; whether it could be read."""
         if self._repository is not None:
-            self._found = await self._pool.run(partial(find_models, self._repository))
+            found = await self._reader.find(self._repository)
+            if found is None:
+                return False
+            self._found = found
+            self._note_found()
+        return True
 
     def _note_found(self) -> None:
         """Take note of models that have come into the repository; forget what never was one."""
         for name, path in self._found.items():
             options = ModelOptions(name=name, path=str(path))
             source = ModelSource(name=name, options=options, in_repository=True)
-            if self._models.setdefault(name, source).options.path != str(path):
+            is_taken = self._models.setdefault(name, source).options.path != str(path)
+            if is_taken and name not in self._taken:
+                self._taken.add(name)
                 taken = "model %s of the repository is not served: the name is taken"
                 log.warning(taken, name, extra=PROMISED)
         for name, source in list(self._models.items()):
@@ -430,10 +448,3 @@ class Lifecycle:
         """Mind a model no more."""
         del self._models[source.name or ""]
         self._reader.forget(source)
-
-
-def _find(path: str) -> tuple[dict[str, str], dict[str, Signature]]:
-    """List the versions of a model, and what each that has a number looks like; blocks."""
-    found = find_versions(Path(path))
-    signatures = {version: sign(path) for version, path in found.items() if version}
-    return {version: str(path) for version, path in found.items()}, signatures

@@ -3,6 +3,7 @@
 Rules:
     What changes on the disk while it is read is read again.
     What is cancelled was not tried: the next signal or look reads it.
+    What cannot be looked at is told once until it can be, or until it is to be told again.
 
 It loads nothing itself; see `manager`. What a look means is decided in `watching`.
 """
@@ -15,10 +16,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from models.bundle import split_precision
-from models.errors import HoraceError
-from serve.lifecycle.files import Signature, sign
+from models.errors import HoraceError, SourceError
+from serve.lifecycle.files import Signature, find_models, sign
 from serve.lifecycle.options import ModelOptions
-from serve.lifecycle.sources import Source
+from serve.lifecycle.sources import RepositorySource, Source
 from serve.lifecycle.watching import Changes, Watcher
 from serve.pool import ThreadPool
 
@@ -31,15 +32,47 @@ Read = TypeVar("Read")
 class Reader:
     """Knows what each source looked like when it was tried. Belongs to one event loop."""
 
-    def __init__(self, pool: ThreadPool) -> None:
-        """Look at files on the threads of `pool`, which is closed by its owner."""
+    def __init__(self, pool: ThreadPool, on_unread: Callable[[Source, HoraceError], None]) -> None:
+        """Look at files on the threads of `pool`, which is closed by its owner.
+
+        Args:
+            pool: threads that may block.
+            on_unread: hears what cannot be looked at, and why.
+        """
         self._pool = pool
+        self._on_unread = on_unread
+        self._unread: dict[str, str] = {}
         self._watcher = Watcher()
 
     def __repr__(self) -> str:
         return f"<Reader with {self._watcher!r}>"
 
-    async def sign(self, source: Source) -> Signature:
+    async def find(self, repository: RepositorySource) -> dict[str, Path] | None:
+        """List the models of a repository; None where it cannot be read, which is told."""
+        path = Path(repository.options.path)
+        return await self._told(repository, self._pool.run(partial(find_models, path)))
+
+    async def see(self, source: Source) -> Signature | None:
+        """Sign a source; None where it cannot be read, which is told."""
+        return await self._told(source, self._sign(source))
+
+    async def _told(self, source: Source, reading: Awaitable[Read]) -> Read | None:
+        """Give what was read; None where it was refused, which is told once."""
+        try:
+            read = await reading
+        except SourceError as error:
+            if self._unread.get(source.key) != str(error):
+                self._on_unread(source, error)
+            self._unread[source.key] = str(error)
+            return None
+        self._unread.pop(source.key, None)
+        return read
+
+    def tell_again(self) -> None:
+        """Tell what cannot be looked at also where it was told before."""
+        self._unread.clear()
+
+    async def _sign(self, source: Source) -> Signature:
         """Say what a source looks like on the disk; empty for what is not there."""
         options = source.options
         if isinstance(options, ModelOptions) and options.is_remote:
@@ -49,17 +82,22 @@ class Reader:
 
     async def look(self, sources: Iterable[Source]) -> Changes:
         """Look at all sources once; what is found is their keys."""
-        return self._watcher.look({source.key: await self.sign(source) for source in sources})
+        seen = {source.key: await self.see(source) for source in sources}
+        return self._watcher.look({key: found for key, found in seen.items() if found is not None})
 
     async def read(self, source: Source, work: Callable[[], Awaitable[Read]]) -> Read:
         """Do `work` on what is on the disk; again where that changed meanwhile."""
         for attempts_left in reversed(range(READS)):
-            signature = await self.sign(source)
+            try:
+                signature = await self._sign(source)
+            except SourceError as error:
+                self._unread[source.key] = str(error)  # whoever reads tells it
+                raise
             try:
                 read = await work()
             except Exception as error:
                 again = attempts_left and isinstance(error, HoraceError)
-                if again and await self.sign(source) != signature:
+                if again and await self._sign(source) != signature:
                     continue
                 self._note_tried(source, signature)
                 raise
@@ -73,6 +111,7 @@ class Reader:
 
     def forget(self, source: Source) -> None:
         """Take a source for new should it come again."""
+        self._unread.pop(source.key, None)
         self._watcher.forget(source.key)
 
     def _note_tried(self, source: Source, signature: Signature) -> None:

@@ -3,7 +3,8 @@
 Rules:
     Whoever reads files at the start registers a hook that reads them again.
     A hook that fails changes nothing of its own, and does not keep the others from running;
-    its failure is logged in one line and counted.
+    its failure is logged in one line and counted. Whoever reads files by itself, too, counts
+    what it refuses, and that is added.
     One reload at a time; one that is asked for meanwhile follows.
 """
 
@@ -27,7 +28,7 @@ class ReloadStatistics:
 
     Attributes:
         runs: how often everything was.
-        failures: hooks that failed, by name.
+        failures: how often what could not be read, by name; 0 where it always could.
     """
 
     runs: int
@@ -40,6 +41,7 @@ class Reloads:
     def __init__(self) -> None:
         """Start with none."""
         self._hooks: dict[str, Hook] = {}
+        self._refusals: dict[str, Callable[[], int]] = {}
         self._running = asyncio.Lock()
         self._runs = 0
         self._failures: dict[str, int] = {}
@@ -47,14 +49,23 @@ class Reloads:
     def __repr__(self) -> str:
         return f"<Reloads of {', '.join(self._hooks) or 'nothing'}>"
 
-    def register(self, what: str, hook: Hook) -> None:
-        """Have `hook` read `what` again at every reload, in the order of registration."""
+    def register(self, what: str, hook: Hook, refusals: Callable[[], int] = lambda: 0) -> None:
+        """Have `hook` read `what` again at every reload, in the order of registration.
+
+        Args:
+            what: its name in the log and in the counts.
+            hook: reads it.
+            refusals: how often it could not be read between reloads, so far.
+        """
         assert what not in self._hooks
         self._hooks[what] = hook
+        self._refusals[what] = refusals
+        self._failures[what] = 0
 
     def statistics(self) -> ReloadStatistics:
         """Give the counts so far."""
-        return ReloadStatistics(runs=self._runs, failures=dict(self._failures))
+        failures = {what: n + self._refusals[what]() for what, n in self._failures.items()}
+        return ReloadStatistics(runs=self._runs, failures=failures)
 
     async def run(self) -> list[str]:
         """Read everything again.
@@ -66,7 +77,7 @@ class Reloads:
             failed = [what for what, hook in self._hooks.items() if not await _runs(what, hook)]
             self._runs += 1
             for what in failed:
-                self._failures[what] = self._failures.get(what, 0) + 1
+                self._failures[what] += 1
             return failed
 
 

@@ -114,6 +114,13 @@ class ModelSource(Source):
 
 
 @dataclass(kw_only=True, eq=False)
+class RepositorySource(Source):
+    """Where models are found; what is refused of it is a look at it."""
+
+    kind = "repository"
+
+
+@dataclass(kw_only=True, eq=False)
 class CollectionSource(Source):
     """A collection, and whether it waits for the model that made it."""
 

@@ -5,6 +5,7 @@ Rules:
     under way is left alone until it rests.
     What was tried is not tried again before it changes again, also where it was refused.
     What is gone is told once, after two looks, too.
+    What a look could not see is neither changed nor gone: it is as the look before saw it.
 
 It reads no file and loads nothing; see `files` and `manager`.
 """
@@ -48,21 +49,25 @@ class Watcher:
     def forget(self, name: str) -> None:
         """Take what comes under that name for new, whatever it looks like."""
         self._tried.pop(name, None)
+        self._last.pop(name, None)
 
     def is_new(self, name: str, signature: Signature) -> bool:
         """Whether something else was tried last under that name, or nothing."""
         return self._tried.get(name) != signature
 
     def look(self, seen: Mapping[str, Signature]) -> Changes:
-        """Take what is there now; an empty signature is nothing."""
+        """Take what was seen now; an empty signature is nothing."""
         there = {name: signature for name, signature in seen.items() if signature}
         changed = [
             name
             for name, signature in there.items()
             if self._last.get(name) == signature and self.is_new(name, signature)
         ]
-        gone = [name for name in self._tried if name not in there and name not in self._last]
+        missing = seen.keys() - there.keys()
+        gone = [name for name in self._tried if name in missing and name not in self._last]
         for name in gone:
             del self._tried[name]
-        self._last = there
+        for name in missing:
+            self._last.pop(name, None)
+        self._last.update(there)
         return Changes(changed=tuple(changed), gone=tuple(gone))

@@ -6,7 +6,8 @@ Rules:
     fault, at INFO where the caller is or where it was slow, at DEBUG otherwise.
     Under overload the log does not become the load: beyond some lines a second the rest are
     counted, and the next line says how many were left out. Lines about requests have one such
-    account; each warning or error of the server, by the place that logs it, has one of its own.
+    account; each warning or error of the server, by the place that logs it, has one of its own;
+    those of a library, which callers may provoke, have one by logger and level.
     What was promised is written all the same: each incident that a caller was told of, each
     model that was refused. Beyond those lines it has no traceback.
     A line carries names, counts and times; never image bytes, keys or metadata. What a
@@ -108,9 +109,10 @@ def set_up_logs(
 
 
 class RateFilter(logging.Filter):
-    """Lets each place of the server log at most `LINES_PER_S` of its warnings and errors.
+    """Lets each account log at most `LINES_PER_S` of its warnings and errors.
 
-    Those that are `serve.errors.PROMISED` lose their traceback instead.
+    An account is a place of the server's, or a library's logger at one level. Those that are
+    `serve.errors.PROMISED` lose their traceback instead. `RequestLog` bounds its own.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -126,20 +128,21 @@ class RateFilter(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether this line is written; one that is says how many before it were not."""
-        if record.name != SERVER_LOG or record.levelno < logging.WARNING:
+        if record.name == log.name or record.levelno < logging.WARNING:
             return True
         if (now_s := self._clock()) - self._second_began_s >= 1:
             self._second_began_s = now_s
             self._lines.clear()
-        place = record.pathname, record.lineno
-        self._lines[place] += 1
-        if self._lines[place] > LINES_PER_S:
+        is_ours = record.name == SERVER_LOG
+        account = (record.pathname, record.lineno) if is_ours else (record.name, record.levelno)
+        self._lines[account] += 1
+        if self._lines[account] > LINES_PER_S:
             if getattr(record, "promised", False):
                 record.exc_info = record.exc_text = None
                 return True
-            self._left_out[place] += 1
+            self._left_out[account] += 1
             return False
-        if left_out := self._left_out.pop(place, 0):
+        if left_out := self._left_out.pop(account, 0):
             setattr(record, FIELDS, {**getattr(record, FIELDS, {}), "left_out": left_out})
         return True
 

@@ -2,9 +2,10 @@
 
 Rules:
     What is read first must be right; what is read later replaces it only if it is right too.
-    Else the log says why, once a change, and the old value goes on.
+    Else the log says why, once a change, it is counted, and the old value goes on.
     A change is taken when the files have been still from one look to the next: who writes
-    two files, or one slowly, is not read half way. `reload` reads at once.
+    two files, or one slowly, is not read half way. `reload` reads at once. A change of who
+    may read a file is one, too.
     Looking is cheap (a `stat` a file), so it is done by a thread rather than by inotify,
     which would miss files that are mounted or linked anew, as Kubernetes does.
 """
@@ -26,7 +27,7 @@ Value = TypeVar("Value")
 LOOK_EVERY_S = 0.5
 """Seconds between two looks; a change is taken after one to two of them."""
 
-Signature: TypeAlias = tuple[tuple[int, int, int] | None, ...]
+Signature: TypeAlias = tuple[tuple[int, int, int, int] | None, ...]
 
 
 class Reloadable(Generic[Value]):
@@ -46,6 +47,7 @@ class Reloadable(Generic[Value]):
         self.what = what
         self._paths = tuple(paths)
         self._read = read
+        self._refusals = 0
         self._lock = threading.Lock()
         self._taken = self._seen = self._sign()
         self._value = read()
@@ -58,6 +60,10 @@ class Reloadable(Generic[Value]):
         """The last value that was right."""
         return self._value
 
+    def refusals(self) -> int:
+        """Give how many changes `look` has not taken so far."""
+        return self._refusals
+
     def look(self) -> None:
         """Read again if the files have changed, and not since the last look; log how it went."""
         signature = self._sign()
@@ -67,6 +73,7 @@ class Reloadable(Generic[Value]):
         try:
             self.reload()
         except HoraceError as error:
+            self._refusals += 1
             log.error("%s: not taken, the old goes on: %s", self.what, error)
         else:
             log.info("%s: read again", self.what)
@@ -86,13 +93,13 @@ class Reloadable(Generic[Value]):
         return tuple(map(_sign, self._paths))
 
 
-def _sign(path: str) -> tuple[int, int, int] | None:
-    """Tell one file's content from another's; None where there is no file."""
+def _sign(path: str) -> tuple[int, int, int, int] | None:
+    """Tell one file's content and modes from another's; None where there is no file."""
     try:
         found = os.stat(path)
     except OSError:
         return None
-    return found.st_ino, found.st_mtime_ns, found.st_size
+    return found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
 
 
 class Looks(Protocol):

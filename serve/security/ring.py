@@ -6,6 +6,8 @@ Rules:
     A key is looked for among all, each compared in constant time, whichever it is.
     A name may stand on several lines while its key is being changed: each of them holds.
     A file that is not right throughout is refused whole, by line and never with its content.
+    A blank file does not say that nobody may get in: it is being written, or the disk is full.
+    A comment line alone says it.
 
 The file has one key a line, `NAME:SHA256-HEX` or `NAME:SHA256-HEX:LIMITS`, where limits are
 `requests=N,images=N,calls=N` (the first two a second), in place of those for everyone. Empty
@@ -103,11 +105,11 @@ def write_line(name: str, token: str, limits: str = "") -> str:
     return line
 
 
-def read_ring(path: str | Path) -> KeyRing:
+def read_ring(path: str | Path, *, may_be_blank: bool = True) -> KeyRing:
     """Read a key file.
 
     Raises:
-        StartError: there is none, or it is not right throughout.
+        StartError: there is none, it is not right throughout, or it is blank and may not be.
     """
     try:
         data = Path(path).read_bytes()
@@ -123,6 +125,13 @@ def read_ring(path: str | Path) -> KeyRing:
             f"key file {path}",
             expected=f"at most {MAX_FILE_BYTES} bytes",
             found=f"{len(data)}",
+        )
+    if not (may_be_blank or data.strip()):
+        raise StartError(
+            f"key file {path}",
+            expected="a key, or a comment line (#) where nobody is to get in",
+            found="a blank file",
+            mend=f"add a key with python -m serve.security.keys new NAME --file {path}",
         )
     return KeyRing(_read_lines(data.decode(errors="replace"), f"key file {path}"))
 

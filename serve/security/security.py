@@ -98,7 +98,8 @@ class Security:
     def register(self, reloads: Reloads) -> None:
         """Have every file read again at a reload, too."""
         for file in self._files:
-            reloads.register(file.what, partial(asyncio.to_thread, file.reload))
+            hook = partial(asyncio.to_thread, file.reload)
+            reloads.register(file.what, hook, file.refusals)
 
     def close(self) -> None:
         """Stop watching."""
@@ -114,9 +115,9 @@ def _read_keys(file: str) -> KeyRing:
     """Read the key file, from which the last key may have been taken.
 
     Raises:
-        StartError: it cannot be read, or is not right throughout.
+        StartError: it cannot be read, is not right throughout, or is blank.
     """
-    ring = read_ring(file)
+    ring = read_ring(file, may_be_blank=False)
     if not ring.names:
         log.warning("key file %s has no key: nobody gets in", file)
     return ring

@@ -10,7 +10,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from serve.batching import Batcher
 from serve.errors import DeadlineError, QueueFullError
-from serve.latency import MIN_BATCHES
+from serve.lanes import SOON_S
+from serve.latency import BELIEVED_S, MIN_BATCHES
 from serve.tickets import Batch, Ticket
 
 MAX_BATCH, MAX_HELD_IMAGES, MAX_HELD_BYTES, INSTANCES = 4, 12, 100, 2
@@ -40,31 +41,35 @@ class BatcherMachine(RuleBasedStateMachine):
         self.line: list[Ticket] = []
         self.gone: set[Ticket] = set()
         self.answered: set[Ticket] = set()
+        self.company_until_s = -math.inf
 
-    @initialize(seconds=st.sampled_from([None, 0.0, 0.5, 2.0]))
+    @initialize(seconds=st.sampled_from([None, 0.0, 0.001, 0.5, 2.0]))
     def learn(self, seconds):
-        """It may know how long a batch takes."""
+        """It may know how long a batch takes, in each manner."""
         if seconds is None:
             return
-        for _ in range(MIN_BATCHES + 2):
-            ticket = Ticket(images=2, arrived_s=self.now_s)
+        for n in range(2 * (MIN_BATCHES + 2)):
+            images = self.instances if n % 2 else 2
+            ticket = Ticket(images=images, arrived_s=self.now_s)
             self.batcher.admit(ticket)
-            self.batcher.ready(ticket, [0, 1], self.now_s)
-            batch = self.batcher.decide(self.now_s).batch
+            self.batcher.ready(ticket, range(images), self.now_s)
+            batches = list(iter(lambda: self.batcher.decide(self.now_s).batch, None))
             self.now_s += seconds
-            assert self.batcher.finish(batch, self.now_s) == [ticket]
+            answered = [self.batcher.finish(batch, self.now_s) for batch in batches]
+            assert answered == [*([] for _ in batches[1:]), [ticket]]
 
     @rule(
         target=tickets,
-        images=st.integers(1, 14),
+        images=st.integers(1, 2) | st.integers(1, 14),
         size=st.integers(0, 70),
         life=st.integers(1, 6),
         line_up=st.booleans(),
         client=st.sampled_from("abc"),
         priority=st.integers(1, 3),
+        decoded=st.integers(0, 14),
     )
-    def admit(self, images, size, life, line_up, client, priority):
-        """A request comes; it comes in, waits in line, or is refused with a reason."""
+    def admit(self, images, size, life, line_up, client, priority, decoded):
+        """A request comes, of which some is ready; it is let in, waits in line, or is refused."""
         ticket = Ticket(
             images=images,
             held_bytes=size,
@@ -77,6 +82,7 @@ class BatcherMachine(RuleBasedStateMachine):
         self.unsettled[ticket] = set(range(images))
         certain = not self.line and self.fits(ticket) and self.holds_nothing(client)
         told, checked = None, None if line_up else self.check(ticket)
+        has_company = self.batcher.statistics().held_requests > 0
         try:
             admitted = self.batcher.admit(ticket, line_up=line_up)
         except (QueueFullError, DeadlineError) as error:
@@ -92,9 +98,11 @@ class BatcherMachine(RuleBasedStateMachine):
             if admitted:
                 assert client not in {other.client for other in self.line}, "it passed its own"
                 self.unprepared[ticket] = list(range(images))
+                self.note_company(ticket, has_company)
             else:
                 self.line.append(ticket)
         assert line_up or told == checked, "what is checked is what is decided"
+        self.ready(ticket, decoded)
         return ticket
 
     def check(self, ticket):
@@ -130,24 +138,18 @@ class BatcherMachine(RuleBasedStateMachine):
             self.answered |= {ticket} if complete else set()
             self.admit_line()
 
-    @rule(ticket=tickets)
-    def cancel(self, ticket):
-        """Its caller hangs up."""
-        self.batcher.cancel(ticket)
+    @rule(ticket=tickets, unprepared=st.booleans())
+    def cancel(self, ticket, unprepared):
+        """Its caller hangs up, perhaps before anything was done for it."""
+        unprepared &= len(self.unprepared[ticket]) == ticket.images or ticket in self.line
+        self.batcher.cancel(ticket, unprepared=unprepared)
+        if unprepared:
+            self.unprepared[ticket] = []
         if ticket not in self.answered:
             self.forget(ticket)
         self.admit_line()
 
-    @rule(ticket=tickets)
-    def cancel_unprepared(self, ticket):
-        """Its caller hangs up before anything was done for it."""
-        if len(self.unprepared[ticket]) == ticket.images or ticket in self.line:
-            self.batcher.cancel(ticket, unprepared=True)
-            self.unprepared[ticket] = []
-            self.forget(ticket)
-            self.admit_line()
-
-    @rule(seconds=st.floats(0.25, 2))
+    @rule(seconds=st.sampled_from([0.001, 0.003]) | st.floats(0.25, 2))
     def time_passes(self, seconds):
         """Deadlines come nearer."""
         self.now_s += seconds
@@ -164,9 +166,12 @@ class BatcherMachine(RuleBasedStateMachine):
         if len(self.in_flight) == self.instances:
             assert decision.batch is None
             return None
+        waits = self.waits()
         if decision.batch is None:
-            assert not self.queued or self.waits(), "an instance is idle while images wait"
+            assert not self.queued or waits, "an instance is idle while images wait"
             return None
+        is_alone = not self.in_flight
+        self.in_flight.append(decision.batch)
         taken = [(part.ticket, n) for part in decision.batch.parts for n in part.positions]
         assert decision.batch.images == len(taken)
         self.check_order(taken)
@@ -176,8 +181,10 @@ class BatcherMachine(RuleBasedStateMachine):
         self.queued = [item for item in self.queued if item not in taken]
         full = len(taken) == MAX_BATCH or decision.batch.on_one_thread
         assert full or not self.queued, "a batch has room while images wait"
-        assert not (self.has_lanes and self.in_flight) or decision.batch.on_one_thread
-        self.in_flight.append(decision.batch)
+        assert is_alone or not self.has_lanes or decision.batch.on_one_thread
+        assert decision.expired or not waits, "few begin beside what they wait for"
+        soon = self.has_lanes and self.is_soon()
+        assert decision.expired or not soon or decision.batch.on_one_thread
         return decision.batch
 
     @rule(batch=consumes(batches), failed=st.booleans())
@@ -236,10 +243,25 @@ class BatcherMachine(RuleBasedStateMachine):
 
     def waits(self):
         """Whether images wait for those that all threads are at, or few for any that run."""
+        if not self.has_lanes or not self.in_flight:
+            return False
+        if self.batcher._running.overdue_s <= self.now_s:
+            return False
         running = sum(batch.images for batch in self.in_flight)
-        few = running and len(self.queued) + running < self.instances
-        is_on_all = any(not batch.on_one_thread for batch in self.in_flight)
-        return self.has_lanes and (few or is_on_all)
+        few = len(self.queued) + running < self.instances and not self.is_soon()
+        return few or any(not batch.on_one_thread for batch in self.in_flight)
+
+    def is_soon(self):
+        """Whether one thread is soon done with an image, and requests come beside others."""
+        known = self.batcher._running
+        on_all_s = known.on_all.predict_s(1, self.now_s)
+        lone_s = known.latency.predict_s(1, self.now_s) or self.instances * on_all_s
+        return self.now_s < self.company_until_s and 0 < lone_s < SOON_S
+
+    def note_company(self, ticket, has_company):
+        """A request has come in, perhaps beside others."""
+        if has_company:
+            self.company_until_s = ticket.arrived_s + BELIEVED_S
 
     def check_order(self, taken):
         """First come, first served within each client and priority."""
@@ -262,11 +284,14 @@ class BatcherMachine(RuleBasedStateMachine):
 
     def admit_line(self):
         """Whatever has happened: those who may come in do, each client's in its order."""
+        has_company = self.batcher.statistics().held_requests > 0
         for ticket in self.batcher.admit_line():
             own = [other for other in self.line if other.client == ticket.client]
             assert ticket is own[0], "a client's requests come in in their order"
             self.line.remove(ticket)
             self.unprepared[ticket] = list(range(ticket.images))
+            self.note_company(ticket, has_company)
+            has_company = True
 
     def forget(self, ticket):
         """Expect nothing more of a request."""
@@ -283,6 +308,18 @@ class LaneMachine(BatcherMachine):
     """The same where each instance is a lane."""
 
     instances, has_lanes = 3, True
+
+
+def test_the_machine_comes_to_images_that_are_soon_done():
+    """Two beside each other have a thread each there, and the second does not wait."""
+    machine = LaneMachine()
+    machine.learn(0.001)
+    for client in "ab":
+        machine.admit(1, 0, 6, False, client, 2, 1)
+    assert machine.is_soon()
+    assert all(machine.decide().on_one_thread for _ in range(2))
+    machine.time_passes(0.001)
+    machine.teardown()
 
 
 TestLanes = LaneMachine.TestCase

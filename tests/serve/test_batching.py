@@ -5,7 +5,8 @@ import pytest
 from serve.batching import Batcher
 from serve.errors import DeadlineError, QueueFullError, RequestError
 from serve.latency import BELIEVED_S, MIN_BATCHES
-from serve.tickets import Batch, Ticket, read_priority
+from serve.running_batches import PATIENCE
+from serve.tickets import Batch, Decision, Ticket, read_priority
 
 
 def make_batcher(**changes: float) -> Batcher[Ticket]:
@@ -379,7 +380,9 @@ def test_few_images_wait_for_those_on_all_threads():
     assert not batch.on_one_thread
 
 
-def learn_lanes(batcher: Batcher[Ticket], *, alone_s: float, lane_s: float) -> float:
+def learn_lanes(
+    batcher: Batcher[Ticket], lanes: int = 2, *, alone_s: float, lane_s: float
+) -> float:
     """Have both manners take so long an image; give the time then."""
     now_s = 0.0
     for _ in range(MIN_BATCHES + 1):
@@ -387,8 +390,8 @@ def learn_lanes(batcher: Batcher[Ticket], *, alone_s: float, lane_s: float) -> f
         batch = batcher.decide(now_s).batch
         now_s += alone_s
         batcher.finish(batch, now_s)
-        admitted(batcher, 2, arrived_s=now_s)
-        batches = [batcher.decide(now_s).batch for _ in range(2)]
+        admitted(batcher, lanes, arrived_s=now_s)
+        batches = [batcher.decide(now_s).batch for _ in range(lanes)]
         now_s += lane_s
         for batch in batches:
             batcher.finish(batch, now_s)
@@ -444,3 +447,113 @@ def test_a_forecast_counts_what_is_waited_for():
     with pytest.raises(DeadlineError, match=r"expected 500 ms from now"):
         batcher.admit(Ticket(images=1, arrived_s=now_s, deadline_s=now_s + 0.4))
     batcher.admit(Ticket(images=1, arrived_s=now_s, deadline_s=now_s + 0.6))
+
+
+@pytest.mark.parametrize("lane_s", [None, 0.1])
+def test_a_lane_that_hangs_keeps_no_few_waiting(lane_s):
+    """Past a few times its forecast they have a thread each; who is late is told meanwhile."""
+    batcher = make_lanes(4)
+    now_s = learn_lanes(batcher, 4, alone_s=0.05, lane_s=lane_s) if lane_s else 0.0
+    admitted(batcher, 4, arrived_s=now_s)
+    _, *others = [batcher.decide(now_s).batch for _ in range(4)]
+    for batch in others:
+        batcher.finish(batch, now_s + (lane_s or 0.0))
+    late_s = now_s + 0.3
+    overdue_s = now_s + PATIENCE * (lane_s or BELIEVED_S)
+    late, other = admitted(batcher, 1, deadline_s=late_s), admitted(batcher, 1)
+    assert batcher.decide(now_s + 0.2) == Decision(wake_at_s=late_s)
+    told = batcher.decide(late_s)
+    assert (told.batch, told.expired) == (None, (late,))
+    assert told.wake_at_s == pytest.approx(overdue_s)
+    batch = batcher.decide(told.wake_at_s).batch
+    assert contents(batch) == [(other, [0])]
+    assert batch.on_one_thread
+
+
+def test_all_threads_that_hang_keep_nobody_waiting():
+    """What waits for them is shared by the lanes once they are overdue."""
+    batcher = make_lanes(4)
+    admitted(batcher, 1)
+    assert not batcher.decide(0.0).batch.on_one_thread
+    admitted(batcher, 2)
+    wake_at_s = batcher.decide(0.0).wake_at_s
+    for _ in range(2):
+        batch = batcher.decide(wake_at_s).batch
+        assert (batch.images, batch.on_one_thread) == (1, True)
+
+
+def test_what_is_late_counts_for_nothing_in_a_share():
+    """Beside an image that is dropped a lone one has all threads."""
+    batcher = make_lanes(2)
+    late, lone = admitted(batcher, 1, deadline_s=1.0), admitted(batcher, 1)
+    decision = batcher.decide(1.0)
+    assert decision.expired == (late,)
+    assert contents(decision.batch) == [(lone, [0])]
+    assert not decision.batch.on_one_thread
+
+
+def test_a_forecast_of_few_knows_what_runs_beside_them():
+    """Three lanes run: an image that comes has the fourth, and takes as long as one thread does."""
+    batcher = make_lanes(4)
+    now_s = learn_lanes(batcher, 4, alone_s=0.1, lane_s=0.4)
+    admitted(batcher, 4, arrived_s=now_s)
+    batches = [batcher.decide(now_s).batch for _ in range(4)]
+    batcher.finish(batches[0], now_s)
+    with pytest.raises(DeadlineError, match=r"expected 4\d\d ms from now"):
+        batcher.admit(Ticket(images=1, arrived_s=now_s, deadline_s=now_s + 0.2))
+
+
+def test_a_forecast_of_the_first_knows_what_waits_behind_them():
+    """Others wait for their lanes already: who passes them has a lane, not all threads."""
+    batcher = make_lanes(4)
+    now_s = learn_lanes(batcher, 4, alone_s=0.1, lane_s=0.4)
+    admitted(batcher, 1, arrived_s=now_s)
+    batcher.decide(now_s)
+    admitted(batcher, 4, arrived_s=now_s, client="bulk", priority=3)
+    with pytest.raises(DeadlineError, match=r"expected 500 ms from now, .* with 0 before"):
+        batcher.admit(Ticket(images=1, arrived_s=now_s, deadline_s=now_s + 0.3, priority=1))
+
+
+def test_a_forecast_takes_a_batch_for_as_full_as_it_will_be():
+    """The first image of four that run together waits for all of them."""
+    batcher = make_batcher(max_held_images=20)
+    now_s = learnt(batcher, per_image_s=0.1)
+    admitted(batcher, 12, arrived_s=now_s, client="bulk", priority=3)
+    batcher.decide(now_s)
+    first = {"images": 1, "arrived_s": now_s, "priority": 1}
+    with pytest.raises(DeadlineError, match=r"expected 800 ms from now, .* with 0 before"):
+        batcher.admit(Ticket(**first, deadline_s=now_s + 0.7))
+    assert batcher.admit(Ticket(**first, deadline_s=now_s + 0.9))
+
+
+def test_a_forecast_counts_on_no_instance_that_hangs():
+    """Of two instances one is left, which must end what it is at first."""
+    batcher = make_batcher(instances=2, max_held_images=20)
+    now_s = learnt(batcher, per_image_s=0.1)
+    admitted(batcher, 4, arrived_s=now_s)
+    batcher.decide(now_s)
+    for _ in range(5):  # of the other
+        admitted(batcher, 4, arrived_s=now_s)
+        batch = batcher.decide(now_s).batch
+        now_s += 0.4
+        batcher.finish(batch, now_s)
+    admitted(batcher, 4, arrived_s=now_s)
+    batcher.decide(now_s)
+    with pytest.raises(DeadlineError, match=r"expected 1200 ms from now"):
+        batcher.admit(Ticket(images=8, arrived_s=now_s, deadline_s=now_s + 0.9))
+
+
+def test_what_one_thread_takes_is_bounded_by_what_all_take():
+    """Two at a time never fill four lanes, but a quarter of a millisecond on all is soon done."""
+    batcher = make_lanes(4)
+    now_s = 0.0
+    for _ in range(MIN_BATCHES + 1):
+        admitted(batcher, 2, arrived_s=now_s)
+        batch = batcher.decide(now_s).batch
+        now_s += 0.0005
+        batcher.finish(batch, now_s)
+    for _ in range(2):
+        admitted(batcher, 1, arrived_s=now_s)
+    for _ in range(2):
+        batch = batcher.decide(now_s).batch
+        assert (batch.images, batch.on_one_thread) == (1, True)

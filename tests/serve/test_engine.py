@@ -661,6 +661,23 @@ def test_an_encoder_with_lanes_is_called_in_both_manners(fake, image):
     asyncio.run(main())
 
 
+def test_an_image_does_not_wait_for_threads_that_hang(fake, image, monkeypatch):
+    """An idle lane asks again once what all threads are at is overdue."""
+    monkeypatch.setattr("serve.running_batches.PATIENCE", 0.01)
+    fake.lanes = 4
+    fake.encode_in_lane = type(fake)().encode
+
+    async def main():
+        async with running(fake) as engine:
+            held = await hold(engine, fake, image)
+            embedded = await asyncio.wait_for(embed(engine, [image(7)]), 10)
+            assert first_values(embedded) == [7]
+            fake.gate.set()
+            assert first_values(await held) == [0]
+
+    asyncio.run(main())
+
+
 def test_timings_say_where_the_time_went(fake, image):
     """An image that waited for the encoder says so."""
 

@@ -316,6 +316,49 @@ def test_one_reads_for_all_and_nobody_waits_for_long(pool, monkeypatch):
     asyncio.run(main())
 
 
+def test_nobody_waits_for_a_read_that_is_known_to_be_slow(pool, monkeypatch):
+    """Who comes first waits `WAIT_S`; who comes after that is answered at once."""
+    monkeypatch.setattr(following, "WAIT_S", 60.0)
+    new = FakeCollection((0, 1))
+    old = FakeCollection(next=[new])
+    now_s = 0.0
+
+    async def main():
+        nonlocal now_s
+        followed = Following("c", old, clock=lambda: now_s)
+        first = asyncio.create_task(followed.snapshot(pool.run))
+        await asyncio.sleep(0)
+        now_s = following.WAIT_S
+        assert await asyncio.wait_for(followed.snapshot(pool.run), 20) is old
+        assert not first.done()
+        old.gate.set()
+        assert await first is new
+
+    asyncio.run(main())
+
+
+def test_a_slow_read_of_one_collection_holds_up_no_other(stored, serving, monkeypatch):
+    """A collection has a thread that reads for it."""
+    monkeypatch.setattr(following, "WAIT_S", 10.0)
+    slow = threading.Event()
+
+    async def main():
+        collections = (f"a={stored.collection}", f"b={stored.collection}")
+        async with (
+            serving(bundle=(str(stored.bundle),), collection=collections) as server,
+            AsyncClient(server.address, retry=ONCE) as client,
+        ):
+            server._following_pool.submit(lambda: slow.wait(60))
+            try:
+                with CollectionWriter.open(stored.collection) as writer:
+                    vectors = add(writer, ["x"], seed=1)
+                assert await nearest(client, stored, vectors, k=1, collection="b") == [["x"]]
+            finally:
+                slow.set()
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize(
     "refused",
     [

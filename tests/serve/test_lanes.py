@@ -7,11 +7,12 @@ from hypothesis import strategies as st
 from serve.lanes import Share, next_share
 
 
-def share(waiting, running, *, is_on_all=False, lanes=4, most=32, image_s=0.0, lone_s=0.0):
+def share(waiting, running, *, is_on_all=False, is_overdue=False, **changes):
     """What an idle lane takes."""
+    usual = {"lanes": 4, "most": 32, "image_s": 0.0, "lone_s": 0.0}
     return next_share(
-        waiting=waiting, running=running, is_on_all=is_on_all, lanes=lanes, most=most,
-        image_s=image_s, lone_s=lone_s,
+        waiting=waiting, running=running, is_on_all=is_on_all, is_overdue=is_overdue,
+        **(usual | changes),
     )  # fmt: skip
 
 
@@ -56,6 +57,12 @@ def test_an_image_that_is_soon_done_has_one_thread():
     assert share(1, 0, lone_s=1e-3) == share(1, 1, lone_s=1e-3) == Share(1, on_one_thread=True)
     assert share(1, 0, lone_s=50e-3) == Share(32, on_one_thread=False)
     assert share(1, 1, lone_s=50e-3) is None
+
+
+def test_nothing_waits_for_what_is_overdue():
+    """Beside it images have a thread each, however few."""
+    assert share(1, 1, is_overdue=True) == Share(1, on_one_thread=True)
+    assert share(1, 3, is_on_all=True, is_overdue=True) == Share(1, on_one_thread=True)
 
 
 def test_one_lane_takes_what_there_is():

@@ -35,7 +35,7 @@ def teach(server, *, batch_s: float):
     """Let the only model's forecast know how long a batch takes; its batcher."""
     batcher = server.catalog.model("fake").engine._batcher
     for _ in range(2 * MIN_BATCHES):
-        batcher._latency.observe(1, batch_s, time.monotonic())
+        batcher._running.latency.observe(1, batch_s, time.monotonic())
     return batcher
 
 

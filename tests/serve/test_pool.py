@@ -111,6 +111,58 @@ def test_a_task_that_takes_its_thread_along_is_reported():
     assert pool.close()
 
 
+def test_work_in_pieces_hangs_where_one_piece_does(pool):
+    """However long all of them take, and after one that hung the rest is left."""
+    pieces = []
+    gate, hangs = threading.Event(), threading.Event()
+
+    def work(on_piece):
+        for _ in range(4):
+            pool.look(elapsed_s=1.0, limit_s=1.5)
+            on_piece()
+        pieces.append("four")
+        hangs.set()
+        assert gate.wait(120)
+        on_piece()
+        pieces.append("five")
+
+    async def main():
+        hanging = asyncio.create_task(pool.run_in_pieces(work))
+        assert await asyncio.to_thread(hangs.wait, 120)
+        for _ in range(3):
+            pool.look(elapsed_s=1.0, limit_s=1.5)
+        with pytest.raises(InternalError, match="lost a thread"):
+            await hanging
+        gate.set()
+
+    asyncio.run(main())
+    assert pool.close()
+    assert pieces == ["four"]
+
+
+def test_work_in_pieces_that_nobody_waits_for_ends_with_a_piece(pool):
+    """Its thread is free for who still waits."""
+    pieces = []
+    gate, entered = threading.Event(), threading.Event()
+
+    def work(on_piece):
+        entered.set()
+        assert gate.wait(120)
+        on_piece()
+        pieces.append("one more")
+
+    async def main():
+        leaving = asyncio.create_task(pool.run_in_pieces(work))
+        assert await asyncio.to_thread(entered.wait, 120)
+        leaving.cancel()
+        await asyncio.wait([leaving])
+        gate.set()
+        assert await pool.run(lambda: "next") == "next"
+
+    asyncio.run(main())
+    assert pieces == []
+
+
 def test_what_waits_says_how_long_a_newcomer_would(pool):
     """Going by the tasks of late, so that a refusal can say when to come back."""
     assert pool.wait_s is None

@@ -310,7 +310,7 @@ def teach(server, *, batch_s):
     """Let the only model's forecast know how long a batch takes; its engine."""
     engine = server.catalog.model("fake").engine
     for _ in range(2 * MIN_BATCHES):
-        engine._batcher._latency.observe(1, batch_s, engine._clock())
+        engine._batcher._running.latency.observe(1, batch_s, engine._clock())
     return engine
 
 

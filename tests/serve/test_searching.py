@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import io
 import threading
+import time
 
 import grpc
 import numpy as np
@@ -18,10 +19,12 @@ from models.vectors import finish_vectors
 from models.wire import vectors_to_wire
 from protos import horace_pb2 as pb
 from protos import horace_pb2_grpc as pb_grpc
+from serve import searching as serve_searching
 from serve.client import AsyncClient
 from serve.errors import PreconditionError, RequestError, UnknownNameError
-from serve.searching import public_source
+from serve.searching import Query, public_source, select
 from serve.services import RequestLimits
+from serve.watchdog import WatchdogOptions
 
 COUNT = 60
 
@@ -334,6 +337,75 @@ def test_a_search_has_its_place_before_its_images_are_embedded(place, searching,
             assert (await search(request)).results[0].hits
 
     asyncio.run(main())
+
+
+@pytest.fixture
+def slow_search(monkeypatch):
+    """Searches take 5 ms a query, in pieces of 20; gives the sizes of those that were begun."""
+    asked = []
+    search = Collection.search
+
+    def slow(collection, queries_QD, k, **options):
+        asked.append(len(queries_QD))
+        time.sleep(0.005 * len(queries_QD))
+        return search(collection, queries_QD, k, **options)
+
+    monkeypatch.setattr(Collection, "search", slow)
+    monkeypatch.setattr(serve_searching, "PIECE_PRODUCTS", 1)
+    return asked
+
+
+def test_a_search_that_takes_long_is_answered_and_one_nobody_waits_for_ends(
+    place, searching, slow_search, eventually
+):
+    """No thread is taken for stuck: not by many queries, nor by callers that leave."""
+    bundle, _, _ = place
+    vectors = np.random.default_rng(0).normal(size=(160, 16)).astype(np.float32)
+    queries = pb.VectorQueries(vectors=vectors_to_wire(vectors), fingerprint=bundle.fingerprint)
+    request = pb.SearchRequest(vectors=queries, exact=True, k=3)
+
+    async def main():
+        options = WatchdogOptions(stuck_s=0.4, every_s=0.01)
+        async with (
+            searching(watchdog=options) as server,
+            grpc.aio.insecure_channel(server.address) as channel,
+        ):
+            search = pb_grpc.HoraceStub(channel).Search
+            leaving = [search(request), search(request)]
+            await eventually(lambda: slow_search)
+            for call in leaving:
+                call.cancel()
+            await eventually(lambda: server.calls.active == 0)
+            left = len(slow_search)
+            answered = await search(request)
+            assert [len(one.hits) for one in answered.results] == [3] * 160
+            begun = len(slow_search) - left - len(answered.results) // 20
+            assert begun <= server._search_pool.size, "a piece at most is begun for who has left"
+            assert (server._search_pool.alive, server.health.serving) == (True, True)
+            assert repr(server.recovery) == "<Recovery well, 0 so far>"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("diversity", [0.0, 0.5])
+@pytest.mark.parametrize("filter", ["", "label = 'c1'"])
+def test_pieces_find_what_one_call_finds(place, monkeypatch, filter, diversity):
+    """Also where one piece has fewer columns than another, as all its queries leave one out."""
+    with Collection.open(place[2]) as collection:
+        selection = select(collection, filter) if filter else None
+        query = Query(
+            k=COUNT, exact=True, include_vectors=False, diversity=diversity, selection=selection
+        )
+        vectors = collection.vectors(collection.ids)
+        without_QW = np.full((COUNT, 1), -1)
+        without_QW[:30, 0] = collection.ids[:30]
+        pieces = []
+        whole = query.search(collection, vectors, lambda: None, without_QW)
+        monkeypatch.setattr(serve_searching, "PIECE_PRODUCTS", 1)
+        parts = query.search(collection, vectors, lambda: pieces.append(1), without_QW)
+        np.testing.assert_array_equal(parts.ids, whole.ids)
+        np.testing.assert_allclose(parts.scores, whole.scores, atol=1e-6)
+        assert len(pieces) == (6 if diversity else 4)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ import pytest
 
 from protos import horace_pb2 as pb
 from serve.client import AsyncClient, Client, RetryPolicy
-from serve.client.plans import Call, Failure, Pause, Planner
-from serve.client.requests import EmbedOptions
+from serve.client.plans import UNSAID, Call, Failure, Pause, Planner
+from serve.client.requests import EmbedOptions, SearchOptions, make_queries
 from serve.client.results import EmbedResult, ItemStatus, Timings
+from serve.config import ServeOptions
 from serve.errors import (
     DeadlineError,
     FailedItemsError,
@@ -191,6 +192,51 @@ def test_a_server_that_takes_less_than_before_gets_less(refusal):
     assert [call.method for call in drive.calls] == [
         "ListModels", "Embed", "Embed", "ListModels", "Embed", "Embed",
     ]  # fmt: skip
+
+
+def test_requests_fit_the_longest_vectors_of_any_collection():
+    """Of hits with their vectors; a model may be gone, and who asks for none asks no list."""
+    size = 10 * (256 + 4 * 64) * 3  # of three queries
+    collections = pb.ListCollectionsResponse(collections=[pb.Collection(dim=64)])
+    reply = pb.SearchResponse(results=[pb.Hits(status=pb.ItemStatus(code=pb.OK))])
+    drive = Drive(collections, models_reply(request_bytes=size), reply)
+    queries = make_queries(None, None, [1, 2, 3, 4], None)
+    drive.run(drive.planner.search(queries, SearchOptions(include_vectors=True), 60))
+    assert [call.method for call in drive.calls] == [
+        "ListCollections", "ListModels", "Search", "Search",
+    ]  # fmt: skip
+    drive = Drive(models_reply(), reply)
+    drive.run(drive.planner.search(queries, SearchOptions(), 60))
+    assert [call.method for call in drive.calls] == ["ListModels", "Search"]
+
+
+def test_a_server_without_a_model_is_asked_all_the_same(serving, stored):
+    """Its collection is searched, and its own refusal says that there is no model."""
+    options = {"bundle": (str(stored.bundle),), "collection": (str(stored.collection),)}
+    images = [path.read_bytes() for path in stored.files[:2]]
+
+    async def main():
+        async with serving(**options, model_control=True) as server:
+            async with AsyncClient(server.address) as client:
+                result = await client.embed(images)
+            await server.lifecycle.unload(result.model)
+            async with AsyncClient(server.address) as client:
+                found = await client.search(vectors=result, include_vectors=True)
+                with pytest.raises(UnknownNameError, match="model"):
+                    await client.embed(images)
+                items = [item async for item in client.embed_iter(images)]
+        return found, items
+
+    found, items = asyncio.run(main())
+    assert [hits[0].score for hits in found.hits] == pytest.approx([1, 1], abs=1e-3)
+    assert [type(item.error) for item in items] == [UnknownNameError] * 2
+
+
+def test_what_is_sent_to_a_server_that_says_nothing_is_what_servers_take():
+    """Unless they are told otherwise."""
+    options = ServeOptions(bundle=("b",))
+    assert options.max_images_per_request == UNSAID.images
+    assert options.max_message_mib << 20 == UNSAID.request_bytes
 
 
 def test_a_server_that_gives_up_first_says_why():

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import grpc
 import pytest
@@ -10,6 +13,8 @@ from models.wire import image_to_wire, vectors_from_wire
 from protos import horace_pb2 as pb
 from protos import horace_pb2_grpc as pb_grpc
 from serve.client import AsyncClient, Client
+
+ROOT = Path(__file__).parents[3]
 
 
 def stub_of(server):
@@ -33,6 +38,34 @@ def test_a_slow_iterable_does_not_hold_the_event_loop(serving, fake, image):
             await anext(stream)
             go_on.set()
             assert len([reply async for reply in stream]) == 1
+
+    asyncio.run(main())
+
+
+A_QUEUE = """
+import asyncio, queue, sys
+from serve.client import AsyncClient
+
+async def main():
+    images = queue.Queue()
+    images.put(b"no image")
+    async with AsyncClient(sys.argv[1]) as client:
+        embed = getattr(client, sys.argv[2])
+        async for _ in embed(iter(images.get, None), images_per_request=1):
+            break
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("method", ["embed_iter", "embed_stream"])
+def test_an_iterable_that_blocks_keeps_no_program_from_ending(serving, fake, method):
+    """Nothing more comes from the queue; who stops reading is done."""
+
+    async def main():
+        async with serving(fake) as server:
+            argv = [sys.executable, "-c", A_QUEUE, server.address, method]
+            await asyncio.to_thread(subprocess.run, argv, cwd=ROOT, check=True, timeout=60)
 
     asyncio.run(main())
 

@@ -22,7 +22,7 @@ from models.wire import image_to_wire
 from protos import horace_pb2 as pb
 from protos import horace_pb2_grpc as pb_grpc
 from serve.errors import StartError
-from serve.front import make_front
+from serve.front import grpcio, make_front
 from serve.front.native_call import NativeCall
 from serve.front.port import is_loopback
 
@@ -48,6 +48,7 @@ class Parrot:
 
     def __init__(self) -> None:
         self.heard = Heard()
+        self.port = 0
 
     async def say(self, request, context):
         """Answer, fail or wait."""
@@ -120,11 +121,11 @@ def parrot(frontend):
     async def run(**options):
         bird = Parrot()
         front = make_front(frontend, max_message_bytes=MAX_BYTES, max_calls=4, **options)
-        port = front.listen("127.0.0.1", 0)
+        bird.port = front.listen("127.0.0.1", 0)
         bird.add_to(front.server)
         await front.start()
         try:
-            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{bird.port}") as channel:
                 yield bird, front, channel
         finally:
             await front.stop(None)
@@ -450,6 +451,66 @@ def test_every_reply_that_was_given_leaves_before_the_port_closes(parrot, eventu
             bird.heard.gate.set()
             await front.stop(30)
             assert await asyncio.gather(*waiting) == [b"wait"] * 4
+
+    asyncio.run(main())
+
+
+def frame(kind, flags, stream, payload):
+    """A frame of HTTP/2."""
+    head = len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big")
+    return head + payload
+
+
+PING, ACK = 6, 1
+
+
+def hello_and_call(request):
+    """All that a client sends that calls `Say`."""
+    headers = {
+        ":method": "POST",
+        ":scheme": "http",
+        ":path": "/Parrot/Say",
+        ":authority": "here",
+        "te": "trailers",
+        "content-type": "application/grpc",
+    }
+    literal = [text.encode() for pair in headers.items() for text in pair]
+    block = b"".join(b"\0" * (n % 2 == 0) + bytes([len(t)]) + t for n, t in enumerate(literal))
+    settings = frame(4, 0, 0, b"") + frame(4, ACK, 0, b"")
+    message = b"\0" + len(request).to_bytes(4, "big") + request
+    call = frame(1, 4, 1, block) + frame(0, 1, 1, message)
+    return b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings + call
+
+
+def test_a_caller_that_vanished_holds_no_place(parrot, frontend, monkeypatch):
+    """It answers a ping, and then its machine is gone, and no word of that comes."""
+    assert (grpcio.KEEPALIVE_MS, grpcio.KEEPALIVE_TIMEOUT_MS) == (60_000, 20_000)
+    for name in ("KEEPALIVE_MS", "KEEPALIVE_TIMEOUT_MS"):
+        monkeypatch.setattr(f"serve.front.{frontend}.{name}", 100)
+    options = grpcio.server_options
+
+    def hasty_options(*args, **kwargs):
+        return [*options(*args, **kwargs), ("grpc.http2.ping_timeout_ms", 100)]
+
+    monkeypatch.setattr("serve.front.grpcio.server_options", hasty_options)
+
+    async def answer_a_ping(reader, writer):
+        kind = None
+        while kind != PING:
+            head = await reader.readexactly(9)
+            payload = await reader.readexactly(int.from_bytes(head[:3], "big"))
+            kind = head[3]
+        writer.write(frame(PING, ACK, 0, payload))
+
+    async def main():
+        async with parrot() as (bird, _, _):
+            reader, writer = await asyncio.open_connection("127.0.0.1", bird.port)
+            writer.write(hello_and_call(b"wait"))
+            async with asyncio.timeout(30):
+                await answer_a_ping(reader, writer)
+                await bird.heard.entered.wait()
+                await bird.heard.over.wait()
+            writer.close()
 
     asyncio.run(main())
 

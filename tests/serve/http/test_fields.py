@@ -5,7 +5,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from protos import horace_pb2 as pb
-from serve.errors import RequestError
+from serve.errors import QueueFullError, RequestError
 from serve.http.body import Body, BodyMemory
 from serve.http.fields import EMBED_FIELDS, SEARCH_FIELDS, read_embed, read_search
 from serve.http.openapi import describe
@@ -85,11 +85,29 @@ def test_memory_of_bodies_is_given_back(sizes):
     """However each of them grew, and whether there was room or not."""
     memory = BodyMemory(100)
     for grown in sizes:
-        with memory.holding() as held:
+        with memory.holding("a") as held:
             for size in grown:
                 held.grow(size)
             assert memory.held_bytes == max([0, *grown])
     assert repr(memory) == "<BodyMemory 0 of 100 bytes>"
+
+
+def test_the_bodies_of_one_caller_leave_memory_to_others():
+    """An eighth of what it holds stays free beside several; one body alone may take it all."""
+    memory = BodyMemory(90)
+    with memory.holding("bulk") as one, memory.holding("bulk") as two, memory.holding("b") as other:
+        one.grow(60)
+        two.grow(20)
+        two.check(20)
+        with pytest.raises(
+            QueueFullError,
+            match="request bodies: expected at most 90 bytes in memory, found 80 held, 80 of them",
+        ):
+            two.grow(21)
+        other.grow(10)
+        assert memory.held_bytes == 90
+    with memory.holding("bulk") as alone:
+        alone.grow(90)
 
 
 @pytest.mark.parametrize(("value", "is_form"), [(0.5, False), ("0.5", True), (None, False)])

@@ -10,6 +10,7 @@ import pytest
 from serve.errors import RequestError
 from serve.http.body import _read_json
 from serve.http.options import HttpOptions
+from serve.operation.logs import LINES_PER_S, RateFilter
 
 
 def files(*images):
@@ -232,16 +233,50 @@ def test_who_asks_before_sending_is_told_at_once(http_serving, fake, keys):
     asyncio.run(main())
 
 
+def test_a_body_that_does_not_come_holds_nothing(http_serving, fake, png, eventually):
+    """Heads that announce all the room that there is turn nobody away."""
+    head = (
+        "POST /v1/embed HTTP/1.1\nhost: h\ncontent-type: application/json\n"
+        f"content-length: {64 << 20}"
+    )
+
+    async def main():
+        async with http_serving(fake) as (server, http):
+            idle = [await raw_request(server.http.url, head) for _ in range(4)]
+            await eventually(lambda: server.calls.active == 4)
+            reply = await http.post("/v1/embed", files=files(png(1)))
+            for _, writer in idle:
+                writer.close()
+            return reply
+
+    assert asyncio.run(main()).status_code == 200
+
+
+def test_a_body_that_never_has_room_is_too_long(http_serving, fake):
+    """Whatever one request may hold; to try again would be of no use."""
+
+    async def main():
+        async with http_serving(fake, http=HttpOptions(port=0, max_body_mib=1)) as (_, http):
+            return await http.post("/v1/embed", files=files(bytes(2 << 20)))
+
+    reply = asyncio.run(main())
+    assert reply.status_code == 413
+    assert "body: expected at most 1048576 bytes" in reply.text
+
+
 def test_bodies_together_are_bounded(http_serving, fake, png):
-    """One that announces more than is left is told when to come back; the rest go on."""
+    """One that announces more than others have left is told when to come back; the rest go on."""
     options = HttpOptions(port=0, max_body_mib=1)
-    head = "POST /v1/embed HTTP/1.1\nhost: h\ncontent-type: application/json\n"
+    head = (
+        "POST /v1/embed HTTP/1.1\nhost: h\ncontent-type: application/json\n"
+        f"content-length: {800 << 10}"
+    )
 
     async def main():
         async with http_serving(fake, http=options) as (server, http):
-            _, slow = await raw_request(server.http.url, head + f"content-length: {900 << 10}")
+            _, slow = await raw_request(server.http.url, head, bytes(799 << 10))
             small = await http.post("/v1/embed", files=files(png(1)))
-            async with asyncio.timeout(60):  # until the slow one has been looked at, and forgotten
+            async with asyncio.timeout(60):  # until the slow one has come, and is forgotten
                 body = files(bytes(500 << 10))
                 while (large := await http.post("/v1/embed", files=body)).is_success:
                     pass
@@ -381,3 +416,22 @@ def test_no_reply_tells_what_broke_inside(http_serving, fake, png, caplog):
     message = ours.json()["error"]["message"]
     assert re.fullmatch(r"internal error; the server's log has it as incident [0-9a-f]{8}", message)
     assert "secret" not in encoder.text + ours.text
+
+
+def test_callers_cannot_fill_the_log_through_uvicorn(http_serving, fake, caplog):
+    """It warns of upgrades and of heads that are none, before any key is asked for."""
+    caplog.handler.addFilter(limit := RateFilter(clock=lambda: 0.0))
+
+    async def main():
+        async with http_serving(fake) as (_, http):
+            for _ in range(100):
+                reply = await http.get(
+                    "/healthz", headers={"connection": "Upgrade", "upgrade": "h2c"}
+                )
+                assert reply.status_code == 200
+
+    try:
+        asyncio.run(main())
+    finally:
+        caplog.handler.removeFilter(limit)
+    assert 0 < caplog.text.count("WARNING") <= LINES_PER_S

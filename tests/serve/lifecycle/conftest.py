@@ -1,9 +1,14 @@
-"""Bundles and collections that are replaced on the disk as `train.export` and `index.build` do."""
+"""Bundles and collections that are replaced on the disk as `train.export` and `index.build` do.
+
+And directories that cannot be read.
+"""
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -54,3 +59,28 @@ def put_collection(tmp_path) -> Callable[[Path, Bundle], Path]:
         return path
 
     return put
+
+
+@pytest.fixture
+def no_reading(monkeypatch) -> Callable[[Path, int], AbstractContextManager[None]]:
+    """A context manager in which a directory cannot be read, also by root: by an error's number."""
+
+    @contextmanager
+    def run(directory: Path, number: int) -> Iterator[None]:
+        def refuse(path: object) -> None:
+            raise OSError(number, os.strerror(number), str(path))
+
+        def scan(path=".", scandir=os.scandir):
+            is_within = isinstance(path, (str, Path)) and Path(path).is_relative_to(directory)
+            return refuse(path) if is_within else scandir(path)
+
+        def look(path, *args, stat=os.stat, **kwargs):
+            is_within = isinstance(path, (str, Path)) and directory in Path(path).parents
+            return refuse(path) if is_within else stat(path, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "scandir", scan)
+            patch.setattr(os, "stat", look)
+            yield
+
+    return run

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+
 import pytest
 
 from models.errors import SourceError
@@ -52,3 +54,21 @@ def test_whatever_changes_looks_different(make_bundle, tmp_path):
     assert sign(tmp_path / "none") == ()
     (path / ".tmp-half").write_text("")
     assert sign(path) == seen[-1]
+
+
+def test_what_cannot_be_read_is_not_gone(make_bundle, tmp_path, no_reading):
+    """An error names the path; a directory that may be a model is taken for one."""
+    make_bundle(path=tmp_path / "r" / "good")
+    private = make_bundle(path=tmp_path / "r" / "private" / "1").path.parent
+    (tmp_path / "r" / "notes").mkdir()
+    with no_reading(private, errno.EACCES):
+        assert list(find_models(tmp_path / "r")) == ["good", "private"]
+        for read in (sign, find_versions):
+            with pytest.raises(SourceError, match=r"private: expected .*, found Permission denied"):
+                read(private)
+        assert "/private" in [name for name, *_ in sign(tmp_path / "r")]
+    with (
+        no_reading(tmp_path / "r", errno.EMFILE),
+        pytest.raises(SourceError, match="expected a directory of models, found Too many open"),
+    ):
+        find_models(tmp_path / "r")

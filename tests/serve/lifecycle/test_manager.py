@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import re
 import shutil
@@ -322,6 +323,108 @@ def test_a_repository_is_followed(serving, put_bundle, tmp_path, caplog):
             assert [s.name for s in server.lifecycle.index()] == ["bad"]
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EACCES])
+def test_a_repository_that_cannot_be_read_keeps_its_models(
+    serving, put_bundle, tmp_path, caplog, no_reading, number
+):
+    """Looks and a signal load and drop nothing of it; one line and one count for all looks."""
+    put_bundle(tmp_path / "r" / "m", 1)
+
+    async def main():
+        async with serving(repository=str(tmp_path / "r")) as server:
+            look, counts = server.lifecycle.look, server.lifecycle.statistics
+            await look()
+            with no_reading(tmp_path / "r", number):
+                for _ in range(3):
+                    await look()
+                assert counts()[f"repository {tmp_path / 'r'}"].refusals == 1
+                assert caplog.text.count("expected a directory of models, found") == 1
+                assert await server.reloads.run() == ["models and collections"]
+            with no_reading(tmp_path / "r" / "m", number):
+                for _ in range(3):
+                    await look()
+                assert counts()["model m"].refusals == 1
+                assert await server.reloads.run() == ["models and collections"]
+            for _ in range(2):
+                await look()
+            assert served_versions(server) == {"m": "1"}
+            shutil.rmtree(tmp_path / "r" / "m")
+            for _ in range(2):
+                await look()
+            assert not server.catalog.models
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("how", ["reload", "look"])
+def test_a_repository_that_is_away_keeps_nothing_else_from_being_read(
+    serving, put_bundle, tmp_path, caplog, how
+):
+    """A bundle beside it is loaded; its own models are served, and followed once it is back."""
+    one = put_bundle(tmp_path / "one", 1)
+    put_bundle(tmp_path / "r" / "m", 1)
+
+    async def main():
+        async with serving(bundle=(f"x={one.path}",), repository=str(tmp_path / "r")) as server:
+
+            async def read_again():
+                if how == "reload":
+                    await server.reloads.run()
+                for _ in range(3 * (how == "look")):
+                    await server.lifecycle.look()
+
+            (tmp_path / "r").rename(tmp_path / "away")
+            put_bundle(one.path, 2)
+            await read_again()
+            assert served_versions(server) == {"x": "2", "m": "1"}
+            (tmp_path / "away").rename(tmp_path / "r")
+            put_bundle(tmp_path / "r" / "m", 2)
+            await read_again()
+            assert served_versions(server) == {"x": "2", "m": "2"}
+
+    asyncio.run(main())
+    assert caplog.text.count("expected a directory of models, found none") == 1
+    assert "Traceback" not in caplog.text
+
+
+def test_a_directory_that_may_not_be_read_keeps_no_other_model_from_serving(
+    serving, put_bundle, tmp_path, caplog, no_reading
+):
+    """The start refuses it in one line, looks say no more of it, and the others are followed."""
+    one = put_bundle(tmp_path / "one", 1)
+    for name in ("m", "private"):
+        put_bundle(tmp_path / "r" / name, 1)
+    options = {"bundle": (f"x={one.path}",), "repository": str(tmp_path / "r")}
+
+    async def main():
+        with no_reading(tmp_path / "r" / "private", errno.EACCES):
+            async with serving(**options) as server:
+                for path in (one.path, tmp_path / "r" / "m"):
+                    put_bundle(path, 2)
+                for _ in range(3):
+                    await server.lifecycle.look()
+                assert served_versions(server) == {"x": "2", "m": "2"}
+                assert server.lifecycle.statistics()["model private"].refusals == 1
+
+    asyncio.run(main())
+    assert caplog.text.count("model private refused, what was served is served: ") == 1
+    assert "Traceback" not in caplog.text
+
+
+def test_a_name_that_is_taken_is_told_once(serving, put_bundle, tmp_path, caplog):
+    """However often the repository is looked at."""
+    path = put_bundle(tmp_path / "one", 1).path
+    put_bundle(tmp_path / "r" / "x", 2)
+
+    async def main():
+        async with serving(bundle=(f"x={path}",), repository=str(tmp_path / "r")) as server:
+            for _ in range(3):
+                await server.lifecycle.look()
+
+    asyncio.run(main())
+    assert caplog.text.count("model x of the repository is not served: the name is taken") == 1
 
 
 def test_a_model_that_was_moved_away_and_back_is_served_again(serving, put_bundle, tmp_path):

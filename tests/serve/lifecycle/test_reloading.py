@@ -30,7 +30,7 @@ def test_a_hook_that_fails_is_told_and_the_others_run(caplog):
     reloads = asyncio.run(main())
     assert repr(reloads) == "<Reloads of keys, ours, bundles>"
     assert read == ["bundles", "bundles"]
-    assert reloads.statistics().failures == {"keys": 2, "ours": 2}
+    assert reloads.statistics().failures == {"keys": 2, "ours": 2, "bundles": 0}
     assert reloads.statistics().runs == 2
     assert "reload of keys refused, what was there stays: keys.json: expected JSON" in caplog.text
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from serve.lifecycle.watching import Watcher
+from serve.lifecycle.watching import Changes, Watcher
 
 OLD, HALF, NEW = ((("file", n, n, n),) for n in range(3))
 
@@ -37,3 +37,15 @@ def test_what_is_new_is_loaded_and_what_is_gone_is_told_once():
     assert watcher.look({"m": ()}).gone == ()
     assert watcher.look({"m": NEW}).gone == ()
     assert [watcher.look({"m": ()}).gone for _ in range(3)] == [(), ("m",), ()]
+
+
+def test_what_a_look_could_not_see_is_as_it_was():
+    """Neither gone nor changed, however often; afterwards looks go on where they were."""
+    watcher = Watcher()
+    watcher.tried("m", OLD)
+    assert changed(watcher, m=OLD) == ()
+    for _ in range(3):
+        assert watcher.look({}) == Changes(changed=(), gone=())
+    assert [changed(watcher, m=NEW) for _ in range(2)] == [(), ("m",)]
+    watcher.tried("m", NEW)
+    assert [watcher.look(seen).gone for seen in ({"m": ()}, {}, {"m": ()})] == [(), (), ("m",)]

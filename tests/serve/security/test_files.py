@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
+from functools import partial
 
 import pytest
 
 from serve.errors import StartError
+from serve.lifecycle.reloading import Reloads
 from serve.security.files import Reloadable, Watcher
 
 
@@ -142,3 +145,25 @@ def test_a_watcher_goes_on_after_a_failure_and_ends(caplog):
     watcher.close()
     assert not watcher._thread.is_alive()
     assert "looking failed; it goes on" in caplog.messages[0]
+
+
+def test_what_may_be_read_again_is_taken_and_refusals_are_counted(file):
+    """A change of modes is one of the file; both looks and reloads show in the counts."""
+    number, may_read = reloadable(file), False
+    number._read = lambda: read_number(file) if may_read else _refuse()
+    reloads = Reloads()
+    reloads.register(number.what, partial(asyncio.to_thread, number.reload), number.refusals)
+    assert reloads.statistics().failures == {"number": 0}
+    write(file, "2")
+    for _ in range(3):
+        number.look()
+    assert (number.value, reloads.statistics().failures) == (1, {"number": 1})
+    assert asyncio.run(reloads.run()) == ["number"]
+    assert reloads.statistics().failures == {"number": 2}
+    may_read, before = True, file.stat()
+    while file.stat().st_ctime_ns == before.st_ctime_ns:
+        file.chmod(0o600)
+    assert file.stat().st_mtime_ns == before.st_mtime_ns
+    number.look()
+    number.look()
+    assert number.value == 2

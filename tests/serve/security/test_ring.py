@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 
@@ -7,6 +8,7 @@ import pytest
 
 from serve.errors import StartError
 from serve.security.buckets import Quota
+from serve.security.options import KeyOptions
 from serve.security.ring import new_token, read_ring, write_line
 
 
@@ -119,3 +121,21 @@ def test_a_ring_shows_names_and_nothing_else(tmp_path):
     file = tmp_path / "keys"
     file.write_text(write_line("app", new_token()))
     assert repr(read_ring(file)) == "<KeyRing of 1: app>"
+
+
+def test_a_blank_key_file_takes_no_key_away_and_a_comment_does(serving, fake, tmp_path):
+    """An empty file is one that is being written, or a full disk; a comment line is meant."""
+    file, token = tmp_path / "keys", new_token()
+    file.write_text(write_line("app", token))
+
+    async def main():
+        async with serving(fake, keys=KeyOptions(file=str(file))) as server:
+            for blank in ("", " \n\n"):
+                file.write_text(blank)
+                assert await server.reloads.run() == ["API keys"]
+                assert server.security._keys().find(token).name == "app"
+            file.write_text("# nobody\n")
+            assert await server.reloads.run() == []
+            assert server.security._keys().names == []
+
+    asyncio.run(main())
