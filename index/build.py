@@ -27,6 +27,7 @@ from contextlib import ExitStack, closing, contextmanager
 from typing import cast
 
 from index.ann.kinds import FLAT
+from index.ann.tuning import plan as choose_kinds
 from index.building.assemble import check_memory, choose_factory, write_collection
 from index.building.dry_run import BuildPlan, plan_build
 from index.building.filling import Filling, fill_store, resumable
@@ -111,12 +112,13 @@ def sync(options: BuildOptions) -> BuildPlan | SyncSummary:
         name = collection.name
         if options.name not in (None, name):
             raise UsageError("--name", expected=f"{name}, as it is called", found=str(options.name))
+        schema = collection.table().schema
         settings = SyncSettings(
             batch_size=options.batch_size,
             crew=_crew(options),
             checksum=options.checksum,
             moved_from=options.moved_from,
-            metadata=None if options.metadata is None else Metadata(options.metadata),
+            metadata=None if options.metadata is None else Metadata(options.metadata, schema),
         )
         if writer is None:
             return plan_collection(collection, source, encoder, settings)
@@ -235,7 +237,11 @@ def _build_in_milvus(
 
 def _check_memory(options: BuildOptions, key: RunKey) -> None:
     """Look whether the index can be built, before hours of embedding."""
-    if options.goal is None and key.source_count is not None:
+    if key.source_count is None:
+        return
+    if options.goal is not None:
+        choose_kinds(key.source_count, key.dim, options.goal)
+    else:
         check_memory(choose_factory(options.index, key.source_count), key.source_count, key.dim)
 
 

@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 
 from tyro.conf import Positional
 
+from index.ann.kinds import FLAT
 from index.collection import Collection, version_text
 from index.storage.manifest import MANIFEST_FILE, Manifest
 from index.storage.rows import metadata_columns
@@ -201,6 +202,10 @@ def _as_lines(described: Description) -> Iterator[str]:
     yield f"  size         {_mib(d.size_bytes['total'])}: {parts}"
     tuned = ", ".join(f"{name} {value}" for name, value in _figures(d.tuning))
     yield f"  tuning       {tuned or 'none: run `python -m index.tune C --recall .99`'}"
+    later = [one.name for one in d.segments[1:] if one.index != FLAT]
+    if tuned and later:
+        first = d.segments[0].name
+        yield f"  unmeasured   the index of {', '.join(later)}: the tuning is of {first}"
     yield f"  versions     {', '.join(f'{name} {value}' for name, value in d.versions.items())}"
 
 

@@ -35,13 +35,13 @@ from tyro.conf import Positional
 from index.errors import CollectionError
 from index.filters import parse_filter
 from index.interface import AnyCollection, open_collection
+from index.storage.incoming import VECTOR
 from models.bundle import Json
 from models.command import progress, run_command
 from models.errors import UsageError
 from models.files import atomic_directory, atomic_file
 
 BLOCK_ROWS = 16384
-VECTOR_COLUMN = "vector"
 PARQUET = ".parquet"
 VECTORS_FILE, IDS_FILE, ROWS_FILE = "vectors.npy", "ids.npy", "rows.parquet"
 EXPORT_FILE = "export.json"
@@ -178,7 +178,7 @@ def _write_table(
     exported: Exported,
 ) -> None:
     """Write one table, the vectors as its last column."""
-    vectors = pa.field(VECTOR_COLUMN, pa.list_(pa.float32(), exported.dim), nullable=False)
+    vectors = pa.field(VECTOR, pa.list_(pa.float32(), exported.dim), nullable=False)
     facts = {b"horace": json.dumps(_facts(exported)).encode()}
     whole = schema.append(vectors).with_metadata(facts)
     with pq.ParquetWriter(file, whole, compression="zstd") as writer:

@@ -37,6 +37,17 @@ MISSING = -1
 BLOCK_BYTES = 64 << 20
 """Most memory that one block of similarities, or of copied rows, takes."""
 
+ROUNDING = 1e-6
+"""By which float32 may round a cosine, or an inner product relative to the squared lengths."""
+
+DISTANCE_ROUNDING = 1e-5
+"""The same of squared distances, relative to themselves: they are made of differences, wherever the
+vectors lie."""
+
+MAX_DIFFERENCES = 19
+"""Queries of one call of FAISS's exact search whose distances come from differences. From more it
+makes them of lengths and products, which far from the origin cancel to nothing."""
+
 COPY_MIN_QUERIES = 16
 """From here rows are copied together before they are searched: `benchmarks.filters`."""
 
@@ -136,6 +147,17 @@ def search_threads(threads: int, n_queries: int) -> int:
     return max(1, min(threads, n_queries))
 
 
+def rounding(
+    queries_QD: NDArray[np.float32], scores_Q: NDArray[np.float32], metric: str
+) -> NDArray[np.float64]:
+    """Say by how much a score of each query may differ from an equal one, (Q,) float64."""
+    size_Q: NDArray[np.float64] = np.where(np.isfinite(scores_Q), np.abs(scores_Q), 0.0)
+    if metric == EUCLIDEAN:
+        return size_Q * DISTANCE_ROUNDING
+    size_Q = np.maximum(size_Q, np.square(queries_QD, dtype=np.float64).sum(axis=1))
+    return size_Q * ROUNDING
+
+
 def pad_neighbours(
     scores_QK: NDArray[np.float32], rows_QK: NDArray[np.int64], k: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -210,10 +232,16 @@ def _knn(
     queries_QD: NDArray[np.float32], bank_ND: NDArray[np.float32], k: int, metric: str
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Search a whole bank, of at least k rows."""
-    scores, rows = faiss.knn(queries_QD, bank_ND, k, metric=faiss_metric(metric))
-    if metric == EUCLIDEAN:
-        np.negative(scores, out=scores)
-    return scores, rows
+    number = faiss_metric(metric)
+    if metric == COSINE:
+        scores, rows = faiss.knn(queries_QD, bank_ND, k, metric=number)
+        return scores, rows
+    parts = [
+        faiss.knn(queries_QD[start : start + MAX_DIFFERENCES], bank_ND, k, metric=number)
+        for start in range(0, len(queries_QD), MAX_DIFFERENCES)
+    ]
+    scores, rows = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return np.negative(scores, out=scores), rows
 
 
 def _knn_among(

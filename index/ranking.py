@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from index.knn import MISSING
+from index.knn import MISSING, ROUNDING
 from index.neighbours import Neighbours, require_cosine
 from models.errors import UsageError
 
@@ -113,7 +113,7 @@ def drop_below(
     ids_QC: NDArray[np.int64], scores_QC: NDArray[np.float32], min_score: float
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Make padding of neighbours that are not near enough."""
-    is_near = scores_QC >= min_score
+    is_near = scores_QC >= min_score - ROUNDING
     return (
         np.where(is_near, ids_QC, MISSING),
         np.where(is_near, scores_QC, -np.inf).astype(np.float32),
@@ -203,7 +203,7 @@ def search_range(
             queries_QD[left], k, fingerprint=fingerprint, exact=exact, parameters=parameters,
             filter=selection, without_QW=None if without_QW is None else without_QW[left],
         )  # fmt: skip
-        is_near = found.scores >= min_score
+        is_near = found.scores >= min_score - ROUNDING
         for place, query in enumerate(left.tolist()):
             ids[query] = found.ids[place][is_near[place]]
             scores[query] = found.scores[place][is_near[place]]

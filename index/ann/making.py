@@ -233,9 +233,14 @@ def draw_rows(
     return drawn_ND
 
 
+def can_build_cagra() -> bool:
+    """Tell whether there is a GPU here, and a FAISS that builds graphs on it."""
+    return hasattr(faiss, "GpuIndexCagra") and faiss.get_num_gpus() > 0
+
+
 def _build_cagra(kind: Kind, vectors_ND: NDArray[np.float32], metric: str) -> faiss.Index:
     """Build the graph on a GPU, and bring it to where the CPU searches it."""
-    if not hasattr(faiss, "GpuIndexCagra") or faiss.get_num_gpus() == 0:
+    if not can_build_cagra():
         raise UsageError(
             f"index {kind.factory}",
             expected="an NVIDIA GPU and faiss-gpu-cuvs",

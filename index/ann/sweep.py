@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from index.ann.kinds import Kind
 from index.ann.memory import BUILD_BLOCK, release_pages
-from index.knn import EUCLIDEAN, knn_search, merge_neighbours
+from index.knn import knn_search, merge_neighbours, rounding
 
 Search = Callable[
     [NDArray[np.float32], int, Mapping[str, int], int],
@@ -44,9 +44,6 @@ LIST_FACTORS = (2, 3, 5, 8, 12, 20, 32)
 GRAPH_FACTORS = (1, 2, 4)
 WORST_SHARE = 0.05
 BATCH = 256
-TOLERANCE = {False: 1e-6, True: 1e-5}
-"""By which equal scores may differ, relative to the query's squared length or to the score where
-that is larger: the sums of float32 depend on their order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,19 +53,19 @@ class Queries:
     Attributes:
         vectors_QD: (Q, D) float32.
         truth_QK: (Q, K) float32, the scores of the K nearest, best first; padded with -inf.
-        tolerance: see `TOLERANCE`.
+        metric: `cosine` or `euclidean`.
     """
 
     vectors_QD: NDArray[np.float32]
     truth_QK: NDArray[np.float32]
-    tolerance: float
+    metric: str
 
     def half(self, number: int) -> Queries:
         """Give every other query, from the first or the second on."""
         return Queries(
             vectors_QD=np.ascontiguousarray(self.vectors_QD[number::2]),
             truth_QK=self.truth_QK[number::2],
-            tolerance=self.tolerance,
+            metric=self.metric,
         )
 
 
@@ -110,9 +107,7 @@ def exact_truth(
         release_pages(vectors_ND, start, stop)
         scores, rows = knn_search(queries_QD, block_ND, k, metric=metric, threads=threads)
         parts = [merge_neighbours([*parts, (scores, np.where(rows < 0, -1, own[rows]))], k)]
-    return Queries(
-        vectors_QD=queries_QD, truth_QK=parts[0][0], tolerance=TOLERANCE[metric == EUCLIDEAN]
-    )
+    return Queries(vectors_QD=queries_QD, truth_QK=parts[0][0], metric=metric)
 
 
 def recalls(found_QK: NDArray[np.float32], queries: Queries, k: int) -> NDArray[np.float64]:
@@ -120,8 +115,7 @@ def recalls(found_QK: NDArray[np.float32], queries: Queries, k: int) -> NDArray[
     truth_QK = queries.truth_QK[:, :k]
     n_true_Q = np.isfinite(truth_QK).sum(axis=1)
     last_Q = truth_QK[np.arange(len(truth_QK)), n_true_Q - 1]
-    size_Q = np.square(queries.vectors_QD, dtype=np.float64).sum(axis=1)
-    enough_Q = last_Q - queries.tolerance * np.maximum(size_Q, np.abs(last_Q))
+    enough_Q = last_Q - rounding(queries.vectors_QD, last_Q, queries.metric)
     n_found_Q = (found_QK[:, :k] >= enough_Q[:, None]).sum(axis=1)
     shares_Q: NDArray[np.float64] = np.minimum(1.0, n_found_Q / n_true_Q)
     return shares_Q

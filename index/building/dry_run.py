@@ -17,10 +17,10 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain, islice
 
-from index.ann.candidates import choose_candidates
 from index.ann.kinds import FLAT, parse_kind
 from index.ann.memory import as_size, search_bytes
 from index.ann.trials import Goal
+from index.ann.tuning import plan as choose_kinds
 from index.building.part_set import PartSet, RecordBatch
 from index.building.pipeline import Crew, embed_batches
 from models.encoder import Encoder
@@ -137,7 +137,7 @@ def plan_build(
     index_bytes = 0
     if factory not in (None, FLAT) and images is not None:
         index_bytes = search_bytes(parse_kind(factory, key.dim), images, key.dim)
-    candidates = [] if goal is None or images is None else _candidates(goal, images, key.dim)
+    kinds = [] if goal is None or images is None else choose_kinds(images, key.dim, goal)
     missing = None if images is None else images - parts.n_records
     return BuildPlan(
         source=key.source,
@@ -149,19 +149,13 @@ def plan_build(
         dim=key.dim,
         index=factory,
         recall=None if goal is None else goal.recall,
-        candidates=candidates,
+        candidates=[kind.factory for kind in kinds if kind.fits],
         collection_bytes=None if images is None else images * row_bytes + index_bytes,
         parts_bytes=None if images is None else images * row_bytes,
         sampled=sampled,
         images_per_s=rate,
         embed_s=None if rate is None or missing is None else missing / rate,
     )
-
-
-def _candidates(goal: Goal, count: int, dim: int) -> list[str]:
-    """Name the kinds among which the goal would choose."""
-    found = choose_candidates(count, dim, memory_bytes=goal.memory_bytes, recall=goal.recall)
-    return [candidate.factory for candidate in found if candidate.fits]
 
 
 def measure_rate(

@@ -9,7 +9,8 @@ Rules:
     counted and said, never an error, unless no row has one.
     A column `label` is the class where it has a value; the source's own stands elsewhere.
     Types are those of `index.storage.rows`. Those of a CSV are told from all of its values: an
-    empty field is null, and a column with one word in it is text.
+    empty field is null, and a column with one word in it is text. What is text in a collection
+    that is there is read as text, so that a code keeps its zeros.
     What JSON cannot carry, NaN and infinity, is null.
 
 The table is held in memory, as it is in every process that opens the collection.
@@ -30,6 +31,7 @@ import pyarrow.parquet as pq
 
 from index.errors import CollectionError
 from index.filters import is_nameable
+from index.storage.incoming import VECTOR, finite_or_null
 from index.storage.rows import DIGEST, ROW_SCHEMA
 from index.storage.segment import Block
 from models.bundle import Json
@@ -37,8 +39,8 @@ from models.errors import UsageError
 from models.files import sha256_file
 
 KEY, LABEL = "key", "label"
-RESERVED = (*(name for name in ROW_SCHEMA.names if name not in (KEY, LABEL)), DIGEST)
-"""Names of columns that Horace fills itself."""
+RESERVED = (*(name for name in ROW_SCHEMA.names if name not in (KEY, LABEL)), DIGEST, VECTOR)
+"""Names of columns that Horace fills itself, or gives the vectors where they are exported."""
 
 Column: TypeAlias = "pa.ChunkedArray[pa.Scalar[pa.DataType]]"
 
@@ -89,19 +91,24 @@ class JoinReport:
 class Metadata:
     """A table of metadata in memory."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, schema: pa.Schema = ROW_SCHEMA) -> None:
         """Read and check the table.
+
+        Args:
+            file: the table.
+            schema: of the collection that is there; its columns get the types that they have.
 
         Raises:
             UsageError: its name tells no format.
-            CollectionError: it cannot be read, lacks keys, or has a column that cannot be kept.
+            CollectionError: it cannot be read, lacks keys, or has a column that cannot be kept, or
+                not of the collection's type.
         """
         self.file = file
-        table = _with_stored_types(file, _read(file))
+        table = _with_stored_types(file, _read(file, schema))
         _check_keys(file, table[KEY])
         self.sha256 = sha256_file(file)
         self._keys = cast("pa.Array[pa.StringScalar]", table[KEY].combine_chunks())
-        self._values = table.drop_columns([KEY])
+        self._values = _in_types_of(file, table.drop_columns([KEY]), schema)
         self._is_met_M = np.zeros(len(table), np.bool_)
         self._n_without_row = 0
 
@@ -109,27 +116,6 @@ class Metadata:
     def columns(self) -> pa.Schema:
         """The further columns that it gives to rows; `label` is none of them."""
         return pa.schema([one for one in self._values.schema if one.name != LABEL])
-
-    def take_types(self, schema: pa.Schema) -> None:
-        """Give its columns the types that they have in a collection.
-
-        Raises:
-            CollectionError: a value is none of that type.
-        """
-        for place, one in enumerate(self._values.schema):
-            if one.name not in schema.names or one.type == schema.field(one.name).type:
-                continue
-            wanted = schema.field(one.name).type
-            try:
-                column = self._values[one.name].cast(wanted)
-            except pa.ArrowException as error:
-                raise CollectionError(
-                    f"--metadata {self.file}, column {one.name!r}",
-                    expected=f"{wanted}, as the collection has it",
-                    found=f"{one.type}: {next(iter(str(error).splitlines()), 'others')}",
-                    mend="mend the values, rename the column, or build the collection again",
-                ) from error
-            self._values = self._values.set_column(place, one.name, column)
 
     def join(self, rows: pa.Table) -> pa.Table:
         """Append its columns to rows, by their keys.
@@ -203,8 +189,8 @@ def join_blocks(metadata: Metadata, blocks: Iterator[Block]) -> Iterator[Block]:
         metadata.require_met(key)
 
 
-def _read(file: Path) -> pa.Table:
-    """Read the whole table, with keys as text."""
+def _read(file: Path, schema: pa.Schema) -> pa.Table:
+    """Read the whole table; of a CSV, with text where a collection has text."""
     name = file.name.lower()
     if not name.endswith((".parquet", *CSV_SUFFIXES)):
         raise UsageError(
@@ -224,7 +210,7 @@ def _read(file: Path) -> pa.Table:
                 delimiter="\t" if ".tsv" in name else ",", newlines_in_values=True
             ),
             convert_options=pacsv.ConvertOptions(
-                column_types={KEY: pa.string(), LABEL: pa.string()},
+                column_types={one.name: one.type for one in schema if one.type == pa.string()},
                 null_values=[""],
                 strings_can_be_null=True,
                 quoted_strings_can_be_null=False,
@@ -255,10 +241,29 @@ def _with_stored_types(file: Path, table: pa.Table) -> pa.Table:
     return pa.table(columns, names=names)
 
 
+def _in_types_of(file: Path, values: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Give columns the types that they have in a collection."""
+    for place, one in enumerate(values.schema):
+        if one.name not in schema.names or one.type == schema.field(one.name).type:
+            continue
+        wanted = schema.field(one.name).type
+        try:
+            column = values[one.name].cast(wanted)
+        except pa.ArrowException as error:
+            raise CollectionError(
+                f"--metadata {file}, column {one.name!r}",
+                expected=f"{wanted}, as the collection has it",
+                found=f"{one.type}: {next(iter(str(error).splitlines()), 'others')}",
+                mend="mend the values, rename the column, or build the collection again",
+            ) from error
+        values = values.set_column(place, one.name, column)
+    return values
+
+
 def _check_name(file: Path, name: str, names: Sequence[str]) -> None:
     """Refuse a column that could not be told from another, or not be named in a filter."""
     if name in RESERVED:
-        found = "one of that name, which the collection fills itself"
+        found = "one of that name, which Horace fills itself"
     elif names.count(name) > 1:
         found = f"{names.count(name)} of that name"
     elif not is_nameable(name):
@@ -288,9 +293,7 @@ def _as_stored(file: Path, name: str, column: Column) -> Column:
             found=str(error).splitlines()[0],
             mend="write it as text, or leave it out",
         ) from error
-    if pa.types.is_floating(kept.type):
-        kept = pc.if_else(pc.is_finite(kept), kept, pa.scalar(None, kept.type))
-    return kept
+    return finite_or_null(kept)
 
 
 def _stored_type(kind: pa.DataType) -> pa.DataType | None:

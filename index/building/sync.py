@@ -129,8 +129,6 @@ class _Sync:
         self.path = Path(self.collection.path)
         self.uri = self.source.uri
         self.table = with_digest(self.collection.table())
-        if self.settings.metadata is not None:
-            self.settings.metadata.take_types(self.table.schema)
         self.ids = self.collection.ids
         mine = [uri for uri in (self.uri, self.settings.moved_from) if uri is not None]
         is_own_N = pc.is_in(self.table["source"], value_set=pa.array(mine, pa.string()))

@@ -1,9 +1,12 @@
 """What a sync has to do: the images of a source now, held against those of a collection.
 
 Rules:
-    An image is what its bytes are: the same digest under the same key is unchanged, another one
-    is changed. A new key whose digest the collection has takes over that vector; where the old
-    key is gone it is the same image, moved, and takes its metadata along.
+    An image is what its bytes are: the same digest under the same key is unchanged. Where the
+    digest is that of a row whose key is gone, or has other bytes now, it is that image, moved, and
+    takes vector and metadata along, also to a key that had another image: files that were numbered
+    anew, or exchanged, keep what is theirs.
+    Other bytes under a key are that image, changed, with the metadata of the key; where the old
+    bytes have moved to another key they are a new image. Known bytes are never embedded again.
     What cannot be read now is no reason to drop what is stored: the file may be back tomorrow.
     What can be read and is no image is dropped, and is not tried again until it changes.
     Nothing of another source is touched: a key that another source's image has is refused.
@@ -13,7 +16,7 @@ It decides and does nothing: see `index.building.sync`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from index.building.part_set import DUPLICATE_KEY
@@ -67,7 +70,7 @@ class Reuse:
     Attributes:
         seen: the record.
         vector_row: whose vector it takes.
-        metadata_row: whose metadata it keeps; None where it has none yet.
+        metadata_row: whose metadata it takes; None where it has none yet.
     """
 
     seen: Seen
@@ -81,21 +84,27 @@ class SyncPlan:
 
     Attributes:
         unchanged: keys that stay as they are, and their rows.
-        reuse: keys that are written with a vector that is there.
+        reuse: keys that are written with a vector that is there; what takes a row's metadata comes
+            before what is written over it, so that a sync that was killed finds the others.
         embed: keys that are to be embedded, and the rows whose metadata they keep.
+        replaced: rows that are written over, by key.
+        vacated: rows whose image has moved, and whose key waits for another one to be embedded;
+            deleted when what moved is written.
         drop: rows that are to be deleted.
         retained: rows whose images cannot be read now, which stay.
         rejects: images that are not tried, and why; later those that turned out to be none, too.
         updated: how many unchanged ones have another label, metadata or source now.
-        new: how many keys the collection did not have.
-        changed: how many it had of other content.
+        new: how many images the collection did not have.
+        changed: how many have other bytes under their key.
         moved: how many had another key.
-        gone: how many of its keys the source has no more.
+        gone: how many images of the collection the source has no more.
     """
 
     unchanged: list[tuple[Seen, int]] = field(default_factory=list)
     reuse: list[Reuse] = field(default_factory=list)
     embed: dict[str, int | None] = field(default_factory=dict)
+    replaced: dict[str, int] = field(default_factory=dict)
+    vacated: list[int] = field(default_factory=list)
     drop: list[int] = field(default_factory=list)
     retained: list[int] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
@@ -124,7 +133,7 @@ def plan_sync(
         rejected: what an earlier run could not use, by key.
     """
     plan, rejected = SyncPlan(), rejected or {}
-    fresh: list[Seen] = []
+    others: list[Seen] = []
     met: set[str] = set()
     away: set[str] = set()
     for one in seen:
@@ -148,38 +157,79 @@ def plan_sync(
             plan.rejects.append(reject)
             if old is not None:
                 plan.drop.append(old.row)
-        elif old is None:
-            fresh.append(one)
+        else:
+            others.append(one)
+            if old is not None:
+                plan.replaced[one.key] = old.row
+    gone = _find_gone(plan, stored, met, away)
+    left = _move(plan, others, stored)
+    taken_rows = {one.metadata_row for one in plan.reuse}
+    for one in left:
+        row = plan.replaced.get(one.key)
+        if row is None or row in taken_rows:
+            plan.new += 1
+            _reuse_or_embed(plan, one, by_digest, metadata_row=None)
         else:
             plan.changed += 1
-            _reuse_or_embed(plan, one, by_digest, metadata_row=old.row)
-    gone = _find_gone(plan, stored, met, away)
-    for one in fresh:
-        donors = gone.get(one.digest or "")
-        if donors:
+            taken_rows.add(row)
+            _reuse_or_embed(plan, one, by_digest, metadata_row=row)
+    plan.gone = len({*gone, *plan.replaced.values()} - taken_rows)
+    waiting = [key for key in plan.replaced if key in plan.embed and plan.embed[key] is None]
+    plan.vacated = [plan.replaced.pop(key) for key in waiting]
+    plan.reuse = _takers_first(plan)
+    return plan
+
+
+def _move(plan: SyncPlan, others: Sequence[Seen], stored: Mapping[str, Stored]) -> list[Seen]:
+    """Give images the rows that they had under other keys; return those that had none."""
+    digests = {old.row: old.digest for old in stored.values()}
+    rows: dict[str | None, list[int]] = {}
+    for row in [*plan.replaced.values(), *plan.drop]:  # the last, of gone keys, are taken first
+        rows.setdefault(digests[row], []).append(row)
+    left = []
+    for one in others:
+        if one.digest is not None and (donors := rows.get(one.digest)):
             row = donors.pop()
             plan.moved += 1
             plan.reuse.append(Reuse(one, row, row))
         else:
-            plan.new += 1
-            _reuse_or_embed(plan, one, by_digest, metadata_row=None)
-    plan.gone = sum(map(len, gone.values()))
-    return plan
+            left.append(one)
+    return left
+
+
+def _takers_first(plan: SyncPlan) -> list[Reuse]:
+    """Give `plan.reuse` in an order in which a row is taken before its key is written over.
+
+    Of a circle of exchanged keys one is written over before; all of it stands together.
+    """
+    takers = {one.metadata_row: one for one in plan.reuse if one.metadata_row is not None}
+    ordered: list[Reuse] = []
+    met: set[str] = set()
+    for first in plan.reuse:
+        chain: list[Reuse] = []
+        one: Reuse | None = first
+        while one is not None and one.seen.key not in met:
+            met.add(one.seen.key)
+            chain.append(one)
+            row = plan.replaced.get(one.seen.key)
+            one = None if row is None else takers.get(row)
+        ordered += reversed(chain)
+    return ordered
 
 
 def _find_gone(
     plan: SyncPlan, stored: Mapping[str, Stored], met: Set[str], away: Set[str]
-) -> dict[str, list[int]]:
-    """Find the rows whose keys the source has no more, by digest; they are dropped."""
-    gone: dict[str, list[int]] = {}
+) -> list[int]:
+    """Find the rows whose keys the source has no more; they are dropped."""
+    gone = []
     for key, old in stored.items():
         if key in met:
             continue
         if any(key[:n] in away for n, letter in enumerate(key) if letter == "/"):
             plan.retained.append(old.row)
             continue
-        plan.drop.append(old.row)
-        gone.setdefault(old.digest or f"?{key}", []).append(old.row)
+        gone.append(old.row)
+    plan.drop += gone
     return gone
 
 

@@ -75,6 +75,7 @@ class SyncWriting:
             [one.digest for one in seen],
         )
         self._write_stored(rows, [one.vector_row for one in reuse], old_rows)
+        self._delete(self.plan.vacated)
 
     def embed(self, batches: Iterator[RecordBatch], encoder: Encoder, crew: Crew) -> None:
         """Embed what no vector is known of, and write it as it comes."""
@@ -92,8 +93,12 @@ class SyncWriting:
 
     def drop(self) -> None:
         """Delete the rows whose images are gone, or are none."""
-        dropped = [row for row in self.plan.drop if row not in self._kept]
-        self.writer.delete(self._ids[np.array(dropped, np.int64)])
+        self._delete(self.plan.drop)
+
+    def _delete(self, rows: Sequence[int]) -> None:
+        """Delete rows, but those that are kept."""
+        deleted = [row for row in rows if row not in self._kept]
+        self.writer.delete(self._ids[np.array(deleted, np.int64)])
 
     def _write_stored(
         self,
@@ -154,7 +159,13 @@ class SyncWriting:
         self.writer.upsert(written, vectors_ND[kept], fingerprint=self.before.fingerprint)
 
     def _reject(self, reject: Reject, old_row: int | None, *, is_updated: bool = False) -> None:
-        """Take note of an image that cannot be written, and settle what becomes of its old row."""
+        """Take note of an image that cannot be written, and settle what becomes of its old row.
+
+        Args:
+            reject: why it cannot.
+            old_row: whose metadata it was to have.
+            is_updated: whether nothing but metadata is another.
+        """
         plan = self.plan
         plan.rejects.append(reject)
         if reject.digest is not None:
@@ -167,12 +178,12 @@ class SyncWriting:
             plan.changed -= 1
         else:
             plan.moved -= 1
-        if old_row is None:
-            return
-        if reject.fault == TOO_LARGE:
+        key_row = old_row if is_updated else plan.replaced.get(reject.key)
+        if reject.fault != TOO_LARGE:
+            if key_row is not None:
+                (plan.retained if reject.fault == UNREADABLE else plan.drop).append(key_row)
+        elif old_row is not None:
             self._kept.add(old_row)
-        else:
-            (plan.retained if reject.fault == UNREADABLE else plan.drop).append(old_row)
 
 
 def _reject_large(rows: pa.Table) -> dict[int, Reject]:

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index.collection import Collection
+from index.knn import ROUNDING
 from index.selection import Selection
 from models.command import progress
 from models.errors import UsageError
@@ -140,7 +141,7 @@ def _neighbours(
         if id_ in grouping.taken:
             continue
         k = FIRST_NEIGHBOURS
-        while len(scores_K) == k and scores_K[-1] >= threshold:
+        while len(scores_K) == k and scores_K[-1] >= threshold - ROUNDING:
             k *= MORE
             more = collection.search_ids([id_], k, exact=exact, filter=selection)
             ids_K, scores_K = more.ids[0], more.scores[0]
@@ -151,5 +152,5 @@ def _near(
     ids_K: NDArray[np.int64], scores_K: NDArray[np.float32], threshold: float
 ) -> list[tuple[int, float]]:
     """Keep the neighbours that are near enough."""
-    is_near = scores_K >= threshold
+    is_near = scores_K >= threshold - ROUNDING
     return list(zip(ids_K[is_near].tolist(), scores_K[is_near].tolist(), strict=True))

@@ -19,10 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index.interface import AnyCollection
+from index.knn import rounding
 from index.neighbours import Neighbours
-
-TOLERANCE = 1e-6
-"""Of scores, relative to the squared lengths they are made of: float32 rounds by some 1e-7."""
 
 BLOCK_BYTES = 64 << 20
 """Of the vectors that are read to score what was found."""
@@ -54,8 +52,7 @@ def recall_by_score(
     exact_QK = exact.scores[:, :k]
     n_exist_Q = (exact.ids[:, :k] >= 0).sum(axis=1)
     last_Q = exact_QK[np.arange(len(exact_QK)), np.maximum(n_exist_Q - 1, 0)]
-    size_Q = np.square(queries_QD, dtype=np.float64).sum(axis=1)
-    slack_Q = TOLERANCE * np.maximum(size_Q, np.where(np.isfinite(last_Q), np.abs(last_Q), 0))
+    slack_Q = rounding(queries_QD, last_Q, collection.metric)
     n_found_Q = (scores_QK >= (last_Q - slack_Q)[:, None]).sum(axis=1)
     recall_Q: NDArray[np.float64] = np.minimum(n_found_Q, n_exist_Q) / np.maximum(n_exist_Q, 1)
     return np.where(n_exist_Q == 0, 1.0, recall_Q)

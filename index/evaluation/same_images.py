@@ -20,16 +20,16 @@ from numpy.typing import NDArray
 
 from index.errors import EvaluationError
 from index.interface import AnyCollection
-from index.knn import COSINE
+from index.knn import COSINE, EUCLIDEAN
 from index.storage.rows import DIGEST
 from models.command import progress
 from models.errors import ImageError, SourceError
 from models.image_source import digest_of
 from models.images import ImageSource, open_source
 
-SAME_VECTOR = 1e-6
+SAME_VECTOR = {COSINE: 1e-6, EUCLIDEAN: 1e-10}
 """Scores this close to the best there is, relative to the query's squared length, are those of one
-image: float32 rounds by some 1e-7 of that."""
+image: float32 rounds a product by some 1e-7 of that, a number of a vector by as much of itself."""
 
 
 def is_same_vector(
@@ -38,7 +38,7 @@ def is_same_vector(
     """Tell of each query's best score whether it is that of its own vector."""
     size_Q: NDArray[np.float64] = np.square(queries_QD, dtype=np.float64).sum(axis=1)
     best_Q = size_Q if metric == COSINE else np.zeros_like(size_Q)
-    return scores_Q >= best_Q - SAME_VECTOR * size_Q
+    return scores_Q >= best_Q - SAME_VECTOR[metric] * size_Q
 
 
 def sources_of(collection: AnyCollection) -> list[ImageSource]:

@@ -47,6 +47,9 @@ if TYPE_CHECKING:
 MAX_NEIGHBOURS = 16_384
 """The most that Milvus gives for a query."""
 
+MAX_EFFORT = 32_768
+"""The most candidates of its graph that it weighs for one."""
+
 _PARAMETERS = {"hnsw": {"efSearch": "ef"}, "flat": {}}
 """Search parameters by their names on disk, and by Milvus's."""
 
@@ -347,7 +350,7 @@ class MilvusCollection:
                     found=str(value),
                 )
         least = max(EF_SEARCH, GRAPH_SLACK * k if k > NEIGHBOURS else k)
-        effort = max(parameters.get("efSearch", least), k)
+        effort = min(max(parameters.get("efSearch", least), k), MAX_EFFORT)
         return {name: effort for name in known.values()}
 
     def _look_up(self, ids: ArrayLike, fields: Sequence[str]) -> list[dict[str, Any]]:

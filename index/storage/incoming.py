@@ -7,6 +7,7 @@ from typing import Any, TypeAlias, cast
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import ArrayLike, NDArray
 
 from index.errors import CollectionError
@@ -23,6 +24,9 @@ from index.storage.rows import (
 from models.errors import UsageError
 
 Column: TypeAlias = "pa.ChunkedArray[pa.Scalar[pa.DataType]]"
+
+VECTOR = "vector"
+"""What vectors are called beside the columns of metadata, in exports and in Milvus."""
 
 UNIT_TOLERANCE = 1e-4
 """Of a vector's length, as in `index.verify`."""
@@ -80,14 +84,15 @@ def prepare_rows(rows: pa.Table, schema: pa.Schema) -> pa.Table:
 
     Args:
         rows: key, source, label where known, and further columns.
-        schema: of the collection; columns that it lacks are kept as they come.
+        schema: of the collection; columns that it lacks are kept as they come, but for NaN and
+            infinity, which are null.
 
     Raises:
         UsageError: a column is missing, there twice, of another type, null where a value must be,
-            no Unicode, or of a name that no filter can have; or there are more columns, or a row
-            is larger, than any file may have.
+            no Unicode, or of a name that no filter can have or vectors have; or there are more
+            columns, or a row is larger, than any file may have.
     """
-    _check_table(rows)
+    _check_table(rows, schema)
     columns = {}
     for name in ("key", "label", "source"):
         columns[name] = _text_column(rows, name)
@@ -106,10 +111,18 @@ def prepare_rows(rows: pa.Table, schema: pa.Schema) -> pa.Table:
         if column.type not in COLUMN_TYPES:
             known = ", ".join(map(str, COLUMN_TYPES))
             raise UsageError(f"column {name}", expected=f"one of {known}", found=str(column.type))
-        table = table.append_column(pa.field(name, column.type), column)
+        table = table.append_column(pa.field(name, column.type), finite_or_null(column))
     assert is_row_schema(table.schema), f"a file with {table.schema} would not open again"
     check_row_sizes(table, schema)
     return table
+
+
+def finite_or_null(column: Column) -> Column:
+    """Give a column with null for NaN and infinity, which JSON cannot carry."""
+    if not pa.types.is_floating(column.type):
+        return column
+    finite = pc.if_else(pc.is_finite(column), column, pa.scalar(None, column.type))
+    return cast(Column, finite)
 
 
 def check_keys(rows: pa.Table, there: Mapping[int, str], *, replace: bool) -> None:
@@ -143,7 +156,7 @@ def check_keys(rows: pa.Table, there: Mapping[int, str], *, replace: bool) -> No
             )
 
 
-def _check_table(rows: pa.Table) -> None:
+def _check_table(rows: pa.Table, schema: pa.Schema) -> None:
     """Refuse a table whose columns have not each a name for filters, or whose texts are none."""
     names = rows.column_names
     twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
@@ -159,6 +172,13 @@ def _check_table(rows: pa.Table) -> None:
                 found="one that no filter can have",
                 mend="rename it, to one without `",
             )
+    if VECTOR in names and VECTOR not in schema.names:
+        raise UsageError(
+            f"column {VECTOR!r}",
+            expected="a name of its own",
+            found="that of the vectors in exports",
+            mend="rename it",
+        )
     try:
         rows.validate(full=True)
         for name in names:

@@ -147,6 +147,8 @@ class Segment:
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Find the k nearest rows: (Q, k) scores and row numbers, padded with -inf and -1.
 
+        A query that has fewer than k where there are as many is searched again, exactly.
+
         Args:
             queries_QD: (Q, D) float32.
             k: how many.
@@ -171,7 +173,12 @@ class Segment:
         settings = parameters or self._parameters
         if k != NEIGHBOURS and not parameters:
             settings = self.index.scale(settings, NEIGHBOURS, k)
-        return self.index.search(queries_QD, k, parameters=settings, threads=threads)
+        scores, rows = self.index.search(queries_QD, k, parameters=settings, threads=threads)
+        last_Q = rows[:, min(k, self.entry.count) - 1]
+        if (last_Q < 0).any():  # fewer than k, as where few short lists are looked into
+            short = np.flatnonzero(last_Q < 0)
+            scores[short], rows[short] = self._compare(queries_QD[short], k, threads=threads)
+        return scores, rows
 
     def _search_chosen(
         self,

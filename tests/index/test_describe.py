@@ -1,9 +1,11 @@
 import json
+from dataclasses import replace
 
 import pyarrow as pa
 import pytest
 
-from index.describe import DescribeOptions, main
+from index.collection import Collection
+from index.describe import DescribeOptions, _as_lines, describe, main
 from index.storage.writer import CollectionWriter
 from models.command import run_command
 
@@ -34,6 +36,22 @@ def test_what_a_collection_is(run, built_hnsw, bundle, train_folder):
     assert "  metadata     id, key, label, source" in out
     assert "  segment      000000: 60 vectors, 0 deleted, HNSW32 efSearch=64, " in out
     assert "index.tune" in out
+
+
+def test_a_later_index_is_said_to_be_unmeasured(built_hnsw):
+    """A tuning is of the first segment; what is searched exactly needs none."""
+    with Collection.open(built_hnsw) as collection:
+        described = describe(collection)
+    (one,) = described.segments
+    flat, later = replace(one, name="000001", index="Flat"), replace(one, name="000002")
+    unmeasured = "  unmeasured   the index of 000002: the tuning is of 000000"
+    for segments, tuning, is_said in [
+        ([one, flat, later], {"recall": 0.99}, True),
+        ([one, flat], {"recall": 0.99}, False),
+        ([one, later], {}, False),
+    ]:
+        lines = _as_lines(replace(described, segments=segments, tuning=tuning))
+        assert (unmeasured in lines) == is_said
 
 
 def test_columns_of_the_users_own_are_shown_with_their_types(run, built, copy_collection):

@@ -68,6 +68,13 @@ def test_many_copies_of_one_image_are_one_group(tmp_path, make_collection):
         assert len(set(group.others)) == 499
 
 
+def test_a_threshold_of_one_finds_every_copy(tmp_path, make_collection, unit_rows):
+    """float32 rounds the cosine of a vector with itself below 1, as often as not."""
+    vectors = np.repeat(unit_rows(100, 512), 2, axis=0)
+    with Collection.open(make_collection(tmp_path, vectors)) as collection:
+        assert len(find_groups(collection, 1.0)) == 100
+
+
 def test_a_filter_says_what_is_looked_at(tmp_path, make_collection):
     """The others are neither kept nor deleted."""
     with Collection.open(make_collection(tmp_path, on_arc(0, 0, 0, 0, 0, 0))) as collection:

@@ -155,6 +155,18 @@ def test_by_distance_the_nearest_come_first(n_queries, rows):
     np.testing.assert_allclose(scores, np.take_along_axis(expected, order, 1))
 
 
+@pytest.mark.parametrize("n_queries", [1, 40])
+def test_distances_far_from_the_origin_are_exact(n_queries):
+    """A query alone and many: of lengths and products float32 would leave nothing there."""
+    rng = np.random.default_rng(0)
+    bank = (1000 + rng.standard_normal((500, 16))).astype(np.float32)
+    queries = (1000 + rng.standard_normal((n_queries, 16))).astype(np.float32)
+    scores, found = knn_search(queries, bank, 10, metric="euclidean")
+    expected = -np.square(queries[:, None].astype(np.float64) - bank[None]).sum(axis=2)
+    np.testing.assert_array_equal(found, np.argsort(-expected, axis=1)[:, :10])
+    np.testing.assert_allclose(scores, np.take_along_axis(expected, found, 1), rtol=1e-5)
+
+
 def test_a_metric_that_there_is_not_is_refused():
     """With the two that there are."""
     with pytest.raises(UsageError, match="metric: expected cosine or euclidean, found manhattan"):

@@ -107,6 +107,9 @@ INDEXES = {
 }
 
 
+LISTS = [factory for factory, parameters in INDEXES.items() if "nprobe" in parameters]
+
+
 @pytest.fixture(params=INDEXES)
 def clustered(request, tmp_path, make_collection):
     """3,000 vectors around twenty centres behind an index, and fifty queries of the same kind."""
@@ -138,6 +141,26 @@ def test_a_range_search_through_an_index_finds_nearly_all(clustered):
         assert plain >= 0.95
         assert recall(search(effort=500)) >= plain - 0.005
         assert recall(search(effort=3000)) >= 0.99
+
+
+@pytest.mark.parametrize("clustered", LISTS, indirect=True)
+def test_lists_of_which_one_is_looked_into_give_all_that_is_asked_for(clustered):
+    """A row that no list gave is looked for among all: the range does not end where a list does."""
+    collection, queries = clustered
+    few = {"nprobe": 1}
+    found = collection.search(queries, 600, fingerprint=FINGERPRINT, parameters=few)
+    assert (found.ids >= 0).all()
+    collection.manifest.segments[0].parameters["nprobe"] = 1
+    found = search_range(collection, queries[:5], -1, fingerprint=FINGERPRINT)
+    assert found.ids.shape[1] == 3000
+
+
+def test_a_range_of_one_finds_the_query_itself(tmp_path, make_collection, unit_rows):
+    """float32 rounds the cosine of a vector with itself below 1, as often as not."""
+    vectors = unit_rows(100, 512)
+    with Collection.open(make_collection(tmp_path, vectors)) as collection:
+        found = search_range(collection, vectors, 1, fingerprint=FINGERPRINT)
+        assert (found.ids[:, 0] == collection.ids).all()
 
 
 def test_the_effort_of_a_range_is_that_of_each_round(clustered, monkeypatch):

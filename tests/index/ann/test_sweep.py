@@ -14,7 +14,7 @@ KIND = parse_kind("IVF64,PQ8x4fs,RFlat")
 def queries():
     """Queries whose ten neighbours have the scores 10 to 1."""
     truth = np.tile(np.arange(10, 0, -1, dtype=np.float32), (COUNT, 1))
-    return Queries(vectors_QD=np.zeros((COUNT, 2), np.float32), truth_QK=truth, tolerance=1e-6)
+    return Queries(vectors_QD=np.zeros((COUNT, 2), np.float32), truth_QK=truth, metric="cosine")
 
 
 def sweep_of(found, queries, target):
@@ -69,7 +69,7 @@ def test_equal_rows_count_whichever_is_found(queries):
 def test_fewer_neighbours_than_asked_for_are_all_that_there_are():
     """Of three that exist three can be found."""
     truth = np.float32([[3, 2, 1, -np.inf]])
-    queries = Queries(vectors_QD=np.zeros((1, 2), np.float32), truth_QK=truth, tolerance=1e-6)
+    queries = Queries(vectors_QD=np.zeros((1, 2), np.float32), truth_QK=truth, metric="cosine")
     assert recalls(np.float32([[3, 1, -np.inf, -np.inf]]), queries, 4).tolist() == [2 / 3]
 
 
@@ -96,12 +96,22 @@ def test_the_truth_is_that_of_the_rows_that_are_not_held_back(metric):
     np.testing.assert_allclose(truth.truth_QK, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_far_rows_are_not_found_far_from_the_origin():
+    """What is equal but for rounding does not depend on where the vectors lie."""
+    queries = Queries(
+        vectors_QD=np.full((1, 16), 1000, np.float32),
+        truth_QK=np.float32([[-10, -12, -15]]),
+        metric="euclidean",
+    )
+    assert recalls(np.float32([[-10, -20, -40]]), queries, 3).tolist() == pytest.approx([1 / 3])
+
+
 @pytest.mark.parametrize("length", [3e-3, 1.0, 300.0])
 def test_a_row_at_twice_the_distance_is_not_found_whatever_the_scale(length):
     """Equal but for rounding counts; distances of short vectors are small, and no less apart."""
     vectors = np.zeros((1, 4), np.float32)
     vectors[0, 0] = length
     truth = -(length**2) * np.float32([[0.1, 0.2, 0.3]])
-    queries = Queries(vectors_QD=vectors, truth_QK=truth, tolerance=1e-5)
+    queries = Queries(vectors_QD=vectors, truth_QK=truth, metric="euclidean")
     assert recalls(truth * (1 + 1e-6), queries, 3).tolist() == [1]
     assert recalls(2 * truth, queries, 3).tolist() == pytest.approx([1 / 3])

@@ -11,6 +11,7 @@ from index.building.dry_run import BuildPlan
 from index.building.part_set import PartSet
 from index.errors import CollectionError
 from models.errors import UsageError
+from models.runtime import OnnxEncoder
 
 
 def options(bundle, images, out, **more):
@@ -57,7 +58,16 @@ def test_an_index_that_is_chosen_by_its_recall(tmp_path, bundle, train_folder, m
     assert (planned.index, planned.recall) == (None, 0.9)
     assert planned.candidates[:2] == ["Flat", "IVF16,PQ4x4fs,RFlat"]
     assert "index chosen by its recall, at least 0.9, of Flat IVF16,PQ4x4fs,RFlat " in str(planned)
-    assert plan(dataclasses.replace(wanted, memory_budget="10")).candidates == ["Flat"]
+
+
+@pytest.mark.parametrize("work", [plan, build])
+def test_a_recall_within_too_little_memory(tmp_path, bundle, train_folder, monkeypatch, work):
+    """Is refused before anything is embedded, with what this process holds already."""
+    for encode in ("encode", "encode_in_lane"):
+        monkeypatch.setattr(OnnxEncoder, encode, lambda *_: pytest.fail("it was embedded"))
+    wanted = options(bundle, train_folder, tmp_path / "c", recall=0.9, memory_budget="1MB")
+    with pytest.raises(UsageError, match=r"memory: expected more than the .* that this process"):
+        work(wanted)
 
 
 def test_an_index_that_memory_cannot_hold(tmp_path, bundle, train_folder, monkeypatch, caplog):

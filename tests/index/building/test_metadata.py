@@ -128,8 +128,9 @@ def test_a_column_that_is_there_is_replaced(write):
         ("name,n\na,1\n", "f.csv", "expected a column 'key' that names the images, found columns "
          "name, n"),
         ("key,id\na,1\n", "f.csv", "column 'id': expected a name of its own, found one of that "
-         "name, which the collection fills itself; rename it"),
+         "name, which Horace fills itself; rename it"),
         ("key,digest\na,1\n", "f.csv", "column 'digest': expected a name of its own"),
+        ("key,vector\na,1\n", "f.csv", "column 'vector': expected a name of its own"),
         ("key,n,n\na,1,2\n", "f.csv", "column 'n': expected a name of its own, found 2 of that"),
         ("key,a`b\na,1\n", "f.csv", "expected a name of its own, found a name that no filter can"),
         ("key,n\na,1,2\n", "f.csv", "f.csv: expected a table in CSV or parquet, found CSV parse"),

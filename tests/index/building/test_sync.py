@@ -1,6 +1,7 @@
 import dataclasses
 import errno
 import io
+import itertools
 import json
 import os
 import re
@@ -13,6 +14,8 @@ from contextlib import closing
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -374,6 +377,43 @@ def test_metadata_stays_with_its_image_and_a_new_table_has_the_last_word(options
         assert collection.select("count >= 1").count == 2
 
 
+def test_images_keep_what_is_theirs_when_files_are_renamed(options, folder, bundle, tmp_path):
+    """Two are exchanged, others numbered anew after one that is gone, and before a new one."""
+    sync(options)
+    digits = [f"{n:02}" for n in range(0, 12, 2)]
+    table = tmp_path / "facts.csv"
+    lines = [f"a/{n}.png,{n},hand-{n}\n" for n in digits]
+    table.write_text("key,price,label\n" + "".join(lines))
+    sync(dataclasses.replace(options, metadata=table))
+
+    def known():
+        with Collection.open(options.out) as collection:
+            rows = sorted(collection.rows(collection.ids), key=lambda row: row.key)
+            return [(row.metadata["price"], row.label) for row in rows if row.key < "b"]
+
+    def theirs(*prices):
+        return [(price, f"hand-{price:02}") for price in prices]
+
+    one, other, aside = (folder / "a" / name for name in ("00.png", "02.png", "x"))
+    one.rename(aside)
+    other.rename(one)
+    aside.rename(other)
+    assert facts(sync(options)) == {"moved": 2, "unchanged": 10, "read": 12}
+    assert known() == theirs(2, 0, 4, 6, 8, 10)
+    for now, was in itertools.pairwise(digits):
+        (folder / "a" / f"{was}.png").rename(folder / "a" / f"{now}.png")
+    assert facts(sync(options)) == {"moved": 5, "gone": 1, "unchanged": 6, "read": 11}
+    assert known() == theirs(0, 4, 6, 8, 10)
+    for was, now in reversed([*itertools.pairwise(digits)]):
+        (folder / "a" / f"{was}.png").rename(folder / "a" / f"{now}.png")
+    picture(one, 251)
+    assert facts(sync(options)) == {
+        "new": 1, "moved": 5, "unchanged": 6, "embedded": 1, "read": 12
+    }  # fmt: skip
+    assert known() == [(None, "a"), *theirs(0, 4, 6, 8, 10)]
+    check(options.out, folder, bundle)
+
+
 def test_another_encoder_is_refused(options, other_bundle):
     """Before anything is read or written."""
     sync(options)
@@ -448,6 +488,20 @@ def test_a_column_of_metadata_that_has_another_type_now(options, folder, tmp_pat
             "has it, found string: "
         ) in capsys.readouterr().err
     assert (options.out / "manifest.json").read_bytes() == before
+
+
+def test_codes_that_are_text_in_the_collection_stay_as_they_are_written(options, tmp_path):
+    """Whatever else a CSV's column of them might be."""
+    codes = {"a/00.png": "00123", "b/01.png": "1.50"}
+    parquet, table = tmp_path / "facts.parquet", tmp_path / "facts.csv"
+    pq.write_table(pa.table({"key": list(codes), "sku": list(codes.values())}), parquet)
+    sync(dataclasses.replace(options, metadata=parquet))
+    table.write_text("key,sku\n" + "".join(f"{key},{code}\n" for key, code in codes.items()))
+    summary = sync(dataclasses.replace(options, metadata=table))
+    assert facts(summary) == {"unchanged": 12, "read": 12}
+    with Collection.open(options.out) as collection:
+        rows = collection.rows([id_of(key) for key in codes])
+        assert [row.metadata["sku"] for row in rows] == ["00123", "1.50"]
 
 
 def test_a_collection_of_before_digests_is_embedded_once_more(options, folder, bundle):

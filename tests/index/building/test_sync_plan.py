@@ -30,23 +30,52 @@ states = st.dictionaries(
 
 @given(now=states, before=states)
 def test_what_is_planned_leads_from_one_state_to_the_other(now, before):
-    """Whatever they are; every image is counted once, and only unknown content is embedded."""
+    """Whatever they are; every image is counted once, and only unknown content is embedded.
+
+    Metadata goes with the bytes; with the key only where no other key has those bytes now.
+    """
     plan = plan_of(now, before)
     before_rows = list(before.items())
     after = dict(before_rows)
+    stayed = {row for _, row in plan.unchanged}
+    metadata = [one.metadata_row for one in plan.reuse] + list(plan.embed.values())
+    taken = [row for row in metadata if row is not None]
+    assert len(set(taken)) == len(taken)
+    assert not stayed & set(taken)
     for row in plan.drop:
         del after[before_rows[row][0]]
     for one in plan.reuse:
-        after[one.seen.key] = before_rows[one.vector_row][1]
-        assert one.metadata_row is None or one.seen.key in before or one.metadata_row in plan.drop
-    for key in plan.embed:
+        key, digest = before_rows[one.vector_row]
+        after[one.seen.key] = digest
+        same = {n for n, (_, bytes_) in enumerate(before_rows) if bytes_ == digest}
+        if one.metadata_row not in same:
+            assert same <= stayed | set(taken)
+            assert one.metadata_row is None or before_rows[one.metadata_row][0] == one.seen.key
+    for key, row in plan.embed.items():
         assert now[key] not in before.values()
+        assert row is None or before_rows[row][0] == key
         after[key] = now[key]
     assert after == now
     assert len(plan.unchanged) == sum(before.get(key) == digest for key, digest in now.items())
     assert plan.new + plan.changed + plan.moved + len(plan.unchanged) == len(now)
-    assert plan.moved + plan.gone == len(set(before) - set(now))
+    assert plan.gone + plan.changed + plan.moved + len(plan.unchanged) == len(before)
     assert not plan.rejects
+
+
+@given(now=st.permutations("abcd"), before=st.permutations("abcd"))
+def test_a_row_is_taken_before_its_key_is_written_over(now, before):
+    """A sync that was killed finds the metadata of what it did not write, but in a circle."""
+    before = dict(zip("1234", before, strict=True))
+    plan = plan_of(dict(zip("2345", now, strict=True)), before)
+    takers = {"1234"[one.metadata_row]: one.seen.key for one in plan.reuse}
+    written = []
+    for one in plan.reuse:
+        circle = [one.seen.key]
+        while (key := takers.get(circle[-1])) and key not in circle:
+            circle.append(key)
+        donor = "1234"[one.metadata_row]
+        assert donor not in written or donor in circle
+        written.append(one.seen.key)
 
 
 def test_a_move_is_one_and_takes_its_metadata_along():
@@ -59,6 +88,24 @@ def test_a_move_is_one_and_takes_its_metadata_along():
         ("copy", 1, None),
     ]
     assert plan.drop == [0]
+
+
+def test_files_that_were_numbered_anew_keep_their_metadata():
+    """Also over other images, and in a circle; under a key that is left, what comes is new."""
+
+    def metadata_rows(plan):
+        return {one.seen.key: (one.vector_row, one.metadata_row) for one in plan.reuse}
+
+    plan = plan_of({"1": "b", "2": "c"}, {"1": "a", "2": "b", "3": "c"})
+    assert metadata_rows(plan) == {"1": (1, 1), "2": (2, 2)}
+    assert (plan.moved, plan.changed, plan.gone, plan.drop) == (2, 0, 1, [2])
+    plan = plan_of({"1": "b", "2": "a"}, {"1": "a", "2": "b"})
+    assert metadata_rows(plan) == {"1": (1, 1), "2": (0, 0)}
+    assert (plan.moved, plan.gone) == (2, 0)
+    plan = plan_of({"1": "new", "2": "a", "3": "b"}, {"1": "a", "2": "b"})
+    assert [one.seen.key for one in plan.reuse] == ["3", "2"]
+    assert metadata_rows(plan) == {"2": (0, 0), "3": (1, 1)}
+    assert (plan.embed, plan.vacated, plan.new, plan.gone) == ({"1": None}, [0], 1, 0)
 
 
 def test_what_cannot_be_read_stays_and_what_is_no_image_goes():

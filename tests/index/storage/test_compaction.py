@@ -1,5 +1,6 @@
 import pytest
 
+from index.storage import compaction
 from index.storage.compaction import choose_index, choose_segments
 from index.storage.manifest import SegmentEntry
 
@@ -49,22 +50,44 @@ def test_the_index_of_what_was_merged():
     small = entry(15_000)
     assert choose_index(20_000, [small, tuned], []) == ("Flat", {})
     assert choose_index(MILLION, [small, tuned], []) == (tuned.factory, {"nprobe": 16})
-    assert choose_index(30_000, [small, small], [tuned]) == (tuned.factory, {"nprobe": 16})
+    graph = entry(MILLION, factory="HNSW32,SQ8,RFlat", efSearch=99, k_factor=3)
+    chosen = (graph.factory, {"efSearch": 99, "k_factor": 3})
+    assert choose_index(30_000, [small, small], [graph]) == chosen
     assert choose_index(30_000, [small, small], []) == ("HNSW32", {"efSearch": 64})
     exact = entry(50_000)  # large and Flat: somebody wanted it so
     assert choose_index(60_000, [small, exact], [tuned]) == ("Flat", {})
 
 
-def test_an_index_has_no_more_lists_than_rows():
-    """A few rows beside millions take their kind of index, with lists for a few."""
-    for factory, fitting in [
-        ("IVF65536,PQ8x4fs,RFlat", "IVF128,PQ8x4fs,RFlat"),
-        ("RR,IVF65536,RaBitQ,RFlat", "RR,IVF128,RaBitQ,RFlat"),
-        ("IVF20001,PQ8x4fs,RFlat", "IVF20001,PQ8x4fs,RFlat"),
-        ("HNSW32", "HNSW32"),
-    ]:
-        large = entry(8 * MILLION, factory=factory, nprobe=16)
-        assert choose_index(20_001, [entry(15_000)], [large]) == (fitting, {"nprobe": 16})
+@pytest.mark.parametrize(
+    ("factory", "before", "count", "fitting", "nprobe"),
+    [
+        ("IVF1024,PQ8x4fs,RFlat", MILLION, 20_001, "IVF128,PQ8x4fs,RFlat", 16),
+        ("RR,IVF65536,RaBitQ,RFlat", MILLION, 20_001, "RR,IVF128,RaBitQ,RFlat", 16),
+        ("PCAR128,IVF256,PQ8x4fs,RFlat", 65_536, MILLION, "PCAR128,IVF1024,PQ8x4fs,RFlat", 64),
+        ("IVF100,PQ8x4fs,RFlat", 65_536, MILLION, "IVF1024,PQ8x4fs,RFlat", 164),
+        ("IVF4096,PQ8x4fs,RFlat", MILLION, 1_100_000, "IVF4096,PQ8x4fs,RFlat", 16),
+        ("IVF30000,PQ8x4fs,RFlat", 30_000, 29_000, "IVF128,PQ8x4fs,RFlat", 16),
+    ],
+)
+def test_an_index_has_lists_for_its_rows(factory, before, count, fitting, nprobe):
+    """Where it was chosen for another number of them; and looks into no smaller share."""
+    tuned = entry(before, factory=factory, nprobe=16, k_factor=4)
+    found = choose_index(count, [entry(15_000)], [tuned])
+    assert found == (fitting, {"nprobe": nprobe, "k_factor": 4})
+
+
+def test_no_more_lists_are_looked_into_than_there_are():
+    """However many there were."""
+    tuned = entry(MILLION, factory="IVF1024,PQ8x4fs,RFlat", nprobe=300)
+    assert choose_index(20_001, [], [tuned]) == ("IVF128,PQ8x4fs,RFlat", {"nprobe": 128})
+
+
+def test_a_graph_of_a_gpu_is_one_of_a_cpu_where_there_is_none(monkeypatch):
+    """Of as many links, searched in the same way."""
+    tuned = entry(MILLION, factory="CAGRA64", efSearch=48)
+    for is_there, factory in ((True, "CAGRA64"), (False, "HNSW32")):
+        monkeypatch.setattr(compaction, "can_build_cagra", lambda is_there=is_there: is_there)
+        assert choose_index(30_000, [entry(15_000)], [tuned]) == (factory, {"efSearch": 48})
 
 
 def test_what_was_a_delta_is_not_left_without_an_index():

@@ -12,10 +12,12 @@ from index.collection import Collection, id_of
 from index.errors import CollectionError
 from index.selection import Selector
 from index.storage import compaction, publishing
+from index.storage.incoming import prepare_rows
 from index.storage.journal import JournalFile
 from index.storage.lock import CollectionLockedError
 from index.storage.manifest import read_manifest, write_manifest
 from index.storage.publishing import put_in_place
+from index.storage.rows import ROW_SCHEMA
 from index.storage.store import Store
 from index.storage.writer import CollectionWriter
 from index.verify import verify
@@ -172,6 +174,22 @@ def test_two_columns_of_one_name(writer, vectors):
     for write in (writer.add, writer.upsert):
         with pytest.raises(UsageError, match="rows: expected one column size, found 2"):
             write(rows, vectors[:1], fingerprint=FINGERPRINT)
+
+
+def test_a_column_called_as_vectors_are(writer, vectors):
+    """An export would have two of that name; one that is there already stays writable."""
+    with pytest.raises(UsageError, match="column 'vector': expected a name of its own, found that"):
+        writer.add(table("a", vector=[1]), vectors[:1], fingerprint=FINGERPRINT)
+    older = pa.schema([*ROW_SCHEMA, pa.field("vector", pa.int64())])
+    assert prepare_rows(table("a", vector=[1]), older)["vector"].to_pylist() == [1]
+
+
+def test_what_json_cannot_carry_is_null(writer, vectors):
+    """NaN and infinity, whoever wrote them."""
+    rows = table("a", "b", "c", price=[float("nan"), float("inf"), 1.5])
+    writer.upsert(rows, vectors[:3], fingerprint=FINGERPRINT)
+    prices = [row.metadata["price"] for row in writer.collection.rows(writer.collection.ids)]
+    assert prices == [None, None, 1.5]
 
 
 def test_a_key_whose_id_another_has_is_refused(writer, vectors, monkeypatch):
