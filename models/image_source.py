@@ -45,7 +45,8 @@ class ImageRecord:
     Attributes:
         key: stable name within the source, with `/` between its parts.
         label: the class as text, or None.
-        read: gives the encoded bytes or the uint8 pixels; raises `ImageError`.
+        read: gives the encoded bytes or the uint8 pixels; raises `ImageError`, whose cause is
+            the OSError where the system gave one.
             Safe to call from any thread, and after the iterator has moved on.
         size_bytes: of what `read` gives, where it is known before.
     """

@@ -4,8 +4,10 @@ Rules:
     What the machine decides (device, precision, threads, where the images are held) is
     decided once for a run and kept with it: other values would give other last bits.
     A run goes on with the options, images and preprocessing it began with, or not at all;
-    another number of ranks is allowed, and said.
+    another number of ranks is allowed, and said. The channel statistics are those of its
+    start, on all ranks those of the first.
     What can differ is looked at as early as it is known: options before any image.
+    A run goes on from the last checkpoint that every rank can read.
     `config.json` is written last: before it there is no run, after it there is all of one.
 """
 
@@ -17,6 +19,7 @@ import sys
 from dataclasses import replace
 from typing import cast
 
+import numpy as np
 import torch
 
 from models.bundle import Json
@@ -24,20 +27,36 @@ from models.cpu import cpu_budget
 from models.errors import UsageError
 from models.images import ImageSource, open_source
 from models.preprocess import PreprocessSpec
-from train.checkpoint import Progress, list_checkpoints, restore_checkpoint, save_initial
+from train.backbones import build_network
+from train.checkpoint import (
+    Progress,
+    checkpoint_file,
+    last_whole_step,
+    restore_checkpoint,
+    save_initial,
+)
+from train.collectives import gather
 from train.config import PretrainOptions, options_from_json, options_json
 from train.data.batches import BatchSource
+from train.data.catalogue import list_images
 from train.data.memory import sample_images
+from train.data.rejects import Rejects
 from train.data.stream import MakeViews
-from train.data.training_data import DataIn, TrainingData, choose_data_in, open_training_data
+from train.data.training_data import (
+    DataIn,
+    TrainingData,
+    choose_data_in,
+    open_training_data,
+    read_rows,
+)
 from train.device import Compute, resolve_compute
 from train.errors import TrainError
-from train.ranks import Ranks
+from train.ranks import Ranks, together
 from train.run import RunConfig, RunDirectory, describe_environment
 from train.trainer import Trainer, view_recipes
 from train.views import Normaliser
 from train.views.crops import CutCrops
-from train.views.picture import MAX_IMAGES, write_views_picture
+from train.views.picture import MAX_IMAGES, views_of_photographs, write_views_picture
 from train.views.workers import FinishedCrops
 from train.weights import initialise_from
 
@@ -86,6 +105,18 @@ def settle(
     return settled, compute
 
 
+def try_network(options: PretrainOptions) -> None:
+    """Refuse a network that cannot be built or started before the images are read.
+
+    Raises:
+        UsageError: there is no such network, or it cannot take such images.
+        TrainError: its library is not installed, or the weights it starts from are none for it.
+    """
+    network = build_network(options.network, options.channels, options.image_size_px)
+    if options.init_from is not None:
+        initialise_from(options.init_from, network)
+
+
 def read_data(
     options: PretrainOptions, run: RunDirectory, kept: RunConfig | None, ranks: Ranks
 ) -> tuple[TrainingData, PretrainOptions, RunConfig]:
@@ -109,10 +140,19 @@ def read_data(
     require_same_images(data.sha256, source.uri, ranks)
     options = replace(options, data_in=data.data_in)
     config = describe_run(options, source.uri, spec, data, ranks)
-    if kept is not None:
-        run.check_data(kept, config.data)
-        say_if_others(cast(int, kept.environment.get("ranks", 1)), ranks.world)
-    return data, options, config
+    if kept is None:
+        return data, options, agree_statistics(config, ranks)
+    run.check_data(kept, config.data)
+    say_if_others(cast(int, kept.environment.get("ranks", 1)), ranks.world)
+    return data, options, kept  # with its statistics: other images may be readable now
+
+
+def agree_statistics(config: RunConfig, ranks: Ranks) -> RunConfig:
+    """Take the first rank's channel statistics: of a stream each could read other images."""
+    own = torch.tensor([config.channel_mean, config.channel_std], dtype=torch.float64)
+    with together(ranks):
+        mean, std = gather(own[None], ranks.group)[0].tolist()
+    return replace(config, channel_mean=tuple(mean), channel_std=tuple(std))
 
 
 def require_same_images(sha256: str, uri: str, ranks: Ranks) -> None:
@@ -209,17 +249,19 @@ def make_trainer(
 
 
 def start_or_resume(run: RunDirectory, config: RunConfig, trainer: Trainer) -> Progress:
-    """Fill the run directory, or bring the trainer to its last checkpoint.
+    """Fill the run directory, or bring the trainer to the last checkpoint that can be read.
 
     A run that has none yet begins as it began, with the weights of `init_from` where it has
     them.
+
+    Raises:
+        RunError: there are checkpoints, and none can be read.
     """
     options, is_lead = trainer.options, trainer.ranks.is_lead
-    checkpoints = list_checkpoints(run.checkpoints) if options.resume else []
-    if checkpoints:
-        progress = restore_checkpoint(
-            checkpoints[-1], trainer.network, trainer.optimizer, trainer.scaler
-        )
+    step = -trainer.ranks.largest(-last_whole_step(run.checkpoints)) if options.resume else 0
+    if step:
+        path = checkpoint_file(run.checkpoints, step)
+        progress = restore_checkpoint(path, trainer.network, trainer.optimizer, trainer.scaler)
         log.info("resuming %s after step %d of %d", run.path, progress.step, trainer.total_steps)
         return progress
     if options.resume:
@@ -270,9 +312,18 @@ def show_views(options: PretrainOptions) -> None:
         HoraceError: the source cannot be used, or the file not be written.
     """
     assert options.show_views is not None
-    images_NHWC = sample_images(
-        open_source(options.source), input_spec(options), MAX_IMAGES, limit=options.limit_images
-    )
+    source, spec, limit = open_source(options.source), input_spec(options), options.limit_images
+    is_whole, views = options.views.views_in == "workers", None
+    if is_whole or agree_data_in(options, source, spec, Ranks()) == "stream":
+        catalogue = list_images(source, limit=limit)
+        drawn = np.random.default_rng(0).permutation(len(catalogue.records))[:MAX_IMAGES]
+        rejects = Rejects(source.uri, len(catalogue.records))
+        images_NHWC, used = read_rows(catalogue, drawn, spec, rejects)
+        photographs = (catalogue.records[row].read() for row in drawn[used])
+        whole = replace(options, views=replace(options.views, views_in="workers"))
+        views = views_of_photographs(photographs, make_worker_views(whole), options.seed)
+    else:
+        images_NHWC = sample_images(source, spec, MAX_IMAGES, limit=limit)
     recipes = view_recipes(options.views)
-    write_views_picture(images_NHWC, recipes, options.show_views, options.seed)
+    write_views_picture(images_NHWC, recipes, options.show_views, options.seed, views)
     log.info("views of %d images: %s", len(images_NHWC), options.show_views)

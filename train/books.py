@@ -5,6 +5,8 @@ Rules:
     to a checkpoint are all there when it is.
     A loss that is not finite ends the run before another checkpoint is written.
     Between two records nothing waits for a GPU.
+    Losses are means over the steps since the record before, which no checkpoint keeps: the
+    first record after a resume is of fewer steps, and `steps_averaged` says of how many.
     The images that this rank has skipped are written down with every checkpoint and however
     the run ends: they may never be met again. Those of other ranks come when all of them stop.
 
@@ -94,10 +96,11 @@ class Books:
     def _record(self, outcome: StepOutcome, done: int) -> None:
         """Log and show what the steps since the last record gave."""
         trainer = self._trainer
-        means = mean_of_window(self._window, done)
+        means, steps_averaged = mean_of_window(self._window, done), len(self._window)
         self._window.clear()
         values = {
             "epoch": done / trainer.steps_per_epoch,
+            "steps_averaged": steps_averaged,
             "lr": trainer.lr(done - 1),
             **embedding_diagnostics(outcome.features_ND, outcome.z1_ND, outcome.z2_ND),
             **means,

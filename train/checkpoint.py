@@ -2,8 +2,10 @@
 
 Rules:
     A checkpoint appears whole or not at all, whatever the moment of a SIGKILL.
-    A file ends with the SHA-256 of the rest, which is checked: a damaged one is refused, and
-    never loaded as other weights. `torch.load` reads over it.
+    A file ends with the SHA-256 of the rest, which is checked: a damaged one is never loaded as
+    other weights. `torch.load` reads over it.
+    A run goes on from the last checkpoint that can be read, with a warning where a later one
+    cannot: it ends in the same bits. Only where none can be read it does not go on.
     State dicts only, read back with `weights_only=True`: opening one runs no code.
     The step says where the sampler, the schedule and the views are, since each of them is
     a function of seed and step; beside weights and optimiser only torch's own generators and
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import os
 import re
 from dataclasses import dataclass
@@ -28,6 +31,8 @@ from train.errors import RunError
 
 FILE_NAME = re.compile(r"step-(\d{8})\.pt")
 DIGEST_BYTES = hashlib.sha256().digest_size
+
+log = logging.getLogger("horace")
 
 
 class State(TypedDict):
@@ -62,8 +67,11 @@ def save_checkpoint(
     *,
     keep: int,
 ) -> Path:
-    """Write the state after `progress.step` steps, then delete all but the last `keep`."""
-    path = folder / f"step-{progress.step:08d}.pt"
+    """Write the state after `progress.step` steps, then delete all before it but `keep - 1`.
+
+    Later ones could not be read when the run went on: they take the place of none.
+    """
+    path = checkpoint_file(folder, progress.step)
     state = State(
         step=progress.step,
         elapsed_s=progress.elapsed_s,
@@ -75,7 +83,8 @@ def save_checkpoint(
     if _is_on_cuda(network):
         state["cuda_rng"] = torch.cuda.get_rng_state()
     save_weights(path, state)
-    for old in list_checkpoints(folder)[:-keep]:
+    made = [other for other in list_checkpoints(folder) if other.name <= path.name]
+    for old in made[:-keep]:
         old.unlink(missing_ok=True)
     return path
 
@@ -131,9 +140,41 @@ def save_initial(path: Path, network: nn.Module) -> None:
     save_weights(path, State(step=0, elapsed_s=0.0, network=weights))
 
 
+def checkpoint_file(folder: Path, step: int) -> Path:
+    """Name the checkpoint after so many steps."""
+    return folder / f"step-{step:08d}.pt"
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
-    """List the whole checkpoints of a run, oldest first."""
+    """List the checkpoints of a run, oldest first."""
     return sorted(path for path in folder.glob("step-*.pt") if FILE_NAME.fullmatch(path.name))
+
+
+def last_whole_step(folder: Path) -> int:
+    """Find the last checkpoint that can be read, and warn of later ones that cannot.
+
+    Returns:
+        Its step; 0 where there are no checkpoints.
+
+    Raises:
+        RunError: there are some, and none can be read.
+    """
+    checkpoints = list_checkpoints(folder)
+    for path in reversed(checkpoints):
+        try:
+            _read_whole(path)
+        except RunError as error:
+            log.warning("%s cannot be used: %s", path, error.found)
+        else:
+            return int(path.stem.removeprefix("step-"))
+    if checkpoints:
+        raise RunError(
+            str(folder),
+            expected="a checkpoint that can be read",
+            found=f"none among {len(checkpoints)}",
+            mend="bring them back from a copy, or delete them to begin at step 0 again",
+        )
+    return 0
 
 
 def save_weights(path: Path, state: State) -> None:
@@ -156,6 +197,22 @@ def load_weights(path: Path) -> State:
     Raises:
         RunError: the file is missing, damaged, or no checkpoint.
     """
+    content = _read_whole(path)
+    try:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # a foreign file may end the unpickling in any way
+        raise _unusable(path, "a file of something else") from error
+    if not isinstance(state, dict):
+        raise _unusable(path, "a file of something else")
+    return cast(State, state)
+
+
+def _read_whole(path: Path) -> bytes:
+    """Give what a file has before its hash.
+
+    Raises:
+        RunError: it is missing or damaged.
+    """
     try:
         whole = path.read_bytes()
     except OSError as error:
@@ -164,13 +221,7 @@ def load_weights(path: Path) -> State:
     content, digest = whole[:-DIGEST_BYTES], whole[-DIGEST_BYTES:]
     if hashlib.sha256(content).digest() != digest:
         raise _unusable(path, "damage: its content does not match its SHA-256")
-    try:
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # a foreign file may end the unpickling in any way
-        raise _unusable(path, "a file of something else") from error
-    if not isinstance(state, dict):
-        raise _unusable(path, "a file of something else")
-    return cast(State, state)
+    return content
 
 
 def _is_on_cuda(network: nn.Module) -> bool:

@@ -3,8 +3,9 @@
 Rules:
     A record is one JSON object with `step`; numbers only, so that any tool can read it.
     TensorBoard has the same numbers, grouped by what they are about.
-    After a resume the log reads as if nothing had happened: records past the checkpoint are
-    dropped before the first new one; without a checkpoint, all.
+    After a resume the log has the records of an undisturbed run, at the same steps: those past
+    the checkpoint are dropped before the first new one; without a checkpoint, all. The first
+    new one may average fewer steps: see `train.books`.
     A bar is shown on a terminal, a log line now and then elsewhere.
 """
 

@@ -7,7 +7,7 @@ Rules:
     After a signal the step is finished, a checkpoint made, and all ranks leave after the
     same step.
     When torchrun starts the ranks anew, a run that it began goes on from the last checkpoint
-    unasked.
+    that can be read, unasked.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from train.begin import (
     settle,
     show_views,
     start_or_resume,
+    try_network,
 )
 from train.books import Books
 from train.checkpoint import Progress
@@ -69,6 +70,8 @@ def pretrain(options: PretrainOptions) -> None:
         kept = run.read_config() if options.resume else None
         options, compute = settle(options, kept, ranks)
         prepare_device(compute, threads=options.threads or 1)
+        if kept is None:
+            try_network(options)
         data, options, config = read_data(options, run, kept, ranks)
         with closing(make_source(options, data, ranks)) as source, run.writing():
             trainer = make_trainer(

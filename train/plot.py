@@ -224,7 +224,7 @@ def plot_curves(records: Records, path: Path, *, title: str) -> None:
     Args:
         records: of `train.log.read_log`.
         path: the picture; replaced whole.
-        title: what stands above it.
+        title: what stands above it, as it is.
     """
     figure = draw_curves(records, title=title)
     with atomic_file(path) as temporary:
@@ -239,7 +239,8 @@ def draw_curves(records: Records, *, title: str) -> Figure:
     width, height = PANEL_INCHES
     figure = Figure(figsize=(columns * width, rows * height + 0.4), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, color=INK, fontsize=11, weight="bold")
+    # A path may hold two dollar signs, between which matplotlib would read a formula.
+    figure.suptitle(title, color=INK, fontsize=11, weight="bold", parse_math=False)
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for panel, axes in zip(shown, grid[: len(shown)], strict=True):
         draw_panel(axes, panel, records)

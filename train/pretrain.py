@@ -11,6 +11,8 @@ import dataclasses
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
 import tyro
 
@@ -32,11 +34,11 @@ def choose_defaults(argv: Sequence[str]) -> PretrainOptions:
     args = [arg for arg in argv if arg not in ("--debug", "--help", "-h")]
     try:
         given = tyro.cli(PretrainOptions, args=args, default=folder, console_outputs=False)
-        if given.resume:
-            kept = RunDirectory(path=given.run_path).read_config()
-            options = options_from_json(kept.options)
-            return dataclasses.replace(options, source=str(kept.data["uri"]))
     except (HoraceError, SystemExit):
+        return folder
+    if given.resume:
+        with suppress(HoraceError):  # `main` says what is wrong with the run
+            return kept_options(given.run_path)
         return folder
     is_fashion = given.source.partition(":")[0] == "fashion-mnist"
     named = {arg.partition("=")[0] for arg in args}
@@ -47,8 +49,21 @@ def choose_defaults(argv: Sequence[str]) -> PretrainOptions:
     return preset
 
 
+def kept_options(path: Path) -> PretrainOptions:
+    """Give what a run was started with, the source included.
+
+    Raises:
+        RunError: it is missing, damaged, or of another Horace.
+        UsageError: a value is out of today's range.
+    """
+    kept = RunDirectory(path=path).read_config()
+    return dataclasses.replace(options_from_json(kept.options), source=str(kept.data["uri"]))
+
+
 def main(options: PretrainOptions) -> None:
     """Check what can be known without torch, then train."""
+    if options.resume and not options.source:
+        kept_options(options.run_path)  # raises: else the source would be known
     if not options.source:
         raise UsageError(
             "SOURCE",

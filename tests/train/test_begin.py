@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,19 +14,28 @@ import pytest
 import torch
 from PIL import Image
 
-from models.errors import UsageError
+from models.errors import HoraceError, UsageError
 from models.images import open_source
+from models.preprocess import PreprocessSpec
+from tests.train.states import final_state
 from train.begin import (
     agree_data_in,
+    agree_statistics,
     goes_on,
     input_spec,
+    make_trainer,
+    read_data,
     require_same_images,
     say_if_others,
     settle,
+    start_or_resume,
 )
 from train.checkpoint import list_checkpoints, load_weights
-from train.config import PretrainOptions, ViewOptions
-from train.data.batches import Batch
+from train.config import NetworkOptions, PretrainOptions, ViewOptions
+from train.data import training_data
+from train.data.batches import Batch, Pixels
+from train.data.catalogue import Catalogue
+from train.data.rejects import Rejects
 from train.errors import RunError, TrainError
 from train.log import read_log
 from train.loop import pretrain
@@ -201,6 +211,91 @@ def test_a_streamed_run_goes_on_to_the_same_bits(
     assert "broken" in (options.run_path / "rejects.jsonl").read_text()
 
 
+def test_a_run_goes_on_with_the_statistics_of_its_start(
+    tmp_path: Path, run_options: RunOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though a stream finds an image unreadable that they were taken of."""
+    source = f"folder:{broken_photos(tmp_path / 'photos')}"
+    options = stream_options(tmp_path / "run", run_options, source)
+    run = RunDirectory(path=options.run_path)
+    settled, compute = settle(options, None, Ranks())
+    _, _, kept = read_data(settled, run, None, Ranks())
+    read_rows = training_data.read_rows
+
+    def without_one(
+        catalogue: Catalogue, rows: np.ndarray, spec: PreprocessSpec, rejects: Rejects
+    ) -> tuple[Pixels, np.ndarray]:
+        return read_rows(catalogue, rows[1:], spec, rejects)
+
+    monkeypatch.setattr(training_data, "read_rows", without_one)
+    data, resumed, config = read_data(replace(settled, resume=True), run, kept, Ranks())
+    assert data.channel_mean != kept.channel_mean
+    normaliser = make_trainer(resumed, config, compute, Ranks(), steps_per_epoch=1).normaliser
+    assert torch.equal(normaliser.mean.flatten(), torch.tensor(kept.channel_mean))
+    assert torch.equal(normaliser.std.flatten(), torch.tensor(kept.channel_std))
+
+
+def test_ranks_take_the_statistics_of_the_first(
+    finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit; each may have found other images of a stream unreadable."""
+    config = RunDirectory(path=finished_run).read_config()
+    assert agree_statistics(config, Ranks()) == config
+    monkeypatch.setattr("train.begin.gather", lambda own, _: torch.cat([own / 3, own]))
+    agreed = agree_statistics(config, Ranks(rank=1))
+    assert agreed.channel_mean == tuple(x / 3 for x in config.channel_mean)
+    assert agreed.channel_std == tuple(x / 3 for x in config.channel_std)
+
+
+def test_a_run_outlives_a_damaged_checkpoint(
+    tmp_path: Path, run_options: RunOptions, finished_run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It goes on from the one before, says so, and ends in the same bits."""
+    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    before, last = list_checkpoints(run / "checkpoints")
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.write_bytes(content)
+    with caplog.at_level(logging.INFO, logger="horace"):
+        pretrain(run_options(run, resume=True))
+    assert f"{last} cannot be used: damage" in caplog.text
+    assert f"resuming {run} after step {int(before.stem[-8:])} of " in caplog.text
+    assert final_state(run) == final_state(finished_run)
+
+
+def test_ranks_go_on_from_the_last_checkpoint_that_all_can_read(
+    tmp_path: Path, run_options: RunOptions, finished_run: Path
+) -> None:
+    """The earliest of what each finds."""
+    options = run_options(finished_run, resume=True)
+    run = RunDirectory(path=finished_run)
+    config = run.read_config()
+    _, compute = settle(options, config, Ranks())
+    trainer = make_trainer(options, config, compute, Ranks(), steps_per_epoch=11)
+    before, _ = list_checkpoints(run.checkpoints)
+    step = int(before.stem[-8:])
+    trainer.ranks = BesideAnother(other=step)
+    assert start_or_resume(run, config, trainer).step == step
+
+
+@pytest.mark.parametrize(
+    ("changes", "refusal"),
+    [
+        ({"network": NetworkOptions(layout="torchvision:resnet19")}, "--network.layout"),
+        ({"init_from": Path("absent.pth")}, "weights absent.pth: expected a run"),
+    ],
+    ids=["backbone", "weights"],
+)
+def test_a_network_that_cannot_be_is_refused_before_the_images(
+    tmp_path: Path, run_options: RunOptions, changes: dict[str, object], refusal: str
+) -> None:
+    """They are not even looked for, and no directory is left."""
+    options = run_options(tmp_path / "run", source=f"folder:{tmp_path / 'absent'}", **changes)
+    with pytest.raises(HoraceError, match=refusal):
+        pretrain(options)
+    assert not options.run_path.exists()
+
+
 def test_skipped_images_are_written_down_before_the_end(
     tmp_path: Path, run_options: RunOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,6 +353,29 @@ def test_a_run_without_a_checkpoint_begins_as_it_began(
     assert read_log(options.run_path / "log.jsonl")[0]["knn_start"] == first["knn_start"]
     for name, value in last_network(options.run_path).items():
         assert torch.equal(value, whole[name]), name
+
+
+@pytest.mark.parametrize("data_in", ["stream", "memory"])
+def test_the_picture_shows_what_training_sees(
+    tmp_path: Path, run_options: RunOptions, data_in: str
+) -> None:
+    """A red margin is outside the middle, which memory holds, and inside what a stream cuts."""
+    photos, picture = tmp_path / "photos", tmp_path / "views.png"
+    photos.mkdir()
+    for i in range(4):
+        pixels = np.zeros((32, 96, 3), np.uint8)
+        pixels[:, 70:] = 255, 0, 0
+        Image.fromarray(pixels).save(photos / f"{i}.png")
+    views = ViewOptions(crop_area=(0.1, 0.3), jitter_probability=0, grey_probability=0)
+    changes: dict[str, object] = {"image_size_px": 32, "channels": 3, "views": views}
+    pretrain(
+        run_options(
+            tmp_path / "run", source=str(photos), show_views=picture, data_in=data_in, **changes
+        )
+    )
+    with Image.open(picture) as drawn:
+        is_red = (np.asarray(drawn.convert("RGB")) == (255, 0, 0)).all(axis=2)
+    assert is_red.any() == (data_in == "stream")
 
 
 def test_a_picture_of_the_views_is_all_that_is_made(

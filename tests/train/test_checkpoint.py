@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from models.networks import BarlowTwins, ResNet
 from train.checkpoint import (
     Progress,
+    checkpoint_file,
+    last_whole_step,
     list_checkpoints,
     load_backbone,
     load_weights,
@@ -59,6 +62,41 @@ def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
     (tmp_path / ".tmp-step-00000200.pt.x").touch()
     names = [path.name for path in list_checkpoints(tmp_path)]
     assert names == ["step-00000010.pt", "step-00000100.pt"]
+
+
+def flip_a_bit(path: Path) -> None:
+    """Damage a file in its middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By name; it takes no place among those that are kept, and not one need be whole."""
+    assert last_whole_step(tmp_path) == 0
+    parts = make_network()
+    for step in (4, 8, 12):
+        path = save_checkpoint(tmp_path, Progress(step=step), *parts, keep=3)
+    flip_a_bit(path)
+    with caplog.at_level(logging.WARNING, logger="horace"):
+        assert last_whole_step(tmp_path) == 8
+    assert caplog.messages == [
+        f"{path} cannot be used: damage: its content does not match its SHA-256"
+    ]
+    save_checkpoint(tmp_path, Progress(step=9), *parts, keep=1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == [
+        "step-00000009.pt", "step-00000012.pt"
+    ]  # fmt: skip
+    assert last_whole_step(tmp_path) == 9
+    flip_a_bit(checkpoint_file(tmp_path, 9))
+    with pytest.raises(RunError) as error:
+        last_whole_step(tmp_path)
+    assert str(error.value) == (
+        f"{tmp_path}: expected a checkpoint that can be read, found none among 2; bring them "
+        "back from a copy, or delete them to begin at step 0 again"
+    )
 
 
 def test_a_backbone_comes_from_a_checkpoint_or_from_the_start(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def some_images(n: int, *, seed: int = 0) -> LabelledImages:
     images_NHWC = rng.integers(0, 120, (n, 8, 8, 1)).astype(np.uint8)
     for number in range(3):
         images_NHWC[labels_N == number, 2 * number : 2 * number + 3] += 130
-    return LabelledImages(images_NHWC=images_NHWC, labels_N=labels_N)
+    return LabelledImages(pool_NHWC=images_NHWC, labels_N=labels_N)
 
 
 def state_of(classifier: Classifier) -> dict[str, torch.Tensor]:

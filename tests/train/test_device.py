@@ -47,7 +47,8 @@ def test_a_missing_gpu_is_said_in_one_line() -> None:
         resolve_compute("cuda", "auto", local_rank=1)
     assert str(error.value) == (
         "CUDA devices of this machine: expected at least 2, found 0; "
-        "start at most one rank a GPU, or give --device cpu"
+        "start at most one rank a GPU, or a new run with --device cpu; a run that began on a GPU "
+        "goes on where one is, or starts another by --init-from RUN"
     )
     assert resolve_compute("auto", "fp32").name == "cpu"
 

@@ -47,7 +47,7 @@ def some_images(n: int, *, seed: int) -> LabelledImages:
     images_NHWC = rng.integers(0, 120, (n, 8, 8, 1)).astype(np.uint8)
     for number in range(3):
         images_NHWC[labels_N == number, 2 * number : 2 * number + 3] += 130
-    return LabelledImages(images_NHWC=images_NHWC, labels_N=labels_N)
+    return LabelledImages(pool_NHWC=images_NHWC, labels_N=labels_N)
 
 
 def accuracy(classifier: Classifier, images: LabelledImages) -> float:
@@ -132,7 +132,7 @@ def test_held_out_images_are_never_among_the_unlabelled(
     source = open_source(mini_source)
 
     def read(n: int, without: NDArray[np.uint8], seed: int = 0) -> NDArray[np.uint8]:
-        held = LabelledImages(images_NHWC=without, labels_N=np.zeros(len(without), np.int64))
+        held = LabelledImages(pool_NHWC=without, labels_N=np.zeros(len(without), np.int64))
         return read_unlabelled(source, encoder, limit=n, without=held, seed=seed)
 
     nothing = np.empty((0, 28, 28, 1), np.uint8)

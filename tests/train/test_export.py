@@ -23,6 +23,7 @@ from models.errors import BundleError, EncoderError, UsageError
 from models.runtime import open_bundle, open_random_twin
 from train.checkpoint import list_checkpoints
 from train.config import PretrainOptions
+from train.data.training_data import TrainingData
 from train.errors import ExportError, RunError
 from train.export.__main__ import main, summarise
 from train.export.bundle import export_run
@@ -255,6 +256,38 @@ def test_a_missing_run_is_one_line_and_status_1(tmp_path: Path) -> None:
         f"python -m train.export: {tmp_path / 'none'}: expected a run directory, found no such "
         "directory; make one with `python -m train.pretrain SOURCE --out RUN`"
     ]
+
+
+def test_a_checkpoint_that_a_run_at_work_deletes_is_exported(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was read before the images, which take longer than the next checkpoints."""
+    at_work = tmp_path / "run"
+    shutil.copytree(finished_run, at_work)
+
+    def load(config: RunConfig) -> TrainingData:
+        for path in list_checkpoints(at_work / "checkpoints"):
+            path.unlink()
+        return load_run_images(config)
+
+    monkeypatch.setattr("train.export.bundle.load_run_images", load)
+    made = export_run(
+        RunDirectory(path=at_work), tmp_path / "bundle", name="x", with_random_twin=False
+    )
+    assert made.provenance["training"]["checkpoint"] == "step-00000033.pt"  # type: ignore[index,call-overload]  # JSON
+
+
+def test_an_export_prepares_the_device(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it computes in fp32 is float32 on a GPU, too."""
+    prepared: list[str] = []
+    monkeypatch.setattr("train.device.prepare_device", lambda c, **_: prepared.append(c.precision))
+    out = tmp_path / "file/bundle"
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="found File exists"):
+        main(ExportOptions(run=finished_run, out=out))
+    assert prepared == ["fp32"]
 
 
 def test_a_run_without_a_checkpoint_is_refused(finished_run: Path, tmp_path: Path) -> None:

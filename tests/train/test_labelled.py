@@ -16,11 +16,13 @@ from models.bundle import Bundle
 from models.encoder import Encoder
 from models.images import open_source
 from models.runtime import open_bundle
+from train.data import memory
 from train.errors import TrainError
 from train.probe.few_labels import read_budget
 from train.probe.labelled import (
     choose_labels,
     hold_out,
+    join,
     pixel_digests,
     read_labelled,
     record_classes,
@@ -99,6 +101,60 @@ def test_a_label_of_an_image_that_is_none_is_lost(encoder: Encoder, folder: Path
     chosen_on = [*pixel_digests(budget.fitted.images_NHWC),
                  *pixel_digests(budget.held_out.images_NHWC)]  # fmt: skip
     assert sorted(chosen_on) == sorted(images.digests)
+
+
+def test_parts_of_the_labels_share_their_images(encoder: Encoder, folder: Path) -> None:
+    """Seeds, and what settings are chosen on, hold rows of one array."""
+    options = FinetuneOptions(run=Path("r"), images=str(folder), test="t", labels=0.8, seeds=(0, 1))
+    budget, images, _ = read_budget(options, encoder)
+    for part in (*budget.by_seed.values(), budget.fitted, budget.held_out):
+        assert part.pool_NHWC is images.images_NHWC
+        assert len(part.images_NHWC) == len(part) < len(images)
+
+
+def test_what_does_not_fit_in_memory_is_refused_before_it_is_read(
+    encoder: Encoder, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error says how many images there are, how many fit, and what to change."""
+    monkeypatch.setattr(memory, "free_memory_bytes", lambda: 10 * 28 * 28)
+    options = FinetuneOptions(run=Path("r"), images=str(folder), test="t", labels=1.0)
+    with pytest.raises(TrainError) as error:
+        read_budget(options, encoder)
+    assert str(error.value).endswith(
+        "in memory: expected at most 4 images of 28x28 here, found 10 (7,840 bytes); free memory, "
+        "name fewer images, or ask for fewer --labels or --seeds; a linear layer without "
+        "--augment keeps no images"
+    )
+
+
+def test_a_part_is_what_reading_it_alone_gives(encoder: Encoder, folder: Path) -> None:
+    """Its hash, too; the whole is not copied."""
+    source = open_source(str(folder))
+    rows = np.array([0, 2, 6, 9])
+    whole, alone = (
+        read_labelled(
+            source, [encoder], preprocess_for=encoder, what="images", class_names=("a", "b"),
+            rows=chosen, with_pixels=True, with_images=True,
+        )
+        for chosen in (None, rows)
+    )  # fmt: skip
+    part = whole.take(np.flatnonzero(np.isin(whole.rows_N, rows)))
+    assert (part.sha256, part.digests, part.labels) == (alone.sha256, alone.digests, alone.labels)
+    for mine, other in (
+        (part.labels_N, alone.labels_N), (part.rows_N, alone.rows_N),
+        (part.features[0], alone.features[0]), (part.pixels_NP, alone.pixels_NP),
+        (part.images_NHWC, alone.images_NHWC),
+    ):  # fmt: skip
+        np.testing.assert_array_equal(mine, other)
+    assert whole.take(np.arange(len(whole))) is whole
+
+
+def test_blocks_are_joined_in_their_order() -> None:
+    """And let go, block by block."""
+    blocks = [np.full((n, 2), n, np.float32) for n in (3, 1, 2)]
+    expected = np.concatenate(blocks)
+    np.testing.assert_array_equal(join(blocks), expected)
+    assert blocks == []
 
 
 def test_the_hash_is_of_pixels_and_labels(

@@ -109,6 +109,34 @@ def test_each_form_equals_the_reference_in_float64(
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("normalise", ["batch", "none"])
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize(("n", "d"), [(9, 21), (4, 5)])
+def test_some_columns_at_a_time_are_all_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+    objective: Objective,
+    normalise: Normalise,
+    wanted: tuple[bool, bool],
+    n: int,
+    d: int,
+) -> None:
+    """Blocks that do and do not divide the columns, halves of odd rows, and one gradient alone."""
+    views = correlated_views(n, d, 0, torch.float64)
+
+    def run() -> list[Tensor | None]:
+        own = [z.clone().requires_grad_(wants) for z, wants in zip(views, wanted, strict=True)]
+        found = loss_terms(*own, lambd=0.1, objective=objective, normalise=normalise, form="gram")
+        found.loss.backward()
+        return [found.loss.detach(), found.redundancy, found.diagonal_mean, *(z.grad for z in own)]
+
+    expected = run()
+    monkeypatch.setattr("train.loss.exact.BLOCK_BYTES", 4 * n * 8)
+    monkeypatch.setattr("train.loss.exact.MIN_HALVED", 2)
+    for ours, whole in zip(run(), expected, strict=True):
+        torch.testing.assert_close(ours, whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize(("n", "d"), [(32, 512), (256, 128), (128, 2048)])
 @pytest.mark.parametrize("form", FORMS)
 def test_float32_is_within_1e_5_of_float64(

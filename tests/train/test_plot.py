@@ -27,6 +27,14 @@ def test_any_log_makes_a_picture(records: list[dict[str, float]], tmp_path: Path
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("name", ["a$b$c", "a$_$c"])
+def test_a_path_is_no_formula(name: str, tmp_path: Path) -> None:
+    """The title is the run directory as it is, also where it would not parse."""
+    plot_curves([LOSS], tmp_path / "curves.png", title=f"runs/{name}")
+    (title,) = draw_curves([LOSS], title=name).texts
+    assert (title.get_text(), title.get_parse_math()) == (name, False)
+
+
 def test_a_single_record_can_be_seen() -> None:
     """One point makes no line, so few records have markers; many have none."""
     (losses,) = draw_curves([LOSS], title="run").axes

@@ -8,12 +8,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from models.command import run_command
 from models.errors import UsageError
 from tests.train.states import final_state
 from train.books import mean_of_window
@@ -22,7 +24,7 @@ from train.config import LossOptions, PretrainOptions
 from train.errors import RunError, TrainError
 from train.log import read_log
 from train.loop import pretrain
-from train.pretrain import main
+from train.pretrain import choose_defaults, main
 
 RunOptions = Callable[..., PretrainOptions]
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -91,6 +93,40 @@ def test_resuming_nothing_is_refused(tmp_path: Path, run_options: RunOptions) ->
     """--resume needs a run."""
     with pytest.raises(RunError, match="expected a run to resume, found none"):
         pretrain(run_options(tmp_path / "none", resume=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "said"),
+    [
+        (None, 1, "{run}: expected a run directory, found no such directory; "),
+        ("torn", 1, "{run}/config.json: expected the configuration of a run, schema 1, found "),
+        ({"schema_version": 99}, 1, "{run}/config.json: expected the configuration of a run, sch"),
+        ({"options": {"new": 1}}, 1, "the options of a run: expected those of this Horace, found "),
+        ({"options": {"network.width": 4}}, 2, "--network.width: expected at least 8, found 4"),
+    ],
+    ids=["no such directory", "damaged", "another schema", "another version", "too narrow now"],
+)
+def test_a_run_that_cannot_be_read_is_named(
+    tmp_path: Path,
+    finished_run: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any] | str | None,
+    status: int,
+    said: str,
+) -> None:
+    """`--resume --out RUN` says what is wrong with the run, and asks for no SOURCE."""
+    run = tmp_path / "run"
+    config = json.loads((finished_run / "config.json").read_text())
+    if changes is not None:
+        run.mkdir()
+        if isinstance(changes, dict):
+            options = config["options"] | changes.get("options", {})
+            changes = json.dumps(config | changes | {"options": options})
+        (run / "config.json").write_text(changes)
+    argv = ["--resume", "--out", str(run)]
+    defaults = choose_defaults(argv)
+    assert run_command(PretrainOptions, main, prog="p", argv=argv, default=defaults) == status
+    assert capsys.readouterr().err.startswith("p: " + said.format(run=run))
 
 
 def test_resuming_with_another_option_names_it(run_options: RunOptions, finished_run: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ import torch
 from models.bundle import Bundle, read_bundle
 from models.errors import SourceError, UsageError
 from models.images import ImageData, ImageRecord, ImageSource, open_source
+from train.data import memory
 from train.device import Compute
 from train.errors import TrainError
 from train.probe import arms, linear_layers
@@ -207,7 +209,7 @@ def test_the_frozen_encoder_stays_as_it_was(linear: LinearOptions, finished_run:
         assert not graph.training
         assert all(torch.equal(value, before[name]) for name, value in graph.state_dict().items())
     assert any("running_mean" in name for name in before)
-    assert report.settings["augmentation"] == "crops and flips"
+    assert report.settings["augmentation"] == linear_probe.AUGMENTATION
     assert top1(report, "encoder") > 0.15
 
 
@@ -348,11 +350,64 @@ def test_a_transfer_names_all_images_that_it_learned_from(
     assert report.images["labels_by_seed"] == {"0": 100, "1": 100}
     of_layers = report.images["linear"]
     assert isinstance(of_layers, dict)
-    assert of_layers["images"] == 100
+    taught = np.union1d(draw.by_seed[0], draw.by_seed[1])
+    assert 100 < len(taught) == of_layers["images"]
+    assert of_layers["labels_by_seed"] == {"0": 100, "1": 100}
     assert of_layers["sha256"] != images.sha256
     assert report.notes == [f"{len(draw.used)} test images are training images pixel for pixel"]
     text = as_text(report)
     assert f"trained on 100 labelled images a seed ({len(draw.used)} read) of" in text
+
+
+def test_every_row_of_a_transfer_is_over_all_seeds(finetune: FinetuneOptions, run: Probed) -> None:
+    """Linear layers, too, are fitted on the labels of each; the first seed's C is every seed's."""
+    transfer = TransferOptions(
+        encoder=str(finetune.run), images=finetune.images, test=finetune.test, labels=0.25,
+        seeds=(0, 1),
+        recipe=replace(
+            QUICK, epochs=(1,), lr_backbone=(1e-3,), scratch_epochs=(1,), scratch_lr=(1e-3,)
+        ),
+    )  # fmt: skip
+    report = transfer_probe.evaluate_transfer(transfer, run, CPU)
+    assert len(report.rows) == 6
+    for row in report.rows:
+        assert row.top1 is not None
+        assert row.top5 is not None
+        assert len(row.top1.values) == len(row.top5.values) == 2, row.name
+    alone = transfer_probe.evaluate_transfer(replace(transfer, seeds=(0,)), run, CPU)
+    for row, first in zip(report.rows[2:], alone.rows[2:], strict=True):
+        assert row.top1 is not None
+        assert first.top1 is not None
+        assert row.top1.values[0] == first.top1.mean
+        assert row.chosen["C"] == first.chosen["C"]
+
+
+def test_a_run_that_trains_on_may_delete_what_was_opened(
+    finetune: FinetuneOptions, finished_run: Path, tmp_path: Path
+) -> None:
+    """The trained weights are read when the run is opened, for every arm, recipe and seed."""
+    where = tmp_path / "run"
+    shutil.copytree(finished_run, where)
+    options = replace(finetune, run=where)
+    with closing(opened(where)) as probed:
+        for checkpoint in (where / "checkpoints").iterdir():
+            checkpoint.unlink()
+        report = finetune_probe.evaluate_finetune(options, probed, CPU)
+    assert [row.name for row in report.rows][:1] == ["fine-tuned"]
+
+
+def test_too_many_images_end_it_before_anything_is_trained(
+    finetune: FinetuneOptions, linear: LinearOptions, run: Probed, events: Events,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Those of the test set, and those that are cropped anew, are counted at the start."""
+    monkeypatch.setattr(memory, "free_memory_bytes", lambda: 100 * 14 * 14)
+    with pytest.raises(TrainError, match=r"expected at most 40 images of 14x14 here, found 200 \("):
+        finetune_probe.evaluate_finetune(finetune, run, CPU)
+    options = replace(linear, solver="sgd", augment=True)
+    with pytest.raises(TrainError, match=r"expected at most 40 images of 14x14 here, found 400 \("):
+        linear_probe.evaluate_linear(options, run)
+    assert events == []
 
 
 def test_a_class_that_was_not_drawn_keeps_its_number(linear: LinearOptions, run: Probed) -> None:
@@ -398,6 +453,21 @@ def test_a_readout_that_nothing_has_is_refused(
         )
         with pytest.raises(UsageError, match=r"^--grid: expected a run, whose readout"):
             transfer_probe.evaluate_transfer(transfer, probed, CPU)
+
+
+def test_crops_of_what_is_no_run_are_refused_before_an_image_is_read(
+    linear: LinearOptions, make_bundle: Callable[..., Bundle], events: Events,
+    monkeypatch: pytest.MonkeyPatch, test_source: str,
+) -> None:  # fmt: skip
+    """Reading and embedding a large set may take hours."""
+    encoder = make_bundle()
+    watched = WatchedSource(open_source(test_source), events)
+    monkeypatch.setattr(linear_layers, "open_source", lambda uri: watched)
+    options = replace(linear, encoder=str(encoder.path), solver="sgd", augment=True)
+    message = r"^--augment: expected a run, found encoder "
+    with closing(opened(encoder.path)) as probed, pytest.raises(UsageError, match=message):
+        linear_probe.evaluate_linear(options, probed)
+    assert events == []
 
 
 def test_unlabelled_images_add_students_beside_their_teachers(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,8 +17,10 @@ from PIL import Image
 
 from models.command import run_command
 from models.errors import UsageError
-from train.report.__main__ import ReportOptions, main
+from models.images import open_source
+from train.report.__main__ import ReportOptions, draw_views, main
 from train.report.facts import duration, number, read_facts
+from train.report.model import draw_sample, find_out
 from train.report.page import VOID
 from train.report.sections import at_a_glance
 from train.run import RunDirectory
@@ -239,6 +243,37 @@ def test_a_run_at_work_is_left_alone(copy_run: Copy) -> None:
     assert "training goes on" in page.read
     assert "Left out, as asked by --images 0." in page.read
     assert not read_facts(RunDirectory(path=run)).is_held
+
+
+def test_a_report_prepares_the_device(copy_run: Copy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it computes in fp32 is float32 on a GPU, too."""
+    prepared: list[str] = []
+    monkeypatch.setattr("train.device.prepare_device", lambda c, **_: prepared.append(c.precision))
+    main(ReportOptions(run=copy_run(), images=0))
+    assert prepared == ["fp32"]
+
+
+def test_views_and_c_of_a_stream_are_of_whole_photographs(copy_run: Copy, tmp_path: Path) -> None:
+    """Photographs that differ in their margins alone have one middle, and views that differ."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(16):
+        pixels = np.zeros((20, 60), np.uint8)
+        pixels[:, 42:] = 15 * i + 30
+        Image.fromarray(pixels).save(photos / f"{i:02d}.png")
+    run = RunDirectory(path=copy_run(f"folder:{photos}"))
+    source = open_source(f"folder:{photos}")
+    diagonal, black = {}, {}
+    for data_in in ("memory", "stream"):
+        facts = read_facts(run)
+        facts = replace(facts, options=replace(facts.options, data_in=data_in))
+        sample = draw_sample(source, facts.config.preprocessing, 16, limit=None)
+        assert sample.images_NHWC.max() == 0
+        diagonal[data_in] = find_out(run, facts, sample, source).correlation.diagonal_mean
+        with Image.open(io.BytesIO(draw_views(facts, sample, source))) as picture:
+            black[data_in] = (np.asarray(picture.convert("L")) == 0).sum()
+    assert diagonal["memory"] == 0 < diagonal["stream"]
+    assert black["memory"] > black["stream"]
 
 
 def test_warnings_stand_on_the_page(copy_run: Copy, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from train.log import read_log
 from train.loop import pretrain
 from train.ranks import Ranks
 from train.run import RunDirectory
+from train.trainer import LOGGED
 
 RunOptions = Callable[..., PretrainOptions]
 PRETRAIN = ("-m", "train.pretrain")
@@ -159,6 +161,33 @@ def test_half_precision_resumes_to_the_same_bits(
     assert state["network"]["backbone.conv1.weight"].dtype == torch.float32
     config = RunDirectory(path=options.run_path).read_config()
     assert (config.options["device"], config.options["precision"]) == ("cpu", precision)
+
+
+def test_a_resumed_log_says_of_how_many_steps_its_means_are(
+    tmp_path: Path, run_options: RunOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first record of a sitting averages what it has seen; all others are as undisturbed."""
+    monkeypatch.setattr("train.trainer.LEAST_RECORDS", 2)  # else every step has a record
+    options = run_options(tmp_path / "run", epochs=1, keep_checkpoints=9, knn_every_epochs=0)
+    pretrain(options)
+    whole = records_but_speed(options.run_path)
+    list_checkpoints(options.run_path / "checkpoints")[-1].unlink()
+    pretrain(replace(options, resume=True))
+    resumed = records_but_speed(options.run_path)
+    assert [(r["step"], r["steps_averaged"]) for r in whole] == [(5, 5), (10, 5), (12, 2)]
+    assert [(r["step"], r["steps_averaged"]) for r in resumed] == [(5, 5), (10, 2), (12, 2)]
+    assert (resumed[0], resumed[2]) == (whole[0], whole[2])
+    means = {*LOGGED, "steps_averaged"}
+    differing = {name for name in whole[1] if resumed[1][name] != whole[1][name]}
+    assert differing <= means
+
+
+def records_but_speed(run: Path) -> list[dict[str, float]]:
+    """Read a run's log, less what the machine's load decides."""
+    return [
+        {k: v for k, v in record.items() if k != "images_per_s"}
+        for record in read_log(run / "log.jsonl")
+    ]
 
 
 @pytest.mark.slow

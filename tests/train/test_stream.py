@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import tarfile
 import threading
 from collections.abc import Iterable, Sequence
 from contextlib import closing
@@ -14,6 +17,7 @@ from PIL import Image
 
 from models.errors import ImageError, ImageFault
 from models.images import ImageData, ImageRecord, open_source
+from train.data import reading
 from train.data.batches import Batch, Pixels, Plan
 from train.data.catalogue import Catalogue, list_images
 from train.data.rejects import Rejects
@@ -163,6 +167,80 @@ def test_a_stream_of_mostly_damaged_images_is_refused() -> None:
     """As soon as that is known, from whichever thread."""
     with pytest.raises(TrainError, match="found 21 of 40 that are not; the last: 0"):
         streamed(numbered(40, range(21)))
+
+
+class Storage:
+    """Opens files, but for the first so many times: then it gives an error.
+
+    Args:
+        monkeypatch: puts it in the place of `Path.open`.
+        fault: the number of the error.
+        times: how often it fails; always where None.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fault: int, times: int | None) -> None:
+        self.fault, self.opened, self.failures = fault, Path.open, times
+        monkeypatch.setattr(Path, "open", lambda *args, **more: self.open(*args, **more))
+
+    def open(self, path: Path, *args: object, **more: object) -> object:
+        """Fail, or open the file."""
+        if self.failures is None or self.failures > 0:
+            if self.failures is not None:
+                self.failures -= 1
+            raise OSError(self.fault, os.strerror(self.fault), str(path))
+        return self.opened(path, *args, **more)  # type: ignore[call-overload]  # as it came
+
+
+def pictures(folder: Path, tmp_path: Path, kind: str) -> Catalogue:
+    """List the JPEGs of a folder, there or in a tar."""
+    if kind == "folder":
+        return list_images(open_source(f"folder:{folder}"))
+    with tarfile.open(tmp_path / "photographs.tar", "w") as archive:
+        for path in sorted(folder.iterdir()):
+            archive.add(path, path.name)
+    return list_images(open_source(f"wds:{tmp_path / 'photographs.tar'}"))
+
+
+@pytest.mark.parametrize("kind", ["folder", "wds"])
+def test_storage_that_fails_for_a_moment_changes_no_batch(
+    folder: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image is read at the second try, in this epoch, and is there in the next."""
+    catalogue = pictures(folder, tmp_path, kind)
+    sound = streamed(catalogue, CROPS)
+    monkeypatch.setattr(reading, "WAITS_S", (0.0,))
+    storage = Storage(monkeypatch, errno.EIO, times=1)
+    rejects = Rejects("x", 40)
+    assert same(streamed(catalogue, CROPS, rejects=rejects), sound)
+    assert storage.failures == 0
+    assert len(rejects) == 0
+
+
+@pytest.mark.parametrize("kind", ["folder", "wds"])
+def test_storage_that_goes_on_failing_ends_the_run(
+    folder: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what it said; no image is to blame."""
+    catalogue = pictures(folder, tmp_path, kind)
+    monkeypatch.setattr(reading, "WAITS_S", (0.0, 0.0))
+    Storage(monkeypatch, errno.ESTALE, times=None)
+    rejects = Rejects("x", 40)
+    with pytest.raises(
+        TrainError, match=r"jpg: expected storage that works, found Stale file handle, 3 times in 0"
+    ):
+        streamed(catalogue, CROPS, rejects=rejects)
+    assert len(rejects) == 0
+
+
+def test_a_file_that_is_gone_is_not_waited_for(folder: Path, tmp_path: Path) -> None:
+    """It is the image that is missing, not the storage."""
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    catalogue = list_images(open_source(f"folder:{tmp_path}"))
+    (tmp_path / "07.jpg").unlink()
+    rejects = Rejects("x", 40)
+    streamed(catalogue, CROPS, rejects=rejects)
+    assert [reject.key for reject in rejects.all()] == ["07.jpg"]
 
 
 def test_no_more_than_some_batches_are_read_ahead() -> None:

@@ -149,6 +149,18 @@ def test_a_source_of_damaged_images_is_refused_at_the_start(
     assert str(error.value).endswith("; check that the path names whole images")
 
 
+@pytest.mark.parametrize("data_in", ["memory", "stream"])
+def test_half_of_a_source_may_be_damaged_and_no_more(tmp_path: Path, data_in: str) -> None:
+    """However its images are held."""
+    unlabelled = {"data_in": data_in, "val_images": 0}
+    half = opened(write_photographs(tmp_path / "half", broken=30), **unlabelled)
+    assert len(half.rejects) == 30
+    with pytest.raises(
+        TrainError, match="at least half of its images to be usable, found 31 of 60 that are not"
+    ):
+        opened(write_photographs(tmp_path / "more", broken=31), **unlabelled)
+
+
 def test_one_image_is_no_data_set(tmp_path: Path) -> None:
     """There would be nothing to tell apart."""
     with pytest.raises(TrainError, match="expected at least 2 images, found 1; check the path"):

@@ -60,7 +60,7 @@ def test_statistics_come_back_from_images(bundle: Bundle, images_NHWC: NDArray[n
     """The frozen network stays as it was, and in training normalises to the very same."""
     pretrained = read_pretrained(bundle.path)
     bare = load_graph(pretrained.trained, pretrained.config)
-    graph = load_to_train(pretrained.trained, pretrained.config, images_NHWC)
+    graph = load_to_train(pretrained, images_NHWC)
     frozen = maps_of(graph, images_NHWC)
     for one, other in zip(frozen, maps_of(bare, images_NHWC), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
@@ -132,7 +132,7 @@ def test_what_says_nothing_of_its_network_is_refused(tmp_path: Path, bundle: Bun
 def test_restoring_twice_changes_nothing(bundle: Bundle, images_NHWC: NDArray[np.uint8]) -> None:
     """What has its statistics keeps them."""
     pretrained = read_pretrained(bundle.path)
-    graph = load_to_train(pretrained.trained, pretrained.config, images_NHWC)
+    graph = load_to_train(pretrained, images_NHWC)
     before = {name: value.clone() for name, value in graph.state_dict().items()}
     restore_statistics(graph, images_NHWC)
     for name, value in graph.state_dict().items():

@@ -1,7 +1,8 @@
 """A source of images as one uint8 array in memory, split without touching any test set.
 
 Rules:
-    An image that cannot be read or decoded is counted by its fault and skipped, never fatal.
+    An image that cannot be read or decoded is counted by its fault and skipped. A source of
+    which more than half is so is refused, as in a stream.
     Images pass through `models.preprocess`, the code that serves them later.
     The split, and the order of every epoch, are functions of the seed.
     Labels are carried for the kNN monitor alone; -1 stands for none.
@@ -33,7 +34,8 @@ from models.errors import ImageError
 from models.images import ImageRecord, ImageSource
 from models.memory import free_memory_bytes
 from models.preprocess import PreprocessSpec, preprocess
-from train.data.rejects import reject_of
+from train.data.reading import read_image
+from train.data.rejects import refuse_mostly_broken, reject_of
 from train.errors import TrainError
 
 CHUNK_IMAGES = 1024
@@ -92,7 +94,8 @@ def load_images(source: ImageSource, spec: PreprocessSpec, *, limit: int | None 
 
     Raises:
         SourceError: the source is missing or damaged.
-        TrainError: the images do not fit in memory, or not two of them can be used.
+        TrainError: the images do not fit in memory, not two of them or less than half can be
+            used, or the storage fails.
     """
     budget_images = images_that_fit(spec)
     count = source.count()
@@ -113,6 +116,8 @@ def load_images(source: ImageSource, spec: PreprocessSpec, *, limit: int | None 
                 chunks.append(np.stack(usable))
             _check_fits(len(labels), budget_images, source.uri, spec)
     _report(source.uri, len(labels), rejects)
+    if rejects:
+        refuse_mostly_broken(source.uri, len(rejects), len(labels) + len(rejects), last=rejects[-1])
     return _image_set(np.concatenate(chunks), labels, rejects)
 
 
@@ -223,9 +228,13 @@ def images_that_fit(spec: PreprocessSpec) -> int:
 
 
 def fit_record(record: ImageRecord, spec: PreprocessSpec) -> NDArray[np.uint8] | Reject:
-    """Read and fit one image, or say why not."""
+    """Read and fit one image, or say why not.
+
+    Raises:
+        TrainError: the storage fails.
+    """
     try:
-        return preprocess(record.read(), spec)
+        return preprocess(read_image(record), spec)
     except ImageError as error:
         return reject_of(record, error)
 

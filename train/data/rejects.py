@@ -3,7 +3,7 @@
 Rules:
     An image is counted once, whichever thread and epoch meets it.
     Where more than half of the images cannot be used, the source is wrong, not an image, and
-    the run ends. A source with fewer faults is never fatal.
+    the run ends, streamed or in memory. A source with fewer faults is never fatal.
     The file is written whole; what it held before is kept.
 """
 
@@ -39,7 +39,7 @@ class Rejects:
     """
 
     def __init__(self, uri: str, images: int, known: Iterable[Reject] = ()) -> None:
-        self._uri, self._images = uri, images
+        self.uri, self._images = uri, images
         self._lock = threading.Lock()
         self._by_key = {reject.key: reject for reject in known}
 
@@ -51,7 +51,7 @@ class Rejects:
 
     def __repr__(self) -> str:
         """Show how many there are, of how many."""
-        return f"Rejects({self._uri!r}, {len(self)} of {self._images})"
+        return f"Rejects({self.uri!r}, {len(self)} of {self._images})"
 
     def add(self, reject: Reject) -> None:
         """Count an image as unusable, and log the first of them.
@@ -65,22 +65,8 @@ class Rejects:
             self._by_key[reject.key] = reject
             count = len(self._by_key)
         if count == 1:
-            log.warning("%s: skipping %s: %s", self._uri, reject.key, reject.message)
-        self.refuse_mostly_broken(count, self._images, reject)
-
-    def refuse_mostly_broken(self, broken: int, images: int, last: Reject) -> None:
-        """Refuse the source if more than half of some of its images cannot be used.
-
-        Raises:
-            TrainError: it is so.
-        """
-        if broken > LARGEST_SHARE * images:
-            raise TrainError(
-                self._uri,
-                expected="at least half of its images to be usable",
-                found=f"{broken} of {images} that are not; the last: {last.key}: {last.message}",
-                mend="check that the path names whole images",
-            )
+            log.warning("%s: skipping %s: %s", self.uri, reject.key, reject.message)
+        refuse_mostly_broken(self.uri, count, self._images, last=reject)
 
     def all(self) -> tuple[Reject, ...]:
         """Give those found so far, sorted by key."""
@@ -90,6 +76,21 @@ class Rejects:
     def faults(self) -> dict[str, int]:
         """Count them by fault."""
         return dict(sorted(Counter(reject.fault for reject in self.all()).items()))
+
+
+def refuse_mostly_broken(uri: str, broken: int, images: int, *, last: Reject) -> None:
+    """Refuse a source if more than half of some of its images cannot be used.
+
+    Raises:
+        TrainError: it is so.
+    """
+    if broken > LARGEST_SHARE * images:
+        raise TrainError(
+            uri,
+            expected="at least half of its images to be usable",
+            found=f"{broken} of {images} that are not; the last: {last.key}: {last.message}",
+            mend="check that the path names whole images",
+        )
 
 
 def reject_of(record: ImageRecord, error: ImageError) -> Reject:

@@ -4,7 +4,8 @@ Rules:
     What a batch holds is a function of the seed, the step and the data: not of the number of
     threads, of ranks, or of what was read before. A run goes on from any step.
     An image that cannot be used is counted, and its place is taken by the next usable one in
-    the order of the source, so that batches stay full; with views of its own.
+    the order of the source, so that batches stay full; with views of its own. Storage that
+    fails is no fault of an image: see `train.data.reading`.
     So many batches are worked on ahead, and no more, as `PREFETCH_BATCHES` says.
     Threads, not processes: libjpeg-turbo and torch let go of the GIL, and
     nothing is pickled or copied between address spaces.
@@ -27,6 +28,7 @@ from models.errors import ImageError
 from models.images import ImageData
 from train.data.batches import Batch, Pixels, Plan
 from train.data.catalogue import Catalogue
+from train.data.reading import read_image
 from train.data.rejects import Rejects, reject_of
 from train.threads import single_threads
 
@@ -66,7 +68,8 @@ class StreamSource:
         """Yield the batches of the steps from `first_step` to before `total_steps`.
 
         Raises:
-            TrainError: more than half of the images turn out to be unusable.
+            TrainError: more than half of the images turn out to be unusable, or the storage
+                fails.
         """
         ahead: deque[tuple[int, list[Future[_Views]]]] = deque()
         try:
@@ -98,7 +101,7 @@ class StreamSource:
             # By the row that is wanted: one that stands in, too, has views of its own.
             generator = np.random.default_rng((self._plan.seed, step, wanted_row))
             try:
-                return self._make_views(record.read(), generator)
+                return self._make_views(read_image(record), generator)
             except ImageError as error:
                 self._rejects.add(reject_of(record, error))
         raise AssertionError("`Rejects` refuses a source of which half is unusable")

@@ -41,7 +41,7 @@ from train.data.memory import (
     load_images,
     split_rows,
 )
-from train.data.rejects import Rejects
+from train.data.rejects import Rejects, refuse_mostly_broken
 from train.data.stream import MakeViews, StreamSource
 from train.errors import TrainError
 
@@ -175,7 +175,7 @@ def open_training_data(
 
     Raises:
         SourceError: the source is missing or damaged.
-        TrainError: the images do not fit in memory, or too few can be used.
+        TrainError: the images do not fit in memory, too few can be used, or the storage fails.
     """
     if data_in == "auto":
         data_in = choose_data_in(source, spec, limit_images)
@@ -313,7 +313,7 @@ def read_rows(
         for i, outcome in enumerate(progress(outcomes, what="sampling", total=len(rows))):
             if isinstance(outcome, Reject):
                 rejects.add(outcome)
-                rejects.refuse_mostly_broken(i + 1 - len(used), len(rows), outcome)
+                refuse_mostly_broken(rejects.uri, i + 1 - len(used), len(rows), last=outcome)
             else:
                 images_NHWC[len(used)] = outcome
                 used.append(i)

@@ -36,11 +36,10 @@ def main(options: ExportOptions) -> None:
     run = RunDirectory(path=options.run)
     run.read_config()
     with training_packages():
-        import torch
-
+        from train.device import prepare_device, resolve_compute
         from train.export.bundle import export_run
 
-        torch.set_num_threads(cpu_budget())
+        prepare_device(resolve_compute("auto", "fp32"), threads=cpu_budget())
         bundle = export_run(
             run,
             options.bundle_path,

@@ -3,6 +3,7 @@
 Rules:
     Whether the bundle may and can be written is found out before the work.
     Only graphs that pass every check become a bundle.
+    Weights are read before the images: a run that trains on deletes its older checkpoints.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from train.export.images import load_run_images, spread_rows
 from train.export.options import ReadoutOptions
 from train.export.precisions import CALIBRATION_IMAGES, score_precisions, write_precisions
 from train.export.provenance import describe_readout, describe_run, describe_validation
-from train.export.run_graph import last_checkpoint
+from train.export.run_graph import graph_of, last_checkpoint
 from train.export.write_graph import PARITY_IMAGES, WrittenGraph, write_graph
 from train.run import RunConfig, RunDirectory
 
@@ -68,14 +69,14 @@ def export_run(
     chosen = (readout or ReadoutOptions()).resolve(str(config.options["preset"]))
     with writing(out, mend="make room or choose another --out"):
         check_target(out, replace=replace)
+        networks = {ENCODER_FILE: graph_of(checkpoint, config)}
+        if with_random_twin:
+            networks[RANDOM_FILE] = graph_of(run.initial_file, config)
         data = load_run_images(config)
         with tempfile.TemporaryDirectory() as folder:
-            weights = {ENCODER_FILE: checkpoint}
-            if with_random_twin:
-                weights[RANDOM_FILE] = run.initial_file
             graphs = {
-                file_name: write_graph(file, config, chosen, data, Path(folder) / file_name)
-                for file_name, file in weights.items()
+                file_name: write_graph(network, config, chosen, data, Path(folder) / file_name)
+                for file_name, network in networks.items()
             }
             files = {file_name: graph.file for file_name, graph in graphs.items()}
             scores: dict[str, Json] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
@@ -13,6 +14,9 @@ from train.errors import RunError
 from train.export.graph import EncoderGraph
 from train.export.readout import PooledReadout
 from train.run import RunConfig, RunDirectory
+
+RunGraph: TypeAlias = tuple[EncoderGraph, tuple[int, ...], Progress]
+"""A graph, the channels of its backbone's stages, and how far the run was."""
 
 
 def last_checkpoint(run: RunDirectory) -> Path:
@@ -32,11 +36,8 @@ def last_checkpoint(run: RunDirectory) -> Path:
     return checkpoints[-1]
 
 
-def graph_of(file: Path, config: RunConfig) -> tuple[EncoderGraph, tuple[int, ...], Progress]:
+def graph_of(file: Path, config: RunConfig) -> RunGraph:
     """Build the plainly pooled graph of a run with the weights of one of its files.
-
-    Returns:
-        The graph, the channels of its backbone's stages, and how far the run was.
 
     Raises:
         RunError: the file is missing or damaged.

@@ -26,7 +26,7 @@ from train.export.images import spread_rows
 from train.export.options import Readout
 from train.export.parity import Parity, measure_parity, require_batch_invariance, require_parity
 from train.export.readout_fit import FittedReadout, fit_readout
-from train.export.run_graph import graph_of
+from train.export.run_graph import RunGraph
 from train.run import RunConfig
 
 PARITY_IMAGES = 512
@@ -54,16 +54,15 @@ class WrittenGraph:
 
 
 def write_graph(
-    weights: Path, config: RunConfig, readout: Readout, data: TrainingData, file: Path
+    network: RunGraph, config: RunConfig, readout: Readout, data: TrainingData, file: Path
 ) -> WrittenGraph:
-    """Fit the readout of the network with these weights, write it as ONNX, and check it.
+    """Fit the readout of a network, write it as ONNX, and check it.
 
     Raises:
-        RunError: the weights are missing or damaged.
         UsageError: the network has no such readout.
         ExportError: torch cannot express it, or it falls short of `train.export.parity`.
     """
-    graph, stage_dims, progress = graph_of(weights, config)
+    graph, stage_dims, progress = network
     graph.to(resolve_compute("auto", "fp32").device)
     fitted = fit_readout(graph, readout, stage_dims, data, config.preprocessing)
     graph.readout = fitted.module

@@ -16,11 +16,14 @@ and the gradient asks of C only two products:
 Rules:
     The gradient is made together with the value: nothing is computed twice, nothing of the
     size of C is kept, and no collective runs in backward.
-    Beside A, B and two gradients there is no more than one temporary of their size.
+    Beside A, B and two gradients there is no more than one temporary of their size. In the Gram
+    form, on one rank, the gradients take the place of A and B: to touch a page of memory for the
+    first time costs a CPU more than the arithmetic on it.
     Across ranks the Gram form gathers the embeddings, and each rank multiplies its own rows;
     the tiled form sums C over the ranks, tile by tile.
     A and B are centred, hence so is dL/dA: of the two terms that standardising takes from a
     gradient, its mean is zero and only its share along A is left.
+    What is done number by number would wait for memory on a CPU: it is done some columns at a time.
 
 Shapes: n rows of this rank, N of all, D dimensions, W of them in a tile.
 """
@@ -38,6 +41,13 @@ from train.errors import TrainError
 from train.loss.products import times_transposed
 
 Pair = tuple[Tensor | None, Tensor | None]
+
+BLOCK_BYTES = 1 << 21
+"""Of a view's columns that are worked on together on a CPU: few enough to stay in a cache, and so
+many that threads seldom wait for one another, which on busy cores costs far more."""
+
+MIN_HALVED = 128
+"""Rows from which on a CPU multiplies half of a Gram matrix and a half of the rest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,10 +127,10 @@ class _Loss(torch.autograd.Function):
         views = _Views(z1_nD, z2_nD, objective, group, is_gathered=tile_rows is None)
         wanted = ctx.needs_input_grad[:2]
         if tile_rows is None:
-            square_sum, products = _gram(views, wanted)
+            square_sum, gradients = _gram(views, wanted)
         else:
-            square_sum, products = _tiled(views, wanted, tile_rows)
-        ctx.save_for_backward(*views.gradients(products))  # type: ignore[arg-type]  # None may be
+            square_sum, gradients = _tiled(views, wanted, tile_rows)
+        ctx.save_for_backward(*gradients)  # type: ignore[arg-type]  # None may be
         ctx.dtype = z1_nD.dtype
         invariance, redundancy = quadratic_terms(views.c_D, square_sum, views.total, objective)
         loss = objective.has_invariance * invariance + objective.has_redundancy * redundancy
@@ -167,7 +177,10 @@ class _Views:
             group = None  # the sums below are over all rows already
         self.a, self.a_scale_D = self._standardise(z1_nD, group)
         self.b, self.b_scale_D = self._standardise(z2_nD, group)
-        self.c_D = sum_in_place((self.a * self.b).sum(dim=0), group) / self.n_global
+        self.c_D = torch.empty_like(self.a[0])
+        for block in column_blocks(self.a):
+            torch.sum(self.a[:, block] * self.b[:, block], dim=0, out=self.c_D[block])
+        self.c_D = sum_in_place(self.c_D, group) / self.n_global
         self.w_D = (-2 * objective.has_invariance / self.n_global) * (1 - self.c_D)
         self.w_D -= self.weight * (self.c_D + objective.is_hsic)
         self.total = torch.zeros((), dtype=torch.float64, device=z1_nD.device)
@@ -191,51 +204,101 @@ class _Views:
         scale_D = torch.rsqrt(variance_D + eps)
         return a_nD.mul_(scale_D), scale_D
 
-    def gradients(self, products: Pair) -> Pair:
-        """Make of 2 lambd B C^T / N and 2 lambd A C / N, in place, the gradients by z."""
-        da_nD, db_nD = products
-        a_nD, b_nD = self.a[self.own], self.b[self.own]
-        if da_nD is not None:
+    def gradients(self, products: Pair, block: slice) -> Pair:
+        """Make of 2 lambd B C^T / N and 2 lambd A C / N, in place, the gradients by z.
+
+        Args:
+            products: those columns of the two.
+            block: which columns.
+        """
+        da_nW, db_nW = products
+        a_nW, b_nW = self.a[self.own, block], self.b[self.own, block]
+        if da_nW is not None:
             rows = self.b_sums[self.own] if self.objective.is_hsic else None
-            self._finish(da_nD, a_nD, b_nD, rows, self.a_scale_D)
-        if db_nD is not None:
+            self._finish(da_nW, a_nW, b_nW, rows, self.w_D[block], _of(self.a_scale_D, block))
+        if db_nW is not None:
             rows = self.a_sums[self.own] if self.objective.is_hsic else None
-            self._finish(db_nD, b_nD, a_nD, rows, self.b_scale_D)
+            self._finish(db_nW, b_nW, a_nW, rows, self.w_D[block], _of(self.b_scale_D, block))
         return products
 
     def _finish(
-        self, d_nD: Tensor, x_nD: Tensor, y_nD: Tensor, y_sums: Tensor | None, scale: Tensor | None
+        self,
+        d_nW: Tensor,
+        x_nW: Tensor,
+        y_nW: Tensor,
+        y_sums: Tensor | None,
+        w_W: Tensor,
+        scale_W: Tensor | None,
     ) -> None:
         """Add the terms of the diagonal and of S, and go back through the standardisation.
 
-        `x_nD` is the view whose gradient this is, `y_nD` the other.
+        `x_nW` is the view whose gradient this is, `y_nW` the other.
         """
-        d_nD.addcmul_(y_nD, self.w_D)
+        d_nW.addcmul_(y_nW, w_W)
         if y_sums is not None:
-            d_nD += self.weight * y_sums[:, None]
-        if scale is not None:
-            share_D = sum_in_place((d_nD * x_nD).sum(dim=0), self.group) / -self.n_global
-            d_nD.addcmul_(x_nD, share_D).mul_(scale)
+            d_nW += self.weight * y_sums[:, None]
+        if scale_W is not None:
+            share_W = sum_in_place((d_nW * x_nW).sum(dim=0), self.group) / -self.n_global
+            d_nW.addcmul_(x_nW, share_W).mul_(scale_W)
         if self.world > 1:
-            d_nD *= self.world
+            d_nW *= self.world
+
+
+def _of(scale_D: Tensor | None, block: slice) -> Tensor | None:
+    """Take some columns of a scale, where there is one."""
+    return None if scale_D is None else scale_D[block]
+
+
+def column_blocks(x_nD: Tensor) -> list[slice]:
+    """Cut the columns into blocks of `BLOCK_BYTES`; into one on a GPU, where each is a start."""
+    n, dim = x_nD.shape
+    width = dim
+    if x_nD.device.type == "cpu":
+        width = max(1, BLOCK_BYTES // (n * x_nD.element_size()))
+    return [slice(first, first + width) for first in range(0, dim, width)]
 
 
 def _gram(views: _Views, wanted: tuple[bool, ...]) -> tuple[Tensor, Pair]:
-    """Compute F and the products with C through the N x N Gram matrices of the two views."""
+    """Compute F and the gradients through the N x N Gram matrices of the two views."""
     a_ND, b_ND = views.a, views.b
-    a_gram_nN = times_transposed(a_ND[views.own], a_ND)
-    b_gram_nN = times_transposed(b_ND[views.own], b_ND)
+    a_gram_nN, b_gram_nN = _gram_matrix(a_ND, views.own), _gram_matrix(b_ND, views.own)
     square_sum = (a_gram_nN * b_gram_nN).sum(dtype=torch.float64)
     square_sum = sum_in_place(square_sum, views.group) / views.n_global**2
     wants_a, wants_b = wanted
     factor = views.weight / views.n_global
-    da_nD = times_transposed(b_gram_nN.mul_(factor), a_ND.T) if wants_a else None
-    db_nD = times_transposed(a_gram_nN.mul_(factor), b_ND.T) if wants_b else None
-    return square_sum, (da_nD, db_nD)
+    a_gram_nN.mul_(factor)
+    b_gram_nN.mul_(factor)
+
+    def gradients(block: slice) -> Pair:
+        da_nW = times_transposed(b_gram_nN, a_ND[:, block].T) if wants_a else None
+        db_nW = times_transposed(a_gram_nN, b_ND[:, block].T) if wants_b else None
+        return views.gradients((da_nW, db_nW), block)
+
+    blocks = column_blocks(a_ND)
+    if views.world > 1 or len(blocks) == 1:  # ranks add up all columns in one collective
+        return square_sum, gradients(slice(None))
+    for block in blocks:
+        for x_ND, dx_nW in zip((a_ND, b_ND), gradients(block), strict=True):
+            if dx_nW is not None:
+                x_ND[:, block] = dx_nW
+    return square_sum, (a_ND if wants_a else None, b_ND if wants_b else None)
+
+
+def _gram_matrix(x_ND: Tensor, own: slice) -> Tensor:
+    """Multiply own rows with all; where those are all, a quarter is had by symmetry."""
+    n = len(x_ND)
+    if own != slice(0, n) or n < MIN_HALVED or x_ND.device.type != "cpu":
+        return times_transposed(x_ND[own], x_ND)
+    half = n // 2
+    gram_NN = torch.empty((n, n), dtype=x_ND.dtype, device=x_ND.device)
+    gram_NN[:half] = times_transposed(x_ND[:half], x_ND)
+    gram_NN[half:, :half] = gram_NN[:half, half:].T
+    gram_NN[half:, half:] = times_transposed(x_ND[half:], x_ND[half:])
+    return gram_NN
 
 
 def _tiled(views: _Views, wanted: tuple[bool, ...], tile_rows: int) -> tuple[Tensor, Pair]:
-    """Compute F and the products with C from C itself, some rows at a time."""
+    """Compute F and the gradients from C itself, some rows at a time."""
     a_nD, b_nD = views.a, views.b
     square_sum = torch.zeros((), dtype=torch.float64, device=a_nD.device)
     is_whole = tile_rows >= a_nD.shape[1]
@@ -258,4 +321,4 @@ def _tiled(views: _Views, wanted: tuple[bool, ...], tile_rows: int) -> tuple[Ten
                 db_nD = times_transposed(a_nD[:, rows], c_WD.T)
             else:
                 db_nD += times_transposed(a_nD[:, rows], c_WD.T)
-    return square_sum, (da_nD, db_nD)
+    return square_sum, views.gradients((da_nD, db_nD), slice(None))

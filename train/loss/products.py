@@ -32,18 +32,15 @@ def times_transposed(x_PK: Tensor, w_QK: Tensor) -> Tensor:
 
     Args:
         x_PK: (P, K).
-        w_QK: (Q, K), contiguous, or the transpose of what is, for the fast way: with other
-            strides oneDNN takes minutes.
+        w_QK: (Q, K); copied for oneDNN unless it is contiguous, or the transpose of what is: with
+            other strides that takes minutes.
     """
-    is_fast = (
-        ONEDNN_IS_FASTER
-        and x_PK.device.type == "cpu"
-        and x_PK.dtype == torch.float32
-        and (w_QK.is_contiguous() or w_QK.T.is_contiguous())
-    )
+    is_fast = ONEDNN_IS_FASTER and x_PK.device.type == "cpu" and x_PK.dtype == torch.float32
     with full_precision(x_PK.device):
         if not is_fast:
             return x_PK @ w_QK.T
+        if not (w_QK.is_contiguous() or w_QK.T.is_contiguous()):
+            w_QK = w_QK.contiguous()
         product: Tensor = torch.ops.mkldnn._linear_pointwise(
             x_PK.contiguous(), w_QK, None, "none", [], ""
         )

@@ -33,17 +33,30 @@ MakeClassifier = Callable[[int], Classifier]
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledImages:
-    """Images and their classes: (N, H, W, C) uint8 and (N,) int64."""
+    """Images of a pool, and their classes; every part of a pool shares it.
 
-    images_NHWC: NDArray[np.uint8]
+    Attributes:
+        pool_NHWC: uint8.
+        labels_N: (N,) int64.
+        rows_N: which images of the pool these are; all of it where None.
+    """
+
+    pool_NHWC: NDArray[np.uint8]
     labels_N: NDArray[np.int64]
+    rows_N: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.labels_N)
 
+    @property
+    def images_NHWC(self) -> NDArray[np.uint8]:
+        """The images, (N, H, W, C) uint8: a new copy, unless they are the whole pool."""
+        return self.pool_NHWC if self.rows_N is None else self.pool_NHWC[self.rows_N]
+
     def take(self, rows: NDArray[np.int64]) -> LabelledImages:
-        """Give some of them."""
-        return LabelledImages(images_NHWC=self.images_NHWC[rows], labels_N=self.labels_N[rows])
+        """Give some of them; no image is copied."""
+        own = rows if self.rows_N is None else self.rows_N[rows]
+        return LabelledImages(pool_NHWC=self.pool_NHWC, labels_N=self.labels_N[rows], rows_N=own)
 
 
 @dataclass(frozen=True, kw_only=True)

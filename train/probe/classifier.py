@@ -122,8 +122,8 @@ def train_classifier(
         compute: the device and the arithmetic of the backbone.
     """
     classifier.to(compute.device).to(memory_format=torch.channels_last)
-    images = torch.from_numpy(images_NHWC).to(compute.device)
-    targets = torch.from_numpy(targets_N).to(compute.device)
+    # They stay where they are, and go to the device a batch at a time: there may be many.
+    images, targets = torch.from_numpy(images_NHWC), torch.from_numpy(targets_N)
     views = crops_and_flips((recipe.smallest_crop, 1.0), recipe.flip_probability)
     generator = torch.Generator().manual_seed(seed)
     optimizer, peaks = _make_optimizer(classifier, recipe)
@@ -148,10 +148,11 @@ def train_classifier(
     learn = recorded(leave_gradients, compute.device)
     classifier.train(not recipe.freezes_batch_norm)
     for step in range(total_steps):
-        rows = next(batches).to(compute.device, non_blocking=True)
+        rows = next(batches)
+        batch_NHWC, wanted = images[rows].to(compute.device), targets[rows].to(compute.device)
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * lr_share(recipe, step, total_steps)
-        learn(augment(images[rows], views, generator), targets[rows])
+        learn(augment(batch_NHWC, views, generator), wanted)
         scaler.step(optimizer)
         scaler.update()
     classifier.eval()
@@ -167,7 +168,7 @@ def fit_head(
     """
     model = fit_softmax(
         _frozen_features(classifier, images_NHWC, is_mirrored=is_mirrored),
-        labels_N.cpu().repeat(1 + is_mirrored),
+        labels_N.repeat(1 + is_mirrored),
         n_classes=classifier.head.out_features,
         c=c,
         tolerance=HEAD_TOLERANCE,
@@ -198,7 +199,9 @@ def predict(
     blocks = []
     with torch.inference_mode():
         for start in range(0, len(images_NHWC), EVALUATION_BATCH):
-            block = torch.from_numpy(images_NHWC[start : start + EVALUATION_BATCH])
+            block = torch.from_numpy(
+                np.ascontiguousarray(images_NHWC[start : start + EVALUATION_BATCH])
+            )
             blocks.append(classifier(block.to(compute.device), compute).double().cpu())
     return np.asarray(torch.cat(blocks).numpy())
 
@@ -216,12 +219,12 @@ def lr_share(recipe: Recipe, step: int, total_steps: int) -> float:
 def _frozen_features(classifier: Classifier, images_NHWC: Tensor, *, is_mirrored: bool) -> Tensor:
     """Give (N, D) float32 on the CPU; those of the mirror images come after the others."""
     classifier.eval()
-    seen = [images_NHWC, images_NHWC.flip(2)] if is_mirrored else [images_NHWC]
+    device = classifier.graph.scale.device
     with torch.inference_mode():
         blocks = [
-            classifier.graph(block).float().cpu()
-            for images in seen
-            for block in torch.split(images, EVALUATION_BATCH)
+            classifier.graph(block.flip(axes).to(device)).float().cpu()
+            for axes in ([], [2])[: 1 + is_mirrored]
+            for block in torch.split(images_NHWC, EVALUATION_BATCH)
         ]
     return torch.cat(blocks).clone()
 

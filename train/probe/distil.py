@@ -29,7 +29,7 @@ from train.device import Compute
 from train.errors import TrainError
 from train.probe.arms import Arm, LabelBudget, LabelledImages, TrainedArm
 from train.probe.classifier import Classifier, Recipe, predict, train_classifier
-from train.probe.labelled import READ_BATCH, pixel_digests
+from train.probe.labelled import READ_BATCH, join, pixel_digests
 from train.probe.options import DistilOptions
 from train.probe.smoothing import smooth, whitened_vectors
 
@@ -64,7 +64,7 @@ def read_unlabelled(
             source.uri, expected="images beside those held out", found="none",
             mend="name another source as --unlabelled",
         )  # fmt: skip
-    return np.concatenate(kept)
+    return join(kept)
 
 
 def train_student(
@@ -120,7 +120,7 @@ def make_targets(
         compute: where the teacher computes.
         is_mirrored: whether it is asked for mirror images, too.
     """
-    views = [images_NHWC, np.ascontiguousarray(images_NHWC[:, :, ::-1])][: 1 + is_mirrored]
+    views = [images_NHWC, images_NHWC[:, :, ::-1]][: 1 + is_mirrored]
     said = (_softmax(predict(teacher, view, compute)) for view in views)
     chances_NC = np.mean(list(said), axis=0).astype(np.float32)
     chances_NC[: len(labels_N)] = np.eye(chances_NC.shape[1])[labels_N]

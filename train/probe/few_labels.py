@@ -11,9 +11,9 @@ Shapes: N images, C classes.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -36,6 +36,7 @@ from train.probe.labelled import (
     hold_out,
     read_labelled,
     record_classes,
+    require_memory,
 )
 from train.probe.options import RECIPES, FewLabelsOptions, RecipeOptions
 from train.probe.pretrained import Pretrained, load_to_train
@@ -112,11 +113,12 @@ def read_budget(
 
     Raises:
         SourceError: the source is missing or damaged.
-        TrainError: there are too few labels.
+        TrainError: there are too few labels, or more images than memory holds.
     """
     source = open_source(options.images)
     class_names, labels_N = record_classes(source)
     draw = draw_labels(labels_N, options)
+    require_memory(source, len(draw.used), encoder.preprocessing)
     images = read_labelled(
         source,
         [],
@@ -127,7 +129,7 @@ def read_budget(
         with_images=True,
     )
     assert images.images_NHWC is not None, "images were asked for"
-    everything = LabelledImages(images_NHWC=images.images_NHWC, labels_N=images.labels_N)
+    everything = LabelledImages(pool_NHWC=images.images_NHWC, labels_N=images.labels_N)
 
     def of(rows: NDArray[np.int64]) -> LabelledImages:
         """Find records among the images; one that could not be used is not there."""
@@ -156,10 +158,10 @@ def make_arms(
         n_classes: how many classes there are.
         sample_NHWC: images for the statistics of a network that has none.
     """
-    config = pretrained.config
+    graph = load_to_train(pretrained, sample_NHWC, stages=options.stages, grid=options.grid)
     finetuned = Arm(
         name="fine-tuned",
-        make=_from_file(pretrained.trained, config, options, n_classes, sample_NHWC),
+        make=_from_graph(graph, n_classes),
         recipes=finetune_recipes(resolve(options)),
         note="",
     )
@@ -167,7 +169,7 @@ def make_arms(
         return [finetuned]
     scratch = Arm(
         name="from scratch",
-        make=_from_scratch(config, options, n_classes),
+        make=_from_scratch(pretrained.config, options, n_classes),
         recipes=scratch_recipes(resolve(options)),
         note="the same network, readout and labels; what is chosen, is chosen alike",
     )
@@ -184,19 +186,24 @@ def make_layer_arms(
 
     The arguments are those of `make_arms`.
     """
-    config, recipes = pretrained.config, layer_recipes(resolve(options))
-    files = {"frozen": pretrained.trained, "random": pretrained.untrained}
-    notes = {"frozen": "as pretraining left it", "random": "as pretraining found it"}
-    return [
-        Arm(
-            name=f"{name}, linear layer",
-            make=_from_file(file, config, options, n_classes, sample_NHWC),
-            recipes=recipes,
-            note=f"the network {notes[name]}",
+    notes = {"frozen": "as pretraining left it"}
+    if pretrained.untrained is not None:
+        notes["random"] = "as pretraining found it"
+    arms = []
+    for name, note in notes.items():
+        graph = load_to_train(
+            pretrained, sample_NHWC, stages=options.stages, grid=options.grid,
+            is_trained=name == "frozen",
+        )  # fmt: skip
+        arms.append(
+            Arm(
+                name=f"{name}, linear layer",
+                make=_from_graph(graph, n_classes),
+                recipes=layer_recipes(resolve(options)),
+                note=f"the network {note}",
+            )
         )
-        for name, file in files.items()
-        if file is not None
-    ]
+    return arms
 
 
 def resolve(options: FewLabelsOptions) -> RecipeOptions:
@@ -312,20 +319,9 @@ def _recipe(
     )
 
 
-def _from_file(
-    file: Path,
-    config: RunConfig,
-    options: FewLabelsOptions,
-    n_classes: int,
-    sample_NHWC: NDArray[np.uint8],
-) -> MakeClassifier:
-    """Give a function that makes a classifier of a file's weights."""
-
-    def make(_: int) -> Classifier:
-        graph = load_to_train(file, config, sample_NHWC, stages=options.stages, grid=options.grid)
-        return Classifier(graph, n_classes)
-
-    return make
+def _from_graph(graph: EncoderGraph, n_classes: int) -> MakeClassifier:
+    """Give a function that makes a classifier of a copy of a network."""
+    return lambda _: Classifier(copy.deepcopy(graph), n_classes)
 
 
 def _from_scratch(config: RunConfig, options: FewLabelsOptions, n_classes: int) -> MakeClassifier:

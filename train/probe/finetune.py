@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from models.bundle import Json
 from models.images import ImageSource, open_source
-from train.probe.labelled import LabelledSet, read_labelled
+from train.probe.labelled import LabelledSet, count_labelled, read_labelled, require_memory
 from train.probe.opening import opened_on_device, require_weights
 from train.probe.options import FewLabelsOptions, FinetuneOptions
 from train.probe.report import ProbeReport, command_line, notes_of, score_classes, show
@@ -35,6 +35,9 @@ STUDENTS = {
     "from scratch, self-distilled": FROM_SCRATCH,
 }
 """Teachers by student: what both have of the unlabelled images is the same."""
+
+CROPS_OF = "the square that preprocessing cuts from the middle, not the whole photograph"
+"""For the report; the paper crops the photograph."""
 
 SAMPLE_IMAGES = 2_000
 """For the BatchNorm statistics of a bundle's network."""
@@ -64,15 +67,21 @@ def evaluate_finetune(options: FinetuneOptions, probed: Probed, compute: Compute
 
     Raises:
         SourceError: a source is missing or damaged.
-        TrainError: there are too few labels, or nothing trains.
+        TrainError: there are too few labels, more images than memory holds, or nothing trains.
     """
     from train.probe.arms import difference, score_arms
     from train.probe.pretrained import read_pretrained
 
+    spec = probed.encoder.preprocessing
     test_source = open_source(options.test)  # a misspelt name ends it now, not at the end
-    unlabelled = None if options.unlabelled is None else open_source(options.unlabelled)
+    require_memory(test_source, count_labelled(test_source), spec)
+    unlabelled = None
+    if options.unlabelled is not None:
+        unlabelled = open_source(options.unlabelled)
+        n = min(options.distil.images, sum(1 for _ in unlabelled.records()))
+        require_memory(unlabelled, n, spec)
     with_layers = options.baselines or unlabelled is not None  # one of them teaches
-    pretrained = read_pretrained(options.run)
+    pretrained = probed.pretrained or read_pretrained(options.run)
     trained = train_arms(options, probed, pretrained, compute, with_layers=with_layers)
     settings = describe_settings(options, compute)
     if unlabelled is not None:
@@ -114,7 +123,7 @@ def train_arms(
 
     Raises:
         SourceError: the source is missing or damaged.
-        TrainError: there are too few labels, or nothing trains.
+        TrainError: there are too few labels, more images than memory holds, or nothing trains.
     """
     from train.probe.arms import train_arm
     from train.probe.few_labels import make_arms, make_layer_arms, read_budget
@@ -201,6 +210,7 @@ def describe_settings(options: FewLabelsOptions, compute: Compute) -> dict[str, 
 
     return {
         **describe_recipe(options),
+        "crops_of": CROPS_OF,
         "device": str(compute.device),
         "precision": compute.precision,
     }
@@ -211,4 +221,4 @@ def labelled_images(images: LabelledSet) -> LabelledImages:
     from train.probe.arms import LabelledImages
 
     assert images.images_NHWC is not None, "images were asked for"
-    return LabelledImages(images_NHWC=images.images_NHWC, labels_N=images.labels_N)
+    return LabelledImages(pool_NHWC=images.images_NHWC, labels_N=images.labels_N)

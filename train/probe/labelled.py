@@ -5,6 +5,7 @@ Rules:
     A subset or a held-out split is a function of labels and seed; both are drawn class by
     class, so that one of 600 has its share of every class.
     Two sets of equal hash hold the same pixels, as the encoder takes them, and labels.
+    Images are kept as the encoder takes them: of a photograph the square from its middle.
 
 Nothing here opens a test set: who reads it, and when, is for the caller to order.
 
@@ -16,7 +17,8 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,9 +29,13 @@ from index.evaluation.knn_scores import number_labels
 from models.command import progress
 from models.encoder import Encoder
 from models.images import ImageRecord, ImageSource
+from models.preprocess import PreprocessSpec
+from train.data.memory import images_that_fit
 from train.errors import TrainError
 
 READ_BATCH = 256
+
+T = TypeVar("T", np.uint8, np.float32)
 
 log = logging.getLogger("horace")
 
@@ -41,6 +47,8 @@ class LabelledSet:
     Attributes:
         uri: of the source.
         sha256: of the pixels and labels of these images.
+        size_HWC: height, width and channels of an image.
+        labels: as the source has them.
         class_names: what `labels_N` counts.
         labels_N: int64; -1 for a label that is none of `class_names`.
         rows_N: int64; the number of each image among the labelled records, rising.
@@ -48,12 +56,14 @@ class LabelledSet:
         features: (N, D) float32 of each encoder that was asked for, not normalised.
         pixels_NP: reduced pixels, uint8; None where they were not asked for.
         images_NHWC: uint8; None where they were not asked for.
-        n_rejects: images that could not be used.
-        n_unlabelled: images without a label.
+        n_rejects: images that could not be used, of all that were to be read.
+        n_unlabelled: images of the source without a label.
     """
 
     uri: str
     sha256: str
+    size_HWC: tuple[int, int, int]
+    labels: list[str]
     class_names: tuple[str, ...]
     labels_N: NDArray[np.int64]
     rows_N: NDArray[np.int64]
@@ -66,6 +76,24 @@ class LabelledSet:
 
     def __len__(self) -> int:
         return len(self.labels_N)
+
+    def take(self, places_N: NDArray[np.int64]) -> LabelledSet:
+        """Give the images in these places, with a hash of their own."""
+        if np.array_equal(places_N, np.arange(len(self))):
+            return self  # no copy
+        labels = [self.labels[place] for place in places_N]
+        digests = [self.digests[place] for place in places_N]
+        return replace(
+            self,
+            sha256=_hash(self.size_HWC, labels, digests),
+            labels=labels,
+            labels_N=self.labels_N[places_N],
+            rows_N=self.rows_N[places_N],
+            digests=digests,
+            features=[features_ND[places_N] for features_ND in self.features],
+            pixels_NP=None if self.pixels_NP is None else self.pixels_NP[places_N],
+            images_NHWC=None if self.images_NHWC is None else self.images_NHWC[places_N],
+        )
 
     def describe(self) -> dict[str, str | int]:
         """Say what these images are, for a report."""
@@ -131,22 +159,60 @@ def read_labelled(
             source.uri, expected="labelled images that can be decoded", found="none",
             mend="name a labelled source",
         )  # fmt: skip
+    spec = preprocess_for.preprocessing
+    size_HWC = spec.height, spec.width, spec.channels
     names = tuple(sorted(set(labels)) if class_names is None else class_names)
     if n_rejects:
         log.warning("%s: skipped %d images that cannot be used", source.uri, n_rejects)
     return LabelledSet(
         uri=source.uri,
-        sha256=_hash(preprocess_for, labels, digests),
+        sha256=_hash(size_HWC, labels, digests),
+        size_HWC=size_HWC,
+        labels=labels,
         class_names=names,
         labels_N=number_labels(labels, names),
         rows_N=np.array(rows_read, np.int64),
         digests=digests,
-        features=[np.concatenate(made) for made in features],
-        pixels_NP=np.concatenate(pixels) if pixels else None,
-        images_NHWC=np.concatenate(images) if images else None,
+        features=[join(made) for made in features],
+        pixels_NP=join(pixels) if pixels else None,
+        images_NHWC=join(images) if images else None,
         n_rejects=n_rejects,
         n_unlabelled=sum(record.label is None for record in source.records()),
     )
+
+
+def join(blocks: list[NDArray[T]]) -> NDArray[T]:
+    """Concatenate, and let each block go once it is copied: nothing is there twice."""
+    whole = np.empty((sum(map(len, blocks)), *blocks[0].shape[1:]), blocks[0].dtype)
+    start = len(whole)
+    while blocks:
+        block = blocks.pop()
+        whole[start - len(block) : start] = block
+        start -= len(block)
+    return whole
+
+
+def require_memory(source: ImageSource, n: int, spec: PreprocessSpec) -> None:
+    """Refuse images that the free memory cannot hold beside a copy of them.
+
+    Raises:
+        TrainError: there are more than fit.
+    """
+    fits = images_that_fit(spec)
+    if n > fits:
+        n_bytes = n * spec.height * spec.width * spec.channels
+        raise TrainError(
+            f"{source.uri} in memory",
+            expected=f"at most {fits:,} images of {spec.height}x{spec.width} here",
+            found=f"{n:,} ({n_bytes:,} bytes)",
+            mend="free memory, name fewer images, or ask for fewer --labels or --seeds; a linear "
+            "layer without --augment keeps no images",
+        )
+
+
+def count_labelled(source: ImageSource) -> int:
+    """Count the labelled records, without reading an image."""
+    return sum(record.label is not None for record in source.records())
 
 
 def pixel_digests(images_NHWC: NDArray[np.uint8]) -> list[bytes]:
@@ -236,10 +302,9 @@ def _labelled_records(source: ImageSource, wanted: frozenset[int] | None) -> Ite
             yield ImageRecord(str(number), record.label, record.read)
 
 
-def _hash(encoder: Encoder, labels: Sequence[str], digests: Sequence[bytes]) -> str:
+def _hash(size_HWC: tuple[int, int, int], labels: Sequence[str], digests: Sequence[bytes]) -> str:
     """Hash the size of the images, their pixels and their labels."""
-    spec = encoder.preprocessing
-    whole = hashlib.sha256(repr((spec.height, spec.width, spec.channels)).encode())
+    whole = hashlib.sha256(repr(size_HWC).encode())
     whole.update(b"".join(digests))
     whole.update("\0".join(labels).encode())
     return whole.hexdigest()

@@ -5,7 +5,8 @@ Rules:
     Raw pixels, whitened pixels and the untrained encoder go the same way in the same run.
 
 Source: Zbontar et al., arXiv 2103.03230, section 3.1 and appendix A.2 for `--solver sgd`;
-there images are cropped and flipped anew every epoch, here only with `--augment`.
+there photographs are cropped and flipped anew every epoch, here only with `--augment`, which
+crops the square that preprocessing cuts from their middle.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ from train.run import describe_environment
 if TYPE_CHECKING:
     from train.probe.probed import Probed
 
+AUGMENTATION = (
+    "flips, and crops of the square that preprocessing cuts from the middle, not of the whole "
+    "photograph as the paper's"
+)
+
 
 def main(options: LinearOptions) -> None:
     """Measure, print, write and record."""
@@ -45,16 +51,19 @@ def evaluate_linear(options: LinearOptions, probed: Probed) -> ProbeReport:
 
     Raises:
         SourceError: a source is missing or damaged.
-        TrainError: there are no labels, or features are not finite.
-        UsageError: a readout is chosen for an encoder that has its own.
+        TrainError: there are no labels, more images than memory holds, or features are not finite.
+        UsageError: a readout is chosen for an encoder that has its own, or `--augment` for one
+            that is not a run's.
     """
     from train.probe.linear_layers import fit_layers, measure, read_test
 
     if probed.run is None:
         refuse_readout(options.encoder, options)
+        if options.augment:
+            raise UsageError("--augment", expected="a run", found=f"encoder {probed.encoder.name}")
     test_source = open_source(options.test)  # a misspelt name ends it now, not at the end
     layers = fit_layers(options, probed)
-    test = read_test(options, probed, layers, test_source)
+    test = read_test(options, probed, layers.train, test_source)
     rows, scores_NC = measure(options, layers, test)
     return ProbeReport(
         kind="linear",
@@ -110,5 +119,5 @@ def describe_settings(options: LinearOptions) -> dict[str, Json]:
         "lr": options.sgd.lr,
         "batch_size": options.sgd.batch_size,
         "weight_decay": options.sgd.weight_decay,
-        "augmentation": "crops and flips" if options.augment else "none, unlike the paper's",
+        "augmentation": AUGMENTATION if options.augment else "none, unlike the paper's",
     }

@@ -12,8 +12,8 @@ Shapes: N images, D dimensions, C classes.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,10 +23,16 @@ from torch import Tensor
 from index.evaluation.baselines import Whitening
 from models.bundle import Json
 from models.encoder import Encoder
-from models.errors import UsageError
 from models.images import ImageSource, open_source
 from train.probe.augment import augmented_features
-from train.probe.labelled import LabelledSet, hold_out, read_labelled, require_classes
+from train.probe.labelled import (
+    LabelledSet,
+    count_labelled,
+    hold_out,
+    read_labelled,
+    require_classes,
+    require_memory,
+)
 from train.probe.options import LinearOptions
 from train.probe.probed import Probed, RunEncoder
 from train.probe.report import ProbeRow, Spread, score
@@ -83,16 +89,54 @@ def fit_layers(
     rows: NDArray[np.int64] | None = None,
     class_names: Sequence[str] | None = None,
 ) -> Layers:
-    """Read the training images, all or some rows of them, and fit every candidate's layer.
+    """Read the training images, as `read_train` does, and fit every candidate's layer.
+
+    Raises:
+        SourceError: the source is missing or damaged.
+        TrainError: what is read has not two classes, more images are to be kept than memory
+            holds, or features are not finite.
+    """
+    return _fit_all(options, probed, read_train(options, probed, rows, class_names))
+
+
+def fit_seeds(
+    options: LinearOptions,
+    probed: Probed,
+    train: LabelledSet,
+    rows_by_seed: Mapping[int, NDArray[np.int64]],
+) -> list[Layers]:
+    """Fit every candidate's layer on each seed's rows of what was read.
+
+    Raises:
+        TrainError: the rows of a seed have not two classes, or features are not finite.
+    """
+    made: list[Layers] = []
+    for rows in rows_by_seed.values():
+        part = train.take(np.flatnonzero(np.isin(train.rows_N, rows)))
+        made.append(_fit_all(options, probed, part, first=made[0] if made else None))
+    return made
+
+
+def read_train(
+    options: LinearOptions,
+    probed: Probed,
+    rows: NDArray[np.int64] | None = None,
+    class_names: Sequence[str] | None = None,
+) -> LabelledSet:
+    """Read the training images, all or some rows of them.
 
     Without `class_names` the classes are those that occur in what is read.
 
     Raises:
         SourceError: the source is missing or damaged.
-        TrainError: what is read has not two classes, or features are not finite.
+        TrainError: no image can be used, or more are to be kept than memory holds.
     """
-    train = read_labelled(
-        open_source(options.images),
+    source = open_source(options.images)
+    if options.augment:
+        n = count_labelled(source) if rows is None else len(rows)
+        require_memory(source, n, probed.encoder.preprocessing)
+    return read_labelled(
+        source,
         _encoders(options, probed),
         preprocess_for=probed.encoder,
         what="training images",
@@ -101,15 +145,12 @@ def fit_layers(
         with_pixels=options.baselines,
         with_images=options.augment,
     )
-    require_classes(options.images, [train.class_names[n] for n in np.unique(train.labels_N)])
-    found = candidates(options, _encoders(options, probed), train)
-    return Layers(train=train, fitted=[fit(candidate, train, options) for candidate in found])
 
 
 def read_test(
     options: LinearOptions,
     probed: Probed,
-    layers: Layers,
+    train: LabelledSet,
     source: ImageSource,
     *,
     with_images: bool = False,
@@ -120,7 +161,7 @@ def read_test(
         _encoders(options, probed),
         preprocess_for=probed.encoder,
         what="test images",
-        class_names=layers.train.class_names,
+        class_names=train.class_names,
         with_pixels=options.baselines,
         with_images=with_images,
     )
@@ -145,6 +186,23 @@ def measure(
         rows.append(ProbeRow(name=RANDOM_ROW, dim=None, top1=None, top5=None, chosen={}, note=note))
     assert first is not None, "the encoder is always a candidate"
     return rows, first
+
+
+def measure_seeds(
+    options: LinearOptions, layers: Sequence[Layers], test: LabelledSet
+) -> tuple[list[ProbeRow], NDArray[np.float64]]:
+    """Count what the layers of each seed get right.
+
+    Returns:
+        The rows, over seeds, with what was chosen at the first; and the (N, C) scores of the
+        first row at the first seed.
+    """
+    by_seed = [measure(options, one, test) for one in layers]
+    rows = []
+    for same in zip(*(rows for rows, _ in by_seed), strict=True):
+        top1, top5 = [row.top1 for row in same], [row.top5 for row in same]
+        rows.append(replace(same[0], top1=_over_seeds(top1), top5=_over_seeds(top5)))
+    return rows, by_seed[0][1]
 
 
 def candidates(
@@ -187,23 +245,31 @@ def candidates(
     ]
 
 
-def fit(candidate: Candidate, train: LabelledSet, options: LinearOptions) -> Fitted:
-    """Choose C on held-out images, and fit on all; or follow the paper's recipe."""
+def fit(
+    candidate: Candidate,
+    train: LabelledSet,
+    options: LinearOptions,
+    choice: CChoice | None = None,
+) -> Fitted:
+    """Choose C on held-out images, and fit on all; or follow the paper's recipe.
+
+    A `choice` of C that was made before is kept.
+    """
     start_s = time.monotonic()
     features_ND = torch.from_numpy(np.ascontiguousarray(candidate.features(train)))
     labels_N = torch.from_numpy(train.labels_N)
     n_classes = len(train.class_names)
-    choice = None
     if options.solver == "lbfgs":
-        kept, held = (torch.from_numpy(rows) for rows in split_of(options, train))
-        choice = choose_c(
-            features_ND[kept],
-            labels_N[kept],
-            features_ND[held],
-            labels_N[held],
-            n_classes=n_classes,
-            grid=options.c,
-        )
+        if choice is None:
+            kept, held = (torch.from_numpy(rows) for rows in split_of(options, train))
+            choice = choose_c(
+                features_ND[kept],
+                labels_N[kept],
+                features_ND[held],
+                labels_N[held],
+                n_classes=n_classes,
+                grid=options.c,
+            )
         model = fit_softmax(features_ND, labels_N, n_classes=n_classes, c=choice.c)
     else:
         model = fit_sgd(
@@ -226,14 +292,35 @@ def split_of(
     return hold_out(train.labels_N, share=options.val_share, seed=options.seed)
 
 
-def _augmented(encoder: Encoder, train: LabelledSet, seed: int) -> Callable[[int], Tensor]:
-    """Give a function from an epoch to the features of that epoch's crops and flips.
+def _fit_all(
+    options: LinearOptions, probed: Probed, train: LabelledSet, first: Layers | None = None
+) -> Layers:
+    """Fit every candidate's layer on all that is given, with the C of the first where there is one.
 
     Raises:
-        UsageError: the encoder is not a run's.
+        TrainError: there are not two classes, or features are not finite.
     """
-    if not isinstance(encoder, RunEncoder):
-        raise UsageError("--augment", expected="a run", found=f"encoder {encoder.name}")
+    require_classes(options.images, [train.class_names[n] for n in np.unique(train.labels_N)])
+    found = candidates(options, _encoders(options, probed), train)
+    choices = [None] * len(found) if first is None else [one.choice for one in first.fitted]
+    return Layers(
+        train=train,
+        fitted=[
+            fit(candidate, train, options, choice)
+            for candidate, choice in zip(found, choices, strict=True)
+        ],
+    )
+
+
+def _over_seeds(spreads: Sequence[Spread | None]) -> Spread | None:
+    """Make one figure of one a seed; None where it could not be had."""
+    values = [value for spread in spreads if spread is not None for value in spread.values]
+    return Spread.of(values) if values else None
+
+
+def _augmented(encoder: Encoder, train: LabelledSet, seed: int) -> Callable[[int], Tensor]:
+    """Give a function from an epoch to the features of that epoch's crops and flips."""
+    assert isinstance(encoder, RunEncoder), "of others `--augment` is refused before"
     assert train.images_NHWC is not None, "images were asked for"
     return augmented_features(encoder, train.images_NHWC, crop_area=AUGMENTED_AREA, seed=seed)
 

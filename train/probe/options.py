@@ -111,7 +111,8 @@ class LinearOptions(CommonOptions):
     """Decides the held-out images, and the order of sgd."""
 
     augment: bool = False
-    """Crop and flip the images anew every epoch of sgd; of a run only, and slow."""
+    """Crop and flip the images anew every epoch of sgd; of a run only, and slow. Crops are of
+    the square that preprocessing cuts from a photograph's middle. All images are in memory."""
 
     record: bool = False
     """Keep the report in the bundle's bundle.json, too."""
@@ -171,7 +172,8 @@ class RecipeOptions:
     """Share of the target that goes to all classes alike."""
 
     smallest_crop: tuple[float, ...] | None = None
-    """Smallest share of the image that a random crop covers, of both sides; 1 for no crops."""
+    """Smallest share of the image that a random crop covers, of both sides; 1 for no crops.
+    The image is the square that preprocessing cuts from a photograph's middle."""
 
     flip_probability: float | None = None
     """How often an image is mirrored."""
@@ -297,7 +299,8 @@ class FewLabelsOptions(CommonOptions):
     """Each draws labels, what starts at random, and order; the first chooses settings."""
 
     preset: Literal["small", "paper"] = "small"
-    """Where the values of the recipe come from that are not given."""
+    """Where the values of the recipe come from that are not given. The paper's crops are of
+    the whole photograph, here of the square that preprocessing cuts from its middle."""
 
     recipe: RecipeOptions = field(default_factory=RecipeOptions)
 

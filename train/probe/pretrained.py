@@ -2,6 +2,8 @@
 
 Rules:
     Nothing here asks for a bundle's run: its graph has the weights, and bundle.json the rest.
+    The trained weights are read once, at the start: a run that still trains deletes its
+    older checkpoints meanwhile.
     A bundle's network computes what the bundle computes, before the readout, to rounding.
 
 Shapes: N images, H x W pixels, C channels.
@@ -9,6 +11,7 @@ Shapes: N images, H x W pixels, C channels.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.bundle import BUNDLE_FILE, Json, read_bundle
+from models.networks import Backbone
 from train.backbones import build_backbone
 from train.config import current_names, options_from_json
 from train.errors import RunError
@@ -38,15 +42,17 @@ class Pretrained:
         config: what it was pretrained with.
         trained: the file of its weights: a checkpoint, or a bundle's graph.
         untrained: that of the weights before the first step; None of a bundle without.
+        graph: what was read of `trained`, plainly pooled, on the CPU; never trained itself.
     """
 
     config: RunConfig
     trained: Path
     untrained: Path | None
+    graph: EncoderGraph
 
 
 def read_pretrained(where: Path) -> Pretrained:
-    """Find the weights of a run, or of a bundle.
+    """Find the weights of a run, or of a bundle, and read the trained ones.
 
     Raises:
         BundleError: the bundle is damaged.
@@ -57,8 +63,13 @@ def read_pretrained(where: Path) -> Pretrained:
     if (where / BUNDLE_FILE).is_file():
         return _of_bundle(where)
     run = RunDirectory(path=where)
-    config = run.read_config()
-    return Pretrained(config=config, trained=last_checkpoint(run), untrained=run.initial_file)
+    config, trained = run.read_config(), last_checkpoint(run)
+    return Pretrained(
+        config=config,
+        trained=trained,
+        untrained=run.initial_file,
+        graph=load_graph(trained, config),
+    )
 
 
 def load_graph(
@@ -82,20 +93,42 @@ def load_graph(
     return EncoderGraph(backbone, readout, config.channel_mean, config.channel_std)
 
 
+def with_readout(
+    pretrained: Pretrained, *, stages: Sequence[int] = (), grid: int = 1
+) -> EncoderGraph:
+    """Copy the trained network that was read, and give the copy a pooled readout.
+
+    Raises:
+        UsageError: the network has no such stage.
+    """
+    graph = copy.deepcopy(pretrained.graph)
+    stage_dims = cast(Backbone, graph.backbone).stage_dims
+    graph.readout = PooledReadout(stage_dims, stages=stages, grid=grid)
+    return graph
+
+
 def load_to_train(
-    file: Path,
-    config: RunConfig,
+    pretrained: Pretrained,
     sample_NHWC: NDArray[np.uint8],
     *,
     stages: Sequence[int] = (),
     grid: int = 1,
+    is_trained: bool = True,
 ) -> EncoderGraph:
-    """Do the same for a network that is trained further.
+    """Give a network that can be trained further, with its trained or its untrained weights.
 
     The sample of images gives an unfolded network its BatchNorm statistics back.
+
+    Raises:
+        RunError, ExportError: the untrained weights are missing or damaged.
+        UsageError: the network has no such stage.
     """
-    graph = load_graph(file, config, stages=stages, grid=grid)
-    if file.suffix == GRAPH_SUFFIX:
+    if is_trained:
+        graph = with_readout(pretrained, stages=stages, grid=grid)
+    else:
+        assert pretrained.untrained is not None, "the caller asks for what there is"
+        graph = load_graph(pretrained.untrained, pretrained.config, stages=stages, grid=grid)
+    if pretrained.trained.suffix == GRAPH_SUFFIX:
         restore_statistics(graph, sample_NHWC)
     return graph
 
@@ -121,5 +154,9 @@ def _of_bundle(path: Path) -> Pretrained:
             found=f"none of {error} in its provenance",
             mend="give the run that it was exported from",
         ) from error
-    load_graph(bundle.encoder_path, config)  # does it unfold? better said now than after reading
-    return Pretrained(config=config, trained=bundle.encoder_path, untrained=bundle.random_path)
+    return Pretrained(
+        config=config,
+        trained=bundle.encoder_path,
+        untrained=bundle.random_path,
+        graph=load_graph(bundle.encoder_path, config),
+    )

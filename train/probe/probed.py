@@ -28,7 +28,7 @@ from models.files import sha256_file
 from models.preprocess import PreprocessSpec, preprocess
 from models.runtime import open_random_twin
 from train.export.graph import EncoderGraph, run_in_batches
-from train.probe.pretrained import load_graph, read_pretrained
+from train.probe.pretrained import Pretrained, load_graph, read_pretrained, with_readout
 from train.run import RunDirectory
 
 
@@ -92,6 +92,7 @@ class Probed:
         twin: the untrained one; None where there is none.
         bundle: its directory, where it is one.
         run: the same, of a run.
+        pretrained: of a run, the very weights that `encoder` has, to be trained further.
         description: what it is, for a report.
     """
 
@@ -99,6 +100,7 @@ class Probed:
     twin: Encoder | None
     bundle: Path | None
     run: RunDirectory | None
+    pretrained: Pretrained | None
     description: dict[str, Json]
 
     def close(self) -> None:
@@ -142,25 +144,30 @@ def open_probed(
         "fingerprint": encoder.fingerprint,
         "dim": encoder.dim,
     }
-    return Probed(encoder=encoder, twin=twin, bundle=bundle, run=None, description=description)
+    return Probed(
+        encoder=encoder, twin=twin, bundle=bundle, run=None, pretrained=None,
+        description=description,
+    )  # fmt: skip
 
 
 def _open_run(run: RunDirectory, stages: Sequence[int], grid: int, device: torch.device) -> Probed:
     """Open a run's last checkpoint, and its initial weights as the twin."""
     pretrained = read_pretrained(run.path)
-    opened = []
-    for file in (pretrained.trained, run.initial_file):
-        graph = load_graph(file, pretrained.config, stages=stages, grid=grid)
-        opened.append(
-            RunEncoder(
-                graph,
-                name=run.path.resolve().name,
-                fingerprint=sha256_file(file),
-                preprocessing=pretrained.config.preprocessing,
-                device=device,
-            )
+    config, initial = pretrained.config, run.initial_file
+    graphs = {
+        pretrained.trained: with_readout(pretrained, stages=stages, grid=grid),
+        initial: load_graph(initial, config, stages=stages, grid=grid),
+    }
+    encoder, twin = (
+        RunEncoder(
+            graph,
+            name=run.path.resolve().name,
+            fingerprint=sha256_file(file),
+            preprocessing=config.preprocessing,
+            device=device,
         )
-    encoder, twin = opened
+        for file, graph in graphs.items()
+    )
     description: dict[str, Json] = {
         "kind": "run",
         "name": encoder.name,
@@ -170,4 +177,7 @@ def _open_run(run: RunDirectory, stages: Sequence[int], grid: int, device: torch
         "grid": grid,
         "dim": encoder.dim,
     }
-    return Probed(encoder=encoder, twin=twin, bundle=None, run=run, description=description)
+    return Probed(
+        encoder=encoder, twin=twin, bundle=None, run=run, pretrained=pretrained,
+        description=description,
+    )  # fmt: skip

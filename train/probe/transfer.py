@@ -7,6 +7,7 @@ colour pass through the encoder's own preprocessing.
 Rules:
     Everything is chosen and trained before a test image is read; the test images are read
     once for the linear rows and once for the trained networks.
+    Every row has every seed: its labels, and settings that the first seed chose.
     A linear layer on a bundle has the bundle's own readout; the options choose that of a run,
     and of the trained networks.
 
@@ -15,9 +16,12 @@ Source: Zbontar et al., arXiv 2103.03230, section 3.3.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from models.bundle import Json
 from models.images import open_source
@@ -38,6 +42,7 @@ from train.run import describe_environment
 
 if TYPE_CHECKING:
     from train.device import Compute
+    from train.probe.labelled import LabelledSet
     from train.probe.linear_layers import Layers
     from train.probe.pretrained import Pretrained
     from train.probe.probed import Probed
@@ -58,32 +63,39 @@ def evaluate_transfer(options: TransferOptions, probed: Probed, compute: Compute
 
     Raises:
         SourceError: a source is missing or damaged.
-        TrainError: there are too few labels, or nothing trains.
+        TrainError: there are too few labels, more images than memory holds, or nothing trains.
         UsageError: a readout is chosen, and nothing has it.
     """
     from train.probe.arms import difference, score_arms
     from train.probe.few_labels import draw_labels
-    from train.probe.labelled import record_classes
-    from train.probe.linear_layers import fit_layers, measure, read_test
+    from train.probe.labelled import count_labelled, record_classes, require_memory
+    from train.probe.linear_layers import fit_seeds, measure_seeds, read_test, read_train
 
     test_source = open_source(options.test)  # a misspelt name ends it now, not at the end
     linear = _linear_options(options)
-    pretrained = _find_pretrained(options, probed)
+    pretrained = _find_pretrained(probed)
     if pretrained is None:
         refuse_readout(options.encoder, options)
-    class_names, labels_N = record_classes(open_source(options.images))
+    source = open_source(options.images)
+    class_names, labels_N = record_classes(source)
     draw = draw_labels(labels_N, options)
-    layers = fit_layers(linear, probed, draw.by_seed[options.seeds[0]], class_names)
+    if pretrained is not None:  # the images of what is trained further are kept
+        spec = probed.encoder.preprocessing
+        require_memory(test_source, count_labelled(test_source), spec)
+        require_memory(source, len(draw.used), spec)
+    taught = np.unique(np.concatenate([*draw.by_seed.values()]))
+    train = read_train(linear, probed, taught, class_names)
+    layers = fit_seeds(linear, probed, train, draw.by_seed)
     trained = (
         None
         if pretrained is None
         else train_arms(options, probed, pretrained, compute, with_layers=False)
     )
-    test = read_test(linear, probed, layers, test_source, with_images=True)
-    rows, scores_NC = measure(linear, layers, test)
+    test = read_test(linear, probed, train, test_source, with_images=trained is not None)
+    rows, scores_NC = measure_seeds(linear, layers, test)
     rows = [replace(row, name=f"linear, {row.name}") for row in rows]
     # The trained networks' images are all seeds' and those held out: the layers' are among them.
-    gain, notes = None, notes_of(layers.train if trained is None else trained.images, test)
+    gain, notes = None, notes_of(train if trained is None else trained.images, test)
     settings = linear_probe.describe_settings(linear)
     settings |= {"labels": options.labels, "balanced": options.balanced}
     if trained is None:
@@ -99,9 +111,9 @@ def evaluate_transfer(options: TransferOptions, probed: Probed, compute: Compute
         kind="transfer",
         command=command_line(),
         encoder=probed.description,
-        images=_describe_images(layers, trained),
+        images=_describe_images(train, layers, options.seeds, trained),
         test={**test.describe()},
-        split=_describe_split(options, linear, layers, trained),
+        split=_describe_split(options, linear, layers[0], trained),
         settings=settings,
         seeds=options.seeds,
         rows=rows,
@@ -113,14 +125,12 @@ def evaluate_transfer(options: TransferOptions, probed: Probed, compute: Compute
     )
 
 
-def _find_pretrained(options: TransferOptions, probed: Probed) -> Pretrained | None:
+def _find_pretrained(probed: Probed) -> Pretrained | None:
     """Find the network to train further: that of a run, or of a bundle that unfolds."""
     from train.probe.pretrained import read_pretrained
 
-    if probed.run is not None:
-        return read_pretrained(probed.run.path)
     if probed.bundle is None:
-        return None
+        return probed.pretrained
     with suppress(RunError, ExportError):
         return read_pretrained(probed.bundle)
     return None
@@ -132,12 +142,15 @@ def _linear_options(options: TransferOptions) -> LinearOptions:
     return LinearOptions(encoder=options.encoder, seed=options.seeds[0], **shared)
 
 
-def _describe_images(layers: Layers, trained: Trained | None) -> dict[str, Json]:
+def _describe_images(
+    train: LabelledSet, layers: Sequence[Layers], seeds: Sequence[int], trained: Trained | None
+) -> dict[str, Json]:
     """Say which training images were read, and which of them the linear layers learned from."""
-    of_layers = layers.train.describe()
+    counts = {str(seed): len(one.train) for seed, one in zip(seeds, layers, strict=True)}
+    of_layers: dict[str, Json] = {**train.describe(), "labels_by_seed": {**counts}}
     if trained is None:
-        return {**of_layers}
-    return {**describe_images(trained), "linear": {**of_layers}}
+        return of_layers
+    return {**describe_images(trained), "linear": of_layers}
 
 
 def _describe_split(
@@ -145,7 +158,7 @@ def _describe_split(
     trained: Trained | None,
 ) -> dict[str, Json]:  # fmt: skip
     """Say what C, and the settings of the trained networks, were chosen on."""
-    of_layers = linear_probe.describe_split(linear, layers.train)
+    of_layers = linear_probe.describe_split(linear, layers.train)  # those of the first seed
     if trained is None:
         return of_layers
     of_arms = describe_split(options, trained)

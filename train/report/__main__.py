@@ -29,7 +29,7 @@ from models.command import run_command
 from models.cpu import cpu_budget
 from models.errors import HoraceError, UsageError
 from models.files import atomic_file
-from models.images import open_source
+from models.images import ImageSource, open_source
 from train.errors import training_packages, writing
 from train.run import RunDirectory
 
@@ -85,11 +85,10 @@ class Pictures:
 def main(options: ReportOptions) -> None:
     """Read the run, look at its network, and write the page."""
     with training_packages():
-        import torch
-
+        from train.device import prepare_device, resolve_compute
         from train.report.facts import read_facts
 
-        torch.set_num_threads(cpu_budget())
+        prepare_device(resolve_compute("auto", "fp32"), threads=cpu_budget())
         run = RunDirectory(path=options.run)
         facts = read_facts(run)
         with writing(options.page_path, mend="make room or choose another --out"):
@@ -115,9 +114,9 @@ def make_pictures(run: RunDirectory, facts: RunFacts, images: int) -> Pictures:
     except HoraceError as error:
         log.warning("%s", error)
         return Pictures(why_not=f"The run's images cannot be read now: {error}.")
-    views_png = draw_views(facts, sample)
+    views_png = draw_views(facts, sample, source)
     try:
-        findings = find_out(run, facts, sample)
+        findings = find_out(run, facts, sample, source)
     except HoraceError as error:
         log.warning("%s", error)
         why_not = f"There is no network to look with: {error}."
@@ -125,17 +124,19 @@ def make_pictures(run: RunDirectory, facts: RunFacts, images: int) -> Pictures:
     return Pictures(sample=sample, views_png=views_png, findings=findings)
 
 
-def draw_views(facts: RunFacts, sample: Sample) -> bytes:
+def draw_views(facts: RunFacts, sample: Sample, source: ImageSource) -> bytes:
     """Draw the random views of a few images, as PNG."""
-    from train.report.model import choose_queries
+    from train.report.model import choose_queries, stream_views
     from train.trainer import view_recipes
-    from train.views.picture import write_views_picture
+    from train.views.picture import VIEWS_EACH, write_views_picture
 
-    rows = choose_queries(sample)[:VIEW_IMAGES]
+    rows, seed = choose_queries(sample)[:VIEW_IMAGES], facts.options.seed
+    keys = [sample.keys[row] for row in rows]
+    views = stream_views(facts.options, source, keys, seed=seed, each=VIEWS_EACH)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "views.png"
         recipes = view_recipes(facts.options.views)
-        write_views_picture(sample.images_NHWC[rows], recipes, path, facts.options.seed)
+        write_views_picture(sample.images_NHWC[rows], recipes, path, seed, views)
         return path.read_bytes()
 
 

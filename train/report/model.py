@@ -7,13 +7,14 @@ Rules:
     C and the spectra are those of whole samples, not of one training batch: see
     `train.diagnostics` for the latter.
 
-Shapes: N images of H x W pixels and C channels, D dimensions, K singular values, Q queries.
+Shapes: N images of H x W pixels and C channels, V views of each, D dimensions, K singular
+values, Q queries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 import numpy as np
@@ -29,7 +30,9 @@ from models.networks import BarlowTwins
 from models.preprocess import PreprocessSpec
 from models.vectors import finish_vectors
 from train.backbones import build_network
+from train.begin import make_worker_views
 from train.checkpoint import list_checkpoints, load_backbone, load_weights
+from train.config import PretrainOptions
 from train.data.memory import count_records, fit_record, pick_records
 from train.diagnostics import (
     correlation_summary,
@@ -42,6 +45,7 @@ from train.report.facts import RunFacts
 from train.run import RunDirectory
 from train.trainer import view_recipes
 from train.views import Normaliser, ViewRecipe, random_view
+from train.views.picture import StreamViews, views_of_photographs
 
 EMBED_BATCH = 128
 SEED = 0
@@ -140,11 +144,12 @@ def draw_sample(source: ImageSource, spec: PreprocessSpec, n: int, *, limit: int
     return Sample(images_NHWC=np.stack(images), labels=labels, keys=keys)
 
 
-def find_out(run: RunDirectory, facts: RunFacts, sample: Sample) -> Findings:
+def find_out(run: RunDirectory, facts: RunFacts, sample: Sample, source: ImageSource) -> Findings:
     """Open the last checkpoint and look at the sample with it.
 
     Raises:
         RunError: there is no checkpoint that can be read.
+        ImageError: an image of a stream has gone since it was drawn.
     """
     network, step, elapsed_s = open_network(run, facts)
     normaliser = Normaliser(
@@ -153,7 +158,8 @@ def find_out(run: RunDirectory, facts: RunFacts, sample: Sample) -> Findings:
     )
     features_ND, z_ND = embed(network, sample.images_NHWC, normaliser.to_input, what="embedding")
     vectors = {"features": features_ND, "embeddings": z_ND}
-    correlation = correlate(network, facts, sample.images_NHWC[:C_IMAGES], normaliser)
+    views = stream_views(facts.options, source, sample.keys[:C_IMAGES], seed=SEED)
+    correlation = correlate(network, facts, sample.images_NHWC[:C_IMAGES], views, normaliser)
     if run.initial_file.is_file():
         load_backbone(run.initial_file, network.backbone)
         untrained_ND, _ = embed(network, sample.images_NHWC, normaliser.to_input, what="untrained")
@@ -209,10 +215,29 @@ def embed(
     return torch.cat(features), torch.cat(embeddings)
 
 
+def stream_views(
+    options: PretrainOptions, source: ImageSource, keys: Sequence[str], *, seed: int, each: int = 1
+) -> StreamViews | None:
+    """Make views of whole photographs, as the run's stream does; None where it had none.
+
+    Raises:
+        ImageError: an image cannot be read any more.
+    """
+    if options.data_in != "stream":
+        return None
+    whole = replace(options, views=replace(options.views, views_in="workers"))
+    photographs = progress(map(source.load, keys), what="cutting views", total=len(keys))
+    return views_of_photographs(photographs, make_worker_views(whole), seed, each=each)
+
+
 def correlate(
-    network: nn.Module, facts: RunFacts, images_NHWC: NDArray[np.uint8], normaliser: Normaliser
+    network: nn.Module,
+    facts: RunFacts,
+    images_NHWC: NDArray[np.uint8],
+    views: StreamViews | None,
+    normaliser: Normaliser,
 ) -> Correlation:
-    """Compute C of two random views of some images."""
+    """Compute C of two random views of some images: of the fitted ones where `views` is None."""
     generator = torch.Generator().manual_seed(SEED)
 
     def view_of(recipe: ViewRecipe) -> Callable[[Tensor], Tensor]:
@@ -220,9 +245,13 @@ def correlate(
             random_view(normaliser.to_unit(images), recipe, generator)
         )
 
+    if views is None:
+        given = [(images_NHWC, view_of(recipe)) for recipe in view_recipes(facts.options.views)]
+    else:
+        given = [(view_NVHWC[:, 0], normaliser.to_input) for view_NVHWC in views]
     z1_ND, z2_ND = (
-        embed(network, images_NHWC, view_of(recipe), what="embedding views")[1]
-        for recipe in view_recipes(facts.options.views)
+        embed(network, some_NHWC, to_input, what="embedding views")[1]
+        for some_NHWC, to_input in given
     )
     return summarise_correlation(z1_ND, z2_ND)
 

@@ -1,8 +1,8 @@
 """A picture of random views, to see before training what the recipes do to a data set.
 
 A row an image: the image, some of its first views, some of its second; above them what the
-recipes say, in words. Views are those of `train.views`, as training would make them of these
-images; where a stream cuts its crops out of larger photographs, they are sharper.
+recipes say, in words. Views of images that are held in memory are those of `train.views`, as
+training would make them; those of a stream are given, cut out of the whole photographs.
 
 Figures are drawn without pyplot: no global state, no window, no back end setting.
 
@@ -12,7 +12,9 @@ Shapes: N images, V views of each, H x W pixels, C channels.
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -21,6 +23,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from models.files import atomic_file
+from models.images import ImageData
+from models.picture import Pixels
 from train.errors import writing
 from train.views import random_view
 from train.views.parameters import ViewRecipe
@@ -39,12 +43,16 @@ TILE_GAP_SHARE = 0.06
 
 INK, MUTED = "#1f2328", "#656d76"
 
+StreamViews: TypeAlias = tuple[Pixels, Pixels]
+"""View 1 and view 2, (N, V, H, W, C) uint8 each."""
+
 
 def write_views_picture(
     images_NHWC: NDArray[np.uint8],
     recipes: tuple[ViewRecipe, ViewRecipe],
     path: Path,
     seed: int,
+    stream_views: StreamViews | None = None,
 ) -> None:
     """Write a PNG of some images and their random views.
 
@@ -54,20 +62,51 @@ def write_views_picture(
         recipes: of view 1 and view 2.
         path: the file to write.
         seed: decides the views.
+        stream_views: of the same images, as `views_of_photographs` makes them; None where
+            training cuts its crops out of the images themselves.
 
     Raises:
         RunError: the file cannot be written.
     """
     shown = images_NHWC[:MAX_IMAGES]
-    generator = torch.Generator().manual_seed(seed)
-    blocks = [shown[:, None], *(_views_of(shown, recipe, generator) for recipe in recipes)]
     channels = shown.shape[3]
     words = [f"view {i}: {describe_recipe(r, channels)}" for i, r in enumerate(recipes, start=1)]
+    if stream_views is None:
+        generator = torch.Generator().manual_seed(seed)
+        views = [_views_of(shown, recipe, generator) for recipe in recipes]
+    else:
+        views = [view_NVHWC[:MAX_IMAGES] for view_NVHWC in stream_views]
+        words.append("crops are of whole photographs, of which the images show the middle")
     many = "one image" if len(shown) == 1 else f"{len(shown)} images"
     title = f"Random views of {many}, {_size_of(shown)}; seed {seed}"
-    figure = _draw(blocks, title=title, words=words)
+    figure = _draw([shown[:, None], *views], title=title, words=words)
     with writing(path, mend="choose another file for --show-views"), atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=DPI)
+
+
+def views_of_photographs(
+    photographs: Iterable[ImageData],
+    make_views: Callable[[ImageData, np.random.Generator], tuple[Pixels, Pixels]],
+    seed: int,
+    *,
+    each: int = VIEWS_EACH,
+) -> StreamViews:
+    """Make some views of each photograph as the threads of a stream do.
+
+    Args:
+        photographs: encoded images, or uint8 pixels.
+        make_views: makes both views of one whole, as `train.views.workers.FinishedCrops` does.
+        seed: decides the views.
+        each: V, how many of either kind.
+
+    Raises:
+        ImageError: a photograph cannot be used.
+    """
+    views_NV2HWC = np.array([
+        [make_views(data, np.random.default_rng((seed, row, v))) for v in range(each)]
+        for row, data in enumerate(photographs)
+    ])  # fmt: skip
+    return views_NV2HWC[:, :, 0], views_NV2HWC[:, :, 1]
 
 
 def describe_recipe(recipe: ViewRecipe, channels: int) -> str:

@@ -1,0 +1,73 @@
+"""One image read to train on, with patience where it is the storage that fails.
+
+Rules:
+    What the file is to blame for (it is gone, may not be read, is damaged) stays an
+    `ImageError`: the image is skipped, and would be so another time.
+    What the storage is to blame for is tried again for some seconds, and then ends the
+    training. An image that was skipped now and read after a resume would make the batches a
+    function of the storage, too.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import time
+
+from models.errors import ImageError
+from models.images import ImageData, ImageRecord
+from train.errors import TrainError
+
+OF_THE_FILE = frozenset(
+    {
+        errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR,
+        errno.ENAMETOOLONG, errno.ELOOP,
+    }
+)  # fmt: skip
+"""What the system says of a file whose storage works."""
+
+WAITS_S = (1.0, 2.0, 4.0, 8.0)
+"""Before each further try: a server that is restarted or a path that fails over takes seconds."""
+
+log = logging.getLogger("horace")
+
+
+def read_image(record: ImageRecord) -> ImageData:
+    """Read an image, waiting for storage that fails for a moment; safe from any thread.
+
+    Raises:
+        ImageError: the image cannot be used.
+        TrainError: the storage goes on failing.
+    """
+    waits_s = iter(WAITS_S)
+    while True:
+        try:
+            return record.read()
+        except ImageError as error:
+            fault = _storage_fault(error)
+            if fault is None:
+                raise
+            wait_s = next(waits_s, None)
+            if wait_s is None:
+                raise _storage_failed(record, fault) from error
+            log.warning("%s: %s; trying again in %g s", record.key, os.strerror(fault), wait_s)
+        time.sleep(wait_s)
+
+
+def _storage_fault(error: ImageError) -> int | None:
+    """Give the number of the storage's error; None where the file is to blame."""
+    cause = error.__cause__
+    number = cause.errno if isinstance(cause, OSError) else None
+    return None if number in OF_THE_FILE else number
+
+
+def _storage_failed(record: ImageRecord, fault: int) -> TrainError:
+    """Make the error for storage that was waited for in vain."""
+    return TrainError(
+        f"reading {record.key}",
+        expected="storage that works",
+        found=f"{os.strerror(fault)}, {len(WAITS_S) + 1} times in {sum(WAITS_S):g} s",
+        mend="see to the storage; a run that has begun goes on from its last checkpoint with "
+        "--resume",
+    )
