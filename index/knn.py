@@ -44,9 +44,9 @@ DISTANCE_ROUNDING = 1e-5
 """The same of squared distances, relative to themselves: they are made of differences, wherever the
 vectors lie."""
 
-MAX_DIFFERENCES = 19
-"""Queries of one call of FAISS's exact search whose distances come from differences. From more it
-makes them of lengths and products, which far from the origin cancel to nothing."""
+EVERY_ROW = faiss.IDSelectorAll()
+"""With a selector FAISS makes distances of differences. Without one, by numbers of queries,
+dimensions and threads, of lengths and products, which far from the origin leave nothing."""
 
 COPY_MIN_QUERIES = 16
 """From here rows are copied together before they are searched: `benchmarks.filters`."""
@@ -232,15 +232,14 @@ def _knn(
     queries_QD: NDArray[np.float32], bank_ND: NDArray[np.float32], k: int, metric: str
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Search a whole bank, of at least k rows."""
-    number = faiss_metric(metric)
-    if metric == COSINE:
-        scores, rows = faiss.knn(queries_QD, bank_ND, k, metric=number)
+    if faiss_metric(metric) == faiss.METRIC_INNER_PRODUCT:
+        scores, rows = faiss.knn(queries_QD, bank_ND, k, metric=faiss.METRIC_INNER_PRODUCT)
         return scores, rows
-    parts = [
-        faiss.knn(queries_QD[start : start + MAX_DIFFERENCES], bank_ND, k, metric=number)
-        for start in range(0, len(queries_QD), MAX_DIFFERENCES)
-    ]
-    scores, rows = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    scores = np.empty((len(queries_QD), k), np.float32)
+    rows = np.empty((len(queries_QD), k), np.int64)
+    pointers = [faiss.swig_ptr(a) for a in (queries_QD, bank_ND, scores, rows)]
+    sizes = (queries_QD.shape[1], len(queries_QD), len(bank_ND), k)
+    faiss.knn_L2sqr(*pointers[:2], *sizes, *pointers[2:], None, EVERY_ROW)
     return np.negative(scores, out=scores), rows
 
 

@@ -52,6 +52,10 @@ once and multiplied by BLAS."""
 DOUBT = 4
 """Queries that are taken to have found enough in the index, beside those that were searched for."""
 
+MAX_SHORT_SHARE = 0.8
+"""What is believed of a filter's queries at most: rows are compared where that costs no more than
+five times what the index does, and else it is asked again."""
+
 SourceNames = Callable[[str], str]
 
 
@@ -82,8 +86,8 @@ class Chosen:
 
     @property
     def short_share(self) -> float:
-        """The share of queries that found fewer among the index's candidates than they wanted."""
-        return self._short / (self._asked + DOUBT)
+        """The share of queries that find fewer among the index's candidates than they want."""
+        return min(MAX_SHORT_SHARE, self._short / (self._asked + DOUBT))
 
     def note(self, *, asked: int, short: int) -> None:
         """Count queries that the index was asked, and those that found too few."""

@@ -195,7 +195,7 @@ class Batcher(Generic[TicketT]):
         """
         if len(self._running) >= self._running.instances:
             return Decision()
-        expired = self._drop_late_heads(now_s)
+        expired = self._drop_passed_heads(now_s)
         if not (head := self._queue.head()):
             return Decision(expired=expired)
         if (share := self._running.next_share(self._queue.images, now_s)) is None:
@@ -359,32 +359,39 @@ class Batcher(Generic[TicketT]):
         ticket.running += images
         return taken
 
+    def _drop_passed_heads(self, now_s: float) -> tuple[TicketT, ...]:
+        """Drop tickets from the front of the queue that are late whatever runs next."""
+        expired: tuple[TicketT, ...] = ()
+        while (head := self._queue.head()) is not None and head.ticket.deadline_s <= now_s:
+            expired += (self._expire(head.ticket),)
+        return expired
+
     def _drop_late_heads(
-        self, now_s: float, share: Share | None = None, room: int = 0, safe_s: float = -math.inf
+        self, now_s: float, share: Share, room: int, safe_s: float
     ) -> tuple[TicketT, ...]:
         """Drop tickets from the front of the queue that would be late in a batch of this kind.
 
         The batch is taken for as full as it can get: each that is dropped makes it shorter.
-        A deadline after `safe_s` is met by whatever fits into one batch. Without a batch those
-        are dropped that are late now.
+        A deadline after `safe_s` is met by whatever fits into one batch.
         """
         expired: tuple[TicketT, ...] = ()
         while (head := self._queue.head()) is not None:
             ticket = head.ticket
             deadline_s = ticket.deadline_s
-            if deadline_s == math.inf or (
-                deadline_s > now_s
-                and (
-                    share is None
-                    or (deadline_s > safe_s and ticket.waiting + ticket.preparing <= share.images)
-                    or deadline_s > self._ends_s(ticket, now_s, share, room)
-                )
+            if deadline_s > safe_s and (
+                deadline_s == math.inf or ticket.waiting + ticket.preparing <= share.images
             ):
                 break
-            self._expired += 1
-            self._drop(ticket)
-            expired += (ticket,)
+            if deadline_s > now_s and deadline_s > self._ends_s(ticket, now_s, share, room):
+                break
+            expired += (self._expire(ticket),)
         return expired
+
+    def _expire(self, ticket: TicketT) -> TicketT:
+        """Drop a ticket that would be late, and count it."""
+        self._expired += 1
+        self._drop(ticket)
+        return ticket
 
     def _ends_s(self, ticket: TicketT, now_s: float, share: Share, room: int) -> float:
         """Say when a ticket would be answered whose images go into the next batch."""

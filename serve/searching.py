@@ -127,14 +127,18 @@ class Query:
     def _piece(self, collection: Collection, k: int) -> int:
         """Say how many queries a piece has at least.
 
-        From `MAX_BATCH_GAIN` on a filter chooses the same way to search as for more.
+        From `MAX_BATCH_GAIN` on a filter chooses the same way to search as for more; what it leaves
+        may be compared whole, and so are rows that no index has yet.
         """
         from index.ann.kinds import FLAT
         from index.selection import MAX_BATCH_GAIN, ROWS_A_CANDIDATE
 
         rows = collection.count if self.selection is None else self.selection.count
-        if not self.exact and FLAT not in collection.factory.split("+"):
-            rows = min(rows, (ROWS_A_CANDIDATE + MAX_BATCH_GAIN) * max(self.effort, k))
+        if not self.exact and self.selection is None:
+            segments = collection.manifest.segments
+            indexed = sum(one.count for one in segments if one.factory != FLAT)
+            weighed = (ROWS_A_CANDIDATE + MAX_BATCH_GAIN) * max(self.effort, k)
+            rows += min(0, weighed - indexed)
         fitting = PIECE_PRODUCTS // max(1, rows * collection.dim)
         return max(LEAST_QUERIES, min(MAX_BATCH_GAIN, fitting))
 

@@ -164,6 +164,8 @@ def last_whole_step(folder: Path) -> int:
         try:
             _read_whole(path)
         except RunError as error:
+            if not path.exists():  # a run at work has gone on meanwhile
+                return last_whole_step(folder)
             log.warning("%s cannot be used: %s", path, error.found)
         else:
             return int(path.stem.removeprefix("step-"))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from models.bundle import BUNDLE_FILE, Json, read_bundle
 from models.errors import HoraceError
-from train.checkpoint import FILE_NAME, list_checkpoints, load_weights
+from train.checkpoint import FILE_NAME, checkpoint_file, last_whole_step, load_weights
 from train.config import current_names
 from train.errors import RunError, TrainError
 from train.run import RunDirectory
@@ -71,10 +71,9 @@ def _file_of(path: Path) -> Path:
         return _checkpoint_of_bundle(path)
     run = RunDirectory(path=path)
     run.read_config()
-    checkpoints = list_checkpoints(run.checkpoints)
-    if not checkpoints:
+    if not (step := last_whole_step(run.checkpoints)):
         raise _unreadable(path, "a run without a checkpoint yet")
-    return checkpoints[-1]
+    return checkpoint_file(run.checkpoints, step)
 
 
 def _checkpoint_of_bundle(path: Path) -> Path:

@@ -75,7 +75,6 @@ class SyncWriting:
             [one.digest for one in seen],
         )
         self._write_stored(rows, [one.vector_row for one in reuse], old_rows)
-        self._delete(self.plan.vacated)
 
     def embed(self, batches: Iterator[RecordBatch], encoder: Encoder, crew: Crew) -> None:
         """Embed what no vector is known of, and write it as it comes."""
@@ -108,7 +107,12 @@ class SyncWriting:
         *,
         is_updated: bool = False,
     ) -> None:
-        """Write rows with vectors that are stored under whatever key."""
+        """Write rows with vectors that are stored under whatever key.
+
+        A key whose image has moved goes with the write that moves it: what is embedded for it
+        after a kill would else take that image's metadata.
+        """
+        vacated = {*self.plan.vacated}
         for start in range(0, len(rows), WRITE_ROWS):
             some = slice(start, start + WRITE_ROWS)
             self._write(
@@ -117,6 +121,8 @@ class SyncWriting:
                 old_rows[some],
                 is_updated=is_updated,
             )
+            if not is_updated:
+                self._delete([row for row in old_rows[some] if row in vacated])
 
     def _write_embedded(self, batches: Sequence[EmbeddedBatch]) -> None:
         """Write what was embedded, and take note of what could not be."""

@@ -229,7 +229,7 @@ class Snapshot:
     @cached_property
     def _kept(self) -> KeptSelections:
         """The selections that were worked out before."""
-        return KeptSelections(self.count)
+        return KeptSelections(2 * self.count)  # a mask, and the numbers of few rows
 
     def _work_out(self, filter: str, source_names: SourceNames | None) -> Selection:
         """Choose in every part."""

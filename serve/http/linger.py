@@ -36,7 +36,7 @@ class Linger:
         async def receive_and_note() -> Message:
             nonlocal is_read
             message = await receive()
-            is_read = is_read or not message.get("more_body")  # nor has the word of a hang-up
+            is_read = not message.get("more_body")  # nor has the word of a hang-up
             return message
 
         async def discard() -> None:

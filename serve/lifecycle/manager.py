@@ -192,14 +192,18 @@ class Lifecycle:
         """Load a model: for the first time, again, or after it was unloaded.
 
         Raises:
-            PreconditionError: callers may not.
+            PreconditionError: callers may not, or the repository cannot be read.
             UnknownNameError: there is none of that name to load.
             HoraceError: it cannot be opened or does not run; what was served is served.
         """
         self._require_control()
         async with self._changing:
-            if name not in self._models:
-                await self._discover()
+            if name not in self._models and not await self._discover():
+                raise PreconditionError(
+                    f"model {name}",
+                    expected="a repository that can be read",
+                    found="one that cannot, as the server's log says",
+                )
             source = self._known(name)
             try:
                 await self._load_model(source)
@@ -426,14 +430,16 @@ class Lifecycle:
 
     def _note_found(self) -> None:
         """Take note of models that have come into the repository; forget what never was one."""
+        taken = set()
         for name, path in self._found.items():
             options = ModelOptions(name=name, path=str(path))
             source = ModelSource(name=name, options=options, in_repository=True)
-            is_taken = self._models.setdefault(name, source).options.path != str(path)
-            if is_taken and name not in self._taken:
-                self._taken.add(name)
-                taken = "model %s of the repository is not served: the name is taken"
-                log.warning(taken, name, extra=PROMISED)
+            if self._models.setdefault(name, source).options.path != str(path):
+                taken.add(name)
+        for name in sorted(taken - self._taken):
+            told = "model %s of the repository is not served: the name is taken"
+            log.warning(told, name, extra=PROMISED)
+        self._taken = taken
         for name, source in list(self._models.items()):
             is_gone = source.in_repository and name not in self._found
             if is_gone and name not in self._catalog.versions:

@@ -155,12 +155,12 @@ def test_by_distance_the_nearest_come_first(n_queries, rows):
     np.testing.assert_allclose(scores, np.take_along_axis(expected, order, 1))
 
 
-@pytest.mark.parametrize("n_queries", [1, 40])
-def test_distances_far_from_the_origin_are_exact(n_queries):
+@pytest.mark.parametrize(("n_queries", "count", "dim"), [(1, 500, 16), (40, 500, 4096)])
+def test_distances_far_from_the_origin_are_exact(n_queries, count, dim):
     """A query alone and many: of lengths and products float32 would leave nothing there."""
     rng = np.random.default_rng(0)
-    bank = (1000 + rng.standard_normal((500, 16))).astype(np.float32)
-    queries = (1000 + rng.standard_normal((n_queries, 16))).astype(np.float32)
+    bank = (1000 + rng.standard_normal((count, dim))).astype(np.float32)
+    queries = (1000 + rng.standard_normal((n_queries, dim))).astype(np.float32)
     scores, found = knn_search(queries, bank, 10, metric="euclidean")
     expected = -np.square(queries[:, None].astype(np.float64) - bank[None]).sum(axis=2)
     np.testing.assert_array_equal(found, np.argsort(-expected, axis=1)[:, :10])

@@ -224,7 +224,7 @@ def test_where_most_queries_find_too_few_rows_are_compared_sooner():
     """What the index finds too little for is paid for twice."""
     assert not is_exact_cheaper(chosen=6000, candidates=164, queries=1)
     assert is_exact_cheaper(chosen=6000, candidates=164, queries=1, short_share=0.3)
-    assert not is_exact_cheaper(chosen=600_000, candidates=164, queries=1, short_share=0.9)
+    assert not is_exact_cheaper(chosen=600_000, candidates=164, queries=1, short_share=0.8)
 
 
 def test_chosen_rows_are_numbered_and_searches_counted():
@@ -237,8 +237,10 @@ def test_chosen_rows_are_numbered_and_searches_counted():
     assert chosen.short_share == 0
     chosen.note(asked=1, short=1)
     assert chosen.short_share == 1 / 5
-    chosen.note(asked=95, short=94)
-    assert chosen.short_share == 0.95
+    chosen.note(asked=45, short=24)
+    assert chosen.short_share == 0.5
+    chosen.note(asked=500, short=500)
+    assert chosen.short_share == 0.8
 
 
 def test_candidates_that_were_not_chosen_are_dropped_in_order():

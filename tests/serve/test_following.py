@@ -308,10 +308,32 @@ def test_one_reads_for_all_and_nobody_waits_for_long(pool, monkeypatch):
         old.gate.set()
         while followed.current is old:
             await followed.snapshot(pool.run)
+            await asyncio.sleep(0)  # `old` is current once `new` was taken from it
         assert (followed.current, old.asked) == (new, 1)
         assert repr(followed) == "<Following of c>"
         followed.close()
         assert (old.closed, new.closed) == (False, True)
+
+    asyncio.run(main())
+
+
+def test_what_was_written_while_another_reads_is_seen(pool, monkeypatch):
+    """The read that runs looked before that, and so it is read again for who came after."""
+    monkeypatch.setattr(following, "WAIT_S", 60.0)
+    newest = FakeCollection((0, 2))
+    new = FakeCollection((0, 1), next=[newest])
+    old = FakeCollection(next=[new])
+    new.gate.set()
+
+    async def main():
+        followed = Following("c", old)
+        first = asyncio.create_task(followed.snapshot(pool.run))
+        await asyncio.sleep(0)
+        second = asyncio.create_task(followed.snapshot(pool.run))
+        await asyncio.sleep(0)
+        old.gate.set()
+        assert await second is newest
+        await first
 
     asyncio.run(main())
 

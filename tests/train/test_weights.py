@@ -16,7 +16,8 @@ from models.networks import BarlowTwins, ResNet
 from models.preprocess import PreprocessSpec
 from train.backbones import build_backbone
 from train.checkpoint import list_checkpoints, load_weights
-from train.errors import TrainError
+from train.errors import RunError, TrainError
+from train.export.run_graph import last_checkpoint
 from train.option_groups import NetworkOptions
 from train.run import RunDirectory
 from train.weights import WeightsReport, initialise_from
@@ -271,6 +272,24 @@ def test_a_run_gives_its_last_checkpoint(finished_run: Path) -> None:
     network = network_of_run()
     report = initialise_from(finished_run / "initial.pt", network)
     assert all(name.startswith("projector.") for name in report.absent)
+
+
+def test_a_damaged_last_checkpoint_is_passed_over_by_whoever_reads_a_run(
+    finished_run: Path, tmp_path: Path
+) -> None:
+    """Weights for another run, and what is exported and probed; the report reads likewise."""
+    run = RunDirectory(path=tmp_path / "run")
+    shutil.copytree(finished_run, run.path)
+    (*earlier, last) = list_checkpoints(run.checkpoints)
+    later = last.with_name("step-99999999.pt")
+    later.write_bytes(last.read_bytes()[:-1])
+    network = network_of_run()
+    assert initialise_from(run.path, network).source == last
+    assert last_checkpoint(run) == last
+    for whole in (*earlier, last):
+        whole.unlink()
+    with pytest.raises(RunError, match="expected a checkpoint that can be read, found none among"):
+        last_checkpoint(run)
 
 
 def make_bundle(path: Path, run: Path, *, export_of: Path, checkpoint: str) -> Path:

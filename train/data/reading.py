@@ -68,6 +68,7 @@ def _storage_failed(record: ImageRecord, fault: int) -> TrainError:
         f"reading {record.key}",
         expected="storage that works",
         found=f"{os.strerror(fault)}, {len(WAITS_S) + 1} times in {sum(WAITS_S):g} s",
-        mend="see to the storage; a run that has begun goes on from its last checkpoint with "
-        "--resume",
+        mend="see to the storage, and a run that has begun goes on from its last checkpoint with "
+        "--resume; if this file alone is lost, put other bytes of its length in its place: it is "
+        "passed over as damaged",
     )

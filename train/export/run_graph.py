@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 
 from train.backbones import build_backbone
-from train.checkpoint import Progress, list_checkpoints, load_backbone
+from train.checkpoint import Progress, checkpoint_file, last_whole_step, load_backbone
 from train.config import options_from_json
 from train.errors import RunError
 from train.export.graph import EncoderGraph
@@ -20,20 +20,19 @@ RunGraph: TypeAlias = tuple[EncoderGraph, tuple[int, ...], Progress]
 
 
 def last_checkpoint(run: RunDirectory) -> Path:
-    """Find a run's last checkpoint.
+    """Find a run's last checkpoint that can be read.
 
     Raises:
         RunError: there is none.
     """
-    checkpoints = list_checkpoints(run.checkpoints)
-    if not checkpoints:
+    if not (step := last_whole_step(run.checkpoints)):
         raise RunError(
             str(run.path),
             expected="a run with a checkpoint",
             found="none yet",
             mend=f"let it train on with `python -m train.pretrain --resume --out {run.path}`",
         )
-    return checkpoints[-1]
+    return checkpoint_file(run.checkpoints, step)
 
 
 def graph_of(file: Path, config: RunConfig) -> RunGraph:

@@ -111,10 +111,10 @@ def make_pictures(run: RunDirectory, facts: RunFacts, images: int) -> Pictures:
     try:
         source = open_source(cast(str, facts.config.data["uri"]))
         sample = draw_sample(source, facts.config.preprocessing, images, limit=limit)
+        views_png = draw_views(facts, sample, source)
     except HoraceError as error:
         log.warning("%s", error)
         return Pictures(why_not=f"The run's images cannot be read now: {error}.")
-    views_png = draw_views(facts, sample, source)
     try:
         findings = find_out(run, facts, sample, source)
     except HoraceError as error:

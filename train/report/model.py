@@ -31,7 +31,7 @@ from models.preprocess import PreprocessSpec
 from models.vectors import finish_vectors
 from train.backbones import build_network
 from train.begin import make_worker_views
-from train.checkpoint import list_checkpoints, load_backbone, load_weights
+from train.checkpoint import checkpoint_file, last_whole_step, load_backbone, load_weights
 from train.config import PretrainOptions
 from train.data.memory import count_records, fit_record, pick_records
 from train.diagnostics import (
@@ -176,22 +176,22 @@ def find_out(run: RunDirectory, facts: RunFacts, sample: Sample, source: ImageSo
 
 
 def open_network(run: RunDirectory, facts: RunFacts) -> tuple[BarlowTwins, int, float]:
-    """Build the network of the last checkpoint; give the step and the seconds up to it, too.
+    """Build the network of the last checkpoint that can be read; give its step and seconds, too.
 
     Raises:
-        RunError: there is no checkpoint, or it cannot be read.
+        RunError: there is no checkpoint, or none can be read.
     """
-    checkpoints = list_checkpoints(run.checkpoints)
-    if not checkpoints:
+    if not (step := last_whole_step(run.checkpoints)):
         raise RunError(str(run.path), expected="a checkpoint", found="none yet")
-    state = load_weights(checkpoints[-1])
+    path = checkpoint_file(run.checkpoints, step)
+    state = load_weights(path)
     options = facts.options
     network = build_network(options.network, options.channels, options.image_size_px)
     try:
         network.load_state_dict(state["network"])
     except (KeyError, RuntimeError) as error:
         raise RunError(
-            str(checkpoints[-1]), expected="a checkpoint of this run", found="another network's"
+            str(path), expected="a checkpoint of this run", found="another network's"
         ) from error
     return network.eval(), state["step"], state["elapsed_s"]
 

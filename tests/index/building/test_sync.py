@@ -319,6 +319,40 @@ def test_an_interrupted_sync_goes_on(options, folder, bundle, monkeypatch):
     check(options.out, folder, bundle)
 
 
+def test_new_images_under_old_names_never_get_the_metadata_of_those_that_moved(
+    options, folder, bundle, tmp_path, monkeypatch
+):
+    """Not even where the sync was killed between its writes."""
+    table = tmp_path / "facts.csv"
+    names = [f"{n:02}.png" for n in range(0, 12, 2)]
+    table.write_text("key,price\n" + "".join(f"a/{name},1\n" for name in names))
+    sync(dataclasses.replace(options, metadata=table))
+    (folder / "a").rename(folder / "m")
+    for level, name in enumerate(names):
+        picture(folder / "a" / name, 121 + level)
+    monkeypatch.setattr(sync_writing, "WRITE_ROWS", 2)
+    upsert, written = CollectionWriter.upsert, []
+
+    def interrupt(self, rows, vectors_ND, **options):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(rows)
+        upsert(self, rows, vectors_ND, **options)
+
+    monkeypatch.setattr(CollectionWriter, "upsert", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        sync(options)
+    monkeypatch.setattr(CollectionWriter, "upsert", upsert)
+    sync(options)
+    with Collection.open(options.out) as collection:
+        rows = collection.rows(collection.ids)
+        prices = {row.key: row.metadata["price"] for row in rows if row.key[0] in "am"}
+    assert prices == {
+        f"{place}/{name}": n for place, n in (("a", None), ("m", 1)) for name in names
+    }
+    check(options.out, folder, bundle)
+
+
 def test_sources_are_brought_up_to_date_one_by_one(options, folder, tmp_path):
     """A second one is added; what one of them has is no matter of the other's."""
     sync(options)

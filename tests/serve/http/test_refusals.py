@@ -9,6 +9,7 @@ import pytest
 
 from serve.errors import RequestError
 from serve.http.body import _read_json
+from serve.http.linger import Linger
 from serve.http.options import HttpOptions
 from serve.operation.logs import LINES_PER_S, RateFilter
 
@@ -231,6 +232,26 @@ def test_who_asks_before_sending_is_told_at_once(http_serving, fake, keys):
             writer.close()
 
     asyncio.run(main())
+
+
+def test_a_refusal_in_the_midst_of_a_body_that_was_asked_for_is_read():
+    """Who was told to send, and is refused after the first part, sends the rest first."""
+    parts = [{"type": "http.request", "body": b"x", "more_body": more} for more in (1, 1, 0)]
+    scope = {"type": "http", "headers": [(b"expect", b"100-continue")]}
+    sent = []
+
+    async def refuse(scope, receive, send):
+        await receive()
+        await send({"type": "http.response.start", "status": 429})
+
+    async def receive():
+        return parts.pop(0)
+
+    async def send(message):
+        sent.append((message["status"], len(parts)))
+
+    asyncio.run(Linger(refuse)(scope, receive, send))
+    assert sent == [(429, 0)]
 
 
 def test_a_body_that_does_not_come_holds_nothing(http_serving, fake, png, eventually):

@@ -333,7 +333,7 @@ def test_a_repository_that_cannot_be_read_keeps_its_models(
     put_bundle(tmp_path / "r" / "m", 1)
 
     async def main():
-        async with serving(repository=str(tmp_path / "r")) as server:
+        async with serving(repository=str(tmp_path / "r"), model_control=True) as server:
             look, counts = server.lifecycle.look, server.lifecycle.statistics
             await look()
             with no_reading(tmp_path / "r", number):
@@ -350,6 +350,11 @@ def test_a_repository_that_cannot_be_read_keeps_its_models(
             for _ in range(2):
                 await look()
             assert served_versions(server) == {"m": "1"}
+            with (
+                no_reading(tmp_path / "r", number),
+                pytest.raises(PreconditionError, match="model n: expected a repository that can"),
+            ):
+                await server.lifecycle.load("n")
             shutil.rmtree(tmp_path / "r" / "m")
             for _ in range(2):
                 await look()
@@ -414,17 +419,23 @@ def test_a_directory_that_may_not_be_read_keeps_no_other_model_from_serving(
 
 
 def test_a_name_that_is_taken_is_told_once(serving, put_bundle, tmp_path, caplog):
-    """However often the repository is looked at."""
+    """However often the repository is looked at; and again where it went and came back."""
     path = put_bundle(tmp_path / "one", 1).path
     put_bundle(tmp_path / "r" / "x", 2)
+    told = "model x of the repository is not served: the name is taken"
 
     async def main():
         async with serving(bundle=(f"x={path}",), repository=str(tmp_path / "r")) as server:
             for _ in range(3):
                 await server.lifecycle.look()
+            assert caplog.text.count(told) == 1
+            (tmp_path / "r" / "x").rename(tmp_path / "away")
+            await server.lifecycle.look()
+            (tmp_path / "away").rename(tmp_path / "r" / "x")
+            await server.lifecycle.look()
+            assert caplog.text.count(told) == 2
 
     asyncio.run(main())
-    assert caplog.text.count("model x of the repository is not served: the name is taken") == 1
 
 
 def test_a_model_that_was_moved_away_and_back_is_served_again(serving, put_bundle, tmp_path):
