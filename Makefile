@@ -67,8 +67,8 @@ bench: $(VENV)/.installed data ## Run the benchmarks: hours, on a quiet machine 
 	$(BIN)/python -m benchmarks.selection $(BANK) --judge validation --judged 4000 --images 10000 \
 	  --budgets 10 20 50 100 200 500 --seeds 0 1 2 --out $(RESULTS)/selection_validation.json
 	$(BIN)/python -m benchmarks.outliers $(BANK) --images 10000 --seeds 0 --out $(RESULTS)/outliers.json
-	$(BIN)/python -m benchmarks.filters $(BANK) --rounds 3 --out $(RESULTS)/filters.json
-	$(BIN)/python -m benchmarks.filters $(BANK)-tuned --rounds 3 --out $(RESULTS)/filters_tuned.json
+	$(BIN)/python -m benchmarks.filters $(BANK) --out $(RESULTS)/filters.json
+	$(BIN)/python -m benchmarks.filters $(BANK)-tuned --out $(RESULTS)/filters_tuned.json
 	$(BIN)/python -m benchmarks.tombstones --out $(RESULTS)/tombstones.json
 	$(BIN)/python -m benchmarks.build_throughput --encoders small --rounds 1 --processes 1 \
 	  --out $(RESULTS)/build_throughput.json

@@ -14,6 +14,7 @@ Source: ITU-T T.81 (markers), ITU-T T.872 (Adobe's marker and inks), ITU-R BT.60
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -39,7 +40,10 @@ REDUCED_GAP = 2
 MAX_SCANS = 100
 """Progressive JPEGs have about ten scans; each scan walks all coefficients once more."""
 
-_START_OF_SCAN = 0xDA
+_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
+"""A marker but those that may stand within a scan."""
+
+_START_OF_IMAGE, _END_OF_IMAGE, _START_OF_SCAN, _TEMPORARY = 0xD8, 0xD9, 0xDA, 0x01
 _APP1_EXIF = 0xE1
 _APP14_ADOBE = 0xEE
 
@@ -61,7 +65,7 @@ def decode_jpeg(
     """
     height, width, colour_space = _read_header(data)
     limits.check_pixels(height, width, "JPEG image")
-    if data.count(bytes((0xFF, _START_OF_SCAN))) > MAX_SCANS:
+    if data.count(bytes((0xFF, _START_OF_SCAN))) > MAX_SCANS and _count_scans(data) > MAX_SCANS:
         raise ValueError(f"more than {MAX_SCANS} scans")
     segments = _segments(data)
     orientation = exif_orientation(segments.get(_APP1_EXIF, b""))
@@ -107,6 +111,19 @@ def _decode_as(colour_space: str, data: bytes, least: tuple[int, int]) -> Pixels
         data, colour_space, min_height=least[0], min_width=least[1], strict=True
     )
     return pixels
+
+
+def _count_scans(data: bytes) -> int:
+    """Count the scans up to the end of the picture; phones append films, whose bytes are any."""
+    scans, at = 0, 2
+    while (found := _MARKER.search(data, at)) is not None:
+        marker, at = found[0][1], found.end()
+        if marker == _END_OF_IMAGE:
+            break
+        if marker not in (_START_OF_IMAGE, _TEMPORARY):  # these have no length
+            at += max(2, int.from_bytes(data[at : at + 2], "big"))
+        scans += marker == _START_OF_SCAN
+    return scans
 
 
 def _segments(data: bytes) -> dict[int, bytes]:

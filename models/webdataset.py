@@ -219,10 +219,12 @@ def _label(sample: Sequence[_Member]) -> str | None:
     if ".json" in texts:
         try:
             facts = json.loads(texts[".json"])
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
         value = facts.get("label", facts.get("cls")) if isinstance(facts, dict) else None
-        return str(value) if isinstance(value, str | int) else None
+        if not isinstance(value, str | int):
+            return None
+        return str(value).encode("utf-8", "replace").decode()
     return None
 
 
@@ -320,7 +322,8 @@ def _member(archive: tarfile.TarFile, header: tarfile.TarInfo, *, read: bool) ->
         read and not is_label and 0 < size <= MAX_READ_BYTES
     ):
         data = cast(IO[bytes], archive.extractfile(header)).read()
-    return _Member(header.name.removeprefix("./"), header.offset_data, size, data)
+    name = header.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return _Member(name.removeprefix("./"), header.offset_data, size, data)
 
 
 def _open_stream(shard: Path) -> BinaryIO:

@@ -86,6 +86,19 @@ def test_members_of_a_sample_share_the_name_up_to_the_first_dot(tmp_path: Path) 
     ]
 
 
+@pytest.mark.parametrize("kind", ["tar", "tar.gz"])
+def test_a_name_that_is_no_utf_8_is_a_key_all_the_same(tmp_path: Path, kind: str) -> None:
+    """As of a folder's files: what is no character is written as its bytes."""
+    shard = tmp_path / f"s.{kind}"
+    how = {"encoding": "latin-1", "format": tarfile.GNU_FORMAT}
+    with tarfile.open(shard, MODES.get(kind, "w"), **how) as archive:
+        member = tarfile.TarInfo("caf\xe9.jpg")
+        member.size = 5
+        archive.addfile(member, io.BytesIO(b"image"))
+    assert listed(shard) == [(key := f"s.{kind}/caf\\xe9.jpg", None)]
+    assert TarSource(str(shard)).load(key) == b"image"
+
+
 @pytest.mark.parametrize(
     ("facts", "label"),
     [
@@ -95,6 +108,8 @@ def test_members_of_a_sample_share_the_name_up_to_the_first_dot(tmp_path: Path) 
         (json.dumps([1]).encode(), None),
         (b"{not json", None),
         (b"\xff\xfe", None),
+        (b"[" * 100_000, None),
+        (b'{"label": "\\ud83d"}', "?"),
     ],
 )
 def test_a_json_gives_its_label_or_none(tmp_path: Path, facts: bytes, label: str | None) -> None:

@@ -18,6 +18,7 @@ from models.preprocess import PreprocessSpec
 from train.errors import ExportError
 from train.export.graph import EncoderGraph, write_onnx
 from train.export.parity import measure_parity, require_batch_invariance
+from train.export.precisions import require_finite
 from train.export.quantise import write_fp16, write_int8
 from train.export.readout import PooledReadout, WhitenedReadout
 from train.export.whitening import FeatureMoments, Whitening
@@ -131,3 +132,12 @@ def test_a_graph_that_cannot_be_quantised_is_one_line(tmp_path: Path) -> None:
         write_int8(file, tmp_path / "int8.onnx", IMAGES)
     with pytest.raises(ExportError, match=r"the FP16 graph: expected .*; export without --fp16"):
         write_fp16(file, tmp_path / "fp16.onnx")
+
+
+def test_a_precision_that_overflows_is_refused_by_name() -> None:
+    """Before anything is written, and the way out is said."""
+    vectors = np.ones((70, 4), np.float32)
+    require_finite(vectors, "fp16")
+    vectors[66, 2] = np.inf
+    with pytest.raises(ExportError, match=r"precision fp16: .* in 1 of 70; export without --fp16"):
+        require_finite(vectors, "fp16")

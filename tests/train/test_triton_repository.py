@@ -5,10 +5,13 @@ That a real server serves it is in `tests/models/test_triton.py`.
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from google.protobuf import text_format
@@ -164,3 +167,43 @@ def test_it_is_a_command_that_needs_no_torch(make_bundle: MakeBundle, tmp_path: 
     assert done.stdout == (
         f"{tmp_path}/r/cats\nserve it with: tritonserver --model-repository {tmp_path}/r\n"
     )
+
+
+@pytest.fixture
+def triton_model(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """What becomes `model.py`, with a stand-in for the module that Triton alone has."""
+    utils = ModuleType("triton_python_backend_utils")
+    utils.TritonModelException = RuntimeError  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, utils.__name__, utils)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "train.export.triton_model", raising=False)
+    return importlib.import_module("train.export.triton_model")
+
+
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_an_instance_computes_on_its_own_gpu_or_not_at_all(
+    triton_model: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, has_gpu: bool
+) -> None:
+    """Of two GPUs the second's takes the second; without one it fails, and takes no CPU instead."""
+    opened: list[object] = []
+
+    class Session:
+        def __init__(self, graph: bytes, *, sess_options: object, providers: list[object]) -> None:
+            opened.extend(providers)
+
+        def get_providers(self) -> list[str]:
+            return ["CUDAExecutionProvider"] * has_gpu + ["CPUExecutionProvider"]
+
+    monkeypatch.setattr(triton_model.ort, "InferenceSession", Session)
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "model.onnx").write_bytes(b"graph")
+    arguments = {
+        "model_config": '{"parameters": {"intra_op_thread_count": {"string_value": "1"}}}',
+        "model_repository": str(tmp_path),
+        "model_version": "1",
+        "model_instance_kind": "GPU",
+        "model_instance_device_id": "1",
+    }
+    with nullcontext() if has_gpu else pytest.raises(RuntimeError, match="cannot use the GPU"):
+        triton_model.TritonPythonModel().initialize(arguments)
+    assert opened[0] == ("CUDAExecutionProvider", {"device_id": "1"})

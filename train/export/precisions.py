@@ -26,6 +26,7 @@ from models.command import progress
 from models.encoder import Encoder
 from models.runtime import open_bundle
 from train.data.training_data import WatchedImages
+from train.errors import ExportError
 from train.export.parity import Parity, measure_parity, require_batch_invariance
 from train.export.quantise import write_fp16, write_int8
 from train.export.write_graph import INVARIANCE_IMAGES
@@ -97,7 +98,7 @@ def score_precisions(
         images_NHWC: what to compare with fp32 on.
 
     Raises:
-        ExportError: a precision gives an image other bits in other batches.
+        ExportError: a precision gives an image other bits in other batches, or no numbers.
         EncoderError: ONNX Runtime refuses a file.
     """
     reference_ND = np.empty((0, draft.dim), np.float32)
@@ -108,6 +109,7 @@ def score_precisions(
             encoder = stack.enter_context(closing(open_bundle(draft.path, precision=precision)))
             require_batch_invariance(encoder.encode, images_NHWC[:INVARIANCE_IMAGES])
             vectors_ND = encode_all(encoder, images_NHWC, precision)
+            require_finite(vectors_ND, precision)
             knn = knn_of(encoder, watched, precision)
         if precision == "fp32":
             reference_ND, reference_knn = vectors_ND, knn
@@ -122,6 +124,22 @@ def score_precisions(
             knn_delta=delta,
         ).to_json()
     return scores
+
+
+def require_finite(vectors_ND: NDArray[np.float32], precision: str) -> None:
+    """Refuse a precision whose range is too small for the network.
+
+    Raises:
+        ExportError: a vector has a number that is none.
+    """
+    n_bad = int((~np.isfinite(vectors_ND)).any(axis=1).sum())
+    if n_bad:
+        raise ExportError(
+            f"precision {precision}",
+            expected="vectors of finite numbers",
+            found=f"NaN or infinity in {n_bad} of {len(vectors_ND)}",
+            mend=f"export without --{precision}",
+        )
 
 
 def knn_of(encoder: Encoder, watched: WatchedImages, what: str) -> float | None:

@@ -27,25 +27,35 @@ import triton_python_backend_utils as pb_utils  # Triton's own, there alone
 
 INPUT_NAME = "images"
 OUTPUT_NAME = "embeddings"
+CUDA = "CUDAExecutionProvider"
 
 
 class TritonPythonModel:
     """The class that Triton's Python backend looks for."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load the encoder that lies beside this file."""
+        """Load the encoder that lies beside this file, on the GPU of this instance if it has one.
+
+        Raises:
+            TritonModelException: there is no onnxruntime for the GPU; never silently on the CPU.
+        """
         parameters = json.loads(args["model_config"])["parameters"]
         options = ort.SessionOptions()
         options.intra_op_num_threads = int(parameters["intra_op_thread_count"]["string_value"])
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         graph = Path(args["model_repository"]) / args["model_version"] / "model.onnx"
         is_on_gpu = args["model_instance_kind"] == "GPU"
-        providers = ["CUDAExecutionProvider"] if is_on_gpu else []
+        gpu = (CUDA, {"device_id": args["model_instance_device_id"]})
         self._session = ort.InferenceSession(
             graph.read_bytes(),
             sess_options=options,
-            providers=[*providers, "CPUExecutionProvider"],
+            providers=[*([gpu] if is_on_gpu else []), "CPUExecutionProvider"],
         )
+        if is_on_gpu and self._session.get_providers()[0] != CUDA:
+            raise pb_utils.TritonModelException(
+                f"onnxruntime {ort.__version__} cannot use the GPU; give --site-packages with "
+                "onnxruntime-gpu to train.export, or --device cpu"
+            )
 
     def execute(
         self, requests: list[pb_utils.InferenceRequest]
