@@ -173,7 +173,7 @@ def test_it_is_a_command_that_needs_no_torch(make_bundle: MakeBundle, tmp_path: 
 def triton_model(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """What becomes `model.py`, with a stand-in for the module that Triton alone has."""
     utils = ModuleType("triton_python_backend_utils")
-    utils.TritonModelException = RuntimeError  # type: ignore[attr-defined]
+    vars(utils)["TritonModelException"] = RuntimeError
     monkeypatch.setitem(sys.modules, utils.__name__, utils)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.delitem(sys.modules, "train.export.triton_model", raising=False)

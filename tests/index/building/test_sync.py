@@ -296,31 +296,41 @@ def test_vectors_are_as_long_as_the_collection_compares_them(options, folder, bu
             np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_an_interrupted_sync_goes_on(options, folder, bundle, monkeypatch):
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Give a function that begins a sync and ends it before its third write."""
+
+    def run(options):
+        upsert, written = CollectionWriter.upsert, []
+
+        def write_twice(self, rows, vectors_ND, **options):
+            if len(written) == 2:
+                raise KeyboardInterrupt
+            written.append(rows)
+            upsert(self, rows, vectors_ND, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(CollectionWriter, "upsert", write_twice)
+            with pytest.raises(KeyboardInterrupt, match="the same command goes on from there"):
+                sync(options)
+
+    return run
+
+
+def test_an_interrupted_sync_goes_on(options, folder, bundle, monkeypatch, interrupt):
     """What was written is not embedded again; nothing is there twice."""
     (folder / "a" / "00.png").unlink()
     sync(options)
     for level in range(12):
         picture(folder / "c" / f"{level:02}.png", 3 + 20 * level)
     monkeypatch.setattr(sync_writing, "WRITE_ROWS", 4)
-    upsert, written = CollectionWriter.upsert, []
-
-    def interrupt(self, rows, vectors_ND, **options):
-        if len(written) == 2:
-            raise KeyboardInterrupt
-        written.append(rows)
-        upsert(self, rows, vectors_ND, **options)
-
-    monkeypatch.setattr(CollectionWriter, "upsert", interrupt)
-    with pytest.raises(KeyboardInterrupt, match="the same command goes on from there"):
-        sync(options)
-    monkeypatch.setattr(CollectionWriter, "upsert", upsert)
+    interrupt(options)
     assert facts(sync(options)) == {"new": 4, "unchanged": 19, "embedded": 4, "read": 23}
     check(options.out, folder, bundle)
 
 
 def test_new_images_under_old_names_never_get_the_metadata_of_those_that_moved(
-    options, folder, bundle, tmp_path, monkeypatch
+    options, folder, bundle, tmp_path, monkeypatch, interrupt
 ):
     """Not even where the sync was killed between its writes."""
     table = tmp_path / "facts.csv"
@@ -331,18 +341,7 @@ def test_new_images_under_old_names_never_get_the_metadata_of_those_that_moved(
     for level, name in enumerate(names):
         picture(folder / "a" / name, 121 + level)
     monkeypatch.setattr(sync_writing, "WRITE_ROWS", 2)
-    upsert, written = CollectionWriter.upsert, []
-
-    def interrupt(self, rows, vectors_ND, **options):
-        if len(written) == 2:
-            raise KeyboardInterrupt
-        written.append(rows)
-        upsert(self, rows, vectors_ND, **options)
-
-    monkeypatch.setattr(CollectionWriter, "upsert", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        sync(options)
-    monkeypatch.setattr(CollectionWriter, "upsert", upsert)
+    interrupt(options)
     sync(options)
     with Collection.open(options.out) as collection:
         rows = collection.rows(collection.ids)
