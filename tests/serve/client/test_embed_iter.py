@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 
 import numpy as np
 import pytest
@@ -138,7 +139,7 @@ def test_no_more_is_read_than_is_under_way(serving, fake, image, make_client, ev
     asyncio.run(main())
 
 
-def test_who_stops_early_cancels(serving, fake, image, make_client, eventually):
+def test_who_stops_early_cancels(serving, fake, image, make_client, eventually, monkeypatch):
     """Closing the iterator ends what is under way on the server, too."""
 
     async def main():
@@ -146,20 +147,24 @@ def test_who_stops_early_cancels(serving, fake, image, make_client, eventually):
             engine = server.catalog.model("").engine
             client = make_client(server.address)
             iterator = client.embed_iter(
-                [image(n) for n in range(8)], in_flight=4, images_per_request=1, ordered=False
+                itertools.repeat(image(0)), in_flight=4, images_per_request=1, ordered=False
             )
+            gate, batches = threading.Event(), itertools.count()
+            monkeypatch.setattr(fake, "gate", gate)  # the first batch passes, the others wait
+            wait = gate.wait
+            monkeypatch.setattr(gate, "wait", lambda s: next(batches) == 0 or wait(s))
             if make_client is Client:
                 await asyncio.to_thread(next, iterator)
             else:
                 await anext(iterator)
-            fake.gate.clear()
+            await eventually(lambda: server.calls.active > 0)
             if make_client is Client:
                 await asyncio.to_thread(iterator.close)
             else:
                 await iterator.aclose()
-            fake.gate.set()
+            await eventually(lambda: server.calls.active == 0)  # while the encoder still waits
+            gate.set()
             await eventually(lambda: engine.statistics().held_requests == 0)
-            await eventually(lambda: server.calls.active == 0)
             await close(client)
 
     asyncio.run(main())
