@@ -186,13 +186,7 @@ def _decode_with_pillow(kind: str, data: bytes, limits: ImageLimits, grey: bool)
             _check_rle(data)
         if kind == "PNG":  # decoding passes over the checksums of the pixels
             PngImagePlugin.PngImageFile(io.BytesIO(data)).verify()
-        if image.mode not in _STRAIGHT_MODES | _DEEP_GREY_MODES:
-            raise ImageError(
-                ImageFault.UNSUPPORTED_FORMAT,
-                f"{kind} image",
-                expected="8 or 16 bits a channel, grey, RGB, CMYK or a palette",
-                found=f"mode {image.mode}",
-            )
+        _check_mode(image, kind)
         image.load()
         orientation = _pillow_orientation(image)
         flat = to_mode(flatten(image), "L" if grey else "RGB")
@@ -208,6 +202,35 @@ def _check_tiles(image: TiffImagePlugin.TiffImageFile, limits: ImageLimits) -> N
     height, width = image.tag_v2.get(TILE_LENGTH_TAG), image.tag_v2.get(TILE_WIDTH_TAG)
     if isinstance(height, int) and isinstance(width, int):
         limits.check_pixels(height, width, "a tile of the TIFF image")
+
+
+def _check_mode(image: ImageFile.ImageFile, kind: str) -> None:
+    """Refuse what Pillow does not read, and what it reads as other greys than are meant.
+
+    It leaves 12 bits in the lower part of 16, 16 bits of which 0 is white as they are, and
+    the one transparent grey of a 16-bit PNG opaque.
+
+    Raises:
+        ImageError: UNSUPPORTED_FORMAT.
+    """
+    found = None
+    if image.mode in _DEEP_GREY_MODES:
+        tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+        if tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,)) != (16,):
+            found = "12 bits"
+        elif tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 1) != 1:
+            found = "16 bits of which 0 is white"
+        elif "transparency" in image.info:
+            found = "16 bits of which one grey is transparent"
+    elif image.mode not in _STRAIGHT_MODES:
+        found = f"mode {image.mode}"
+    if found is not None:
+        raise ImageError(
+            ImageFault.UNSUPPORTED_FORMAT,
+            f"{kind} image",
+            expected="8 or 16 bits a channel, grey, RGB, CMYK or a palette",
+            found=found,
+        )
 
 
 def _check_rle(data: bytes) -> None:

@@ -192,20 +192,28 @@ def others() -> dict[str, bytes]:
         "lzw.tiff": encode(rgb, "TIFF", compression="tiff_lzw"),
         "deflate.tiff": encode(rgb, "TIFF", compression="tiff_adobe_deflate"),
         "grey-16bit.tiff": encode(quadrants(GREYS_16, "<u2"), "TIFF"),
-        "grey-16bit-big-endian.tiff": _big_endian_tiff(quadrants(GREYS_16, ">u2")),
+        "grey-16bit-big-endian.tiff": _deep_tiff(quadrants(GREYS_16, ">u2")),
         "exif-8.tiff": encode(turned, "TIFF", tiffinfo={0x0112: 8}),
         "pages.tiff": encode(rgb, "TIFF", **pages),
     }
 
 
-def _big_endian_tiff(deep: np.ndarray) -> bytes:
-    """Write an uncompressed 16-bit grey TIFF in Motorola order (TIFF 6.0, section 3)."""
-    tags = ((256, WIDTH), (257, HEIGHT), (258, 16), (259, 1), (262, 1), (273, 122), (277, 1))
-    tags += ((278, HEIGHT), (279, deep.nbytes))
-    entries = b"".join(struct.pack(">HHIHH", tag, 3, 1, value, 0) for tag, value in tags)
-    head = b"MM\0*" + struct.pack(">IH", 8, len(tags)) + entries + struct.pack(">I", 0)
+def _deep_tiff(pixels: np.ndarray, *, order: str = ">", bits: int = 16, black: int = 1) -> bytes:
+    """Write an uncompressed grey TIFF (TIFF 6.0, section 3).
+
+    Args:
+        pixels: as they are stored, whole bytes.
+        order: ">" for Motorola's, "<" for Intel's.
+        bits: of a pixel.
+        black: PhotometricInterpretation: 1 where 0 is black, 0 where it is white.
+    """
+    tags = ((256, WIDTH), (257, HEIGHT), (258, bits), (259, 1), (262, black), (273, 122))
+    tags += ((277, 1), (278, HEIGHT), (279, pixels.nbytes))
+    entries = b"".join(struct.pack(f"{order}HHIHH", tag, 3, 1, value, 0) for tag, value in tags)
+    magic = {">": b"MM\0*", "<": b"II*\0"}[order]
+    head = magic + struct.pack(f"{order}IH", 8, len(tags)) + entries + bytes(4)
     assert len(head) == 122
-    return head + deep.tobytes()
+    return head + pixels.tobytes()
 
 
 def damaged(good: dict[str, bytes]) -> dict[str, bytes]:
@@ -232,6 +240,13 @@ def damaged(good: dict[str, bytes]) -> dict[str, bytes]:
         "page.html": b"<!DOCTYPE html>\n<title>404 Not Found</title>\n",
         "photo.heic": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(16),
         "float.tiff": encode(np.ones((HEIGHT, WIDTH), np.float32), "TIFF"),
+        "grey-12bit.tiff": _deep_tiff(
+            np.ones((HEIGHT, WIDTH * 3 // 2), np.uint8), order="<", bits=12
+        ),
+        "grey-16bit-white-is-zero.tiff": _deep_tiff(quadrants(GREYS_16, "<u2"), order="<", black=0),
+        "grey-16bit-key.png": png(
+            png_rows(quadrants(GREYS_16, ">u2")), depth=16, colour=0, before=chunk(b"tRNS", b"\0\0")
+        ),
     }
 
 

@@ -105,6 +105,15 @@ BAD = {
     "page.html": (ImageFault.UNSUPPORTED_FORMAT, "found HTML"),
     "photo.heic": (ImageFault.UNSUPPORTED_FORMAT, "found HEIC"),
     "float.tiff": (ImageFault.UNSUPPORTED_FORMAT, "TIFF image: expected 8 or 16 bits a channel"),
+    "grey-12bit.tiff": (ImageFault.UNSUPPORTED_FORMAT, "found 12 bits"),
+    "grey-16bit-white-is-zero.tiff": (
+        ImageFault.UNSUPPORTED_FORMAT,
+        "found 16 bits of which 0 is white",
+    ),
+    "grey-16bit-key.png": (
+        ImageFault.UNSUPPORTED_FORMAT,
+        "found 16 bits of which one grey is transparent",
+    ),
 }
 
 
