@@ -45,6 +45,7 @@ from models.picture import (
     exif_orientation,
     turn_upright,
 )
+from models.pieces import check_pieces
 
 
 def _silence_decoders() -> None:
@@ -59,6 +60,7 @@ def _silence_decoders() -> None:
         ctypes.CDLL(str(library)).TIFFSetErrorHandler(None)
 
 
+PngImagePlugin.MAX_TEXT_CHUNK = 16 << 20  # colour profiles of printers exceed its 1 MiB
 _silence_decoders()
 
 _PLUGINS: dict[str, type[ImageFile.ImageFile]] = {
@@ -116,6 +118,7 @@ def decode(
     limits.check_bytes(len(data))
     kind = sniff(data)
     try:
+        check_pieces(kind, data)
         if kind == "JPEG":
             choose = choose_divisor or (lambda *sides: reduction(min(sides), shorter_side))
             return decode_jpeg(data, limits, grey=grey, choose_divisor=choose)

@@ -30,6 +30,7 @@ from models.picture import (
     is_transposed,
     upright_picture,
 )
+from models.pieces import MAX_PIECES, too_many
 
 ChooseDivisor: TypeAlias = Callable[[int, int], int]
 """From upright height and width to 1, 2, 4 or 8: the part of them that is decoded."""
@@ -60,7 +61,7 @@ def decode_jpeg(
         choose_divisor: how much smaller than it is the picture may come out.
 
     Raises:
-        ImageError: TOO_MANY_PIXELS.
+        ImageError: TOO_MANY_PIXELS, or CORRUPT where it is of too many pieces.
         ValueError: the data is damaged.
     """
     height, width, colour_space = _read_header(data)
@@ -115,8 +116,11 @@ def _decode_as(colour_space: str, data: bytes, least: tuple[int, int]) -> Pixels
 
 def _count_scans(data: bytes) -> int:
     """Count the scans up to the end of the picture; phones append films, whose bytes are any."""
-    scans, at = 0, 2
+    scans, at, steps = 0, 2, 0
     while (found := _MARKER.search(data, at)) is not None:
+        steps += 1
+        if steps > MAX_PIECES:
+            raise too_many("JPEG", "segments")
         marker, at = found[0][1], found.end()
         if marker == _END_OF_IMAGE:
             break
@@ -132,8 +136,11 @@ def _segments(data: bytes) -> dict[int, bytes]:
     Of APP1 only Exif counts: XMP uses the same marker.
     """
     found: dict[int, bytes] = {}
-    at = 2
+    at, steps = 2, 0
     while at + 4 <= len(data) and data[at] == 0xFF:
+        steps += 1
+        if steps > MAX_PIECES:
+            raise too_many("JPEG", "segments")
         marker = data[at + 1]
         if marker == 0xFF:  # padding
             at += 1
