@@ -7,7 +7,7 @@ Rules:
     Images are counted, not requests. A request larger than a batch is split, and is
     complete when the last of its images is settled: computed, or failed to decode.
     An idle instance never waits while images do, unless a delay is asked for; that delay is
-    anchored to the oldest waiting arrival. Batches grow only while every instance is busy.
+    anchored to the oldest waiting arrival, and misses nobody's deadline. Batches grow only while every instance is busy.
     Where an encoder has lanes, how many images go together is decided by `serve.lanes`, and they
     may wait for what runs, but for nothing that is overdue: `serve.running_batches`.
     Images run by priority, clients of one priority in turns, and each client's in the order
@@ -206,9 +206,9 @@ class Batcher(Generic[TicketT]):
         if not self._queue.images:
             return Decision(expired=expired)
         if self._max_delay_s and self._queue.images < self._max_batch_images:
-            oldest_s = self._queue.oldest_s()
-            if now_s < oldest_s + self._max_delay_s:
-                return Decision(expired=expired, wake_at_s=oldest_s + self._max_delay_s)
+            due_s = self._queue.due_s(self._max_delay_s, safe_s - now_s)
+            if now_s < due_s:
+                return Decision(expired=expired, wake_at_s=due_s)
         parts: list[Part[TicketT]] = []
         room = share.images
         while room and self._queue.images:

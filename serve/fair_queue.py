@@ -138,13 +138,22 @@ class FairQueue(Generic[TicketT]):
         if not level.images:
             level.overtaken = 0
 
-    def oldest_s(self) -> float:
-        """Say when the oldest of the requests arrived whose images wait."""
+    def due_s(self, delay_s: float, takes_s: float) -> float:
+        """Say until when all that waits may wait for company.
+
+        Args:
+            delay_s: how long a request may, from its arrival. One with a deadline waits for
+                half of the time it has at most, since forecasts are none at first.
+            takes_s: how long before its deadline a request must begin.
+        """
         return min(
-            part.ticket.arrived_s
+            min(
+                ticket.arrived_s + min(delay_s, (ticket.deadline_s - ticket.arrived_s) / 2),
+                ticket.deadline_s - takes_s,
+            )
             for level in self._levels
             for parts in level.clients.values()
-            for part in parts
+            for ticket in (part.ticket for part in parts)
         )
 
     def _next(self) -> _Level[TicketT]:

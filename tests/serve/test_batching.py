@@ -174,6 +174,20 @@ def test_a_delay_counts_from_the_oldest_arrival():
     assert contents(batcher.decide(12.0).batch) == [(ticket, [0]) for ticket in tickets]
 
 
+def test_a_delay_costs_nobody_their_deadline():
+    """Company is waited for as long as what waits can still be done, whoever is first in line."""
+    batcher = make_batcher(max_delay_s=5.0)
+    admitted(batcher, 1)
+    admitted(batcher, 1, client="b", deadline_s=3.0)
+    assert batcher.decide(0.0).wake_at_s == 1.5  # half of its time: no forecast yet
+    assert batcher.decide(1.5).batch is not None
+
+    batcher = make_batcher(max_delay_s=5.0)
+    now_s = learnt(batcher, per_image_s=0.1, delay_s=5.0)
+    admitted(batcher, 1, arrived_s=now_s, deadline_s=now_s + 1.0)
+    assert batcher.decide(now_s).wake_at_s == pytest.approx(now_s + 0.2)  # two batches of four
+
+
 def test_a_full_batch_does_not_wait_for_the_delay():
     """Nothing is gained by waiting once a batch is full."""
     batcher = make_batcher(max_delay_s=2.0)
@@ -194,7 +208,13 @@ def test_its_state_shows_in_its_repr():
     )
 
 
-def learnt(batcher: Batcher[Ticket], *, per_image_s: float, per_batch_s: float = 0.0) -> float:
+def learnt(
+    batcher: Batcher[Ticket],
+    *,
+    per_image_s: float,
+    per_batch_s: float = 0.0,
+    delay_s: float = 0.0,
+) -> float:
     """Let a batcher see batches of one and of four images; the time afterwards."""
     now_s = 0.0
     for n in range(2 * MIN_BATCHES):
@@ -202,6 +222,7 @@ def learnt(batcher: Batcher[Ticket], *, per_image_s: float, per_batch_s: float =
         ticket = Ticket(images=images, arrived_s=now_s)
         batcher.admit(ticket)
         batcher.ready(ticket, range(images), now_s)
+        now_s += delay_s
         batch = batcher.decide(now_s).batch
         now_s += per_image_s * images + per_batch_s
         assert batcher.finish(batch, now_s) == [ticket]
