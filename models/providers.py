@@ -51,12 +51,16 @@ INSTALL: dict[Provider, str] = {
     "tensorrt": "pip uninstall onnxruntime faiss-cpu, then pip install -e '.[gpu,tensorrt]'",
 }
 
+INSTALL_AN_ENGINE = (
+    "install ONNX Runtime and faiss by `pip install '.[cpu]'`, on NVIDIA GPUs by '.[gpu]'"
+)
+
 ProviderOptions = dict[str, str]
 
 
 def engine_cache() -> Path:
-    """Give the directory of TensorRT's engines."""
-    return Path(os.environ.get("HORACE_ENGINE_CACHE", ENGINE_CACHE)).expanduser()
+    """Name the directory of TensorRT's engines; `~` is the user's."""
+    return Path(os.environ.get("HORACE_ENGINE_CACHE", ENGINE_CACHE))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,12 +161,13 @@ def session_providers(
         fingerprint, gpu=gpu_name(placement.device), tensorrt=tensorrt_version()
     )
     try:
+        cache = cache.expanduser()
         cache.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the second of a user who has no home
         raise EncoderError(
             f"engine cache {cache}",
             expected="a directory that can be written",
-            found=error.strerror,
+            found=getattr(error, "strerror", None) or str(error),
             mend="name another with HORACE_ENGINE_CACHE",
         ) from error
     options = device | {

@@ -16,7 +16,6 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from models.bundle import Bundle, Precision, check_sha256, read_bundle, split_precision
@@ -25,6 +24,7 @@ from models.encoder import check_batch
 from models.errors import EncoderError
 from models.preprocess import PreprocessSpec, preprocess
 from models.providers import (
+    INSTALL_AN_ENGINE,
     ON_CPU,
     Placement,
     ProviderOptions,
@@ -33,6 +33,11 @@ from models.providers import (
     require_provider,
     session_providers,
 )
+
+try:
+    import onnxruntime as ort
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"{error.msg}; {INSTALL_AN_ENGINE}", name="onnxruntime") from None
 
 
 class OnnxEncoder:

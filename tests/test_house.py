@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -32,6 +34,17 @@ def test_the_client_loads_no_engine():
     """An application that only calls a server pays for neither ONNX Runtime nor faiss."""
     code = "import sys, serve.client; print({'onnxruntime', 'faiss', 'pyarrow'} & set(sys.modules))"
     assert run(sys.executable, "-c", code).stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("engine", "module"), [("faiss", "index.search"), ("onnxruntime", "models.runtime")]
+)
+def test_an_engine_that_is_not_installed_is_named_with_what_installs_it(engine, module):
+    """Both are extras, of which a base install has neither."""
+    code = f"import sys; sys.modules['{engine}'] = None; import {module}"
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        run(sys.executable, "-c", code)
+    assert "faiss by `pip install '.[cpu]'`, on NVIDIA GPUs by '.[gpu]'" in failed.value.stderr
 
 
 def test_layers_hold():

@@ -91,25 +91,31 @@ def tritonserver(
     """
     port = port or free_port()
     home = fetch_server()
+    regions = f"horace-{port}-"
     argv = [
         str(home / "pytriton/tritonserver/bin/tritonserver"), f"--model-repository={repository}",
         f"--backend-directory={backends()}", f"--grpc-port={port}",
         "--grpc-address=127.0.0.1", "--allow-http=false", "--allow-metrics=false",
+        f"--backend-config=python,shm-region-prefix-name={regions}",
     ]  # fmt: skip
     environment = os.environ | {"LD_LIBRARY_PATH": str(home / "nvidia_pytriton.libs")}
     log = folder / f"tritonserver-{port}.log"
-    with (
-        log.open("w") as output,
-        subprocess.Popen(
-            argv, env=environment, stdout=output, stderr=output, start_new_session=True
-        ) as process,
-    ):
-        try:
-            _wait_until_ready(process, log)
-            yield TritonServer(f"127.0.0.1:{port}", process)
-        finally:
-            if process.poll() is None:
-                process.terminate()
+    try:
+        with (
+            log.open("w") as output,
+            subprocess.Popen(
+                argv, env=environment, stdout=output, stderr=output, start_new_session=True
+            ) as process,
+        ):
+            try:
+                _wait_until_ready(process, log)
+                yield TritonServer(f"127.0.0.1:{port}", process)
+            finally:
+                if process.poll() is None:
+                    process.terminate()
+    finally:  # a server that was killed leaves its backends' memory behind
+        for region in Path("/dev/shm").glob(f"{regions}*"):
+            region.unlink(missing_ok=True)
 
 
 def _wait_until_ready(server: subprocess.Popen[bytes], log: Path) -> None:

@@ -36,7 +36,7 @@ from index.embed import split
 from index.errors import CollectionError
 from models.cpu import cpu_budget
 from models.encoder import Encoder, open_encoder
-from models.errors import FingerprintMismatchError, HoraceError, UsageError
+from models.errors import FingerprintMismatchError, HoraceError
 from models.image_source import ImageRecord, ImageSource
 from models.images import open_source
 
@@ -58,9 +58,8 @@ def make_parts_on_ray(
         actors: how many work at once.
 
     Raises:
-        UsageError: Ray is not installed.
+        CollectionError: Ray is not installed, or an actor failed; says what it said.
         SourceError: the source is damaged.
-        CollectionError: an actor failed; says what it said.
     """
     data = _import_ray()
     items = list(_list_missing(source, parts))
@@ -172,7 +171,7 @@ def _import_ray() -> Any:
     try:
         return importlib.import_module("ray.data")
     except ImportError as error:
-        raise UsageError(
+        raise CollectionError(
             "--engine ray",
             expected="the package ray with ray.data",
             found=str(error),

@@ -183,7 +183,7 @@ def test_the_images_command_is_one_that_the_server_understands(container):
     assert options.log.log_format == "json"
     exposed = set(map(int, arguments_of("EXPOSE").split()))
     assert exposed == {options.port, options.metrics.port}
-    assert f"127.0.0.1:{options.metrics.port}/readyz" in arguments_of("HEALTHCHECK")
+    assert f"'127.0.0.1', {options.metrics.port}, timeout" in arguments_of("HEALTHCHECK")
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert ports == {"grpc": options.port, "metrics": options.metrics.port}
 

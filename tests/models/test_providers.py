@@ -125,6 +125,20 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
         session_providers(Placement(provider="tensorrt"), fingerprint="a" * 64)
 
 
+def test_who_has_no_home_needs_none_but_for_engines(monkeypatch):
+    """A user without an entry in passwd runs encoders; TensorRT asks for a directory."""
+
+    def nobody(self):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("HORACE_ENGINE_CACHE", raising=False)
+    monkeypatch.setattr("models.providers.tensorrt_version", lambda: "10.13.3")
+    monkeypatch.setattr(Path, "expanduser", nobody)
+    assert session_providers(Placement(), fingerprint="a" * 64) == [("CPUExecutionProvider", {})]
+    with pytest.raises(EncoderError, match="name another with HORACE_ENGINE_CACHE"):
+        session_providers(Placement(provider="tensorrt"), fingerprint="a" * 64)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
 def test_a_gpu_computes_what_the_cpu_computes(make_bundle, provider, tmp_path):

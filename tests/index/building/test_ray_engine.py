@@ -17,7 +17,6 @@ from index.building.ray_engine import PartMaker
 from index.collection import Collection
 from index.errors import CollectionError
 from models.encoder import open_encoder
-from models.errors import UsageError
 from models.images import open_source
 
 ROOT = Path(__file__).parents[3]
@@ -153,7 +152,7 @@ def test_without_ray_the_error_says_how_to_install_it(tmp_path, monkeypatch, bun
     options = BuildOptions(
         images=str(train_folder), encoder=str(bundle.path), out=tmp_path / "c", engine="ray"
     )
-    with pytest.raises(UsageError) as error:
+    with pytest.raises(CollectionError) as error:
         build(options)
     assert str(error.value).startswith(
         "--engine ray: expected the package ray with ray.data, found"
