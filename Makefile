@@ -51,8 +51,8 @@ shipped: $(VENV)/.installed data ## Make and judge the encoder that ships: over 
 	  --out artifacts/fashion-mnist-knn --record
 	$(BIN)/python -m train.probe linear $(SHIPPED) --images fashion-mnist --test fashion-mnist:test --record
 
-# The arguments are those of what is committed. What another machine made lies beside, under a name of
-# its own: *_avx2 has no AVX-512, *_gpu has a GPU.
+# What is committed may have more rounds, or come from another machine: each file names its command and its
+# hardware. Where two machines were measured, *_avx2 has no AVX-512 and *_gpu has a GPU.
 bench: $(VENV)/.installed data ## Run the benchmarks: hours, on a quiet machine (apt-get install mate-backgrounds wrk nghttp2-client)
 	$(BIN)/pip install --quiet -e '.[bench]'
 	$(BIN)/python -m benchmarks.decoders --repeats 20 --out $(RESULTS)/decoders.json
