@@ -257,6 +257,28 @@ def colour_bomb(_: random.Random) -> bytes:
     return PNG + chunks + _chunk(b"IEND", b"")
 
 
+def crumbs(rng: random.Random) -> bytes:
+    """Write a file of a million bytes or so that is nothing but tiny pieces."""
+    tags = [(256, 4, 1, 1), (257, 4, 1, 1), (258, 3, 1, 8), (262, 3, 1, 1), (273, 4, 1, 8)]
+    tags += [(278, 4, 1, 1), (279, 4, 1, 1), (282, 5, 130_000, 200)]  # rational numbers
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    directory = struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + bytes(4)
+    header = _chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 0, 0, 0, 0))
+    rows = _chunk(b"IDAT", zlib.compress(bytes(8 * 9))) + _chunk(b"IEND", b"")
+    profile = _chunk(b"iCCP", b"icc\0\0" + zlib.compress(bytes(1 << 20), 9))
+    gif, jpeg = (SEEDS / "still.gif").read_bytes(), (SEEDS / "progressive.jpg").read_bytes()
+    blocks_at = 13 + 3 * (2 << (gif[10] & 7))
+    return rng.choice(
+        (
+            PNG + header + _chunk(b"prVt", b"") * 80_000 + rows,
+            PNG + header + profile * 900 + rows,
+            gif[:blocks_at] + b"!\xfe" + b"\1a" * 500_000 + b"\0" + gif[blocks_at:],
+            jpeg[:2] + b"\xff\xfe\0\2" * 250_000 + jpeg[2:],
+            directory.ljust(200, b"\0") + b"\1\0\0\0" * 260_000,
+        )
+    )
+
+
 def gif_bomb(rng: random.Random) -> bytes:
     """Write a GIF of a large screen, or of a small one with a large frame."""
     screen, frame = rng.choice(((65535, 65535), (65535, 16), (16, 65535), (4000, 4000)))
@@ -318,6 +340,7 @@ BOMBS: tuple[tuple[str, Callable[[random.Random], bytes]], ...] = (
     ("png", png_bomb),
     ("png text", text_bomb),
     ("png colours", colour_bomb),
+    ("crumbs", crumbs),
     ("gif", gif_bomb),
     ("jpeg", jpeg_bomb),
     ("bmp", bmp_bomb),
