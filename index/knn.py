@@ -96,9 +96,17 @@ def knn_search(
             scores, rows = _knn(queries_QD, bank_ND, n_asked, metric)
         else:
             scores, rows = _knn_among(queries_QD, bank_ND, rows_M, n_asked, metric)
-    _lower_row_first(scores, rows)
+    slack_Q: NDArray[np.float64] = np.zeros(len(queries_QD))
+    if metric == COSINE and len(queries_QD) >= faiss.cvar.distance_compute_blas_threshold:
+        # A product of matrices rounds a row's score by where in the bank it lies.
+        slack_Q = rounding(queries_QD, scores[:, 0], metric)
+        scores = _score_each(queries_QD, bank_ND, rows)
+        order = np.lexsort((rows, -scores))
+        scores, rows = np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
+    else:
+        _lower_row_first(scores, rows)
     if n_asked > n_found:
-        tied_Q = scores[:, n_found - 1] == scores[:, n_found]
+        tied_Q = scores[:, n_found - 1] - scores[:, n_found] <= slack_Q
         scores, rows = scores[:, :n_found].copy(), rows[:, :n_found].copy()
         _settle_ties(queries_QD, bank_ND, rows_M, np.flatnonzero(tied_Q), metric, scores, rows)
     return pad_neighbours(scores, rows, k)
@@ -306,18 +314,21 @@ def _settle_ties(
             if rows_M is not None:
                 all_scores = all_scores[rows_M]
             last = np.partition(all_scores, -k)[-k]
-            above = np.flatnonzero(all_scores > last)
-            equal = np.flatnonzero(all_scores == last)[: k - len(above)]
-            chosen = np.concatenate([above, equal])
-            order = np.lexsort((chosen, -all_scores[chosen]))
-            rows_QK[query] = chosen[order] if rows_M is None else rows_M[chosen[order]]
-            scores_QK[query] = all_scores[chosen[order]]
+            if metric == COSINE:
+                query_D = queries_QD[query : query + 1]
+                last -= 2 * rounding(query_D, last[None], metric)[0]
+            places = np.flatnonzero(all_scores >= last)
+            chosen, found = places if rows_M is None else rows_M[places], all_scores[places]
+            if metric == COSINE:
+                found = _score_each(query_D, bank_ND, chosen[None])[0]
+            order = np.lexsort((chosen, -found))[:k]
+            rows_QK[query], scores_QK[query] = chosen[order], found[order]
 
 
 def _all_scores(
     queries_QD: NDArray[np.float32], bank_ND: NDArray[np.float32], metric: str
 ) -> NDArray[np.float32]:
-    """Score every row, (Q, N): equal rows get equal scores."""
+    """Score every row, (Q, N); inner products to the rounding of a product of matrices."""
     if metric == COSINE:
         return queries_QD @ bank_ND.T
     scores_QN = np.empty((len(queries_QD), len(bank_ND)), np.float32)
@@ -328,3 +339,17 @@ def _all_scores(
             differences_ND = block_ND - query_D
             scores_N[start : start + step] = -np.einsum("nd,nd->n", differences_ND, differences_ND)
     return scores_QN
+
+
+def _score_each(
+    queries_QD: NDArray[np.float32], bank_ND: NDArray[np.float32], rows_QK: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """Multiply each query with some rows one by one, (Q, K): equal rows get equal scores."""
+    scores_QK = np.empty(rows_QK.shape, np.float32)
+    rows, scores = rows_QK.ravel(), scores_QK.ravel()
+    query_of = np.repeat(np.arange(len(rows_QK)), rows_QK.shape[1])
+    step = max(1, BLOCK_BYTES // (8 * queries_QD.shape[1]))
+    for start in range(0, len(rows), step):
+        block = slice(start, start + step)
+        np.einsum("pd,pd->p", queries_QD[query_of[block]], bank_ND[rows[block]], out=scores[block])
+    return scores_QK

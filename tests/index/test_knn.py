@@ -140,6 +140,21 @@ def test_some_rows_of_a_bank_alone_with_ties_by_row(n_queries, monkeypatch):
     assert (np.sort(few[:, :5]) == rows[:5]).all()
 
 
+@pytest.mark.parametrize("n_queries", [1, 16, 20, 64])
+@pytest.mark.parametrize("count", [40, 1003])
+def test_copies_of_one_image_tie_wherever_they_lie(count, n_queries):
+    """A product of matrices rounds a row's score by its place; the lowest rows come first still."""
+    rng = np.random.default_rng(0)
+    bank = rng.normal(size=(count, 512)).astype(np.float32)
+    copies = np.sort(rng.choice(count, 30, replace=False))
+    bank[copies] = bank[copies[0]]
+    queries = rng.normal(size=(n_queries, 512)).astype(np.float32)
+    queries[-1] = bank[copies[0]]
+    scores, rows = knn_search(queries, bank, 10)
+    np.testing.assert_array_equal(rows[-1], copies[:10])
+    assert len(set(scores[-1])) == 1
+
+
 @pytest.mark.parametrize("n_queries", [3, 40])
 @pytest.mark.parametrize("rows", [None, np.arange(0, 60, 2)])
 def test_by_distance_the_nearest_come_first(n_queries, rows):
