@@ -51,13 +51,23 @@ shipped: $(VENV)/.installed data ## Make and judge the encoder that ships: over 
 	  --out artifacts/fashion-mnist-knn --record
 	$(BIN)/python -m train.probe linear $(SHIPPED) --images fashion-mnist --test fashion-mnist:test --record
 
-# What is committed may have more rounds, or come from another machine: each file names its command and its
-# hardware. Where two machines were measured, *_avx2 has no AVX-512 and *_gpu has a GPU.
+# What is committed may have other rounds or options, or come from another machine: a file names its command
+# and, where it has times, its hardware; some are older than these fields, and evaluate_recall.json leaves its
+# times out. Where two machines were measured, *_avx2 has no AVX-512 and *_gpu has a GPU: none of them is made here.
 bench: $(VENV)/.installed data ## Run the benchmarks: hours, on a quiet machine (apt-get install mate-backgrounds wrk nghttp2-client)
 	$(BIN)/pip install --quiet -e '.[bench]'
 	$(BIN)/python -m benchmarks.decoders --repeats 20 --out $(RESULTS)/decoders.json
 	$(BIN)/python -m index.build --images fashion-mnist --encoder $(SHIPPED) --out $(BANK) --replace
 	$(BIN)/python -m index.build --images fashion-mnist:test --encoder $(SHIPPED) --out $(BANK)-test --replace
+	$(BIN)/python -m index.build --images fashion-mnist:test --encoder $(SHIPPED)/encoder.int8.onnx \
+	  --out $(BANK)-int8 --replace
+	$(BIN)/python -m index.evaluate retrieval --collection $(BANK) --queries $(BANK)-test --n-queries 0 --json \
+	  > $(RESULTS)/evaluate_retrieval.json
+	$(BIN)/python -m index.evaluate recall --collection $(BANK) --queries $(BANK)-test --json \
+	  > $(RESULTS)/evaluate_recall.json
+	$(BIN)/python -m index.evaluate space --collection $(BANK) --json > $(RESULTS)/evaluate_space.json
+	$(BIN)/python -m index.evaluate space --collection $(BANK)-test --other $(BANK)-int8 --json \
+	  > $(RESULTS)/evaluate_drift.json
 	rm -rf $(BANK)-tuned && cp -r $(BANK) $(BANK)-tuned
 	$(BIN)/python -m index.tune $(BANK)-tuned --recall 0.99 --index IVF256,PQ256x4fs,RFlat
 	$(BIN)/python -m benchmarks.vector_dtypes $(BANK) --out $(RESULTS)/vector_dtypes.json
@@ -70,7 +80,7 @@ bench: $(VENV)/.installed data ## Run the benchmarks: hours, on a quiet machine 
 	$(BIN)/python -m benchmarks.filters $(BANK) --out $(RESULTS)/filters.json
 	$(BIN)/python -m benchmarks.filters $(BANK)-tuned --out $(RESULTS)/filters_tuned.json
 	$(BIN)/python -m benchmarks.tombstones --out $(RESULTS)/tombstones.json
-	$(BIN)/python -m benchmarks.build_throughput --encoders small --rounds 1 --processes 1 \
+	$(BIN)/python -m benchmarks.build_throughput --encoders small --rounds 3 --processes 1 \
 	  --out $(RESULTS)/build_throughput.json
 	$(BIN)/python -m benchmarks.build_throughput --encoders large --rounds 1 --processes 1 \
 	  --out $(RESULTS)/build_throughput_large.json
@@ -89,7 +99,7 @@ bench: $(VENV)/.installed data ## Run the benchmarks: hours, on a quiet machine 
 	$(BIN)/python -m benchmarks.int8 --rounds 9 --out $(RESULTS)/int8.json
 	$(BIN)/python -m benchmarks.observers --out $(RESULTS)/observers.json
 	$(BIN)/python -m benchmarks.perf_analyzer --rounds 1 --out $(RESULTS)/perf_analyzer.json
-	$(BIN)/python -m benchmarks.serve_peers --fresh --rounds 2 --seconds 2 --cases small-tensor-1 light-tensor-1 \
+	$(BIN)/python -m benchmarks.serve_peers --fresh --rounds 3 --seconds 2 --cases small-tensor-1 light-tensor-1 \
 	  small-jpeg-1 large-tensor-1 int8-tensor-1 --out $(RESULTS)/serve_peers.json
 	$(BIN)/python -m benchmarks.serve_overload --cases pinned-small-1 pinned-large-1 shared-small-1 \
 	  --out $(RESULTS)/serve_overload.json

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import functools
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -41,7 +40,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.measuring import command_line, turns
+from benchmarks.measuring import command_line, spread_of, turns
 from benchmarks.nearest.peers import BUILDERS, EF_CONSTRUCTION, EFFORTS, Peer
 from benchmarks.nearest.tasks import EPSILON, K, Task, embedding_task, pixel_task
 from benchmarks.nearest.tuned import (
@@ -308,8 +307,8 @@ def take_turns(
             "parameters": dict(setting.parameters),
             "recall": round(setting.recall, 5),
             "build_s": round(setting.build_s, 2),
-            "single_qps": spread(single),
-            "batch_qps": spread(batch),
+            "single_qps": spread_of(single, 1),
+            "batch_qps": spread_of(batch, 1),
         }
         for setting, single, batch in zip(settings, singles, batches, strict=True)
     ]
@@ -341,15 +340,6 @@ def compare(rows: Sequence[dict], targets: Sequence[float]) -> list[dict[str, Js
             found["bar"] = BARS[target]
         comparison.append(found)
     return comparison
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Give the median and the ends."""
-    return {
-        "median": round(statistics.median(values), 1),
-        "min": round(min(values), 1),
-        "max": round(max(values), 1),
-    }
 
 
 def as_table(task: Task, rows: Sequence[dict], comparison: Sequence[dict]) -> str:

@@ -2,7 +2,8 @@
 
 One build is left alone. Others of the same images are killed again and again, each time at a
 moment drawn evenly from the time that the undisturbed one took, and started anew by the same
-command, until one ends; then it begins at another place, until there were enough kills.
+command, until one ends, or is killed after its last step; then it begins at another place, until
+there were enough kills.
 """
 
 from __future__ import annotations
@@ -47,7 +48,11 @@ def kill_builds(folder: Path, images: int, kills: int, draw: random.Random) -> d
     killed = finished = resumed = 0
     while killed < kills:
         out = folder / f"killed-{finished}"
-        while killed < kills and not kill_at(command(source, out), draw.uniform(0, undisturbed_s)):
+        while (
+            killed < kills
+            and not (out / MANIFEST_FILE).exists()
+            and not kill_at(command(source, out), draw.uniform(0, undisturbed_s))
+        ):
             killed += 1
             resumed += bool(list(folder.glob(f"{out.name}.parts*")))
             if (out / MANIFEST_FILE).exists():

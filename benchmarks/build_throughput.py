@@ -45,8 +45,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.int8 import MEAN, STD, spread_of
-from benchmarks.measuring import command_line, turns
+from benchmarks.int8 import MEAN, STD
+from benchmarks.measuring import command_line, spread_of, turns
 from benchmarks.photographs import make_jpegs
 from models.bundle import ENCODER_FILE, OutputSpec, write_bundle
 from models.command import progress, run_command

@@ -30,23 +30,28 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import cv2
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, features
 
 from benchmarks.measuring import command_line, turns
+from benchmarks.photographs import DEBIAN_PHOTOS, read_photos
 from models.command import progress, run_command
 from models.cpu import cpu_name
-from models.errors import SourceError
+from models.errors import UsageError
 from models.jpeg import reduction
 from models.preprocess import PreprocessSpec, preprocess
+
+try:
+    import cv2
+except ModuleNotFoundError:
+    cv2 = None  # `main` says so in one line
 
 Pixels = NDArray[np.uint8]
 Candidate = Callable[[bytes, int], Pixels]
 
-DEBIAN_PHOTOS = Path("/usr/share/backgrounds/mate/nature")
+LEAST_WIDTH_PX = 2000
 SIZES = ((3000, 2000), (500, 375))
 TARGETS = (224, 64)
 QUALITY = 90
@@ -206,27 +211,6 @@ DECODERS: dict[str, Callable[[bytes], Pixels]] = {
 }
 
 
-def read_photos(folder: Path) -> list[Image.Image]:
-    """Load the large photographs of a folder.
-
-    Raises:
-        SourceError: there are none.
-    """
-    photos = []
-    for path in sorted(folder.glob("*.jp*g")):
-        with Image.open(path) as image:
-            if image.width >= 2000:
-                photos.append(image.convert("RGB"))
-    if not photos:
-        raise SourceError(
-            f"photographs in {folder}",
-            expected="JPEGs at least 2000 pixels wide",
-            found="none",
-            mend="run `apt-get install mate-backgrounds`, or name a folder with --photos",
-        )
-    return photos
-
-
 def make_jpegs(photos: Sequence[Image.Image], size: tuple[int, int]) -> list[bytes]:
     """Bring every photograph to one size and encode it."""
     jpegs = []
@@ -321,9 +305,17 @@ def decodes(decode: Callable[[bytes], Pixels]) -> Callable[[bytes], bool]:
 
 
 def main(options: Options) -> None:
-    """Measure, print tables and write the figures."""
+    """Measure, print tables and write the figures.
+
+    Raises:
+        UsageError: OpenCV is missing.
+    """
+    if cv2 is None:
+        raise UsageError(
+            "OpenCV", expected="it installed", found="none", mend="pip install -e '.[bench]'"
+        )
     cv2.setNumThreads(1)  # one image is one thread's work in a server
-    photos = read_photos(options.photos)
+    photos = read_photos(options.photos, LEAST_WIDTH_PX)
     report: dict[str, object] = {
         "command": command_line(),
         "cpu": cpu_name(),

@@ -27,7 +27,6 @@ random vectors: `python -m benchmarks.filters --synthetic 60000`.
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -42,7 +41,7 @@ import pyarrow as pa
 import tyro
 from numpy.typing import NDArray
 
-from benchmarks.measuring import command_line, turns
+from benchmarks.measuring import command_line, spread_of, turns
 from index.collection import Collection, id_of
 from index.knn import MISSING, faiss_threads
 from index.storage import segment
@@ -53,7 +52,7 @@ from models.command import progress, run_command
 from models.cpu import cpu_budget, cpu_name
 from models.encoder import open_encoder
 from models.errors import UsageError
-from models.images import as_arrays, open_source
+from models.fashion_mnist import open_fashion_mnist
 from models.vectors import finish_vectors
 
 K = 10
@@ -234,8 +233,8 @@ def selector_search(collection: Collection, text: str) -> Search:
 
 def take_turns(
     ways: Mapping[str, Search], calls: list[NDArray[np.float32]], rounds: int
-) -> dict[str, float]:
-    """Give each way's milliseconds a query, the median of the rounds."""
+) -> dict[str, dict[str, float]]:
+    """Give each way's milliseconds a query: least, median and most of the rounds."""
     n_queries = sum(map(len, calls))
     times: dict[str, list[float]] = {name: [] for name in ways}
     for way in ways.values():
@@ -244,14 +243,14 @@ def take_turns(
         for name, way in turns(ways.items(), number):
             spent_s = seconds(lambda way=way: [way(queries_QD) for queries_QD in calls])
             times[name].append(1e3 * spent_s / n_queries)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: spread_of(values) for name, values in times.items()}
 
 
 def holds(row: dict) -> bool:
-    """Say whether a filter keeps to the bar, a query a call and in batches."""
+    """Say whether a filter keeps to the bar, a query a call and in batches, by its medians."""
     ratios = []
     for mode in ("single_ms", "batch_ms"):
-        times = row[mode]
+        times = {name: spread["median"] for name, spread in row[mode].items()}
         bar_ms = min(times["unfiltered_search"], times["unfiltered_exact"])
         ratios.append(times["search"] / bar_ms)
     row["single_ratio"], row["batch_ratio"] = ratios
@@ -293,8 +292,7 @@ def make_queries(path: Path, options: FilterBenchmarkOptions) -> NDArray[np.floa
         return draw_clustered(options.queries, seed=1)
     with Collection.open(path, verify=False) as collection:
         encoder = open_encoder(collection.manifest.encoder)
-    arrays = as_arrays(open_source("fashion-mnist:test"))
-    assert arrays is not None
+    arrays = open_fashion_mnist("test")
     return finish_vectors(encoder.encode(arrays.images[: options.queries, :, :, None]))
 
 
@@ -346,7 +344,7 @@ def as_table(report: dict) -> str:
     names = ("unfiltered_search", "unfiltered_exact", "search", "index", "rows")
     for row in report["filters"]:
         single, batch = (
-            " ".join(f"{row[mode].get(name, np.nan):6.3f}" for name in names)
+            " ".join(f"{row[mode].get(name, {}).get('median', np.nan):6.3f}" for name in names)
             for mode in ("single_ms", "batch_ms")
         )
         selector = row["recall"].get("selector", np.nan)

@@ -17,8 +17,8 @@ A build (`python -m index.build`) of random images is killed as often again and 
 moments of the time that it takes undisturbed; what stands at its place meanwhile is nothing, or
 the whole collection, and it ends in the bytes of an undisturbed one.
 
-A process that ends before its moment is no kill: the moment is drawn anew. It is about processes
-that are killed, not about machines that lose power. Run from the root:
+A build that ends before its moment is no kill: another is begun. It is about processes that are
+killed, not about machines that lose power. Run from the root:
 `python -m benchmarks.index_kills --out benchmarks/results/index_kills.json`.
 """
 
@@ -111,7 +111,6 @@ class Trial:
     spent_s: dict[str, list[float]] = field(default_factory=dict)
     struck: Counter[str] = field(default_factory=Counter)
     there: Counter[str] = field(default_factory=Counter)
-    ended_before: int = 0
 
     def kill(self, moment: str) -> None:
         """Start a writer, kill it at a moment, and look at what is left.
@@ -119,8 +118,7 @@ class Trial:
         Raises:
             AssertionError: it is not what was promised.
         """
-        while not self._start_and_kill(moment):
-            self.ended_before += 1
+        self._start_and_kill(moment)
         self.look()
 
     def look(self) -> None:
@@ -146,8 +144,12 @@ class Trial:
         check_snapshot(collection, self.ledger.state, self.draw)
         self.held.append((collection, self.ledger.state))
 
-    def _start_and_kill(self, moment: str) -> bool:
-        """Start a writer and kill it; whether it was still there to be killed."""
+    def _start_and_kill(self, moment: str) -> None:
+        """Start a writer and kill it.
+
+        Raises:
+            CollectionError: it ended of itself.
+        """
         command = [sys.executable, "-m", "benchmarks.ledger_writer", str(self.path)]
         command.append(str(self.draw.getrandbits(30)))
         with subprocess.Popen(
@@ -167,7 +169,6 @@ class Trial:
             raise CollectionError("a writer", expected="one that goes on", found=said.strip())
         at = self.ledger.under_way.kind if self.ledger.under_way else "between writes"
         self.struck[at if opened else "opening"] += 1
-        return True
 
     def _run_up_to(self, moment: str, process: subprocess.Popen[str]) -> bool:
         """Read what a writer says up to the moment's beginning; whether it is open."""

@@ -9,7 +9,6 @@ Run from the root: `python -m benchmarks.int8 --out benchmarks/results/int8.json
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -23,7 +22,7 @@ import torch
 import tyro
 from numpy.typing import NDArray
 
-from benchmarks.measuring import command_line, turns
+from benchmarks.measuring import command_line, spread_of, turns
 from models.bundle import (
     ENCODER_FILE,
     PRECISION_FILES,
@@ -36,7 +35,7 @@ from models.bundle import (
 from models.command import progress, run_command
 from models.cpu import cpu_budget
 from models.encoder import Encoder
-from models.images import as_arrays, open_source
+from models.fashion_mnist import open_fashion_mnist
 from models.networks import ResNet
 from models.preprocess import PreprocessSpec
 from models.runtime import open_bundle
@@ -183,8 +182,7 @@ def measure_bundle(options: Int8Options) -> dict[str, object] | None:
 
 def fashion_mnist(split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Give a split's (N, 28, 28, 1) uint8 images and (N,) labels, numbered by name."""
-    arrays = as_arrays(open_source(f"fashion-mnist:{split}"))
-    assert arrays is not None
+    arrays = open_fashion_mnist(split)
     assert arrays.labels is not None
     _, labels_N = np.unique(np.array(arrays.labels), return_inverse=True)
     return arrays.images.reshape(len(labels_N), 28, 28, 1), labels_N.astype(np.int64)
@@ -199,11 +197,6 @@ def encode(encoder: Encoder, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float
 def noise(n: int) -> NDArray[np.uint8]:
     """Give n images of noise; the speed of a network does not depend on what it sees."""
     return np.random.default_rng(n).integers(0, 256, (n, SIDE_PX, SIDE_PX, 3), dtype=np.uint8)
-
-
-def spread_of(values: list[float]) -> dict[str, float]:
-    """Give least, median and most."""
-    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
 
 
 def cpu_instructions() -> list[str]:

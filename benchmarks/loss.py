@@ -24,7 +24,6 @@ import gc
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import time
@@ -38,7 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.clock import now_s
-from benchmarks.measuring import command_line, turns
+from benchmarks.measuring import command_line, spread_of, turns
 from models.command import progress, run_command
 from models.cpu import cpu_budget, cpu_name
 from train.loss import barlow_twins_loss
@@ -139,15 +138,6 @@ def time_in_turns(
     return figures
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    """Give least, median and most."""
-    return {
-        "min": round(min(values), 6),
-        "median": round(statistics.median(values), 6),
-        "max": round(max(values), 6),
-    }
-
-
 def times_as_fast(figures: dict[str, dict[str, list[float]]], name: str) -> dict[str, object]:
     """Compare a candidate with the official one, repeat by repeat."""
     if "official" not in figures:
@@ -160,8 +150,8 @@ def times_as_fast(figures: dict[str, dict[str, list[float]]], name: str) -> dict
         for kind in ("wall_s", "cpu_s")
     }
     return {
-        "times_as_fast_as_official": spread(ratios["wall_s"]),
-        "times_less_cpu_than_official": spread(ratios["cpu_s"]),
+        "times_as_fast_as_official": spread_of(ratios["wall_s"], 6),
+        "times_less_cpu_than_official": spread_of(ratios["cpu_s"], 6),
     }
 
 
@@ -250,7 +240,7 @@ def main(options: LossBenchmarkOptions) -> None:
         losses = candidates(is_large=size == options.large)
         figures = time_in_turns(losses, size, options.device, options.repeats)
         rows: dict[str, dict[str, object]] = {
-            name: {kind: spread(values) for kind, values in figures[name].items()}
+            name: {kind: spread_of(values, 6) for kind, values in figures[name].items()}
             | times_as_fast(figures, name)
             | {"peak_extra_bytes": memory_in_own_process(name, size, options.device)}
             for name in losses

@@ -1,10 +1,11 @@
-"""What benchmarks have in common: whose turn it is, and the command that a report records."""
+"""What benchmarks have in common: whose turn it is, how far figures lie apart, the command."""
 
 from __future__ import annotations
 
 import shlex
+import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -19,6 +20,12 @@ def turns(items: Iterable[T], number: int) -> list[T]:
     items = list(items)
     step = -1 if number % 2 else 1
     return [items[(number + step * place) % len(items)] for place in range(len(items))]
+
+
+def spread_of(values: Sequence[float], digits: int | None = None) -> dict[str, float]:
+    """Give the least, the median and the most, rounded where so many digits are asked for."""
+    named = {"min": min(values), "median": statistics.median(values), "max": max(values)}
+    return named if digits is None else {name: round(v, digits) for name, v in named.items()}
 
 
 def command_line() -> str:

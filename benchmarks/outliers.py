@@ -41,7 +41,7 @@ from index.knn import knn_search
 from models.command import progress, run_command
 from models.cpu import cpu_budget, cpu_name
 from models.encoder import open_encoder
-from models.images import as_arrays, open_source
+from models.fashion_mnist import open_fashion_mnist
 from models.vectors import finish_vectors
 
 SIDE = 28
@@ -169,8 +169,7 @@ def _measure(
         own_ND = collection.vectors(collection.ids[drawn])
         names = np.array(collection.labels())[drawn]
         encoder = open_encoder(collection.manifest.encoder)
-    arrays = as_arrays(open_source("fashion-mnist"))
-    assert arrays is not None
+    arrays = open_fashion_mnist("train")
     others = np.setdiff1d(np.arange(len(arrays.images)), drawn)
 
     def garments(n: int) -> Images:

@@ -52,8 +52,8 @@ def make_jpegs(folder: Path, count: int, *, photos: Path = DEBIAN_PHOTOS, seed: 
     return folder
 
 
-def read_photos(folder: Path) -> list[Image.Image]:
-    """Load the large photographs of a folder.
+def read_photos(folder: Path, least_width_px: int = LEAST_WIDTH_PX) -> list[Image.Image]:
+    """Load the photographs of a folder that are so wide.
 
     Raises:
         SourceError: there are none.
@@ -61,12 +61,12 @@ def read_photos(folder: Path) -> list[Image.Image]:
     photos = []
     for path in sorted(folder.glob("*.jp*g")):
         with Image.open(path) as image:
-            if image.width >= LEAST_WIDTH_PX:
+            if image.width >= least_width_px:
                 photos.append(image.convert("RGB"))
     if not photos:
         raise SourceError(
             f"photographs in {folder}",
-            expected=f"JPEGs at least {LEAST_WIDTH_PX} pixels wide",
+            expected=f"JPEGs at least {least_width_px} pixels wide",
             found="none",
             mend="run `apt-get install mate-backgrounds`, or name a folder with --photos",
         )

@@ -44,7 +44,7 @@ from index.knn import MISSING, knn_search
 from models.command import progress, run_command
 from models.cpu import cpu_budget, cpu_name
 from models.encoder import open_encoder
-from models.images import as_arrays, open_source
+from models.fashion_mnist import open_fashion_mnist
 from models.vectors import finish_vectors
 
 ENCODE_ROWS = 500
@@ -213,8 +213,7 @@ def make_task(options: SelectionBenchmarkOptions) -> Task:
         judged_JD, classes_J = collection.vectors(ids[held]), classes_N[held]
         encoder_path = collection.manifest.encoder
     if options.judge == "test":
-        arrays = as_arrays(open_source("fashion-mnist:test"))
-        assert arrays is not None
+        arrays = open_fashion_mnist("test")
         assert arrays.labels is not None
         images = arrays.images[: options.judged, :, :, None]
         encoder = open_encoder(encoder_path)

@@ -18,6 +18,10 @@ have come; a call that it never looked at (refused, or no connection) is counted
 killed worker's calls those under way fail, with UNAVAILABLE and nothing else, which callers
 with retries do not see.
 
+Nothing of this is worth anything where nothing changed: every new bundle and collection must be
+served and none refused, new connections must see the latest certificate, and the server whose
+workers were killed must end with exit status 0.
+
 Run from the root: `python -m benchmarks.serve_changes --out benchmarks/results/serve_changes.json`.
 """
 
@@ -114,6 +118,22 @@ def failed_accepted(scenario: Scenario, outcome: Outcome) -> int:
     return failures + seen.unheard + seen.refused
 
 
+def left_undone(scenario: Scenario, outcome: Outcome) -> list[str]:
+    """Say what the server did not do, without which its callers have seen no change."""
+    notes = outcome.notes
+    swaps = notes.get("swaps")
+    assert swaps is None or isinstance(swaps, int)
+    faults = {
+        "nothing was changed": not outcome.changes,
+        f"{swaps} swaps for {outcome.changes} changes": scenario in ("bundle", "collection")
+        and (swaps or 0) < outcome.changes,
+        f"{notes.get('refused_reloads')} reloads refused": bool(notes.get("refused_reloads")),
+        "an old certificate": notes.get("latest_certificate_is_served") is False,
+        f"exit status {notes.get('exit_status')}": bool(notes.get("exit_status")),
+    }
+    return [f"{scenario}: {fault}" for fault, is_there in faults.items() if is_there]
+
+
 def describe(scenario: Scenario, outcome: Outcome) -> dict[str, Json]:
     """Lay out a scenario's outcome."""
 
@@ -141,15 +161,17 @@ def main(options: ChangesOptions) -> None:
     """Run the scenarios, print and write what came of them.
 
     Raises:
-        ChangesError: an accepted request failed; the result is written all the same.
+        ChangesError: an accepted request failed, or what changed was not served; the result is
+            written all the same.
     """
     scenarios: dict[str, Json] = {}
-    failed = 0
+    failed, undone = 0, []
     for scenario in options.scenario:
         with tempfile.TemporaryDirectory() as folder:
             outcome = SCENARIOS[scenario](options.load, Path(folder))
         scenarios[scenario] = describe(scenario, outcome)
         failed += failed_accepted(scenario, outcome)
+        undone += left_undone(scenario, outcome)
         print(scenario, json.dumps(scenarios[scenario]), flush=True)
     packages = ("grpcio", "pygrpc-native", "numpy", "onnxruntime", "protobuf")
     report: dict[str, Json] = {
@@ -171,6 +193,8 @@ def main(options: ChangesOptions) -> None:
         raise ChangesError(
             "accepted requests", expected="every one answered", found=f"{failed} not"
         )
+    if undone:
+        raise ChangesError("server", expected="every change served", found="; ".join(undone))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Hostile inputs against a real server: does it live, and does it answer everybody else?
 
 Every request that carries something hostile carries sound images, too, or is sent together
-with a request that does, and their vectors must be right to the bit. Of all inputs
+with a request that does, and their vectors must be to the bit those of the encoder in this
+process. Of all inputs
 
 | share | what |
 |---|---|
@@ -87,7 +88,6 @@ async def attack(served: Served, options: HostileOptions) -> tuple[Tally, list[S
     limits = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
     async with grpc.aio.insecure_channel(served.address, options=limits) as channel:
         run = Attack(channel, options.seed)
-        await run.prepare()
 
         async def send(until: int) -> None:
             while run.tally.inputs < until and served.is_alive:

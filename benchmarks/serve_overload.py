@@ -36,10 +36,9 @@ import re
 import resource
 import shlex
 import statistics
-import subprocess
 import sys
+import tempfile
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -47,13 +46,14 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
-from threading import Thread
 
 import numpy as np
 
 from benchmarks.frames import connect
 from benchmarks.measuring import command_line
 from benchmarks.peers.bundles import make_bundle
+from benchmarks.peers.processes import cpu_s
+from benchmarks.served import Served
 from models.command import run_command
 from models.cpu import cpu_budget, cpu_name
 from models.errors import HoraceError, UsageError
@@ -319,70 +319,20 @@ class Clients:
             process.join()
 
 
-class ServerProcess:
-    """`python -m serve` on free ports, and what it says of itself."""
-
-    def __init__(self, arguments: Sequence[str], cores: set[int]) -> None:
-        """Start it on some cores and wait until it is ready.
-
-        Raises:
-            HoraceError: it did not start.
-        """
-        command = [sys.executable, "-m", "serve", "--port", "0", "--metrics.port", "0"]
-        ours = os.sched_getaffinity(0)
+@contextmanager
+def serving(arguments: Sequence[str], cores: set[int]) -> Iterator[Served]:
+    """Run a server on some cores until the block ends."""
+    ours = os.sched_getaffinity(0)
+    with tempfile.TemporaryDirectory() as folder:
         os.sched_setaffinity(0, cores)  # which a child has, too
         try:
-            self.process = subprocess.Popen(
-                [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
+            server = Served(Path(folder), *arguments)
         finally:
             os.sched_setaffinity(0, ours)
-        assert self.process.stderr is not None
-        assert self.process.stdout is not None
-        log = []
-        for line in self.process.stderr:
-            log.append(line)
-            if found := re.search(r"http://\S+/metrics", line):
-                self.metrics = found[0]
-                break
-        else:
-            raise HoraceError("the server did not start", found="".join(log[-5:]))
-        Thread(target=self.process.stderr.read, daemon=True).start()  # or it would fill up
-        self.address = self.process.stdout.readline().split()[3]
-
-    def counters(self) -> dict[str, float]:
-        """Give what it has counted, by name with labels."""
-        with urllib.request.urlopen(self.metrics, timeout=PATIENCE_S) as reply:
-            lines = reply.read().decode().splitlines()
-        values = (line.rsplit(" ", 1) for line in lines if line and line[0] != "#")
-        return {name: float(value) for name, value in values}
-
-    def cpu_s(self) -> float:
-        """Give its CPU time so far."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    def peak_rss_mib(self) -> float:
-        """Give the most memory that it has had."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        found = re.search(r"VmHWM:\s+(\d+)", status)
-        assert found
-        return int(found[1]) / 1024
-
-    def stop(self) -> int:
-        """Stop it as its operator would."""
-        self.process.terminate()
-        return self.process.wait(PATIENCE_S)
-
-
-@contextmanager
-def serving(arguments: Sequence[str], cores: set[int]) -> Iterator[ServerProcess]:
-    """A server for the time of a context."""
-    server = ServerProcess(arguments, cores)
-    try:
-        yield server
-    finally:
-        server.stop()
+        try:
+            yield server
+        finally:
+            server.stop()
 
 
 def main(options: Options) -> None:
@@ -446,23 +396,23 @@ def measure(options: Options, case: Case) -> dict[str, object]:
 
 
 def call_server(
-    server: ServerProcess, clients: Clients, options: Options, case: Case
+    server: Served, clients: Clients, options: Options, case: Case
 ) -> dict[str, object]:
     """Measure peak, overload, and peak again on one server."""
     address, images = server.address, case.images
     closed = clients.run(address, case, options.peak_seconds)
     first = per_second(closed, options.peak_seconds, images)
     rate = options.overload * statistics.mean(first) / images
-    before, before_cpu_s = server.counters(), server.cpu_s()
+    before, before_cpu_s = server.metrics(), cpu_s(server.process.pid)
     tally = clients.run(address, case, options.seconds, rate=rate)
     time.sleep(case.deadline_ms / 1e3)  # what still runs ends
     counted = {
         name: round(value - before.get(name, 0))
-        for name, value in server.counters().items()
+        for name, value in server.metrics().items()
         if value != before.get(name, 0) and name.startswith("horace_")
     }
-    server_cpu_s = server.cpu_s() - before_cpu_s
-    peak_rss_mib = server.peak_rss_mib()
+    server_cpu_s = cpu_s(server.process.pid) - before_cpu_s
+    server_rss_mib = peak_rss_mib(server.process.pid)
     again = clients.run(address, case, options.peak_seconds)
     second = per_second(again, options.peak_seconds, images)
     peak = max(statistics.mean(first), statistics.mean(second))
@@ -490,9 +440,16 @@ def call_server(
             and (found := re.search(r'why="(\w+)"', name))
         },
         "cpu_s": {"server": round(server_cpu_s, 2), "clients": round(tally.cpu_s, 2)},
-        "server_peak_rss_mib": round(peak_rss_mib, 1),
+        "server_peak_rss_mib": round(server_rss_mib, 1),
         "bench_peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }
+
+
+def peak_rss_mib(pid: int) -> float:
+    """Give the most memory that a process has had."""
+    found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    assert found
+    return int(found[1]) / 1024
 
 
 def per_second(tally: Tally, seconds: float, images: int) -> list[float]:

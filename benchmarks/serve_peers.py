@@ -9,8 +9,11 @@ which the client shares. Cases differ in encoder, payload and images a request:
     large   ResNet-50 at 224, random weights.
 
 Closed loops of 1, 16 and 64 calls, open loops at 50, 80 and 120% of what a contender reached
-with 64. Every reply is held against in-process vectors once before a contender is timed. The
-ceiling is the encoder in a process of its own without any server.
+with 64. An open loop, whose rate is `asked_per_s`, has 64 calls at most under way, too: latency
+from sending; above capacity figures are those of the closed loop. A reply is held against
+in-process vectors once before a contender is timed. After that a gRPC server must itself count
+as many answers as the client: gRPC's errors look like answers to h2load. The ceiling is the
+encoder in a process of its own without any server.
 
 A server's instance has all threads. Triton and mosec take part in a second form, too, `_lanes`,
 whose instances have one thread each: see `benchmarks.peers.servers`. Horace is as by default.
@@ -49,7 +52,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.measuring import command_line, turns
+from benchmarks.measuring import command_line, spread_of, turns
 from benchmarks.peers.bundles import make_bundle
 from benchmarks.peers.encoder import Setting
 from benchmarks.peers.loads import (
@@ -270,7 +273,7 @@ def take_turn(n: int, case: Case, server: str, options: Options, kept: Measureme
             check_answer(kind_of(name), target, expected_ND)
             client = client_of(kind_of(name), case.payload)
             warm_up(client, target, max(case.concurrencies))
-            if client == "perf_analyzer":
+            if client != "http":
                 target = replace(target, count=count_answered(running.url))
             for load in _loads_left(n, case, name, seconds, kept):
                 figures = measure(client, target, load, running.pid)
@@ -394,20 +397,14 @@ def _held(ours: str, case: Case, kept: Measurements) -> dict[str, Row]:
     held["share of the ceiling"] = _ratio(alone, ceilings, "images_per_s")
     single = kept.of(case.name, ours, "c1")
     if overheads := [single[n]["p50_ms"] - ceilings[n]["p50_ms"] for n in single if n in ceilings]:
-        held["overhead over in-process at c1, ms"] = _spread(overheads)
+        held["overhead over in-process at c1, ms"] = spread_of(overheads, 2)
     return {name: value for name, value in held.items() if value is not None}
 
 
 def _ratio(ours: dict[int, Row], theirs: dict[int, Row], figure: str) -> Row | None:
     """Give the spread over rounds of one figure's ratio; None without common rounds."""
     ratios = [ours[n][figure] / theirs[n][figure] for n in ours if theirs.get(n, {}).get(figure)]
-    return _spread(ratios) if ratios else None
-
-
-def _spread(values: list[float]) -> Row:
-    """Give the least, the median and the most."""
-    named = {"min": min(values), "median": statistics.median(values), "max": max(values)}
-    return {name: round(value, 2) for name, value in named.items()}
+    return spread_of(ratios, 2) if ratios else None
 
 
 def _check_tools() -> None:

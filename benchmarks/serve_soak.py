@@ -2,8 +2,9 @@
 
 Requests are drawn with a seed: pixels and files by Embed, streams, KServe tensors, searches by
 image and by id, calls that are cancelled after a moment, and calls whose deadline has passed
-before they can be answered. Each reply is checked: a vector must be that of its image to the
-bit. After every fortieth of the run the callers pause, and the server is sampled.
+before they can be answered. Each reply is checked: a vector must be to the bit that of the
+encoder in this process. After every fortieth of the run the callers pause, and the server is
+sampled.
 
 It holds if every call that was neither cancelled nor late is answered rightly; resident memory
 grows by less than 1% from the first tenth to the end (medians of three samples, since bursts of
@@ -267,7 +268,6 @@ async def soak(served: Served, options: SoakOptions) -> tuple[Seen, list[Sample]
     seen, sound = Seen(), Sound()
     async with grpc.aio.insecure_channel(served.address) as channel:
         stub = pb_grpc.HoraceStub(channel)
-        await sound.learn(stub)
         queries = pb.ImageQueries(images=sound.images[:1])
         found = await stub.Search(pb.SearchRequest(images=queries, k=50))
         ids = [hit.id for hit in found.results[0].hits]

@@ -57,23 +57,23 @@ class Sample:
 class Served:
     """`python -m serve` in a process of its own, ready."""
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
+    def __init__(self, folder: Path, *arguments: str, port: int = 0) -> None:
         """Start it, and wait until it is ready.
 
         Args:
             folder: where its log goes.
             arguments: its options, but for the ports.
+            port: of gRPC; a free one where 0.
 
         Raises:
             ServedError: it did not start.
         """
-        self._log = folder / "server.log"
-        self.arguments = arguments
-        port = _free_port()
+        self._log = folder / f"server-{time.monotonic_ns()}.log"
+        metrics_port = free_port()
         with self._log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "serve", "--port", "0", "--metrics.port", str(port),
-                 "--metrics.host", "127.0.0.1", *arguments],
+                [sys.executable, "-m", "serve", "--port", str(port), "--metrics.port",
+                 str(metrics_port), "--metrics.host", "127.0.0.1", *arguments],
                 stdout=subprocess.PIPE, stderr=log, text=True,
             )  # fmt: skip
         assert self.process.stdout is not None
@@ -82,7 +82,7 @@ class Served:
             self.process.kill()
             raise ServedError("server", expected="one that is ready", found=self.log)
         self.address = line.split()[3]
-        self._metrics = f"http://127.0.0.1:{port}/metrics"
+        self._metrics = f"http://127.0.0.1:{metrics_port}/metrics"
         self._began_s = time.monotonic()
 
     @property
@@ -107,16 +107,19 @@ class Served:
             descriptors=min(_count_slowly(proc / "fd", looks)),  # our own last may be closing
         )
 
+    def metrics(self) -> dict[str, float]:
+        """Give its metrics, by name with labels."""
+        with urllib.request.urlopen(self._metrics, timeout=PATIENCE_S) as reply:
+            lines = reply.read().decode().splitlines()
+        values = (line.rsplit(" ", 1) for line in lines if line and line[0] != "#")
+        return {name: float(value) for name, value in values}
+
     def gauges(self) -> dict[str, float]:
         """Give its metrics, those of several labels summed."""
-        with urllib.request.urlopen(self._metrics, timeout=PATIENCE_S) as reply:
-            text = reply.read().decode()
         totals: dict[str, float] = {}
-        for line in text.splitlines():
-            if line and not line.startswith("#"):
-                name, _, value = line.rpartition(" ")
-                name = name.partition("{")[0]
-                totals[name] = totals.get(name, 0.0) + float(value)
+        for name, value in self.metrics().items():
+            name = name.partition("{")[0]
+            totals[name] = totals.get(name, 0.0) + value
         return totals
 
     def settle(self, timeout_s: float = PATIENCE_S) -> dict[str, float]:
@@ -155,7 +158,7 @@ def _count_slowly(folder: Path, looks: int) -> Iterator[int]:
         yield len(os.listdir(folder))
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """Find a port that nobody has."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks.measuring import command_line
+from benchmarks.measuring import command_line, spread_of
 from benchmarks.photographs import DEBIAN_PHOTOS, make_jpegs
 from index.build import BuildOptions, build, sync
 from index.building.sync_state import SETTLED_S
@@ -102,7 +102,8 @@ def measure(
         "images": getattr(summary, counted),
         "read": summary.read,
         "embedded": summary.embedded,
-        **spread(seconds),
+        "n": len(seconds),
+        **{f"{name}_s": value for name, value in spread_of(seconds, 3).items()},
     }
 
 
@@ -127,16 +128,6 @@ def measure_digest(folder: Path, encoder_uri: str) -> dict[str, Json]:
         "digest_us": round(1e6 * (hashed_s - start_s) / len(files), 1),
         "blake2b_us": round(1e6 * (other_s - hashed_s) / len(files), 1),
         "decode_us": round(1e6 * (decoded_s - other_s) / len(files), 1),
-    }
-
-
-def spread(values: list[float]) -> dict[str, Json]:
-    """Give n, median, least and most."""
-    return {
-        "n": len(values),
-        "median_s": round(statistics.median(values), 3),
-        "least_s": round(min(values), 3),
-        "most_s": round(max(values), 3),
     }
 
 

@@ -38,7 +38,7 @@ from typing import Annotated, Literal
 import tyro
 
 from benchmarks.clock import now_s
-from benchmarks.measuring import command_line, turns
+from benchmarks.measuring import command_line, spread_of, turns
 from benchmarks.photographs import DEBIAN_PHOTOS, make_jpegs
 from models.command import progress, run_command
 from models.cpu import cpu_budget
@@ -264,7 +264,8 @@ def lightly_loader(options: PretrainOptions, workers: int):
     from PIL import Image
     from torch.utils.data import DataLoader, Dataset
 
-    from models.images import as_arrays, open_source
+    from models.idx import ArraySource
+    from models.images import open_source
 
     views = options.views
     is_grey = options.channels == 1
@@ -290,22 +291,24 @@ def lightly_loader(options: PretrainOptions, workers: int):
         for i, view in enumerate((BYOLView1Transform, BYOLView2Transform))
     )
     transform = BYOLTransform(view_1_transform=first, view_2_transform=second)
-    arrays = as_arrays(open_source(options.source))
+    source = open_source(options.source)
 
     class FashionMNIST(Dataset):
         """The images as torchvision's data set of that name gives them."""
 
         def __len__(self) -> int:
             """Count the images."""
-            return len(arrays.images)
+            return len(source.images)
 
         def __getitem__(self, row: int) -> tuple[object, int, str]:
             """Give the views of one image."""
-            return transform(Image.fromarray(arrays.images[row])), 0, ""
+            return transform(Image.fromarray(source.images[row])), 0, ""
 
     folder = options.source.removeprefix("folder:")
     return DataLoader(
-        LightlyDataset(folder, transform=transform) if arrays is None else FashionMNIST(),
+        FashionMNIST()
+        if isinstance(source, ArraySource)
+        else LightlyDataset(folder, transform=transform),
         batch_size=options.batch_size,
         shuffle=True,
         drop_last=True,
@@ -335,10 +338,10 @@ def summarise(case: Case, rows: dict[str, list[dict[str, float]]]) -> dict[str, 
         if "views_ms" in rounds[0]
     }
     return {
-        "images_per_s": {name: spread(values) for name, values in speeds.items()},
+        "images_per_s": {name: spread_of(values, 2) for name, values in speeds.items()},
         "best_of_lightly": best,
         **{
-            name: spread(ratios(speeds[ours], speeds[theirs]))
+            name: spread_of(ratios(speeds[ours], speeds[theirs]), 2)
             for name, ours, theirs in (
                 ("ratio", OURS, best),
                 ("ratio_fp32", OURS_FP32, best),
@@ -354,15 +357,6 @@ def summarise(case: Case, rows: dict[str, list[dict[str, float]]]) -> dict[str, 
 def ratios(ours: list[float], theirs: list[float]) -> list[float]:
     """Divide round by round."""
     return [a / b for a, b in zip(ours, theirs, strict=True)]
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Give least, median and largest."""
-    return {
-        "min": round(min(values), 2),
-        "median": round(statistics.median(values), 2),
-        "max": round(max(values), 2),
-    }
 
 
 if __name__ == "__main__":

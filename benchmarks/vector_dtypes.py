@@ -10,7 +10,6 @@ The figures of docs/decisions/0002-vectors-at-fp32.md. Run from the root, after
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -22,13 +21,13 @@ import faiss
 import numpy as np
 import tyro
 
-from benchmarks.measuring import command_line, turns
+from benchmarks.measuring import command_line, spread_of, turns
 from index.collection import Collection
 from index.knn import faiss_threads, knn_search
 from models.command import run_command
-from models.cpu import cpu_budget
+from models.cpu import cpu_budget, cpu_name
 from models.encoder import open_encoder
-from models.images import as_arrays, open_source
+from models.fashion_mnist import open_fashion_mnist
 from models.vectors import finish_vectors
 
 K = 10
@@ -52,8 +51,7 @@ def main(options: DtypeOptions) -> None:
     with Collection.open(options.collection) as collection:
         bank = collection.vectors(collection.ids)
         encoder = open_encoder(collection.manifest.encoder)
-        arrays = as_arrays(open_source("fashion-mnist:test"))
-        assert arrays is not None
+        arrays = open_fashion_mnist("test")
         images = arrays.images[: options.queries, :, :, None]
         queries = finish_vectors(encoder.encode(images))
     halves = bank.astype(np.float16)
@@ -80,6 +78,7 @@ def main(options: DtypeOptions) -> None:
         "dim": bank.shape[1],
         "queries": len(queries),
         "fingerprint": encoder.fingerprint,
+        "cpu": cpu_name(),
         "cpus": cpu_budget(),
         "versions": {name: version(name) for name in ("faiss-cpu", "numpy")},
         "bytes": {"fp32": bank.nbytes, "fp16": halves.nbytes},
@@ -88,10 +87,11 @@ def main(options: DtypeOptions) -> None:
         "same_order": float((exact == rounded).all(axis=1).mean()),
         "largest_change_of_a_cosine": float(np.abs(rounded_scores - exact_scores).max()),
         "batch_s": {
-            name: min(seconds) for name, seconds in _take_turns(all_at_once, BATCH_REPEATS).items()
+            name: spread_of(seconds)
+            for name, seconds in _take_turns(all_at_once, BATCH_REPEATS).items()
         },
         "single_ms": {
-            name: 1000 * statistics.median(seconds)
+            name: spread_of([1e3 * value for value in seconds])
             for name, seconds in _take_turns(alone, SINGLE_REPEATS).items()
         },
     }

@@ -26,7 +26,6 @@ import dataclasses
 import json
 import os
 import random
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -45,7 +44,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
-from benchmarks.measuring import command_line, turns
+from benchmarks.measuring import command_line, spread_of, turns
 from models.command import progress, run_command
 from models.cpu import cpu_budget, cpu_name
 from models.files import atomic_file
@@ -163,20 +162,14 @@ def check(views: tuple[Tensor, Tensor]) -> None:
 def summarise(speeds: dict[str, list[float]]) -> dict[str, object]:
     """Give each contender's spread, and how many times as fast ours is, round by round."""
     ratios = {
-        name: spread([a / b for a, b in zip(speeds["ours"], theirs, strict=True)])
+        name: spread_of([a / b for a, b in zip(speeds["ours"], theirs, strict=True)], 3)
         for name, theirs in speeds.items()
         if name != "ours"
     }
     return {
-        "images_per_s": {name: spread(values) for name, values in speeds.items()},
+        "images_per_s": {name: spread_of(values, 3) for name, values in speeds.items()},
         "ours_is_faster_by": ratios,
     }
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Give the least, the median and the most, to three digits."""
-    named = {"min": min(values), "median": statistics.median(values), "max": max(values)}
-    return {name: float(f"{value:.4g}") for name, value in named.items()}
 
 
 def ours(images: Images) -> Step:

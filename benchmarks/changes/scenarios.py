@@ -16,7 +16,7 @@ from typing import Literal
 from benchmarks.changes.callers import Calling, Seen, start_callers, stop_callers
 from benchmarks.changes.server import (
     ChangesError,
-    ServerProcess,
+    ChangingServer,
     put_bundle,
     put_collection,
     put_images,
@@ -98,7 +98,7 @@ def change_while_called(
 
     At the end `look` is given its address, and what it finds is noted.
     """
-    server = ServerProcess(folder, *server_arguments(load), *arguments)
+    server = ChangingServer(folder, *server_arguments(load), *arguments)
     calling = Calling(address=server.address, search=search, ca=ca)
     callers = start_callers(load.callers, calling)
     changes, resident_mib = 0, []
@@ -107,9 +107,10 @@ def change_while_called(
         server.process.send_signal(signal.SIGHUP)
         resident_mib.append(round(server.resident_mib, 1))
         changes += 1
+    time.sleep(load.every_s)  # for the last change, as for those before it
     seen = stop_callers(callers)
     found = look(server.address)
-    accepted = server.stop()
+    accepted = server.drain()
     refused = server.log.count(" refused, what was served is served")
     notes: dict[str, Json] = {
         "reloads": server.log.count("reloading on SIGHUP"),
@@ -182,24 +183,24 @@ def change_certificate(load: Load, folder: Path) -> Outcome:
 
 def stop_and_start(load: Load, folder: Path) -> Outcome:
     """Stop a server under load, and start it anew on its port, again and again."""
-    server = ServerProcess(folder, *server_arguments(load))
+    server = ChangingServer(folder, *server_arguments(load))
     port = int(server.address.rpartition(":")[2])
     callers = start_callers(load.callers, Calling(address=server.address))
     stops, accepted = 0, 0
     end_s = time.monotonic() + load.seconds
     while time.monotonic() < end_s:
         time.sleep(load.every_s)
-        accepted += server.stop()
+        accepted += server.drain()
         stops += 1
-        server = ServerProcess(folder, *server_arguments(load), port=port)
+        server = ChangingServer(folder, *server_arguments(load), port=port)
     seen = stop_callers(callers)
-    accepted += server.stop()
+    accepted += server.drain()
     return Outcome(changes=stops, accepted=accepted, seen=seen)
 
 
 def kill_workers(load: Load, folder: Path) -> Outcome:
     """Kill one of two workers, then the other, each time when both serve."""
-    server = ServerProcess(folder, "--frontend", load.frontend, "--workers", "2")
+    server = ChangingServer(folder, "--frontend", load.frontend, "--workers", "2")
     retrying = start_callers(1, Calling(address=server.address, retries=True))
     callers = start_callers(1, Calling(address=server.address))
     kills = 0
@@ -214,8 +215,7 @@ def kill_workers(load: Load, folder: Path) -> Outcome:
                 raise ChangesError("worker", expected="one that serves again", found=server.log)
             time.sleep(0.05)
     seen, seen_with_retries = stop_callers(callers), stop_callers(retrying)
-    server.process.send_signal(signal.SIGTERM)
-    notes: dict[str, Json] = {"exit_status": server.process.wait()}
+    notes: dict[str, Json] = {"exit_status": server.stop()}
     return Outcome(
         changes=kills, accepted=None, seen=seen, seen_with_retries=seen_with_retries, notes=notes
     )

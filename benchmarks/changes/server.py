@@ -5,17 +5,14 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
 import socket
 import ssl
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from benchmarks.served import Served
 from models.bundle import ENCODER_FILE, SHIPPED_BUNDLE, read_bundle, write_bundle
 from models.files import atomic_directory, publish_directory
 from serve.errors import ServeError
@@ -30,29 +27,8 @@ class ChangesError(ServeError):
     """A server that did not do what it should have, or an accepted request that failed."""
 
 
-class ServerProcess:
-    """`python -m serve` in a process of its own."""
-
-    def __init__(self, folder: Path, *arguments: str, port: int = 0) -> None:
-        """Start it, and wait until it is ready."""
-        self._log = folder / f"server-{time.monotonic_ns()}.log"
-        with self._log.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "serve", "--port", str(port), *arguments],
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-            )
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line.startswith("horace serving on "):
-            raise ChangesError("server", expected="one that is ready", found=self.log)
-        self.address = line.split()[3]
-
-    @property
-    def log(self) -> str:
-        """What it has logged so far."""
-        return self._log.read_text()
+class ChangingServer(Served):
+    """A server with its workers, and what it says of the calls that it has accepted."""
 
     @property
     def resident_mib(self) -> float:
@@ -68,10 +44,9 @@ class ServerProcess:
         lines = {int(c): Path(f"/proc/{c}/cmdline").read_bytes() for c in children}
         return [child for child, line in lines.items() if b"spawn_main" in line]
 
-    def stop(self) -> int:
+    def drain(self) -> int:
         """Tell it to stop, and give the number of calls that it has accepted."""
-        self.process.send_signal(signal.SIGTERM)
-        status = self.process.wait()
+        status = self.stop()
         found = re.findall(r"stopped; every call was answered, (\d+) in all", self.log)
         if status or not found:
             raise ChangesError("server", expected="exit status 0 after a drain", found=self.log)

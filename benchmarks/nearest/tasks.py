@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from index.collection import Collection
 from index.knn import COSINE, EUCLIDEAN, knn_search
-from models.images import as_arrays, open_source
+from models.fashion_mnist import open_fashion_mnist
 
 K = 10
 EPSILON = {EUCLIDEAN: 1e-3, COSINE: 1e-6}
@@ -112,6 +112,5 @@ def distances(
 
 def _pixels(split: str) -> NDArray[np.float32]:
     """Give the images of a split as (N, 784) float32 from 0 to 255."""
-    arrays = as_arrays(open_source(f"fashion-mnist:{split}"))
-    assert arrays is not None
+    arrays = open_fashion_mnist(split)
     return np.ascontiguousarray(arrays.images.reshape(len(arrays.images), -1), np.float32)

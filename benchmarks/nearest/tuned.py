@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -26,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from benchmarks.measuring import turns
+from benchmarks.measuring import spread_of, turns
 from benchmarks.nearest.tasks import K, Task
 from index.collection import Collection
 from index.knn import faiss_threads
@@ -49,14 +48,12 @@ class TunedCollection:
         target: what it was tuned to.
         collection: searched on one thread.
         build_s: seconds to build the index that was taken.
-        tune_s: seconds of the whole tuning, with every index that was tried.
         report: of the tuning, as in the manifest.
     """
 
     target: float
     collection: Collection
     build_s: float
-    tune_s: float
     report: dict[str, Json]
 
 
@@ -89,7 +86,6 @@ def tune_collection(
     shutil.copytree(path, into, copy_function=_link_vectors)
     command = [sys.executable, "-m", "index.tune", str(into), "--recall", str(target)]
     command += ["--k", str(K), *(["--index", *kinds] if kinds else [])]
-    start_s = time.monotonic()
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode == 1:
         return None
@@ -103,7 +99,6 @@ def tune_collection(
         target=target,
         collection=collection,
         build_s=float(str(chosen["build_s"])),
-        tune_s=time.monotonic() - start_s,
         report=report,
     )
 
@@ -165,9 +160,8 @@ def _take_turns(
                 seconds[name].append((time.perf_counter() - start_s) / len(queries_QD))
     return {
         name: {
-            "median_us": round(1e6 * statistics.median(values), 2),
-            "min_us": round(1e6 * min(values), 2),
-            "max_us": round(1e6 * max(values), 2),
+            f"{which}_us": value
+            for which, value in spread_of([1e6 * value for value in values], 2).items()
         }
         for name, values in seconds.items()
     }

@@ -5,6 +5,9 @@ Rules:
     those cannot: gRPC with JPEGs or with Horace's own messages, and HTTP at a given rate.
     One connection of up to `concurrency` calls for gRPC, `concurrency` connections for HTTP.
     An open loop has 64 calls at most under way: what a server does not keep up with waits.
+    Latency counts from sending, so above capacity its figures are those of the closed loop.
+    gRPC has its errors in trailers, which h2load does not read: where a server counts what it
+    has answered, a client that counts more has counted errors, and the measurement is void.
     h2load's beat is that of a connection, 10 ms or what is between two calls, where that is
     more: of gRPC it sends all that is due in 10 ms at once, of HTTP one call on each of 16
     connections; above capacity on 64. perf_analyzer spreads its calls out.
@@ -66,7 +69,7 @@ class Target:
         model: as the server calls it, for perf_analyzer alone.
         batch: images a request, for perf_analyzer alone.
         content_type: of the body.
-        count: gives how many requests the server has answered, where the client does not say.
+        count: gives how many requests the server has answered with vectors, where it counts them.
     """
 
     url: str
@@ -93,7 +96,8 @@ def measure(client: str, target: Target, load: Load, server_pid: int) -> dict[st
     """Call a server for a while; give rates, latencies and CPU a request.
 
     Raises:
-        BenchmarkError: calls failed, or the machine is never quiet.
+        BenchmarkError: calls failed, by the client or by the server's own count, or the machine
+            is never quiet.
     """
 
     def call() -> dict[str, float]:
@@ -102,9 +106,15 @@ def measure(client: str, target: Target, load: Load, server_pid: int) -> dict[st
         timed = CLIENTS[client](target, load)
         requests = target.count() - counted if target.count else timed.requests
         server_s, client_s = cpu_s(server_pid) - server_s, children_cpu_s() - client_s
-        if not requests:
-            raise BenchmarkError(f"{client} at {target.url}", expected="answers", found="none")
+        if requests < max(1, timed.requests):
+            raise BenchmarkError(
+                f"{client} at {target.url}",
+                expected=f"{max(1, timed.requests)} answers",
+                found=f"{requests} by the server's count",
+            )
+        asked = {} if load.rate is None else {"asked_per_s": load.rate}
         return {
+            **asked,
             "requests_per_s": timed.rate,
             "p50_ms": timed.p50_ms,
             "p99_ms": timed.p99_ms,

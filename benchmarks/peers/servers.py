@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import http.client
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -31,6 +30,7 @@ from tritonclient.utils import InferenceServerException
 
 from benchmarks.peers.encoder import Setting
 from benchmarks.peers.processes import running
+from benchmarks.served import free_port
 from models.cpu import cpu_budget
 
 ROOT = Path(__file__).parents[2]
@@ -68,7 +68,7 @@ def serve(name: str, bundle: Path, payload: str, *, images: int, home: Path) -> 
     Raises:
         BenchmarkError: it does not come up.
     """
-    port = _free_port()
+    port = free_port()
     instances = cpu_budget() if name.endswith(LANES) else 1
     setting = Setting(
         bundle=bundle,
@@ -80,13 +80,22 @@ def serve(name: str, bundle: Path, payload: str, *, images: int, home: Path) -> 
     )
     url = f"127.0.0.1:{port}"
     argv, environment = COMMANDS[kind_of(name)](setting, home)
-    with running(
-        argv,
-        log=home / f"{name}.log",
-        environment=environment,
-        answers=ANSWERS[kind_of(name)](url),
-    ) as pid:
-        yield Running(pid=pid, url=url)
+    try:
+        with running(
+            argv,
+            log=home / f"{name}.log",
+            environment=environment,
+            answers=ANSWERS[kind_of(name)](url),
+        ) as pid:
+            yield Running(pid=pid, url=url)
+    finally:  # a Triton that was killed leaves its backends' memory behind
+        for region in Path("/dev/shm").glob(regions_of(port) + "*"):
+            region.unlink(missing_ok=True)
+
+
+def regions_of(port: int) -> str:
+    """Say how the names of a Triton's shared memory begin."""
+    return f"horace-{port}-"
 
 
 def horace(setting: Setting, home: Path) -> tuple[list[str], dict[str, str]]:
@@ -126,6 +135,7 @@ def triton(setting: Setting, home: Path) -> tuple[list[str], dict[str, str]]:
         str(server / "bin" / "tritonserver"), f"--model-repository={repository}",
         f"--backend-directory={backends}", f"--grpc-port={setting.port}",
         "--grpc-address=127.0.0.1", "--allow-http=false", "--allow-metrics=false",
+        f"--backend-config=python,shm-region-prefix-name={regions_of(setting.port)}",
     ]  # fmt: skip
     return argv, {
         "LD_LIBRARY_PATH": str(wheel / "nvidia_pytriton.libs"),
@@ -256,10 +266,3 @@ def count_answered(url: str) -> Callable[[], int]:
             return int(model.inference_stats.success.count)
 
     return ask
-
-
-def _free_port() -> int:
-    """Find a port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -1,6 +1,15 @@
 import numpy as np
 
-from benchmarks.filters import BARS, SHARES, filters_of, name_of, verdict, write_synthetic
+from benchmarks.filters import (
+    BARS,
+    SHARES,
+    filters_of,
+    holds,
+    name_of,
+    take_turns,
+    verdict,
+    write_synthetic,
+)
 from index.collection import Collection
 
 
@@ -28,3 +37,15 @@ def test_the_bar_is_about_some_shares_and_the_label_speaks_for_itself():
         assert without(name_of(share)) == {
             "bar_holds": share not in BARS, "every_share_holds": False, "label_holds": True,
         }  # fmt: skip
+
+
+def test_a_way_is_judged_by_its_median_and_says_how_far_its_rounds_are_apart():
+    """One slow round is told, and does not decide."""
+    ways = {"search": lambda queries_QD: queries_QD, "exact": lambda queries_QD: queries_QD}
+    times = take_turns(ways, [np.zeros((2, 4), np.float32)], 3)
+    assert all(0 < row["min"] <= row["median"] <= row["max"] for row in times.values())
+    plain = {"min": 1.0, "median": 1.0, "max": 1.0}
+    mode = {"unfiltered_search": plain, "unfiltered_exact": plain}
+    row = {"recall": {"search": 1.0, "single_search": 1.0}, "batch_ms": mode | {"search": plain}}
+    assert holds(row | {"single_ms": mode | {"search": {"min": 1.0, "median": 2.9, "max": 9.0}}})
+    assert not holds(row | {"single_ms": mode | {"search": {"min": 1, "median": 3.1, "max": 9}}})

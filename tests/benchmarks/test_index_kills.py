@@ -1,11 +1,14 @@
 import random
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
+from benchmarks import build_kills
 from benchmarks.index_kills import kill_writers
 from benchmarks.ledger import DIM, FINGERPRINT, Ledger, Write, read_state, rows_of, vectors_of
 from index.collection import Collection
+from index.storage.manifest import MANIFEST_FILE
 from index.storage.writer import CollectionWriter
 
 
@@ -69,6 +72,22 @@ def test_a_vector_of_another_image_is_told(path):
         writer.upsert(other, vectors_of({"a": 1}), fingerprint=FINGERPRINT)
         with pytest.raises(AssertionError):
             read_state(writer.collection)
+
+
+def test_a_build_that_is_killed_after_its_last_step_is_not_begun_again(tmp_path, monkeypatch):
+    """Its collection is there, and a build refuses to write where one is."""
+
+    def finish(build, *_):
+        out = Path(build[build.index("--out") + 1])
+        out.mkdir()  # as a build, refuses where something is
+        (out / MANIFEST_FILE).touch()
+        return False
+
+    for name in ("run_to_end", "kill_at"):
+        monkeypatch.setattr(build_kills, name, finish)
+    monkeypatch.setattr(build_kills, "hashes_of", lambda path: {})
+    found = build_kills.kill_builds(tmp_path, 1, 2, random.Random(0))
+    assert (found["kills"], found["finished_builds"]) == (2, 2)
 
 
 @pytest.mark.slow

@@ -4,7 +4,9 @@ from itertools import pairwise
 
 import pytest
 
-from benchmarks.measuring import turns
+from benchmarks import decoders
+from benchmarks.measuring import spread_of, turns
+from models.errors import UsageError
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 12])
@@ -28,3 +30,16 @@ def test_the_command_is_the_one_that_was_given():
     argv = [sys.executable, "-c", code, "--serve=--max-calls 8"]
     done = subprocess.run(argv, capture_output=True, text=True, check=True)
     assert done.stdout == f"python -c '{code}' '--serve=--max-calls 8'\n"
+
+
+def test_a_spread_is_least_median_and_most():
+    """Whole, or rounded."""
+    assert spread_of([3.14159, 1.0, 9.0]) == {"min": 1.0, "median": 3.14159, "max": 9.0}
+    assert spread_of([3.14159, 1.0, 9.0], 2)["median"] == 3.14
+
+
+def test_a_library_of_the_peers_that_is_missing_is_named_with_what_installs_it(monkeypatch):
+    """In one line, and only where it is needed: --help is there without it."""
+    monkeypatch.setattr(decoders, "cv2", None)
+    with pytest.raises(UsageError, match=r"OpenCV: .*found none; pip install -e '\.\[bench\]'"):
+        decoders.main(decoders.Options())
