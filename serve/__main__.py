@@ -19,7 +19,7 @@ import sys
 from models.command import run_command
 from serve.config import ServeOptions
 from serve.operation.logs import set_up_logs
-from serve.running import orders_by_signal, ready_line, run_server
+from serve.running import announce, orders_by_signal, ready_line, run_server
 from serve.server import Server
 from serve.workers.supervisor import Supervisor
 
@@ -42,14 +42,14 @@ async def _serve(options: ServeOptions) -> None:
         server,
         orders_by_signal(),
         drain_s=options.drain_s,
-        on_ready=lambda: print(ready_line(server), flush=True),
+        on_ready=lambda: announce(ready_line(server)),
     )
 
 
 async def _supervise(options: ServeOptions) -> None:
     """Serve in several processes, and mind them in this one."""
     supervisor = Supervisor(
-        options, on_ready=lambda line: print(f"{line} workers={options.workers}", flush=True)
+        options, on_ready=lambda line: announce(f"{line} workers={options.workers}")
     )
     await supervisor.run(orders_by_signal())
 

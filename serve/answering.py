@@ -14,8 +14,8 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
@@ -92,7 +92,7 @@ class Answering:
             arrived_s=self.clock(),
             metadata=context.invocation_metadata,
             request_id=request_id,
-            client=caller_of(context).client,
+            client=caller_of(context),
         )
 
     async def answer(self, call: Call, work: Coroutine[Any, Any, Reply], context: Context) -> Reply:
@@ -125,14 +125,16 @@ class Answering:
         refuse: Callable[[Call, Exception], Reply],
     ) -> Reply:
         """Await `work`; what it raises becomes the reply that `refuse` gives."""
-        with self._observed(call):
-            try:
-                reply = await work
-            except Exception as error:
-                call.code, call.message = to_status(error)
-                return refuse(call, error)
+        try:
+            reply = await work
+        except Exception as error:
+            call.code, call.message = to_status(error)
+            return refuse(call, error)
+        else:
             call.code = grpc.StatusCode.OK
             return reply
+        finally:
+            self._observer.answered(call, self.clock() - call.arrived_s)
 
     async def stream(
         self,
@@ -182,14 +184,6 @@ class Answering:
             finally:
                 for unfinished in (reader, *started):
                     unfinished.cancel()
-
-    @contextmanager
-    def _observed(self, call: Call) -> Iterator[None]:
-        """Tell the observer once a call is over, whichever way."""
-        try:
-            yield
-        finally:
-            self._observer.answered(call, self.clock() - call.arrived_s)
 
 
 def _set(event: asyncio.Event, _: object) -> None:

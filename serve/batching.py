@@ -7,7 +7,8 @@ Rules:
     Images are counted, not requests. A request larger than a batch is split, and is
     complete when the last of its images is settled: computed, or failed to decode.
     An idle instance never waits while images do, unless a delay is asked for; that delay is
-    anchored to the oldest waiting arrival, and misses nobody's deadline. Batches grow only while every instance is busy.
+    anchored to the oldest waiting arrival, and misses nobody's deadline. Batches grow only while
+    every instance is busy.
     Where an encoder has lanes, how many images go together is decided by `serve.lanes`, and they
     may wait for what runs, but for nothing that is overdue: `serve.running_batches`.
     Images run by priority, clients of one priority in turns, and each client's in the order
@@ -282,7 +283,6 @@ class Batcher(Generic[TicketT]):
             computed_batches=self._computed_batches,
             abandoned_images=self._abandoned_images,
             latency=self._running.latency.statistics(),
-            reply_s=self._running.reply.seconds,
         )
 
     def _refuse_unmeetable(self, ticket: Ticket, before: int) -> None:

@@ -26,7 +26,7 @@ from models.errors import FingerprintMismatchError, UsageError
 from serve.engine import Engine
 from serve.errors import RequestError, UnknownNameError
 from serve.following import Following
-from serve.lifecycle.leases import Dispose, Hold, Lease, at_once
+from serve.leases import Dispose, Hold, Lease, at_once
 
 if TYPE_CHECKING:
     from index.collection import Collection
@@ -152,7 +152,7 @@ class Catalog:
 
         The newest leads. Collections that it fits, and that an older one served, move to it.
         """
-        hold = self._hold(close, self.dispose)
+        hold = self._hold(close)
         model = ServedModel(name=name, version=version, encoder=encoder, engine=engine, hold=hold)
         self.default = self.default or model.name
         versions = self.versions.setdefault(name, {})
@@ -190,7 +190,7 @@ class Catalog:
             following.close()
             close()
 
-        files = self._hold(close_all, self.dispose)
+        files = self._hold(close_all)
         replaced = self.collections.get(name)
         self._bind(name, following, model, files)
         if replaced is not None:
@@ -239,15 +239,13 @@ class Catalog:
             mend="serve the bundle that made it, or build it again with `python -m index.build`",
         )
 
-    def _hold(self, close: Callable[[], None], dispose: Dispose) -> Hold:
+    def _hold(self, close: Callable[[], None]) -> Hold:
         """Keep account of a thing until it is closed."""
-        hold = Hold(close, dispose=dispose)
+        hold = Hold(close, dispose=self.dispose)
         self._holds = [hold, *(other for other in self._holds if not other.closed)]
         return hold
 
-    def _bind(
-        self, name: str, following: Following, model: ServedModel, files: Hold
-    ) -> ServedCollection:
+    def _bind(self, name: str, following: Following, model: ServedModel, files: Hold) -> None:
         """Offer a collection with a model; the pair keeps both open."""
 
         def let_go() -> None:
@@ -256,11 +254,9 @@ class Catalog:
 
         files.take()
         model.hold.take()
-        served = ServedCollection(
+        self.collections[name] = ServedCollection(
             name=name, following=following, model=model, hold=Hold(let_go), files=files
         )
-        self.collections[name] = served
-        return served
 
     def _rebind_collections(self) -> None:
         """Give every collection the newest version that made its vectors."""

@@ -153,8 +153,7 @@ class Engine:
         deadline_s: float = math.inf,
         client: str = "",
         priority: int = 0,
-        wait_for_room: bool = False,
-        on_admitted: Callable[[], None] = lambda: None,
+        on_admitted: Callable[[], None] | None = None,
     ) -> Embedded:
         """Embed one to many images.
 
@@ -166,12 +165,12 @@ class Engine:
             deadline_s: on this engine's clock; what has not started by then never does.
             client: whose request it is: clients of one priority take turns.
             priority: 1 before 2 before 3; 0 is the default, 2.
-            wait_for_room: wait in line where the queue is full, instead of refusing.
-            on_admitted: called once there is room and the images are read.
+            on_admitted: called once there is room and the images are read; with it a request
+                waits in line where the queue is full, instead of being refused.
 
         Raises:
             RequestError: there is no such priority.
-            QueueFullError: there is no room, and `wait_for_room` is false.
+            QueueFullError: there is no room, and nobody asks to hear of it.
             DeadlineError: the deadline passed first.
             InternalError: the encoder failed.
             UnavailableError: the engine is closing or has crashed, or what computes elsewhere
@@ -181,7 +180,7 @@ class Engine:
         """
         job = self._make_job(count, payload_bytes, deadline_s, client, read_priority(priority))
         try:
-            embedded = await self._embed(job, images, wait_for_room, on_admitted)
+            embedded = await self._embed(job, images, on_admitted)
         except BaseException as error:
             self._observer.failed(error, count, self._clock() - job.arrived_s)
             raise
@@ -251,18 +250,18 @@ class Engine:
         self,
         job: Job,
         images: Iterable[ImageData | ImageError],
-        wait_for_room: bool,
-        on_admitted: Callable[[], None],
+        on_admitted: Callable[[], None] | None,
     ) -> Embedded:
         """Bring a job through: admitted, prepared, computed."""
         try:
-            await self._admit(job, wait_for_room=wait_for_room)
+            await self._admit(job, wait_for_room=on_admitted is not None)
             job.fill(images, self.encoder.dim)
         except BaseException:
             with self._changing:
                 self._batcher.cancel(job, unprepared=True)
             raise
-        on_admitted()
+        if on_admitted is not None:
+            on_admitted()
         self._decoder.prepare(job)
         try:
             return await job.future

@@ -20,7 +20,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, TypeAlias
 
 from models.errors import FingerprintMismatchError, HoraceError
 
@@ -36,11 +36,8 @@ and opened in seconds."""
 RETRY_S = 1.0
 
 
-class RunOnThread(Protocol):
-    """The signature of `serve.pool.ThreadPool.run`."""
-
-    def __call__(self, work: Callable[[], Collection], /) -> Awaitable[Collection]:
-        """Run something that blocks."""
+RunOnThread: TypeAlias = "Callable[[Callable[[], Collection]], Awaitable[Collection]]"
+"""The signature of `serve.pool.ThreadPool.run`."""
 
 
 class Following:

@@ -50,14 +50,10 @@ class LatencyStatistics:
     Attributes:
         per_image_s: a, seconds an image.
         per_batch_s: b, seconds a batch.
-        deviation_s: by how much batches miss that, the mean of absolute values.
-        batches: how many have been seen.
     """
 
     per_image_s: float
     per_batch_s: float
-    deviation_s: float
-    batches: int
 
 
 class LatencyModel:
@@ -77,12 +73,7 @@ class LatencyModel:
 
     def statistics(self) -> LatencyStatistics:
         """Give what is known; zeros where nothing is."""
-        return LatencyStatistics(
-            per_image_s=self._a,
-            per_batch_s=self._b,
-            deviation_s=self._deviation,
-            batches=self._batches,
-        )
+        return LatencyStatistics(per_image_s=self._a, per_batch_s=self._b)
 
     def observe(self, images: int, seconds: float, now_s: float) -> None:
         """Learn from a batch that has just run."""

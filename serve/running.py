@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from models.errors import reason_of
 from models.memory import give_back_large_blocks
 from serve.errors import InternalError, UnavailableError
 from serve.server import Server
@@ -101,6 +102,14 @@ async def run_server(
     if why == DEATH:
         raise InternalError("server", expected="one that lives", found="a thread that is lost")
     log.info("stopped; every call was answered, %d in all", server.calls.accepted)
+
+
+def announce(line: str) -> None:
+    """Print a line; that nobody reads it is no reason not to serve."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        log.warning("%s; stdout: %s", line, reason_of(error))
 
 
 def ready_line(server: Server) -> str:

@@ -40,7 +40,6 @@ from serve.catalog import Catalog
 from serve.config import MIB, ServeOptions
 from serve.engine import Engine
 from serve.front import Front, make_front
-from serve.front.port import is_loopback, join_address
 from serve.health import Health
 from serve.http.door import HttpDoor
 from serve.http.doorman import Doorman
@@ -50,11 +49,12 @@ from serve.kserve.statistics import Statistics
 from serve.lifecycle.loading import CLOSE_TIMEOUT_S, Loader, OpenModel, warm_up
 from serve.lifecycle.manager import Lifecycle
 from serve.lifecycle.options import ModelOptions
-from serve.lifecycle.reloading import Reloads
 from serve.operation.operation import Operation
 from serve.operation.state import ServerState
 from serve.pool import ThreadPool
+from serve.port import is_loopback, join_address
 from serve.recovery import Recovery
+from serve.reloading import Reloads
 from serve.screen import Method, Screen
 from serve.security.security import Security
 from serve.security.wire import most_fields
@@ -392,7 +392,7 @@ class Server:
         for model in self.catalog.offered:
             if not model.hold.closed:
                 with model.lease():
-                    await warm_up(model)
+                    await warm_up(model.engine, model.name)
         await self._search_pool.run(lambda: None)
 
     def _end_changes(self) -> None:

@@ -248,8 +248,7 @@ class HoraceServicer(pb_grpc.HoraceServicer):
             deadline_s=deadline_s,
             client=call.client,
             priority=priority,
-            wait_for_room=on_admitted is not None,
-            on_admitted=on_admitted or (lambda: None),
+            on_admitted=on_admitted,
         )
 
     def _check_dims(self, dims: int, model: ServedModel) -> None:

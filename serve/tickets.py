@@ -157,7 +157,6 @@ class BatcherStatistics:
         computed_batches: batches that have finished.
         abandoned_images: images whose caller went, or whose deadline passed, while they ran.
         latency: how long batches take; of an encoder with lanes those on one thread.
-        reply_s: what is allowed for a reply's way to its caller's event loop.
     """
 
     lined_up_requests: int
@@ -179,4 +178,3 @@ class BatcherStatistics:
     computed_batches: int
     abandoned_images: int
     latency: LatencyStatistics
-    reply_s: float

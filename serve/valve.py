@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 from serve.errors import DeadlineError
 
@@ -70,14 +70,6 @@ class LoopLag:
         self._last_s = late_s
 
 
-class Lag(Protocol):
-    """What says how long a turn takes."""
-
-    @property
-    def seconds(self) -> float:
-        """Seconds a turn."""
-
-
 Refuses: TypeAlias = Callable[[float | None], DeadlineError | None]
 """Says why a call is turned away that has so many seconds left, or None."""
 
@@ -89,7 +81,7 @@ def never(_: float | None) -> None:
 class Valve:
     """Decides who is turned away."""
 
-    def __init__(self, lag: Lag) -> None:
+    def __init__(self, lag: LoopLag) -> None:
         """Go by `lag`."""
         self._lag = lag
         self.turned_away = 0

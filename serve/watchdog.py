@@ -25,6 +25,9 @@ from models.errors import UsageError
 
 log = logging.getLogger("horace.serve")
 
+EVERY_S = 1.0
+"""How often the threads are looked at."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class WatchdogOptions:
@@ -38,9 +41,6 @@ class WatchdogOptions:
     """How long opening or closing one model or collection may take before its thread is replaced,
     so that the next can be opened; engines for GPUs are built for minutes."""
 
-    every_s: float = 1.0
-    """How often the threads are looked at."""
-
     def __post_init__(self) -> None:
         """Check the values.
 
@@ -50,7 +50,6 @@ class WatchdogOptions:
         for name, least, most in (
             ("stuck_s", 0, 86400),
             ("opening_s", 0.01, 86400),
-            ("every_s", 0.01, 60),
         ):
             value = getattr(self, name)
             if not least <= value <= most:
@@ -145,7 +144,7 @@ class Watchdog:
     def look(self) -> None:
         """Look at everything once."""
         now_s = self._clock()
-        elapsed_s = min(now_s - self._last_s, 2 * self._options.every_s)
+        elapsed_s = min(now_s - self._last_s, 2 * EVERY_S)
         self._last_s = now_s
         with self._lock:
             watched = list(self._watched.items())
@@ -157,5 +156,5 @@ class Watchdog:
 
     def _run(self) -> None:
         """Look at intervals."""
-        while not self._closing.wait(self._options.every_s):
+        while not self._closing.wait(EVERY_S):
             self.look()

@@ -17,28 +17,27 @@ from numpy.typing import NDArray
 from models.image_source import ImageData
 from serve.client.arguments import check_integer, check_timeout
 from serve.client.channel import (
+    ITER_IMAGES,
     ITER_IN_FLIGHT,
-    STREAM_IMAGES,
-    STREAM_IN_FLIGHT,
     make_planner,
     methods_of,
     read_failure,
 )
 from serve.client.combining import Combination
 from serve.client.connection import ClientTls, Connection
-from serve.client.items import Batch, EmbeddedItem, gather_async
+from serve.client.items import EmbeddedItem, group_async
 from serve.client.plans import TIMEOUT_S, Call, Failure, Plan, Step
 from serve.client.requests import (
     EmbedOptions,
+    Group,
     Images,
     SearchOptions,
     Vectors,
-    check_stream,
+    check_iterable,
     make_queries,
 )
 from serve.client.results import CollectionInfo, EmbedResult, ModelInfo, SearchResult
 from serve.client.retry import RetryPolicy
-from serve.client.streams import AsyncFeed
 from serve.client.window import run_async_window
 
 Value = TypeVar("Value")
@@ -153,58 +152,13 @@ class AsyncClient:
         plan = self._planner.search(queries, options, timeout_s)
         return await self._drive(plan)
 
-    async def embed_stream(
-        self,
-        images: Iterable[ImageData] | AsyncIterable[ImageData],
-        *,
-        model: str | None = None,
-        version: str | None = None,
-        dims: int | None = None,
-        normalize: bool = True,
-        dtype: str = "fp32",
-        images_per_request: int = STREAM_IMAGES,
-        in_flight: int = STREAM_IN_FLIGHT,
-        request_id: str | None = None,
-        priority: int = 0,
-        timeout_s: float | None = None,
-    ) -> AsyncIterator[EmbedResult]:
-        """Embed an iterable of any length and either kind; see `Client.embed_stream`.
-
-        A plain iterable is read on other threads, one image at a time.
-        """
-        check_stream(images)
-        limit_s = None if timeout_s is None else check_timeout(timeout_s)
-        options = EmbedOptions(
-            model=model,
-            version=version,
-            dims=dims,
-            normalize=normalize,
-            dtype=dtype,
-            request_id=request_id,
-            priority=priority,
-        )
-        plan = self._planner.stream_request_size(images_per_request)
-        feed = AsyncFeed(images, await self._drive(plan), options, in_flight)
-        call = self._methods["EmbedStream"](
-            aiter(feed), timeout=limit_s, metadata=self._planner.metadata(request_id)
-        )
-        try:
-            async for reply in call:
-                yield self._planner.read_stream_reply(reply, feed.answered())
-        except (grpc.RpcError, asyncio.CancelledError) as error:
-            raise self._planner.error(self._failure(error), "EmbedStream", limit_s or 0) from None
-        finally:
-            call.cancel()
-        if feed.error is not None:
-            raise feed.error
-
     def embed_iter(
         self,
         images: Iterable[ImageData] | AsyncIterable[ImageData],
         *,
         ordered: bool = True,
         in_flight: int = ITER_IN_FLIGHT,
-        images_per_request: int = STREAM_IMAGES,
+        images_per_request: int = ITER_IMAGES,
         model: str | None = None,
         version: str | None = None,
         dims: int | None = None,
@@ -216,9 +170,9 @@ class AsyncClient:
     ) -> AsyncIterator[EmbeddedItem]:
         """Embed an iterable of either kind, image by image; see `Client.embed_iter`.
 
-        A plain iterable is read on other threads, one image at a time.
+        A plain iterable is read on other threads, one request's images at a time.
         """
-        check_stream(images)
+        check_iterable(images)
         check_integer("in_flight", in_flight, 1)
         options = EmbedOptions(
             model=model,
@@ -231,15 +185,15 @@ class AsyncClient:
         )
         limit_s = None if timeout_s is None else check_timeout(timeout_s)
 
-        async def work(batch: Batch) -> list[EmbeddedItem]:
-            return await self._drive(self._planner.embed_batch(batch, options, limit_s))
+        async def work(group: Group) -> list[EmbeddedItem]:
+            return await self._drive(self._planner.embed_group(group, options, limit_s))
 
         async def items() -> AsyncIterator[EmbeddedItem]:
-            size = await self._drive(self._planner.stream_request_size(images_per_request))
+            size = await self._drive(self._planner.request_size(images_per_request))
             async with (
-                aclosing(gather_async(images, size)) as batches,
+                aclosing(group_async(images, size)) as groups,
                 aclosing(
-                    run_async_window(batches, work, in_flight=in_flight, ordered=ordered)
+                    run_async_window(groups, work, in_flight=in_flight, ordered=ordered)
                 ) as results,
             ):
                 async for result in results:

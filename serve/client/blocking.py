@@ -16,28 +16,28 @@ from numpy.typing import NDArray
 from models.image_source import ImageData
 from serve.client.arguments import check_integer, check_timeout
 from serve.client.channel import (
+    ITER_IMAGES,
     ITER_IN_FLIGHT,
-    STREAM_IMAGES,
-    STREAM_IN_FLIGHT,
     make_planner,
     methods_of,
     read_failure,
 )
 from serve.client.combining import Combination
 from serve.client.connection import ClientTls, Connection
-from serve.client.items import Batch, EmbeddedItem, gather
+from serve.client.items import EmbeddedItem
 from serve.client.plans import TIMEOUT_S, Call, Failure, Plan, Step
 from serve.client.requests import (
     EmbedOptions,
+    Group,
     Images,
     SearchOptions,
     Vectors,
-    check_stream,
+    check_iterable,
+    group_images,
     make_queries,
 )
 from serve.client.results import CollectionInfo, EmbedResult, ModelInfo, SearchResult
 from serve.client.retry import RetryPolicy
-from serve.client.streams import Feed
 from serve.client.window import Stop, run_window
 
 Value = TypeVar("Value")
@@ -204,73 +204,13 @@ class Client:
         )
         return self._drive(self._planner.search(queries, options, timeout_s))
 
-    def embed_stream(
-        self,
-        images: Iterable[ImageData],
-        *,
-        model: str | None = None,
-        version: str | None = None,
-        dims: int | None = None,
-        normalize: bool = True,
-        dtype: str = "fp32",
-        images_per_request: int = STREAM_IMAGES,
-        in_flight: int = STREAM_IN_FLIGHT,
-        request_id: str | None = None,
-        priority: int = 0,
-        timeout_s: float | None = None,
-    ) -> Iterator[EmbedResult]:
-        """Embed an iterable of any length; yield results in order, one for each request.
-
-        The iterable is read on another thread, a few requests ahead of the results. A
-        stream that breaks is not tried again: the results so far say how far it came.
-
-        Args:
-            images: encoded files or uint8 pixels.
-            model: see `embed`; so are the next four.
-            version: see `embed`.
-            dims: see `embed`.
-            normalize: see `embed`.
-            dtype: see `embed`.
-            images_per_request: images of one request and of one result, at most.
-            in_flight: requests that may wait for their replies.
-            request_id: see `embed`.
-            priority: see `embed`.
-            timeout_s: for the whole stream; no limit where None.
-        """
-        check_stream(images)
-        limit_s = None if timeout_s is None else check_timeout(timeout_s)
-        options = EmbedOptions(
-            model=model,
-            version=version,
-            dims=dims,
-            normalize=normalize,
-            dtype=dtype,
-            request_id=request_id,
-            priority=priority,
-        )
-        size = self._drive(self._planner.stream_request_size(images_per_request))
-        feed = Feed(images, size, options, in_flight)
-        call = self._methods["EmbedStream"](
-            iter(feed), timeout=limit_s, metadata=self._planner.metadata(request_id)
-        )
-        try:
-            for reply in call:
-                yield self._planner.read_stream_reply(reply, feed.answered())
-        except grpc.RpcError as error:
-            raise self._planner.error(self._failure(error), "EmbedStream", limit_s or 0) from None
-        finally:
-            feed.stop()
-            call.cancel()
-        if feed.error is not None:
-            raise feed.error
-
     def embed_iter(
         self,
         images: Iterable[ImageData],
         *,
         ordered: bool = True,
         in_flight: int = ITER_IN_FLIGHT,
-        images_per_request: int = STREAM_IMAGES,
+        images_per_request: int = ITER_IMAGES,
         model: str | None = None,
         version: str | None = None,
         dims: int | None = None,
@@ -301,7 +241,7 @@ class Client:
             priority: see `embed`.
             timeout_s: for each request, with its retries.
         """
-        check_stream(images)
+        check_iterable(images)
         check_integer("in_flight", in_flight, 1)
         options = EmbedOptions(
             model=model,
@@ -314,12 +254,13 @@ class Client:
         )
         limit_s = None if timeout_s is None else check_timeout(timeout_s)
 
-        def work(batch: Batch, stop: Stop) -> list[EmbeddedItem]:
-            return self._drive(self._planner.embed_batch(batch, options, limit_s), stop)
+        def work(group: Group, stop: Stop) -> list[EmbeddedItem]:
+            return self._drive(self._planner.embed_group(group, options, limit_s), stop)
 
         def items() -> Iterator[EmbeddedItem]:
-            size = self._drive(self._planner.stream_request_size(images_per_request))
-            results = run_window(gather(images, size), work, in_flight=in_flight, ordered=ordered)
+            size = self._drive(self._planner.request_size(images_per_request))
+            groups = group_images(images, size, keep_going=True)
+            results = run_window(groups, work, in_flight=in_flight, ordered=ordered)
             with closing(results):
                 for result in results:
                     yield from result

@@ -14,18 +14,13 @@ from protos import horace_pb2_grpc as pb_grpc
 from serve.client.connection import Connection
 from serve.client.plans import Failure, Planner
 from serve.client.retry import RetryPolicy
+from serve.errors import RETRY_KEYS
 
-STREAM_IMAGES = 32
-"""Images a request of a stream."""
-
-STREAM_IN_FLIGHT = 4
-"""Requests of a stream that wait for their replies."""
+ITER_IMAGES = 32
+"""Images of a request of `embed_iter`."""
 
 ITER_IN_FLIGHT = 8
 """Requests of `embed_iter` that are under way at once."""
-
-PUSH_BACK_KEYS = ("grpc-retry-pushback-ms", "retry-after-ms")
-"""Trailing metadata in which a server says when to come back: gRPC's own, and a readable one."""
 
 
 def make_planner(
@@ -52,7 +47,6 @@ def methods_of(channel: Any) -> dict[str, Any]:  # either kind of channel, and o
     health: Any = health_pb2_grpc.HealthStub(channel)  # its stubs name no methods
     return {
         "Embed": horace.Embed,
-        "EmbedStream": horace.EmbedStream,
         "Search": horace.Search,
         "ListModels": horace.ListModels,
         "ListCollections": horace.ListCollections,
@@ -71,7 +65,7 @@ def read_failure(error: grpc.RpcError) -> Failure:
 def read_push_back(metadata: Any) -> float | None:  # gRPC's two kinds, of pairs either
     """Read after how many seconds the server wants to be called again; negative: never."""
     for key, value in metadata:
-        if key in PUSH_BACK_KEYS:
+        if key in RETRY_KEYS:
             with contextlib.suppress(ValueError):
                 return float(value) / 1e3
     return None

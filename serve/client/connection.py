@@ -20,7 +20,7 @@ from typing import TypeAlias
 
 import grpc
 
-from models.errors import UsageError
+from models.errors import UsageError, reason_of
 from serve.client.arguments import check_text
 
 Metadata: TypeAlias = tuple[tuple[str, str], ...]
@@ -161,7 +161,7 @@ def _read_pem(name: str, file: File | None, kind: str) -> bytes | None:
     try:
         pem = Path(file).read_bytes()
     except OSError as error:
-        found = os.strerror(error.errno) if error.errno else str(error)
+        found = reason_of(error)
         raise UsageError(f"{name} {os.fspath(file)}", expected=expected, found=found) from error
     if f"{kind}-----".encode() not in pem:
         raise UsageError(f"{name} {os.fspath(file)}", expected=expected, found="none in there")

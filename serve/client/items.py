@@ -8,25 +8,21 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from models.errors import UsageError
 from models.image_source import ImageData
-from serve.client.requests import Group, Grouper, RequestSize
+from serve.client.requests import Group, Grouper, RequestSize, group_images
 from serve.client.results import EmbedResult, ItemStatus
 from serve.client.threads import on_a_thread
 from serve.errors import ServeError
 
 REQUEST_FAILED = "request_failed"
 """The status of images whose request has no reply."""
-
-NOT_AN_IMAGE = "not_an_image"
-"""The status of what is neither bytes nor pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,89 +49,41 @@ class EmbeddedItem:
         return self.vector is not None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Images of one request.
-
-    Attributes:
-        first: the index of the first of them.
-        group: the images.
-    """
-
-    first: int
-    group: Group
-
-    def items(self, result: EmbedResult) -> list[EmbeddedItem]:
-        """Give each image what the server said of it."""
-        pairs = zip(result.by_image(), result.statuses, strict=True)
-        return [
-            EmbeddedItem(index=n, vector=vector, status=status, fingerprint=result.fingerprint)
-            for n, (vector, status) in enumerate(pairs, self.first)
-        ]
-
-    def failed(self, error: ServeError) -> list[EmbeddedItem]:
-        """Give each image the error of its request, unless it was never sent."""
-        status = ItemStatus(REQUEST_FAILED, str(error))
-        return [
-            EmbeddedItem(
-                index=self.first + n,
-                vector=None,
-                status=self.group.refused.get(n, status),
-                error=None if n in self.group.refused else error,
-            )
-            for n in range(len(self.group.images))
-        ]
+def items_of(group: Group, result: EmbedResult) -> list[EmbeddedItem]:
+    """Give each image of a request what the server said of it."""
+    pairs = zip(result.by_image(), result.statuses, strict=True)
+    return [
+        EmbeddedItem(index=n, vector=vector, status=status, fingerprint=result.fingerprint)
+        for n, (vector, status) in enumerate(pairs, group.first)
+    ]
 
 
-class Gatherer:
-    """Cuts an iterable into batches, image by image."""
-
-    def __init__(self, size: RequestSize) -> None:
-        """Start with no image."""
-        self._grouper = Grouper(size)
-        self._first = 0
-
-    def add(self, image: ImageData) -> Iterator[Batch]:
-        """Take in what the iterable gave; give the batches that are full now."""
-        try:
-            groups = list(self._grouper.add(image))
-        except UsageError as error:
-            groups = list(self._grouper.refuse(ItemStatus(NOT_AN_IMAGE, str(error))))
-        for group in groups:
-            yield self._numbered(group)
-
-    def end(self) -> Iterator[Batch]:
-        """Give the batch that is not full, unless it is empty."""
-        for group in self._grouper.end():
-            yield self._numbered(group)
-
-    def _numbered(self, group: Group) -> Batch:
-        """Say which images these are."""
-        batch = Batch(first=self._first, group=group)
-        self._first += len(group.images)
-        return batch
+def failed_items(group: Group, error: ServeError) -> list[EmbeddedItem]:
+    """Give each image the error of its request, unless it was never sent."""
+    status = ItemStatus(REQUEST_FAILED, str(error))
+    return [
+        EmbeddedItem(
+            index=group.first + n,
+            vector=None,
+            status=group.refused.get(n, status),
+            error=None if n in group.refused else error,
+        )
+        for n in range(len(group.images))
+    ]
 
 
-def gather(images: Iterable[ImageData], size: RequestSize) -> Iterator[Batch]:
-    """Cut an iterable into batches as they are asked for."""
-    gatherer = Gatherer(size)
-    for image in images:
-        yield from gatherer.add(image)
-    yield from gatherer.end()
-
-
-async def gather_async(
+async def group_async(
     images: Iterable[ImageData] | AsyncIterable[ImageData], size: RequestSize
-) -> AsyncGenerator[Batch, None]:
-    """Cut an iterable of either kind into batches; a plain one may block a thread of its own."""
+) -> AsyncGenerator[Group, None]:
+    """Do as `group_images` for either kind; a plain iterable may block a thread of its own."""
     if not isinstance(images, AsyncIterable):
-        batches = gather(images, size)
-        while (batch := await on_a_thread(partial(next, batches, None))) is not None:
-            yield batch
+        groups = group_images(images, size, keep_going=True)
+        while (group := await on_a_thread(partial(next, groups, None))) is not None:
+            yield group
         return
-    gatherer = Gatherer(size)
+    grouper = Grouper(size)
     async for image in images:
-        for batch in gatherer.add(image):
-            yield batch
-    for batch in gatherer.end():
-        yield batch
+        for group in grouper.add_any(image):
+            yield group
+    for group in grouper.end():
+        yield group

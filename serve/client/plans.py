@@ -29,7 +29,7 @@ from models.wire import vectors_from_wire
 from protos import horace_pb2 as pb
 from serve.client.arguments import check_integer, check_timeout
 from serve.client.connection import Metadata
-from serve.client.items import Batch, EmbeddedItem
+from serve.client.items import EmbeddedItem, failed_items, items_of
 from serve.client.requests import (
     EmbedOptions,
     Group,
@@ -186,26 +186,20 @@ class Planner:
             replies.append(reply := cast(pb.EmbedResponse, answer))
             statuses += read_statuses(reply.statuses, group)
         self._require_one_encoder([reply.fingerprint for reply in replies])
-        return EmbedResult(
-            vectors=np.concatenate([vectors_from_wire(reply.vectors) for reply in replies]),
-            statuses=tuple(statuses),
-            fingerprint=replies[0].fingerprint,
-            model=replies[0].model,
-            timings=read_timings([reply.timings for reply in replies]),
-            version=replies[0].version,
-        )
+        return read_embedded(replies, statuses)
 
-    def embed_batch(
-        self, batch: Batch, options: EmbedOptions, timeout_s: float | None
+    def embed_group(
+        self, group: Group, options: EmbedOptions, timeout_s: float | None
     ) -> Plan[list[EmbeddedItem]]:
-        """Embed one batch of an iterable, in one request; a request that fails has items, too."""
+        """Embed some images of an iterable, in one request; one that fails has items, too."""
         deadline = self._deadline(timeout_s)
-        request = embed_request(batch.group, options)
+        request = embed_request(group, options)
         try:
             answer = yield from self._call("Embed", request, deadline, options.request_id)
         except ServeError as error:
-            return batch.failed(error)
-        return batch.items(self.read_stream_reply(cast(pb.EmbedResponse, answer), batch.group))
+            return failed_items(group, error)
+        reply = cast(pb.EmbedResponse, answer)
+        return items_of(group, read_embedded([reply], read_statuses(reply.statuses, group)))
 
     def search(
         self, queries: Queries, options: SearchOptions, timeout_s: float | None
@@ -251,8 +245,8 @@ class Planner:
         reply = cast(health_pb2.HealthCheckResponse, answer)
         return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
 
-    def stream_request_size(self, images: int) -> Plan[RequestSize]:
-        """Give the size of a stream's requests: `images` at most, and what the server takes.
+    def request_size(self, images: int) -> Plan[RequestSize]:
+        """Give the size of requests: `images` at most, and what the server takes.
 
         Raises:
             UsageError: `images` is below 1.
@@ -261,38 +255,8 @@ class Planner:
         size = yield from self._ask_size(self._deadline(None))
         return replace(size, images=min(most, size.images))
 
-    def read_stream_reply(self, reply: pb.EmbedResponse, group: Group) -> EmbedResult:
-        """Read one reply of a stream.
-
-        Raises:
-            ServeError: the server refused this request.
-        """
-        if reply.HasField("error"):
-            code = _STATUS_BY_NUMBER.get(reply.error.code, grpc.StatusCode.UNKNOWN)
-            error = from_status(code, reply.error.message)
-            error.retry_after_s = reply.error.retry_after_ms / 1e3 or None
-            raise error
-        return EmbedResult(
-            vectors=vectors_from_wire(reply.vectors),
-            statuses=tuple(read_statuses(reply.statuses, group)),
-            fingerprint=reply.fingerprint,
-            model=reply.model,
-            timings=read_timings([reply.timings]),
-            version=reply.version,
-        )
-
-    def error(self, failure: Failure, what: str, timeout_s: float) -> ServeError:
-        """Say in one line how a call ended."""
-        error = self._error(failure, what, timeout_s)
-        error.retry_after_s = failure.retry_after_s
-        return error
-
-    def metadata(self, request_id: str | None) -> Metadata:
-        """Give what goes with the calls of one operation."""
-        return (*self._metadata, ("x-request-id", request_id)) if request_id else self._metadata
-
     def _error(self, failure: Failure, what: str, timeout_s: float) -> ServeError:
-        """Choose the exception and its line."""
+        """Say in one line how a call ended."""
         match failure.code:
             case grpc.StatusCode.UNAVAILABLE if failure.details.startswith(STOPPING):
                 return UnavailableError(
@@ -386,7 +350,9 @@ class Planner:
         """
         failures = 0
         self._budget.earn()
-        metadata = self.metadata(request_id)
+        metadata = self._metadata
+        if request_id:
+            metadata = (*metadata, ("x-request-id", request_id))
         while (remaining_s := deadline.at_s - self._clock()) > 0:
             answer = yield Call(method, request, remaining_s, metadata)
             if not isinstance(answer, Failure):
@@ -394,7 +360,9 @@ class Planner:
             failures += 1
             wait_s = self._wait_s(answer, failures, deadline)
             if wait_s is None:
-                raise self.error(answer, method, deadline.timeout_s)
+                error = self._error(answer, method, deadline.timeout_s)
+                error.retry_after_s = answer.retry_after_s
+                raise error
             yield Pause(wait_s)
         raise self._late(method, deadline.timeout_s)
 
@@ -435,7 +403,18 @@ class Planner:
             )
 
 
-_STATUS_BY_NUMBER = {code.value[0]: code for code in grpc.StatusCode}
+def read_embedded(
+    replies: Sequence[pb.EmbedResponse], statuses: Sequence[ItemStatus]
+) -> EmbedResult:
+    """Put the replies of one encoder together."""
+    return EmbedResult(
+        vectors=np.concatenate([vectors_from_wire(reply.vectors) for reply in replies]),
+        statuses=tuple(statuses),
+        fingerprint=replies[0].fingerprint,
+        model=replies[0].model,
+        timings=read_timings([reply.timings for reply in replies]),
+        version=replies[0].version,
+    )
 
 
 def read_statuses(statuses: Sequence[pb.ItemStatus], group: Group) -> list[ItemStatus]:

@@ -44,6 +44,9 @@ IMAGE_OVERHEAD_BYTES = 64
 
 LOWEST_PRIORITY = 3
 
+NOT_AN_IMAGE = "not_an_image"
+"""The status of what is neither bytes nor pixels."""
+
 REQUEST_OVERHEAD_BYTES = 4096
 """Of one request: names, fingerprint and options."""
 
@@ -130,12 +133,14 @@ class Group:
     """Images that go into one request.
 
     Attributes:
+        first: the place of its first image among all of them, from 0.
         images: as they cross the wire.
         refused: the status of those that are too large to be sent, by position; an empty
             image goes in their place.
         size_bytes: of the request, about.
     """
 
+    first: int = 0
     images: list[pb.Image] = field(default_factory=list)
     refused: dict[int, ItemStatus] = field(default_factory=dict)
     size_bytes: int = REQUEST_OVERHEAD_BYTES
@@ -266,8 +271,8 @@ def check_images(images: Images) -> Sequence[ImageData]:
     return list(images)
 
 
-def check_stream(images: object) -> None:
-    """Refuse one image in the place of a stream of them.
+def check_iterable(images: object) -> None:
+    """Refuse one image in the place of many.
 
     Raises:
         UsageError: it cannot be iterated over, or not as images.
@@ -282,11 +287,18 @@ def check_stream(images: object) -> None:
         )
 
 
-def group_images(images: Iterable[ImageData], size: RequestSize) -> Iterator[Group]:
-    """Cut images into requests, as large as `size` allows, as they come."""
+def group_images(
+    images: Iterable[ImageData], size: RequestSize, *, keep_going: bool = False
+) -> Iterator[Group]:
+    """Cut images into requests, as large as `size` allows, as they come.
+
+    Raises:
+        UsageError: something is no image, unless `keep_going` gives it a status of its own.
+    """
     grouper = Grouper(size)
+    add = grouper.add_any if keep_going else grouper.add
     for image in images:
-        yield from grouper.add(image)
+        yield from add(image)
     yield from grouper.end()
 
 
@@ -306,11 +318,18 @@ class Grouper:
         """
         wire, image_bytes = image_to_wire(image), _size_of(image)
         if REQUEST_OVERHEAD_BYTES + image_bytes > self._size.request_bytes:
-            yield from self.refuse(_too_large(image_bytes, self._size))
+            yield from self._refuse(_too_large(image_bytes, self._size))
         else:
             yield from self._add(wire, image_bytes)
 
-    def refuse(self, status: ItemStatus) -> Iterator[Group]:
+    def add_any(self, image: ImageData) -> Iterator[Group]:
+        """Take in what may be no image: it has its own status then."""
+        try:
+            yield from self.add(image)
+        except UsageError as error:
+            yield from self._refuse(ItemStatus(NOT_AN_IMAGE, str(error)))
+
+    def _refuse(self, status: ItemStatus) -> Iterator[Group]:
         """Count an image that is not sent; give the groups that are full now."""
         yield from self._add(pb.Image(), IMAGE_OVERHEAD_BYTES, status)
 
@@ -329,8 +348,8 @@ class Grouper:
 
     def end(self) -> Iterator[Group]:
         """Give the group that is not full, unless it is empty."""
-        group, self._group = self._group, Group()
-        if group.images:
+        if (group := self._group).images:
+            self._group = Group(first=group.first + len(group.images))
             yield group
 
 

@@ -99,7 +99,7 @@ class Hit:
 
     Attributes:
         id: the image's 63-bit id in the collection.
-        score: cosine similarity, -1 to 1.
+        score: cosine similarity, -1 to 1; of a Euclidean collection minus the squared distance.
         key: where the image stands in its source.
         label: its class; empty where none is known.
         source: the source's URI, less the directories that it lies in.

@@ -7,7 +7,6 @@ service is written once. `make_front` gives the one that serves what is asked.
 from __future__ import annotations
 
 from serve.front.base import Front, FrontKind
-from serve.front.grpcio import GrpcioFront
 from serve.front.make import make_front
 
-__all__ = ["Front", "FrontKind", "GrpcioFront", "make_front"]
+__all__ = ["Front", "FrontKind", "make_front"]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import grpc
 
 from serve.front.limit import PROBES, CallLimit, OnTurnedAway, hears_nothing
-from serve.front.port import check_address, join_address, refuse_address
+from serve.port import check_address, join_address, refuse_address
 
 MIN_CLIENT_PING_MS = 10_000
 """A client may ask this often whether we live; gRPC's default calls 5 minutes too often."""

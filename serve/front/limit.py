@@ -21,11 +21,10 @@ from typing import Any, NoReturn, TypeAlias
 import grpc
 
 from serve.errors import RETRY_AFTER_S, QueueFullError, retry_metadata, to_status
+from serve.security.guard import HEALTH
 
 TOO_MANY = "Concurrent RPC limit exceeded!"
 """grpcio's own words."""
-
-HEALTH = "/grpc.health."
 
 PROBES = 128
 """Probes that may be open at once; more than `serve.health.MAX_WATCHES` that stay open."""

@@ -11,7 +11,7 @@ from serve.front.base import Front, FrontKind
 from serve.front.grpcio import GrpcioFront
 from serve.front.limit import OnTurnedAway, hears_nothing
 from serve.front.native import NativeFront
-from serve.front.port import is_loopback
+from serve.port import is_loopback
 from serve.screen import NO_SCREEN, Screens
 from serve.valve import Refuses, never
 

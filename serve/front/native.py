@@ -46,12 +46,13 @@ from serve.errors import (
 )
 from serve.front.chain import Ask, CallDetails, chain
 from serve.front.grpcio import KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS, GrpcioFront
-from serve.front.limit import HEALTH, PROBES, OnTurnedAway, hears_nothing, too_many_calls
+from serve.front.limit import PROBES, OnTurnedAway, hears_nothing, too_many_calls
 from serve.front.native_call import NativeCall
-from serve.front.port import check_address, join_address, refuse_address
 from serve.front.registry import Handler, Registry
 from serve.front.threads import unhurried_threads
+from serve.port import check_address, join_address, refuse_address
 from serve.screen import NO_SCREEN, Screens, Status
+from serve.security.guard import HEALTH
 from serve.valve import Refuses, never
 
 log = logging.getLogger("horace.serve")

@@ -14,7 +14,7 @@ import asyncio
 import re
 from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 from starlette.applications import Starlette
@@ -30,10 +30,11 @@ from serve.http.body import Body, BodyMemory, read_body
 from serve.http.context import HttpContext
 from serve.http.doorman import Doorman
 from serve.http.faults import code_of, refuse, refuse_with
-from serve.http.fields import read_embed, read_search
+from serve.http.fields import Asked, read_embed, read_search
 from serve.http.linger import Linger
 from serve.http.openapi import describe
 from serve.http.replies import (
+    Json,
     collections_reply,
     embed_reply,
     json_response,
@@ -111,60 +112,68 @@ class _Routes:
 
     async def models(self, request: Request) -> Response:
         """Say which models there are."""
-
-        async def work(context: HttpContext, entered: Pass) -> Response:
-            listed = pb.ListModelsRequest()
-            self._charge(entered, listed)
-            context.is_with_service = True
-            reply = await self._doorman.services.ListModels(listed, cast(Any, context))
-            return json_response(models_reply(reply))
-
-        return await self._answer(request, "ListModels", work)
+        message = pb.ListModelsRequest()
+        return await self._list(request, "ListModels", message, models_reply)
 
     async def collections(self, request: Request) -> Response:
         """Say which collections there are."""
-
-        async def work(context: HttpContext, entered: Pass) -> Response:
-            listed = pb.ListCollectionsRequest()
-            self._charge(entered, listed)
-            context.is_with_service = True
-            reply = await self._doorman.services.ListCollections(listed, cast(Any, context))
-            return json_response(collections_reply(reply))
-
-        return await self._answer(request, "ListCollections", work)
+        message = pb.ListCollectionsRequest()
+        return await self._list(request, "ListCollections", message, collections_reply)
 
     async def embed(self, request: Request) -> Response:
         """Embed images."""
 
-        async def work(context: HttpContext, entered: Pass) -> Response:
-            with self._memory.holding(entered.caller.client) as held:
-                body = await self._read(request, held)
-                message, asked = read_embed(body, request_id_of(context.invocation_metadata()))
-                del body  # its images are in the message now
-                self._charge(entered, message)
-                context.is_with_service = True
-                call = self._doorman.services.Embed(message, cast(Any, context))
-                reply = await _unless_gone(request, call)
-            document = embed_reply(reply, asked.refused, as_base64=asked.as_base64)
-            return json_response(document)
+        def write(reply: pb.EmbedResponse, asked: Asked) -> Json:
+            return embed_reply(reply, asked.refused, as_base64=asked.as_base64)
 
-        return await self._answer(request, "Embed", work)
+        return await self._ask(request, "Embed", read_embed, write)
 
     async def search(self, request: Request) -> Response:
         """Find neighbours."""
 
-        async def work(context: HttpContext, entered: Pass) -> Response:
-            with self._memory.holding(entered.caller.client) as held:
-                body = await self._read(request, held)
-                message, asked = read_search(body, request_id_of(context.invocation_metadata()))
-                del body
-                self._charge(entered, message)
-                context.is_with_service = True
-                call = self._doorman.services.Search(message, cast(Any, context))
-                reply = await _unless_gone(request, call)
-            return json_response(search_reply(reply, asked.refused))
+        def write(reply: pb.SearchResponse, asked: Asked) -> Json:
+            return search_reply(reply, asked.refused)
 
-        return await self._answer(request, "Search", work)
+        return await self._ask(request, "Search", read_search, write)
+
+    async def _list(
+        self, request: Request, method: str, message: Message, write: Callable[[Any], Json]
+    ) -> Response:
+        """Answer with what a method of the services gives that needs no body."""
+
+        async def work(context: HttpContext, entered: Pass) -> Response:
+            return json_response(write(await self._call(method, message, context, entered)))
+
+        return await self._answer(request, method, work)
+
+    async def _ask(
+        self,
+        request: Request,
+        method: str,
+        read: Callable[[Body, str], tuple[Message, Asked]],
+        write: Callable[[Any, Asked], Json],
+    ) -> Response:
+        """Answer with what a method of the services makes of the body."""
+
+        async def work(context: HttpContext, entered: Pass) -> Response:
+            with self._memory.holding(entered.client) as held:
+                body = await self._read(request, held)
+                message, asked = read(body, request_id_of(context.invocation_metadata()))
+                del body  # its images are in the message now
+                call = self._call(method, message, context, entered)
+                reply = await _unless_gone(request, call)
+            return json_response(write(reply, asked))
+
+        return await self._answer(request, method, work)
+
+    def _call(
+        self, method: str, message: Message, context: HttpContext, entered: Pass
+    ) -> Coroutine[Any, Any, Any]:
+        """Charge for a request, and hand it to the services."""
+        self._charge(entered, message)
+        context.is_with_service = True
+        call: Coroutine[Any, Any, Any] = getattr(self._doorman.services, method)(message, context)
+        return call
 
     # How every one of them is answered.
 
@@ -219,12 +228,10 @@ class _Routes:
         Raises:
             UnauthenticatedError: it has no key, or another.
         """
-        guard, metadata = self._doorman.guard, context.invocation_metadata()
-        key = guard.authorise(SERVICE + method, metadata)
-        entered = guard.name(
-            key, metadata, peer=context.peer(), auth_context=context.auth_context()
-        )
-        CURRENT.set(entered.caller)  # this task answers nothing else
+        guard = self._doorman.guard
+        key = guard.authorise(SERVICE + method, context.invocation_metadata())
+        entered = guard.name(key, peer=context.peer(), auth_context=context.auth_context())
+        CURRENT.set(entered.client)  # this task answers nothing else
         return entered
 
     def _charge(self, entered: Pass, message: Message) -> None:

@@ -12,12 +12,10 @@ from typing import Any, NoReturn
 import grpc
 
 from serve.calls import AcceptedEarly
+from serve.errors import RETRY_KEYS
 from serve.http.faults import Aborted
 
 Metadata = Sequence[tuple[str, str | bytes]]
-
-PUSH_BACK_KEY = "retry-after-ms"
-"""Trailing metadata in which a servicer says when to come back."""
 
 
 class HttpContext(AcceptedEarly):
@@ -50,7 +48,6 @@ class HttpContext(AcceptedEarly):
         self.is_with_service = False
         self._clock = clock
         self._auth_context = auth_context or {}
-        self._trailing: Metadata = ()
 
     def time_remaining(self) -> float | None:
         """Give the seconds until the deadline; None where there is none."""
@@ -73,17 +70,6 @@ class HttpContext(AcceptedEarly):
         """Give what TLS found out about the caller."""
         return self._auth_context
 
-    def set_trailing_metadata(self, metadata: Metadata) -> None:
-        """Take what goes with the end of the call."""
-        self._trailing = tuple(metadata)
-
-    def trailing_metadata(self) -> Metadata:
-        """Give what goes with the end of the call."""
-        return self._trailing
-
-    async def send_initial_metadata(self, metadata: Metadata) -> None:
-        """Ignore it: it has no place here."""
-
     async def abort(
         self, code: grpc.StatusCode, details: str = "", trailing_metadata: Any = ()
     ) -> NoReturn:
@@ -92,12 +78,12 @@ class HttpContext(AcceptedEarly):
         Raises:
             Aborted: always.
         """
-        raise Aborted(code, details, _retry_after_s((*self._trailing, *(trailing_metadata or ()))))
+        raise Aborted(code, details, _retry_after_s(trailing_metadata))
 
 
 def _retry_after_s(metadata: Metadata) -> float | None:
     """Read when a servicer wants to be called again."""
     for key, value in metadata:
-        if key == PUSH_BACK_KEY:
+        if key == RETRY_KEYS[0]:
             return float(value) / 1e3
     return None

@@ -30,19 +30,12 @@ class MediaTypeError(ServeError):
 
 HTTP_STATUS: dict[grpc.StatusCode, int] = {
     Code.INVALID_ARGUMENT: 400,
-    Code.OUT_OF_RANGE: 400,
     Code.UNAUTHENTICATED: 401,
-    Code.PERMISSION_DENIED: 403,
     Code.NOT_FOUND: 404,
-    Code.ALREADY_EXISTS: 409,
-    Code.ABORTED: 409,
     Code.FAILED_PRECONDITION: 412,
     Code.RESOURCE_EXHAUSTED: 429,
     Code.CANCELLED: 499,
-    Code.UNKNOWN: 500,
     Code.INTERNAL: 500,
-    Code.DATA_LOSS: 500,
-    Code.UNIMPLEMENTED: 501,
     Code.UNAVAILABLE: 503,
     Code.DEADLINE_EXCEEDED: 504,
 }

@@ -9,16 +9,15 @@ from protos import horace_pb2 as pb
 from serve.http.body import MAX_FIELD_BYTES
 from serve.http.fields import ENCODINGS, MAX_UINT32
 from serve.http.replies import Json
+from serve.searching import MAX_EFFORT
 from serve.services import RequestLimits
-
-LOWEST_PRIORITY = 3
+from serve.tickets import LOWEST_PRIORITY
 
 VERSION = "1.0"
 
 REFUSALS = {
     "400": "a request that cannot be meant",
     "401": "no API key, or a wrong one",
-    "403": "a key that may not do this",
     "404": "no such model or collection",
     "412": "a request that this server, as it is set up, cannot serve",
     "413": "a body that is too long",
@@ -26,7 +25,6 @@ REFUSALS = {
     "429": "no room now; retry-after says when to come back",
     "499": "the caller has gone",
     "500": "a fault of the server; its log has the incident",
-    "501": "not implemented here",
     "503": "the server is stopping, or not ready; retry-after says when to come back",
     "504": "the deadline passed",
 }
@@ -136,7 +134,7 @@ def _search(limits: RequestLimits) -> Json:
         "collection": _described(STRING, "a served collection; the only one where not given"),
         "k": _count("neighbours a query", limits.max_neighbours),
         "exact": _described({"type": "boolean"}, "compare every vector, and ask no index"),
-        "effort": _count("candidates that the index weighs for a query", MAX_UINT32),
+        "effort": _count("candidates that the index weighs for a query", MAX_EFFORT),
         "filter": _described(
             {"type": "string", "maxLength": MAX_FIELD_BYTES},
             "which images may be hits, such as: label = 'Coat'",

@@ -20,8 +20,8 @@ import uvicorn
 from starlette.applications import Starlette
 
 from serve.errors import StartError
-from serve.front.port import check_address, join_address, refuse_address
 from serve.http.protocol import PatientProtocol
+from serve.port import bind_all, join_address
 
 IDLE_CONNECTION_S = 75
 """How long a connection may wait for its next request."""
@@ -74,15 +74,9 @@ class HttpServer:
         Raises:
             StartError: it cannot be had.
         """
-        self._host = check_address(host, port, shared=self._reuse_port)
-        addresses = socket.getaddrinfo(
-            self._host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-        v6_alone = any(family == socket.AF_INET for family, *_ in addresses)
-        for family, _, _, _, (address, *_) in addresses:
-            listener = self._bind(family, str(address), self.port or port, v6_alone=v6_alone)
-            self._sockets.append(listener)
-            self.port = self._sockets[0].getsockname()[1]
+        self._host = host
+        self._sockets = bind_all(host, port, shared=self._reuse_port)
+        self.port = self._sockets[0].getsockname()[1]
         return self.port
 
     async def start(self, app: Starlette) -> None:
@@ -129,24 +123,6 @@ class HttpServer:
         for listener in self._sockets:
             listener.close()
         self._sockets.clear()
-
-    def _bind(self, family: int, host: str, port: int, *, v6_alone: bool) -> socket.socket:
-        """Bind one address; that of every interface is also one of IPv4, unless it has its own."""
-        # Named, the protocol is that of each connection, and asyncio sets TCP_NODELAY.
-        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if self._reuse_port:
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            if family == socket.AF_INET6:
-                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(v6_alone))
-            listener.bind((host, port))
-            listener.listen()
-            listener.setblocking(False)
-        except OSError as error:
-            listener.close()
-            raise refuse_address(host, port, "one that was taken meanwhile") from error
-        return listener
 
 
 class _Uvicorn(uvicorn.Server):

@@ -26,6 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from models.errors import reason_of
 from serve.errors import QueueFullError, RequestError, UnknownNameError
 
 DIRECTORY = Path("/dev/shm")
@@ -211,7 +212,7 @@ class Regions:
             raise RequestError(
                 f"key of shared memory region {name!r}",
                 expected="shared memory that this server may open",
-                found=os.strerror(error.errno or 0),
+                found=reason_of(error),
             ) from None
         region = Region(name, key, descriptor, offset, byte_size)
         found = os.fstat(descriptor)

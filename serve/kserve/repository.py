@@ -10,12 +10,13 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from tritonclient.grpc import service_pb2 as kserve
 
 from models.errors import HoraceError
 from serve.errors import PreconditionError, RequestError, UnknownNameError
+from serve.lifecycle.manager import Lifecycle
 from serve.lifecycle.sources import ModelStatus
 
 READY = "ready"
@@ -25,30 +26,6 @@ UNLOADED = "unloaded"
 
 LOOK = "the server's log says why"
 REFUSED = f"the last load was refused; {LOOK}"
-
-
-class ModelControl(Protocol):
-    """Who loads and unloads models; `serve.lifecycle.manager.Lifecycle` is one."""
-
-    async def load(self, name: str) -> None:
-        """Load a model, or load it again; it serves when this returns.
-
-        Raises:
-            PreconditionError: the operator has not allowed it to callers.
-            UnknownNameError: the server knows no such model.
-            HoraceError: it cannot be loaded; what was served is served still.
-        """
-
-    async def unload(self, name: str) -> None:
-        """Serve a model no more.
-
-        Raises:
-            PreconditionError: the operator has not allowed it to callers.
-            UnknownNameError: the server knows no such model.
-        """
-
-    def index(self) -> list[ModelStatus]:
-        """List the models that the server knows, served or not."""
 
 
 def repository_index(models: Iterable[ModelStatus], *, ready_only: bool) -> Any:
@@ -65,7 +42,7 @@ def repository_index(models: Iterable[ModelStatus], *, ready_only: bool) -> Any:
     return index
 
 
-async def load(control: ModelControl, name: str) -> None:
+async def load(control: Lifecycle, name: str) -> None:
     """Load a model for a caller; the log has what `control` found wrong.
 
     Raises:

@@ -30,16 +30,16 @@ from serve.answering import Answering, Context
 from serve.catalog import Catalog, ServedModel
 from serve.errors import PreconditionError, UnknownNameError
 from serve.health import Health
-from serve.job import Embedded
 from serve.kserve import describe
-from serve.kserve.inputs import Inputs, read_inputs
+from serve.kserve.inputs import read_inputs
 from serve.kserve.options import KserveOptions
 from serve.kserve.outputs import Head, check_room, read_outputs, write_response
-from serve.kserve.parameters import Asked, read_parameters
+from serve.kserve.parameters import read_parameters
 from serve.kserve.regions import OwnRegions, Regions
-from serve.kserve.repository import ModelControl, check_change, load, repository_index
+from serve.kserve.repository import check_change, load, repository_index
 from serve.kserve.settings import log_settings, refuse_changes, trace_settings
 from serve.kserve.statistics import Statistics
+from serve.lifecycle.manager import Lifecycle
 from serve.operation.observer import Call
 from serve.screen import Work
 from serve.security.caller import caller_of, host_of
@@ -68,7 +68,7 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
         max_images: int,
         max_batch_images: int,
         statistics: Statistics,
-        control: ModelControl,
+        control: Lifecycle,
         max_message_bytes: int,
         unix_is_local: bool = True,
     ) -> None:
@@ -181,8 +181,15 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
             )
             call.images = inputs.count
             check_room(wanted, images=inputs.count, dims=asked.dims or encoder.dim)
-            deadline_s = min(deadline_s, call.arrived_s + asked.timeout_s)
-            call.embedded = await _compute(model, inputs, asked, call, deadline_s, on_admitted)
+            call.embedded = await model.engine.embed(
+                inputs.images,
+                count=inputs.count,
+                payload_bytes=inputs.payload_bytes,
+                deadline_s=min(deadline_s, call.arrived_s + asked.timeout_s),
+                client=call.client,
+                priority=asked.priority,
+                on_admitted=on_admitted,
+            )
         head = Head(model.name, model.version, encoder.fingerprint)
         return write_response(call.embedded, wanted, asked, head=head, request_id=request.id)
 
@@ -361,7 +368,7 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
             self._answering.new_call(method, "", context), work, context
         )
 
-    def _models(self, name: str = "", version: str = "") -> list[ServedModel]:
+    def _models(self, name: str, version: str) -> list[ServedModel]:
         """Give one version of a model, or all of one, or of every model."""
         if version:
             return [self._catalog.model(name, version)]
@@ -386,33 +393,12 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
                 found=off if self._options.shared_memory == "off" else "one elsewhere",
                 mend="send tensors in the request",
             )
-        client = caller_of(context).client
+        client = caller_of(context)
         return "" if client in LOCAL else client
 
     def _own_regions(self, context: Context) -> OwnRegions:
         """Give the regions that the requests of a caller may name."""
         return OwnRegions(self._regions, partial(self._owner, context))
-
-
-async def _compute(
-    model: ServedModel,
-    inputs: Inputs,
-    asked: Asked,
-    call: Call,
-    deadline_s: float,
-    on_admitted: Callable[[], None] | None,
-) -> Embedded:
-    """Run images through a model's engine."""
-    return await model.engine.embed(
-        inputs.images,
-        count=inputs.count,
-        payload_bytes=inputs.payload_bytes,
-        deadline_s=deadline_s,
-        client=call.client,
-        priority=asked.priority,
-        wait_for_room=on_admitted is not None,
-        on_admitted=on_admitted or (lambda: None),
-    )
 
 
 def _refusal(request: Message, message: str) -> Message:

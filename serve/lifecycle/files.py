@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from models.bundle import BUNDLE_FILE, split_precision
-from models.errors import SourceError
+from models.errors import SourceError, reason_of
 from serve.lifecycle.options import NAME
 
 Signature = tuple[tuple[str, int, int, int], ...]
@@ -85,7 +85,7 @@ def find_models(repository: Path) -> dict[str, Path]:
         raise SourceError(
             f"--repository {repository}",
             expected="a directory of models",
-            found="none" if isinstance(error, ABSENT) else error.strerror,
+            found="none" if isinstance(error, ABSENT) else reason_of(error),
         ) from error
     return {c.name: c for c in children if re.fullmatch(NAME, c.name) and _is_model(c)}
 
@@ -140,7 +140,7 @@ def _is_directory(entry: os.DirEntry[str]) -> bool:
 
 def _unreadable(path: Path, error: OSError) -> SourceError:
     """Say what the system says of a path."""
-    return SourceError(str(path), expected="what can be read", found=error.strerror)
+    return SourceError(str(path), expected="what can be read", found=reason_of(error))
 
 
 def _walk(path: Path, prefix: str, depth: int) -> Iterator[tuple[str, int, int, int]]:

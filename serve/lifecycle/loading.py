@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -26,7 +27,7 @@ from models.preprocess import PreprocessSpec
 from models.providers import ON_CPU, Placement
 from serve.engine import Engine
 from serve.errors import StartError
-from serve.lifecycle.leases import Dispose
+from serve.leases import Dispose
 from serve.lifecycle.opening import open_on
 from serve.lifecycle.options import ModelOptions
 from serve.pool import ThreadPool
@@ -63,29 +64,6 @@ class MakeEngine(Protocol):
         """Start an engine."""
 
 
-class DivideThreads(Protocol):
-    """Says how many CPU threads an encoder has."""
-
-    def __call__(self, options: ModelOptions) -> int:
-        """Give its share."""
-
-
-class Runs(Protocol):
-    """A version of a model, offered or not."""
-
-    @property
-    def name(self) -> str:
-        """Its name."""
-
-    @property
-    def encoder(self) -> Encoder:
-        """What it runs."""
-
-    @property
-    def engine(self) -> Engine:
-        """What runs it."""
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Loaded:
     """A version of a model that has computed an image and is not offered yet."""
@@ -109,7 +87,7 @@ class Loader:
         *,
         open_model: OpenModel,
         make_engine: MakeEngine,
-        divide_threads: DivideThreads,
+        divide_threads: Callable[[ModelOptions], int],
         pool: ThreadPool,
         dispose: Dispose,
         largest_batch: int = 32,
@@ -122,7 +100,7 @@ class Loader:
             make_engine: starts its engine.
             divide_threads: gives an encoder its threads.
             pool: where models are opened; closed by its owner.
-            dispose: runs what closes a model; see `serve.lifecycle.leases`.
+            dispose: runs what closes a model; see `serve.leases`.
             largest_batch: images of the largest batch that an engine makes.
             instances: batches of a model that run at once; an encoder on CPUs has lanes where
                 neither this nor its own options say.
@@ -159,7 +137,7 @@ class Loader:
             raise
         loaded = Loaded(name=name, version=version, encoder=encoder, engine=engine)
         try:
-            await warm_up(loaded)
+            await warm_up(engine, name)
         except BaseException:
             self.dispose(loaded.close)
             raise
@@ -188,28 +166,28 @@ class Loader:
         return encoder
 
 
-async def warm_up(loaded: Runs) -> None:
+async def warm_up(engine: Engine, name: str) -> None:
     """Send an encoded image through the whole pipeline.
 
     Raises:
         StartError: no vector came out, or not in time.
     """
-    image = _grey_png(loaded.encoder.preprocessing)
-    work = loaded.engine.embed(
-        [image], count=1, payload_bytes=len(image), priority=1, wait_for_room=True
+    image = _grey_png(engine.encoder.preprocessing)
+    work = engine.embed(
+        [image], count=1, payload_bytes=len(image), priority=1, on_admitted=lambda: None
     )
     try:
         embedded = await asyncio.wait_for(work, WARM_UP_S)
     except TimeoutError as error:
         raise StartError(
-            f"model {loaded.name}",
+            f"model {name}",
             expected=f"a vector of a grey image within {WARM_UP_S:g} s",
             found="none",
             mend="see what its runtime waits for, or export the bundle again",
         ) from error
     if embedded.errors[0] is not None or not np.isfinite(embedded.vectors_ND).all():
         raise StartError(
-            f"model {loaded.name}",
+            f"model {name}",
             expected="a vector of finite numbers for a grey image",
             found=str(embedded.errors[0] or "others"),
             mend="export the bundle again",

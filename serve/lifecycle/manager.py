@@ -38,8 +38,8 @@ from serve.lifecycle.sources import (
     CollectionSource,
     LoadStatistics,
     ModelSource,
-    ModelState,
     ModelStatus,
+    Readiness,
     RepositorySource,
     Source,
 )
@@ -235,7 +235,7 @@ class Lifecycle:
                     for version in versions
                 ]
             else:
-                state: ModelState = "loading" if source.loading else "unavailable"
+                state: Readiness = "loading" if source.loading else "unavailable"
                 statuses.append(ModelStatus(name=name, version="", state=state, reason=why))
         return statuses
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol, TypeVar
 
-from serve.lifecycle.leases import Dispose
+from serve.leases import Dispose
 from serve.pool import ThreadPool
 
 
@@ -29,7 +29,7 @@ async def open_on(pool: ThreadPool, opening: Callable[[], Thing], dispose: Dispo
     Args:
         pool: has the thread.
         opening: opens it; may block.
-        dispose: runs what closes it; see `serve.lifecycle.leases`.
+        dispose: runs what closes it; see `serve.leases`.
 
     Raises:
         InternalError: the thread died, or hangs.

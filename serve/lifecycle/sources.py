@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from serve.lifecycle.files import Signature
 from serve.lifecycle.options import ModelOptions, NamedPath
 
-ModelState = Literal["ready", "loading", "unavailable"]
+Readiness = Literal["ready", "loading", "unavailable"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class ModelStatus:
 
     name: str
     version: str
-    state: ModelState
+    state: Readiness
     reason: str = ""
 
 

@@ -20,6 +20,8 @@ import asyncio
 import logging
 import socket
 import threading
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Protocol
 
 import uvicorn
@@ -31,6 +33,7 @@ from starlette.routing import Route
 from serve.errors import StartError
 from serve.http.protocol import PatientProtocol
 from serve.operation.metrics import CONTENT_TYPE
+from serve.port import bind_all
 
 log = logging.getLogger("horace.serve")
 
@@ -59,20 +62,20 @@ class Pages(Protocol):
 class Endpoint:
     """Serves `Pages` on a thread; `close` it."""
 
-    def __init__(self, pages: Pages, listener: socket.socket) -> None:
-        """Serve on `listener`, which is bound already and closed by this.
+    def __init__(self, pages: Pages, listeners: Sequence[socket.socket]) -> None:
+        """Serve on `listeners`, which are bound already and closed by this.
 
         Args:
             pages: what to show.
-            listener: see `listen_on`.
+            listeners: see `listen_on`.
         """
         self._application = make_application(pages)
-        self._listener = listener
+        self._listeners = listeners
         self._closing = False
         self._start()
 
     def __repr__(self) -> str:
-        return f"<Endpoint {self._listener!r}>"
+        return f"<Endpoint {self._listeners!r}>"
 
     def revive(self) -> None:
         """Answer again if the thread has died."""
@@ -85,7 +88,8 @@ class Endpoint:
         self._closing = True
         self._server.should_exit = True
         self._thread.join(CLOSE_TIMEOUT_S)
-        self._listener.close()
+        for listener in self._listeners:
+            listener.close()
 
     def _start(self) -> None:
         """Serve on a thread."""
@@ -109,8 +113,9 @@ class Endpoint:
     def _run(self) -> None:
         """Serve until closed; the server goes on without this where it fails."""
         try:
-            with self._listener.dup() as listener:  # uvicorn closes what it is given
-                asyncio.run(self._server.serve(sockets=[listener]))
+            with ExitStack() as lent:  # uvicorn closes what it is given
+                listeners = [lent.enter_context(one.dup()) for one in self._listeners]
+                asyncio.run(self._server.serve(sockets=listeners))
         except Exception:
             log.exception("the metrics port failed")
 
@@ -137,32 +142,21 @@ def make_application(pages: Pages) -> Starlette:
     return Starlette(routes=routes)
 
 
-def listen_on(host: str, port: int) -> socket.socket:
+def listen_on(host: str, port: int) -> list[socket.socket]:
     """Take the port.
 
     Raises:
         StartError: it cannot be had.
     """
-    bare = host.removeprefix("[").removesuffix("]")
     try:
-        found = socket.getaddrinfo(bare, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, *_, address = found[0]
-        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # as in http
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            listener.listen()
-        except BaseException:
-            listener.close()
-            raise
-    except (OSError, UnicodeError) as error:
+        return bind_all(host, port)
+    except StartError as error:
         raise StartError(
             f"--metrics.port {port} of {host}",
             expected="a free port",
-            found=getattr(error, "strerror", None) or "no address of that name",
+            found=error.found,
             mend="choose others with --metrics.port and --metrics.host",
         ) from error
-    return listener
 
 
 def _say(good: bool, what: str) -> Response:

@@ -18,11 +18,11 @@ from prometheus_client.core import (
     Metric,
 )
 
-from serve.lifecycle.reloading import ReloadStatistics
 from serve.lifecycle.sources import LoadStatistics
 from serve.operation.histogram import Histogram
 from serve.operation.state import ModelState
 from serve.operation.tally import REASONS, CallTally, ModelHistograms, VersionCounts
+from serve.reloading import ReloadStatistics
 from serve.tickets import BatcherStatistics
 
 MAX_LISTED = 256
@@ -128,7 +128,9 @@ def call_families(calls: CallTally) -> Iterator[Metric]:
     for code, count in calls.turned_away.items():
         turned_away.add_metric([code], count)
     yield turned_away
-    by_key = CounterMetricFamily("horace_requests_by_key", "The same.", labels=["key", "code"])
+    by_key = CounterMetricFamily(
+        "horace_requests_by_key", "Requests, by the name of the API key.", labels=["key", "code"]
+    )
     for (key, code), count in calls.by_key.items():
         by_key.add_metric([key, code], count)
     yield by_key

@@ -22,12 +22,13 @@ import re
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 
 import grpc
 
 from serve.operation.observer import Call, Nobody
 from serve.operation.options import LogOptions
+from serve.security.caller import REQUEST_ID_KEY
 
 log = logging.getLogger("horace.request")
 
@@ -108,6 +109,29 @@ def set_up_logs(
     logging.getLogger("horace").setLevel(options.log_level.upper())
 
 
+class LineBudget:
+    """Gives each account `LINES_PER_S` lines in a second.
+
+    Attributes:
+        left_out: lines of each account that were not written since its last.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        """Count nothing yet; `clock` gives monotonic seconds."""
+        self._clock = clock
+        self._second_began_s = clock()
+        self._lines: Counter[Hashable] = Counter()
+        self.left_out: Counter[Hashable] = Counter()
+
+    def has_room(self, account: Hashable) -> bool:
+        """Whether this second may have another line."""
+        if (now_s := self._clock()) - self._second_began_s >= 1:
+            self._second_began_s = now_s
+            self._lines.clear()
+        self._lines[account] += 1
+        return self._lines[account] <= LINES_PER_S
+
+
 class RateFilter(logging.Filter):
     """Lets each account log at most `LINES_PER_S` of its warnings and errors.
 
@@ -118,31 +142,24 @@ class RateFilter(logging.Filter):
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         """Count nothing yet; `clock` gives monotonic seconds."""
         super().__init__()
-        self._clock = clock
-        self._second_began_s = clock()
-        self._lines: Counter[tuple[str, int]] = Counter()
-        self._left_out: Counter[tuple[str, int]] = Counter()
+        self._budget = LineBudget(clock)
 
     def __repr__(self) -> str:
-        return f"<RateFilter {self._left_out.total()} lines left out>"
+        return f"<RateFilter {self._budget.left_out.total()} lines left out>"
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether this line is written; one that is says how many before it were not."""
         if record.name == log.name or record.levelno < logging.WARNING:
             return True
-        if (now_s := self._clock()) - self._second_began_s >= 1:
-            self._second_began_s = now_s
-            self._lines.clear()
         is_ours = record.name == SERVER_LOG
         account = (record.pathname, record.lineno) if is_ours else (record.name, record.levelno)
-        self._lines[account] += 1
-        if self._lines[account] > LINES_PER_S:
+        if not self._budget.has_room(account):
             if getattr(record, "promised", False):
                 record.exc_info = record.exc_text = None
                 return True
-            self._left_out[account] += 1
+            self._budget.left_out[account] += 1
             return False
-        if left_out := self._left_out.pop(account, 0):
+        if left_out := self._budget.left_out.pop(account, 0):
             setattr(record, FIELDS, {**getattr(record, FIELDS, {}), "left_out": left_out})
         return True
 
@@ -153,45 +170,31 @@ class RequestLog(Nobody):
     def __init__(self, options: LogOptions, *, clock: Callable[[], float] = time.monotonic) -> None:
         """Write what `options` ask for, at most `LINES_PER_S`."""
         self._slow_s = options.log_slow_s
-        self._clock = clock
-        self._second_began_s = clock()
-        self._lines = 0
-        self._left_out = 0
+        self._budget = LineBudget(clock)
 
     def __repr__(self) -> str:
-        return f"<RequestLog {self._left_out} lines left out>"
+        return f"<RequestLog {self._budget.left_out.total()} lines left out>"
 
     def answered(self, call: Call, total_s: float) -> None:
         """Write a line about a call, if it is worth one."""
         level = LEVELS.get(call.code, logging.INFO)
         if total_s >= self._slow_s:
             level = max(level, logging.INFO)
-        if log.isEnabledFor(level) and self._has_room():
-            self._write(level, call, total_s)
-
-    def _write(self, level: int, call: Call, total_s: float) -> None:
-        """Write the line."""
+        if not log.isEnabledFor(level):
+            return
+        if not self._budget.has_room(log.name):
+            self._budget.left_out[log.name] += 1
+            return
         fields = describe(call, total_s)
-        if self._left_out:
-            fields["left_out"] = self._left_out
-            self._left_out = 0
+        if left_out := self._budget.left_out.pop(log.name, 0):
+            fields["left_out"] = left_out
         log.log(level, "%s %s", call.method, call.code.name, extra={FIELDS: fields})
-
-    def _has_room(self) -> bool:
-        """Whether this second may have another line."""
-        if (now_s := self._clock()) - self._second_began_s >= 1:
-            self._second_began_s, self._lines = now_s, 0
-        self._lines += 1
-        if self._lines <= LINES_PER_S:
-            return True
-        self._left_out += 1
-        return False
 
 
 def describe(call: Call, total_s: float) -> dict[str, object]:
     """Say what is worth knowing about a call, in few words."""
     fields: dict[str, object] = {
-        "request_id": request_id_of(call),
+        "request_id": request_id_to_log(call),
         "client": printable(call.client),
         "method": call.method,
         "code": call.code.name,
@@ -211,12 +214,12 @@ def describe(call: Call, total_s: float) -> dict[str, object]:
     return {name: value for name, value in fields.items() if value != ""}
 
 
-def request_id_of(call: Call) -> str:
+def request_id_to_log(call: Call) -> str:
     """Give the caller's name for a request, from the message or the metadata; else make one."""
     if call.request_id:
         return printable(call.request_id)
     for key, value in call.metadata() or ():
-        if key == "x-request-id" and isinstance(value, str):
+        if key == REQUEST_ID_KEY and isinstance(value, str):
             return printable(value)
     return secrets.token_hex(8)
 

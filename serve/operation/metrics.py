@@ -17,10 +17,9 @@ from __future__ import annotations
 import os
 import platform
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Protocol
 
 import grpc
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
@@ -33,8 +32,6 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from models.cpu import CGROUP_ROOT, SELF_CGROUP, cgroup_folders
-from serve.lifecycle.reloading import ReloadStatistics
-from serve.lifecycle.sources import LoadStatistics
 from serve.operation.families import (
     MAX_LISTED,
     call_families,
@@ -44,44 +41,16 @@ from serve.operation.families import (
     triton_counters,
 )
 from serve.operation.observer import Call, ModelObserver
-from serve.operation.state import ModelState
+from serve.operation.state import ServerState
 from serve.operation.tally import CallTally, ModelTallies
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-class Source(Protocol):
-    """Where the present state is read, from any thread."""
-
-    def served(self) -> Iterable[tuple[str, str]]:
-        """Give the names and versions that run, offered or not yet."""
-
-    def models(self) -> Iterable[ModelState]:
-        """Give the state of each that callers reach."""
-
-    def collections(self) -> Iterable[tuple[str, int]]:
-        """Give the name of each collection and how many images it holds."""
-
-    def loads(self) -> Mapping[str, LoadStatistics]:
-        """Say how often each model and collection was loaded, by `model NAME` and the like."""
-
-    def reloads(self) -> ReloadStatistics:
-        """Say how often everything was read again."""
-
-    def active(self) -> int:
-        """Count the calls under way."""
-
-    def message_bytes(self) -> int:
-        """Count the bytes of their messages."""
-
-    def ready(self) -> bool:
-        """Say whether the server serves."""
-
-
 class Metrics(Collector):
     """An `Observer` that counts, and gives what it counted to Prometheus."""
 
-    def __init__(self, source: Source, *, keyed: bool = False) -> None:
+    def __init__(self, source: ServerState, *, keyed: bool = False) -> None:
         """Count from now on.
 
         Args:

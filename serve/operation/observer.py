@@ -37,7 +37,7 @@ class Call:
         arrived_s: when it came, in monotonic seconds.
         metadata: gives what came with it, names in lower case; asked only where that matters.
         request_id: the caller's own name for it, where the message has one.
-        client: who calls, by the name of an API key; empty where nobody says.
+        client: who calls: the name of its key, the subject of its certificate, or its address.
         model: the model that it uses, as served; empty until that is known.
         version: of that model.
         images: images or queries that it asks for.

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from serve.front.port import join_address
 from serve.operation.logs import RequestLog
 from serve.operation.observer import Observer, Observers
 from serve.operation.options import LogOptions, MetricsOptions, TracingOptions
 from serve.operation.state import ServerState, turns
+from serve.port import join_address
 from serve.workers.place import ALONE, WorkerPlace
 
 if TYPE_CHECKING:
@@ -94,9 +94,9 @@ class Operation:
             return
         from serve.operation.endpoint import Endpoint, listen_on
 
-        listener = listen_on(self._options.host, self._place.own_port(self._options.port))
-        self.address = join_address(self._options.host, listener.getsockname()[1])
-        self._endpoint = Endpoint(self, listener)
+        listeners = listen_on(self._options.host, self._place.own_port(self._options.port))
+        self.address = join_address(self._options.host, listeners[0].getsockname()[1])
+        self._endpoint = Endpoint(self, listeners)
         self._closing.callback(self._endpoint.close)
         log.info("metrics on http://%s/metrics", self.address)
 

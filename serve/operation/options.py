@@ -44,9 +44,6 @@ class TracingOptions:
     """Share of the requests that are traced, of those whose caller decided nothing: one that
     comes with a traceparent is traced as that says."""
 
-    service: str = "horace"
-    """The service's name in the traces."""
-
     def __post_init__(self) -> None:
         """Check the address and the share.
 

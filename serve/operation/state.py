@@ -15,8 +15,8 @@ from serve.calls import Calls
 from serve.catalog import Catalog, ServedModel
 from serve.health import Health
 from serve.in_flight import InFlight
-from serve.lifecycle.reloading import ReloadStatistics
 from serve.lifecycle.sources import LoadStatistics
+from serve.reloading import ReloadStatistics
 from serve.tickets import BatcherStatistics
 
 LOOP_TIMEOUT_S = 5.0

@@ -42,7 +42,7 @@ REASONS = ("REJECTED", "CANCELED", "BACKEND", "OTHER")
 """Triton's reasons why a request failed, in its spelling."""
 
 
-def reason_of(error: BaseException) -> str:
+def triton_reason(error: BaseException) -> str:
     """Give Triton's word for why a request failed."""
     if isinstance(error, QueueFullError | DeadlineError):
         return "REJECTED"
@@ -113,7 +113,7 @@ class ModelTally:
 
     def failed(self, error: BaseException, images: int, total_s: float) -> None:
         """Note a request that has none."""
-        self._failures.add(reason_of(error))
+        self._failures.add(triton_reason(error))
 
     def computed(self, images: int, inference_s: float, *, failed: bool = False) -> None:
         """Note a batch; one that failed is counted with its requests."""

@@ -23,14 +23,14 @@ from collections.abc import Callable, Iterator
 import grpc
 
 from serve.errors import StartError
-from serve.operation.logs import printable, request_id_of
+from serve.operation.logs import printable, request_id_to_log
 from serve.operation.observer import Call, Nobody
 from serve.operation.options import TracingOptions
 
 try:
     from opentelemetry.context import Context
     from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
-    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.resources import OTELResourceDetector, Resource
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
     from opentelemetry.sdk.trace.sampling import ALWAYS_ON
@@ -48,8 +48,11 @@ except ImportError as error:
         "--tracing.endpoint",
         expected="OpenTelemetry",
         found=f"no {error.name}",
-        mend="pip install 'horace[otel]', or leave it out",
+        mend="pip install '.[otel]', or leave it out",
     ) from error
+
+SERVICE = "horace"
+"""The service's name in the traces, unless the environment has `OTEL_SERVICE_NAME`."""
 
 CLOSE_TIMEOUT_S = 2.0
 """How long the last spans may take to leave."""
@@ -91,7 +94,8 @@ class Tracer(Nobody):
         self._now_ns = now_ns
         secure = options.endpoint.startswith("https://")
         exporter = OTLPSpanExporter(endpoint=options.endpoint, insecure=not secure)
-        resource = Resource.create({"service.name": options.service})
+        resource = Resource.create({"service.name": SERVICE})
+        resource = resource.merge(OTELResourceDetector().detect())  # the environment's name first
         self._provider = TracerProvider(
             sampler=ALWAYS_ON, resource=resource, shutdown_on_exit=False
         )
@@ -166,7 +170,7 @@ def attributes_of(call: Call) -> dict[str, str | int]:
         "rpc.method": call.method,
         "rpc.grpc.status_code": int(call.code.value[0]),
         "horace.outcome": call.code.name,
-        "horace.request_id": request_id_of(call),
+        "horace.request_id": request_id_to_log(call),
         "horace.images": call.images,
     }
     if call.model:

@@ -18,9 +18,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Protocol
 from urllib.parse import unquote
 
 REQUEST_ID_KEY = "x-request-id"
@@ -28,20 +27,7 @@ REQUEST_ID_KEY = "x-request-id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Caller:
-    """Who makes a call.
-
-    Attributes:
-        client: the name of its key, the subject of its certificate, or its address.
-        request_id: what the caller calls this request; empty where it says nothing usable.
-    """
-
-    client: str
-    request_id: str = ""
-
-
-CURRENT: ContextVar[Caller | None] = ContextVar("horace_caller", default=None)
+CURRENT: ContextVar[str | None] = ContextVar("horace_caller", default=None)
 """The caller of the call that this task answers, once the guard has let it in."""
 
 
@@ -54,19 +40,12 @@ class CallContext(Protocol):
     def auth_context(self) -> Mapping[str, Iterable[bytes]]:
         """Give what TLS found out about the other side."""
 
-    def invocation_metadata(self) -> Any:
-        """Give the call's metadata as pairs."""
 
-
-def caller_of(context: CallContext) -> Caller:
-    """Say who makes a call; cheap, and never fails."""
+def caller_of(context: CallContext) -> str:
+    """Name who makes a call; cheap, and never fails."""
     if (current := CURRENT.get()) is not None:
         return current
-    metadata = context.invocation_metadata() or ()
-    return Caller(
-        client=certificate_subject(context.auth_context()) or host_of(context.peer()),
-        request_id=request_id_of(metadata),
-    )
+    return certificate_subject(context.auth_context()) or host_of(context.peer())
 
 
 def certificate_subject(auth_context: Mapping[str, Iterable[bytes]]) -> str:

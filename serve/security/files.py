@@ -16,7 +16,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
-from typing import Generic, Protocol, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from models.errors import HoraceError
 
@@ -102,17 +102,12 @@ def _sign(path: str) -> tuple[int, int, int, int] | None:
     return found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
 
 
-class Looks(Protocol):
-    """What can look at its files."""
-
-    def look(self) -> None:
-        """Look once."""
-
-
 class Watcher:
     """A thread that has some reloadables look, until it is closed."""
 
-    def __init__(self, watched: Sequence[Looks], *, every_s: float = LOOK_EVERY_S) -> None:
+    def __init__(
+        self, watched: Sequence[Reloadable[Any]], *, every_s: float = LOOK_EVERY_S
+    ) -> None:
         self._watched = tuple(watched)
         self._every_s = every_s
         self._closing = threading.Event()

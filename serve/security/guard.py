@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from serve.errors import RETRY_AFTER_S, QueueFullError, UnauthenticatedError
 from serve.security.buckets import Ledger, Quota
-from serve.security.caller import Caller, certificate_subject, host_of, request_id_of
+from serve.security.caller import certificate_subject, host_of
 from serve.security.ring import ApiKey, KeyRing
 
 log = logging.getLogger("horace.serve")
@@ -89,11 +89,11 @@ class Pass:
     """A call that was let in.
 
     Attributes:
-        caller: who makes it.
+        client: who makes it.
         quota: what its caller may ask for.
     """
 
-    caller: Caller
+    client: str
     quota: Quota
 
 
@@ -146,18 +146,12 @@ class Guard:
             raise
 
     def name(
-        self,
-        key: ApiKey | None,
-        metadata: Metadata,
-        *,
-        peer: str,
-        auth_context: Mapping[str, Iterable[bytes]],
+        self, key: ApiKey | None, *, peer: str, auth_context: Mapping[str, Iterable[bytes]]
     ) -> Pass:
         """Say who makes a call that was let in, and what it may ask for.
 
         Args:
             key: what `authorise` gave.
-            metadata: of the call.
             peer: the caller's address as gRPC writes it.
             auth_context: what TLS found out about it.
         """
@@ -165,7 +159,7 @@ class Guard:
             client, quota = key.name, key.quota(self._quota)
         else:
             client, quota = certificate_subject(auth_context) or host_of(peer), self._quota
-        return Pass(caller=Caller(client=client, request_id=request_id_of(metadata)), quota=quota)
+        return Pass(client=client, quota=quota)
 
     def recognise(self, method: str, metadata: Metadata, *, peer: str) -> str | None:
         """Name the caller of a call that would be let in for nothing, over a plain connection.
@@ -194,7 +188,7 @@ class Guard:
     def _counted(self, entered: Pass) -> Iterator[None]:
         """See `under_way`."""
         quota = entered.quota
-        end = self._ledger.begin(entered.caller.client, quota, self._clock())
+        end = self._ledger.begin(entered.client, quota, self._clock())
         if end is None:
             raise QueueFullError(
                 "calls of this caller that are open at once",
@@ -230,7 +224,7 @@ class Guard:
         """Charge what a request costs and give 0; or nothing, and give the seconds to wait."""
         if not entered.quota.is_rated:
             return 0.0
-        client, now_s = entered.caller.client, self._clock()
+        client, now_s = entered.client, self._clock()
         return self._ledger.spend(
             client, entered.quota, requests=requests, images=images, now_s=now_s
         )

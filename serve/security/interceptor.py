@@ -30,7 +30,7 @@ import grpc
 from serve.errors import UnauthenticatedError, retry_metadata, to_status
 from serve.in_flight import InFlight
 from serve.security.buckets import Quota
-from serve.security.caller import CURRENT, Caller
+from serve.security.caller import CURRENT
 from serve.security.costs import count_images
 from serve.security.guard import HEALTH, Guard, Pass
 from serve.security.ring import ApiKey
@@ -163,12 +163,9 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
         if (refusal := self._refuses(context.time_remaining())) is not None:
             raise refusal
         entered = self._guard.name(
-            _KEY.get(),
-            context.invocation_metadata() or (),  # type: ignore[arg-type]  # pairs, if named ones
-            peer=context.peer(),
-            auth_context=context.auth_context(),
+            _KEY.get(), peer=context.peer(), auth_context=context.auth_context()
         )
-        CURRENT.set(entered.caller)  # this task answers nothing else
+        CURRENT.set(entered.client)  # this task answers nothing else
         return entered
 
     def _take_message(self, parse: Parse, entered: Pass, raw: bytes, _: Context) -> Any:
@@ -233,7 +230,7 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
         raise AssertionError("abort raises")
 
 
-_FREE = Pass(caller=Caller(client="probe"), quota=Quota())
+_FREE = Pass(client="probe", quota=Quota())
 
 
 def _enter_free(_: Context) -> Pass:

@@ -18,7 +18,7 @@ from typing import Annotated
 import tyro
 
 from models.command import run_command
-from models.errors import UsageError
+from models.errors import UsageError, reason_of
 from serve.security.ring import new_token, read_ring, write_line
 
 PROG = "python -m serve.security.keys"
@@ -99,7 +99,7 @@ def _add_line(path: Path, line: str) -> None:
         raise UsageError(
             f"--file {path}",
             expected="a file that can be written",
-            found=error.strerror or type(error).__name__,
+            found=reason_of(error),
         ) from error
 
 

@@ -26,6 +26,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from models.errors import reason_of
 from serve.errors import StartError
 from serve.security.buckets import Quota
 
@@ -117,7 +118,7 @@ def read_ring(path: str | Path, *, may_be_blank: bool = True) -> KeyRing:
         raise StartError(
             f"key file {path}",
             expected="a file that can be read",
-            found=error.strerror or type(error).__name__,
+            found=reason_of(error),
             mend="make one with python -m serve.security.keys new NAME --file FILE",
         ) from error
     if len(data) > MAX_FILE_BYTES:

@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 
 from serve.errors import StartError
-from serve.lifecycle.reloading import Reloads
+from serve.reloading import Reloads
 from serve.security.files import Reloadable, Watcher
 from serve.security.guard import Guard
 from serve.security.interceptor import GuardInterceptor

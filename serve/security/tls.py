@@ -21,7 +21,7 @@ from pathlib import Path
 
 import grpc
 
-from models.errors import UsageError
+from models.errors import UsageError, reason_of
 from serve.errors import StartError
 from serve.security.files import Reloadable
 
@@ -161,7 +161,7 @@ def _read_file(option: str, path: str) -> bytes:
         raise StartError(
             f"{option} {path}",
             expected="a file that can be read",
-            found=error.strerror or type(error).__name__,
+            found=reason_of(error),
         ) from error
 
 

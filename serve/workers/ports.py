@@ -11,11 +11,9 @@ Source: socket(7), SO_REUSEPORT; https://lwn.net/Articles/542629/
 from __future__ import annotations
 
 import contextlib
-import socket
 from collections.abc import Iterator
 
-from serve.errors import StartError
-from serve.front.port import check_address, refuse_address
+from serve.port import bind_all, check_address
 
 
 @contextlib.contextmanager
@@ -25,20 +23,10 @@ def held_port(host: str, port: int) -> Iterator[int]:
     Raises:
         StartError: there is no address, or not one of this machine's, or the port is taken.
     """
-    host = check_address(host, port)
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    with contextlib.ExitStack() as sockets:
-        for family, kind, protocol, _, address in found:
-            try:
-                holder = sockets.enter_context(socket.socket(family, kind, protocol))
-                holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-                holder.bind((address[0], port, *address[2:]))
-            except OSError as error:
-                raise _taken_meanwhile(host, port) from error
-            port = int(holder.getsockname()[1])
-        yield port
-
-
-def _taken_meanwhile(host: str, port: int) -> StartError:
-    """Say that another was faster."""
-    return refuse_address(host, port, "one that was taken meanwhile", "start again")
+    check_address(host, port)
+    holders = bind_all(host, port, shared=True, listens=False)
+    try:
+        yield int(holders[0].getsockname()[1])
+    finally:
+        for holder in holders:
+            holder.close()

@@ -29,7 +29,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Literal
 
-from models.errors import HoraceError, UsageError
+from models.errors import HoraceError, UsageError, reason_of
 from serve.config import ServeOptions
 from serve.errors import StartError
 from serve.running import Orders, cut_off
@@ -241,7 +241,7 @@ class Supervisor:
             raise StartError(
                 str(worker),
                 expected="a process of its own",
-                found=error.strerror or str(error),
+                found=reason_of(error),
                 mend="ask for fewer --workers, or allow more processes and descriptors",
             ) from error
 

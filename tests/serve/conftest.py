@@ -112,6 +112,12 @@ def eventually() -> Callable[[Callable[[], bool]], object]:
     return wait
 
 
+@pytest.fixture
+def vigilant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A watchdog that looks a hundred times a second."""
+    monkeypatch.setattr("serve.watchdog.EVERY_S", 0.01)
+
+
 @pytest.fixture(params=["native", "grpcio"])
 def frontend(request: pytest.FixtureRequest) -> str:
     """What reads gRPC: a test that uses a server in this process runs on both."""

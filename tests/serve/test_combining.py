@@ -14,7 +14,6 @@ import index.combine
 import serve.client.combining
 from index.build import BuildOptions, build
 from index.collection import Collection, id_of
-from index.combine import search_combined
 from index.storage.manifest import read_manifest, write_manifest
 from models.encoder import open_encoder
 from models.errors import UsageError
@@ -24,6 +23,7 @@ from protos import horace_pb2 as pb
 from protos import horace_pb2_grpc as pb_grpc
 from serve.client import AsyncClient, Client, Combination
 from serve.errors import PreconditionError, RequestError
+from tests.combined import search_combined
 
 COUNT = 60
 

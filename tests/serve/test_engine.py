@@ -462,7 +462,8 @@ def test_who_asks_for_it_waits_for_room(fake, image):
         async with running(fake, max_held_images=1) as engine:
             held = await hold(engine, fake, image)
             waiting = [
-                asyncio.create_task(embed(engine, [image(n)], wait_for_room=True)) for n in (1, 2)
+                asyncio.create_task(embed(engine, [image(n)], on_admitted=lambda: None))
+                for n in (1, 2)
             ]
             await asyncio.sleep(0)
             fake.gate.set()
@@ -479,7 +480,9 @@ def test_who_waits_gets_the_room_of_a_request_that_nobody_awaits(fake, image, ou
     async def main():
         async with running(fake, max_held_images=2) as engine:
             gone = await hold(engine, fake, image)
-            waiting = asyncio.create_task(embed(engine, [image(1), image(2)], wait_for_room=True))
+            waiting = asyncio.create_task(
+                embed(engine, [image(1), image(2)], on_admitted=lambda: None)
+            )
             await asyncio.sleep(0)
             gone.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -502,7 +505,7 @@ def test_who_waits_gets_the_room_of_a_request_that_was_being_decoded(fake, image
             for _ in range(engine._decoder._pool.size):
                 engine._decoder._pool.submit(lambda: busy.wait(10))
             gone = asyncio.create_task(embed(engine, [b"no image", b"no image"]))
-            waiting = asyncio.create_task(embed(engine, [image(1)], wait_for_room=True))
+            waiting = asyncio.create_task(embed(engine, [image(1)], on_admitted=lambda: None))
             await asyncio.sleep(0)
             gone.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -523,7 +526,7 @@ def test_who_waits_gets_the_room_of_a_request_that_expired(fake, image):
         async with running(fake, max_held_images=3, clock=lambda: now[0]) as engine:
             held = await hold(engine, fake, image)
             late = asyncio.create_task(embed(engine, [image(1)] * 2, deadline_s=5.0))
-            waiting = asyncio.create_task(embed(engine, [image(2)] * 3, wait_for_room=True))
+            waiting = asyncio.create_task(embed(engine, [image(2)] * 3, on_admitted=lambda: None))
             await asyncio.sleep(0)
             now[0] = 6.0
             fake.gate.set()
@@ -541,11 +544,11 @@ def test_nobody_is_served_past_a_large_request_that_waits(fake, image):
     async def main():
         async with running(fake, max_held_images=4) as engine:
             held = await hold(engine, fake, image)
-            large = asyncio.create_task(embed(engine, [image(1)] * 4, wait_for_room=True))
+            large = asyncio.create_task(embed(engine, [image(1)] * 4, on_admitted=lambda: None))
             await asyncio.sleep(0)
             with pytest.raises(QueueFullError, match=r"1 of 4 images .* 1 requests in line"):
                 await embed(engine, [image(2)])
-            after = asyncio.create_task(embed(engine, [image(3)], wait_for_room=True))
+            after = asyncio.create_task(embed(engine, [image(3)], on_admitted=lambda: None))
             await asyncio.sleep(0)
             fake.gate.set()
             await asyncio.gather(held, large, after)
@@ -560,7 +563,7 @@ def test_who_waits_for_room_is_told_when_the_engine_closes(fake, image):
     async def main():
         async with running(fake, max_held_images=1) as engine:
             held = await hold(engine, fake, image)
-            waiting = asyncio.create_task(embed(engine, [image(1)], wait_for_room=True))
+            waiting = asyncio.create_task(embed(engine, [image(1)], on_admitted=lambda: None))
             await asyncio.sleep(0)
             closing = asyncio.create_task(asyncio.to_thread(engine.close))
             for task in (held, waiting):
@@ -586,7 +589,7 @@ def test_images_are_not_read_before_there_is_room_for_them(fake, image):
             with pytest.raises(QueueFullError, match="64 of 100 bytes"):
                 await engine.embed(images(), count=1, payload_bytes=50)
             waiting = asyncio.create_task(
-                engine.embed(images(), count=1, payload_bytes=50, wait_for_room=True)
+                engine.embed(images(), count=1, payload_bytes=50, on_admitted=lambda: None)
             )
             await asyncio.sleep(0)
             assert not read

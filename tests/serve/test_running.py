@@ -11,7 +11,7 @@ import pytest
 from serve import running
 from serve.config import ServeOptions
 from serve.errors import InternalError
-from serve.running import ECHO_S, Orders, orders_by_signal, run_server
+from serve.running import ECHO_S, Orders, announce, orders_by_signal, run_server
 from serve.server import Server
 
 
@@ -21,6 +21,18 @@ async def hear(orders, *numbers: int) -> list[str]:
         os.kill(os.getpid(), number)
     await asyncio.wait_for(orders.reloads.get(), 60)
     return [orders.stops.get_nowait() for _ in range(orders.stops.qsize())]
+
+
+def test_a_reader_of_stdout_that_has_gone_is_no_reason_not_to_serve(monkeypatch, caplog):
+    """The ready line goes to the log then."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w", closefd=False) as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        announce("horace serving on [::]:50051")
+        monkeypatch.undo()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writing)
+    assert caplog.messages == ["horace serving on [::]:50051; stdout: Broken pipe"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

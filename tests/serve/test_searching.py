@@ -355,6 +355,7 @@ def slow_search(monkeypatch):
     return asked
 
 
+@pytest.mark.usefixtures("vigilant")
 def test_a_search_that_takes_long_is_answered_and_one_nobody_waits_for_ends(
     place, searching, slow_search, eventually
 ):
@@ -365,7 +366,7 @@ def test_a_search_that_takes_long_is_answered_and_one_nobody_waits_for_ends(
     request = pb.SearchRequest(vectors=queries, exact=True, k=3)
 
     async def main():
-        options = WatchdogOptions(stuck_s=0.4, every_s=0.01)
+        options = WatchdogOptions(stuck_s=0.4)
         async with (
             searching(watchdog=options) as server,
             grpc.aio.insecure_channel(server.address) as channel,

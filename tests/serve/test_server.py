@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from PIL import Image
 
 from models.bundle import ENCODER_FILE
+from models.errors import HoraceError, UsageError
 from models.wire import image_to_wire
 from protos import horace_pb2 as pb
 from protos import horace_pb2_grpc as pb_grpc
@@ -30,25 +31,17 @@ ROOT = Path(__file__).parents[2]
 Status = health_pb2.HealthCheckResponse
 
 
-def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a server that is expected to refuse to start."""
-    return subprocess.run(
-        [sys.executable, "-m", "serve", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+def refusal(kind: type[HoraceError] = HoraceError, **options: object) -> str:
+    """The one line with which a server refuses to start."""
 
+    async def start() -> None:
+        await Server(ServeOptions(**options)).start()
 
-def refusal(*arguments: str) -> str:
-    """The one line with which a server refuses to start, with exit status 1."""
-    done = serve(*arguments)
-    assert done.returncode == 1, done
-    assert done.stdout == ""
-    assert done.stderr.count("\n") == 1, done.stderr
-    return done.stderr.strip()
+    with pytest.raises(kind) as refused:
+        asyncio.run(start())
+    line = str(refused.value)
+    assert "\n" not in line
+    return line
 
 
 def test_it_is_ready_and_says_where(start_server, make_bundle):
@@ -292,13 +285,14 @@ def test_health_is_known_by_service_and_changes_are_told(serving, fake, eventual
     asyncio.run(main())
 
 
+@pytest.mark.usefixtures("vigilant")
 def test_a_model_that_hangs_is_not_ready_until_an_image_goes_through_it(
     serving, fake, image, eventually
 ):
     """The caller is told, the server says so, and a thread that answers makes it ready again."""
 
     async def main():
-        options = WatchdogOptions(stuck_s=0.5, every_s=0.01)
+        options = WatchdogOptions(stuck_s=0.5)
         async with serving(fake, watchdog=options) as server:
             fake.gate.clear()
             async with AsyncClient(server.address) as client:
@@ -312,12 +306,13 @@ def test_a_model_that_hangs_is_not_ready_until_an_image_goes_through_it(
     asyncio.run(main())
 
 
+@pytest.mark.usefixtures("vigilant")
 def test_a_search_thread_that_hangs_is_replaced(serving, fake, eventually):
     """What the watchdog is for: no pool of this server loses a thread for good."""
     hangs = threading.Event()
 
     async def main():
-        options = WatchdogOptions(stuck_s=0.05, every_s=0.01)
+        options = WatchdogOptions(stuck_s=0.05)
         async with serving(fake, watchdog=options) as server:
             try:
                 with pytest.raises(InternalError, match="lost a thread"):
@@ -370,9 +365,9 @@ def test_a_busy_port_is_one_line(make_bundle):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        line = refusal("--bundle", str(make_bundle().path), "--port", str(port))
+        line = refusal(bundle=(str(make_bundle().path),), port=port)
     assert line == (
-        f"python -m serve: port 127.0.0.1:{port}: expected a free port, found one in use; "
+        f"port 127.0.0.1:{port}: expected a free port, found one in use; "
         "stop the process that listens there, or choose another with --port (0: any)"
     )
 
@@ -380,16 +375,16 @@ def test_a_busy_port_is_one_line(make_bundle):
 @pytest.mark.parametrize("host", ["203.0.113.1", "no-such-host.invalid"])
 def test_an_address_of_another_machine_is_one_line(host):
     """The line says that the address is not here, and what to listen on."""
-    line = refusal("--host", host)
-    assert line.startswith(f"python -m serve: port {host}:50051: expected a free port, found no ")
+    line = refusal(host=host)
+    assert line.startswith(f"port {host}:50051: expected a free port, found no ")
     assert "listen on 127.0.0.1 or 0.0.0.0 with --host" in line
 
 
 def test_no_address_is_one_line():
     """An empty --host is no way to say every interface."""
-    line = refusal("--host", "")
+    line = refusal(host="")
     assert line == (
-        "python -m serve: --host: expected an address, found none; "
+        "--host: expected an address, found none; "
         "listen on 127.0.0.1 or 0.0.0.0 with --host, or on another --port"
     )
 
@@ -412,17 +407,19 @@ def test_it_serves_on_ipv6(fake, serving, image):
 )
 def test_a_provider_that_is_not_there_is_one_line(make_bundle):
     """Asked for CUDA where there is none, the server does not start, and says how it would."""
-    line = refusal("--port", "0", "--bundle", f"{make_bundle().path},provider=cuda")
+    line = refusal(port=0, bundle=(f"{make_bundle().path},provider=cuda",))
     assert " on cuda: expected an ONNX Runtime with CUDAExecutionProvider, found " in line
     assert "pip install -e '.[gpu]'; or ask for provider=cpu" in line
 
 
 def test_a_missing_bundle_is_one_line(tmp_path):
-    """It names the directory and the command that makes one."""
-    line = refusal("--port", "0", "--bundle", str(tmp_path / "none"))
-    assert line == (
+    """It names the directory and the command that makes one; the exit status is 1."""
+    argv = [sys.executable, "-m", "serve", "--port", "0", "--bundle", str(tmp_path / "none")]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
         f"python -m serve: {tmp_path / 'none'}: expected a bundle directory, found no such "
-        "directory; make one with `python -m train.export RUN --out BUNDLE`"
+        "directory; make one with `python -m train.export RUN --out BUNDLE`\n"
     )
 
 
@@ -433,7 +430,7 @@ def test_a_damaged_bundle_is_one_line(make_bundle):
     content = bytearray(graph.read_bytes())
     content[len(content) // 2] ^= 1
     graph.write_bytes(content)
-    line = refusal("--port", "0", "--bundle", str(bundle.path))
+    line = refusal(port=0, bundle=(str(bundle.path),))
     assert f"{graph}: expected SHA-256 {bundle.files[ENCODER_FILE]}, found " in line
     assert "the file is damaged" in line
 
@@ -447,11 +444,9 @@ def test_a_collection_of_another_encoder_is_one_line(make_bundle, tmp_path):
     images.mkdir()
     Image.new("L", (28, 28), 7).save(images / "one.png")
     build(BuildOptions(images=str(images), encoder=str(made_by.path), out=tmp_path / "c"))
-    line = refusal(
-        "--port", "0", "--bundle", str(served.path), "--collection", f"things={tmp_path / 'c'}"
-    )
+    line = refusal(port=0, bundle=(str(served.path),), collection=(f"things={tmp_path / 'c'}",))
     assert line == (
-        f"python -m serve: --collection things: expected encoder {served.fingerprint} (two), "
+        f"--collection things: expected encoder {served.fingerprint} (two), "
         f"found encoder {made_by.fingerprint}; serve the bundle that made it, or build it again "
         "with `python -m index.build`"
     )
@@ -460,9 +455,8 @@ def test_a_collection_of_another_encoder_is_one_line(make_bundle, tmp_path):
 def test_two_bundles_of_one_name_are_refused_as_bad_use(make_bundle):
     """The mend names the option that gives one another name."""
     path = make_bundle().path
-    done = serve("--port", "0", "--bundle", str(path), "--bundle", str(path))
-    assert done.returncode == 2
-    assert "give it one: --bundle NAME=PATH" in done.stderr
+    line = refusal(UsageError, port=0, bundle=(str(path), str(path)))
+    assert line.endswith("give it one: --bundle NAME=PATH")
 
 
 def test_a_model_that_gives_no_numbers_does_not_become_ready(serving, fake):

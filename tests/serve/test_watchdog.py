@@ -53,17 +53,18 @@ class Seen:
 def test_a_process_that_was_stopped_has_no_stuck_threads_for_it():
     """Of an hour between two looks no more counts than twice the interval."""
     now = [0.0]
-    watchdog = Watchdog(WatchdogOptions(every_s=1.0), clock=lambda: now[0])
+    watchdog = Watchdog(WatchdogOptions(), clock=lambda: now[0])
     watchdog.watch(seen := Seen())
     for now[0] in (1.0, 3601.0, 3602.5):
         watchdog.look()
     assert seen.seen == [1.0, 2.0, 1.5]
 
 
+@pytest.mark.usefixtures("vigilant")
 @pytest.mark.parametrize("frontend", ["grpcio"])  # what it does not touch
 def test_a_load_or_a_close_that_hangs_keeps_nothing_else_from_being_opened(serving, fake):
     """Its thread is replaced after a time of its own, which is longer than that of a batch."""
-    options = WatchdogOptions(opening_s=0.2, every_s=0.02)
+    options = WatchdogOptions(opening_s=0.2)
     gate = threading.Event()
 
     async def main():
@@ -116,9 +117,10 @@ def test_what_is_not_used_any_more_is_not_kept():
     assert repr(watchdog) == "<Watchdog not running, 0 watched>"
 
 
+@pytest.mark.usefixtures("vigilant")
 def test_it_looks_at_intervals_until_it_is_closed():
     """On a thread of its own."""
-    watchdog = Watchdog(WatchdogOptions(every_s=0.01))
+    watchdog = Watchdog(WatchdogOptions())
     watchdog.watch(seen := Seen())
     watchdog.start()
     assert seen.enough.wait(30)
@@ -139,7 +141,6 @@ def test_without_a_limit_nobody_looks():
     [
         ({"stuck_s": -1}, "--watchdog.stuck-s: expected 0 to 86400, found -1"),
         ({"opening_s": 0}, "--watchdog.opening-s: expected 0.01 to 86400, found 0"),
-        ({"every_s": 0}, "--watchdog.every-s: expected 0.01 to 60, found 0"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, line):

@@ -9,7 +9,6 @@ Rules:
 
 from __future__ import annotations
 
-import os
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 from tyro.conf import Positional
 
 from models.command import progress
-from models.errors import ImageError, UsageError
+from models.errors import HoraceError, ImageError, UsageError, reason_of
 from models.files import atomic_file
 from models.image_source import ImageData
 from serve.client.commands.connecting import ServerOptions
@@ -136,7 +135,7 @@ def _open_lines(out: Path | None) -> Iterator[IO[str]]:
     """Open what lines are written to.
 
     Raises:
-        UsageError: the file cannot be written.
+        HoraceError: the file cannot be written.
     """
     if out is None:
         yield sys.stdout
@@ -145,5 +144,9 @@ def _open_lines(out: Path | None) -> Iterator[IO[str]]:
         with atomic_file(out.with_suffix(".jsonl")) as path, path.open("w") as lines:
             yield lines
     except OSError as error:
-        found = os.strerror(error.errno) if error.errno else str(error)
-        raise UsageError(f"--out {out}", expected="a place to write to", found=found) from error
+        raise HoraceError(
+            f"--out {out}",
+            expected="a file that can be written",
+            found=reason_of(error),
+            mend="make room or choose another",
+        ) from error

@@ -7,7 +7,6 @@ others are answered.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tyro.conf import Positional, arg
 
-from models.errors import ImageError, UsageError
+from models.errors import HoraceError, ImageError, UsageError, reason_of
 from models.image_source import ImageData
 from serve.client.arguments import check_number
 from serve.client.blocking import Client
@@ -266,7 +265,7 @@ def _read_vectors(path: Path) -> NDArray[np.float32]:
             raise UsageError(f"--vectors {path}", expected=expected, found=f"{vectors.shape}")
         return np.asarray(vectors, np.float32)
     except OSError as error:
-        found = os.strerror(error.errno) if error.errno else str(error)
+        found = reason_of(error)
         raise UsageError(f"--vectors {path}", expected=expected, found=found) from error
     except (ValueError, TypeError, AttributeError) as error:
         raise UsageError(f"--vectors {path}", expected=expected, found="another") from error
@@ -337,5 +336,9 @@ def _draw(path: Path, pictures: str, found: Sequence[Found]) -> None:
     try:
         draw_grid(path, rows, title="nearest images by cosine")
     except OSError as error:
-        found_ = os.strerror(error.errno) if error.errno else str(error)
-        raise UsageError(f"--grid {path}", expected="a place to write to", found=found_) from error
+        raise HoraceError(
+            f"--grid {path}",
+            expected="a file that can be written",
+            found=reason_of(error),
+            mend="make room or choose another",
+        ) from error

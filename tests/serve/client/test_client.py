@@ -259,14 +259,14 @@ def test_a_server_that_stops_is_not_called_absent():
 
 
 def test_a_closed_client_says_so(serving, fake, image, eventually):
-    """After close, during a call, and in the midst of a stream; blocking and not."""
+    """After close, during a call, and in the midst of an iterable; blocking and not."""
     closed = "expected an open one, found one that was closed; make another"
 
     async def blocking(address):
         client = Client(address)
         await asyncio.to_thread(client.list_models)
-        stream = client.embed_stream(iter([image(1)] * 9), images_per_request=1, in_flight=1)
-        assert len((await asyncio.to_thread(next, stream)).statuses) == 1
+        items = client.embed_iter(iter([image(1)] * 9), images_per_request=1, in_flight=1)
+        assert (await asyncio.to_thread(next, items)).ok
         fake.gate.clear()
         fake.entered.clear()
         call = asyncio.create_task(asyncio.to_thread(client.embed, [image(1)]))
@@ -276,15 +276,15 @@ def test_a_closed_client_says_so(serving, fake, image, eventually):
             await call
         fake.gate.set()
         with pytest.raises(UnavailableError, match=closed):
-            await asyncio.to_thread(list, stream)
+            await asyncio.to_thread(list, items)
         with pytest.raises(UnavailableError, match=closed):
             client.embed([image(1)])
 
     async def unblocking(address):
         client = AsyncClient(address)
         await client.list_models()
-        stream = client.embed_stream(iter([image(1)] * 9), images_per_request=1, in_flight=1)
-        assert len((await anext(stream)).statuses) == 1
+        items = client.embed_iter(iter([image(1)] * 9), images_per_request=1, in_flight=1)
+        assert (await anext(items)).ok
         fake.gate.clear()
         fake.entered.clear()
         call = asyncio.create_task(client.embed([image(1)]))
@@ -294,7 +294,7 @@ def test_a_closed_client_says_so(serving, fake, image, eventually):
             await call
         fake.gate.set()
         with pytest.raises(UnavailableError, match=closed):
-            [reply async for reply in stream]
+            [item async for item in items]
         with pytest.raises(UnavailableError, match=closed):
             await client.embed([image(1)])
 
@@ -393,7 +393,7 @@ def test_a_busy_server_is_tried_again_until_it_has_room(serving, fake, image, ev
 
 
 def test_both_clients_do_the_same(serving, fake, image):
-    """Embedding, lists, health and streams, blocking and not."""
+    """Embedding, lists, health and iterables, blocking and not."""
     values = list(range(70))
     images = [image(n) for n in values]
 
@@ -403,10 +403,10 @@ def test_both_clients_do_the_same(serving, fake, image):
             assert client.list_collections() == []
             (model,) = client.list_models()
             result = client.embed(np.stack(images), normalize=False)
-            streamed = [r.vectors[:, 0] for r in client.embed_stream(images, normalize=False)]
+            items = [item.vector[0] for item in client.embed_iter(images, normalize=False)]
             with pytest.raises(UnknownNameError, match="expected 'fake', found 'cat'"):
-                list(client.embed_stream(images, model="cat"))
-            return model.name, result.vectors[:, 0].tolist(), [r.tolist() for r in streamed]
+                client.embed(images, model="cat")
+            return model.name, result.vectors[:, 0].tolist(), items
 
     async def unblocking(address):
         async with AsyncClient(address) as client:
@@ -414,11 +414,10 @@ def test_both_clients_do_the_same(serving, fake, image):
             assert await client.list_collections() == []
             (model,) = await client.list_models()
             result = await client.embed(np.stack(images), normalize=False)
-            stream = client.embed_stream(images, normalize=False)
-            streamed = [reply.vectors[:, 0] async for reply in stream]
+            items = [item.vector[0] async for item in client.embed_iter(images, normalize=False)]
             with pytest.raises(UnknownNameError, match="expected 'fake', found 'cat'"):
-                [reply async for reply in client.embed_stream(images, model="cat")]
-            return model.name, result.vectors[:, 0].tolist(), [r.tolist() for r in streamed]
+                await client.embed(images, model="cat")
+            return model.name, result.vectors[:, 0].tolist(), items
 
     async def main():
         async with serving(fake) as server:
@@ -427,11 +426,11 @@ def test_both_clients_do_the_same(serving, fake, image):
             )
 
     one, other = asyncio.run(main())
-    assert one == other == ("fake", values, [values[:32], values[32:64], values[64:]])
+    assert one == other == ("fake", values, values)
 
 
 def test_an_image_too_large_for_any_request_has_a_status(serving, fake, image):
-    """It is not sent; its neighbours are embedded, in a call and in a stream."""
+    """It is not sent; its neighbours are embedded, in a call and of an iterable."""
     images = [image(1), b"x" * (2 << 20), image(2)]
 
     async def main():
@@ -442,8 +441,8 @@ def test_an_image_too_large_for_any_request_has_a_status(serving, fake, image):
             result = await client.embed(images)
             assert [status.code for status in result.statuses] == ["ok", "too_many_bytes", "ok"]
             assert "expected at most 1048576 bytes a request" in result.statuses[1].message
-            (streamed,) = [reply async for reply in client.embed_stream(images)]
-            assert streamed.statuses == result.statuses
+            items = [item async for item in client.embed_iter(images)]
+            assert tuple(item.status for item in items) == result.statuses
 
     asyncio.run(main())
 
@@ -460,8 +459,5 @@ def test_a_version_may_be_asked_for_and_is_told(serving, fake, image):
                 await client.embed([image(1)], version="9")
             (item,) = [item async for item in client.embed_iter([image(1)], version="9")]
             assert isinstance(item.error, UnknownNameError)
-            stream = client.embed_stream([image(1)], version="9")
-            with pytest.raises(UnknownNameError, match="version"):
-                [reply async for reply in stream]
 
     asyncio.run(main())

@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from serve.client import AsyncClient, Client, RetryPolicy
 from serve.errors import QueueFullError, UnavailableError
 
 ONCE = RetryPolicy(attempts=1)
+ROOT = Path(__file__).parents[3]
 
 
 async def collect(client, images, **options):
@@ -149,21 +153,21 @@ def test_who_stops_early_cancels(serving, fake, image, make_client, eventually, 
             iterator = client.embed_iter(
                 itertools.repeat(image(0)), in_flight=4, images_per_request=1, ordered=False
             )
-            gate, batches = threading.Event(), itertools.count()
-            monkeypatch.setattr(fake, "gate", gate)  # the first batch passes, the others wait
-            wait = gate.wait
-            monkeypatch.setattr(gate, "wait", lambda s: next(batches) == 0 or wait(s))
+            passes = threading.Semaphore(0)
+            monkeypatch.setattr(fake.gate, "wait", lambda s: passes.acquire(timeout=s))
             if make_client is Client:
-                await asyncio.to_thread(next, iterator)
+                first = asyncio.create_task(asyncio.to_thread(next, iterator))
             else:
-                await anext(iterator)
-            await eventually(lambda: server.calls.active > 0)
+                first = asyncio.ensure_future(anext(iterator))
+            await eventually(lambda: server.calls.active == 4)
+            passes.release()  # the first batch passes, the others wait
+            await first
             if make_client is Client:
                 await asyncio.to_thread(iterator.close)
             else:
                 await iterator.aclose()
             await eventually(lambda: server.calls.active == 0)  # while the encoder still waits
-            gate.set()
+            passes.release(100)
             await eventually(lambda: engine.statistics().held_requests == 0)
             await close(client)
 
@@ -197,8 +201,54 @@ def test_an_error_of_the_iterable_comes_last(serving, fake, image, make_client):
     assert values_of(asyncio.run(main())) == [1, 2]
 
 
+def test_a_slow_iterable_does_not_hold_the_event_loop(serving, fake, image):
+    """While it blocks, other tasks run: here the one that it waits for."""
+    go_on = threading.Event()
+
+    def images():
+        yield image(1)
+        assert go_on.wait(10), "the event loop stood still"
+        yield image(2)
+
+    async def main():
+        async with serving(fake) as server, AsyncClient(server.address) as client:
+            iterator = client.embed_iter(images(), images_per_request=1)
+            await anext(iterator)
+            go_on.set()
+            assert len([item async for item in iterator]) == 1
+
+    asyncio.run(main())
+
+
+A_QUEUE = """
+import asyncio, queue, sys
+from serve.client import AsyncClient
+
+async def main():
+    images = queue.Queue()
+    images.put(b"no image")
+    async with AsyncClient(sys.argv[1]) as client:
+        async for _ in client.embed_iter(iter(images.get, None), images_per_request=1):
+            break
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("frontend", ["native"])
+def test_an_iterable_that_blocks_keeps_no_program_from_ending(serving, fake):
+    """Nothing more comes from the queue; who stops reading is done."""
+
+    async def main():
+        async with serving(fake) as server:
+            argv = [sys.executable, "-c", A_QUEUE, server.address]
+            await asyncio.to_thread(subprocess.run, argv, cwd=ROOT, check=True, timeout=60)
+
+    asyncio.run(main())
+
+
 def test_an_asynchronous_iterable_is_read_as_it_comes(serving, fake, image):
-    """Items come while it has yet to give more."""
+    """Items come while it has yet to give more; an error of its own comes after them."""
 
     async def main():
         async with serving(fake) as server, AsyncClient(server.address) as client:
@@ -208,11 +258,19 @@ def test_an_asynchronous_iterable_is_read_as_it_comes(serving, fake, image):
                 yield image(1)
                 await more.wait()
                 yield image(2)
+                raise OSError("disk gone")
 
             iterator = client.embed_iter(images(), images_per_request=1, normalize=False)
-            first = await anext(iterator)
+            items = [await anext(iterator)]
             more.set()
-            return values_of([first, *[item async for item in iterator]])
+
+            async def read():
+                async for item in iterator:
+                    items.append(item)
+
+            with pytest.raises(OSError, match="disk gone"):
+                await read()
+            return values_of(items)
 
     assert asyncio.run(main()) == [1, 2]
 

@@ -24,7 +24,7 @@ from protos import horace_pb2_grpc as pb_grpc
 from serve.errors import StartError
 from serve.front import grpcio, make_front
 from serve.front.native_call import NativeCall
-from serve.front.port import is_loopback
+from serve.port import is_loopback
 
 MAX_BYTES = 1 << 16
 MIB = 1 << 20

@@ -58,7 +58,7 @@ def test_a_key_lets_in_and_names_its_caller(http_serving, fake, png, keys, heade
             embed = server.services.Embed
 
             async def note(request, context):
-                seen.append(CURRENT.get().client)
+                seen.append(CURRENT.get())
                 return await embed(request, context)
 
             monkeypatch.setattr(server.services, "Embed", note)
@@ -171,7 +171,7 @@ def test_without_a_certificate_there_is_no_handshake(
             embed = server.services.Embed
 
             async def note(request, context):
-                seen.append(CURRENT.get().client)
+                seen.append(CURRENT.get())
                 return await embed(request, context)
 
             monkeypatch.setattr(server.services, "Embed", note)

@@ -10,7 +10,7 @@ import pytest
 from models.errors import EncoderError
 from serve.engine import Engine
 from serve.errors import StartError
-from serve.lifecycle.leases import at_once
+from serve.leases import at_once
 from serve.lifecycle.loading import Loader
 from serve.lifecycle.options import read_model_options
 from serve.pool import ThreadPool

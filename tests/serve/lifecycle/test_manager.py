@@ -586,8 +586,8 @@ def test_a_version_that_only_a_collection_uses_is_looked_after(
     things = put_collection(tmp_path / "things", one)
     probed = []
 
-    async def warm_up(model):
-        probed.append(model.version)
+    async def warm_up(engine, _):
+        probed.append(engine)
 
     monkeypatch.setattr("serve.server.warm_up", warm_up)
 
@@ -596,7 +596,7 @@ def test_a_version_that_only_a_collection_uses_is_looked_after(
             put_bundle(tmp_path / "m", 2)
             await server.reloads.run()
             await server._probe()
-            assert probed == ["2"]
+            assert probed == [server.catalog.model("m").engine]
             server.catalog.collection("c").model.engine._crashed = True
             server._tell_health()
             assert not server.health.serving
@@ -668,15 +668,15 @@ def test_what_is_replaced_while_a_probe_runs_is_not_probed(
     async def main():
         async with serving(bundle=tuple(f"{path.name}={path}" for path in paths)) as server:
 
-            async def warm_up(model):
+            async def warm_up(_, name):
                 if not probed:
                     put_bundle(paths[1], 5)
                     await server.reloads.run()
-                probed.append((model.name, model.version))
+                probed.append(name)
 
             monkeypatch.setattr("serve.server.warm_up", warm_up)
             await server._probe()
-            assert probed == [("a", "1")]
+            assert probed == ["a"]
 
     asyncio.run(main())
 

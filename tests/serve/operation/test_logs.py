@@ -22,7 +22,7 @@ from serve.operation.logs import (
     TextFormatter,
     describe,
     printable,
-    request_id_of,
+    request_id_to_log,
     set_up_logs,
 )
 from serve.operation.observer import Call
@@ -195,9 +195,9 @@ def test_an_overload_does_not_fill_the_disk(lines):
 def test_an_id_is_the_messages_else_the_metadatas_else_a_new_one():
     """Every line can be found again, whether the caller named its request or not."""
     named = (("x-request-id", "from-metadata"),)
-    assert request_id_of(call(request_id="mine", metadata=lambda: named)) == "mine"
-    assert request_id_of(call(metadata=lambda: named)) == "from-metadata"
-    made = {request_id_of(call(metadata=lambda: None)) for _ in range(100)}
+    assert request_id_to_log(call(request_id="mine", metadata=lambda: named)) == "mine"
+    assert request_id_to_log(call(metadata=lambda: named)) == "from-metadata"
+    made = {request_id_to_log(call(metadata=lambda: None)) for _ in range(100)}
     assert len(made) == 100
     assert all(len(request_id) == 16 for request_id in made)
 

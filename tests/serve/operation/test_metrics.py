@@ -28,12 +28,12 @@ from serve.errors import UnauthenticatedError
 from serve.http.options import HttpOptions
 from serve.http.protocol import PatientProtocol
 from serve.operation import endpoint
+from serve.operation.endpoint import listen_on
 from serve.operation.metrics import as_triton_types_it, count_threads, cpu_throttled_s
 from serve.operation.options import MetricsOptions
 from serve.operation.state import turns
 from serve.security import keys
 from serve.security.options import KeyOptions
-from serve.watchdog import WatchdogOptions
 from tests.ports import free_port
 
 ROOT = Path(__file__).parents[3]
@@ -329,12 +329,26 @@ def test_a_front_end_that_reads_no_more_is_not_alive(serving, fake, eventually, 
     assert "calls are read no more" in caplog.text
 
 
+@pytest.mark.parametrize("host", ["localhost", "[::]"])
+def test_every_address_of_the_metrics_host_is_listened_on(host):
+    """As of the other ports; `[::]` is every interface, of IPv4 too."""
+    listeners = listen_on(host, 0)
+    try:
+        assert len({one.getsockname()[1] for one in listeners}) == 1
+        found = socket.getaddrinfo(host.strip("[]"), 0, type=socket.SOCK_STREAM)
+        assert [one.family for one in listeners] == [family for family, *_ in found]
+        socket.create_connection(("127.0.0.1", listeners[0].getsockname()[1]), 10).close()
+    finally:
+        for one in listeners:
+            one.close()
+
+
+@pytest.mark.usefixtures("vigilant")
 def test_a_metrics_port_whose_thread_died_answers_again(serving, fake, eventually, caplog):
     """On the same port; without it /healthz would say nothing and the process be killed."""
 
     async def main():
-        watchdog = WatchdogOptions(every_s=0.02)
-        async with serving(fake, metrics=MetricsOptions(port=0), watchdog=watchdog) as server:
+        async with serving(fake, metrics=MetricsOptions(port=0)) as server:
             server.operation._endpoint._server.should_exit = True  # nothing else ends it
             await eventually(lambda: "gets another" in caplog.text)
             assert await get(server, "/healthz") == (200, "alive\n")
@@ -405,7 +419,7 @@ def test_a_metrics_port_in_use_is_one_line_before_anything_is_opened(start_serve
     assert done.returncode == 1
     assert done.stderr.strip() == (
         f"python -m serve: --metrics.port {port} of 127.0.0.1: expected a free port, found "
-        "Address already in use; choose others with --metrics.port and --metrics.host"
+        "one in use; choose others with --metrics.port and --metrics.host"
     )
     assert first.stop() == 0
 

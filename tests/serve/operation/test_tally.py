@@ -18,7 +18,7 @@ from serve.operation.tally import (
     ModelHistograms,
     ModelTallies,
     ModelTally,
-    reason_of,
+    triton_reason,
 )
 
 BROKEN = ImageError(ImageFault.CORRUPT, "image", expected="an image", found="half of one")
@@ -83,7 +83,7 @@ def test_images_that_failed_are_counted_by_why():
 )
 def test_failures_have_tritons_reasons(error, reason):
     """Refused and late are REJECTED, as Triton has it; what the encoder did is BACKEND."""
-    assert reason_of(error) == reason
+    assert triton_reason(error) == reason
 
 
 def test_names_without_end_make_no_series_without_end():

@@ -67,6 +67,19 @@ def attributes(span) -> dict[str, object]:
     }
 
 
+def service_names(collector) -> list[str]:
+    """The name of the service in each message that was sent."""
+    return [
+        next(
+            pair.value.string_value
+            for pair in one.resource.attributes
+            if pair.key == "service.name"
+        )
+        for request in collector.requests
+        for one in request.resource_spans
+    ]
+
+
 def tracer_of(collector, ratio=1.0, **options) -> Tracer:
     """A tracer that sends to the collector."""
     return Tracer(TracingOptions(endpoint=collector.address, ratio=ratio), **options)
@@ -95,10 +108,7 @@ def test_a_request_of_a_traced_caller_is_a_span_of_its_trace(serving, fake, imag
 
     asyncio.run(main())
     assert len(collector.requests) == 1
-    resource = collector.requests[0].resource_spans[0].resource
-    assert {pair.key: pair.value.string_value for pair in resource.attributes}[
-        "service.name"
-    ] == "horace"
+    assert service_names(collector) == ["horace"]
     spans = {span.name: span for span in collector.spans}
     assert set(spans) == {"Embed", "decode", "queue", "inference"}
     whole = spans["Embed"]
@@ -147,6 +157,15 @@ def test_the_caller_decides_and_where_it_does_not_a_share_is_traced(
     tracer.answered(call(*metadata), 0.1)
     tracer.close()
     assert len(collector.spans) == traced
+
+
+def test_the_environment_names_the_service(collector, monkeypatch):
+    """By OpenTelemetry's own variable, for which there is no option."""
+    monkeypatch.setenv("OTEL_SERVICE_NAME", "images")
+    tracer = tracer_of(collector)
+    tracer.answered(call(), 0.1)
+    tracer.close()
+    assert service_names(collector) == ["images"]
 
 
 def test_the_servers_faults_are_errors_of_the_span_and_the_callers_are_not(collector):
@@ -209,7 +228,7 @@ def test_without_the_extra_the_start_is_refused_in_one_line(make_bundle):
     assert done.returncode == 1
     assert re.fullmatch(
         r"python -m serve: --tracing\.endpoint: expected OpenTelemetry, found no opentelemetry\S*; "
-        r"pip install 'horace\[otel\]', or leave it out\n",
+        r"pip install '\.\[otel\]', or leave it out\n",
         done.stderr,
     ), done.stderr
 

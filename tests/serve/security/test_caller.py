@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from serve.security.caller import CURRENT, Caller, caller_of, host_of, request_id_of
+from serve.security.caller import CURRENT, caller_of, host_of, request_id_of
 
 
 @dataclass
@@ -13,7 +13,6 @@ class FakeContext:
 
     address: str = "ipv4:192.0.2.7:4711"
     found: dict[str, list[bytes]] = field(default_factory=dict)
-    metadata: tuple[tuple[str, str | bytes], ...] = ()
 
     def peer(self) -> str:
         """Give the address."""
@@ -22,10 +21,6 @@ class FakeContext:
     def auth_context(self) -> dict[str, list[bytes]]:
         """Give what TLS found."""
         return self.found
-
-    def invocation_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
-        """Give the metadata."""
-        return self.metadata
 
 
 @pytest.mark.parametrize(
@@ -52,7 +47,7 @@ def test_a_certificate_names_the_caller_before_its_address():
         "security_level": [b"TSI_PRIVACY_AND_INTEGRITY"],
         "x509_subject": [b"CN=app-1,O=Example"],
     }
-    assert caller_of(FakeContext(found=found)).client == "CN=app-1,O=Example"
+    assert caller_of(FakeContext(found=found)) == "CN=app-1,O=Example"
 
 
 def test_a_certificate_without_a_subject_goes_by_its_other_name():
@@ -63,17 +58,17 @@ def test_a_certificate_without_a_subject_goes_by_its_other_name():
         "x509_subject": [b""],
         "x509_subject_alternative_name": [b"app-1.example"],
     }
-    assert caller_of(FakeContext(found=found)).client == "app-1.example"
+    assert caller_of(FakeContext(found=found)) == "app-1.example"
 
 
 def test_what_the_guard_found_comes_first():
     """The name of a key wins over the address."""
-    before = CURRENT.set(Caller(client="key-name"))
+    before = CURRENT.set("key-name")
     try:
-        assert caller_of(FakeContext()).client == "key-name"
+        assert caller_of(FakeContext()) == "key-name"
     finally:
         CURRENT.reset(before)
-    assert caller_of(FakeContext()) == Caller(client="192.0.2.7")
+    assert caller_of(FakeContext()) == "192.0.2.7"
 
 
 @pytest.mark.parametrize(

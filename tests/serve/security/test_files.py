@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 
 from serve.errors import StartError
-from serve.lifecycle.reloading import Reloads
+from serve.reloading import Reloads
 from serve.security.files import Reloadable, Watcher
 
 

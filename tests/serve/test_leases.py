@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from serve.lifecycle.leases import Hold, Lease
+from serve.leases import Hold, Lease
 
 
 def test_what_is_leased_is_closed_after_its_last_lease():

@@ -1,10 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import sys
-import threading
-from pathlib import Path
 
 import grpc
 import pytest
@@ -12,146 +8,12 @@ import pytest
 from models.wire import image_to_wire, vectors_from_wire
 from protos import horace_pb2 as pb
 from protos import horace_pb2_grpc as pb_grpc
-from serve.client import AsyncClient, Client
-
-ROOT = Path(__file__).parents[3]
 
 
 def stub_of(server):
     """A channel and the plain stub, without the client's help."""
     channel = grpc.aio.insecure_channel(server.address)
     return channel, pb_grpc.HoraceStub(channel)
-
-
-def test_a_slow_iterable_does_not_hold_the_event_loop(serving, fake, image):
-    """While it blocks, other tasks run: here the one that it waits for."""
-    go_on = threading.Event()
-
-    def images():
-        yield image(1)
-        assert go_on.wait(10), "the event loop stood still"
-        yield image(2)
-
-    async def main():
-        async with serving(fake) as server, AsyncClient(server.address) as client:
-            stream = client.embed_stream(images(), images_per_request=1)
-            await anext(stream)
-            go_on.set()
-            assert len([reply async for reply in stream]) == 1
-
-    asyncio.run(main())
-
-
-A_QUEUE = """
-import asyncio, queue, sys
-from serve.client import AsyncClient
-
-async def main():
-    images = queue.Queue()
-    images.put(b"no image")
-    async with AsyncClient(sys.argv[1]) as client:
-        embed = getattr(client, sys.argv[2])
-        async for _ in embed(iter(images.get, None), images_per_request=1):
-            break
-
-asyncio.run(main())
-"""
-
-
-@pytest.mark.parametrize("method", ["embed_iter", "embed_stream"])
-def test_an_iterable_that_blocks_keeps_no_program_from_ending(serving, fake, method):
-    """Nothing more comes from the queue; who stops reading is done."""
-
-    async def main():
-        async with serving(fake) as server:
-            argv = [sys.executable, "-c", A_QUEUE, server.address, method]
-            await asyncio.to_thread(subprocess.run, argv, cwd=ROOT, check=True, timeout=60)
-
-    asyncio.run(main())
-
-
-def test_leaving_an_asyncio_stream_ends_it(serving, fake, image, eventually):
-    """An endless iterable is read no further, and the server has no call left."""
-
-    async def endless():
-        while True:
-            yield image(1)
-
-    async def main():
-        async with serving(fake) as server, AsyncClient(server.address) as client:
-            stream = client.embed_stream(endless(), images_per_request=2, in_flight=2)
-            assert len((await anext(stream)).statuses) == 2
-            assert server.calls.active == 1
-            await stream.aclose()
-            await eventually(lambda: server.calls.active == 0)
-
-    asyncio.run(main())
-
-
-def test_a_stream_reads_an_endless_iterable_a_few_requests_ahead(serving, fake, image):
-    """What is under way is bounded; leaving the loop ends the stream."""
-    taken = []
-
-    def endless():
-        n = 0
-        while True:
-            taken.append(n)
-            yield image(n % 256)
-            n += 1
-
-    def blocking(address):
-        with Client(address) as client:
-            stream = client.embed_stream(endless(), images_per_request=5, in_flight=2)
-            for n, reply in enumerate(stream):
-                assert len(reply.statuses) == 5
-                assert len(taken) <= (n + 3) * 5
-                if n == 20:
-                    break
-            stream.close()
-
-    async def main():
-        async with serving(fake) as server:
-            await asyncio.to_thread(blocking, server.address)
-
-    asyncio.run(main())
-
-
-@pytest.mark.parametrize("kind", ["blocking", "iterable", "asynchronous"])
-def test_an_error_of_the_callers_iterable_is_the_callers(serving, fake, image, kind):
-    """It comes after the results of what was sent before it."""
-
-    def broken():
-        yield from (image(n) for n in range(4))
-        raise LookupError("no more images")
-
-    async def abroken():
-        for n in range(4):
-            yield image(n)
-        raise LookupError("no more images")
-
-    def blocking(address, sizes):
-        with Client(address) as client:
-            for reply in client.embed_stream(broken(), images_per_request=2):
-                sizes.append(len(reply.statuses))
-
-    async def asynchronous(address, sizes):
-        images = broken() if kind == "iterable" else abroken()
-        async with AsyncClient(address) as client:
-            async for reply in client.embed_stream(images, images_per_request=2):
-                sizes.append(len(reply.statuses))
-
-    async def main():
-        sizes = []
-        async with serving(fake) as server:
-            if kind == "blocking":
-                work = asyncio.to_thread(blocking, server.address, sizes)
-            else:
-                work = asynchronous(server.address, sizes)
-            with pytest.raises(LookupError, match="no more images"):
-                await work
-        assert sizes == [2, 2]
-
-    asyncio.run(main())
 
 
 def test_a_stream_answers_in_order_and_survives_a_bad_request(serving, fake, image):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 
 from models.errors import HoraceError
-from serve.lifecycle.reloading import Reloads
+from serve.reloading import Reloads
 
 
 def test_a_hook_that_fails_is_told_and_the_others_run(caplog):
