@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import NotRequired, TypedDict, cast
 import torch
 from torch import Tensor, nn
 
+from models.errors import reason_of
 from models.files import atomic_file
 from train.errors import RunError
 
@@ -218,7 +218,7 @@ def _read_whole(path: Path) -> bytes:
     try:
         whole = path.read_bytes()
     except OSError as error:
-        found = os.strerror(error.errno) if error.errno else str(error)
+        found = reason_of(error)
         raise _unusable(path, found) from error
     content, digest = whole[:-DIGEST_BYTES], whole[-DIGEST_BYTES:]
     if hashlib.sha256(content).digest() != digest:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from models.errors import HoraceError
+from models.errors import HoraceError, reason_of
 
 
 class TrainError(HoraceError):
@@ -35,7 +34,7 @@ def writing(path: Path, *, mend: str) -> Iterator[None]:
         raise RunError(
             str(path),
             expected="a directory that can be written, with room for what comes",
-            found=os.strerror(error.errno) if error.errno else str(error),
+            found=reason_of(error),
             mend=mend,
         ) from error
 

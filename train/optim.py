@@ -239,7 +239,7 @@ def _adapted(
     norms = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(steps))
     is_sound = (norms[0] > 0) & (norms[1] > 0)
     ratios = torch.where(is_sound, eta * norms[0] / norms[1], 1.0)
-    if clips and lr > 0:
+    if clips:
         ratios = (ratios / lr).clamp(max=1.0)
     torch._foreach_mul_(steps, list(ratios.unbind()))
     return steps

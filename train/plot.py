@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -124,6 +124,110 @@ class Panel:
         return f"{self.title}, {self.unit}: {'; '.join(texts)}"
 
 
+LOSS = Panel(
+    title="Loss",
+    unit="loss",
+    note="The floor is what chance correlations of one batch cost.",
+    curves=(
+        Curve(name="loss", label="loss", colour=INK),
+        Curve(name="loss_invariance", label="invariance", colour=BLUE),
+        Curve(name="loss_redundancy", label="redundancy", colour=ORANGE),
+    ),
+    is_log=True,
+)
+
+ACCURACY = Panel(
+    title="kNN accuracy",
+    unit="top-1, %",
+    note="Held-out training images, classified by their 20 nearest.",
+    curves=(Curve(name="knn_top1", label="this encoder", colour=BLUE, scale=100),),
+    levels=(
+        Level(label="raw pixels", name="knn_pixels", scale=100),
+        Level(label="untrained encoder", name="knn_random", scale=100, colour=ORANGE),
+        Level(label="weights it starts from", name="knn_start", scale=100, colour=ORANGE),
+    ),
+)
+
+RANK = Panel(
+    title="Rank",
+    unit="directions filled (RankMe)",
+    note="Of one batch, so at most its size. A low one is dimensional collapse.",
+    curves=(
+        Curve(name="rankme", label="features", colour=BLUE),
+        Curve(name="z_rankme", label="embeddings", colour=ORANGE),
+    ),
+    levels=(
+        Level(label="most features", name="rankme_limit", colour=BLUE),
+        Level(label="most embeddings", name="z_rankme_limit", colour=ORANGE),
+    ),
+    from_zero=True,
+)
+
+CORRELATION = Panel(
+    title="Correlation matrix C",
+    unit="correlation",
+    note="The diagonal should reach 1, the rest the floor of 1/√N.",
+    curves=(
+        Curve(name="loss_invariance_per_dim", label="invariance / D", colour=INK),
+        Curve(name="c_diagonal", label="diagonal, mean", colour=BLUE),
+        Curve(name="c_off_diagonal_rms", label="off-diagonal, RMS", colour=ORANGE),
+    ),
+    levels=(Level(label="floor", name="c_off_diagonal_floor", colour=ORANGE),),
+    from_zero=True,
+)
+
+ALIGNMENT = Panel(
+    title="Alignment",
+    unit="squared distance",
+    note="Of two views of one image, on the unit sphere: 0 alike, 2 unrelated.",
+    curves=(Curve(name="z_alignment", label="embeddings", colour=ORANGE),),
+    from_zero=True,
+)
+
+UNIFORMITY = Panel(
+    title="Uniformity",
+    unit="log mean exp(-2 distance²)",
+    note="Lower is more evenly spread over the sphere: -4 is even, 0 collapsed.",
+    curves=(Curve(name="z_uniformity", label="embeddings", colour=ORANGE),),
+)
+
+SPREAD = Panel(
+    title="Spread and dead dimensions",
+    unit="share",
+    note="Spread is 1 for noise and 0 when collapsed; no dimension should be dead.",
+    curves=(
+        Curve(name="spread", label="spread", colour=BLUE),
+        Curve(name="dead_share", label="dead features", colour=INK),
+        Curve(name="z_dead_share", label="dead embeddings", colour=ORANGE),
+    ),
+    from_zero=True,
+)
+
+SPECTRUM = Panel(
+    title="Slope of the spectrum",
+    unit="alpha (alpha-ReQ)",
+    note="Eigenvalues of the features fall as rank^-alpha; about 1 generalises best.",
+    curves=(Curve(name="alpha_req", label="features", colour=BLUE),),
+    levels=(Level(label="1", value=1.0),),
+)
+
+LEARNING_RATE = Panel(
+    title="Learning rate",
+    unit="learning rate",
+    note="Warm-up, then a cosine.",
+    curves=(Curve(name="lr", label="learning rate", colour=BLUE),),
+    from_zero=True,
+)
+
+SPEED = Panel(
+    title="Speed",
+    unit="images/s",
+    note="Of the steps since the record before.",
+    curves=(Curve(name="images_per_s", label="images/s", colour=GREEN),),
+    from_zero=True,
+)
+
+
 def panels(*, redundancy_floor: float | None = None) -> list[Panel]:
     """List what there is to draw of a run's log, most important first.
 
@@ -131,91 +235,19 @@ def panels(*, redundancy_floor: float | None = None) -> list[Panel]:
         redundancy_floor: what the redundancy term costs by chance, where that is known.
     """
     floor = Level(label="floor of redundancy", colour=ORANGE, value=redundancy_floor)
+    loss = LOSS if redundancy_floor is None else replace(LOSS, levels=(floor,))
     return [
-        Panel(
-            title="Loss", unit="loss",
-            note="The floor is what chance correlations of one batch cost.",
-            curves=(
-                Curve(name="loss", label="loss", colour=INK),
-                Curve(name="loss_invariance", label="invariance", colour=BLUE),
-                Curve(name="loss_redundancy", label="redundancy", colour=ORANGE),
-            ),
-            levels=() if redundancy_floor is None else (floor,), is_log=True,
-        ),
-        Panel(
-            title="kNN accuracy", unit="top-1, %",
-            note="Held-out training images, classified by their 20 nearest.",
-            curves=(Curve(name="knn_top1", label="this encoder", colour=BLUE, scale=100),),
-            levels=(
-                Level(label="raw pixels", name="knn_pixels", scale=100),
-                Level(label="untrained encoder", name="knn_random", scale=100, colour=ORANGE),
-                Level(label="weights it starts from", name="knn_start", scale=100, colour=ORANGE),
-            ),
-        ),
-        Panel(
-            title="Rank", unit="directions filled (RankMe)",
-            note="Of one batch, so at most its size. A low one is dimensional collapse.",
-            curves=(
-                Curve(name="rankme", label="features", colour=BLUE),
-                Curve(name="z_rankme", label="embeddings", colour=ORANGE),
-            ),
-            levels=(
-                Level(label="most features", name="rankme_limit", colour=BLUE),
-                Level(label="most embeddings", name="z_rankme_limit", colour=ORANGE),
-            ),
-            from_zero=True,
-        ),
-        Panel(
-            title="Correlation matrix C", unit="correlation",
-            note="The diagonal should reach 1, the rest the floor of 1/√N.",
-            curves=(
-                Curve(name="loss_invariance_per_dim", label="invariance / D", colour=INK),
-                Curve(name="c_diagonal", label="diagonal, mean", colour=BLUE),
-                Curve(name="c_off_diagonal_rms", label="off-diagonal, RMS", colour=ORANGE),
-            ),
-            levels=(Level(label="floor", name="c_off_diagonal_floor", colour=ORANGE),),
-            from_zero=True,
-        ),
-        Panel(
-            title="Alignment", unit="squared distance",
-            note="Of two views of one image, on the unit sphere: 0 alike, 2 unrelated.",
-            curves=(Curve(name="z_alignment", label="embeddings", colour=ORANGE),),
-            from_zero=True,
-        ),
-        Panel(
-            title="Uniformity", unit="log mean exp(-2 distance²)",
-            note="Lower is more evenly spread over the sphere: -4 is even, 0 collapsed.",
-            curves=(Curve(name="z_uniformity", label="embeddings", colour=ORANGE),),
-        ),
-        Panel(
-            title="Spread and dead dimensions", unit="share",
-            note="Spread is 1 for noise and 0 when collapsed; no dimension should be dead.",
-            curves=(
-                Curve(name="spread", label="spread", colour=BLUE),
-                Curve(name="dead_share", label="dead features", colour=INK),
-                Curve(name="z_dead_share", label="dead embeddings", colour=ORANGE),
-            ),
-            from_zero=True,
-        ),
-        Panel(
-            title="Slope of the spectrum", unit="alpha (alpha-ReQ)",
-            note="Eigenvalues of the features fall as rank^-alpha; about 1 generalises best.",
-            curves=(Curve(name="alpha_req", label="features", colour=BLUE),),
-            levels=(Level(label="1", value=1.0),),
-        ),
-        Panel(
-            title="Learning rate", unit="learning rate",
-            note="Warm-up, then a cosine.",
-            curves=(Curve(name="lr", label="learning rate", colour=BLUE),),
-            from_zero=True,
-        ),
-        Panel(
-            title="Speed", unit="images/s",
-            note="Of the steps since the record before.",
-            curves=(Curve(name="images_per_s", label="images/s", colour=GREEN),),
-            from_zero=True,
-        ),
-    ]  # fmt: skip
+        loss,
+        ACCURACY,
+        RANK,
+        CORRELATION,
+        ALIGNMENT,
+        UNIFORMITY,
+        SPREAD,
+        SPECTRUM,
+        LEARNING_RATE,
+        SPEED,
+    ]
 
 
 def plot_curves(records: Records, path: Path, *, title: str) -> None:

@@ -26,6 +26,7 @@ from typing import cast
 
 from models.bundle import Json
 from models.cpu import cpu_budget, cpu_name
+from models.errors import reason_of
 from models.files import TEMPORARY_PREFIX, atomic_file
 from models.preprocess import PreprocessSpec
 from models.providers import gpu_names
@@ -217,6 +218,10 @@ class RunDirectory:
         try:
             document = json.loads(self.config_file.read_bytes())
             return _parse_config(document)
+        except OSError as error:
+            raise RunError(
+                str(self.config_file), expected="a file that can be read", found=reason_of(error)
+            ) from error
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(
                 str(self.config_file),
@@ -312,9 +317,13 @@ def _parse_config(document: dict[str, Json]) -> RunConfig:
     """Build the configuration from its JSON; anything missing raises KeyError."""
     if document["schema_version"] != SCHEMA_VERSION:
         raise ValueError(f"schema version {document['schema_version']}")
+    data = cast(dict[str, Json], document["data"])
+    for name in ("uri", "sha256", "images"):
+        if name not in data:
+            raise KeyError(f"data.{name}")
     return RunConfig(
         options=current_names(cast(dict[str, Json], document["options"])),
-        data=cast(dict[str, Json], document["data"]),
+        data=data,
         preprocessing=PreprocessSpec.from_json(cast(dict[str, Json], document["preprocessing"])),
         channel_mean=tuple(cast(list[float], document["channel_mean"])),
         channel_std=tuple(cast(list[float], document["channel_std"])),

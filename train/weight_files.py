@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from models.bundle import BUNDLE_FILE, Json, read_bundle
-from models.errors import HoraceError
+from models.errors import HoraceError, reason_of
 from train.checkpoint import FILE_NAME, checkpoint_file, last_whole_step, load_weights
 from train.config import current_names
 from train.errors import RunError, TrainError
@@ -115,7 +115,7 @@ def _load(file: Path) -> object:
         with torch.serialization.safe_globals(_stand_ins(file)):
             return cast(object, torch.load(file, map_location="cpu", weights_only=True))
     except OSError as error:
-        raise _unreadable(file, error.strerror or str(error)) from error
+        raise _unreadable(file, reason_of(error)) from error
     except Exception as error:  # a foreign file may end the unpickling in any way
         lines = str(error).splitlines() or [type(error).__name__]
         raise _unreadable(file, f"a file that torch cannot read safely ({lines[0]})") from error

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from models.networks import BarlowTwins, ResNet
+from train import checkpoint
 from train.checkpoint import (
     Progress,
     checkpoint_file,
@@ -97,6 +98,20 @@ def test_a_damaged_checkpoint_is_passed_over(
         f"{tmp_path}: expected a checkpoint that can be read, found none among 2; bring them "
         "back from a copy, or delete them to begin at step 0 again"
     )
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run that is at work has saved a later one, which is found."""
+    parts = make_network()
+    save_checkpoint(tmp_path, Progress(step=1), *parts, keep=1)
+    seen = iter([list_checkpoints(tmp_path)])
+    save_checkpoint(tmp_path, Progress(step=2), *parts, keep=1)
+    monkeypatch.setattr(
+        checkpoint, "list_checkpoints", lambda folder: next(seen, None) or list_checkpoints(folder)
+    )
+    assert last_whole_step(tmp_path) == 2
 
 
 def test_a_backbone_comes_from_a_checkpoint_or_from_the_start(tmp_path: Path) -> None:

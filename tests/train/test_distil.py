@@ -97,6 +97,16 @@ def test_targets_are_labels_where_there_are_some() -> None:
     assert sharp_NC[5:].max(axis=1).mean() > soft_NC[5:].max(axis=1).mean()
 
 
+def test_the_coldest_targets_are_the_likeliest_classes() -> None:
+    """A power that float32 cannot hold leaves no row of zeros behind, and no NaN."""
+    images = some_images(30, seed=0)
+    warm_NC = targets_of(images, 5, replace(QUICK, smoothing=0.9))
+    cold_NC = targets_of(images, 5, replace(QUICK, smoothing=0.9, temperature=1e-4))
+    assert np.isfinite(cold_NC).all()
+    np.testing.assert_allclose(cold_NC.sum(axis=1), 1, rtol=1e-5)
+    assert (cold_NC[np.arange(30), warm_NC.argmax(axis=1)] == cold_NC.max(axis=1)).all()
+
+
 def test_labels_spread_to_neighbours() -> None:
     """A teacher that knows nothing (its layer is zero) leaves the labels' word."""
     images = some_images(60, seed=0)

@@ -26,7 +26,7 @@ from train.config import PretrainOptions
 from train.data.training_data import TrainingData
 from train.errors import ExportError, RunError
 from train.export.__main__ import main, summarise
-from train.export.bundle import export_run
+from train.export.bundle import check_target, export_run
 from train.export.graph import embed_with_torch
 from train.export.graph_names import BATCH_NAME, INPUT_NAME, OUTPUT_NAME
 from train.export.images import load_run_images
@@ -199,6 +199,10 @@ def test_an_existing_bundle_is_replaced_only_on_request(
     with pytest.raises(BundleError, match="--replace"):
         export_run(run, out, name="second", with_random_twin=False)
     assert read_bundle(out).name == "mini"
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "notes.txt").write_text("mine")
+    with pytest.raises(BundleError, match=r"own: .* found something else of that name"):
+        check_target(tmp_path / "own", replace=True)
     export_run(run, out, name="second", with_random_twin=False, replace=True)
     second = read_bundle(out)
     assert (second.name, second.fingerprint) == ("second", bundle.fingerprint)
@@ -305,6 +309,18 @@ def test_a_damaged_configuration_is_refused(content: str, tmp_path: Path) -> Non
     """config.json must be that of a run of this schema."""
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(RunError, match="expected the configuration of a run, schema 1, found"):
+        RunDirectory(path=tmp_path).read_config()
+
+
+@pytest.mark.parametrize("name", ["uri", "sha256", "images"])
+def test_a_configuration_that_names_no_images_is_refused(
+    name: str, finished_run: Path, tmp_path: Path
+) -> None:
+    """Reports and exports look for them; what is missing is named."""
+    config = json.loads((finished_run / "config.json").read_text())
+    del config["data"][name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RunError, match=rf"schema 1, found KeyError: 'data\.{name}'; start the run"):
         RunDirectory(path=tmp_path).read_config()
 
 

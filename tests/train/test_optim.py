@@ -97,6 +97,15 @@ def test_lars_divides_the_scale_of_the_loss_out_of_weights_only() -> None:
     torch.testing.assert_close(moves[0][1], 32 * moves[1][1])
 
 
+def test_lars_moves_a_weight_of_norm_0_by_the_plain_rate() -> None:
+    """It has no length to adapt to, and would stay 0 for ever."""
+    weight = torch.zeros(2, 2, requires_grad=True)
+    optimizer = Lars([{"params": [weight]}, {"params": []}])
+    set_lr(optimizer, 0.5)
+    optimizer.step(lambda: backward(weight))
+    assert torch.equal(weight, torch.full((2, 2), -0.5))
+
+
 @pytest.mark.parametrize("kind", ["lars", "sgd", "adamw"])
 def test_an_optimiser_goes_on_from_its_state_to_the_bit(kind: str) -> None:
     """State saved, loaded into another optimiser: the next steps are the same bytes."""

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from models.bundle import Bundle, read_bundle
 from models.errors import SourceError, UsageError
@@ -28,7 +29,7 @@ from train.probe import finetune as finetune_probe
 from train.probe import linear as linear_probe
 from train.probe import transfer as transfer_probe
 from train.probe.__main__ import run as run_probe
-from train.probe.few_labels import read_budget
+from train.probe.few_labels import draw_labels, read_budget
 from train.probe.labelled import record_classes
 from train.probe.linear_layers import fit_layers
 from train.probe.options import (
@@ -40,7 +41,7 @@ from train.probe.options import (
     TransferOptions,
 )
 from train.probe.probed import Probed, RunEncoder, open_probed
-from train.probe.report import ProbeReport, as_text, score
+from train.probe.report import ProbeReport, as_text, score, score_classes
 from train.probe.transfer import BUNDLE_READOUT
 
 ROOT = Path(__file__).parents[2]
@@ -250,8 +251,13 @@ def test_a_network_that_diverged_is_right_about_nothing() -> None:
     """Scores that are not numbers count as wrong, not as ties."""
     scores_NC = np.full((4, 3), np.nan)
     scores_NC[0] = (0.1, 0.9, 0.0)
-    found = score(scores_NC, np.array([1, 0, 1, 2]))
+    truth_N = np.array([1, 0, 1, 2])
+    found = score(scores_NC, truth_N)
     assert (found.top1, found.top5) == (0.25, 0.25)
+    classes = score_classes(scores_NC, truth_N, ["a", "b", "c"])
+    assert [(one.n, one.accuracy, one.n_confused) for one in classes] == [
+        (1, 0.0, 0), (2, 0.5, 0), (1, 0.0, 0)
+    ]  # fmt: skip
 
 
 def test_a_test_set_that_is_not_there_ends_it_at_once(
@@ -401,9 +407,25 @@ def test_too_many_images_end_it_before_anything_is_trained(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Those of the test set, and those that are cropped anew, are counted at the start."""
+    read = len(draw_labels(record_classes(open_source(finetune.images))[1], finetune).used)
+    fits = 200 + read + 100 - 1  # each set alone, and any two
+    monkeypatch.setattr(memory, "free_memory_bytes", lambda: (fits + 0.5) * 14 * 14 / 0.4)
+    with_unlabelled = replace(
+        finetune, unlabelled=finetune.images, distil=DistilOptions(images=100)
+    )
+    message = (
+        rf"{fits} images of 14x14 here, found {read} \+ 200 \+ 100 \({(fits + 1) * 196:,} bytes"
+    )
+    with pytest.raises(TrainError, match=message):
+        finetune_probe.evaluate_finetune(with_unlabelled, run, CPU)
+    monkeypatch.setattr(memory, "free_memory_bytes", lambda: (200 + read - 0.5) * 14 * 14 / 0.4)
+    transfer = TransferOptions(
+        encoder=str(finetune.run), images=finetune.images, test=finetune.test, labels=0.25,
+        seeds=finetune.seeds,
+    )  # fmt: skip
+    with pytest.raises(TrainError, match=rf"14x14 here, found {read} \+ 200 \("):
+        transfer_probe.evaluate_transfer(transfer, run, CPU)
     monkeypatch.setattr(memory, "free_memory_bytes", lambda: 100 * 14 * 14)
-    with pytest.raises(TrainError, match=r"expected at most 40 images of 14x14 here, found 200 \("):
-        finetune_probe.evaluate_finetune(finetune, run, CPU)
     options = replace(linear, solver="sgd", augment=True)
     with pytest.raises(TrainError, match=r"expected at most 40 images of 14x14 here, found 400 \("):
         linear_probe.evaluate_linear(options, run)
@@ -495,10 +517,50 @@ def test_unlabelled_images_add_students_beside_their_teachers(
     distil = report.settings["distil"]
     assert isinstance(distil, dict)
     assert distil["images"] == 100
+    assert report.notes[:2] == [
+        "0 test images are training images pixel for pixel",
+        "0 test images are among the unlabelled ones pixel for pixel",
+    ]
     alone = finetune_probe.evaluate_finetune(replace(options, baselines=False), run, CPU)
     assert "from scratch" not in [row.name for row in alone.rows]
     assert alone.rows[0].top1 == report.rows[0].top1
     assert alone.against is None
+
+
+def test_test_images_that_were_learned_from_without_a_label_are_counted(
+    finetune: FinetuneOptions, run: Probed
+) -> None:
+    """By their pixels; the student has seen them all the same."""
+    recipe = replace(QUICK, epochs=(1,), lr_backbone=(1e-3,), scratch_epochs=(1,))
+    options = replace(
+        finetune, unlabelled=finetune.test, seeds=(0,), baselines=False, recipe=recipe,
+        distil=DistilOptions(epochs=1, images=150),
+    )  # fmt: skip
+    report = finetune_probe.evaluate_finetune(options, run, CPU)
+    assert "150 test images are among the unlabelled ones pixel for pixel" in report.notes
+    assert "150 test images are among the unlabelled ones" in as_text(report)
+
+
+def test_one_image_a_class_is_refused_before_an_image_is_read(
+    linear: LinearOptions, run: Probed, tmp_path: Path, events: Events,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """There is nothing to choose C on; the paper's recipe needs no choice."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        Image.new("L", (14, 14), 99 * (name == "a")).save(tmp_path / name / "0.png")
+    watched = WatchedSource(open_source(str(tmp_path)), events)
+    monkeypatch.setattr(linear_layers, "open_source", lambda uri: watched)
+    options = replace(linear, images=str(tmp_path), baselines=False)
+    message = "expected a class of two images, to choose C on, found one image a class"
+    with pytest.raises(TrainError, match=message):
+        linear_probe.evaluate_linear(options, run)
+    assert events == []
+    (tmp_path / "a/1.png").write_bytes(b"no image")
+    with pytest.raises(TrainError, match=message):
+        linear_probe.evaluate_linear(options, run)
+    sgd = replace(options, solver="sgd", sgd=SgdOptions(epochs=1))
+    assert linear_probe.evaluate_linear(sgd, run).images["images"] == 2
 
 
 def test_a_report_is_kept_with_its_bundle(
@@ -546,7 +608,8 @@ def test_a_report_is_kept_with_its_bundle(
     [
         ("", 2, "kind of probe: expected linear, finetune or transfer, found none; see"),
         ("best", 2, "found 'best'; see python -m train.probe --help"),
-        ("linear {run} --images a --test b --c 0", 2, "--c: expected numbers above 0, found (0.0"),
+        ("linear {run} --images a --test b --c 0", 2, "--c: expected finite numbers above 0, fo"),
+        ("linear {run} --images a --test b --c 1 inf", 2, "--c: expected finite numbers above 0,"),
         ("linear {run} --images a --test b --augment", 2, "--augment: expected --solver sgd, foun"),
         ("linear {run} --images a --test b --record", 2, "--record: expected an encoder that is"),
         ("linear {none} --images a --test b", 1, "expected a bundle directory, found no such"),
@@ -556,7 +619,12 @@ def test_a_report_is_kept_with_its_bundle(
         (
             "finetune {run} --images a --test b --distil.lr 0",
             2,
-            "--distil.lr: expected more than 0",
+            "--distil.lr: expected a finite number above 0, found 0.0",
+        ),
+        (
+            "finetune {run} --images a --test b --distil.temperature inf",
+            2,
+            "--distil.temperature: expected a finite number above 0, found inf",
         ),
         ("finetune {run} --images a --test b --seeds 1 1", 2, "--seeds: expected different num"),
         (

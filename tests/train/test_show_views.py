@@ -9,23 +9,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from tests.train.recipes import PAPER
 from train.errors import RunError
 from train.views.parameters import ViewRecipe
 from train.views.picture import describe_recipe, write_views_picture
-
-PAPER = ViewRecipe(
-    crop_area=(0.08, 1.0),
-    interpolation="bicubic",
-    flip_probability=0.5,
-    jitter_probability=0.8,
-    brightness=0.4,
-    contrast=0.4,
-    saturation=0.2,
-    hue=0.1,
-    grey_probability=0.2,
-    blur_probability=0.1,
-    solarise_probability=0.2,
-)
 
 
 def read(path: Path) -> NDArray[np.uint8]:

@@ -184,6 +184,24 @@ def test_correlated_features_cost_few_iterations() -> None:
     assert accuracy(model, features_ND, labels_N) > 0.98
 
 
+@pytest.mark.parametrize("c", [1e16, 1e30])
+def test_features_of_low_rank_are_fitted_at_any_c(c: float) -> None:
+    """What no regularisation keeps apart, rounding would make a Hessian that is not positive."""
+    generator = torch.Generator().manual_seed(0)
+    common_NR = torch.randn(400, 3, generator=generator)
+    features_ND = common_NR.double() @ torch.randn(3, 200, generator=generator).double()
+    labels_N = (common_NR[:, 0] + torch.randn(400, generator=generator) > 0).long()
+    model = fit_softmax(features_ND, labels_N, n_classes=2, c=c)
+    reduced = fit_softmax(common_NR, labels_N, n_classes=2, c=c)
+    assert model.gradient_max is not None
+    assert model.gradient_max <= GRADIENT_TOLERANCE
+    found, expected = (
+        torch.log_softmax(one.scores(x), 1)
+        for one, x in ((model, features_ND), (reduced, common_NR))
+    )
+    torch.testing.assert_close(found, expected, atol=0.02, rtol=0)
+
+
 def test_threads_are_given_back() -> None:
     """A fit is on one thread, what comes after it is not."""
     features_ND, labels_N = some_data(50, 3, 2)

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torchvision.transforms.v2 import RandomResizedCrop
 
+from tests.train.recipes import PAPER
 from train.views.parameters import (
     BOX_UNITS,
     JITTERS,
@@ -26,20 +27,6 @@ N_DRAWS = 4000
 KS_1_IN_10000 = 2.23
 """sqrt(n m / (n + m)) times the Kolmogorov-Smirnov distance stays below this but once in
 10,000 times, for equal distributions."""
-
-PAPER = ViewRecipe(
-    crop_area=(0.08, 1.0),
-    interpolation="bicubic",
-    flip_probability=0.5,
-    jitter_probability=0.8,
-    brightness=0.4,
-    contrast=0.4,
-    saturation=0.2,
-    hue=0.1,
-    grey_probability=0.2,
-    blur_probability=0.1,
-    solarise_probability=0.2,
-)
 
 
 def drawn(recipe: ViewRecipe = PAPER, *, height: int = 224, width: int = 224) -> ViewParameters:

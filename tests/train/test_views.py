@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.train.recipes import FULL
 from train import views as views_module
 from train.views import (
     Normaliser,
@@ -23,19 +24,6 @@ from train.views import (
 )
 from train.views.operations import brighten_, stretch_contrast_
 from train.views.whole import apply_whole, whole_parameters
-
-FULL_RECIPE = ViewRecipe(
-    crop_area=(0.2, 1.0),
-    flip_probability=0.5,
-    jitter_probability=0.8,
-    brightness=0.4,
-    contrast=0.4,
-    saturation=0.2,
-    hue=0.1,
-    grey_probability=0.2,
-    blur_probability=0.5,
-    solarise_probability=0.2,
-)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -71,7 +59,7 @@ def test_a_recipe_of_nothing_leaves_images_alone() -> None:
 def test_equal_seeds_give_equal_views_within_bounds(channels: int, interpolation: str) -> None:
     """Views are a function of the seed, unlike for unlike seeds, and stay in [0, 1]."""
     images = noise(16, channels, 24)
-    recipe = dataclasses.replace(FULL_RECIPE, interpolation=interpolation)
+    recipe = dataclasses.replace(FULL, interpolation=interpolation)
     kept = images.clone()
     first, again, other = (random_view(images, recipe, seeded(s)) for s in (1, 1, 2))
     assert torch.equal(first, again)
@@ -103,7 +91,7 @@ def test_ranks_get_the_very_views_of_one_process(
     start = data.draw(st.integers(0, n - 1))
     rows = slice(start, data.draw(st.integers(start + 1, n)))
     images = torch.rand(n, *shape, generator=seeded(seed))
-    parameters = drawn(images, dataclasses.replace(FULL_RECIPE, interpolation=interpolation), seed)
+    parameters = drawn(images, dataclasses.replace(FULL, interpolation=interpolation), seed)
     for make in (apply_view, finish_view):
         whole = make(images, parameters)
         assert torch.equal(make(images[rows], parameters[rows]), whole[rows])
@@ -114,7 +102,7 @@ def test_ranks_get_the_very_views_of_one_process(
 def test_ranks_get_the_views_of_one_process_in_large_pictures_and_many_threads() -> None:
     """Where torch divides the work among threads, the bits stay the same."""
     images = noise(2, 3, 192)
-    recipe = dataclasses.replace(FULL_RECIPE, jitter_probability=1.0, blur_probability=1.0)
+    recipe = dataclasses.replace(FULL, jitter_probability=1.0, blur_probability=1.0)
     parameters = drawn(images, recipe)
     whole = apply_view(images, parameters)
     threads = torch.get_num_threads()
@@ -133,7 +121,7 @@ def test_bits_do_not_depend_on_the_pieces_a_batch_is_worked_on_in(
 ) -> None:
     """One image at a time gives what all at once give."""
     images = noise(9, 3, 20)
-    parameters = drawn(images, FULL_RECIPE)
+    parameters = drawn(images, FULL)
     whole = apply_view(images, parameters)
     monkeypatch.setattr(views_module, "CACHE_BYTES", 1)
     assert torch.equal(apply_view(images, parameters), whole)
@@ -141,13 +129,13 @@ def test_bits_do_not_depend_on_the_pieces_a_batch_is_worked_on_in(
 
 def test_nothing_comes_of_no_images() -> None:
     """An empty batch has an empty view."""
-    assert random_view(noise(0, 3), FULL_RECIPE, seeded()).shape == (0, 3, 8, 8)
+    assert random_view(noise(0, 3), FULL, seeded()).shape == (0, 3, 8, 8)
 
 
 def test_a_cropped_image_is_only_finished() -> None:
     """For a stream all but the crop is done, by the same parameters."""
     images = noise(32, 3, 16)
-    parameters = drawn(images, dataclasses.replace(FULL_RECIPE, crop_area=(1.0, 1.0)))
+    parameters = drawn(images, dataclasses.replace(FULL, crop_area=(1.0, 1.0)))
     torch.testing.assert_close(finish_view(images, parameters), apply_view(images, parameters))
     mirrored = drawn(images, ViewRecipe(flip_probability=0.5))
     finished = finish_view(images, mirrored)
@@ -159,7 +147,7 @@ def test_memory_formats_make_no_difference() -> None:
     """Images with the channels last in memory, as they come from uint8 NHWC, are as good."""
     images = noise(7, 3, 16)
     last = images.contiguous(memory_format=torch.channels_last)
-    parameters = drawn(images, FULL_RECIPE)
+    parameters = drawn(images, FULL)
     for make in (apply_view, finish_view):
         assert torch.equal(make(last, parameters), make(images, parameters))
         assert make(last, parameters).is_contiguous()
@@ -235,7 +223,7 @@ def test_normaliser_takes_uint8_nhwc_to_channels_last_floats() -> None:
 def test_without_a_choice_of_images_views_are_the_same(channels: int, interpolation: str) -> None:
     """What a CUDA graph does to all images changes only those that it was drawn for."""
     images = noise(64, channels, 20)
-    recipe = dataclasses.replace(FULL_RECIPE, interpolation=interpolation)
+    recipe = dataclasses.replace(FULL, interpolation=interpolation)
     parameters = drawn(images, recipe)
     given = whole_parameters(parameters, images.shape, images)
     kept = images.clone()
@@ -248,7 +236,7 @@ def test_without_a_choice_of_images_views_are_the_same(channels: int, interpolat
 def test_a_gpu_makes_the_views_of_a_cpu() -> None:
     """The same draws give the same views, up to rounding."""
     images = noise(32, 3, 64)
-    parameters = drawn(images, dataclasses.replace(FULL_RECIPE, interpolation="bicubic"))
+    parameters = drawn(images, dataclasses.replace(FULL, interpolation="bicubic"))
     for make in (apply_view, finish_view):
         on_gpu = make(images.cuda(), parameters).cpu()
         torch.testing.assert_close(on_gpu, make(images, parameters), rtol=0, atol=1e-4)

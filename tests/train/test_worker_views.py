@@ -11,23 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from models.images import ImageData
+from tests.train.recipes import FULL
 from train.views import apply_view, finish_view
 from train.views.crops import Box, CutCrops, cut_crops
 from train.views.parameters import UNITS, CropBoxes, ViewRecipe, crop_box, view_parameters
 from train.views.workers import FinishedCrops, finish_sample
-
-RECIPE = ViewRecipe(
-    crop_area=(0.2, 1.0),
-    flip_probability=0.5,
-    jitter_probability=0.8,
-    brightness=0.4,
-    contrast=0.4,
-    saturation=0.2,
-    hue=0.1,
-    grey_probability=0.2,
-    blur_probability=0.5,
-    solarise_probability=0.2,
-)
 
 
 def picture(channels: int = 3, height: int = 40, width: int = 40) -> NDArray[np.uint8]:
@@ -39,8 +27,8 @@ def picture(channels: int = 3, height: int = 40, width: int = 40) -> NDArray[np.
 
 def make_views(seed: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Make both views of the picture as a stream does, 24 x 24."""
-    crops = CutCrops((RECIPE.crop_area, RECIPE.crop_area), height=24, width=24, channels=3)
-    return FinishedCrops(crops, (RECIPE, RECIPE))(picture(), np.random.default_rng(seed))
+    crops = CutCrops((FULL.crop_area, FULL.crop_area), height=24, width=24, channels=3)
+    return FinishedCrops(crops, (FULL, FULL))(picture(), np.random.default_rng(seed))
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
@@ -48,7 +36,7 @@ def test_a_view_has_the_size_and_channels_of_its_crop(channels: int) -> None:
     """Whatever is done to it, and it stays uint8."""
     for seed in range(8):
         crop = picture(channels, 20, 30)
-        view = finish_sample(crop, RECIPE, np.random.default_rng(seed))
+        view = finish_sample(crop, FULL, np.random.default_rng(seed))
         assert view.shape == (20, 30, channels)
         assert view.dtype == np.uint8
 

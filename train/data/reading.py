@@ -69,6 +69,6 @@ def _storage_failed(record: ImageRecord, fault: int) -> TrainError:
         expected="storage that works",
         found=f"{os.strerror(fault)}, {len(WAITS_S) + 1} times in {sum(WAITS_S):g} s",
         mend="see to the storage, and a run that has begun goes on from its last checkpoint with "
-        "--resume; if this file alone is lost, put other bytes of its length in its place: it is "
-        "passed over as damaged",
+        "--resume; if this file alone is lost, put other bytes of its length in its place: a "
+        "stream, and a new run, pass over it as damaged",
     )

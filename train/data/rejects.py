@@ -14,10 +14,9 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 
-from index.embed import Reject
+from index.embed import Reject, rejects_text
 from models.errors import ImageError
 from models.files import atomic_file
 from models.images import ImageRecord
@@ -111,9 +110,8 @@ def write_rejects(path: Path, rejects: Iterable[Reject]) -> int:
     known = {reject.key for reject in kept}
     new = [reject for reject in rejects if reject.key not in known]
     if new:
-        lines = [json.dumps(asdict(reject)) + "\n" for reject in (*kept, *new)]
         with atomic_file(path) as temporary:
-            temporary.write_text("".join(lines))
+            temporary.write_text(rejects_text((*kept, *new)))
     return len(kept) + len(new)
 
 

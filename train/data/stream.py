@@ -72,18 +72,13 @@ class StreamSource:
                 fails.
         """
         ahead: deque[tuple[int, list[Future[_Views]]]] = deque()
-        try:
-            for step, rows in self._plan.steps(first_step, total_steps):
-                views = [self._pool.submit(self._views, step, row) for row in rows.tolist()]
-                ahead.append((step, views))
-                if len(ahead) > PREFETCH_BATCHES:
-                    yield _gather(*ahead.popleft())
-            while ahead:
+        for step, rows in self._plan.steps(first_step, total_steps):
+            views = [self._pool.submit(self._views, step, row) for row in rows.tolist()]
+            ahead.append((step, views))
+            if len(ahead) > PREFETCH_BATCHES:
                 yield _gather(*ahead.popleft())
-        finally:
-            for _, futures in ahead:
-                for future in futures:
-                    future.cancel()
+        while ahead:
+            yield _gather(*ahead.popleft())
 
     def close(self) -> None:
         """Stop working ahead: what is decoded at this moment is waited for."""

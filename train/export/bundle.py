@@ -15,16 +15,15 @@ from pathlib import Path
 from typing import cast
 
 from models.bundle import (
-    BUNDLE_FILE,
     ENCODER_FILE,
     RANDOM_FILE,
     Bundle,
     Json,
     OutputSpec,
     Precision,
+    refuse_foreign_target,
     write_bundle,
 )
-from models.errors import BundleError
 from train.data.training_data import TrainingData
 from train.errors import writing
 from train.export.images import load_run_images, spread_rows
@@ -67,7 +66,8 @@ def export_run(
     """
     config, checkpoint = run.read_config(), last_checkpoint(run)
     chosen = (readout or ReadoutOptions()).resolve(str(config.options["preset"]))
-    with writing(out, mend="make room or choose another --out"):
+    room = f"make room, in {tempfile.gettempdir()} (TMPDIR), too, or choose another --out"
+    with writing(out, mend=room):
         check_target(out, replace=replace)
         networks = {ENCODER_FILE: graph_of(checkpoint, config)}
         if with_random_twin:
@@ -147,15 +147,9 @@ def check_target(out: Path, *, replace: bool) -> None:
     """Find out before the work whether the bundle may and can be written.
 
     Raises:
-        BundleError: there is a bundle that may not be replaced.
+        BundleError: what is there may not be replaced.
         OSError: nothing can be written there.
     """
-    if (out / BUNDLE_FILE).is_file() and not replace:
-        raise BundleError(
-            str(out),
-            expected="a new directory",
-            found="a bundle",
-            mend="choose another name, or replace it with --replace",
-        )
+    refuse_foreign_target(out, replace=replace)
     out.parent.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out.parent).close()

@@ -130,7 +130,8 @@ def make_targets(
         neighbours=options.neighbours,
         share=options.smoothing,
     )
-    sharp_NC = np.maximum(smoothed_NC, 0) ** (1 / options.temperature)
+    likeliest_N1 = smoothed_NC.max(axis=1, keepdims=True)  # 1 stays 1 to any power
+    sharp_NC = (np.maximum(smoothed_NC, 0) / likeliest_N1) ** (1 / options.temperature)
     sharp_NC[: len(labels_N)] = np.eye(chances_NC.shape[1])[labels_N]
     return np.asarray(sharp_NC / sharp_NC.sum(axis=1, keepdims=True), np.float32)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TypeVar
 
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 
 from models.bundle import Json
 from models.encoder import Encoder
-from models.images import open_source
+from models.images import ImageSource, open_source
 from train.backbones import build_backbone
 from train.config import options_from_json
 from train.errors import TrainError
@@ -107,9 +108,14 @@ def draw_labels(labels_N: NDArray[np.int64], options: FewLabelsOptions) -> Label
 
 
 def read_budget(
-    options: FewLabelsOptions, encoder: Encoder
+    options: FewLabelsOptions, encoder: Encoder, beside: Sequence[tuple[ImageSource, int]] = ()
 ) -> tuple[LabelBudget, LabelledSet, LabelDraw]:
     """Read the training images that are drawn, and no others.
+
+    Args:
+        options: which are drawn.
+        encoder: whose preprocessing is applied.
+        beside: so many of each source that have to fit in memory beside them.
 
     Raises:
         SourceError: the source is missing or damaged.
@@ -118,7 +124,7 @@ def read_budget(
     source = open_source(options.images)
     class_names, labels_N = record_classes(source)
     draw = draw_labels(labels_N, options)
-    require_memory(source, len(draw.used), encoder.preprocessing)
+    require_memory(encoder.preprocessing, (source, len(draw.used)), *beside)
     images = read_labelled(
         source,
         [],

@@ -8,6 +8,7 @@ Source: Zbontar et al., arXiv 2103.03230, section 3.2, whose recipe is `--preset
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from models.bundle import Json
 from models.images import ImageSource, open_source
-from train.probe.labelled import LabelledSet, count_labelled, read_labelled, require_memory
+from train.probe.labelled import LabelledSet, count_labelled, pixel_digests, read_labelled
 from train.probe.opening import opened_on_device, require_weights
 from train.probe.options import FewLabelsOptions, FinetuneOptions
 from train.probe.report import ProbeReport, command_line, notes_of, score_classes, show
@@ -45,12 +46,21 @@ SAMPLE_IMAGES = 2_000
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """All that there is before a test image is read."""
+    """All that there is before a test image is read.
+
+    Attributes:
+        arms: those that were trained, the first of them judged.
+        budget: the labelled images of each seed, and those that settings were chosen on.
+        images: all of them.
+        draw: which labels are used for what.
+        unlabelled_digests: a hash of the pixels of each unlabelled image; None without any.
+    """
 
     arms: list[TrainedArm]
     budget: LabelBudget
     images: LabelledSet
     draw: LabelDraw
+    unlabelled_digests: frozenset[bytes] | None = None
 
 
 def main(options: FinetuneOptions) -> None:
@@ -72,21 +82,20 @@ def evaluate_finetune(options: FinetuneOptions, probed: Probed, compute: Compute
     from train.probe.arms import difference, score_arms
     from train.probe.pretrained import read_pretrained
 
-    spec = probed.encoder.preprocessing
     test_source = open_source(options.test)  # a misspelt name ends it now, not at the end
-    require_memory(test_source, count_labelled(test_source), spec)
-    unlabelled = None
+    beside, unlabelled = [(test_source, count_labelled(test_source))], None
     if options.unlabelled is not None:
         unlabelled = open_source(options.unlabelled)
         n = min(options.distil.images, sum(1 for _ in unlabelled.records()))
-        require_memory(unlabelled, n, spec)
+        beside.append((unlabelled, n))
     with_layers = options.baselines or unlabelled is not None  # one of them teaches
     pretrained = probed.pretrained or read_pretrained(options.run)
-    trained = train_arms(options, probed, pretrained, compute, with_layers=with_layers)
+    trained = train_arms(
+        options, probed, pretrained, compute, with_layers=with_layers, beside=beside
+    )
     settings = describe_settings(options, compute)
     if unlabelled is not None:
-        students = train_students(options, probed, unlabelled, trained, compute)
-        trained = replace(trained, arms=[students[0], *trained.arms, *students[1:]])
+        trained = train_students(options, probed, unlabelled, trained, compute)
         settings |= {"unlabelled": unlabelled.uri, "distil": {**asdict(options.distil)}}
     test = read_test(test_source, probed, trained.images)
     rows, scores_NC = score_arms(trained.arms, labelled_images(test), compute)
@@ -104,7 +113,7 @@ def evaluate_finetune(options: FinetuneOptions, probed: Probed, compute: Compute
         difference=None if against is None else difference(rows[0], against),
         against=None if against is None else against.name,
         per_class=score_classes(scores_NC, test.labels_N, test.class_names),
-        notes=notes_of(trained.images, test),
+        notes=notes_of(trained.images, test, trained.unlabelled_digests),
         environment=describe_environment(),
     )
 
@@ -116,10 +125,12 @@ def train_arms(
     compute: Compute,
     *,
     with_layers: bool,
+    beside: Sequence[tuple[ImageSource, int]] = (),
 ) -> Trained:
     """Draw the labels, let each arm choose, and train it on every seed.
 
-    `with_layers` adds those of a linear layer alone.
+    `with_layers` adds those of a linear layer alone; `beside` are the images, so many of each
+    source, that have to fit in memory beside the labelled ones.
 
     Raises:
         SourceError: the source is missing or damaged.
@@ -128,7 +139,7 @@ def train_arms(
     from train.probe.arms import train_arm
     from train.probe.few_labels import make_arms, make_layer_arms, read_budget
 
-    budget, images, draw = read_budget(options, probed.encoder)
+    budget, images, draw = read_budget(options, probed.encoder, beside)
     given = options, pretrained, len(images.class_names), sample_of(images)
     arms = make_arms(*given)
     if with_layers:
@@ -143,8 +154,10 @@ def train_students(
     unlabelled: ImageSource,
     trained: Trained,
     compute: Compute,
-) -> list[TrainedArm]:
+) -> Trained:
     """Let the frozen network with its layer teach the network, and that from scratch itself.
+
+    The first student becomes the first arm, the others the last.
 
     Raises:
         SourceError, TrainError: there are no unlabelled images.
@@ -159,13 +172,18 @@ def train_students(
         seed=options.seeds[0],
     )
     teachers = {arm.arm.name: arm for arm in trained.arms}
-    return [
+    students = [
         train_student(
             student, teachers[teacher], trained.budget, unlabelled_NHWC, options.distil, compute
         )
         for student, teacher in STUDENTS.items()
         if teacher in teachers
     ]
+    return replace(
+        trained,
+        arms=[students[0], *trained.arms, *students[1:]],
+        unlabelled_digests=frozenset(pixel_digests(unlabelled_NHWC)),
+    )
 
 
 def sample_of(images: LabelledSet) -> NDArray[np.uint8]:

@@ -192,19 +192,23 @@ def join(blocks: list[NDArray[T]]) -> NDArray[T]:
     return whole
 
 
-def require_memory(source: ImageSource, n: int, spec: PreprocessSpec) -> None:
-    """Refuse images that the free memory cannot hold beside a copy of them.
+def require_memory(spec: PreprocessSpec, *sets: tuple[ImageSource, int]) -> None:
+    """Refuse images that the free memory cannot hold together, beside a copy of them.
+
+    Args:
+        spec: the size of an image.
+        sets: how many of each source.
 
     Raises:
         TrainError: there are more than fit.
     """
-    fits = images_that_fit(spec)
+    fits, n = images_that_fit(spec), sum(n for _, n in sets)
     if n > fits:
         n_bytes = n * spec.height * spec.width * spec.channels
         raise TrainError(
-            f"{source.uri} in memory",
+            f"{' + '.join(source.uri for source, _ in sets)} in memory",
             expected=f"at most {fits:,} images of {spec.height}x{spec.width} here",
-            found=f"{n:,} ({n_bytes:,} bytes)",
+            found=f"{' + '.join(f'{n:,}' for _, n in sets)} ({n_bytes:,} bytes)",
             mend="free memory, name fewer images, or ask for fewer --labels or --seeds; a linear "
             "layer without --augment keeps no images",
         )
@@ -245,6 +249,21 @@ def require_classes(what: str, class_names: Sequence[str]) -> None:
             expected="two classes or more",
             found=", ".join(class_names) or "none",
             mend="name a labelled source",
+        )
+
+
+def require_pair(what: str, labels_N: NDArray[np.int64]) -> None:
+    """Refuse images of which `hold_out` holds out none.
+
+    Raises:
+        TrainError: no class has two of them.
+    """
+    if len(np.unique(labels_N)) == len(labels_N):
+        raise TrainError(
+            f"labels of {what}",
+            expected="a class of two images, to choose C on",
+            found="one image a class",
+            mend="name more images, or choose --solver sgd, which has no C",
         )
 
 

@@ -30,8 +30,10 @@ from train.probe.labelled import (
     count_labelled,
     hold_out,
     read_labelled,
+    record_classes,
     require_classes,
     require_memory,
+    require_pair,
 )
 from train.probe.options import LinearOptions
 from train.probe.probed import Probed, RunEncoder
@@ -132,9 +134,11 @@ def read_train(
         TrainError: no image can be used, or more are to be kept than memory holds.
     """
     source = open_source(options.images)
+    if rows is None and options.solver == "lbfgs":
+        require_pair(options.images, record_classes(source)[1])
     if options.augment:
         n = count_labelled(source) if rows is None else len(rows)
-        require_memory(source, n, probed.encoder.preprocessing)
+        require_memory(probed.encoder.preprocessing, (source, n))
     return read_labelled(
         source,
         _encoders(options, probed),
@@ -301,6 +305,8 @@ def _fit_all(
         TrainError: there are not two classes, or features are not finite.
     """
     require_classes(options.images, [train.class_names[n] for n in np.unique(train.labels_N)])
+    if first is None and options.solver == "lbfgs":
+        require_pair(options.images, train.labels_N)
     found = candidates(options, _encoders(options, probed), train)
     choices = [None] * len(found) if first is None else [one.choice for one in first.fitted]
     return Layers(

@@ -7,6 +7,7 @@ training images, see `benchmarks/labels.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,7 +122,8 @@ class LinearOptions(CommonOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(bool(self.c) and min(self.c) > 0, "--c", "numbers above 0", self.c)
+        sound = bool(self.c) and all(0 < c < math.inf for c in self.c)
+        require(sound, "--c", "finite numbers above 0", self.c)
         require(0 < self.val_share < 1, "--val-share", "between 0 and 1", self.val_share)
         require(self.seed >= 0, "--seed", "at least 0", self.seed)
         if self.augment and self.solver == "lbfgs":
@@ -271,7 +273,8 @@ class DistilOptions:
             require(getattr(self, name) >= least, option, f"at least {least}", getattr(self, name))
         for name in ("lr", "temperature"):
             value = getattr(self, name)
-            require(value > 0, f"--distil.{name}", "more than 0", value)
+            sound = 0 < value < math.inf
+            require(sound, f"--distil.{name}", "a finite number above 0", value)
         crop = self.smallest_crop
         require(0 < crop <= 1, "--distil.smallest-crop", "more than 0, at most 1", crop)
         sound = 0 <= self.smoothing < 1

@@ -23,9 +23,9 @@ import torch
 from numpy.typing import NDArray
 
 from models.bundle import Json
-from models.encoder import Encoder, check_batch, open_encoder
+from models.encoder import Encoder, open_encoder
 from models.files import sha256_file
-from models.preprocess import PreprocessSpec, preprocess
+from models.preprocess import PreprocessSpec, check_batch, preprocess
 from models.runtime import open_random_twin
 from train.export.graph import EncoderGraph, run_in_batches
 from train.probe.pretrained import Pretrained, load_graph, read_pretrained, with_readout

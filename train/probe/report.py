@@ -7,11 +7,10 @@ encoder's fingerprint, versions and hardware; and beside the encoder stand its b
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 
 from index.evaluation.knn_scores import ClassScore, class_scores, confusion_matrix
 from models.bundle import Json
+from models.errors import reason_of
 from models.files import atomic_file
 from train.errors import TrainError
 from train.probe.labelled import LabelledSet
@@ -135,9 +135,14 @@ def score(scores_NC: NDArray[np.float64], truth_N: NDArray[np.int64]) -> Scores:
 def score_classes(
     scores_NC: NDArray[np.float64], truth_N: NDArray[np.int64], class_names: Sequence[str]
 ) -> list[ClassScore]:
-    """Give every class its accuracy, and what it is most taken for."""
-    confusion_CC = confusion_matrix(truth_N, scores_NC.argmax(axis=1), len(class_names))
-    return class_scores(confusion_CC, class_names)
+    """Give every class its accuracy, and what it is most taken for.
+
+    An image with a score that is not a number is taken for no class, and is wrong.
+    """
+    predicted_N = np.where(np.isnan(scores_NC).any(axis=1), -1, scores_NC.argmax(axis=1))
+    confusion_CC = confusion_matrix(truth_N, predicted_N, len(class_names))
+    counts_C = np.bincount(truth_N[truth_N >= 0], minlength=len(class_names))
+    return class_scores(confusion_CC, class_names, counts_C)
 
 
 def as_text(report: ProbeReport) -> str:
@@ -146,11 +151,19 @@ def as_text(report: ProbeReport) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def notes_of(train: LabelledSet, test: LabelledSet) -> list[str]:
-    """Say what was left out, and what cannot be right."""
+def notes_of(
+    train: LabelledSet, test: LabelledSet, unlabelled_digests: Set[bytes] | None = None
+) -> list[str]:
+    """Say what was left out, and what cannot be right.
+
+    `unlabelled_digests` are of the images that taught without a label, if any did.
+    """
     known = set(train.digests)
     duplicates = sum(digest in known for digest in test.digests)
     notes = [f"{duplicates} test images are training images pixel for pixel"]
+    if unlabelled_digests is not None:
+        duplicates = sum(digest in unlabelled_digests for digest in test.digests)
+        notes.append(f"{duplicates} test images are among the unlabelled ones pixel for pixel")
     for images in (train, test):
         if images.n_rejects or images.n_unlabelled:
             notes.append(
@@ -180,7 +193,7 @@ def show(report: ProbeReport, *, as_json: bool, out: Path | None) -> None:
         raise TrainError(
             f"--out {out}",
             expected="a file that can be written",
-            found=os.strerror(error.errno) if error.errno else str(error),
+            found=reason_of(error),
             mend="choose another place",
         ) from error
 

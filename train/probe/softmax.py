@@ -136,12 +136,17 @@ class Statistics:
         return cls(mean_D=mean_D, scale_D=scale_D, covariance_DD=covariance_DD.div_(n))
 
     def factor(self, *, n: int, n_classes: int, c: float) -> Tensor:
-        """Give the lower L of L L^T, about the Hessian of one class's weights, (D, D)."""
+        """Give the lower L of L L^T, about the Hessian of one class's weights, (D, D).
+
+        The ridge is at least what rounding can take from an eigenvalue of the covariance,
+        whose trace is D at most: any C has a factor, since L decides the way alone.
+        """
         dim = len(self.mean_D)
         if self.covariance_DD is None:
             return torch.eye(dim, dtype=torch.float64)
         curvature = (1 - 1 / n_classes) / n_classes
-        ridge_DD = torch.eye(dim, dtype=torch.float64) / (c * n)
+        ridge = max(1 / (c * n), torch.finfo(torch.float64).eps * dim)
+        ridge_DD = ridge * torch.eye(dim, dtype=torch.float64)
         lower_DD: Tensor = torch.linalg.cholesky(curvature * self.covariance_DD + ridge_DD)
         return lower_DD
 

@@ -5,8 +5,8 @@ untrained encoder, pixels, and the network trained from scratch. Images of any s
 colour pass through the encoder's own preprocessing.
 
 Rules:
-    Everything is chosen and trained before a test image is read; the test images are read
-    once for the linear rows and once for the trained networks.
+    Everything is chosen and trained before a test image is read; each is read once, for the
+    linear rows and the trained networks alike.
     Every row has every seed: its labels, and settings that the first seed chose.
     A linear layer on a bundle has the bundle's own readout; the options choose that of a run,
     and of the trained networks.
@@ -80,9 +80,11 @@ def evaluate_transfer(options: TransferOptions, probed: Probed, compute: Compute
     class_names, labels_N = record_classes(source)
     draw = draw_labels(labels_N, options)
     if pretrained is not None:  # the images of what is trained further are kept
-        spec = probed.encoder.preprocessing
-        require_memory(test_source, count_labelled(test_source), spec)
-        require_memory(source, len(draw.used), spec)
+        require_memory(
+            probed.encoder.preprocessing,
+            (source, len(draw.used)),
+            (test_source, count_labelled(test_source)),
+        )
     taught = np.unique(np.concatenate([*draw.by_seed.values()]))
     train = read_train(linear, probed, taught, class_names)
     layers = fit_seeds(linear, probed, train, draw.by_seed)

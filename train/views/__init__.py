@@ -45,7 +45,6 @@ from train.views.parameters import (
     UNITS,
     ViewParameters,
     ViewRecipe,
-    crop_box,
     view_parameters,
 )
 
@@ -54,7 +53,6 @@ __all__ = [
     "ViewParameters",
     "ViewRecipe",
     "apply_view",
-    "crop_box",
     "draw_parameters",
     "finish_view",
     "random_view",
