@@ -1,8 +1,8 @@
 """Vectors at rest: collections, search and the evaluations made on them."""
 
+from importlib.util import find_spec
+
 from models.providers import INSTALL_AN_ENGINE
 
-try:
-    import faiss as _faiss  # noqa: F401  # each of its two builds is an extra
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(f"{error.msg}; {INSTALL_AN_ENGINE}", name="faiss") from None
+if find_spec("faiss") is None:  # it is looked for, not loaded: `serve` starts without
+    raise ModuleNotFoundError(f"No module named 'faiss'; {INSTALL_AN_ENGINE}", name="faiss")

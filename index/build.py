@@ -19,7 +19,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -51,7 +50,7 @@ from models.bundle import Json
 from models.command import run_command
 from models.cpu import cpu_budget
 from models.encoder import Encoder, open_encoder
-from models.errors import UsageError
+from models.errors import UsageError, reason_of
 from models.files import atomic_directory
 from models.image_folder import FolderSource
 from models.images import ImageSource, open_source
@@ -87,7 +86,7 @@ def build(options: BuildOptions) -> BuildSummary:
             raise CollectionError(
                 str(options.out),
                 expected="a directory that can be written, with room for the collection",
-                found=os.strerror(error.errno) if error.errno else str(error),
+                found=reason_of(error),
                 mend="make room or choose another --out; the same command goes on from here",
             ) from error
 

@@ -20,7 +20,7 @@ Shapes: P positives, N negatives, Q queries, D dimensions.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -33,8 +33,7 @@ from models.errors import UsageError
 from models.vectors import finish_vectors
 
 if TYPE_CHECKING:
-    from index.interface import AnyCollection, AnySelection
-    from index.neighbours import Neighbours
+    from index.interface import AnyCollection
 
 NEGATIVE_WEIGHT = 0.5
 MAX_NEGATIVE_WEIGHT = 10.0
@@ -120,40 +119,6 @@ def combine_vectors(
         )
     unit_D: NDArray[np.float32] = (query_D / norm).astype(np.float32)
     return unit_D
-
-
-def search_combined(
-    collection: AnyCollection,
-    combinations: Sequence[Combination],
-    k: int,
-    *,
-    fingerprint: str,
-    exact: bool = False,
-    parameters: Mapping[str, int] | None = None,
-    filter: str | AnySelection | None = None,
-) -> Neighbours:
-    """Find the k nearest images of each combination, its own stored examples left out.
-
-    Args:
-        collection: where to search, and where the stored examples are.
-        combinations: the queries; vectors in them are of any length but zero.
-        k: neighbours a query, at least 1.
-        fingerprint: of the encoder that made the vectors.
-        exact: as in `Collection.search`; so are the next two.
-        parameters: see there.
-        filter: see there.
-
-    Raises:
-        UnknownIdError: an example is not in the collection.
-        UsageError: examples cancel out; and see `Collection.search`.
-        FingerprintMismatchError: another encoder made the vectors.
-    """
-    queries = [query_vector(collection, one) for one in combinations]
-    queries_QD = np.stack(queries) if queries else np.empty((0, collection.dim), np.float32)
-    return collection.search(
-        queries_QD, k, fingerprint=fingerprint, exact=exact, parameters=parameters, filter=filter,
-        without_QW=pad_ids([one.ids for one in combinations]),
-    )  # fmt: skip
 
 
 def pad_ids(ids: Sequence[Sequence[int]]) -> NDArray[np.int64]:

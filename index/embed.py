@@ -14,21 +14,26 @@ Shapes: N images of a batch, H, W, C of the encoder's input, D dimensions.
 
 from __future__ import annotations
 
+import json
+import os
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from models.cpu import cpu_budget, share_cpus
-from models.encoder import Encoder
-from models.errors import ImageError
+from models.encoder import Encoder, open_encoder
+from models.errors import BundleError, ImageError
 from models.image_source import ImageRecord, digest_of
 from models.vectors import finish_vectors
+
+if TYPE_CHECKING:
+    from index.interface import AnyCollection
 
 BATCHES_AHEAD = 2
 """While one batch is encoded, one more is ready and one is in the making."""
@@ -54,6 +59,11 @@ class Reject:
     fault: str
     message: str
     digest: str | None = None
+
+
+def rejects_text(rejects: Iterable[Reject]) -> str:
+    """Lay rejects out as JSON, one a line."""
+    return "".join(json.dumps(asdict(reject)) + "\n" for reject in rejects)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +111,30 @@ class EmbeddedBatch:
 
     def __len__(self) -> int:
         return len(self.keys) + len(self.rejects)
+
+
+def open_collection_encoder(collection: AnyCollection, encoder: str | None) -> Encoder:
+    """Open the named encoder, or the one that built the collection; it must be the same.
+
+    Raises:
+        BundleError: the recorded encoder is no longer where it was.
+        FingerprintMismatchError: it is another encoder; names both.
+    """
+    uri = encoder or collection.encoder
+    if encoder is None and "://" not in uri and not os.path.exists(uri):
+        raise BundleError(
+            f"encoder of collection {collection.name}",
+            expected=f"the bundle at {uri}, where it was when the collection was built",
+            found="nothing",
+            mend="say where it is now with --encoder",
+        )
+    opened = open_encoder(uri)
+    try:
+        collection.require(opened.fingerprint)
+    except Exception:
+        opened.close()
+        raise
+    return opened
 
 
 def decode_batches(

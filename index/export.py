@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -38,7 +37,7 @@ from index.interface import AnyCollection, open_collection
 from index.storage.incoming import VECTOR
 from models.bundle import Json
 from models.command import progress, run_command
-from models.errors import UsageError
+from models.errors import UsageError, reason_of
 from models.files import atomic_directory, atomic_file
 
 BLOCK_ROWS = 16384
@@ -156,7 +155,7 @@ def export(collection: AnyCollection, options: ExportOptions) -> Exported:
         raise CollectionError(
             f"--out {options.out}",
             expected="a place that can be written to",
-            found=os.strerror(error.errno) if error.errno else str(error),
+            found=reason_of(error),
             mend="choose another one",
         ) from error
     return exported

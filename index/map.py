@@ -87,7 +87,7 @@ def main(options: MapOptions) -> None:
         return
     print(
         f"{document['images']} of {document['of']} images by {options.method}; of "
-        f"{document['neighbours']} nearest in the collection, {document['neighbours_kept']:.1%} "
+        f"{document['neighbours']} nearest among these, {document['neighbours_kept']:.1%} "
         "are among as many on the map"
     )
     print(f"map: {options.out / PAGE_FILE}, {options.out / PICTURE_FILE}")
@@ -105,6 +105,7 @@ def make_map(collection: Collection, options: MapOptions) -> dict[str, Json]:
     smooth_ND = smooth(vectors_ND, around.places_NK, rounds, unit=is_unit)
     drawn = _draw_lots(around, options)
     places_N2 = project(smooth_ND[drawn], options.method, seed=options.seed)
+    kept_of = min(k, len(drawn) - 1)
     document: dict[str, Json] = {
         "collection": collection.name,
         "fingerprint": collection.fingerprint,
@@ -114,8 +115,10 @@ def make_map(collection: Collection, options: MapOptions) -> dict[str, Json]:
         "seed": options.seed,
         "images": len(drawn),
         "of": len(around.ids),
-        "neighbours": around.places_NK.shape[1],
-        "neighbours_kept": neighbours_kept(places_N2, _among(around, drawn)),
+        "neighbours": kept_of,
+        "neighbours_kept": neighbours_kept(
+            places_N2, vectors_ND[drawn], kept_of, metric=collection.metric
+        ),
     }
     rows = collection.rows(around.ids[drawn])
     sprites = make_sprites(rows)
@@ -156,13 +159,6 @@ def _draw_lots(around: Surroundings, options: MapOptions) -> NDArray[np.int64]:
         return np.arange(count)
     lots = np.random.default_rng(options.seed).permutation(count)[: options.images]
     return np.sort(lots)
-
-
-def _among(around: Surroundings, drawn: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Give the neighbours of the drawn images as places among them; -1 of those that are not."""
-    place = np.full(len(around.ids) + 1, -1, np.int64)
-    place[drawn] = np.arange(len(drawn))
-    return place[around.places_NK[drawn]]
 
 
 if __name__ == "__main__":

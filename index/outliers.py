@@ -85,13 +85,15 @@ class Findings:
     """What was found.
 
     Attributes:
-        around: the neighbours of every image.
+        around: the neighbours of every image: those that a score asks, and those that vote.
+        k: neighbours that the score asks.
         scores_N: (N,) float64, odd is high.
         order_N: (N,) int64 places of the images, the oddest first.
         suspects: doubtful labels, the most doubtful first.
     """
 
     around: Surroundings
+    k: int
     scores_N: NDArray[np.float64]
     order_N: NDArray[np.int64]
     suspects: Sequence[Suspect]
@@ -121,18 +123,20 @@ def find(collection: Collection, options: OutlierOptions) -> Findings:
     """Score every image, and weigh every label."""
     selection = None if options.filter is None else collection.select(options.filter)
     count = collection.count if selection is None else selection.count
-    k = options.k or default_neighbours(count)
-    around = find_surroundings(collection, k, exact=options.exact, selection=selection)
-    scores_N = SCORERS[options.method](around)
+    voters = default_neighbours(count)
+    k = min(options.k or voters, count - 1)
+    around = find_surroundings(collection, max(k, voters), exact=options.exact, selection=selection)
+    scores_N = SCORERS[options.method](around.nearest(k))
     labels = collection.labels()
     if selection is not None:
         labels = [labels[row] for row in np.flatnonzero(selection.mask_N)]
     temperature = TEMPERATURE if collection.metric == "cosine" else np.inf
     return Findings(
         around=around,
+        k=k,
         scores_N=scores_N,
         order_N=np.argsort(-scores_N, kind="stable"),
-        suspects=find_suspects(around, labels, temperature=temperature),
+        suspects=find_suspects(around, labels, temperature=temperature, voters=voters),
     )
 
 
@@ -144,7 +148,7 @@ def _document(collection: Collection, options: OutlierOptions, found: Findings) 
         "collection": collection.name,
         "fingerprint": collection.fingerprint,
         "method": options.method,
-        "k": found.around.places_NK.shape[1],
+        "k": found.k,
         "filter": options.filter,
         "exact": options.exact or collection.factory == "Flat",
         "images": len(found.around.ids),
@@ -249,7 +253,7 @@ def _page(collection: Collection, options: OutlierOptions, found: Findings) -> s
             tag(
                 "p",
                 f"Scored by {_EXPLAINED[options.method]}, with k = "
-                f"{found.around.places_NK.shape[1]}; half of all images have less than "
+                f"{found.k}; half of all images have less than "
                 f"{np.median(found.scores_N):.4f}. {OUTLIERS_FILE} lists them all.",
             ),
             tag("div", *figures, class_="row"),

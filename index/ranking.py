@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index.knn import MISSING, ROUNDING
-from index.neighbours import Neighbours, require_cosine
+from index.neighbours import Neighbours, no_neighbours, require_cosine
 from models.errors import UsageError
 
 if TYPE_CHECKING:
@@ -86,17 +86,16 @@ class Ranking:
         if not self.diversity:
             return Neighbours(ids=ids_QC[:, :k], scores=scores_QC[:, :k])
         width = min(k, ids_QC.shape[1])
-        ids_QK = np.full((len(ids_QC), width), MISSING, np.int64)
-        scores_QK = np.full((len(ids_QC), width), -np.inf, np.float32)
+        chosen = no_neighbours(len(ids_QC), width)
         for query, (ids_C, scores_C) in enumerate(zip(ids_QC, scores_QC, strict=True)):
             there = ids_C >= 0
             ids_C, scores_C = ids_C[there], scores_C[there]
             order = pick_diverse(
                 scores_C, collection.vectors(ids_C), width, diversity=self.diversity
             )
-            ids_QK[query, : len(order)] = ids_C[order]
-            scores_QK[query, : len(order)] = scores_C[order]
-        return Neighbours(ids=ids_QK, scores=scores_QK)
+            chosen.ids[query, : len(order)] = ids_C[order]
+            chosen.scores[query, : len(order)] = scores_C[order]
+        return chosen
 
 
 def check_min_score(min_score: float) -> None:
@@ -209,10 +208,8 @@ def search_range(
             scores[query] = found.scores[place][is_near[place]]
         left = left[is_near[:, -1:].any(axis=1)] if k < most else left[:0]
         k = min(RANGE_MORE * k, most)
-    width = max(map(len, ids), default=0)
-    ids_QK = np.full((len(ids), width), MISSING, np.int64)
-    scores_QK = np.full((len(ids), width), -np.inf, np.float32)
+    all_near = no_neighbours(len(ids), max(map(len, ids), default=0))
     for row, (ids_K, scores_K) in enumerate(zip(ids, scores, strict=True)):
-        ids_QK[row, : len(ids_K)] = ids_K
-        scores_QK[row, : len(ids_K)] = scores_K
-    return Neighbours(ids=ids_QK, scores=scores_QK)
+        all_near.ids[row, : len(ids_K)] = ids_K
+        all_near.scores[row, : len(ids_K)] = scores_K
+    return all_near

@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import closing
@@ -37,6 +36,7 @@ from index.combine import (
     pad_ids,
     query_vector,
 )
+from index.embed import open_collection_encoder
 from index.errors import CollectionError, QueryError, UnknownIdError
 from index.found import Found, as_text, look_up_hits
 from index.interface import AnyCollection, open_collection
@@ -44,8 +44,8 @@ from index.knn import COSINE
 from index.neighbours import Neighbours
 from index.ranking import Ranking, search_range
 from models.command import run_command
-from models.encoder import Encoder, open_encoder
-from models.errors import BundleError, ImageError, UsageError
+from models.encoder import Encoder
+from models.errors import ImageError, UsageError, reason_of
 from models.image_source import read_image_file
 from models.vectors import finish_vectors
 
@@ -165,30 +165,6 @@ def main(options: SearchOptions) -> None:
         raise errors[0]
     if errors:
         raise QueryError(f"{len(errors)} bad queries of {len(found)}, the first {errors[0]}")
-
-
-def open_collection_encoder(collection: AnyCollection, encoder: str | None) -> Encoder:
-    """Open the named encoder, or the one that built the collection; it must be the same.
-
-    Raises:
-        BundleError: the recorded encoder is no longer where it was.
-        FingerprintMismatchError: it is another encoder; names both.
-    """
-    uri = encoder or collection.encoder
-    if encoder is None and "://" not in uri and not os.path.exists(uri):
-        raise BundleError(
-            f"encoder of collection {collection.name}",
-            expected=f"the bundle at {uri}, where it was when the collection was built",
-            found="nothing",
-            mend="say where it is now with --encoder",
-        )
-    opened = open_encoder(uri)
-    try:
-        collection.require(opened.fingerprint)
-    except Exception:
-        opened.close()
-        raise
-    return opened
 
 
 def _search(
@@ -346,7 +322,7 @@ def _draw(path: Path, collection: AnyCollection, found: Sequence[Found]) -> None
     try:
         draw(path, collection, found)
     except OSError as error:
-        found_ = os.strerror(error.errno) if error.errno else str(error)
+        found_ = reason_of(error)
         raise _unwritable(path, found_) from error
 
 

@@ -14,7 +14,6 @@ the collection has of its source count too, unless `--ignore-labels`.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from index.errors import CollectionError
 from index.knn import MISSING
 from models.bundle import Json
 from models.command import run_command
-from models.errors import UsageError
+from models.errors import UsageError, reason_of
 from models.files import atomic_file
 
 HEADER = (
@@ -175,7 +174,7 @@ def _write(out: Path, collection: Collection, options: SelectOptions, choice: Ch
         raise CollectionError(
             f"--out {out}",
             expected="a file that can be written",
-            found=os.strerror(error.errno) if error.errno else str(error),
+            found=reason_of(error),
             mend="choose another name",
         ) from error
 

@@ -28,6 +28,7 @@ from tyro.conf import Positional
 
 from index.ann import report
 from index.ann.candidates import Candidate
+from index.ann.making import SEED
 from index.ann.memory import as_size, parse_size
 from index.ann.trials import Goal
 from index.ann.tuning import MAX_QUERIES, Tuned, plan
@@ -37,7 +38,7 @@ from index.errors import CollectionError
 from index.evaluation.queries import open_queries
 from index.milvus.connection import require_directory
 from models.command import run_command
-from models.errors import UsageError
+from models.errors import UsageError, reason_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +138,7 @@ def _draw(plot: Path, tuned: Tuned) -> None:
         raise CollectionError(
             f"--plot {plot}",
             expected="a file that can be written",
-            found=os.strerror(error.errno) if error.errno else str(error),
+            found=reason_of(error),
             mend="the index is in its place; tune again for another picture",
         ) from error
 
@@ -149,7 +150,7 @@ def _read_queries(options: TuneOptions) -> NDArray[np.float32]:
     with ExitStack() as stack:
         collection = stack.enter_context(Collection.open(options.collection, verify=False))
         queries = open_queries(stack, collection, options.query_from)
-        queries = queries.sample(goal.n_queries or MAX_QUERIES, seed=goal.seed)
+        queries = queries.sample(goal.n_queries or MAX_QUERIES, seed=SEED)
         return np.ascontiguousarray(queries.vectors(np.arange(len(queries))))
 
 

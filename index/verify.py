@@ -35,6 +35,7 @@ from index.collection import id_of
 from index.errors import CollectionError
 from index.knn import COSINE
 from index.milvus.connection import require_directory
+from index.storage.incoming import UNIT_TOLERANCE
 from index.storage.journal import JournalFile, Position
 from index.storage.lock import LOCK_FILE
 from index.storage.manifest import (
@@ -54,8 +55,6 @@ from models.command import run_command
 from models.errors import BundleError, HoraceError
 
 BLOCK_ROWS = 16384
-UNIT_TOLERANCE = 1e-4
-"""Of a vector's length: float32 keeps unit vectors of thousands of dimensions within 1e-5."""
 
 
 @dataclass(frozen=True, kw_only=True)

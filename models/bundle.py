@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
 
-from models.errors import BundleError, HoraceError
+from models.errors import BundleError, HoraceError, reason_of
 from models.files import atomic_directory, atomic_file, canonical_json, sha256_file
 from models.preprocess import PreprocessSpec
 
@@ -172,7 +172,7 @@ def write_bundle(
     """
     if ENCODER_FILE not in files:
         raise BundleError("bundle files", expected=ENCODER_FILE, found=", ".join(files) or "none")
-    _refuse_foreign_target(path, replace=replace)
+    refuse_foreign_target(path, replace=replace)
     with atomic_directory(path, replace=replace) as temporary:
         for file_name, source in files.items():
             shutil.copyfile(source, temporary / file_name)
@@ -223,9 +223,21 @@ def read_bundle(path: Path, *, verify: bool = True) -> Bundle:
 
     Raises:
         BundleError: there is none, it is of another schema, a file is missing or does not
-            match its hash, or the fingerprint is not that of its content.
+            match its hash, or the fingerprint is not that of its content; or the system
+            lets nobody read it.
     """
     path, _ = split_precision(path)
+    try:
+        return _read(path, verify=verify)
+    except OSError as error:
+        name = str(error.filename or path)
+        raise BundleError(
+            name, expected="a bundle that can be read", found=reason_of(error)
+        ) from error
+
+
+def _read(path: Path, *, verify: bool) -> Bundle:
+    """See `read_bundle`."""
     document = _read_document(path)
     _check_document(path / BUNDLE_FILE, document)
     _check_bytes(path, document)
@@ -325,8 +337,12 @@ def _input_json(preprocessing: PreprocessSpec) -> dict[str, Json]:
     return {"dtype": "uint8", "layout": "NHWC", "shape": shape}
 
 
-def _refuse_foreign_target(path: Path, *, replace: bool) -> None:
-    """Leave alone what exists, unless it is a bundle and may be replaced."""
+def refuse_foreign_target(path: Path, *, replace: bool) -> None:
+    """Leave alone what exists, unless it is a bundle and may be replaced.
+
+    Raises:
+        BundleError: it is something else, or a bundle that may not be replaced.
+    """
     if not path.exists():
         return
     if not (path / BUNDLE_FILE).is_file():

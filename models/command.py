@@ -1,8 +1,9 @@
 """How every command of Horace starts, reports progress and ends.
 
 Rules:
-    A `HoraceError` is printed as one line on stderr; the exit status is 2 for bad use,
-    1 for failed work, 130 for Ctrl-C. A traceback is shown only with `--debug`.
+    A `HoraceError` is printed as one line on stderr, and so is what the system refuses; the
+    exit status is 2 for bad use, 1 for failed work, 130 for Ctrl-C. A traceback is shown only
+    with `--debug`.
     A `KeyboardInterrupt` that carries a text says how to go on; the line shows it.
     Options are a frozen keyword-only dataclass that tyro reads; its `__post_init__`
     validates and raises `UsageError`.
@@ -22,7 +23,7 @@ from typing import TypeVar
 import tyro
 from tqdm import tqdm
 
-from models.errors import HoraceError, UsageError
+from models.errors import HoraceError, UsageError, reason_of
 
 Item = TypeVar("Item")
 Options = TypeVar("Options")
@@ -68,17 +69,39 @@ def run_command(
             default=tyro.MISSING_NONPROP if default is None else default,
         )
         main(options)
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except HoraceError as error:
         if debug:
             raise
-        print(f"{prog}: {error}", file=sys.stderr)
+        print(f"{prog}: {_one_line(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt as interrupt:
         print(": ".join([prog, "interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         return 130
     except BrokenPipeError:  # `... | head` has what it wants
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _let_go_of_stdout()
+    except OSError as error:  # a full disk, a directory that nobody may look into
+        if debug:
+            raise
+        _let_go_of_stdout()
+        name = "" if error.filename is None else f"{error.filename}: "
+        print(f"{prog}: {_one_line(f'{name}{reason_of(error)}')}", file=sys.stderr)
+        return 1
     return 0
+
+
+def _one_line(text: str) -> str:
+    """Write out the line breaks and other control characters of names in a text."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _let_go_of_stdout() -> None:
+    """Say nothing more where nobody listens, or the interpreter complains when it ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def progress(

@@ -131,17 +131,6 @@ def open_encoder(
     )
 
 
-def check_batch(images_NHWC: NDArray[np.uint8], spec: PreprocessSpec) -> None:
-    """Refuse a batch that is not (N, H, W, C) uint8 as `spec` says.
-
-    Raises:
-        EncoderError: it is not.
-    """
-    shape = (spec.height, spec.width, spec.channels)
-    right = images_NHWC.ndim == 4 and images_NHWC.shape[1:] == shape
-    if not right or images_NHWC.dtype != np.uint8:
-        raise EncoderError(
-            "images to encode",
-            expected=f"(N, {spec.height}, {spec.width}, {spec.channels}) uint8",
-            found=f"{images_NHWC.shape} {images_NHWC.dtype}",
-        )
+def absolute_uri(path_or_uri: str) -> str:
+    """Name an encoder so that any working directory understands it."""
+    return path_or_uri if "://" in path_or_uri else str(Path(path_or_uri).resolve())

@@ -93,3 +93,8 @@ class ImageError(HoraceError):
     ) -> None:
         super().__init__(what, expected=expected, found=found, mend=mend)
         self.fault = fault
+
+
+def reason_of(error: OSError) -> str:
+    """Say what the system says, without the path."""
+    return error.strerror or str(error)

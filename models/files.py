@@ -45,8 +45,16 @@ def canonical_json(value: object) -> bytes:
 def atomic_file(path: Path) -> Iterator[Path]:
     """Give a temporary path to write to; it becomes `path` when the block ends well.
 
-    Missing parent directories are made. After an exception `path` is as it was.
+    Missing parent directories are made. After an exception `path` is as it was. A link stays,
+    and what it leads to is replaced.
+
+    Raises:
+        OSError: the file cannot be written; or something is there that is no regular file,
+            such as a device, of which only the name would be replaced.
     """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise OSError("something that is no regular file")
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f"{TEMPORARY_PREFIX}{path.name}.", dir=path.parent)
     os.close(handle)

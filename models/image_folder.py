@@ -25,7 +25,7 @@ from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 
-from models.errors import ImageError, ImageFault, SourceError
+from models.errors import ImageError, ImageFault, SourceError, reason_of
 from models.image_source import (
     IMAGE_SUFFIXES,
     ImageData,
@@ -207,7 +207,7 @@ def _cannot_list(root: Path, error: OSError) -> SourceError:
     return SourceError(
         f"image folder {root}",
         expected="a folder that can be listed",
-        found=os.strerror(error.errno) if error.errno else str(error),
+        found=reason_of(error),
         mend="check its permissions and whether its disk is there",
     )
 

@@ -13,7 +13,6 @@ Nothing here decodes: see `models.preprocess`.
 from __future__ import annotations
 
 import hashlib
-import os
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from typing import Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from models.errors import ImageError, ImageFault
+from models.errors import ImageError, ImageFault, reason_of
 from models.picture import DEFAULT_LIMITS
 
 ImageData: TypeAlias = bytes | NDArray[np.uint8]
@@ -120,7 +119,7 @@ def read_image_file(path: Path, name: str) -> bytes:
             ImageFault.UNREADABLE,
             name,
             expected="a readable file",
-            found=os.strerror(error.errno) if error.errno else str(error),
+            found=reason_of(error),
             mend="check the path and its permissions",
         ) from error
 

@@ -14,40 +14,22 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
 
 from models.errors import SourceError
 from models.fashion_mnist import open_fashion_mnist
-from models.idx import ArraySource, open_idx
+from models.idx import open_idx
 from models.image_folder import FolderSource
 from models.image_source import ImageData, ImageRecord, ImageSource
 from models.webdataset import SHARD_NAME, TarSource
 
 __all__ = [
-    "ImageArrays",
     "ImageData",
     "ImageRecord",
     "ImageSource",
-    "as_arrays",
     "open_source",
 ]
 
 KINDS = "fashion-mnist[:train|:test], folder:PATH, wds:PATTERN or idx:IMAGES[,LABELS]"
-
-
-class ImageArrays(NamedTuple):
-    """A whole source at once.
-
-    Attributes:
-        images: (N, H, W) or (N, H, W, C) uint8, read-only.
-        labels: N texts, or None.
-    """
-
-    images: NDArray[np.uint8]
-    labels: list[str] | None
 
 
 def open_source(spec: str) -> ImageSource:
@@ -81,10 +63,3 @@ def open_source(spec: str) -> ImageSource:
         found="a file" if os.path.exists(spec) else "nothing of that name",
         mend="check the path, or say what it is with one of these forms",
     )
-
-
-def as_arrays(source: ImageSource) -> ImageArrays | None:
-    """Give all images of a source that holds them as one array; None for any other."""
-    if isinstance(source, ArraySource):
-        return ImageArrays(source.images, source.labels)
-    return None

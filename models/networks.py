@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from models.errors import UsageError
 
-BLOCKS = ("basic", "bottleneck")
 STEMS = ("small", "large")
 LAYOUTS: dict[str, tuple[str, tuple[int, ...]]] = {
     "resnet10": ("basic", (1, 1, 1, 1)),

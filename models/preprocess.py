@@ -19,18 +19,19 @@ from dataclasses import asdict, dataclass, fields
 from typing import TypeGuard
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from models.decode import decode, flatten, to_mode
-from models.errors import BundleError, ImageError, ImageFault, UsageError
+from models.errors import BundleError, EncoderError, ImageError, ImageFault, UsageError
 from models.picture import DEFAULT_LIMITS, ImageLimits, Picture, Pixels
 
 __all__ = [
     "DEFAULT_LIMITS",
     "INTERPOLATIONS",
-    "REVISION",
     "ImageLimits",
     "PreprocessSpec",
+    "check_batch",
     "preprocess",
     "recolour",
 ]
@@ -211,6 +212,22 @@ def _cut_centre(picture: Picture, spec: PreprocessSpec) -> Pixels:
     filter_ = INTERPOLATIONS[spec.interpolation]
     resized = Image.fromarray(pixels).resize((spec.width, spec.height), filter_, box=box)
     return np.asarray(resized)
+
+
+def check_batch(images_NHWC: NDArray[np.uint8], spec: PreprocessSpec) -> None:
+    """Refuse a batch that is not (N, H, W, C) uint8 as `spec` says.
+
+    Raises:
+        EncoderError: it is not.
+    """
+    shape = (spec.height, spec.width, spec.channels)
+    right = images_NHWC.ndim == 4 and images_NHWC.shape[1:] == shape
+    if not right or images_NHWC.dtype != np.uint8:
+        raise EncoderError(
+            "images to encode",
+            expected=f"(N, {spec.height}, {spec.width}, {spec.channels}) uint8",
+            found=f"{images_NHWC.shape} {images_NHWC.dtype}",
+        )
 
 
 def _require(name: str, value: object, holds: bool, expected: str) -> None:

@@ -22,14 +22,14 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from models.encoder import check_batch
 from models.errors import (
     EncoderError,
     EncoderUnavailableError,
     FingerprintMismatchError,
     HoraceError,
+    reason_of,
 )
-from models.preprocess import PreprocessSpec, preprocess
+from models.preprocess import PreprocessSpec, check_batch, preprocess
 from models.wire import image_to_wire, vectors_from_wire
 from protos import horace_pb2 as pb
 from protos import horace_pb2_grpc as pb_grpc
@@ -253,7 +253,7 @@ def _read_ca(path: str) -> bytes | None:
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        found = os.strerror(error.errno) if error.errno else str(error)
+        found = reason_of(error)
         raise EncoderError(
             f"{CA_VARIABLE} {path}", expected="a PEM file of authorities", found=found
         ) from error

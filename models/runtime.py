@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 
 from models.bundle import Bundle, Precision, check_sha256, read_bundle, split_precision
 from models.cpu import cpu_budget
-from models.encoder import check_batch
-from models.errors import EncoderError
-from models.preprocess import PreprocessSpec, preprocess
+from models.errors import BundleError, EncoderError, reason_of
+from models.preprocess import PreprocessSpec, check_batch, preprocess
 from models.providers import (
     INSTALL_AN_ENGINE,
     ON_CPU,
@@ -194,7 +193,12 @@ def open_random_twin(path: Path, *, threads: int | None = None) -> OnnxEncoder |
 
 def _read_checked(bundle: Bundle, graph: Path) -> bytes:
     """Read a graph and hold it against the recorded hash."""
-    content = graph.read_bytes()
+    try:
+        content = graph.read_bytes()
+    except OSError as error:
+        raise BundleError(
+            str(graph), expected="a file that can be read", found=reason_of(error)
+        ) from error
     check_sha256(
         graph, expected=bundle.files[graph.name], found=hashlib.sha256(content).hexdigest()
     )

@@ -29,10 +29,9 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from models.encoder import check_batch
 from models.endpoints import Endpoint, Endpoints
 from models.errors import EncoderError, FingerprintMismatchError, HoraceError
-from models.preprocess import PreprocessSpec, preprocess
+from models.preprocess import PreprocessSpec, check_batch, preprocess
 from models.triton_connection import Connection, Failure, read_answer, translate
 from models.triton_wire import TritonModel, read_reply, write_request
 

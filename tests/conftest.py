@@ -7,6 +7,11 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+# One matrix on several BLAS threads that share a busy core waits for them at every step: the
+# eigenvectors of 432 x 432 take a fraction of a second on one thread, and many times that on two.
+# NumPy reads this once, when it is imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import numpy as np
 import onnx
 import pytest
@@ -56,6 +61,30 @@ def write_tiny_graph(path: Path, *, spec: PreprocessSpec, dim: int, seed: int) -
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     onnx.checker.check_model(model)
     onnx.save(model, path)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Path]]:
+    """What is asked of the disk, in its order: `sync` of a file, `write` to it, a `name` given."""
+    asked: list[tuple[str, Path]] = []
+
+    def watch(call: str, event: str, path_of: Callable[..., Path]) -> None:
+        real = getattr(os, call)
+
+        def watched(*args: object) -> object:
+            asked.append((event, path_of(*args)))
+            return real(*args)
+
+        monkeypatch.setattr(os, call, watched)
+
+    def open_file(descriptor: int, *_: object) -> Path:
+        return Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    for call, event in (("fsync", "sync"), ("fdatasync", "sync"), ("pwrite", "write")):
+        watch(call, event, open_file)
+    for call in ("replace", "rename"):
+        watch(call, "name", lambda _, new: Path(new))
+    return asked
 
 
 @pytest.fixture

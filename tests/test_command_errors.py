@@ -63,6 +63,7 @@ def place(tmp_path, make_bundle) -> Place:
         "text_jpg": tmp_path / "text.jpg",
         "image": photos / "a" / "0.png",
         "nothing": tmp_path / "nothing",
+        "long": tmp_path / ("n" * 300),
         "new": tmp_path / "new",
         "sound_fingerprint": sound.fingerprint,
         "other_fingerprint": other.fingerprint,
@@ -75,6 +76,14 @@ KINDS = ("knn", "linear", "finetune", "transfer")
 CASES = [
     ("train.pretrain {photos} --epochs 0", 2, "--epochs: expected at least 1, found 0"),
     ("train.pretrain {nothing}", 1, "expected .*folder:PATH.* found nothing of that name; "),
+    ("train.pretrain {photos} --out {long}", 1, ".*File name too long"),
+    ("train.export {long} --out {new}", 1, ".*: File name too long"),
+    ("train.report {long}", 1, ".*: File name too long"),
+    ("index.build --images {photos} --encoder {long} --out {new}", 1, ".*: .*File name too long"),
+    ("index.build --images {photos} --encoder {sound} --out {long}", 1, ".*File name too long"),
+    ("index.search {long} {image}", 1, ".*File name too long"),
+    ("index.verify {long}", 1, ".*: File name too long"),
+    ("index.duplicates {collection} --out {long}", 1, ".*File name too long"),
     ("train.pretrain folder:{nothing}", 1, "expected a folder, found nothing.*; "),
     ("train.pretrain folder:{empty} --out {new}", 1, "expected .*image.*, found .*; "),
     (

@@ -9,7 +9,7 @@ import numpy as np
 from index.knn import knn_search
 from models.bundle import SHIPPED_BUNDLE, read_bundle
 from models.encoder import Encoder, open_encoder
-from models.images import as_arrays, open_source
+from models.idx import open_idx
 from models.runtime import open_random_twin
 from models.vectors import finish_vectors
 from serve.client import Client
@@ -23,8 +23,7 @@ MAX_TRAINING_S = 2 * 3600
 
 def mini(split: str) -> tuple[np.ndarray, np.ndarray]:
     """Give (N, 28, 28, 1) uint8 images and (N,) labels of the small Fashion-MNIST."""
-    arrays = as_arrays(open_source(f"idx:{MINI / f'{split}-images-idx3-ubyte.gz'}"))
-    assert arrays is not None
+    arrays = open_idx(MINI / f"{split}-images-idx3-ubyte.gz")
     assert arrays.labels is not None
     return arrays.images[..., None], np.array(arrays.labels)
 

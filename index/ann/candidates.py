@@ -15,9 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import faiss
-
-from index.ann.kinds import EXACTLY, FLAT, FLAT_MAX_COUNT, HNSW, parse_kind
+from index.ann.kinds import EXACTLY, FLAT, FLAT_MAX_COUNT, HNSW, can_build_cagra, parse_kind
 from index.ann.memory import as_size, build_bytes, search_bytes
 from models.errors import UsageError
 
@@ -97,7 +95,7 @@ def _by_rule(count: int, dim: int, recall: float) -> list[str]:
     names += [f"RR,IVF{lists},RaBitQfs,RFlat"]
     if count <= GRAPH_MAX_COUNT:
         names += [HNSW, f"{HNSW},SQ8,RFlat"]
-    if hasattr(faiss, "GpuIndexCagra") and faiss.get_num_gpus() > 0:
+    if can_build_cagra():
         names += ["CAGRA64"]
     return names
 

@@ -172,6 +172,11 @@ def default_parameters(factory: str) -> dict[str, int]:
     return {} if factory == FLAT else dict(parse_kind(factory).defaults)
 
 
+def can_build_cagra() -> bool:
+    """Tell whether there is a GPU here, and a FAISS that builds graphs on it."""
+    return hasattr(faiss, "GpuIndexCagra") and faiss.get_num_gpus() > 0
+
+
 def _parse(factory: str) -> Kind | None:
     """Match the string against each form."""
     base = factory.removesuffix(",RFlat")

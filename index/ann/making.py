@@ -20,8 +20,8 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from index.ann.kinds import Kind, lists_of, parse_kind
-from index.ann.memory import BUILD_BLOCK, check_budget, release_pages, sample_rows
+from index.ann.kinds import Kind, can_build_cagra, lists_of, parse_kind
+from index.ann.memory import BUILD_BLOCK, release_pages, sample_rows
 from index.knn import COSINE, faiss_metric, faiss_threads
 from models.cpu import cpu_budget
 from models.errors import UsageError
@@ -38,7 +38,6 @@ def build_index(
     *,
     metric: str = COSINE,
     threads: int | None = None,
-    memory_bytes: int | None = None,
 ) -> faiss.Index:
     """Build an index over vectors.
 
@@ -47,16 +46,14 @@ def build_index(
         factory: one of `index.ann.kinds`.
         metric: `cosine` or `euclidean`.
         threads: CPU threads; the CPU budget where None.
-        memory_bytes: most that building may take; unbounded where None.
 
     Returns:
         The index without its re-ranking, for `write_index`.
 
     Raises:
-        UsageError: the kind is unknown or does not fit the vectors or the budget.
+        UsageError: the kind is unknown or does not fit the vectors.
     """
     builder = Builder(vectors_ND, factory, metric=metric, threads=threads)
-    check_budget(builder.kind, len(vectors_ND), vectors_ND.shape[1], memory_bytes)
     builder.start()
     return builder.finish()
 
@@ -231,11 +228,6 @@ def draw_rows(
         drawn_ND[first:last] = vectors_ND[rows_M[first:last]]
         release_pages(vectors_ND, start, stop)
     return drawn_ND
-
-
-def can_build_cagra() -> bool:
-    """Tell whether there is a GPU here, and a FAISS that builds graphs on it."""
-    return hasattr(faiss, "GpuIndexCagra") and faiss.get_num_gpus() > 0
 
 
 def _build_cagra(kind: Kind, vectors_ND: NDArray[np.float32], metric: str) -> faiss.Index:

@@ -67,22 +67,6 @@ def sample_rows(kind: Kind, count: int) -> int:
     return min(count, max(MIN_SAMPLE, POINTS_A_LIST * kind.lists))
 
 
-def check_budget(kind: Kind, count: int, dim: int, memory_bytes: int | None) -> None:
-    """Refuse a build that would not fit.
-
-    Raises:
-        UsageError: it needs more than `memory_bytes`.
-    """
-    needed = build_bytes(kind, count, dim)
-    if memory_bytes is not None and needed > memory_bytes:
-        raise UsageError(
-            f"memory budget for {kind.factory} over {count} x {dim}",
-            expected=f"at least {as_size(needed)}",
-            found=as_size(memory_bytes),
-            mend="give more, or an index that takes less, such as IVF1024,PQ32x4fs,RFlat",
-        )
-
-
 def release_pages(vectors_ND: NDArray[np.float32], start: int, stop: int) -> None:
     """Let the system take back the pages of rows of a memory map; nothing else happens.
 

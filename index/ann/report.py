@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import faiss
-import numpy as np
-
 from index.ann.kinds import FLAT
+from index.ann.making import SEED
 from index.ann.memory import as_size
 from index.ann.trials import Figures, Trial
 from index.ann.tuning import Tuned
+from index.ann.versions import library_versions
 from models.bundle import Json
 from models.cpu import cpu_budget, cpu_name
 from models.files import atomic_file
@@ -34,7 +32,7 @@ def to_json(tuned: Tuned) -> dict[str, Json]:
         "queries": tuned.queries,
         "queries_choosing": (tuned.n_queries + 1) // 2,
         "queries_confirming": tuned.n_queries // 2,
-        "seed": goal.seed,
+        "seed": SEED,
         "chosen": _trial_json(tuned, tuned.chosen),
         "trials": [_trial_json(tuned, trial, points=True) for trial in tuned.trials],
         "too_large": [one.factory for one in tuned.candidates if not one.fits],
@@ -42,11 +40,7 @@ def to_json(tuned: Tuned) -> dict[str, Json]:
         "peak_resident_bytes": tuned.resident_bytes,
         "seconds": round(tuned.seconds, 3),
         "hardware": {"cpu": cpu_name(), "cpus": cpu_budget(), "memory_bytes": memory_bytes()},
-        "versions": {
-            "faiss": faiss.__version__,
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": dict(library_versions()),
     }
 
 

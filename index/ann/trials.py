@@ -23,7 +23,7 @@ from index.ann.ann_index import AnnIndex
 from index.ann.candidates import Candidate
 from index.ann.kinds import FLAT, NEIGHBOURS
 from index.ann.making import SEED, Builder, write_index
-from index.ann.peak import PeakMemory, held_bytes
+from index.ann.peak import PeakMemory
 from index.ann.sweep import (
     BATCH,
     CONFIRMING_DEVIATIONS,
@@ -63,7 +63,6 @@ class Goal:
         n_queries: rows to hold back; a tenth of all, up to 2,000, where None.
         factories: kinds to try, by name; those of the rule where empty.
         threads: CPU threads of builds and batches.
-        seed: draws the rows that are held back.
     """
 
     recall: float = 0.99
@@ -72,7 +71,6 @@ class Goal:
     n_queries: int | None = None
     factories: Sequence[str] = ()
     threads: int | None = None
-    seed: int = SEED
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -154,7 +152,7 @@ class Bench:
         self._held_back = held_back
         self._threads = goal.threads or cpu_budget()
         rows_M = np.delete(np.arange(len(vectors_ND)), held_back)
-        shuffled = np.random.default_rng(goal.seed).permutation(len(queries_QD))
+        shuffled = np.random.default_rng(SEED).permutation(len(queries_QD))
         log.info("exact neighbours of %d queries", len(queries_QD))
         truth = exact_truth(
             np.ascontiguousarray(queries_QD[shuffled]),
@@ -170,16 +168,15 @@ class Bench:
         """Build a kind, measure it, and let it wait on the disk if it reaches the target."""
         if candidate.factory == FLAT:
             return self._try_flat(candidate)
-        goal, before = self._goal, held_bytes()
-        builder = Builder(
-            self._vectors_ND,
-            candidate.factory,
-            metric=self._metric,
-            threads=self._threads,
-            held_back=self._held_back,
-        )
-        start_s = time.monotonic()
+        goal, start_s = self._goal, time.monotonic()
         with PeakMemory() as memory:
+            builder = Builder(
+                self._vectors_ND,
+                candidate.factory,
+                metric=self._metric,
+                threads=self._threads,
+                held_back=self._held_back,
+            )
             base = builder.start()
         build_s = time.monotonic() - start_s
         index = AnnIndex(
@@ -213,7 +210,7 @@ class Bench:
             figures=figures,
             build_s=build_s,
             file_bytes=None if file is None else file.stat().st_size,
-            grown_bytes=max(0, memory.peak_bytes - before),
+            grown_bytes=memory.peak_bytes - memory.before_bytes,
             file=file,
         )
 

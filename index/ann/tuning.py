@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from index.ann.candidates import Candidate, choose_candidates
 from index.ann.kinds import EXACTLY, FLAT
+from index.ann.making import SEED
 from index.ann.memory import as_size
 from index.ann.peak import PeakMemory, held_bytes
 from index.ann.sweep import BATCH, LIST_FACTORS
@@ -187,7 +188,7 @@ def hold_back(count: int, goal: Goal) -> NDArray[np.int64]:
             found=str(count),
             mend=f"give queries of your own, or {EXACTLY}",
         )
-    drawn = np.random.default_rng(goal.seed).choice(count, n, replace=False)
+    drawn = np.random.default_rng(SEED).choice(count, n, replace=False)
     return np.sort(drawn)
 
 

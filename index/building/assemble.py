@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
-import platform
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-import faiss
-import numpy as np
 import pyarrow as pa
 
 from index.ann.kinds import FLAT_MAX_COUNT, parse_kind
 from index.ann.memory import as_size, build_bytes
+from index.ann.versions import library_versions
 from index.building.metadata import Metadata, join_blocks
 from index.building.part_file import PART_ROW_SCHEMA
 from index.building.parts import PartStore
+from index.embed import rejects_text
 from index.storage.manifest import REJECTS_FILE, Manifest, SegmentEntry, hash_files
 from index.storage.rows import check_row_sizes
 from index.storage.segment import EF_SEARCH, FLAT, HNSW, Block, write_segment
-from models.encoder import Encoder
+from models.encoder import Encoder, absolute_uri
 from models.errors import UsageError
 from models.memory import free_memory_bytes, memory_bytes
 
@@ -97,23 +94,17 @@ def write_collection(
         names = write_segment(directory, entry, _checked(blocks), encoder.dim, schema=schema)
     except RuntimeError as error:  # faiss's own, for a file that it cannot write
         raise OSError(None, str(error).splitlines()[0]) from error
-    lines = [json.dumps(dataclasses.asdict(reject)) + "\n" for reject in store.rejects]
-    (directory / REJECTS_FILE).write_text("".join(lines))
+    (directory / REJECTS_FILE).write_text(rejects_text(store.rejects))
     return Manifest(
         name=name,
         fingerprint=encoder.fingerprint,
         dim=encoder.dim,
-        encoder=uri if "://" in uri else str(Path(uri).resolve()),
+        encoder=absolute_uri(uri),
         preprocessing=dict(encoder.preprocessing.to_json()),
         sources={store.key.source: entry.count},
         segments=(entry,),
         files=hash_files(directory, [*names, REJECTS_FILE]),
-        versions={
-            "faiss": faiss.__version__,
-            "numpy": np.__version__,
-            "pyarrow": pa.__version__,
-            "python": platform.python_version(),
-        },
+        versions=library_versions(),
         build={
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "run_id": store.run_id,

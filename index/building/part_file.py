@@ -106,7 +106,10 @@ def write_part(
         schema=_schema(COLUMNS, key.dim),
     ).replace_schema_metadata({METADATA_KEY: canonical_json(metadata)})
     with atomic_file(part.file) as temporary:
-        pq.write_table(table, temporary, compression="none", write_page_checksum=True)
+        # A dictionary of what never repeats costs time; that of the labels would spare little.
+        pq.write_table(
+            table, temporary, compression="none", use_dictionary=False, write_page_checksum=True
+        )
 
 
 def open_part(file: Path, key: RunKey) -> Part | None:

@@ -20,15 +20,19 @@ import time
 import uuid
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 
 from index.building.part_file import RunKey
 from index.building.part_set import PART_PREFIX, PartSet
 from index.errors import CollectionError
-from models.files import atomic_file
+from models.errors import UsageError
+from models.files import TEMPORARY_PREFIX, atomic_file
 
 LOCK_FILE = "lock"
 RUN_ID_FILE = "run-id"
+
+OWN_NAMES = frozenset({LOCK_FILE, RUN_ID_FILE, "collection"})
+OWN_PREFIXES = (PART_PREFIX, TEMPORARY_PREFIX)
+"""What lies in the directory of a build; nothing else is ever deleted."""
 
 LOCK_PATIENCE_S, LOCK_PAUSE_S = 1.0, 0.02
 """How long a lock is waited for: the workers of a killed build end a moment after it."""
@@ -51,10 +55,12 @@ class PartStore(PartSet):
             restart: whether to drop the parts that may be there.
 
         Raises:
+            UsageError: something else lies in the directory.
             CollectionError: another process is building, or the parts are of another run.
         """
         self.out, self.directory = out, parts_directory(out)
         self.directory.mkdir(parents=True, exist_ok=True)
+        _refuse_foreign(self.directory)
         self._lock = _lock(self.directory / LOCK_FILE)
         try:
             kept = () if restart else (PART_PREFIX, RUN_ID_FILE)
@@ -68,12 +74,7 @@ class PartStore(PartSet):
     def __enter__(self) -> PartStore:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Unlock; the parts stay for the next run."""
         if not self.finished:
             self.discard()
@@ -92,7 +93,8 @@ class PartStore(PartSet):
         with suppress(OSError):
             self._remove_all_but(LOCK_FILE, RUN_ID_FILE)
             (self.directory / RUN_ID_FILE).unlink(missing_ok=True)
-        shutil.rmtree(self.directory, ignore_errors=True)
+            (self.directory / LOCK_FILE).unlink(missing_ok=True)
+            self.directory.rmdir()
 
     def _remove_all_but(self, *kept: str) -> None:
         """Remove the entries of the directory whose names do not begin so."""
@@ -121,6 +123,23 @@ def read_run_id(out: Path) -> str | None:
     """Give the name of the unfinished run of a collection; None where there is none."""
     file = parts_directory(out) / RUN_ID_FILE
     return file.read_text() if file.is_file() else None
+
+
+def _refuse_foreign(directory: Path) -> None:
+    """Leave alone a directory of that name that somebody else has filled.
+
+    Raises:
+        UsageError: so it is.
+    """
+    for entry in directory.iterdir():
+        if entry.name in OWN_NAMES or entry.name.startswith(OWN_PREFIXES):
+            continue
+        raise UsageError(
+            f"--out {directory.with_suffix('')}",
+            expected=f"{directory.name}, where the parts of the build go, absent or of a build",
+            found=f"{entry.name!r} in it",
+            mend="choose another --out, or move it away",
+        )
 
 
 def _lock(file: Path) -> int:

@@ -35,7 +35,7 @@ from index.building.pipeline import ENCODE_THREADS, choose_crew, embed_batches
 from index.embed import split
 from index.errors import CollectionError
 from models.cpu import cpu_budget
-from models.encoder import Encoder, open_encoder
+from models.encoder import Encoder, absolute_uri, open_encoder
 from models.errors import FingerprintMismatchError, HoraceError
 from models.image_source import ImageRecord, ImageSource
 from models.images import open_source
@@ -68,7 +68,11 @@ def make_parts_on_ray(
     with _running_ray(actors), _quiet_data(data):
         made = data.from_items(items, override_num_blocks=len(items)).map_batches(
             PartMaker,
-            fn_constructor_args=(source.uri, _everywhere(encoder), json.dumps(parts.key.to_json())),
+            fn_constructor_args=(
+                source.uri,
+                absolute_uri(encoder),
+                json.dumps(parts.key.to_json()),
+            ),
             batch_size=1,
             compute=data.ActorPoolStrategy(size=actors),
             num_cpus=CPUS_AN_ACTOR,
@@ -244,8 +248,3 @@ def _rows(made: Any) -> Iterator[dict[str, Any]]:
             found=str(error).strip().splitlines()[-1],
             mend="what is in parts is kept; the same command goes on from here",
         ) from error
-
-
-def _everywhere(encoder: str) -> str:
-    """Give the encoder's URI as any working directory understands it."""
-    return encoder if "://" in encoder else str(Path(encoder).resolve())

@@ -55,7 +55,6 @@ def scan_source(
     known: Mapping[str, tuple[Stamp, str]],
     *,
     need_digests: bool,
-    threads: int | None = None,
 ) -> Generator[int, None, None]:
     """List a source; yield how many records were looked at after every chunk.
 
@@ -64,12 +63,11 @@ def scan_source(
         scan: what takes up the records.
         known: stamps and digests of an earlier run; files that have theirs still are not read.
         need_digests: whether the others are read and hashed; else their digest is None.
-        threads: that read and hash; the CPU budget where None.
 
     Raises:
         SourceError: the source is damaged.
     """
-    threads = threads or cpu_budget()
+    threads = cpu_budget()
     waiting: deque[Future[list[Seen]]] = deque()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="hash")
     try:

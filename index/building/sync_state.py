@@ -18,7 +18,6 @@ Rules:
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import io
 import json
@@ -30,7 +29,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from index.embed import Reject
+from index.embed import Reject, rejects_text
 from models.files import atomic_file
 
 SYNC_FOLDER = "sync"
@@ -111,9 +110,8 @@ def write_state(
     rejects: Iterable[Reject],
 ) -> None:
     """Remember a source, in the place of what was remembered."""
-    lines = [json.dumps(dataclasses.asdict(reject)) + "\n" for reject in rejects]
+    text = rejects_text(rejects).encode()
     with atomic_file(rejects_file(collection, source)) as temporary:
-        text = "".join(lines).encode()
         temporary.write_bytes(text + _last_line(text))
     columns = {
         "key": list(stamps),

@@ -15,9 +15,16 @@ def check_target(out: Path, *, replace: bool) -> None:
     """Leave alone what exists, unless it is a collection and may be replaced.
 
     Raises:
-        UsageError: it must stay.
+        UsageError: it must stay, or the name is no text.
         CollectionLockedError: a writer has the collection that is to be replaced.
     """
+    if not str(out).isprintable():  # files of the collection and errors name it
+        raise UsageError(
+            f"--out {str(out)!r}",
+            expected="a name of printable characters",
+            found="another",
+            mend="choose another name",
+        )
     if not out.exists() and not out.is_symlink():
         return
     if not (out / MANIFEST_FILE).is_file():

@@ -90,7 +90,8 @@ def choose_k_centre(pool: Pool, budget: int, seed: int) -> Choice:
 
     Where nothing is labelled the first is drawn.
     """
-    vectors_ND = pool.vectors_ND
+    # Far from the origin the difference of squares and products would be nothing but rounding.
+    vectors_ND = pool.vectors_ND - pool.vectors_ND.mean(axis=0, dtype=np.float64).astype(np.float32)
     squares_N = np.einsum("nd,nd->n", vectors_ND, vectors_ND)
     distances_N = np.full(len(vectors_ND), np.inf, np.float32)
     taken = np.flatnonzero(pool.is_taken_N)
@@ -176,8 +177,8 @@ def find_clusters(vectors_ND: NDArray[np.float32], n_clusters: int, seed: int) -
     vectors_ND = np.ascontiguousarray(vectors_ND, np.float32)
     with faiss_threads(cpu_budget()):
         kmeans = faiss.Kmeans(
-            vectors_ND.shape[1], n_clusters, niter=KMEANS_ROUNDS, seed=seed + 1,  # 0 is no seed
-            min_points_per_centroid=1,
+            vectors_ND.shape[1], n_clusters, niter=KMEANS_ROUNDS, min_points_per_centroid=1,
+            seed=seed % (2**31 - 1) + 1,  # an int of C, and 0 is none
         )  # fmt: skip
         kmeans.train(vectors_ND)
         assert kmeans.index is not None, "it was trained"

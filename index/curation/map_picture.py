@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -17,7 +16,7 @@ from PIL import Image
 
 from index.curation.map_page import Legend, to_grid
 from index.curation.sprites import Sprites
-from models.files import atomic_file
+from index.figures import save_figure
 
 SIDE_PX, DPI = 1500, 150
 SQUARE_PX, FRAME_PX = 46, 2
@@ -79,7 +78,6 @@ def _save(path: Path, paper: NDArray[np.uint8], legend: Legend, title: str) -> N
     """Write the picture with its title and legend, whole or not at all."""
     side = SIDE_PX / DPI
     figure = Figure(figsize=(side + 2.3, side + 0.5), dpi=DPI, facecolor="white")
-    FigureCanvasAgg(figure)
     width, height = figure.get_size_inches()
     axes = figure.add_axes((0.02, 0.01, side / width, side / height))
     axes.imshow(paper, interpolation="nearest")
@@ -93,11 +91,9 @@ def _save(path: Path, paper: NDArray[np.uint8], legend: Legend, title: str) -> N
     figure.legend(
         handles=handles, loc="upper left", bbox_to_anchor=anchor, frameon=False, fontsize=8
     )
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png")
+    save_figure(figure, path)
 
 
 def _short(name: str) -> str:
-    """Cut a long label, and keep matplotlib from reading mathematics into it."""
-    cut = name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…"
-    return cut.replace("$", r"\$")
+    """Cut a long label."""
+    return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…"

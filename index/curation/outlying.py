@@ -19,7 +19,7 @@ Shapes: N images that are looked at, K neighbours, C classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,9 +37,6 @@ NEIGHBOUR_SHARE = 0.05
 
 TEMPERATURE = 0.1
 """Of the vote over labels, for cosines."""
-
-VOTERS = 50
-"""Neighbours that vote, whatever k is."""
 
 SMALLEST_DISTANCE = 0.1
 """Of the median distance. Copies of an image are infinitely dense, and would make whatever has
@@ -61,6 +58,15 @@ class Surroundings:
     places_NK: NDArray[np.int64]
     scores_NK: NDArray[np.float32]
     distances_NK: NDArray[np.float32]
+
+    def nearest(self, k: int) -> Surroundings:
+        """Give the k nearest alone; fewer where there are fewer."""
+        return replace(
+            self,
+            places_NK=self.places_NK[:, :k],
+            scores_NK=self.scores_NK[:, :k],
+            distances_NK=self.distances_NK[:, :k],
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +177,7 @@ def find_suspects(
     labels: Sequence[str | None],
     *,
     temperature: float = TEMPERATURE,
-    voters: int = VOTERS,
+    voters: int = MOST_NEIGHBOURS,
 ) -> list[Suspect]:
     """Find labels that the neighbours contradict, the most doubtful first.
 
@@ -183,7 +189,7 @@ def find_suspects(
         around: the neighbours.
         labels: N labels; None of an image that has none, which neither votes nor is judged.
         temperature: of the vote; infinity counts every neighbour alike.
-        voters: so many of the nearest vote.
+        voters: so many of the nearest vote, whatever k a score asks.
     """
     names = sorted({label for label in labels if label is not None})
     if len(names) < 2:

@@ -3,18 +3,16 @@
 Source of PaCMAP: Wang, Huang, Rudin and Shaposhnik, Understanding How Dimension Reduction Tools
 Work (arXiv 2012.04456).
 
-Shapes: N vectors, D dimensions, K neighbours.
+Shapes: N vectors, D dimensions, K neighbours, R rows of a sample.
 """
 
 from __future__ import annotations
 
-import faiss
 import numpy as np
 from numpy.typing import NDArray
 
 from index.errors import CollectionError
-from index.knn import faiss_threads
-from models.cpu import cpu_budget
+from index.knn import EUCLIDEAN, knn_search
 
 SAMPLE = 2000
 FEWEST_FOR_PACMAP = 12
@@ -62,22 +60,30 @@ def _pacmap(vectors_ND: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
             mend="pip install -e '.[map]', or take --method pca",
         ) from error
     neighbours = min(10, len(vectors_ND) // 4)
-    reducer = pacmap.PaCMAP(n_components=2, n_neighbors=neighbours, random_state=seed)
+    reducer = pacmap.PaCMAP(n_components=2, n_neighbors=neighbours, random_state=seed % 2**31)
     return np.asarray(reducer.fit_transform(vectors_ND, init="pca"), np.float32)
 
 
-def neighbours_kept(places_N2: NDArray[np.float32], neighbours_NK: NDArray[np.int64]) -> float:
-    """Give the share of the nearest in the collection that are as near on the map.
+def neighbours_kept(
+    places_N2: NDArray[np.float32], vectors_ND: NDArray[np.float32], k: int, *, metric: str
+) -> float:
+    """Give the share of the nearest among the drawn that are as near on the map.
 
-    Of an image's K nearest, those among its K nearest on the map; the mean over a sample.
+    Of an image's k nearest by the vectors, those among its k nearest on the map; both are looked
+    for among the images that are drawn, by comparing. The mean over a sample.
+
+    Args:
+        places_N2: (N, 2) float32 places of the drawn images.
+        vectors_ND: (N, D) float32, theirs.
+        k: neighbours, below N.
+        metric: by which the vectors are compared.
     """
     rows = np.unique(np.linspace(0, len(places_N2) - 1, min(SAMPLE, len(places_N2)), dtype=int))
-    k = neighbours_NK.shape[1]
-    with faiss_threads(cpu_budget()):
-        places_N2 = np.ascontiguousarray(places_N2)
-        _, found = faiss.knn(places_N2[rows], places_N2, k + 1, metric=faiss.METRIC_L2)
-    shares = []
-    for row, on_map in zip(rows, found, strict=True):
-        near = neighbours_NK[row][neighbours_NK[row] >= 0]
-        shares.append(np.isin(near, on_map[on_map != row][:k]).mean() if near.size else 1.0)
+    places_N2, vectors_ND = np.ascontiguousarray(places_N2), np.ascontiguousarray(vectors_ND)
+    _, near_RK = knn_search(vectors_ND[rows], vectors_ND, k + 1, metric=metric)
+    _, on_map_RK = knn_search(places_N2[rows], places_N2, k + 1, metric=EUCLIDEAN)
+    shares = [
+        np.isin(near[near != row][:k], on_map[on_map != row][:k]).mean()
+        for row, near, on_map in zip(rows, near_RK, on_map_RK, strict=True)
+    ]
     return float(np.mean(shares))

@@ -9,13 +9,12 @@ Rules:
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from index.errors import CollectionError
-from models.errors import UsageError
+from models.errors import UsageError, reason_of
 from models.files import atomic_directory
 
 
@@ -66,6 +65,6 @@ def _told(out: Path) -> Iterator[None]:
         raise CollectionError(
             f"--out {out}",
             expected="a directory that can be written",
-            found=os.strerror(error.errno) if error.errno else str(error),
+            found=reason_of(error),
             mend="choose another name",
         ) from error

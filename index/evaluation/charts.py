@@ -14,11 +14,12 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from index.evaluation.plots import DPI, FAINT, INK, MUTED, PAPER, WRONG, save_figure, shorten
+from index.evaluation.plots import DPI, FAINT, INK, MUTED, PAPER, WRONG, shorten
 from index.evaluation.recall_report import RecallReport
 from index.evaluation.retrieval_report import RetrievalReport
 from index.evaluation.retrieval_scores import MAP_AT_R
 from index.evaluation.space_report import Drift, SpaceReport
+from index.figures import save_figure
 
 BLUE, ORANGE = "#0969da", "#bc4c00"
 MAX_CLASSES = 40
@@ -72,21 +73,21 @@ def draw_space(path: Path, report: SpaceReport) -> None:
 def _draw_spectrum(axes: Axes, report: SpaceReport) -> None:
     """Draw singular values by rank, both logarithmic; what is 0 cannot be."""
     values = np.array(report.singular_values)
-    ranks = np.arange(1, 1 + len(values))
-    seen = values > 0
-    axes.plot(ranks[seen], values[seen] / values[0], color=BLUE, lw=1.6)
-    axes.axvline(report.rankme, color=ORANGE, lw=1.2, label=f"RankMe {report.rankme:.0f}")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_ylim(bottom=min(0.1, 10 ** np.floor(np.log10(values[seen][-1] / values[0]))))
-    quiet_logarithms(axes.xaxis, axes.yaxis)
+    values = values[values > 0]  # the largest come first
+    if len(values):
+        axes.plot(np.arange(1, 1 + len(values)), values / values[0], color=BLUE, lw=1.6)
+        axes.axvline(report.rankme, color=ORANGE, lw=1.2, label=f"RankMe {report.rankme:.0f}")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=min(0.1, 10 ** np.floor(np.log10(values[-1] / values[0]))))
+        quiet_logarithms(axes.xaxis, axes.yaxis)
+        axes.legend(frameon=False, fontsize=8, loc="lower left")
     finish_axes(
         axes,
         title=f"{report.collection}: {report.rankme:.0f} of {report.rankme_limit} directions",
         x="rank",
         y="singular value, share of the largest",
     )
-    axes.legend(frameon=False, fontsize=8, loc="lower left")
 
 
 def _draw_occurrences(axes: Axes, report: SpaceReport) -> None:

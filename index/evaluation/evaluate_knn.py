@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index.collection import Collection, Neighbours
+from index.embed import open_collection_encoder
 from index.errors import EvaluationError
 from index.evaluation import baselines
 from index.evaluation.baselines import Seen, see_images
@@ -45,7 +46,6 @@ from index.evaluation.recall_scores import recall_by_score, worst_mean
 from index.evaluation.same_images import is_same_vector, sources_of, stored_digests
 from index.knn import MISSING, knn_search, weighted_knn_vote
 from index.neighbours import require_cosine
-from index.search import open_collection_encoder
 from models.encoder import Encoder
 from models.errors import SourceError, UsageError
 from models.images import ImageSource, open_source
@@ -99,6 +99,7 @@ def main(options: KnnOptions) -> None:
             out / "confusion.png",
             np.array(report.confusion),
             report.classes,
+            counts_C=np.array([one.n for one in report.per_class]),
             title=f"{report.encoder}: k = {report.headline_k}, {headline.top1:.2%} top-1",
         )
 
@@ -165,6 +166,11 @@ def _report(
     )
     predicted_Q = np.where(votes_QC.max(axis=1) > 0, votes_QC.argmax(axis=1), MISSING)
     confusion_CC = confusion_matrix(task.truth_Q, predicted_Q, len(task.classes))
+    counts_C = np.bincount(task.truth_Q[task.truth_Q >= 0], minlength=len(task.classes))
+    if n_voteless := int((predicted_Q == MISSING).sum()):
+        notes.append(
+            f"{n_voteless} queries have no labelled neighbour among {HEADLINE_K} and count as wrong"
+        )
     rows, digests = [], stored_digests(collection)
     if options.baselines:
         bank = _see_bank(collection, bank_sources, encoder, twin)
@@ -190,7 +196,7 @@ def _report(
         duplicates=None
         if in_bank is None
         else sum(digest in in_bank for digest in queries.digests),
-        per_class=class_scores(confusion_CC, task.classes),
+        per_class=class_scores(confusion_CC, task.classes, counts_C),
         confusion=confusion_CC.tolist(),
         notes=notes,
         versions=versions(),

@@ -75,6 +75,8 @@ class RecallOptions:
             raise UsageError("--k", expected="numbers of at least 1", found=str(self.k))
         if self.n_queries < 0:
             raise UsageError("--n-queries", expected="at least 0", found=str(self.n_queries))
+        if self.seed < 0:
+            raise UsageError("--seed", expected="at least 0", found=str(self.seed))
         if not all(0 < share < 1 for share in self.selectivity):
             raise UsageError(
                 "--selectivity", expected="shares above 0, below 1", found=str(self.selectivity)

@@ -84,6 +84,8 @@ class RetrievalOptions:
         """Check what can be checked without opening anything."""
         if self.n_queries < 0:
             raise UsageError("--n-queries", expected="at least 0", found=str(self.n_queries))
+        if self.seed < 0:
+            raise UsageError("--seed", expected="at least 0", found=str(self.seed))
 
 
 def main(options: RetrievalOptions) -> None:

@@ -74,6 +74,8 @@ class SpaceOptions:
             raise UsageError("--k", expected="at least 1", found=str(self.k))
         if self.sample < 0 or 0 < self.sample <= self.k:
             raise UsageError("--sample", expected="0, or more than --k", found=str(self.sample))
+        if self.seed < 0:
+            raise UsageError("--seed", expected="at least 0", found=str(self.seed))
 
 
 def main(options: SpaceOptions) -> None:

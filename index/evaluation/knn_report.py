@@ -70,7 +70,8 @@ class KnnReport:
         same_vector: queries whose nearest neighbour has the same vector, up to rounding.
         duplicates: queries whose very content is in the collection; None if not looked for.
         per_class: at the headline's k.
-        confusion: counts at the headline's k; rows are true classes.
+        confusion: counts at the headline's k; rows are true classes, and lack the queries that
+            no neighbour voted for.
         notes: what was left out or cannot be right.
         centring: of the vectors before comparison: none.
         metric: `cosine`.

@@ -43,7 +43,7 @@ class ClassScore:
         label: the class.
         n: its queries.
         accuracy: share of them predicted right, 0 to 1; None where there are none.
-        confused_with: the class that most of the others were taken for; None if all are right.
+        confused_with: the class that most of the others were taken for; None if none was.
         n_confused: how many.
     """
 
@@ -98,18 +98,29 @@ def accuracies(
 def confusion_matrix(
     truth_Q: NDArray[np.int64], predicted_Q: NDArray[np.int64], n_classes: int
 ) -> NDArray[np.int64]:
-    """Count (true class, predicted class) pairs: (C, C); queries of no class are left out."""
+    """Count (true class, predicted class) pairs: (C, C).
+
+    Queries of no class are left out, and so are those that no class was predicted for.
+    """
     known = (truth_Q >= 0) & (predicted_Q >= 0)
     cells = truth_Q[known] * n_classes + predicted_Q[known]
     return np.bincount(cells, minlength=n_classes**2).reshape(n_classes, n_classes)
 
 
-def class_scores(confusion_CC: NDArray[np.int64], classes: Sequence[str]) -> list[ClassScore]:
-    """Read each class's accuracy and worst confusion off the confusion matrix."""
+def class_scores(
+    confusion_CC: NDArray[np.int64], classes: Sequence[str], counts_C: NDArray[np.int64]
+) -> list[ClassScore]:
+    """Read each class's accuracy and worst confusion off the confusion matrix.
+
+    Args:
+        confusion_CC: of `confusion_matrix`.
+        classes: their labels.
+        counts_C: queries of each class; one without a prediction is in no cell, and wrong.
+    """
     scores = []
     for number, label in enumerate(classes):
         row = confusion_CC[number]
-        n = int(row.sum())
+        n = int(counts_C[number])
         others = row.copy()
         others[number] = 0
         worst = int(others.argmax())

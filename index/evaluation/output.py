@@ -12,7 +12,6 @@ It measures nothing.
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping
@@ -26,7 +25,7 @@ import numpy as np
 from index.errors import EvaluationError
 from index.interface import open_collection
 from models.bundle import record_evaluation
-from models.errors import UsageError
+from models.errors import UsageError, reason_of
 from models.files import atomic_file
 
 
@@ -105,5 +104,5 @@ def versions() -> dict[str, str]:
 
 def unwritable(what: str, expected: str, error: OSError) -> EvaluationError:
     """Make the error for a result that has no place."""
-    found = os.strerror(error.errno) if error.errno else str(error)
+    found = reason_of(error)
     return EvaluationError(what, expected=expected, found=found, mend="choose another place")

@@ -13,13 +13,12 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 
+from index.figures import save_figure
 from models.errors import ImageError
-from models.files import atomic_file
 from models.image_source import ImageData
 from models.preprocess import PreprocessSpec, preprocess
 
@@ -95,14 +94,20 @@ def draw_grid(path: Path, rows: Sequence[tuple[Tile, Sequence[Tile]]], *, title:
 
 
 def draw_confusion(
-    path: Path, confusion_CC: NDArray[np.int64], classes: Sequence[str], *, title: str
+    path: Path,
+    confusion_CC: NDArray[np.int64],
+    classes: Sequence[str],
+    *,
+    counts_C: NDArray[np.int64],
+    title: str,
 ) -> None:
     """Draw a confusion matrix as PNG: rows are true classes, columns predicted ones.
 
-    Colours are shares of the row; numbers are counts, where the classes are few.
+    Colours are shares of the `counts_C` queries of the class; numbers are counts, where the classes
+    are few.
     """
     n_classes = len(classes)
-    shares = confusion_CC / np.maximum(confusion_CC.sum(axis=1, keepdims=True), 1)
+    shares = confusion_CC / np.maximum(counts_C, 1)[:, None]
     side = min(14.0, max(4.2, 1.8 + 0.52 * n_classes))
     figure = Figure(
         figsize=(side + 1.1, side + 0.5),
@@ -186,10 +191,3 @@ def shorten(text: str, length: int) -> str:
         return text
     tail = length // 2
     return f"{text[: length - tail - 1]}…{text[-tail:]}"
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG, whole or not at all."""
-    FigureCanvasAgg(figure)
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", facecolor=PAPER)

@@ -19,13 +19,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from index.embed import Reject
+from index.embed import Reject, open_collection_encoder
 from index.evaluation.baselines import see_images
 from index.evaluation.same_images import collection_digests
 from index.interface import AnyCollection, open_collection
 from index.knn import COSINE
 from index.milvus.connection import is_milvus
-from index.search import open_collection_encoder
 from index.storage.manifest import MANIFEST_FILE
 from models.images import open_source
 

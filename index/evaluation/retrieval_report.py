@@ -171,7 +171,7 @@ def _remarks(report: RetrievalReport) -> str:
         lines.append(
             f"{found.same_content} queries ({share:.2%}) are in the collection byte for byte"
         )
-    if found.n_flagged:
+    if found.without is not None:
         rest = report.n_queries - found.n_flagged
         lines.append(f"without duplicates: over the {rest:,} queries that are of neither kind")
     return "\n".join(f"  - {line}" for line in [*lines, *report.notes])

@@ -138,8 +138,9 @@ def alignment(first_ND: NDArray[np.float32], second_ND: NDArray[np.float32]) -> 
 def uniformity(unit_ND: NDArray[np.float32]) -> float | None:
     """Give log E exp(-2 |u - v|^2) over all pairs: 0 collapsed, about -4 even.
 
-    None below two vectors, which are no pair.
+    Vectors of zeros have no direction and are left out. None below two others, which are no pair.
     """
+    unit_ND = unit_ND[unit_ND.any(axis=1)]
     n = len(unit_ND)
     if n < 2:
         return None

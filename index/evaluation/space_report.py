@@ -76,7 +76,8 @@ class SpaceReport:
         rankme_limit: the most that it can be.
         singular_values: of the vectors as they are, largest first.
         dead: numbers of the dimensions that do not vary.
-        uniformity: of the sample: 0 collapsed, about -4 even.
+        uniformity: of the sample: 0 collapsed, about -4 even; None of less than two vectors that
+            are not zero.
         alignment: mean squared distance of two images of one class; None without labels.
         mean_distance: mean squared distance of two images, whatever their class.
         hubness: of the sample.

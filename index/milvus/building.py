@@ -10,23 +10,21 @@ Rules:
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 import time
 from contextlib import closing
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 from index.building.metadata import Metadata, join_blocks
 from index.building.part_file import PART_ROW_SCHEMA
 from index.building.parts import PartStore
 from index.building.summary import BuildSummary
+from index.embed import rejects_text
 from index.milvus.collection import MilvusCollection
 from index.milvus.connection import MilvusAddress, connect, milvus_errors
 from index.milvus.description import Description, read_description
 from index.milvus.writer import MilvusWriter
-from models.encoder import Encoder
+from models.encoder import Encoder, absolute_uri
 from models.errors import UsageError
 from models.files import atomic_file
 
@@ -99,7 +97,7 @@ def publish(
         name=address.name,
         fingerprint=encoder.fingerprint,
         dim=encoder.dim,
-        encoder=uri if "://" in uri else str(Path(uri).resolve()),
+        encoder=absolute_uri(uri),
         preprocessing=dict(encoder.preprocessing.to_json()),
         sources={store.key.source: store.n_images},
         columns=PART_ROW_SCHEMA,
@@ -132,9 +130,8 @@ def publish(
 def _write_rejects(store: PartStore) -> str:
     """Write which images could not be used, beside the parts; give the file."""
     file = store.directory.with_suffix(".rejects.jsonl")
-    lines = [json.dumps(dataclasses.asdict(reject)) + "\n" for reject in store.rejects]
     with atomic_file(file) as temporary:
-        temporary.write_text("".join(lines))
+        temporary.write_text(rejects_text(store.rejects))
     return str(file)
 
 

@@ -17,8 +17,15 @@ import math
 from collections.abc import Mapping, Sequence
 
 from index.ann.candidates import list_count
-from index.ann.kinds import FLAT, FLAT_MAX_COUNT, HNSW, NPROBE, default_parameters, parse_kind
-from index.ann.making import can_build_cagra
+from index.ann.kinds import (
+    FLAT,
+    FLAT_MAX_COUNT,
+    HNSW,
+    NPROBE,
+    can_build_cagra,
+    default_parameters,
+    parse_kind,
+)
 from index.storage.manifest import SegmentEntry
 
 DEAD_SHARE = 0.2

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from index.ann.versions import library_versions
 from index.knn import COSINE, EUCLIDEAN
 from index.storage.manifest import Manifest, write_manifest
-from index.storage.publishing import library_versions
 from models.bundle import Json
 from models.errors import UsageError
 from models.files import atomic_directory

@@ -38,11 +38,6 @@ class Delta:
         """Rows that are alive."""
         return len(self._row_of)
 
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of all vectors, dead ones too."""
-        return self.n_rows * self._vectors.shape[1] * 4
-
     def add(self, block: Block) -> None:
         """Append rows, whose ids must not be alive here."""
         start, end = self.n_rows, self.n_rows + len(block.rows)

@@ -33,6 +33,7 @@ from pathlib import Path
 
 from index.errors import CollectionError
 from index.storage.manifest import JournalEntry
+from models.errors import reason_of
 from models.files import open_regular
 
 MAGIC = b"HORACEJ1"
@@ -170,7 +171,7 @@ class JournalFile:
         except BaseException as error:  # an interrupt, too, may leave a record that is counted
             self._is_broken = True
             if isinstance(error, OSError):
-                raise self._failed(os.strerror(error.errno or 0)) from error
+                raise self._failed(reason_of(error)) from error
             raise
         return position
 

@@ -13,10 +13,11 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from index.errors import CollectionError
+from models.errors import reason_of
 from models.files import open_regular
 
 LOCK_FILE = ".lock"
@@ -51,13 +52,14 @@ def take_lock(directory: Path) -> int:
             raise CollectionError(
                 str(directory),
                 expected="a collection directory that can be written",
-                found=f"{LOCK_FILE}: {error.strerror}",
+                found=f"{LOCK_FILE}: {reason_of(error)}",
             ) from error
         try:
             _lock(descriptor, directory)
             if _is_here(descriptor, file):
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+                with suppress(OSError):  # a full disk: the number is for a message alone
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
                 return descriptor
         except BaseException:
             os.close(descriptor)

@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import cast
 
 from index.errors import CollectionError
-from index.storage.entries import READABLE_VERSIONS as READABLE_VERSIONS
+from index.storage.entries import READABLE_VERSIONS, manifest_from_json, manifest_to_json
 from index.storage.entries import FileEntry as FileEntry
 from index.storage.entries import JournalEntry as JournalEntry
 from index.storage.entries import Manifest as Manifest
 from index.storage.entries import SegmentEntry as SegmentEntry
-from index.storage.entries import manifest_from_json, manifest_to_json
 from models.bundle import Json
+from models.errors import reason_of
 from models.files import atomic_file, canonical_json, open_regular, sha256_file
 
 MANIFEST_FILE = "manifest.json"
@@ -153,7 +153,7 @@ def check_file(directory: Path, name: str, entry: FileEntry | None, *, verify: b
 
 def unreadable(path: Path, error: OSError) -> CollectionError:
     """Say in one line what cannot be read."""
-    found = os.strerror(error.errno) if error.errno else str(error)
+    found = reason_of(error)
     name = str(error.filename or path)
     return CollectionError(name, expected="a file that can be read", found=found)
 
@@ -163,9 +163,10 @@ def _open_descriptor(directory: Path) -> int:
     try:
         return open_regular(directory / MANIFEST_FILE, os.O_RDONLY)
     except OSError as error:
-        found = f"no {MANIFEST_FILE} in it" if directory.is_dir() else "no such directory"
-        if (directory / MANIFEST_FILE).exists():
-            found = f"{MANIFEST_FILE}: {error.strerror}"
+        found = f"{MANIFEST_FILE}: {reason_of(error)}"
+        if isinstance(error, FileNotFoundError | NotADirectoryError):
+            in_it = os.path.isdir(directory)  # `is_dir` raises where it may not look
+            found = f"no {MANIFEST_FILE} in it" if in_it else "no such directory"
         raise CollectionError(
             str(directory),
             expected="a collection directory",

@@ -13,19 +13,18 @@ Rules:
 from __future__ import annotations
 
 import dataclasses
-import platform
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import cast
 
-import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from index.ann.versions import library_versions
 from index.errors import CollectionError
 from index.storage.journal import create_journal
 from index.storage.lock import writer_lock
@@ -269,6 +268,7 @@ def sweep(directory: Path, manifest: Manifest) -> None:
         *(directory / SEGMENTS).glob("*/*"),
         *directory.glob(f"{JOURNAL_PREFIX}*"),
         *directory.glob(f"{TEMPORARY_PREFIX}{MANIFEST_FILE}.*"),
+        *directory.glob(f"sync/{TEMPORARY_PREFIX}*"),
     ]
     names = {file.relative_to(directory).as_posix() for file in found}
     _remove(directory, names, manifest)
@@ -290,16 +290,6 @@ def count_sources(parts: Iterable[Part], *, with_delta: bool = True) -> dict[str
         for source, number in zip(values, numbers, strict=True):
             counts[str(source)] = counts.get(str(source), 0) + cast(int, number)
     return counts
-
-
-def library_versions() -> dict[str, str]:
-    """Name the versions of what writes."""
-    return {
-        "faiss": faiss.__version__,
-        "numpy": np.__version__,
-        "pyarrow": pa.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def _write_tombstones(

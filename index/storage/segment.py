@@ -264,8 +264,6 @@ def write_segment(
     *,
     schema: pa.Schema = ROW_SCHEMA,
     metric: str = COSINE,
-    threads: int | None = None,
-    memory_bytes: int | None = None,
 ) -> list[str]:
     """Write a segment's files below the collection `directory`; memory holds one block.
 
@@ -276,14 +274,12 @@ def write_segment(
         dim: length of a vector.
         schema: of the rows of every block; see `index.storage.rows`.
         metric: `cosine` or `euclidean`.
-        threads: CPU threads that build the index; the CPU budget where None.
-        memory_bytes: most that building the index may take; unbounded where None.
 
     Returns:
         The names of the files, as for the manifest.
 
     Raises:
-        UsageError: the index is of no known kind, or does not fit the vectors or the memory.
+        UsageError: the index is of no known kind, or does not fit the vectors.
     """
     folder = directory / SEGMENTS / entry.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -291,9 +287,7 @@ def write_segment(
     np.save(folder / "ids.npy", ids_N)
     if entry.factory != FLAT:
         vectors_ND = np.load(folder / "vectors.npy", mmap_mode="r")
-        index = build_index(
-            vectors_ND, entry.factory, metric=metric, threads=threads, memory_bytes=memory_bytes
-        )
+        index = build_index(vectors_ND, entry.factory, metric=metric)
         write_index(index, folder / "index.faiss", entry.factory)
     return segment_files(entry)
 

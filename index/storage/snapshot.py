@@ -104,7 +104,7 @@ class Part:
         rows_N = self.segment.find(ids)
         if self.alive_N is None:
             return rows_N
-        return np.where(self.alive_N[rows_N] & (rows_N != MISSING), rows_N, MISSING)
+        return np.where(self.alive_N[rows_N], rows_N, MISSING)
 
     @property
     def dead(self) -> int:

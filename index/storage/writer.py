@@ -21,7 +21,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import pyarrow as pa
@@ -58,7 +57,7 @@ from index.storage.segment import FLAT, Block
 from index.storage.store import Store
 from models.bundle import Json
 from models.cpu import cpu_budget
-from models.errors import HoraceError, UsageError
+from models.errors import HoraceError, UsageError, reason_of
 
 SEAL_ROWS, SEAL_BYTES = 16_384, 64 << 20
 """Rows of the delta, or bytes of the journal, from which the delta becomes a segment: beyond,
@@ -155,12 +154,7 @@ class CollectionWriter:
     def __enter__(self) -> CollectionWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -458,6 +452,6 @@ def _disk(path: Path) -> Iterator[None]:
         raise CollectionError(
             str(path),
             expected="a collection that can be written, with room for more",
-            found=os.strerror(error.errno) if error.errno else str(error),
+            found=reason_of(error),
             mend="make room; nothing was lost",
         ) from error

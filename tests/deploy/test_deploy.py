@@ -16,11 +16,11 @@ import yaml
 
 from serve.config import ServeOptions
 from serve.job import Embedded
-from serve.lifecycle.reloading import ReloadStatistics
 from serve.lifecycle.sources import LoadStatistics
 from serve.operation.metrics import Metrics
 from serve.operation.observer import Call
 from serve.operation.state import LOOP_TIMEOUT_S, ModelState
+from serve.reloading import ReloadStatistics
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

@@ -64,6 +64,29 @@ def run_in_process(capsys, *args):
     return status, captured.out, captured.err
 
 
+def test_a_directory_of_that_name_that_is_somebodys_stays_as_it_is(tmp_path, bundle, train_folder):
+    """Beside `c` lies `c.parts`; where it is no build's, nothing in it is touched."""
+    foreign = tmp_path / "c.parts"
+    (foreign / "sub").mkdir(parents=True)
+    (foreign / "thesis.txt").write_text("precious")
+    options = BuildOptions(
+        images=str(train_folder), encoder=str(bundle.path), out=tmp_path / "c", restart=True
+    )
+    with pytest.raises(UsageError, match=r"c: expected c\.parts, where .* found '.*' in it"):
+        build(options)
+    assert (foreign / "thesis.txt").read_text() == "precious"
+    assert sorted(path.name for path in foreign.iterdir()) == ["sub", "thesis.txt"]
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "no-utf8-\udcff"])
+def test_a_name_that_no_text_can_hold_is_refused_before_work(tmp_path, bundle, train_folder, name):
+    """Files of the collection name it."""
+    options = BuildOptions(images=str(train_folder), encoder=str(bundle.path), out=tmp_path / name)
+    with pytest.raises(UsageError, match="expected a name of printable characters"):
+        build(options)
+    assert not list(tmp_path.glob("*.parts"))
+
+
 def test_a_collection_holds_every_image_of_its_source(built, bundle, train_folder):
     """Keys, labels and ids stand in the source's order; vectors are the encoder's."""
     source = open_source(str(train_folder))

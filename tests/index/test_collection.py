@@ -66,6 +66,19 @@ def test_a_k_beyond_the_collection_gives_all_of_it(tmp_path, unit_rows, factory,
             assert not (others.ids == collection.ids[:, None]).any()
 
 
+def test_where_the_lists_hold_fewer_than_k_every_row_is_compared(
+    tmp_path, unit_rows, make_collection
+):
+    """As many are found as are asked for, however few lists are looked into."""
+    path = make_collection(tmp_path, unit_rows(400, 8), factory="IVF16,PQ4x4fs,RFlat")
+    with Collection.open(path) as collection:
+        found, exact = (
+            collection.search(unit_rows(3, 8, seed=1), 200, fingerprint="f" * 64, **options)
+            for options in ({"parameters": {"nprobe": 1}}, {"exact": True})
+        )
+    assert np.array_equal(found.ids, exact.ids)
+
+
 @pytest.mark.parametrize("exact", [True, False])
 def test_a_stored_image_is_no_neighbour_of_itself(built_hnsw, exact):
     """Searching by id leaves each id out of its own list, and k are left."""

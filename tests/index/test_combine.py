@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 
 from index.collection import Collection
-from index.combine import Combination, combine_vectors, pad_ids, search_combined
+from index.combine import Combination, combine_vectors, pad_ids
 from index.errors import UnknownIdError
 from models.errors import FingerprintMismatchError, UsageError
+from tests.combined import search_combined
 
 FINGERPRINT = "f" * 64
 

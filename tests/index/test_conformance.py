@@ -20,7 +20,7 @@ import pytest
 from numpy.typing import NDArray
 from pymilvus import MilvusClient
 
-from index.combine import Combination, search_combined
+from index.combine import Combination
 from index.errors import CollectionError, UnknownIdError
 from index.filters import FilterError
 from index.interface import AnyWriter, open_collection
@@ -31,6 +31,7 @@ from index.ranking import Ranking, search_range
 from index.storage.ids import id_of
 from index.storage.writer import CollectionWriter
 from models.errors import FingerprintMismatchError, UsageError
+from tests.combined import search_combined
 
 FINGERPRINT = "a" * 64
 DIM = 16

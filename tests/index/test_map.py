@@ -53,7 +53,7 @@ def test_a_page_a_picture_and_places(draw_map, hostile, tmp_path):
     out = tmp_path / "map"
     status, text, _ = draw_map(path, "--out", out, "--smoothing", 0)
     assert status == 0
-    assert text.startswith("13 of 13 images by pca; of 2 nearest in the collection, ")
+    assert text.startswith("13 of 13 images by pca; of 2 nearest among these, ")
     with (out / "map.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert HOSTILE in {row["key"] for row in rows}
@@ -73,6 +73,27 @@ def test_a_page_a_picture_and_places(draw_map, hostile, tmp_path):
     (folder / HOSTILE).unlink()
     status, text, _ = draw_map(path, "--out", out, "--smoothing", 0, "--json")
     assert json.loads(text) == document
+
+
+def test_neighbours_are_told_among_the_drawn(draw_map, make_collection, unit_rows, tmp_path):
+    """Also of images none of whose nearest was drawn."""
+    path = make_collection(tmp_path / "c", unit_rows(1000, 16))
+    args = ("--images", 40, "--smoothing", 0, "--json")
+    status, text, _ = draw_map(path, "--out", tmp_path / "map", *args)
+    assert status == 0
+    with (tmp_path / "map/map.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    with Collection.open(path) as collection:
+        vectors = collection.vectors([int(row["id"]) for row in rows])
+    places = np.array([[float(row["x"]), float(row["y"])] for row in rows])
+    near, on_map = (
+        np.argsort(np.linalg.norm(x[:, None] - x, axis=2), axis=1)[:, 1:16]
+        for x in (vectors, places)
+    )
+    kept = [np.isin(a, b).mean() for a, b in zip(near, on_map, strict=True)]
+    document = json.loads(text)
+    assert (document["images"], document["neighbours"]) == (40, 15)
+    assert document["neighbours_kept"] == pytest.approx(np.mean(kept), abs=0.005)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")

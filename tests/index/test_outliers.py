@@ -83,6 +83,14 @@ def test_few_are_shown_of_many(outliers, built, tmp_path):
     assert (len(document["outliers"]), document["k"], document["method"]) == (3, 4, "mean")
 
 
+def test_the_vote_over_labels_is_the_same_whatever_k_is(outliers, with_stranger):
+    """That is of the score alone."""
+    few, many = (json.loads(outliers(with_stranger[0], "--k", k, "--json")[1]) for k in (1, 20))
+    assert (few["k"], many["k"]) == (1, 20)
+    assert few["median_score"] < many["median_score"]
+    assert few["suspects"] == many["suspects"] != []
+
+
 @pytest.mark.parametrize(
     ("args", "status", "message"),
     [

@@ -110,6 +110,26 @@ INDEXES = {
 LISTS = [factory for factory, parameters in INDEXES.items() if "nprobe" in parameters]
 
 
+def test_a_range_beyond_what_an_index_gives_is_searched_exactly(
+    tmp_path, make_collection, unit_rows, monkeypatch
+):
+    """Images that are left out are asked for, too."""
+    path = make_collection(tmp_path, unit_rows(300, 8))
+    search, asked = Collection.search, []
+
+    def spy(collection, queries, k, **options):
+        asked.append(options["exact"])
+        return search(collection, queries, k, **options)
+
+    monkeypatch.setattr(Collection, "search", spy)
+    monkeypatch.setattr(Collection, "max_neighbours", 64)
+    with Collection.open(path) as collection:
+        query = collection.vectors(collection.ids[:1])
+        for without in (None, collection.ids[None, :1]):
+            search_range(collection, query, 0.99, fingerprint=FINGERPRINT, without_QW=without)
+    assert asked == [False, True]
+
+
 @pytest.fixture(params=INDEXES)
 def clustered(request, tmp_path, make_collection):
     """3,000 vectors around twenty centres behind an index, and fifty queries of the same kind."""

@@ -245,7 +245,7 @@ def test_chosen_rows_are_numbered_and_searches_counted():
 
 def test_candidates_that_were_not_chosen_are_dropped_in_order():
     """And the queries with too few are named."""
-    mask = np.array([True, False, True, True, False])
+    mask = np.array([True, False, True, True, False, True])  # the last is not that of row -1
     scores = np.array([[0.9, 0.8, 0.7, 0.6], [0.9, 0.8, 0.7, -np.inf]], np.float32)
     rows = np.array([[3, 1, 0, 2], [4, 2, 1, -1]])
     kept_scores, kept_rows, short = keep_chosen(scores, rows, mask, 2)

@@ -1,6 +1,11 @@
+import errno
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -86,6 +91,57 @@ def test_our_own_bugs_are_not_hidden():
     """What is not a HoraceError keeps its traceback: it is for us."""
     with pytest.raises(ZeroDivisionError):
         run(lambda _: print(1 / 0))
+
+
+def test_what_the_system_refuses_is_one_line_and_status_1(capsys):
+    """A directory that nobody may look into, a disk that is full: no traceback."""
+
+    def refuse(_: Options) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "secret\nplace")
+
+    assert run(refuse) == 1
+    assert capsys.readouterr().err == ("python -m count: secret\\nplace: Permission denied\n")
+    with pytest.raises(PermissionError):
+        run(refuse, "--debug")
+
+
+def test_a_name_with_a_line_break_is_still_one_line(capsys):
+    """Control characters are written out."""
+
+    def fail(_: Options) -> None:
+        raise HoraceError("a\nb", expected="ä", found="\x1b[2J")
+
+    assert run(fail) == 1
+    assert capsys.readouterr().err == ("python -m count: a\\nb: expected ä, found \\x1b[2J\n")
+
+
+COUNTING = """
+import sys
+from dataclasses import dataclass
+from models.command import run_command
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    n: int = 3
+sys.exit(run_command(Options, lambda options: print("x" * 100), prog="count", argv=()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("stdout", "status", "stderr"),
+    [("| true", 0, ""), ("> /dev/full", 1, "count: No space left on device\n"), (">&-", 0, "")],
+)
+def test_an_output_that_takes_nothing(stdout, status, stderr):
+    """Who has stopped reading has what it wants; a disk that is full is an error; none is none."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    shell = f'"$PYTHON" -c "$CODE" {stdout}; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(
+        ["bash", "-c", shell],
+        env=environment | {"PYTHON": sys.executable, "CODE": COUNTING},
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert (done.returncode, done.stderr) == (status, stderr)
 
 
 def test_help_names_debug(capsys):

@@ -1,6 +1,7 @@
 import ctypes
 import errno
 import hashlib
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -77,6 +78,28 @@ def test_failure_leaves_the_old_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
 
 
+def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path):
+    """As if the file had been opened."""
+    (tmp_path / "f").write_text("old")
+    (tmp_path / "link").symlink_to("f")
+    with atomic_file(tmp_path / "link") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "f").read_text() == "new"
+
+
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path):
+    """Whoever is root and writes to /dev/null would have a file of that name for ever."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    (tmp_path / "loop").symlink_to("loop")
+    for path in (fifo, tmp_path):
+        with pytest.raises(OSError, match="no regular file"), atomic_file(path):
+            pass
+    assert fifo.is_fifo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fifo", "loop"]
+
+
 def test_directory_appears_whole_and_replaces_on_request(tmp_path):
     """An existing directory is refused, or swapped with its open files still readable."""
     target = tmp_path / "d"
@@ -104,6 +127,18 @@ def test_failed_directory_leaves_nothing(tmp_path):
     with pytest.raises(RuntimeError, match="stop"):
         fail()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_content_is_on_the_disk_before_its_name_and_the_name_at_the_end(tmp_path, disk):
+    """Of a file and of a directory: a power failure leaves the old one or the whole new one."""
+    with atomic_file(tmp_path / "f") as temporary:
+        temporary.write_text("one")
+    assert disk == [("sync", temporary), ("name", tmp_path / "f"), ("sync", tmp_path)]
+    disk.clear()
+    with atomic_directory(tmp_path / "d") as temporary:
+        (temporary / "f").write_text("one")
+    content = [("sync", temporary), ("sync", temporary / "f")]
+    assert disk == [*content, ("name", tmp_path / "d"), ("sync", tmp_path)]
 
 
 def refuse_to_swap(*_: object) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from models.errors import ImageError, ImageFault, SourceError
-from models.images import ImageSource, as_arrays, open_source
+from models.images import ImageSource, open_source
 
 MINI = Path("tests/data/fashion-mnist-mini")
 TRAIN = f"idx:{MINI}/train-images-idx3-ubyte.gz"
@@ -120,13 +120,3 @@ def test_what_names_no_source_says_what_would(spec: str) -> None:
         " idx:IMAGES[,LABELS], found nothing of that name;"
         " check the path, or say what it is with one of these forms"
     )
-
-
-def test_arrays_are_given_at_once_where_there_are_any(tmp_path: Path) -> None:
-    """Training and baselines take a data set that fits in memory as one array."""
-    arrays = as_arrays(open_source(TRAIN))
-    assert arrays is not None
-    assert (arrays.images.shape, arrays.images.dtype) == ((400, 28, 28), np.uint8)
-    assert arrays.labels is not None
-    assert sorted(set(arrays.labels)) == list("0123456789")
-    assert as_arrays(open_source(make_folder(tmp_path))) is None

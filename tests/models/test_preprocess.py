@@ -152,6 +152,14 @@ def test_a_jpeg_decoded_small_is_close_to_one_decoded_whole(
     assert np.percentile(difference, 99) <= 12
 
 
+def test_a_jpeg_on_its_side_is_measured_upright() -> None:
+    """What chooses how small it is decoded knows the picture as it will be seen."""
+    exif, seen = Image.Exif(), []
+    exif[0x0112] = 6
+    decode(jpeg(scene(20, 30), exif=exif), choose_divisor=lambda *sides: seen.append(sides) or 1)
+    assert seen == [(30, 20)]
+
+
 @given(side=st.integers(1, 10_000), target=st.integers(1, 1000))
 def test_reduced_decoding_never_leaves_less_than_twice_the_target(side: int, target: int) -> None:
     """And takes the smallest scale that keeps the promise."""
@@ -177,6 +185,27 @@ def test_raw_pixels_of_every_layout_take_the_same_road() -> None:
     assert np.abs(preprocess(half, wanted) - over_white).max() <= 1
     luma = rgb @ np.array([0.299, 0.587, 0.114])
     assert np.abs(preprocess(rgb, SPEC_28)[..., 0] - luma).max() <= 1
+
+
+def test_pixels_of_the_final_size_are_cut_where_the_spec_cuts() -> None:
+    """A spec that resizes to more than its window takes the middle of them, as of a file's."""
+    pixels = scene(8, 8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    cut = preprocess(pixels, spec(8, resize=12))
+    np.testing.assert_array_equal(cut, preprocess(file.getvalue(), spec(8, resize=12)))
+    assert not np.array_equal(cut, pixels)
+
+
+def test_a_png_of_a_wrong_checksum_is_refused() -> None:
+    """Its pixels would decode, and be others than those that were saved."""
+    file = io.BytesIO()
+    Image.fromarray(scene(8, 8)).save(file, "PNG")
+    data = bytearray(file.getvalue())
+    data[data.index(b"IEND") - 5] ^= 1  # the last byte of the checksum of IDAT
+    fault, text = fault_of(lambda: decode(bytes(data)))
+    assert fault is ImageFault.CORRUPT
+    assert "PNG image: expected a whole one, found damage" in text
 
 
 def test_views_are_as_good_as_arrays() -> None:

@@ -11,6 +11,7 @@ from index.ann.kinds import default_parameters, parse_kind
 from index.ann.making import Builder, build_index, write_index
 from index.ann.opening import open_index
 from index.knn import knn_search
+from index.selection import Chosen
 
 COUNT, DIM, K = 1000, 32, 10
 FACTORIES = [
@@ -217,6 +218,18 @@ def test_no_parameter_asks_for_more_rows_than_there_are(make_index, factory):
     expected, _ = knn_search(queries, index.vectors_ND, K)
     np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-5)
     assert (rows >= 0).all()
+
+
+def test_settings_under_a_filter_are_kept_apart(make_index):
+    """A search of as many rows and the same parameters has others: it ranks again."""
+    index = make_index("HNSW16,SQ8,RFlat")
+    queries = index.vectors_ND[:2]
+    options = {"parameters": {"efSearch": 64, "k_factor": 2}, "threads": 1}
+    every = Chosen(np.ones(COUNT, bool))
+    _, rows, _ = index.search_among(queries, 5, every, candidates=20, **options)
+    assert rows[:, 0].tolist() == [0, 1]
+    _, rows = index.search(queries, 40, **options)
+    assert rows[:, 0].tolist() == [0, 1]
 
 
 def test_parameters_are_bounded_by_the_vectors():

@@ -143,6 +143,19 @@ def test_rows_that_lists_name_are_checked(folder, tmp_path):
             )  # fmt: skip
 
 
+def test_every_number_that_a_scan_goes_by_is_checked(folder, tmp_path):
+    """FAISS takes from the file how many queries it scans for at once, and trusts it."""
+    name = "IVF16,PQ8x4fs,RFlat"
+    index = faiss.read_index(str(folder / f"{name}.faiss"))
+    faiss.downcast_index(index).qbs2 += 2
+    faiss.write_index(index, str(tmp_path / "changed.faiss"))
+    with pytest.raises(CollectionError, match=f"expected {name} of {COUNT} x {DIM}"):
+        open_index(
+            tmp_path / "changed.faiss", factory=name, count=COUNT, dim=DIM, metric="cosine",
+            vectors_ND=np.load(folder / "vectors.npy"),
+        )  # fmt: skip
+
+
 def test_an_older_graph_with_its_own_vectors_is_read(folder, tmp_path):
     """Its links are what counts; the vectors are those of the segment."""
     vectors = np.load(folder / "vectors.npy")

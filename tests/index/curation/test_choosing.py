@@ -51,6 +51,21 @@ def test_k_centre_goes_to_the_farthest(unit_rows):
     assert (np.diff(choice.scores_B) <= 1e-6).all()
 
 
+def test_k_centre_far_from_the_origin(unit_rows):
+    """Chooses what it chooses near it, though float32 has no room for squares there."""
+    vectors = unit_rows(50, 8)
+    far = vectors + np.float32(3000)
+    near, moved = (choose_k_centre(pool_of(x, taken=[4, 9]), 10, 0) for x in (far - 3000, far))
+    assert moved.ids_B.tolist() == near.ids_B.tolist()
+    np.testing.assert_allclose(moved.scores_B, near.scores_B, atol=1e-3)
+
+
+def test_any_seed_is_one_for_clusters(unit_rows):
+    """Also one that is no int of C."""
+    choice = choose_typical(pool_of(unit_rows(30, 8)), 3, 3_000_000_000)
+    assert len(set(choice.ids_B.tolist())) == 3
+
+
 def test_typicality_covers_every_crowd_and_shuns_the_stray(unit_rows):
     """One of each crowd, from its middle; what is covered already comes last."""
     vectors, crowd = crowds(unit_rows, [60, 40, 20, 1])

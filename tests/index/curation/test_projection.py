@@ -1,4 +1,6 @@
 import builtins
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -50,12 +52,28 @@ def test_a_missing_extra_is_named(monkeypatch, unit_rows):
 
 def test_neighbours_that_are_kept():
     """All on a line as it is; of one that was shuffled, few."""
-    line = np.arange(200, dtype=np.float32)[:, None] * [[1, 0]]
-    near = np.stack([np.arange(200) - 1, np.arange(200) + 1], axis=1)
-    near[0], near[-1] = [1, -1], [198, -1]
-    assert neighbours_kept(line.astype(np.float32), near) == 1
-    shuffled = np.random.default_rng(0).permutation(line).astype(np.float32)
-    assert neighbours_kept(shuffled, near) < 0.1
+    line = np.square(np.arange(200, dtype=np.float32))[:, None] * np.eye(1, 2, dtype=np.float32)
+    vectors = line @ np.eye(2, 5, dtype=np.float32)
+    assert neighbours_kept(line, vectors, 3, metric="euclidean") == 1
+    shuffled = np.random.default_rng(0).permutation(line)
+    assert neighbours_kept(shuffled, vectors, 3, metric="euclidean") < 0.1
+
+
+def test_any_seed_is_one_for_pacmap(monkeypatch, unit_rows):
+    """Which NumPy takes, with what PaCMAP adds to it."""
+    seeds = []
+
+    class PaCMAP:
+        def __init__(self, *, random_state, **_):
+            seeds.append(random_state)
+
+        def fit_transform(self, vectors, init):
+            return vectors[:, :2]
+
+    monkeypatch.setitem(sys.modules, "pacmap", types.SimpleNamespace(PaCMAP=PaCMAP))
+    for seed in (3, 5_000_000_000):
+        project(unit_rows(30, 8), "pacmap", seed=seed)
+    assert seeds == [3, 5_000_000_000 % 2**31]
 
 
 def test_places_lie_on_a_square_grid_in_proportion():

@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 from scipy.spatial import procrustes
@@ -70,3 +72,14 @@ def test_overlap_counts_shared_neighbours_in_any_order():
     first = np.array([[1, 2, 3], [4, 5, -1], [7, 8, 9]])
     second = np.array([[3, 1, 6], [5, 4, -1], [1, 2, 3]])
     np.testing.assert_allclose(neighbour_overlap(first, second), [2 / 3, 1, 0])
+
+
+def test_overlap_of_many_neighbours_takes_no_square_of_memory():
+    """A hundred images with a thousand each: what the lists take, not a thousand times that."""
+    lists = np.random.default_rng(0).permuted(np.tile(np.arange(2000), (100, 1)), axis=1)
+    tracemalloc.start()
+    shared = neighbour_overlap(lists[:, :1000], lists[:, 500:1500])
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    np.testing.assert_allclose(shared, 0.5)
+    assert peak_bytes < 8 * lists.nbytes

@@ -237,6 +237,23 @@ def test_labels_that_differ_are_noted(tmp_path, bundle, built, new_folder, capsy
     assert "no query is of 1 classes: red" in notes
 
 
+def test_queries_that_nobody_votes_for_are_wrong(tmp_path, bundle, new_folder, test_folder):
+    """In the table of classes as in the headline: the neighbours of the blue ones have no label."""
+    folder = new_folder(per_class=25)
+    for file in (folder / "blue").iterdir():
+        file.rename(folder / file.name)
+    shutil.copy(folder / "red/000.png", folder / "blue/red.png")
+    build(BuildOptions(images=str(folder), encoder=str(bundle.path), out=tmp_path / "c"))
+    report = evaluate(
+        KnnOptions(collection=tmp_path / "c", images=str(test_folder), baselines=False)
+    )
+    assert "5 queries have no labelled neighbour among 20 and count as wrong" in report.notes
+    blue = report.per_class[0]
+    assert (blue.label, blue.n, blue.accuracy, blue.confused_with) == ("blue", 5, 0.0, None)
+    right = sum(one.n * one.accuracy for one in report.per_class)
+    assert report.encoder_by_k[20].top1 == pytest.approx(right / report.n_queries)
+
+
 def test_evaluations_that_mean_nothing_are_refused(tmp_path, bundle, built, new_folder):
     """No labels, or none in common, is an error and not a table of zeros."""
     folder = new_folder()

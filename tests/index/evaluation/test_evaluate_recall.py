@@ -151,6 +151,7 @@ def test_the_report_in_every_form(hasty, tmp_path, capsys):
         ({"n_queries": -1}, "--n-queries: expected at least 0, found -1"),
         ({"selectivity": (0.5, 1.0)}, "--selectivity: expected shares above 0, below 1"),
         ({"churn": 1.0}, "--churn: expected 0 to below 1, found 1.0"),
+        ({"seed": -1}, "--seed: expected at least 0, found -1"),
         ({"threads": 0}, "--threads: expected at least 1, found 0"),
         ({"scratch": "nowhere"}, "--scratch: expected a directory, found nowhere"),
     ],

@@ -2,6 +2,7 @@ import json
 import shutil
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 from scipy.stats import ortho_group
@@ -12,6 +13,7 @@ from index.errors import EvaluationError
 from index.evaluate import run
 from index.evaluation import evaluate_space as module
 from index.evaluation.evaluate_space import SpaceOptions, evaluate
+from index.storage.writer import CollectionWriter
 from models.bundle import read_bundle
 from models.errors import UsageError
 
@@ -107,6 +109,23 @@ def test_what_cannot_be_measured_is_refused(tmp_path, make_collection, vectors, 
         SpaceOptions(collection=str(c), k=0)
     with pytest.raises(UsageError, match="--sample: expected 0, or more than --k, found 10"):
         SpaceOptions(collection=str(c), sample=10)
+    with pytest.raises(UsageError, match="--seed: expected at least 0, found -1"):
+        SpaceOptions(collection=str(c), seed=-1)
+
+
+def test_vectors_of_zeros_have_no_spectrum_and_no_spread(tmp_path, capsys):
+    """A picture without a curve; what lies in one point is not spread evenly."""
+    rows = {
+        "key": [str(n) for n in range(20)], "label": ["x"] * 20, "source": ["folder:/nowhere"] * 20
+    }  # fmt: skip
+    with CollectionWriter.create(
+        tmp_path / "c", name="c", fingerprint="f" * 64, dim=8, metric="euclidean"
+    ) as writer:
+        writer.add(pa.table(rows), np.zeros((20, 8), np.float32), fingerprint="f" * 64)
+    out = tmp_path / "out"
+    assert run(["space", "--collection", str(tmp_path / "c"), "--out", str(out)]) == 0
+    assert "space: RankMe 0.0 of 8, uniformity -, hubness " in capsys.readouterr().out
+    assert (out / "space.png").is_file()
 
 
 def test_the_report_in_every_form(tmp_path, built, bundle, capsys):

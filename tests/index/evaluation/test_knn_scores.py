@@ -22,12 +22,12 @@ def test_labels_become_numbers():
 
 
 def test_confusion_and_its_reading():
-    """Rows are true classes; the worst confusion of each is named."""
+    """Rows are true classes; the worst confusion of each is named; without a vote is wrong."""
     truth, predicted = np.array([0, 0, 0, 1, -1, 1]), np.array([0, 1, 1, 1, 0, -1])
     confusion = confusion_matrix(truth, predicted, 3)
     assert confusion.tolist() == [[1, 2, 0], [0, 1, 0], [0, 0, 0]]
-    assert class_scores(confusion, ["a", "b", "c"]) == [
+    assert class_scores(confusion, ["a", "b", "c"], np.array([3, 2, 0])) == [
         ClassScore(label="a", n=3, accuracy=1 / 3, confused_with="b", n_confused=2),
-        ClassScore(label="b", n=1, accuracy=1.0, confused_with=None, n_confused=0),
+        ClassScore(label="b", n=2, accuracy=0.5, confused_with=None, n_confused=0),
         ClassScore(label="c", n=0, accuracy=None, confused_with=None, n_confused=0),
     ]

@@ -91,6 +91,9 @@ def test_uniformity_is_the_formula_of_its_paper(monkeypatch):
     assert uniformity(unit) == pytest.approx(math.log(np.mean(kernel)), abs=1e-6)
     assert uniformity(np.repeat(unit[:1], 9, axis=0)) == pytest.approx(0, abs=1e-5)
     assert uniformity(unit[:1]) is None
+    zeros = np.zeros((9, 4), np.float32)
+    assert uniformity(zeros) is None
+    assert uniformity(np.concatenate([unit, zeros])) == pytest.approx(uniformity(unit))
 
 
 def test_alignment_of_views():

@@ -137,6 +137,20 @@ def test_writes_during_a_compaction_survive_it(path, unit_rows, monkeypatch):
     assert verify(path).faults == verify(path).unknown == []
 
 
+@pytest.mark.parametrize("step", [CollectionWriter.compact, CollectionWriter.close])
+def test_who_compacts_or_closes_waits_for_the_whole(path, unit_rows, step):
+    """The segment that an index is made of is neither merged nor left to another writer."""
+    with CollectionWriter.open(path) as writer:
+        writer.add(table("a"), unit_rows(1, DIM), fingerprint=FINGERPRINT)
+        with writer.whole():
+            thread = threading.Thread(target=step, args=(writer,))
+            thread.start()
+            thread.join(0.1)
+            assert thread.is_alive()
+        thread.join(30)
+        assert not thread.is_alive()
+
+
 @pytest.mark.parametrize("error", [None, FileNotFoundError(2, "No such file", "ids.npy")])
 def test_a_file_that_goes_while_it_is_opened_is_looked_for_anew(
     path, unit_rows, monkeypatch, error

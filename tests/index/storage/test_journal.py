@@ -48,6 +48,20 @@ def test_what_was_appended_is_read(tmp_path, entry, journal):
     assert list(reader.read(end)) == []
 
 
+def test_a_record_is_on_the_disk_before_it_is_counted(journal, disk):
+    """A power failure leaves no header that promises what the file does not have."""
+    write(journal, b"one")
+    assert [event for event, _ in disk] == ["write", "write", "sync", "write"]
+
+
+def test_a_write_may_take_less_than_it_was_given(tmp_path, entry, journal, monkeypatch):
+    """The rest follows."""
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, data, at: pwrite(file, data[:7], at))
+    write(journal, b"more than seven bytes")
+    assert read(tmp_path, entry) == [(1, b"more than seven bytes")]
+
+
 def test_every_flipped_byte_is_found(tmp_path, entry, journal):
     """Every one of the file: header, heads and bodies."""
     write(journal, b"one", b"", b"three")

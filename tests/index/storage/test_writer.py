@@ -1,20 +1,22 @@
 import dataclasses
 import itertools
 import json
+import os
 from contextlib import suppress
 
+import faiss
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from index.ann.making import build_index, write_index
 from index.collection import Collection, id_of
-from index.errors import CollectionError
+from index.errors import CollectionError, UnknownIdError
 from index.selection import Selector
 from index.storage import compaction, publishing
 from index.storage.incoming import prepare_rows
 from index.storage.journal import JournalFile
-from index.storage.lock import CollectionLockedError
+from index.storage.lock import CollectionLockedError, take_lock
 from index.storage.manifest import read_manifest, write_manifest
 from index.storage.publishing import put_in_place
 from index.storage.rows import ROW_SCHEMA
@@ -22,6 +24,7 @@ from index.storage.store import Store
 from index.storage.writer import CollectionWriter
 from index.verify import verify
 from models.errors import FingerprintMismatchError, UsageError
+from models.files import TEMPORARY_PREFIX
 
 FINGERPRINT, DIM = "f" * 64, 8
 
@@ -74,7 +77,7 @@ def test_what_was_written_is_there_at_once(writer, vectors):
     assert (before.count, after.latest()) == (0, after)
     assert before.version < after.version
     writer.upsert(table("b", "d"), vectors[3:5], fingerprint=FINGERPRINT)
-    assert writer.delete([id_of("a"), id_of("nobody")]) == 1
+    assert writer.delete([id_of("a"), id_of("a"), id_of("nobody")]) == 1
     latest = after.latest()
     assert latest.keys() == ["c", "b", "d"]
     assert nearest(latest, vectors[2:5]) == [["c"], ["b"], ["d"]]
@@ -201,6 +204,9 @@ def test_a_key_whose_id_another_has_is_refused(writer, vectors, monkeypatch):
             write(table("cd"), vectors[:1], fingerprint=FINGERPRINT)
         with pytest.raises(CollectionError, match="key 'def': expected an id of its own"):
             write(table("abc", "def"), vectors[:2], fingerprint=FINGERPRINT)
+    monkeypatch.setattr("index.collection.id_of", lambda key: len(key))
+    with pytest.raises(UnknownIdError, match="key 'cd': expected a key of the 1 in"):
+        writer.collection.find_key("cd")
 
 
 def test_further_columns_stay_through_everything(writer, vectors):
@@ -430,6 +436,50 @@ def test_a_filter_is_worked_out_once_a_part(writer, vectors, monkeypatch):
     assert n_worked_out == [30, 2, 3]
 
 
+def test_a_delta_of_many_bytes_becomes_a_segment(writer, vectors, monkeypatch):
+    """However few its rows are; where there is nothing to seal, there is no other state."""
+    monkeypatch.setattr(writer, "_seal_bytes", 300)
+    writer.add(table("a"), vectors[:1], fingerprint=FINGERPRINT)
+    collection = writer.collection
+    assert [segment.count for segment in collection.manifest.segments] == [1]
+    writer.seal()
+    assert writer.collection.version == collection.version
+
+
+def test_a_full_disk_is_not_tried_at_every_write(writer, vectors, monkeypatch):
+    """A delta that cannot become a segment is tried again where it is twice as large."""
+    tried_at = []
+
+    def full(*_, **options):
+        tried_at.append(n + 1)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer, "_seal_rows", 2)
+    monkeypatch.setattr(publishing, "write_segment", full)
+    for n in range(9):
+        writer.add(table(str(n)), vectors[n : n + 1], fingerprint=FINGERPRINT)
+    assert tried_at == [2, 4, 8]
+
+
+def test_a_manifest_names_nothing_that_is_not_on_the_disk(writer, vectors, disk):
+    """A segment, tombstones and a journal have content and name there before; it has at last."""
+    writer.add(table("a", "b"), vectors[:2], fingerprint=FINGERPRINT)
+    writer.seal()
+    writer.delete([id_of("a")])
+    writer.add(table("c"), vectors[2:3], fingerprint=FINGERPRINT)
+    before = writer.collection.manifest.files
+    disk.clear()
+    writer.seal()
+    manifest = writer.collection.manifest
+    new = [writer.path / name for name in (*manifest.files, manifest.journal.name)
+           if name not in before]  # fmt: skip
+    assert any("tombstones" in path.name for path in new)
+    named = disk.index(("name", writer.path / "manifest.json"))
+    synced = {path for event, path in disk[:named] if event == "sync"}
+    assert synced >= {*new, *(path.parent for path in new), writer.path / "segments"}
+    assert ("sync", writer.path) in disk[named:]
+
+
 def test_a_full_disk_costs_nothing_that_was_acknowledged(writer, vectors, monkeypatch, caplog):
     """Whatever step it meets; when there is room again, the same call does it."""
 
@@ -455,6 +505,36 @@ def test_a_full_disk_costs_nothing_that_was_acknowledged(writer, vectors, monkey
     writer.close()
     CollectionWriter.open(writer.path).close()
     assert verify(writer.path).faults == verify(writer.path).unknown == []
+
+
+def test_a_disk_without_a_byte_lets_a_writer_in_to_delete(writer, vectors, monkeypatch):
+    """The number of its process beside the lock is for a message alone."""
+    writer.add(table("a"), vectors[:1], fingerprint=FINGERPRINT)
+    writer.close()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("index.storage.lock.os.pwrite", full)
+        descriptor = take_lock(writer.path)
+    with pytest.raises(CollectionLockedError):
+        CollectionWriter.open(writer.path)
+    os.close(descriptor)
+
+
+def test_what_a_killed_sync_has_left_is_swept(writer, vectors):
+    """Its half-written memory lies beside the whole one."""
+    (writer.path / "sync").mkdir()
+    left, kept = (writer.path / "sync" / name for name in (".tmp-state.x", "state.jsonl"))
+    left.touch()
+    kept.touch()
+    writer.add(table("a"), vectors[:1], fingerprint=FINGERPRINT)
+    writer.compact(all=True)
+    writer.close()
+    CollectionWriter.open(writer.path).close()
+    assert not left.exists()
+    assert kept.exists()
 
 
 def test_a_full_disk_keeps_no_segment_that_nobody_names(writer, unit_rows, tmp_path, monkeypatch):
@@ -540,6 +620,35 @@ def test_a_change_that_is_broken_off(writer, vectors, monkeypatch, place, error)
     assert verify(writer.path).faults == []
 
 
+def test_a_refusal_behind_the_next_manifest_breaks_a_change_off(writer, vectors, monkeypatch):
+    """The files have changed and memory has not: the writer takes no more."""
+    writer.add(table("a"), vectors[:1], fingerprint=FINGERPRINT)
+    load = Store.load
+
+    def refused(store):
+        load(store)
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "load", refused)
+        with pytest.raises(CollectionError, match="found Input/output error"):
+            writer.seal()
+    with pytest.raises(CollectionError, match="found one that was broken off; close it and op"):
+        writer.add(table("b"), vectors[1:2], fingerprint=FINGERPRINT)
+
+
+def test_what_a_killed_writer_has_left_is_swept_away(writer):
+    """Files that no manifest names, and a manifest that had no name yet."""
+    writer.close()
+    left = [writer.path / name for name in ("segments/000007/ids.npy", "journal-000007")]
+    left.append(writer.path / f"{TEMPORARY_PREFIX}manifest.json.x")
+    left[0].parent.mkdir(parents=True)
+    for file in left:
+        file.touch()
+    CollectionWriter.open(writer.path).close()
+    assert not any(file.exists() for file in left)
+
+
 def test_what_cannot_be_created(writer, tmp_path):
     """A collection over another, of no dimension, of an unknown metric."""
     good = {"name": "made", "fingerprint": FINGERPRINT, "dim": DIM}
@@ -588,7 +697,9 @@ def test_a_collection_of_schema_1_is_read_and_written(tmp_path, vectors, make_co
         assert (path / "manifest.json").read_bytes() == before
         writer.delete([id_of("0007")])
     assert (reader.latest().count, reader.latest().version) == (39, (1, 1))
-    assert json.loads((path / "manifest.json").read_text())["schema_version"] == 2
+    document = json.loads((path / "manifest.json").read_text())
+    assert document["schema_version"] == 2
+    assert document["versions"]["faiss"] == faiss.__version__, "of what has written last"
     assert verify(path).faults == []
 
 
