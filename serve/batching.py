@@ -179,7 +179,6 @@ class Batcher(Generic[TicketT]):
         """
         if self._room.leave_line(ticket):
             self._cancelled += 1
-            ticket.gone = True
         if ticket not in self._held:
             return
         if not ticket.gone:

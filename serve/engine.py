@@ -430,8 +430,9 @@ class Engine:
         """
         spec = self.encoder.preprocessing
         shape = (batch.images, spec.height, spec.width, spec.channels)
-        pixels = [part.ticket.pixels[n] for part in batch.parts for n in part.positions]
-        images_NHWC = np.concatenate(pixels).reshape(shape)
+        images_NHWC = np.concatenate(
+            [part.ticket.pixels[n] for part in batch.parts for n in part.positions]
+        ).reshape(shape)
         for part in batch.parts:
             for n in part.positions:
                 part.ticket.pixels[n] = NO_PIXELS

@@ -71,6 +71,19 @@ def test_images_that_fail_before_the_queue_are_settled():
     assert batcher.statistics().held_requests == 0
 
 
+def test_images_of_a_caller_that_went_that_fail_before_the_queue_answer_nobody():
+    """They are counted off what waits as it goes, and not again as they fail."""
+    batcher = make_batcher()
+    now_s = learnt(batcher, per_image_s=0.1)
+    gone, other = (Ticket(images=n, arrived_s=now_s) for n in (4, 3))
+    for ticket in (gone, other):
+        batcher.admit(ticket)
+    batcher.cancel(gone)
+    assert not batcher.settle(gone, 4)
+    with pytest.raises(DeadlineError, match="for 1 images with 3 before them"):
+        batcher.admit(Ticket(images=1, arrived_s=now_s, deadline_s=now_s + 0.2))
+
+
 @pytest.mark.parametrize(("images", "held_bytes"), [(9, 0), (1, 61)])
 def test_a_full_queue_refuses_at_once_and_says_what_is_taken(images, held_bytes):
     """Images and bytes are both bounded; the refusal names the bound and what is taken."""
@@ -165,6 +178,16 @@ def test_a_failed_batch_ends_its_requests_and_no_other():
     assert contents(batcher.decide(0.0).batch) == [(other, [0])]
 
 
+def test_a_failed_batch_teaches_nothing():
+    """What an encoder refuses at once is no sign that it is fast."""
+    batcher = make_batcher()
+    now_s = learnt(batcher, per_image_s=0.1)
+    before = batcher.statistics().latency
+    admitted(batcher, 4, arrived_s=now_s)
+    batcher.finish(batcher.decide(now_s).batch, now_s, failed=True)
+    assert batcher.statistics().latency == before
+
+
 def test_a_delay_counts_from_the_oldest_arrival():
     """With a delay an idle instance waits for company, until the oldest has waited enough."""
     batcher = make_batcher(max_delay_s=2.0)
@@ -243,6 +266,16 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once():
     assert batcher.statistics().unmeetable_requests == 1
 
 
+def test_what_is_about_to_come_in_counts_against_a_deadline():
+    """Forty images of the same call go before, though none of them is held yet."""
+    batcher = make_batcher(max_held_images=200)
+    now_s = learnt(batcher, per_image_s=0.1)
+    ticket = Ticket(images=1, arrived_s=now_s, deadline_s=now_s + 1.5)
+    batcher.check(ticket)
+    with pytest.raises(DeadlineError, match="for 1 images with 40 before them"):
+        batcher.check(ticket, before=40)
+
+
 def test_what_runs_already_counts_against_a_deadline():
     """A batch that has just started takes as long as one that waits."""
     batcher = make_batcher()
@@ -281,11 +314,17 @@ def test_what_cannot_be_done_in_time_any_more_is_dropped_before_it_is_computed()
     assert batcher.statistics().expired_requests == 1
 
 
-def test_a_large_request_is_not_begun_that_would_not_be_ended():
-    """Three batches take longer than its deadline allows: not even the first is computed."""
+@pytest.mark.parametrize("ready", [12, 4])
+def test_a_large_request_is_not_begun_that_would_not_be_ended(ready):
+    """Three batches take longer than its deadline allows: not even the first is computed.
+
+    Images that are being decoded count as well.
+    """
     batcher = make_batcher()
     now_s = learnt(batcher, per_image_s=0.1)
-    large = admitted(batcher, 12, arrived_s=now_s, deadline_s=now_s + 1.25)
+    large = Ticket(images=12, arrived_s=now_s, deadline_s=now_s + 1.25)
+    batcher.admit(large)
+    batcher.ready(large, range(ready), now_s)
     assert batcher.decide(now_s + 0.2).expired == (large,)
 
 
@@ -293,8 +332,10 @@ def test_time_that_replies_take_counts_against_a_deadline():
     """A vector that leaves in time for nobody is not worth computing."""
     batcher = make_batcher()
     now_s = learnt(batcher, per_image_s=0.1)
+    waiting = admitted(batcher, 4, arrived_s=now_s, deadline_s=now_s + 0.6)
     for _ in range(50):
         batcher.note_reply(0.3)
+    assert batcher.decide(now_s).expired == (waiting,)
     with pytest.raises(DeadlineError):
         batcher.admit(Ticket(images=4, arrived_s=now_s, deadline_s=now_s + 0.6))
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from contextlib import asynccontextmanager
 
 import numpy as np
@@ -175,13 +176,15 @@ def test_an_encoder_that_has_become_another_is_unavailable_and_trouble(fake, ima
     assert caplog.text.count("horace://10.0.0.7:50051/m: expected encoder aaa") == 1
 
 
-def test_an_encoder_that_gives_too_few_vectors_is_an_error(fake, image):
-    """A wrong shape is never handed out as somebody's vectors."""
+@pytest.mark.parametrize("part", [np.s_[:0], np.s_[:, :1]], ids=["vectors", "values"])
+def test_an_encoder_that_gives_too_few_is_an_error(fake, image, monkeypatch, part):
+    """A wrong shape is never handed out as somebody's vectors, nor one value for all of them."""
+    encode = fake.encode
+    monkeypatch.setattr(fake, "encode", lambda images: encode(images)[part])
 
     async def main():
-        fake.dim = 5
         async with running(fake) as engine:
-            with pytest.raises(InternalError):
+            with pytest.raises(InternalError, match="the encoder failed on these images"):
                 await embed(engine, [image(1)])
 
     asyncio.run(main())
@@ -242,13 +245,18 @@ def test_an_engine_whose_threads_all_hang_says_so_until_one_comes_back(fake, ima
 
     async def main():
         async with running(fake) as engine:
-            for _ in range(2):
+            for n_hanging in (1, 2):
                 held = await hold(engine, fake, image)
+                if n_hanging == 2:
+                    waiting = asyncio.create_task(embed(engine, [image(1)]))
+                    await asyncio.sleep(0)
                 engine.look(elapsed_s=1.0, limit_s=0.5)
                 engine.look(elapsed_s=1.0, limit_s=0.5)
                 with pytest.raises(InternalError):
                     await held
             assert engine.state == "stuck"
+            with pytest.raises(UnavailableError, match="every thread of this model hangs"):
+                await asyncio.wait_for(waiting, 10)
             with pytest.raises(UnavailableError, match="takes no more requests"):
                 await embed(engine, [image(1)])
             fake.gate.set()
@@ -695,6 +703,26 @@ def test_timings_say_where_the_time_went(fake, image):
             embedded = await waiting
             assert (embedded.decode_s, embedded.queue_s, embedded.inference_s) == (0.0, 3.0, 0.0)
             assert (await held).inference_s == 3.0
+
+    asyncio.run(main())
+
+
+def test_pixels_are_not_in_memory_twice(fake, image, monkeypatch):
+    """Once they lie side by side for the encoder, those of the request are let go."""
+    images, are_there = [image(n) for n in range(2)], []
+    first, encode = weakref.ref(images[0]), fake.encode
+
+    def noting(images_NHWC):
+        are_there.append(first() is not None)
+        return encode(images_NHWC)
+
+    monkeypatch.setattr(fake, "encode", noting)
+
+    async def main():
+        async with running(fake, max_batch_images=1) as engine:
+            sent = (images.pop(0) for _ in range(2))
+            await engine.embed(sent, count=2, payload_bytes=0)
+        assert are_there == [False, False]
 
     asyncio.run(main())
 

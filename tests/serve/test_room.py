@@ -103,6 +103,8 @@ def test_the_line_is_bounded_in_bytes():
     assert not room.leave_line(first)
     assert room.line_up(Ticket(images=1, held_bytes=1))
     assert room.lined_up_bytes == 1
+    assert not room.line_up(Ticket(images=1, held_bytes=100))
+    assert room.line_up(Ticket(images=1, held_bytes=99))
 
 
 @pytest.mark.parametrize(

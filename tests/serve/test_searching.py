@@ -13,6 +13,7 @@ from PIL import Image
 
 from index.build import BuildOptions, build
 from index.collection import Collection, id_of
+from index.ranking import Ranking
 from index.storage.writer import CollectionWriter
 from models.encoder import open_encoder
 from models.vectors import finish_vectors
@@ -158,8 +159,8 @@ def test_a_bad_query_has_a_status_and_the_others_their_hits(place, searching):
     bundle, folder, _ = place
     path = next(folder.rglob("*.png"))
     id_ = id_of(path.relative_to(folder).as_posix())
-    vectors = np.random.default_rng(0).normal(size=(4, 16)).astype(np.float32)
-    vectors[1], vectors[2, 3] = 0, np.nan
+    vectors = np.random.default_rng(0).normal(size=(5, 16)).astype(np.float32)
+    vectors[1], vectors[2, 3], vectors[3, 3] = 0, np.nan, np.inf
 
     async def main():
         async with searching() as server, AsyncClient(server.address) as client:
@@ -179,10 +180,12 @@ def test_a_bad_query_has_a_status_and_the_others_their_hits(place, searching):
                 "ok",
                 "wrong_query",
                 "wrong_query",
+                "wrong_query",
                 "ok",
             ]
             assert "only zeros" in by_vector.statuses[1].message
             assert "not finite" in by_vector.statuses[2].message
+            assert "not finite" in by_vector.statuses[3].message
             only_bad = await client.search([b"junk"])
             assert only_bad.hits == ((),)
 
@@ -407,6 +410,17 @@ def test_pieces_find_what_one_call_finds(place, monkeypatch, filter, diversity):
         np.testing.assert_array_equal(parts.ids, whole.ids)
         np.testing.assert_allclose(parts.scores, whole.scores, atol=1e-6)
         assert len(pieces) == (6 if diversity else 4)
+
+
+def test_what_differs_is_picked_among_more_than_are_asked_for(place):
+    """As the collection ranks them itself."""
+    with Collection.open(place[2]) as collection:
+        ranking, vectors = Ranking(diversity=0.9), collection.vectors(collection.ids[:4])
+        near = collection.search(vectors, ranking.pool(3), fingerprint=collection.fingerprint)
+        query = Query(k=3, exact=False, include_vectors=False, diversity=0.9)
+        found = query.search(collection, vectors, lambda: None)
+        np.testing.assert_array_equal(found.ids, ranking.rank(collection, near, 3).ids)
+        assert not np.array_equal(found.ids, near.ids[:, :3])
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,31 @@ def test_what_is_opened_for_nobody_is_closed(fake, pool):
     assert (opened, fake.closed) == ([fake], True)
 
 
+def test_what_is_warmed_up_for_nobody_is_closed(fake, pool, monkeypatch):
+    """The load is cancelled while the encoder computes its first vector."""
+    monkeypatch.setattr("serve.lifecycle.loading.CLOSE_TIMEOUT_S", 0.05)
+    fake.gate.clear()
+    loader = Loader(
+        open_model=lambda path, **how: fake,
+        make_engine=lambda *_, **__: Engine(fake, decode_pool=pool),
+        divide_threads=lambda options: 1,
+        pool=pool,
+        dispose=at_once,
+    )
+
+    async def main():
+        options = read_model_options("dir")
+        load = asyncio.create_task(loader.load(options, "dir", name=None, version="1"))
+        assert await asyncio.to_thread(fake.entered.wait, 30)
+        load.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await load
+
+    asyncio.run(main())
+    fake.gate.set()
+    assert fake.closed
+
+
 def test_what_hangs_is_given_up(load, fake, monkeypatch):
     """The line says how long was waited, and the encoder is closed."""
     monkeypatch.setattr("serve.lifecycle.loading.WARM_UP_S", 0.05)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from models.bundle import BUNDLE_FILE, Bundle, write_bundle
-from models.errors import BundleError, FingerprintMismatchError
+from models.errors import BundleError, FingerprintMismatchError, UsageError
 from models.wire import image_to_wire
 from protos import horace_pb2 as pb
 from protos import horace_pb2_grpc as pb_grpc
@@ -130,6 +130,21 @@ def test_an_encoder_that_gives_no_numbers_does_not_start(fake, serving):
 
     with pytest.raises(StartError, match="model fake: expected a vector of finite numbers"):
         asyncio.run(main())
+
+
+def test_a_model_whose_name_is_taken_is_closed(fake):
+    """It was opened to learn its name."""
+    other = type(fake)()
+    encoders = {"fake://one": fake, "fake://other": other}
+
+    async def main():
+        options = ServeOptions(port=0, bundle=tuple(encoders))
+        server = Server(options, open_model=lambda uri, **_: encoders[uri])
+        with pytest.raises(UsageError, match="--bundle fake: expected a name of its own"):
+            await server.start()
+
+    asyncio.run(main())
+    assert other.closed
 
 
 def test_a_crashed_model_is_healed_by_loading_it_again(fake, serving, eventually):

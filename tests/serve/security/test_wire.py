@@ -48,6 +48,7 @@ ENTRY = b"\x0a\x00"  # field 1, empty
         (pb.SearchRequest, delimited(2, ENTRY * MANY)),
         (pb.SearchRequest, delimited(11, ENTRY * MANY)),
         (pb.SearchRequest, delimited(11, delimited(1, ENTRY * MANY))),
+        (pb.SearchRequest, delimited(11, delimited(1, ENTRY * 49)) * 2),
         (kserve.ModelInferRequest, b"\x2a\x00" * MANY),
         (kserve.ModelInferRequest, b"\x32\x00" * MANY),
         (kserve.ModelInferRequest, b"\x3a\x00" * MANY),
@@ -56,8 +57,8 @@ ENTRY = b"\x0a\x00"  # field 1, empty
         (kserve.ModelInferRequest, delimited(6, delimited(2, b"") * MANY)),
     ],
     ids=[
-        "images", "numbers", "queries", "combinations", "examples", "inputs", "outputs",
-        "raw contents", "typed contents", "shape", "parameters",
+        "images", "numbers", "queries", "combinations", "examples", "examples of two",
+        "inputs", "outputs", "raw contents", "typed contents", "shape", "parameters",
     ],
 )  # fmt: skip
 def test_parts_are_counted_wherever_they_can_be_many(kind, raw):
