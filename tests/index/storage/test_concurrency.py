@@ -10,7 +10,6 @@ import threading
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from index.collection import Collection, id_of
@@ -20,14 +19,9 @@ from index.storage import writer as writer_module
 from index.storage.publishing import put_in_place
 from index.storage.writer import CollectionWriter
 from index.verify import verify
+from tests.index.storage.conftest import DIM, FINGERPRINT, table
 
 ROOT = Path(__file__).parents[3]
-FINGERPRINT, DIM = "f" * 64, 8
-
-
-def table(*keys):
-    """Rows of these keys."""
-    return pa.table({"key": list(keys), "source": ["folder:/nowhere"] * len(keys)})
 
 
 @pytest.fixture
