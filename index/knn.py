@@ -21,12 +21,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import faiss
 import numpy as np
 from numpy.typing import NDArray
 
 from models.cpu import cpu_budget
 from models.errors import UsageError
+from models.providers import INSTALL_AN_ENGINE
+
+try:
+    import faiss
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"{error.msg}; {INSTALL_AN_ENGINE}", name="faiss") from None
 
 COSINE, EUCLIDEAN = "cosine", "euclidean"
 """How vectors are compared: unit vectors by their inner product, or any by their distance."""

@@ -74,17 +74,19 @@ def run_command(
     except HoraceError as error:
         if debug:
             raise
+        let_go_of_stdout()
         print(f"{prog}: {_one_line(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt as interrupt:
+        let_go_of_stdout()
         print(": ".join([prog, "interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         return 130
     except BrokenPipeError:  # `... | head` has what it wants
-        _let_go_of_stdout()
+        let_go_of_stdout()
     except OSError as error:  # a full disk, a directory that nobody may look into
         if debug:
             raise
-        _let_go_of_stdout()
+        let_go_of_stdout()
         name = "" if error.filename is None else f"{error.filename}: "
         print(f"{prog}: {_one_line(f'{name}{reason_of(error)}')}", file=sys.stderr)
         return 1
@@ -96,8 +98,10 @@ def _one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _let_go_of_stdout() -> None:
+def let_go_of_stdout() -> None:
     """Say nothing more where nobody listens, or the interpreter complains when it ends."""
+    if sys.stdout is None:
+        return
     try:
         sys.stdout.flush()
     except OSError:
@@ -124,7 +128,7 @@ def progress(
     on_terminal = sys.stderr.isatty()
     bar = tqdm(total=total, desc=what, unit=f" {unit}s", disable=not on_terminal)
     start_s = last_s = time.monotonic()
-    done = 0
+    done, said = 0, -1
     with bar:
         for item in items:
             yield item
@@ -132,9 +136,9 @@ def progress(
             bar.update(size(item))
             now_s = time.monotonic()
             if not on_terminal and now_s - last_s >= LOG_EVERY_S:
-                last_s = now_s
+                last_s, said = now_s, done
                 log.info("%s", _progress_line(what, done, total, unit, now_s - start_s))
-    if not on_terminal:
+    if not on_terminal and said != done:
         log.info("%s", _progress_line(what, done, total, unit, time.monotonic() - start_s))
 
 
@@ -142,7 +146,8 @@ def _progress_line(what: str, done: int, total: int | None, unit: str, elapsed_s
     """Say `embedding 512/60000 images, 4000/s, 15 s left`."""
     rate = done / elapsed_s if elapsed_s > 0 else 0.0
     of_total = "" if total is None else f"/{total}"
-    line = f"{what} {done}{of_total} {unit}s, {rate:.0f}/s"
+    speed = f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"
+    line = f"{what} {done}{of_total} {unit}s, {speed}/s"
     if total is not None and 0 < done < total:
         line += f", {(total - done) / rate:.0f} s left"
     return line

@@ -97,4 +97,4 @@ class ImageError(HoraceError):
 
 def reason_of(error: OSError) -> str:
     """Say what the system says, without the path."""
-    return error.strerror or str(error)
+    return error.strerror or str(error) or type(error).__name__

@@ -54,7 +54,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
-        raise OSError("something that is no regular file")
+        raise OSError(errno.EINVAL, "something that is no regular file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f"{TEMPORARY_PREFIX}{path.name}.", dir=path.parent)
     os.close(handle)
@@ -83,7 +83,7 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
         FileExistsError: `path` exists and `replace` is false.
     """
     if path.exists() and not replace:
-        raise FileExistsError(path)
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f"{TEMPORARY_PREFIX}{path.name}."
     temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))

@@ -15,6 +15,8 @@ Source: ISO/IEC 15948 (PNG), GIF89a, TIFF 6.0 section 2.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
+from contextlib import suppress
 
 from models.errors import ImageError, ImageFault
 
@@ -27,6 +29,7 @@ MAX_NUMBERS = 1 << 16
 _FREE_TYPES = frozenset({1, 2, 7})
 """Types of TIFF tags that stay bytes: BYTE, ASCII, UNDEFINED."""
 
+_SHORT = 3
 _DIRECTORY_TAGS = frozenset({0x8769, 0x8825, 0xA005})
 """Tags that lead to a directory more: Exif, GPS, interoperability."""
 
@@ -69,19 +72,23 @@ def _check_gif(data: bytes) -> None:
     if len(data) < 13:
         return
     at = 13 + (3 * (2 << (data[10] & 7)) if data[10] & 0x80 else 0)
-    in_extension = False
+    lists = 0  # of an extension's blocks, that are still to come
     for _ in range(MAX_PIECES):
         if at >= len(data):
             return
         byte = data[at]
-        if in_extension:  # a block of that many bytes; the empty one is the last
-            in_extension = byte > 0
+        if lists:  # a block of that many bytes; the empty one ends the list
+            lists -= byte == 0
             at += 1 + byte
         elif byte in b",;":
             return
+        elif byte == 0x21 and at + 2 < len(data):
+            # Where the first block is empty, the decoder reads on, but for a comment.
+            is_comment, is_empty = data[at + 1] == 0xFE, data[at + 2] == 0
+            lists = 2 if is_empty and not is_comment else 1
+            at += 2
         else:
-            in_extension = byte == 0x21
-            at += 1 + in_extension  # its label
+            at += 1
     raise too_many("GIF", "blocks before its picture")
 
 
@@ -89,21 +96,24 @@ def _check_tiff(data: bytes) -> None:
     """Add up the numbers in the directories of the first picture, and the entries."""
     order = "<" if data.startswith(b"II") else ">"
     pieces, seen = 0, set()
-    try:
-        pending = list(struct.unpack_from(f"{order}I", data, 4))
-        while pending:
-            at = pending.pop()
-            if at in seen:
-                continue
-            seen.add(at)
-            (n_entries,) = struct.unpack_from(f"{order}H", data, at)
-            for entry in range(at + 2, at + 2 + 12 * n_entries, 12):
-                tag, kind, count, value = struct.unpack_from(f"{order}HHII", data, entry)
-                if tag in _DIRECTORY_TAGS:
-                    pending.append(value)
-                # What claims to be longer than the file is passed over.
-                pieces += 1 if kind in _FREE_TYPES or count > len(data) else 1 + count
-                if pieces > MAX_NUMBERS:
-                    raise too_many("TIFF", "numbers in its tags", MAX_NUMBERS)
-    except struct.error:  # an offset that leads outside
-        pass
+    pending = [int.from_bytes(data[4:8], "little" if order == "<" else "big")]
+    while pending:
+        at = pending.pop()
+        if at in seen:
+            continue
+        seen.add(at)
+        for tag, kind, count, value in _entries(data, at, order):
+            if tag in _DIRECTORY_TAGS:
+                pending.append(value >> 16 if (kind, order) == (_SHORT, ">") else value)
+            # What claims to be longer than the file is passed over.
+            pieces += 1 if kind in _FREE_TYPES or count > len(data) else 1 + count
+            if pieces > MAX_NUMBERS:
+                raise too_many("TIFF", "numbers in its tags", MAX_NUMBERS)
+
+
+def _entries(data: bytes, at: int, order: str) -> Iterator[tuple[int, int, int, int]]:
+    """Read tag, type, count and value of a directory's entries, as many as there are."""
+    with suppress(struct.error):  # an offset that leads outside
+        (n_entries,) = struct.unpack_from(f"{order}H", data, at)
+        for entry in range(at + 2, at + 2 + 12 * n_entries, 12):
+            yield struct.unpack_from(f"{order}HHII", data, entry)

@@ -67,13 +67,11 @@ def bind_all(
     v6_alone = any(family == socket.AF_INET for family, *_ in found)
     with ExitStack() as opened:
         sockets: list[socket.socket] = []
-        for family, _, _, _, (address, _, *scope) in found:
-            # Named, the protocol is that of each connection, and asyncio sets TCP_NODELAY.
-            one = opened.enter_context(
-                socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-            )
-            sockets.append(one)
+        for family, _, _, _, (address, _, *scope) in dict.fromkeys(found):
             try:
+                # Named, the protocol is that of each connection, and asyncio sets TCP_NODELAY.
+                one = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+                sockets.append(opened.enter_context(one))
                 if listens:  # else the port would be free to all who set it, too
                     one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 if shared:

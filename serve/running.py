@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from models.command import let_go_of_stdout
 from models.errors import reason_of
 from models.memory import give_back_large_blocks
 from serve.errors import InternalError, UnavailableError
@@ -109,6 +110,7 @@ def announce(line: str) -> None:
     try:
         print(line, flush=True)
     except OSError as error:
+        let_go_of_stdout()
         log.warning("%s; stdout: %s", line, reason_of(error))
 
 

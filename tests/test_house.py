@@ -37,7 +37,8 @@ def test_the_client_loads_no_engine():
 
 
 @pytest.mark.parametrize(
-    ("engine", "module"), [("faiss", "index.search"), ("onnxruntime", "models.runtime")]
+    ("engine", "module"),
+    [("faiss", "index.search"), ("faiss", "index.build"), ("onnxruntime", "models.runtime")],
 )
 def test_an_engine_that_is_not_installed_is_named_with_what_installs_it(engine, module):
     """Both are extras, of which a base install has neither."""

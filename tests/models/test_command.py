@@ -119,24 +119,35 @@ COUNTING = """
 import sys
 from dataclasses import dataclass
 from models.command import run_command
+from models.errors import HoraceError
 @dataclass(frozen=True, kw_only=True)
 class Options:
     n: int = 3
-sys.exit(run_command(Options, lambda options: print("x" * 100), prog="count", argv=()))
+def main(options):
+    print("x" * 100)
+    {ends}
+sys.exit(run_command(Options, main, prog="count", argv=()))
 """
 
 
 @pytest.mark.parametrize(
-    ("stdout", "status", "stderr"),
-    [("| true", 0, ""), ("> /dev/full", 1, "count: No space left on device\n"), (">&-", 0, "")],
+    ("ends", "stdout", "status", "stderr"),
+    [
+        ("", "| true", 0, ""),
+        ("", "> /dev/full", 1, "count: No space left on device\n"),
+        ("", ">&-", 0, ""),
+        ("raise OSError(28, 'Full')", ">&-", 1, "count: Full\n"),
+        ("raise HoraceError('no')", "| true", 1, "count: no\n"),
+        ("raise KeyboardInterrupt", "> /dev/full", 130, "count: interrupted\n"),
+    ],
 )
-def test_an_output_that_takes_nothing(stdout, status, stderr):
+def test_an_output_that_takes_nothing(ends, stdout, status, stderr):
     """Who has stopped reading has what it wants; a disk that is full is an error; none is none."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
     shell = f'"$PYTHON" -c "$CODE" {stdout}; exit ${{PIPESTATUS[0]}}'
     done = subprocess.run(
         ["bash", "-c", shell],
-        env=environment | {"PYTHON": sys.executable, "CODE": COUNTING},
+        env=environment | {"PYTHON": sys.executable, "CODE": COUNTING.format(ends=ends)},
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[2],
@@ -163,7 +174,19 @@ def test_progress_off_a_terminal_logs_lines(monkeypatch, caplog):
         assert list(progress(batches, what="embedding", total=30, size=len)) == batches
     assert caplog.messages == [
         "embedding 24/30 images, 2/s, 3 s left",
-        "embedding 30/30 images, 2/s",
+        "embedding 30/30 images, 2.1/s",
+    ]
+
+
+def test_progress_off_a_terminal_says_the_end_once(monkeypatch, caplog):
+    """Also where the last item took long; and what takes long is not said to stand still."""
+    clock_s = iter([0.0, 40.0, 80.0])
+    monkeypatch.setattr(command.time, "monotonic", lambda: next(clock_s))
+    with caplog.at_level(logging.INFO, logger="horace"):
+        assert list(progress([1, 2], what="choosing", total=2, unit="recipe")) == [1, 2]
+    assert caplog.messages == [
+        "choosing 1/2 recipes, 0.025/s, 40 s left",
+        "choosing 2/2 recipes, 0.025/s",
     ]
 
 

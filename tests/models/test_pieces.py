@@ -6,16 +6,21 @@ import io
 import os
 import struct
 import zlib
+from typing import TypeAlias
 
 import pytest
 from PIL import Image
 
 from models.decode import decode
 from models.errors import ImageError, ImageFault
+from models.jpeg import MAX_SCANS
 from models.pieces import MAX_NUMBERS, MAX_PIECES
 
-LONG, RATIONAL = 4, 5
-EXIF, SOFTWARE_LIST = 0x8769, 0xC000
+SHORT, LONG, RATIONAL = 3, 4, 5
+EXIF, GPS, MAKER_NOTE = 0x8769, 0x8825, 0x927C
+
+Entry: TypeAlias = tuple[int, int, int, int]
+"""Tag, type, count and value."""
 
 
 def saved(kind: str) -> bytes:
@@ -46,24 +51,46 @@ def jpeg(segments: bytes) -> bytes:
     return data[:2] + segments + data[2:]
 
 
-def tiff(tag: int, kind: int, numbers: bytes, *, in_exif: bool = False) -> bytes:
-    """Write a grey TIFF of one pixel, with a tag more in its directory or in Exif's."""
+def tiff(
+    kind: int,
+    numbers: bytes,
+    *,
+    in_exif: bool = False,
+    order: str = "<",
+    pointer: int = LONG,
+    beside: tuple[Entry, ...] = (),
+) -> bytes:
+    """Write a grey TIFF of one pixel, with a tag of numbers in its directory or in Exif's.
+
+    Args:
+        kind: the type of the numbers.
+        numbers: little- or big-endian, as `order` says.
+        in_exif: where the tag is.
+        order: "<" for Intel's, ">" for Motorola's.
+        pointer: the type of what leads to Exif.
+        beside: entries more.
+    """
+    places = ((256, 1), (257, 1), (258, 8), (259, 1), (262, 1), (273, 8), (277, 1), (278, 1))
+    entries: list[Entry] = [(tag, LONG, 1, value) for tag, value in (*places, (279, 1))]
     n = len(numbers) // (8 if kind == RATIONAL else 4)
-    more = (tag, kind, n, 16)
-    entries = [(256, LONG, 1, 1), (257, LONG, 1, 1), (258, LONG, 1, 8), (259, LONG, 1, 1)]
-    entries += [(262, LONG, 1, 1), (273, LONG, 1, 8), (277, LONG, 1, 1), (278, LONG, 1, 1)]
-    entries += [(279, LONG, 1, 1)]
-    end = 16 + len(numbers)
-    inner = directory([more]) if in_exif else b""
-    entries += [(EXIF, LONG, 1, end)] if in_exif else [more]
-    head = b"II*\0" + struct.pack("<I", end + len(inner))
-    return head + bytes(8) + numbers + inner + directory(entries)
+    exif_bytes = len(directory([(0, 0, 0, 0)], order)) if in_exif else 0
+    more: Entry = (MAKER_NOTE, kind, n, 16 + exif_bytes)
+    inner = directory([more], order) if in_exif else b""
+    entries += [(EXIF, pointer, 1, 16) if in_exif else more, *beside]
+    magic = {"<": b"II*\0", ">": b"MM\0*"}[order]
+    head = magic + struct.pack(f"{order}I", 16 + exif_bytes + len(numbers)) + bytes(8)
+    return head + inner + numbers + directory(entries, order)
 
 
-def directory(entries: list[tuple[int, int, int, int]]) -> bytes:
+def directory(entries: list[Entry], order: str) -> bytes:
     """Write a directory of a TIFF (TIFF 6.0, section 2)."""
-    packed = b"".join(struct.pack("<HHII", *entry) for entry in entries)
-    return struct.pack("<H", len(entries)) + packed + bytes(4)
+    packed = b"".join(
+        struct.pack(f"{order}HHIHH", *entry, 0)
+        if entry[1] == SHORT
+        else struct.pack(f"{order}HHII", *entry)
+        for entry in entries
+    )
+    return struct.pack(f"{order}H", len(entries)) + packed + bytes(4)
 
 
 COMMENT, PADDING = b"\xff\xfe\0\2", b"\xff"
@@ -80,8 +107,33 @@ TOO_MANY = {
     "GIF filling": (lambda: gif(b"\0" * MAX_PIECES), "blocks before its picture"),
     "JPEG segments": (lambda: jpeg(COMMENT * MAX_PIECES), "JPEG image: expected at most 32768"),
     "JPEG padding": (lambda: jpeg(PADDING * MAX_PIECES), "segments, found more"),
-    "TIFF tag": (lambda: tiff(SOFTWARE_LIST, RATIONAL, RATIONALS), "TIFF image: expected at most"),
-    "TIFF Exif": (lambda: tiff(37386, RATIONAL, RATIONALS, in_exif=True), "numbers in its tags"),
+    "GIF second list": (
+        lambda: gif(b"!\xf9\0," + b"a" * 44 + b"\1a" * MAX_PIECES + b"\0"),
+        "blocks before its picture",
+    ),
+    "JPEG behind its scan": (
+        lambda: (
+            (data := saved("JPEG"))[:-2]
+            + b"\xff\xfe\0\4\xff\xda" * (MAX_SCANS + 1)
+            + COMMENT * MAX_PIECES
+            + data[-2:]
+        ),
+        "segments, found more",
+    ),
+    "TIFF tag": (lambda: tiff(RATIONAL, RATIONALS), "TIFF image: expected at most 65536"),
+    "TIFF Exif": (lambda: tiff(RATIONAL, RATIONALS, in_exif=True), "numbers in its tags"),
+    "TIFF big-endian": (
+        lambda: tiff(RATIONAL, RATIONALS, in_exif=True, order=">"),
+        "numbers in its tags",
+    ),
+    "TIFF short pointer": (
+        lambda: tiff(RATIONAL, RATIONALS, in_exif=True, order=">", pointer=SHORT),
+        "numbers in its tags",
+    ),
+    "TIFF pointer to nowhere": (
+        lambda: tiff(RATIONAL, RATIONALS, in_exif=True, beside=((GPS, LONG, 1, 0xFFFFFFF0),)),
+        "numbers in its tags",
+    ),
 }
 
 
@@ -102,15 +154,15 @@ def test_what_pictures_have_passes() -> None:
         png((b"iCCP", b"a\0\0" + zlib.compress(os.urandom(2 << 20))), 1),
         gif(b"!\xfe" + b"\1a" * 1000 + b"\0"),
         jpeg(COMMENT * 1000),
-        tiff(SOFTWARE_LIST, LONG, bytes(4 * 40_000)),
-        tiff(37386, RATIONAL, RATIONALS[:800], in_exif=True),
+        png((b"zTXt", b"a\0\0" + zlib.compress(bytes(20 << 20))), 10),
+        tiff(LONG, bytes(4 * 40_000)),
+        tiff(RATIONAL, RATIONALS[:800], in_exif=True, order=">"),
     ):
         assert decode(data).pixels.shape == (1, 1, 3)
 
 
 def test_directories_that_lead_into_one_another_end() -> None:
     """A directory that names itself is walked once."""
-    data = bytearray(tiff(37386, RATIONAL, RATIONALS[:80], in_exif=True))
-    inner = 16 + 80
-    data[inner + 2 : inner + 14] = struct.pack("<HHII", EXIF, LONG, 1, inner)
+    data = bytearray(tiff(RATIONAL, RATIONALS[:80], in_exif=True))
+    data[18:30] = struct.pack("<HHII", EXIF, LONG, 1, 16)
     assert decode(bytes(data)).pixels.shape == (1, 1, 3)
