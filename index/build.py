@@ -34,7 +34,7 @@ from index.building.metadata import Metadata
 from index.building.options import BuildOptions as BuildOptions
 from index.building.part_file import RunKey
 from index.building.part_set import PartSet
-from index.building.parts import PartStore, parts_directory
+from index.building.parts import PartStore, parts_directory, refuse_foreign
 from index.building.pipeline import ENCODE_THREADS, Crew, choose_crew
 from index.building.summary import BuildSummary, summarise
 from index.building.sync import SyncSettings, plan_collection, sync_collection
@@ -52,8 +52,7 @@ from models.cpu import cpu_budget
 from models.encoder import Encoder, open_encoder
 from models.errors import UsageError, reason_of
 from models.files import atomic_directory
-from models.image_folder import FolderSource
-from models.images import ImageSource, open_source
+from models.images import ImageSource, describe_ignored, open_source
 
 BATCHES_PER_PART = 16
 
@@ -131,6 +130,7 @@ def plan(options: BuildOptions) -> BuildPlan:
         HoraceError: as `build` would.
     """
     check_target(options.target, replace=options.replace)
+    refuse_foreign(parts_directory(options.target))
     with _opened(options) as (source, encoder, key):
         parts = PartSet(parts_directory(options.target), key)
         if options.restart:
@@ -153,8 +153,8 @@ def _opened(options: BuildOptions) -> Iterator[tuple[ImageSource, Encoder, RunKe
     """Open the source and the encoder, and say what decides the parts."""
     source = open_source(options.images)
     with closing(open_encoder(options.encoder, threads=ENCODE_THREADS)) as encoder:
-        if isinstance(source, FolderSource) and source.ignored:
-            log.info("%s: %d files that are no images are passed over", source.uri, source.ignored)
+        if ignored := describe_ignored(source):
+            log.info("%s: %s", source.uri, ignored)
         key = RunKey(
             source=source.uri,
             source_count=source.count(),

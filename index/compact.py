@@ -21,6 +21,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from index.milvus.connection import require_directory
+from index.storage.manifest import content_bytes
 from index.storage.writer import CollectionWriter
 from models.command import run_command
 
@@ -46,15 +47,17 @@ def main(options: CompactOptions) -> None:
     require_directory(options.collection)
     started_s = time.monotonic()
     with CollectionWriter.open(options.collection) as writer:
-        segments, bytes_before = len(writer.collection.manifest.segments), _size(options.collection)
+        before = writer.collection.manifest
+        bytes_before = content_bytes(options.collection, before)
         writer.compact(all=options.all)
         after = writer.collection
         done = {
             "count": after.count,
-            "segments_before": segments,
+            "segments_before": len(before.segments),
             "segments": len(after.manifest.segments),
+            "bytes_before": bytes_before,
+            "bytes": content_bytes(options.collection, after.manifest),
         }
-    done |= {"bytes_before": bytes_before, "bytes": _size(options.collection)}
     if options.json:
         print(json.dumps({**done, "seconds": time.monotonic() - started_s}, indent=2))
         return
@@ -62,17 +65,6 @@ def main(options: CompactOptions) -> None:
         f"{options.collection}: {done['count']} images, {done['segments_before']} -> "
         f"{done['segments']} segments, {done['bytes_before']} -> {done['bytes']} bytes"
     )
-
-
-def _size(path: Path) -> int:
-    """Add up the bytes of a collection's files; what goes meanwhile is passed over."""
-    size_bytes = 0
-    for file in path.rglob("*"):
-        try:
-            size_bytes += file.stat().st_size if file.is_file() else 0
-        except FileNotFoundError:
-            continue
-    return size_bytes
 
 
 if __name__ == "__main__":

@@ -148,7 +148,8 @@ def _tell_dry_run(collection: Collection, options: DeleteOptions, ids: NDArray[n
     left = collection.count - len(ids)
     if options.json:
         keys = [row.key for row in collection.rows(ids)]
-        found = {"would_delete": len(ids), "count": left, "ids": ids.tolist(), "keys": keys}
+        texts = [str(id_) for id_ in ids]  # as in `Row.to_json`
+        found = {"would_delete": len(ids), "count": left, "ids": texts, "keys": keys}
         print(json.dumps(found, indent=2))
         return
     print(f"{options.collection}: would delete {_images(len(ids))}, {left} would be left")

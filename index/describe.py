@@ -21,6 +21,7 @@ from pathlib import Path, PurePosixPath
 from tyro.conf import Positional
 
 from index.ann.kinds import FLAT
+from index.ann.report import in_short
 from index.collection import Collection, version_text
 from index.storage.manifest import MANIFEST_FILE, Manifest
 from index.storage.rows import metadata_columns
@@ -200,22 +201,22 @@ def _as_lines(described: Description) -> Iterator[str]:
         )
     parts = ", ".join(f"{k} {_mib(v)}" for k, v in d.size_bytes.items() if k != "total")
     yield f"  size         {_mib(d.size_bytes['total'])}: {parts}"
-    tuned = ", ".join(f"{name} {value}" for name, value in _figures(d.tuning))
-    yield f"  tuning       {tuned or 'none: run `python -m index.tune C --recall .99`'}"
+    yield from _tuning_lines(d)
     later = [one.name for one in d.segments[1:] if one.index != FLAT]
-    if tuned and later:
+    if d.tuning and later:
         first = d.segments[0].name
         yield f"  unmeasured   the index of {', '.join(later)}: the tuning is of {first}"
     yield f"  versions     {', '.join(f'{name} {value}' for name, value in d.versions.items())}"
 
 
-def _figures(report: Mapping[str, Json]) -> Iterator[tuple[str, str]]:
-    """Give what of a report fits on a line: its figures and words, not its tables."""
-    for name, value in report.items():
-        if isinstance(value, float):
-            yield name, f"{value:.4g}"
-        elif isinstance(value, int | str):
-            yield name, str(value)
+def _tuning_lines(described: Description) -> Iterator[str]:
+    """Say what the tuning found, or why there is none."""
+    if described.tuning:
+        yield from (f"  {name:<12} {text}" for name, text in in_short(described.tuning))
+    elif described.index == FLAT:
+        yield "  tuning       none: every search is exact"
+    else:
+        yield "  tuning       none: run `python -m index.tune C --recall .99`"
 
 
 def _mib(size_bytes: int) -> str:

@@ -51,7 +51,7 @@ class Reject:
     Attributes:
         key: its key in the source.
         fault: the value of an `ImageFault`, or one of `index.building`'s own.
-        message: what was expected, what was found.
+        message: what was expected, what was found; without the key, which stands beside it.
         digest: of what was read, see `models.image_source`; None where nothing could be.
     """
 
@@ -59,6 +59,12 @@ class Reject:
     fault: str
     message: str
     digest: str | None = None
+
+    @classmethod
+    def of(cls, key: str, error: ImageError, digest: str | None = None) -> Reject:
+        """Say why an image could not be used; some errors name its key, others what it is."""
+        message = str(error).removeprefix(f"{key}: ")
+        return cls(key=key, fault=error.fault.value, message=message, digest=digest)
 
 
 def rejects_text(rejects: Iterable[Reject]) -> str:
@@ -251,8 +257,7 @@ def _gather(outcomes: Iterable[_Outcome], encoder: Encoder) -> ImageBatch:
     for outcome in outcomes:
         record, result, digest = outcome.record, outcome.result, outcome.digest
         if isinstance(result, ImageError):
-            fault, message = result.fault.value, str(result)
-            rejects.append(Reject(key=record.key, fault=fault, message=message, digest=digest))
+            rejects.append(Reject.of(record.key, result, digest))
         else:
             assert digest is not None
             keys.append(record.key)

@@ -101,19 +101,14 @@ def knn_search(
             scores, rows = _knn(queries_QD, bank_ND, n_asked, metric)
         else:
             scores, rows = _knn_among(queries_QD, bank_ND, rows_M, n_asked, metric)
-    slack_Q: NDArray[np.float64] = np.zeros(len(queries_QD))
-    if metric == COSINE and len(queries_QD) >= faiss.cvar.distance_compute_blas_threshold:
-        # A product of matrices rounds a row's score by where in the bank it lies.
-        slack_Q = rounding(queries_QD, scores[:, 0], metric)
-        scores = _score_each(queries_QD, bank_ND, rows)
+        slack_Q = _slack(queries_QD, scores[:, 0], metric)
+        scores = _score_each(queries_QD, bank_ND, rows, metric)
         order = np.lexsort((rows, -scores))
         scores, rows = np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
-    else:
-        _lower_row_first(scores, rows)
-    if n_asked > n_found:
-        tied_Q = scores[:, n_found - 1] - scores[:, n_found] <= slack_Q
-        scores, rows = scores[:, :n_found].copy(), rows[:, :n_found].copy()
-        _settle_ties(queries_QD, bank_ND, rows_M, np.flatnonzero(tied_Q), metric, scores, rows)
+        if n_asked > n_found:
+            tied_Q = scores[:, n_found - 1] - scores[:, n_found] <= slack_Q
+            scores, rows = scores[:, :n_found].copy(), rows[:, :n_found].copy()
+            _settle_ties(queries_QD, bank_ND, rows_M, np.flatnonzero(tied_Q), metric, scores, rows)
     return pad_neighbours(scores, rows, k)
 
 
@@ -293,11 +288,18 @@ def _knn_among(
     return parts[0]
 
 
-def _lower_row_first(scores_QK: NDArray[np.float32], rows_QK: NDArray[np.int64]) -> None:
-    """Put, in place, equal scores of sorted lists in the order of their rows."""
-    is_tied_Q = (scores_QK[:, 1:] == scores_QK[:, :-1]).any(axis=1)
-    for query in np.flatnonzero(is_tied_Q):
-        rows_QK[query] = rows_QK[query][np.lexsort((rows_QK[query], -scores_QK[query]))]
+def _slack(
+    queries_QD: NDArray[np.float32], scores_Q: NDArray[np.float32], metric: str
+) -> NDArray[np.float64]:
+    """Say by how much a product of matrices may miss the score of a row, (Q,) float64.
+
+    It rounds by where in the bank a row lies, so that copies differ. Distances are differences.
+    """
+    if metric == EUCLIDEAN:
+        return np.zeros(len(queries_QD))
+    slack_Q = rounding(queries_QD, scores_Q, metric)
+    slack_Q *= 2 * max(1.0, queries_QD.shape[1] / 2048)
+    return slack_Q
 
 
 def _settle_ties(
@@ -309,23 +311,19 @@ def _settle_ties(
     scores_QK: NDArray[np.float32],
     rows_QK: NDArray[np.int64],
 ) -> None:
-    """Redo, in place, the queries whose last place is tied: faiss keeps any of the equals."""
+    """Redo, in place, the queries whose last place may be tied: faiss keeps any of the equals."""
     k = scores_QK.shape[1]
     step = max(1, BLOCK_BYTES // (4 * len(bank_ND)))
     for start in range(0, len(tied), step):
         block = tied[start : start + step]
-        scores_BN = _all_scores(queries_QD[block], bank_ND, metric)
-        for query, all_scores in zip(block, scores_BN, strict=True):
+        about_BN = _all_scores(queries_QD[block], bank_ND, metric)
+        for query, about_N in zip(block, about_BN, strict=True):
             if rows_M is not None:
-                all_scores = all_scores[rows_M]
-            last = np.partition(all_scores, -k)[-k]
-            if metric == COSINE:
-                query_D = queries_QD[query : query + 1]
-                last -= 2 * rounding(query_D, last[None], metric)[0]
-            places = np.flatnonzero(all_scores >= last)
-            chosen, found = places if rows_M is None else rows_M[places], all_scores[places]
-            if metric == COSINE:
-                found = _score_each(query_D, bank_ND, chosen[None])[0]
+                about_N = about_N[rows_M]
+            query_D, last = queries_QD[query : query + 1], np.partition(about_N, -k)[-k]
+            places = np.flatnonzero(about_N >= last - _slack(query_D, last[None], metric))
+            chosen = places if rows_M is None else rows_M[places]
+            found = _score_each(query_D, bank_ND, chosen[None], metric)[0]
             order = np.lexsort((chosen, -found))[:k]
             rows_QK[query], scores_QK[query] = chosen[order], found[order]
 
@@ -336,25 +334,22 @@ def _all_scores(
     """Score every row, (Q, N); inner products to the rounding of a product of matrices."""
     if metric == COSINE:
         return queries_QD @ bank_ND.T
-    scores_QN = np.empty((len(queries_QD), len(bank_ND)), np.float32)
-    step = max(1, BLOCK_BYTES // (4 * bank_ND.shape[1]))
-    for start in range(0, len(bank_ND), step):
-        block_ND = bank_ND[start : start + step]
-        for query_D, scores_N in zip(queries_QD, scores_QN, strict=True):
-            differences_ND = block_ND - query_D
-            scores_N[start : start + step] = -np.einsum("nd,nd->n", differences_ND, differences_ND)
-    return scores_QN
+    all_QN = np.broadcast_to(np.arange(len(bank_ND)), (len(queries_QD), len(bank_ND)))
+    return _score_each(queries_QD, bank_ND, all_QN, metric)
 
 
 def _score_each(
-    queries_QD: NDArray[np.float32], bank_ND: NDArray[np.float32], rows_QK: NDArray[np.int64]
+    queries_QD: NDArray[np.float32],
+    bank_ND: NDArray[np.float32],
+    rows_QK: NDArray[np.int64],
+    metric: str,
 ) -> NDArray[np.float32]:
-    """Multiply each query with some rows one by one, (Q, K): equal rows get equal scores."""
+    """Compare each query with some rows one by one, (Q, K): equal rows get equal scores."""
     scores_QK = np.empty(rows_QK.shape, np.float32)
-    rows, scores = rows_QK.ravel(), scores_QK.ravel()
+    rows = np.ascontiguousarray(rows_QK, dtype=np.int64)
     query_of = np.repeat(np.arange(len(rows_QK)), rows_QK.shape[1])
-    step = max(1, BLOCK_BYTES // (8 * queries_QD.shape[1]))
-    for start in range(0, len(rows), step):
-        block = slice(start, start + step)
-        np.einsum("pd,pd->p", queries_QD[query_of[block]], bank_ND[rows[block]], out=scores[block])
-    return scores_QK
+    is_euclidean = metric == EUCLIDEAN
+    name = "pairwise_indexed_L2sqr" if is_euclidean else "pairwise_indexed_inner_product"
+    pointers = [faiss.swig_ptr(a) for a in (queries_QD, query_of, bank_ND, rows, scores_QK)]
+    getattr(faiss, name)(queries_QD.shape[1], rows.size, *pointers)
+    return np.negative(scores_QK, out=scores_QK) if is_euclidean else scores_QK

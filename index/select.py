@@ -6,6 +6,8 @@ labels teach it little. The list is a CSV file: rank, key,
 source, id, an empty column `label` to be filled in, the method, its seed and score, and the
 fingerprint of the encoder that it comes from.
 
+A list that is there is replaced on request only: somebody may have typed labels into it.
+
 Rounds: fill in `label` and give the file back with `--labels`, beside those of earlier rounds:
 what is in them is not chosen again, and their labels teach `margin` and `entropy`. Labels that
 the collection has of its source count too, unless `--ignore-labels`.
@@ -49,7 +51,7 @@ class SelectOptions:
     collection: Positional[Path]
     """The collection's directory."""
     out: Path
-    """CSV file for the list; an earlier one is replaced, but none of --labels."""
+    """CSV file for the list, of a new name."""
     budget: int = 100
     """How many images to choose."""
     method: Literal["random", "kcentre", "typicality", "margin", "entropy"] = "typicality"
@@ -68,6 +70,8 @@ class SelectOptions:
     """Find those neighbours by comparing every pair instead of asking the index."""
     seed: int = 0
     """Of what is drawn."""
+    replace: bool = False
+    """Whether an earlier list of that name may be replaced, with the labels typed into it."""
     json: bool = False
     """Print the result as JSON."""
 
@@ -83,6 +87,11 @@ class SelectOptions:
             raise UsageError(
                 f"--out {self.out}", expected="a new file", found="one of --labels",
                 mend="keep what was labelled, and choose another name",
+            )  # fmt: skip
+        if self.out.exists() and not self.replace:
+            raise UsageError(
+                f"--out {self.out}", expected="a new name", found="something of that name",
+                mend="choose another name, or add --replace",
             )  # fmt: skip
 
 

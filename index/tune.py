@@ -28,6 +28,7 @@ from tyro.conf import Positional
 
 from index.ann import report
 from index.ann.candidates import Candidate
+from index.ann.kinds import FLAT
 from index.ann.making import SEED
 from index.ann.memory import as_size, parse_size
 from index.ann.trials import Goal
@@ -158,10 +159,10 @@ def _plan_text(candidates: list[Candidate]) -> str:
     """Lay the kinds out for a terminal."""
     lines = [f"{'index':<28} {'to build':>10} {'to search':>10}"]
     for one in candidates:
-        lines.append(
-            f"{one.factory:<28} {as_size(one.build_bytes):>10} {as_size(one.search_bytes):>10}"
-            + ("" if one.fits else "  does not fit")
-        )
+        sizes = f"{as_size(one.build_bytes):>10} {as_size(one.search_bytes):>10}"
+        if one.factory == FLAT:
+            sizes = f"{'-':>10} {'-':>10}  exact: there is nothing to build"
+        lines.append(f"{one.factory:<28} {sizes}" + ("" if one.fits else "  does not fit"))
     return "\n".join(lines)
 
 

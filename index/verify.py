@@ -44,6 +44,7 @@ from index.storage.manifest import (
     Manifest,
     ManifestFile,
     check_file,
+    content_bytes,
     manifest_bytes,
     unreadable,
 )
@@ -74,7 +75,7 @@ class Verification:
     Attributes:
         content: what it is, such as `12 images`; empty where that cannot be told.
         files: files that the manifest names, and itself.
-        size_bytes: of those.
+        size_bytes: of all of those.
         faults: one line each, with the file's name.
         unknown: files in the directory that nothing names.
     """
@@ -143,12 +144,10 @@ def _verify_collection(path: Path, manifest: Manifest) -> Verification:
         faults.append(str(error))
     faults += _check_sync_files(path)
     count = contents.snapshot(0).count if is_readable else manifest.count
-    sizes = [entry.size_bytes for entry in manifest.files.values()]
-    sizes += [(path / name).stat().st_size for name in journal if (path / name).is_file()]
     return Verification(
         content=f"{count} images",
         files=len(manifest.files) + len(journal) + 1,
-        size_bytes=sum(sizes),
+        size_bytes=content_bytes(path, manifest),
         faults=faults,
         unknown=_find_unknown(path, {MANIFEST_FILE, LOCK_FILE, *journal, *manifest.files}),
     )
@@ -165,7 +164,7 @@ def _verify_bundle(path: Path) -> Verification:
     return Verification(
         content=f"an encoder of {bundle.dim} dimensions",
         files=len(bundle.files) + 1,
-        size_bytes=sum((path / name).stat().st_size for name in bundle.files),
+        size_bytes=sum((path / name).stat().st_size for name in (BUNDLE_FILE, *bundle.files)),
         faults=[] if as_written else [fault],
         unknown=_find_unknown(path, {BUNDLE_FILE, *bundle.files}),
     )

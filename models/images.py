@@ -18,7 +18,7 @@ from pathlib import Path
 from models.errors import SourceError
 from models.fashion_mnist import open_fashion_mnist
 from models.idx import open_idx
-from models.image_folder import FolderSource
+from models.image_folder import FolderSource, passed_over
 from models.image_source import ImageData, ImageRecord, ImageSource
 from models.webdataset import SHARD_NAME, TarSource
 
@@ -26,6 +26,7 @@ __all__ = [
     "ImageData",
     "ImageRecord",
     "ImageSource",
+    "describe_ignored",
     "open_source",
 ]
 
@@ -63,3 +64,15 @@ def open_source(spec: str) -> ImageSource:
         found="a file" if os.path.exists(spec) else "nothing of that name",
         mend="check the path, or say what it is with one of these forms",
     )
+
+
+def describe_ignored(source: ImageSource) -> str | None:
+    """Say which files a source passes over, or None: `12 files passed over: 9 .heic, 3 .avif`.
+
+    A folder alone has such files.
+
+    Raises:
+        SourceError: the folder cannot be listed, or holds no image.
+    """
+    counts = source.ignored_by_suffix if isinstance(source, FolderSource) else {}
+    return passed_over(counts) if counts else None

@@ -107,7 +107,7 @@ def test_search_over_grpc_finds_what_the_command_finds(artefacts, tmp_path):
     ) as client:
         (hits,) = client.search([query.read_bytes()]).raise_for_status().hits
     (by_command,) = found["queries"]
-    assert [hit.id for hit in hits] == [hit["id"] for hit in by_command["hits"]]
+    assert [str(hit.id) for hit in hits] == [hit["id"] for hit in by_command["hits"]]
     assert [hit.key for hit in hits] == [hit["key"] for hit in by_command["hits"]]
 
 

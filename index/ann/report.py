@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 from index.ann.kinds import FLAT
 from index.ann.making import SEED
@@ -42,6 +43,18 @@ def to_json(tuned: Tuned) -> dict[str, Json]:
         "hardware": {"cpu": cpu_name(), "cpus": cpu_budget(), "memory_bytes": memory_bytes()},
         "versions": dict(library_versions()),
     }
+
+
+def in_short(report: Mapping[str, Json]) -> Iterator[tuple[str, str]]:
+    """Say by name what a report in a manifest found: the recall, the setting, and who asked."""
+    chosen, k = cast(dict[str, Json], report["chosen"]), report["k"]
+    recall = cast(dict[str, float], chosen["recall_at"])[f"{k}"]
+    parameters = cast(dict[str, int], chosen["parameters"])
+    choosing, confirming = report["queries_choosing"], report["queries_confirming"]
+    yield "tuning", f"recall@{k} {recall:.4f}; the target was {report['recall']}"
+    yield "setting", _named(cast(str, chosen["factory"]), parameters)
+    asked = f": {choosing} chose and {confirming} confirmed" if choosing else ""
+    yield "queries", f"{report['queries']}{asked}"
 
 
 def as_text(tuned: Tuned) -> str:
@@ -163,8 +176,12 @@ def _row(tuned: Tuned, trial: Trial) -> str:
 
 def _name(trial: Trial) -> str:
     """Name a kind and its setting."""
-    settings = _settings(trial.parameters or {})
-    return f"{trial.candidate.factory}{f' with {settings}' if settings else ''}"
+    return _named(trial.candidate.factory, trial.parameters or {})
+
+
+def _named(factory: str, parameters: Mapping[str, int]) -> str:
+    """Say `HNSW32 with efSearch 64`."""
+    return f"{factory} with {_settings(parameters)}" if parameters else factory
 
 
 def _settings(parameters: Mapping[str, int]) -> str:

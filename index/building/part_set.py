@@ -338,7 +338,7 @@ def _unsound(key: str, digest: str, length: float) -> Reject:
         fault, fact = NOT_UNIT, f"expected a vector of length 1, found length {length:.4g}"
     else:
         fault, fact = NOT_FINITE, "expected a finite vector, found NaN or infinity"
-    return Reject(key=key, fault=fault, message=f"{key}: {fact}", digest=digest)
+    return Reject(key=key, fault=fault, message=fact, digest=digest)
 
 
 def _repeated(key: str, digest: str, earlier: str) -> Reject:
@@ -347,4 +347,4 @@ def _repeated(key: str, digest: str, earlier: str) -> Reject:
         fact = "expected a key of its own, found an earlier image of this key"
     else:
         fact = f"expected an id of its own, found that of key {earlier!r}; rename one of the two"
-    return Reject(key=key, fault=DUPLICATE_KEY, message=f"{key}: {fact}", digest=digest)
+    return Reject(key=key, fault=DUPLICATE_KEY, message=fact, digest=digest)

@@ -7,6 +7,7 @@ missing, `index.building.part_set` knows.
 Rules:
     One build at a time: the directory is locked while a process works in it.
     Parts of other parameters (source, encoder, sizes) are never mixed in: they are refused.
+    What is not a build's stays: a directory of that name with anything else in it is refused.
     A run has a name of its own, which ends up in the collection, so that a build that was
     killed between its last two steps is known for finished.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import time
 import uuid
@@ -24,15 +26,17 @@ from pathlib import Path
 from index.building.part_file import RunKey
 from index.building.part_set import PART_PREFIX, PartSet
 from index.errors import CollectionError
+from index.storage.manifest import MANIFEST_FILE
 from models.errors import UsageError
 from models.files import TEMPORARY_PREFIX, atomic_file
 
 LOCK_FILE = "lock"
 RUN_ID_FILE = "run-id"
 
-OWN_NAMES = frozenset({LOCK_FILE, RUN_ID_FILE, "collection"})
-OWN_PREFIXES = (PART_PREFIX, TEMPORARY_PREFIX)
-"""What lies in the directory of a build; nothing else is ever deleted."""
+_OWN_FILE = re.compile(
+    rf"{LOCK_FILE}|{RUN_ID_FILE}|{PART_PREFIX}\d{{12}}\.parquet|{re.escape(TEMPORARY_PREFIX)}.*",
+    re.DOTALL,
+)
 
 LOCK_PATIENCE_S, LOCK_PAUSE_S = 1.0, 0.02
 """How long a lock is waited for: the workers of a killed build end a moment after it."""
@@ -59,8 +63,8 @@ class PartStore(PartSet):
             CollectionError: another process is building, or the parts are of another run.
         """
         self.out, self.directory = out, parts_directory(out)
+        refuse_foreign(self.directory)
         self.directory.mkdir(parents=True, exist_ok=True)
-        _refuse_foreign(self.directory)
         self._lock = _lock(self.directory / LOCK_FILE)
         try:
             kept = () if restart else (PART_PREFIX, RUN_ID_FILE)
@@ -97,9 +101,9 @@ class PartStore(PartSet):
             self.directory.rmdir()
 
     def _remove_all_but(self, *kept: str) -> None:
-        """Remove the entries of the directory whose names do not begin so."""
+        """Remove the entries of the directory that are ours and whose names do not begin so."""
         for entry in self.directory.iterdir():
-            if entry.name.startswith(kept):
+            if entry.name.startswith(kept) or not _is_own(entry):
                 continue
             if entry.is_dir():
                 shutil.rmtree(entry)
@@ -125,21 +129,27 @@ def read_run_id(out: Path) -> str | None:
     return file.read_text() if file.is_file() else None
 
 
-def _refuse_foreign(directory: Path) -> None:
+def refuse_foreign(directory: Path) -> None:
     """Leave alone a directory of that name that somebody else has filled.
 
     Raises:
         UsageError: so it is.
     """
-    for entry in directory.iterdir():
-        if entry.name in OWN_NAMES or entry.name.startswith(OWN_PREFIXES):
-            continue
-        raise UsageError(
-            f"--out {directory.with_suffix('')}",
-            expected=f"{directory.name}, where the parts of the build go, absent or of a build",
-            found=f"{entry.name!r} in it",
-            mend="choose another --out, or move it away",
-        )
+    with suppress(FileNotFoundError):
+        if foreign := next((one for one in directory.iterdir() if not _is_own(one)), None):
+            raise UsageError(
+                f"--out {directory.with_suffix('')}",
+                expected=f"{directory.name}, where the parts go, absent or of a build",
+                found=f"{foreign.name!r} in it",
+                mend="choose another --out, or move it away",
+            )
+
+
+def _is_own(entry: Path) -> bool:
+    """Whether it is a build's: parts, what is being written, the collection or the replaced one."""
+    if entry.name in ("collection", "collection.old"):
+        return (entry / MANIFEST_FILE).is_file()
+    return _OWN_FILE.fullmatch(entry.name) is not None
 
 
 def _lock(file: Path) -> int:

@@ -246,5 +246,5 @@ def _reuse_or_embed(
 
 def _refuse(one: Seen, found: str) -> Reject:
     """Reject a key that is not its own."""
-    message = f"{one.key}: expected a key of its own, found {found}"
+    message = f"expected a key of its own, found {found}"
     return Reject(key=one.key, fault=DUPLICATE_KEY, message=message, digest=one.digest)

@@ -120,6 +120,6 @@ def _hash(looked: Iterable[Seen | _Unread], need_digests: bool) -> list[Seen]:
             try:
                 digest = digest_of(record.read())
             except ImageError as error:
-                reject = Reject(key=record.key, fault=error.fault.value, message=str(error))
+                reject = Reject.of(record.key, error)
         seen.append(Seen(record.key, record.label, digest, reject))
     return seen

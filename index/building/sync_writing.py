@@ -199,5 +199,5 @@ def _reject_large(rows: pa.Table) -> dict[int, Reject]:
     for n in np.flatnonzero(bytes_N > MAX_TEXT_BYTES).tolist():
         key, digest = (cast(str, rows[name][n].as_py()) for name in ("key", DIGEST))
         fact = f"expected at most {MAX_TEXT_BYTES} bytes of text in its row, found {bytes_N[n]}"
-        rejects[n] = Reject(key=key, fault=TOO_LARGE, message=f"{key}: {fact}", digest=digest)
+        rejects[n] = Reject(key=key, fault=TOO_LARGE, message=fact, digest=digest)
     return rejects

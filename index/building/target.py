@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
 from index.building.parts import read_run_id
@@ -18,10 +19,10 @@ def check_target(out: Path, *, replace: bool) -> None:
         UsageError: it must stay, or the name is no text.
         CollectionLockedError: a writer has the collection that is to be replaced.
     """
-    if not str(out).isprintable():  # files of the collection and errors name it
+    if any(unicodedata.category(c) in ("Cc", "Cs") for c in str(out)):  # parquet holds text
         raise UsageError(
             f"--out {str(out)!r}",
-            expected="a name of printable characters",
+            expected="a name without control characters, and in UTF-8",
             found="another",
             mend="choose another name",
         )

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from index.errors import CollectionError
 from index.knn import EUCLIDEAN, knn_search
 
-SAMPLE = 2000
+SAMPLE = 1000
 FEWEST_FOR_PACMAP = 12
 """Of fewer vectors it has no neighbours and others to tell apart."""
 

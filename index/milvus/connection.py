@@ -114,6 +114,8 @@ def connect(uri: str) -> MilvusClient:
             mend="pip install 'pymilvus>=3.0', the extra milvus",
         ) from error
     logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # what fails is raised and said once
+    if "://" not in uri:  # Milvus Lite serves from this process, and logs what it does not know
+        logging.getLogger("grpc._server").setLevel(logging.CRITICAL)
     with milvus_errors(f"store {SCHEME}{uri}", mend="check that Milvus runs there"):
         return MilvusClient(uri=uri, token=os.environ.get(TOKEN_VARIABLE, ""), timeout=TIMEOUT_S)
 

@@ -82,6 +82,15 @@ def hash_files(directory: Path, names: Iterable[str]) -> dict[str, FileEntry]:
     }
 
 
+def content_bytes(directory: Path, manifest: Manifest) -> int:
+    """Add up the files of a collection: those that its manifest names, itself and the journal."""
+    written = (
+        [MANIFEST_FILE] if manifest.journal is None else [MANIFEST_FILE, manifest.journal.name]
+    )
+    sizes = [file.stat().st_size for name in written if (file := directory / name).is_file()]
+    return sum(sizes) + sum(entry.size_bytes for entry in manifest.files.values())
+
+
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write `manifest.json`, whole or not at all, over the one that may be there."""
     with atomic_file(directory / MANIFEST_FILE) as temporary:

@@ -83,9 +83,12 @@ class Row:
     metadata: Mapping[str, object] = field(default_factory=dict, hash=False)
 
     def to_json(self) -> dict[str, Json]:
-        """Give what a person or a program asks of an image; dates are ISO 8601 texts."""
+        """Give what a person or a program asks of an image; dates are ISO 8601 texts.
+
+        The id is text, too: jq and JavaScript round whole numbers above 2^53.
+        """
         return {
-            "id": self.id,
+            "id": str(self.id),
             "key": self.key,
             "label": self.label,
             "source": self.source,

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from index.build import BuildOptions, build, choose_factory, main
+from index.build import BuildOptions, build, choose_factory, main, plan
 from index.building import filling
 from index.building.part_file import RunKey
 from index.building.parts import PartStore, parts_directory
@@ -67,22 +67,37 @@ def run_in_process(capsys, *args):
 def test_a_directory_of_that_name_that_is_somebodys_stays_as_it_is(tmp_path, bundle, train_folder):
     """Beside `c` lies `c.parts`; where it is no build's, nothing in it is touched."""
     foreign = tmp_path / "c.parts"
-    (foreign / "sub").mkdir(parents=True)
-    (foreign / "thesis.txt").write_text("precious")
+    foreign.mkdir()
     options = BuildOptions(
         images=str(train_folder), encoder=str(bundle.path), out=tmp_path / "c", restart=True
     )
-    with pytest.raises(UsageError, match=r"c: expected c\.parts, where .* found '.*' in it"):
-        build(options)
-    assert (foreign / "thesis.txt").read_text() == "precious"
-    assert sorted(path.name for path in foreign.iterdir()) == ["sub", "thesis.txt"]
+    for name in ("thesis.txt", "part-time.txt", "collection"):
+        (foreign / name).write_text("precious")
+        for step in (build, plan):
+            with pytest.raises(UsageError, match=rf"c\.parts, where .* found '{name}' in it"):
+                step(options)
+        assert [path.name for path in foreign.iterdir()] == [name]
+        (foreign / name).unlink()
+    build(options)
+    assert not foreign.exists()
+
+
+def test_what_comes_into_the_directory_of_a_build_stays_there(tmp_path, bundle, train_folder):
+    """What is not the build's is not deleted with its parts."""
+    key = RunKey(
+        source="folder:/x", source_count=3, fingerprint="f" * 64, dim=4, batch_size=2, part_size=4
+    )
+    with PartStore(tmp_path / "c", key) as store:
+        (store.directory / "notes.txt").write_text("precious")
+        store.discard()
+    assert [path.name for path in store.directory.iterdir()] == ["notes.txt"]
 
 
 @pytest.mark.parametrize("name", ["two\nlines", "no-utf8-\udcff"])
 def test_a_name_that_no_text_can_hold_is_refused_before_work(tmp_path, bundle, train_folder, name):
     """Files of the collection name it."""
     options = BuildOptions(images=str(train_folder), encoder=str(bundle.path), out=tmp_path / name)
-    with pytest.raises(UsageError, match="expected a name of printable characters"):
+    with pytest.raises(UsageError, match="expected a name without control characters"):
         build(options)
     assert not list(tmp_path.glob("*.parts"))
 
@@ -119,6 +134,7 @@ def test_bad_images_are_rejected_counted_and_logged(tmp_path, capsys, bundle, ne
         ("blue/empty.png", "empty"),
         ("red/text.jpg", "unsupported_format"),
     ]
+    assert rejects[0]["message"] == "expected an image, found no bytes"  # the key stands beside it
 
 
 def test_a_source_without_one_good_image_is_an_error(tmp_path, capsys, bundle):
@@ -222,7 +238,7 @@ def test_a_second_image_of_a_key_is_rejected(tmp_path, bundle):
     assert json.loads((out / "rejects.jsonl").read_text()) == {
         "key": "twice.tar/a.png",
         "fault": "duplicate_key",
-        "message": "twice.tar/a.png: expected a key of its own, found an earlier image of this key",
+        "message": "expected a key of its own, found an earlier image of this key",
         "digest": digest_of(stream.getvalue()),
     }
 
@@ -247,8 +263,8 @@ def test_an_image_whose_id_another_key_has_is_rejected(tmp_path, monkeypatch):
             )
         store.settle()
         assert [reject.message for reject in store.rejects] == [
-            "c: expected an id of its own, found that of key 'a'; rename one of the two",
-            "a: expected a key of its own, found an earlier image of this key",
+            "expected an id of its own, found that of key 'a'; rename one of the two",
+            "expected a key of its own, found an earlier image of this key",
         ]
         assert store.n_images == 2
 
@@ -273,8 +289,8 @@ def test_a_vector_that_no_search_could_compare_is_rejected(tmp_path):
             ("d", "not_unit"),
         ]
         assert store.rejects[1].digest == "3"
-        assert store.rejects[0].message == "b: expected a finite vector, found NaN or infinity"
-        assert store.rejects[2].message == "d: expected a vector of length 1, found length 0"
+        assert store.rejects[0].message == "expected a finite vector, found NaN or infinity"
+        assert store.rejects[2].message == "expected a vector of length 1, found length 0"
 
 
 def test_files_that_are_no_images_are_mentioned(tmp_path, bundle, new_folder, caplog):
@@ -284,7 +300,7 @@ def test_files_that_are_no_images_are_mentioned(tmp_path, bundle, new_folder, ca
         (folder / name).write_text("no image")
     with caplog.at_level(logging.INFO, logger="horace"):
         build(BuildOptions(images=str(folder), encoder=str(bundle.path), out=tmp_path / "c"))
-    assert f"folder:{folder}: 2 files that are no images are passed over" in caplog.messages
+    assert f"folder:{folder}: 2 files passed over: 1 .txt, 1 hidden" in caplog.messages
 
 
 def test_what_stands_at_out_is_left_alone(tmp_path, bundle, train_folder, new_folder):

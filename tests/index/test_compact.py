@@ -8,6 +8,7 @@ from index.ann.trials import Goal
 from index.building.tuned import tune_collection
 from index.collection import Collection
 from index.compact import CompactOptions, main
+from index.describe import describe
 from index.storage.writer import CollectionWriter
 from index.verify import verify
 from models.command import run_command
@@ -52,7 +53,9 @@ def test_content_stays_and_space_comes_back(run, built, copy_collection):
         assert sum(new.deleted.values()) == 0
     found = verify(path)
     assert (found.faults, found.unknown) == ([], [])
-    size = done["bytes"]
+    with Collection.open(path) as collection:
+        size = describe(collection).size_bytes["total"]
+    assert found.size_bytes == done["bytes"] == size
     assert run(path) == (0, f"{path}: 45 images, 1 -> 1 segments, {size} -> {size} bytes\n", "")
 
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from index.collection import Collection
+from index.collection import Collection, id_of
 from index.delete import DeleteOptions, main
 from index.duplicates import DuplicateOptions
 from index.duplicates import main as find_duplicates
@@ -79,6 +79,7 @@ def test_a_dry_run_changes_nothing(run, path):
     status, out, _ = run(path, "--filter", "label = 'red'", "--dry-run", "--json")
     found = json.loads(out)
     assert (found["would_delete"], found["count"], len(found["keys"])) == (20, 40, 20)
+    assert found["ids"] == [str(id_of(key)) for key in found["keys"]]
     (path / ".lock").unlink()
     assert before == {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
 

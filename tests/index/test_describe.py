@@ -4,10 +4,21 @@ from dataclasses import replace
 import pyarrow as pa
 import pytest
 
+from index.ann.trials import Goal
+from index.building.tuned import tune_collection
 from index.collection import Collection
 from index.describe import DescribeOptions, _as_lines, describe, main
 from index.storage.writer import CollectionWriter
 from models.command import run_command
+
+TUNING = {
+    "recall": 0.99,
+    "k": 10,
+    "queries": "rows held back",
+    "queries_choosing": 10,
+    "queries_confirming": 10,
+    "chosen": {"factory": "HNSW32", "parameters": {"efSearch": 64}, "recall_at": {"10": 0.995}},
+}
 
 
 @pytest.fixture
@@ -35,7 +46,24 @@ def test_what_a_collection_is(run, built_hnsw, bundle, train_folder):
     assert f"  source       folder:{train_folder}: 60" in lines
     assert "  metadata     id, key, label, source" in out
     assert "  segment      000000: 60 vectors, 0 deleted, HNSW32 efSearch=64, " in out
-    assert "index.tune" in out
+    assert lines[-2] == "  tuning       none: run `python -m index.tune C --recall .99`"
+
+
+def test_what_a_tuning_found_is_said(run, tmp_path, unit_rows, make_collection):
+    """Recall and target, setting and queries on a line each; exact search needs no tuning."""
+    path = make_collection(tmp_path / "made", unit_rows(300, 8))
+    assert run(path)[1].splitlines()[-2] == "  tuning       none: every search is exact"
+    tune_collection(path, Goal(recall=0.5, k=3, n_queries=20, factories=("HNSW8",)))
+    with Collection.open(path) as collection:
+        tuning = collection.manifest.tuning
+    chosen = tuning["chosen"]
+    assert run(path)[1].splitlines()[-4:-1] == [
+        f"  tuning       recall@3 {chosen['recall_at']['3']:.4f}; the target was 0.5",
+        f"  setting      HNSW8 with efSearch {chosen['parameters']['efSearch']}",
+        "  queries      rows held back: 10 chose and 10 confirmed",
+    ]
+    tune_collection(path, Goal(recall=0.5, k=3, factories=("Flat",), n_queries=20))
+    assert "  setting      Flat" in run(path)[1].splitlines()
 
 
 def test_a_later_index_is_said_to_be_unmeasured(built_hnsw):
@@ -46,8 +74,8 @@ def test_a_later_index_is_said_to_be_unmeasured(built_hnsw):
     flat, later = replace(one, name="000001", index="Flat"), replace(one, name="000002")
     unmeasured = "  unmeasured   the index of 000002: the tuning is of 000000"
     for segments, tuning, is_said in [
-        ([one, flat, later], {"recall": 0.99}, True),
-        ([one, flat], {"recall": 0.99}, False),
+        ([one, flat, later], TUNING, True),
+        ([one, flat], TUNING, False),
         ([one, later], {}, False),
     ]:
         lines = _as_lines(replace(described, segments=segments, tuning=tuning))

@@ -78,6 +78,7 @@ def test_stored_images_by_key_and_id(search, built_hnsw):
     assert [hit["id"] for hit in json.loads(by_id)["queries"][0]["hits"]] == [
         hit["id"] for hit in hits
     ]
+    assert [hit["id"] for hit in hits] == [str(id_of(hit["key"])) for hit in hits]  # jq rounds
 
 
 def test_a_filter_says_what_may_be_found(search, built, test_folder):

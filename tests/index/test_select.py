@@ -60,6 +60,23 @@ def test_rounds_go_on_where_the_last_ended(select, built, tmp_path):
     assert len(read(tmp_path / "3.csv")) == 60 - 6 - 20
 
 
+def test_a_list_that_is_there_stays(select, built, tmp_path):
+    """Labels may have been typed into it; it is replaced on request only."""
+    out = tmp_path / "1.csv"
+    args = (built, "--out", out, "--budget", 6, "--ignore-labels")
+    select(*args)
+    fill_in(out)
+    labelled = out.read_bytes()
+    status, _, err = select(*args)
+    assert status == 2
+    assert "expected a new name, found something of that name; choose another name, or add" in err
+    assert out.read_bytes() == labelled
+    assert select(*args, "--replace", "--labels", out)[0] == 2
+    assert out.read_bytes() == labelled
+    assert select(*args, "--replace")[0] == 0
+    assert {row["label"] for row in read(out)} == {""}
+
+
 def test_labels_of_the_source_count(select, built, tmp_path):
     """All have one there, so that nothing is left; a filter says what may be chosen."""
     status, _, err = select(built, "--out", tmp_path / "x.csv")

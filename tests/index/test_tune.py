@@ -192,6 +192,14 @@ def test_what_does_not_fit_is_not_built(collection, capsys, monkeypatch):
     assert fits == {kinds[0]: False, kinds[1]: True}
 
 
+def test_a_plan_of_exact_search_names_no_sizes(tmp_path, capsys, make_collection):
+    """Nothing would be built, which is no size of 0 bytes."""
+    few = make_collection(tmp_path / "few", draw(50, seed=1))
+    assert run(few, "--dry-run") == 0
+    line = capsys.readouterr().out.splitlines()[1]
+    assert line.split(maxsplit=3) == ["Flat", "-", "-", "exact: there is nothing to build"]
+
+
 def test_queries_of_another_collection(collection, capsys, tmp_path, make_collection):
     """Nothing is held back then."""
     others = make_collection(tmp_path / "others", draw(200, seed=5))
@@ -287,7 +295,7 @@ def test_a_picture_that_fails_is_one_line(collection, tmp_path, capsys, monkeypa
     """The report is printed, and the index is in its place."""
 
     def full(path, tuned):
-        raise OSError(errno.ENOSPC, "full")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("index.ann.report.draw", full)
     assert run(collection, "--index", KINDS[0], "--plot", tmp_path / "x.png") == 1

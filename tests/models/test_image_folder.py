@@ -39,10 +39,11 @@ def test_the_label_is_the_first_folder_however_deep_the_image(tmp_path: Path) ->
 
 
 def test_other_files_are_counted_and_not_listed(tmp_path: Path) -> None:
-    """Endings decide, in any case; hidden files and folders are left alone."""
-    source = fill(tmp_path, "a.JPG", "b.txt", "Thumbs.db", "._a.jpg", ".git/c.jpg", "d.jpeg")
+    """Suffixes decide, in any case; hidden files and folders are left alone."""
+    source = fill(tmp_path, "a.JPG", "b.txt", "c.TXT", "LICENSE", "._a.jpg", ".git/c.jpg", "d.jpeg")
     assert [key for key, _ in listed(source)] == ["a.JPG", "d.jpeg"]
-    assert source.ignored == 4
+    ignored = source.ignored_by_suffix
+    assert list(ignored.items()) == [(".txt", 2), ("hidden", 2), ("without suffix", 1)]
 
 
 def test_links_are_followed_once_round(tmp_path: Path) -> None:
@@ -144,7 +145,7 @@ def test_a_link_that_leads_nowhere_is_a_folder_that_cannot_be_read(tmp_path: Pat
     (tmp_path / "away").symlink_to("nowhere")
     (tmp_path / "cats" / "round").symlink_to("round")
     assert [key for key, _ in listed(source)] == ["away/", "cats/1.jpg", "cats/round/"]
-    assert source.ignored == 1
+    assert source.ignored_by_suffix == {".txt": 1}
 
 
 def test_a_name_that_is_no_text_has_a_key_that_is(tmp_path: Path) -> None:
@@ -160,8 +161,8 @@ def test_a_name_that_is_no_text_has_a_key_that_is(tmp_path: Path) -> None:
     ("names", "found", "mend"),
     [
         ([], "0 other files", "check the path"),
-        (["a.txt", "b.csv"], "2 other files", "check the path"),
-        (["0.tar", "1.tar.gz", "x.txt"], "3 other files of which 2 tar", "for shards use wds:"),
+        (["a.heic", "b.heic", "c.csv"], "3 other files: 2 .heic, 1 .csv", "check the path"),
+        (["0.tar", "1.tar.gz"], "2 other files: 1 .gz, 1 .tar", "for shards use wds:"),
     ],
 )
 def test_a_folder_without_images_says_what_it_holds(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from models.errors import ImageError, ImageFault, SourceError
-from models.images import ImageSource, open_source
+from models.images import ImageSource, describe_ignored, open_source
 
 MINI = Path("tests/data/fashion-mnist-mini")
 TRAIN = f"idx:{MINI}/train-images-idx3-ubyte.gz"
@@ -93,6 +93,20 @@ def test_a_folder_and_a_shard_are_known_without_a_prefix(tmp_path: Path) -> None
     make_shards(tmp_path)
     assert open_source(str(tmp_path / "images")).uri == f"folder:{tmp_path}/images"
     assert open_source(f"{tmp_path}/shard-*.tar").count() == 4
+
+
+def test_what_is_passed_over_is_named_by_its_suffixes(tmp_path: Path) -> None:
+    """The five most frequent; nothing is said where nothing is passed over, or of arrays."""
+    folder = make_folder(tmp_path)
+    assert describe_ignored(open_source(folder)) is None
+    assert describe_ignored(open_source(TRAIN)) is None
+    (tmp_path / "images/cats/1.heic").touch()
+    assert describe_ignored(open_source(folder)) == "1 file passed over: 1 .heic"
+    for name in ("2.HEIC", "1.f", "1.b", "1.c", "1.d", "1.e"):
+        (tmp_path / "images/dogs" / name).touch()
+    assert describe_ignored(open_source(folder)) == (
+        "7 files passed over: 2 .heic, 1 .b, 1 .c, 1 .d, 1 .e, and others"
+    )
 
 
 def test_a_path_may_start_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

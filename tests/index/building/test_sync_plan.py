@@ -147,9 +147,9 @@ def test_a_key_has_one_owner():
     assert [(one.fault, one.message) for one in plan.rejects] == [
         (
             "duplicate_key",
-            "b: expected a key of its own, found an image of another source with this key or its "
+            "expected a key of its own, found an image of another source with this key or its "
             "id; sources with equal names belong under one folder, and --moved-from says where "
             "this one was before",
         ),
-        ("duplicate_key", "a: expected a key of its own, found an earlier image of this key"),
+        ("duplicate_key", "expected a key of its own, found an earlier image of this key"),
     ]

@@ -3,6 +3,8 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -60,6 +62,20 @@ def test_a_build_into_milvus_is_the_build_on_disk(options: BuildOptions, tmp_pat
         assert stored.encoder == expected.encoder
     assert not options.target.exists()
     assert not options.target.with_name(f"{options.target.name}.parts").exists()
+
+
+def test_a_local_file_is_built_without_tracebacks(options: BuildOptions, tmp_path: Path) -> None:
+    """Milvus Lite serves it from the build's own process, and does not know every call."""
+    args = {"images": options.images, "encoder": options.encoder, "out": options.out}
+    args["store"] = f"milvus:{tmp_path / 'local.db'}"
+    argv = [text for name, value in args.items() for text in (f"--{name}", str(value))]
+    done = subprocess.run(
+        [sys.executable, "-m", "index.build", *argv], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    assert "12 images" in done.stdout
+    assert "ERROR" not in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_people_search_it_by_its_address(
