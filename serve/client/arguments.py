@@ -14,6 +14,11 @@ MAX_UINT64 = (1 << 64) - 1
 MAX_TIMEOUT_S = 365 * 86_400.0
 """gRPC keeps deadlines in 64 bits of nanoseconds; nobody waits for a year."""
 
+TARGET = re.compile(
+    r"(dns|ipv4|ipv6|unix|unix-abstract|xds|passthrough):.+|([^][:/\s]+|\[[^][\s]+\]):\d{1,5}"
+)
+"""What a server may be called: a name of gRPC's with its scheme, or `host:port`."""
+
 REQUEST_ID = re.compile("[!-~]{1,128}")
 
 ONE_IMAGE = (str, bytes, bytearray, memoryview, PathLike)
@@ -58,6 +63,17 @@ def check_text(name: str, value: object) -> None:
     """
     if value is not None and not isinstance(value, str):
         raise UsageError(name, expected="text", found=describe(value))
+
+
+def check_target(name: str, value: object) -> None:
+    """Refuse what gRPC would take for a host, and look for at port 443.
+
+    Raises:
+        UsageError: it is neither `host:port` nor a name with one of gRPC's schemes.
+    """
+    if not (isinstance(value, str) and TARGET.fullmatch(value)):
+        expected = "HOST:PORT, such as localhost:50051"
+        raise UsageError(name, expected=expected, found=describe(value) if value else "nothing")
 
 
 def check_request_id(value: object) -> None:

@@ -38,6 +38,7 @@ def make_planner(
         rng=rng or random.Random(),
         timeout_s=timeout_s,
         metadata=connection.metadata,
+        by_tls=connection.tls is not None,
     )
 
 

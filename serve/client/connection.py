@@ -21,7 +21,7 @@ from typing import TypeAlias
 import grpc
 
 from models.errors import UsageError, reason_of
-from serve.client.arguments import check_text
+from serve.client.arguments import check_target, check_text
 
 Metadata: TypeAlias = tuple[tuple[str, str], ...]
 File: TypeAlias = str | PathLike[str]
@@ -107,11 +107,12 @@ class Connection:
     api_key: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        """Refuse a key that no header can carry.
+        """Refuse a target that names no port, and a key that no header can carry.
 
         Raises:
-            UsageError: it has other characters; the key itself is not shown.
+            UsageError: it is neither; the key itself is not shown.
         """
+        check_target("target", self.target)
         key = self.api_key
         if key is not None and not (isinstance(key, str) and VISIBLE_ASCII.fullmatch(key)):
             raise UsageError(

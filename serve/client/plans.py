@@ -54,6 +54,7 @@ from serve.client.results import (
     read_timings,
 )
 from serve.client.retry import RetryBudget, RetryPolicy
+from serve.client.unreachable import REFUSED, handshake_mend
 from serve.errors import (
     STOPPING,
     DeadlineError,
@@ -137,6 +138,7 @@ class Planner:
         rng: random.Random,
         timeout_s: float = TIMEOUT_S,
         metadata: Metadata = (),
+        by_tls: bool = False,
     ) -> None:
         """Plan for the server at `target`.
 
@@ -147,11 +149,13 @@ class Planner:
             rng: what waits are drawn from.
             timeout_s: of every operation that is given none of its own.
             metadata: what goes with every call.
+            by_tls: whether connections are secured, for messages.
 
         Raises:
             UsageError: the timeout is none.
         """
         self.target = target
+        self._by_tls = by_tls
         self._metadata = metadata
         self._timeout_s = check_timeout(timeout_s)
         self._retry = retry
@@ -274,7 +278,8 @@ class Planner:
                     f"server {self.target}",
                     expected="a Horace server that answers",
                     found=failure.details or failure.code.name,
-                    mend="start it with `python -m serve`, or check host and port",
+                    mend=handshake_mend(failure.details, by_tls=self._by_tls)
+                    or "start it with `python -m serve`, or check host and port",
                 )
             case grpc.StatusCode.DEADLINE_EXCEEDED:
                 return self._late(what, timeout_s, failure.details)
@@ -349,6 +354,7 @@ class Planner:
             ServeError: how the last attempt ended.
         """
         failures = 0
+        handshake: Failure | None = None
         self._budget.earn()
         metadata = self._metadata
         if request_id:
@@ -359,7 +365,11 @@ class Planner:
                 return answer
             failures += 1
             wait_s = self._wait_s(answer, failures, deadline)
+            if handshake_mend(answer.details, by_tls=self._by_tls):
+                handshake = answer
             if wait_s is None:
+                if handshake and REFUSED in answer.details:  # at another address of the name
+                    answer = handshake
                 error = self._error(answer, method, deadline.timeout_s)
                 error.retry_after_s = answer.retry_after_s
                 raise error

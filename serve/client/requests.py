@@ -400,7 +400,14 @@ def _mend(images: object) -> str:
     """Say how what was given becomes several images."""
     if isinstance(images, PathLike):
         return "read the file with .read_bytes(), and put its bytes into a list"
+    if isinstance(images, Iterable | AsyncIterable) and not _is_one(images):
+        return "make a list of them, or call embed_iter"
     return "put a single image into a list"
+
+
+def _is_one(images: object) -> bool:
+    """Whether something that can be iterated over is meant as one image."""
+    return isinstance(images, (*ONE_IMAGE, np.ndarray))
 
 
 def _describe(images: object) -> str:

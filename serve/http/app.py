@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Collection, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,12 +25,12 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from protos import horace_pb2 as pb
-from serve.errors import DeadlineError, RequestError
+from serve.errors import DeadlineError, RequestError, UnauthenticatedError
 from serve.http.body import Body, BodyMemory, read_body
 from serve.http.context import HttpContext
 from serve.http.doorman import Doorman
 from serve.http.faults import code_of, refuse, refuse_with
-from serve.http.fields import Asked, read_embed, read_search
+from serve.http.fields import EMBED_FIELDS, SEARCH_FIELDS, Asked, read_embed, read_search
 from serve.http.linger import Linger
 from serve.http.openapi import describe
 from serve.http.replies import (
@@ -42,11 +42,12 @@ from serve.http.replies import (
     search_reply,
 )
 from serve.http.tls import CALLER_STATE
-from serve.security.caller import CURRENT, request_id_of
+from serve.security.caller import CURRENT
 from serve.security.costs import count_images
 from serve.security.guard import Pass
 
 Reply = TypeVar("Reply")
+Question = TypeVar("Question", pb.EmbedRequest, pb.SearchRequest)
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 SERVICE = "/horace.v1.Horace/"
@@ -126,7 +127,7 @@ class _Routes:
         def write(reply: pb.EmbedResponse, asked: Asked) -> Json:
             return embed_reply(reply, asked.refused, as_base64=asked.as_base64)
 
-        return await self._ask(request, "Embed", read_embed, write)
+        return await self._ask(request, "Embed", EMBED_FIELDS, read_embed, write)
 
     async def search(self, request: Request) -> Response:
         """Find neighbours."""
@@ -134,7 +135,7 @@ class _Routes:
         def write(reply: pb.SearchResponse, asked: Asked) -> Json:
             return search_reply(reply, asked.refused)
 
-        return await self._ask(request, "Search", read_search, write)
+        return await self._ask(request, "Search", SEARCH_FIELDS, read_search, write)
 
     async def _list(
         self, request: Request, method: str, message: Message, write: Callable[[Any], Json]
@@ -150,15 +151,17 @@ class _Routes:
         self,
         request: Request,
         method: str,
-        read: Callable[[Body, str], tuple[Message, Asked]],
+        known: Collection[str],
+        read: Callable[[Body, str], tuple[Question, Asked]],
         write: Callable[[Any, Asked], Json],
     ) -> Response:
         """Answer with what a method of the services makes of the body."""
 
         async def work(context: HttpContext, entered: Pass) -> Response:
             with self._memory.holding(entered.client) as held:
-                body = await self._read(request, held)
-                message, asked = read(body, request_id_of(context.invocation_metadata()))
+                body = await self._read(request, held, known)
+                message, asked = read(body, context.request_id)
+                context.take_name(message.request_id)
                 del body  # its images are in the message now
                 call = self._call(method, message, context, entered)
                 reply = await _unless_gone(request, call)
@@ -193,8 +196,7 @@ class _Routes:
             if not context.is_with_service:  # which would have counted it
                 self._doorman.on_turned_away(code_of(error))
             response = refuse(error)
-        if request_id := request_id_of(context.invocation_metadata()):
-            response.headers["x-request-id"] = request_id
+        response.headers["x-request-id"] = context.request_id
         if not self._doorman.is_serving():
             response.headers["connection"] = "close"  # the next request goes where it is served
         return response
@@ -229,7 +231,11 @@ class _Routes:
             UnauthenticatedError: it has no key, or another.
         """
         guard = self._doorman.guard
-        key = guard.authorise(SERVICE + method, context.invocation_metadata())
+        try:
+            key = guard.authorise(SERVICE + method, context.invocation_metadata())
+        except UnauthenticatedError:
+            guard.count_stranger(SERVICE + method, peer=context.peer())
+            raise
         entered = guard.name(key, peer=context.peer(), auth_context=context.auth_context())
         CURRENT.set(entered.client)  # this task answers nothing else
         return entered
@@ -243,11 +249,11 @@ class _Routes:
         images = min(count_images(message), self._doorman.limits.max_images)
         self._doorman.guard.charge(entered, images=images)
 
-    async def _read(self, request: Request, held: Any) -> Body:
+    async def _read(self, request: Request, held: Any, known: Collection[str]) -> Body:
         """Read the body within the limits of a request."""
         limits = self._doorman.limits
         return await read_body(
-            request, held, max_bytes=limits.max_message_bytes, max_images=limits.max_images
+            request, held, known, max_bytes=limits.max_message_bytes, max_images=limits.max_images
         )
 
     def _context(self, request: Request) -> HttpContext:

@@ -14,7 +14,7 @@ Rules:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -30,9 +30,6 @@ from serve.room import SHARE
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
-
-MAX_FIELDS = 64
-"""Parts of a form beside its images."""
 
 MAX_FIELD_BYTES = 16 << 10
 """Of one part that is no image; a filter may be long."""
@@ -144,12 +141,15 @@ class Held:
             self.size_bytes = to_bytes
 
 
-async def read_body(request: Request, held: Held, *, max_bytes: int, max_images: int) -> Body:
+async def read_body(
+    request: Request, held: Held, known: Collection[str], *, max_bytes: int, max_images: int
+) -> Body:
     """Read a request's body.
 
     Args:
         request: of which nothing is read yet.
         held: counts its bytes.
+        known: fields of a form; another is a refusal as soon as it comes.
         max_bytes: of the whole body.
         max_images: of a form; more are a refusal as soon as they come.
 
@@ -164,7 +164,7 @@ async def read_body(request: Request, held: Held, *, max_bytes: int, max_images:
         raise _wrong_type(f"content-encoding {request.headers['content-encoding'][:40]!r}")
     chunks = _chunks(request, held, max_bytes)
     if kind == FORM_TYPE:
-        return await _read_form(chunks, parameters.get(b"boundary", b""), max_images)
+        return await _read_form(chunks, parameters.get(b"boundary", b""), known, max_images)
     if kind == JSON_TYPE:
         return _read_json(b"".join([chunk async for chunk in chunks]), max_images)
     found = f"content-type {kind.decode('latin-1')[:40]!r}" if kind else "no content-type"
@@ -236,11 +236,13 @@ def _has_more(data: bytes, parts: bytes, most: int) -> bool:
     return False
 
 
-async def _read_form(chunks: AsyncIterator[bytes], boundary: bytes, max_images: int) -> Body:
+async def _read_form(
+    chunks: AsyncIterator[bytes], boundary: bytes, known: Collection[str], max_images: int
+) -> Body:
     """Read a multipart form."""
     if not boundary:
         raise RequestError("multipart form", expected="a boundary in content-type", found="none")
-    form = _Form(max_images)
+    form = _Form(known, max_images)
     try:
         parser = MultipartParser(boundary, form.callbacks, max_header_count=MAX_PART_HEADERS)
         async for chunk in chunks:
@@ -259,6 +261,7 @@ async def _read_form(chunks: AsyncIterator[bytes], boundary: bytes, max_images: 
 class _Form:
     """Collects the parts of a form as the parser meets them."""
 
+    known: Collection[str]
     max_images: int
     fields: dict[str, object] = field(default_factory=dict)
     images: list[bytes] = field(default_factory=list)
@@ -298,7 +301,7 @@ class _Form:
         self._header_name = self._header_value = b""
 
     def _on_headers_finished(self) -> None:
-        """Learn the part's name, and refuse it if there are too many."""
+        """Learn the part's name, and refuse it if it is not known or one too many."""
         _, parameters = parse_options_header(self._headers.get(b"content-disposition"))
         name = parameters.get(b"name")
         if name is None:
@@ -308,8 +311,8 @@ class _Form:
             found = f"more than {self.max_images}"
             expected = f"1 to {self.max_images} a request"
             raise RequestError("images", expected=expected, found=found, mend="split the request")
-        if self._name != "images" and len(self.fields) >= MAX_FIELDS:
-            raise RequestError("form", expected=f"at most {MAX_FIELDS} fields", found="more")
+        if self._name not in self.known:
+            raise unknown_field(self._name, self.known)
 
     def _on_part_data(self, data: bytes, start: int, end: int) -> None:
         self._data += memoryview(data)[start:end]
@@ -338,6 +341,11 @@ class _Form:
     def _field(self) -> str:
         """Name the present part in a message."""
         return f"field {self._name[:40]!r}"
+
+
+def unknown_field(name: str, known: Collection[str]) -> RequestError:
+    """Say which fields there are."""
+    return RequestError("field", expected=f"one of {', '.join(known)}", found=repr(name[:40]))
 
 
 def _wrong_type(found: str) -> MediaTypeError:

@@ -6,6 +6,7 @@ It has what servicers of this house ask of a context, and nothing beside.
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -14,6 +15,7 @@ import grpc
 from serve.calls import AcceptedEarly
 from serve.errors import RETRY_KEYS
 from serve.http.faults import Aborted
+from serve.security.caller import REQUEST_ID_KEY, request_id_of
 
 Metadata = Sequence[tuple[str, str | bytes]]
 
@@ -23,6 +25,8 @@ class HttpContext(AcceptedEarly):
 
     Attributes:
         deadline_s: on the clock; none until it is set.
+        request_id: what the caller calls it in a header, where that can be logged; else one
+            of our own.
         is_with_service: whether a service has the call, and keeps account of it.
     """
 
@@ -42,12 +46,19 @@ class HttpContext(AcceptedEarly):
             clock: monotonic seconds.
             auth_context: what TLS found out about the caller.
         """
-        self._headers = tuple(headers)
+        given = tuple(headers)
+        self.request_id = request_id_of(given) or secrets.token_hex(8)
+        others = (header for header in given if header[0] != REQUEST_ID_KEY)
+        self._headers = (*others, (REQUEST_ID_KEY, self.request_id))
         self._peer = peer
         self.deadline_s = math.inf
         self.is_with_service = False
         self._clock = clock
         self._auth_context = auth_context or {}
+
+    def take_name(self, name: str) -> None:
+        """Call it as its body does, if a header can carry that."""
+        self.request_id = request_id_of(((REQUEST_ID_KEY, name),)) or self.request_id
 
     def time_remaining(self) -> float | None:
         """Give the seconds until the deadline; None where there is none."""

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from models.wire import DTYPES, vectors_to_wire
 from protos import horace_pb2 as pb
 from serve.errors import RequestError
-from serve.http.body import Body
+from serve.http.body import Body, unknown_field
 from serve.http.replies import Json
 
 Message = TypeVar("Message", pb.EmbedRequest, pb.SearchRequest)
@@ -152,8 +152,7 @@ class Fields:
         self._values, self._is_form, self._files = body.fields, body.is_form, body.images
         for name in self._values:
             if name not in known:
-                expected = ", ".join(known)
-                raise RequestError("field", expected=f"one of {expected}", found=repr(name[:40]))
+                raise unknown_field(name, known)
 
     def has(self, name: str) -> bool:
         """Whether a field is given."""
@@ -237,7 +236,8 @@ def _image(name: str, value: object) -> tuple[pb.Image, Json]:
     try:
         return pb.Image(encoded=binascii.a2b_base64(value, strict_mode=True)), {}
     except ValueError as error:
-        message = f"image: expected base64, found {error!s:.100}"
+        found = "other characters" if "base64 data" in str(error) else f"{error!s:.100}"
+        message = f"image: expected base64, found {found}"
         return pb.Image(), {"status": "unreadable", "message": message}
 
 

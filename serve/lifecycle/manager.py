@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from models.errors import FingerprintMismatchError, HoraceError
+from models.errors import FingerprintMismatchError, HoraceError, SourceError
 from serve.catalog import Catalog, refuse_taken_name
 from serve.errors import PROMISED, PreconditionError, ServeError, UnknownNameError
 from serve.lifecycle.files import Signature, find_models, find_signed_versions
@@ -185,6 +185,9 @@ class Lifecycle:
                 source = sources.get(key)
                 if isinstance(source, ModelSource) and source.in_repository:
                     self._drop(source)
+                elif isinstance(source, ModelSource):  # a collection tells its own loss
+                    path = source.options.path
+                    self._refuse(source, SourceError(path, expected="a bundle", found="nothing"))
 
     # For callers.
 

@@ -40,6 +40,9 @@ SERVER_LOG = "horace.serve"
 FIELDS = "fields"
 """The attribute of a log record that holds what a line of JSON has beside its text."""
 
+IN_MESSAGE = ("method", "code")
+"""Fields of which the text of a line about a request is made."""
+
 TEXT_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 WORKER_FORMAT = "%(asctime)s %(levelname)s [worker {worker}] %(message)s"
 
@@ -82,9 +85,10 @@ class TextFormatter(logging.Formatter):
         super().__init__(TEXT_FORMAT if worker is None else WORKER_FORMAT.format(worker=worker))
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        """Write the line, and `name=value` for each field."""
+        """Write the line, and `name=value` for each field that it does not say itself."""
         fields = getattr(record, FIELDS, {})
-        parts = [super().formatMessage(record), *(f"{k}={v}" for k, v in fields.items())]
+        further = (f"{k}={v}" for k, v in fields.items() if k not in IN_MESSAGE)
+        parts = [super().formatMessage(record), *further]
         return " ".join(parts)
 
 

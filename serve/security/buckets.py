@@ -100,13 +100,21 @@ class Account:
 
     def spend(self, requests: float, images: float, now_s: float) -> float:
         """Take both amounts and give 0, or take nothing and give the seconds to wait."""
-        wanted = [(self._requests, requests), (self._images, images)]
-        limited = [(bucket, amount) for bucket, amount in wanted if bucket is not None and amount]
-        wait_s = max((bucket.wait_s(amount, now_s) for bucket, amount in limited), default=0.0)
+        wait_s = max(self.waits_s(requests, images, now_s))
         if not wait_s:
-            for bucket, amount in limited:
-                bucket.take(amount)
+            for bucket, amount in ((self._requests, requests), (self._images, images)):
+                if bucket is not None:
+                    bucket.take(amount)
         return wait_s
+
+    def waits_s(self, requests: float, images: float, now_s: float) -> tuple[float, float]:
+        """Give the seconds to wait for each of the two; nothing is taken."""
+        wanted = ((self._requests, requests), (self._images, images))
+        of_requests, of_images = (
+            0.0 if bucket is None or not amount else bucket.wait_s(amount, now_s)
+            for bucket, amount in wanted
+        )
+        return of_requests, of_images
 
     def is_idle(self, now_s: float) -> bool:
         """Whether forgetting it changes nothing."""
@@ -155,6 +163,12 @@ class Ledger:
     ) -> float:
         """Take what a request costs and give 0, or take nothing and give the seconds to wait."""
         return self._account(client, quota, now_s).spend(requests, images, now_s)
+
+    def waits_s(
+        self, client: str, quota: Quota, *, requests: float, images: float, now_s: float
+    ) -> tuple[float, float]:
+        """Give the seconds to wait for requests and for images; nothing is taken."""
+        return self._account(client, quota, now_s).waits_s(requests, images, now_s)
 
     def _account(self, client: str, quota: Quota, now_s: float) -> Account:
         """Give a caller's account; a new quota begins with full buckets."""

@@ -134,16 +134,12 @@ class Guard:
         return self._refused
 
     def authorise(self, method: str, metadata: Metadata) -> ApiKey | None:
-        """Let a call in by its key; see the function of this name.
+        """Let a call in by its key; see the function of this name, and `count_stranger`.
 
         Raises:
             UnauthenticatedError: there is no key, or another.
         """
-        try:
-            return authorise(method, metadata, self._ring(), open_reflection=self._open_reflection)
-        except UnauthenticatedError:
-            self._count_refusal(method)
-            raise
+        return authorise(method, metadata, self._ring(), open_reflection=self._open_reflection)
 
     def name(
         self, key: ApiKey | None, *, peer: str, auth_context: Mapping[str, Iterable[bytes]]
@@ -208,16 +204,19 @@ class Guard:
         Raises:
             QueueFullError: its caller asks for more a second than it may.
         """
-        if wait_s := self.wait_s(entered, requests=requests, images=images):
+        if retry_after_s := self.wait_s(entered, requests=requests, images=images):
             quota = entered.quota
-            rates = ((quota.requests_per_s, "requests"), (quota.images_per_s, "images"))
-            rated = [f"{rate:g} {unit}" for rate, unit in rates if rate < math.inf]
+            waits_s = self._ledger.waits_s(
+                entered.client, quota, requests=requests, images=images, now_s=self._clock()
+            )
+            rates = (f"{quota.requests_per_s:g} requests", f"{quota.images_per_s:g} images")
+            passed = [rate for rate, wait_s in zip(rates, waits_s, strict=True) if wait_s]
             raise QueueFullError(
                 "rate of this caller",
-                expected=f"at most {' and '.join(rated)} a second",
+                expected=f"at most {' and '.join(passed or rates)} a second",
                 found="more",
-                mend=f"come back in {wait_s:.3g} s",
-                retry_after_s=wait_s,
+                mend=f"come back in {retry_after_s:.3g} s",
+                retry_after_s=retry_after_s,
             )
 
     def wait_s(self, entered: Pass, *, requests: int = 1, images: int = 0) -> float:
@@ -229,15 +228,16 @@ class Guard:
             client, entered.quota, requests=requests, images=images, now_s=now_s
         )
 
-    def _count_refusal(self, method: str) -> None:
-        """Count a call without a key, and log it unless one was logged just now."""
+    def count_stranger(self, method: str, *, peer: str) -> None:
+        """Count a call that `authorise` refused, and log it unless one was logged just now."""
         self._refused += 1
         self._unlogged += 1
         now_s = self._clock()
         if now_s - self._logged_s >= LOG_REFUSALS_EVERY_S:
             log.warning(
-                "%d calls without a key of ours were refused, the last of %r",
+                "calls without a key of ours: %d refused, the last of %r from %s",
                 self._unlogged,
                 method[:100],
+                host_of(peer),
             )
             self._logged_s, self._unlogged = now_s, 0

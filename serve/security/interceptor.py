@@ -93,7 +93,7 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
         try:
             key = self._guard.authorise(details.method, details.invocation_metadata or ())
         except UnauthenticatedError as error:
-            return self._refusing(handler, error, unread=_is_grpcio(details))
+            return self._refusing(details.method, handler, error, unread=_is_grpcio(details))
         if handler is None:
             return None
         _KEY.set(key)
@@ -204,10 +204,13 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
         """Count the images that a message is charged for."""
         return min(count_images(request), self._max_images)
 
-    def _refusing(self, handler: Handler | None, error: Exception, *, unread: bool) -> Handler:
-        """Make a handler that ends the call with an error.
+    def _refusing(
+        self, method: str, handler: Handler | None, error: UnauthenticatedError, *, unread: bool
+    ) -> Handler:
+        """Make a handler that ends a stranger's call.
 
         Args:
+            method: of the call.
             handler: the one in whose place it stands; None where there is no such method.
             error: why.
             unread: whether the front end may be given the handler of a stream for any method:
@@ -215,6 +218,7 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
         """
 
         async def refuse(_: Any, context: Context) -> NoReturn:
+            self._guard.count_stranger(method, peer=context.peer())
             await self._end(context, error)
 
         shape = (True, True)

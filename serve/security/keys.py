@@ -26,7 +26,7 @@ USAGE = f"""usage: {PROG} COMMAND [OPTIONS]
 
 commands:
   new NAME   make a key, print it once, and its line for the key file (or add it with --file)
-  list       whose keys are in a key file
+  list       whose keys are in a key file, and on which line
 
 {PROG} COMMAND --help shows the options of a command."""
 
@@ -47,7 +47,7 @@ class NewOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ListOptions:
-    """Say whose keys are in a key file."""
+    """Say whose keys are in a key file, on which line, with which limits."""
 
     file: str
     """The key file."""
@@ -72,12 +72,13 @@ def make_key(options: NewOptions) -> None:
 
 
 def list_keys(options: ListOptions) -> None:
-    """Print the names in a key file.
+    """Print whose key each line of a key file has, and its limits.
 
     Raises:
         StartError: the file is not right.
     """
-    print("\n".join(read_ring(options.file).names))
+    for key in read_ring(options.file).keys:
+        print(f"line {key.line}: {key.name} {key.limits_text}".rstrip())
 
 
 def _add_line(path: Path, line: str) -> None:

@@ -50,11 +50,20 @@ class ApiKey:
         name: whose it is.
         digest: SHA-256 of the key.
         limits: what the line says of limits, by field of `Quota`.
+        line: its number in the file, from 1; 0 for a key of no file.
     """
 
     name: str
     digest: bytes
     limits: tuple[tuple[str, float], ...] = ()
+    line: int = 0
+
+    @property
+    def limits_text(self) -> str:
+        """What the line says of limits, as it says it; empty where it says nothing."""
+        by_field = dict(self.limits)
+        given = {name: by_field[field] for name, field in _LIMITS.items() if field in by_field}
+        return ",".join(f"{name}={limit:.15g}" for name, limit in given.items())
 
     def quota(self, everyone: Quota) -> Quota:
         """Give its limits; those for everyone where it has none of its own."""
@@ -65,21 +74,21 @@ class KeyRing:
     """The keys that open this server."""
 
     def __init__(self, keys: Iterable[ApiKey]) -> None:
-        self._keys = tuple(keys)
+        self.keys = tuple(keys)
 
     def __repr__(self) -> str:
-        return f"<KeyRing of {len(self._keys)}: {', '.join(self.names)}>"
+        return f"<KeyRing of {len(self.keys)}: {', '.join(self.names)}>"
 
     @property
     def names(self) -> list[str]:
         """Whose keys there are."""
-        return sorted({key.name for key in self._keys})
+        return sorted({key.name for key in self.keys})
 
     def find(self, token: str) -> ApiKey | None:
         """Find a key; it takes as long for every token of a length."""
         digest = hash_token(token)
         found = None
-        for key in self._keys:
+        for key in self.keys:
             if hmac.compare_digest(key.digest, digest):
                 found = key
         return found
@@ -101,6 +110,9 @@ def write_line(name: str, token: str, limits: str = "") -> str:
     Raises:
         StartError: the name or the limits are none.
     """
+    if not _NAME.fullmatch(name):
+        expected = "a letter or digit, and up to 63 of those and of ._@-, in ASCII"
+        raise StartError("NAME", expected=expected, found=f"{name[:80]!r}")
     line = f"{name}:{hash_token(token).hex()}" + (f":{limits}" if limits else "")
     _read_line(line, "the new key")
     return line
@@ -140,7 +152,7 @@ def read_ring(path: str | Path, *, may_be_blank: bool = True) -> KeyRing:
 def _read_lines(text: str, where: str) -> list[ApiKey]:
     """Read every line of a key file."""
     keys = [
-        _read_line(line.strip(), f"{where}, line {n}")
+        replace(_read_line(line.strip(), f"{where}, line {n}"), line=n)
         for n, line in enumerate(text.splitlines(), 1)
         if line.strip() and not line.lstrip().startswith("#")
     ]

@@ -128,7 +128,7 @@ def read_certificates(cert: str, key: str, client_ca: str | None) -> Certificate
         raise StartError(
             f"--tls.cert {cert} and --tls.key {key}",
             expected="a certificate in PEM and its private key, without a password",
-            found=_reason(error),
+            found=_reason_of_pair(error, certificates),
         ) from error
     if client_ca is not None:
         try:
@@ -163,6 +163,17 @@ def _read_file(option: str, path: str) -> bytes:
             expected="a file that can be read",
             found=reason_of(error),
         ) from error
+
+
+def _reason_of_pair(error: Exception, found: Certificates) -> str:
+    """Say why a certificate and a key are no pair, also where OpenSSL says `PEM lib` alone."""
+    if b"CERTIFICATE-----" not in found.chain:
+        return "no certificate in the first"
+    if b"PRIVATE KEY-----" not in found.key:
+        return "no private key in the second"
+    if isinstance(error, ssl.SSLError) and error.reason is None:
+        return "one with a password, or one that is damaged"
+    return _reason(error)
 
 
 def _reason(error: Exception) -> str:

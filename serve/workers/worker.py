@@ -84,12 +84,12 @@ def _orders_by_pipe(pipe: Connection) -> Orders:
             return
         match order:
             case Order.STOP:
-                stop_once("the supervisor's word")
+                stop_once("the supervisor's order")
             case Order.CUT_OFF:
-                stop_once("the supervisor's word")
-                orders.stops.put_nowait("the supervisor's second word")
+                stop_once("the supervisor's order")
+                orders.stops.put_nowait("the supervisor's second order")
             case Order.RELOAD:
-                orders.reloads.put_nowait("the supervisor's word")
+                orders.reloads.put_nowait("the supervisor's order")
 
     loop.add_reader(pipe.fileno(), read)
     loop.add_signal_handler(signal.SIGTERM, stop_once, signal.SIGTERM.name)

@@ -97,14 +97,14 @@ class Measured:
     Attributes:
         latencies_s: of requests that were answered.
         images: of those, with a vector.
-        failed_images: of those, without one.
+        faults: of those, why some have none.
         errors: requests that were not answered, by gRPC's code.
         not_sent: requests of an open loop for which there was no room here.
     """
 
     latencies_s: list[float] = field(default_factory=list)
     images: int = 0
-    failed_images: int = 0
+    faults: Counter[str] = field(default_factory=Counter)
     errors: Counter[str] = field(default_factory=Counter)
     not_sent: int = 0
 
@@ -126,6 +126,7 @@ class Report:
     p99_ms: float | None
     max_ms: float | None
     failed_images: int
+    faults: dict[str, int]
     errors: dict[str, int]
     not_sent: int
 
@@ -215,7 +216,7 @@ class _Load:
             return
         self.measured.latencies_s.append(time.monotonic() - due_s)
         self.measured.images += len(result.vectors)
-        self.measured.failed_images += len(result.statuses) - len(result.vectors)
+        self.measured.faults.update(s.code for s in result.statuses if not s.ok)
 
 
 @asynccontextmanager
@@ -284,7 +285,8 @@ def _report(options: BenchCommand, model: str, measured: Measured, elapsed_s: fl
         p90_ms=quantile_ms(0.9),
         p99_ms=quantile_ms(0.99),
         max_ms=quantile_ms(1.0),
-        failed_images=measured.failed_images,
+        failed_images=measured.faults.total(),
+        faults=dict(measured.faults.most_common()),
         errors=dict(measured.errors),
         not_sent=measured.not_sent,
     )
@@ -303,7 +305,8 @@ def _as_text(report: Report) -> str:
             f"p99 {report.p99_ms:.2f} ms, longest {report.max_ms:.2f} ms"
         )
     if report.failed_images:
-        lines.append(f"  images without a vector: {report.failed_images}")
+        faults = ", ".join(f"{count} {fault}" for fault, count in report.faults.items())
+        lines.append(f"  images without a vector: {faults}")
     lines += [f"  {code}: {count} requests" for code, count in report.errors.items()]
     if report.not_sent:
         lines.append(f"  not sent, with {MAX_OUTSTANDING} under way: {report.not_sent} requests")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models.errors import UsageError
-from serve.client.arguments import check_timeout
+from serve.client.arguments import check_target, check_timeout
 from serve.client.async_client import AsyncClient
 from serve.client.blocking import Client
 from serve.client.connection import ClientTls
@@ -45,8 +45,7 @@ class ServerOptions:
             UsageError: a value makes no sense.
         """
         check_timeout(self.timeout_s)
-        if not self.server:
-            raise UsageError("--server", expected="HOST:PORT", found="nothing")
+        check_target("--server", self.server)
 
     def connect(self, *, retry: RetryPolicy | None = None) -> Client:
         """Make a blocking client.

@@ -10,7 +10,7 @@ Rules:
 from __future__ import annotations
 
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,14 +78,17 @@ def main(options: EmbedCommand) -> None:
         HoraceError: the server cannot be had, or, after the rest is written, an image failed.
     """
     rows: list[NDArray[np.float32]] = []
-    failures: list[str] = []
+    failures: Counter[str] = Counter()
+    examples: dict[str, str] = {}
     is_array = options.out is not None and options.out.suffix == ".npy"
     total = 0
     with _open_lines(options.out) as lines:
         for line, vector in progress(_embed(options), what="embedding"):
             total += 1
             if vector is None:
-                failures.append(f"{line['file']}: {line['message']}")
+                cause = str(line["status"])
+                failures[cause] += 1
+                examples.setdefault(cause, f"{line['file']}: {line['message']}")
             elif is_array:
                 line["row"] = len(rows)
                 rows.append(vector)
@@ -96,8 +99,11 @@ def main(options: EmbedCommand) -> None:
             with atomic_file(options.out) as temporary, temporary.open("wb") as file:
                 np.save(file, np.stack(rows) if rows else np.empty((0, 0), np.float32))
     if failures:
+        found = "; ".join(
+            f"{n} {cause}, as {examples[cause]}" for cause, n in failures.most_common()
+        )
         raise FailedItemsError(
-            f"{len(failures)} of {total} images", expected="a vector for each", found=failures[0]
+            f"{failures.total()} of {total} images", expected="a vector for each", found=found
         )
 
 

@@ -258,6 +258,17 @@ def test_a_server_that_stops_is_not_called_absent():
     )
 
 
+def test_what_one_address_says_counts_for_more_than_that_another_is_empty():
+    """A handshake that fails is told; what ends a call tells nothing of one."""
+    closed = "connections to all backends failing; last error: UNAVAILABLE: ipv4:1: Socket closed"
+    refused = "connections to all backends failing; last error: UNKNOWN: ipv6:1: Connection refused"
+    for before, told in ((closed, "the server may want TLS"), ("Socket closed", "start it with")):
+        answers = (Failure(grpc.StatusCode.UNAVAILABLE, details) for details in (before, refused))
+        drive = Drive(*answers)
+        with pytest.raises(UnavailableError, match=told):
+            drive.run(drive.planner.list_models(60))
+
+
 def test_a_closed_client_says_so(serving, fake, image, eventually):
     """After close, during a call, and in the midst of an iterable; blocking and not."""
     closed = "expected an open one, found one that was closed; make another"

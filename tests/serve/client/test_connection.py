@@ -109,6 +109,31 @@ def test_a_name_that_is_not_the_addresss_can_be_given(authority):
             client.list_collections()
 
 
+@pytest.mark.parametrize(
+    ("server", "client", "mend"),
+    [
+        ({}, None, "the server may want TLS: --tls or --tls-ca FILE"),
+        ({}, {}, "its certificate is not trusted: --tls-ca FILE"),
+        ({"name": "another"}, {"ca": "ca.pem"}, "its certificate is for another name: --tls-name"),
+        ({"mutual": True}, {"ca": "ca.pem"}, "the server may want a certificate of yours"),
+        (None, {"ca": "ca.pem"}, "the server may speak no TLS"),
+    ],
+)
+def test_a_handshake_that_fails_says_what_would_do(authority, monkeypatch, server, client, mend):
+    """A server that is there is not said to be down."""
+    ca, folder = authority
+    monkeypatch.chdir(folder)
+    tls = None if client is None else ClientTls(**client)
+    credentials = None if server is None else credentials_of(ca, **server)
+    once = RetryPolicy(attempts=1)
+    with (
+        running(Servicer(), credentials) as port,
+        Client(f"localhost:{port}", tls=tls, retry=once) as connected,
+        pytest.raises(UnavailableError, match=mend),
+    ):
+        connected.list_collections()
+
+
 @pytest.mark.parametrize("blocking", [True, False])
 def test_calls_go_to_every_server_of_a_target(blocking):
     """In turns, as behind a headless Service; one that stops is left to the others."""
@@ -181,6 +206,22 @@ def test_a_key_that_no_header_carries_is_refused(key):
     with pytest.raises(UsageError, match="expected visible ASCII without spaces") as error:
         Client("localhost:1", api_key=key)
     assert str(key) not in str(error.value) or not key
+
+
+@pytest.mark.parametrize("target", ["http://localhost:1", "localhost", "a:1/model", "", None])
+def test_a_target_without_a_port_is_refused(target):
+    """GRPC takes it for a host whose port is 443."""
+    with pytest.raises(UsageError, match="target: expected HOST:PORT"):
+        Client(target)
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["a.b-c:1", "127.0.0.1:1", "[::1]:1", "dns:///a:1", "ipv4:1.2.3.4:1,1.2.3.5:1", "unix:/a"],
+)
+def test_names_of_grpc_are_targets(target):
+    """And `host:port` is one."""
+    assert Connection(target=target).target == target
 
 
 @pytest.mark.parametrize("name", ["retry-after-ms", "grpc-retry-pushback-ms"])

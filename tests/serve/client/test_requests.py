@@ -45,6 +45,15 @@ def test_a_single_image_is_not_taken_for_several(images, found):
         client.embed(images)
 
 
+def test_a_generator_is_not_called_a_single_image():
+    """The line says what takes one."""
+    with (
+        Client("localhost:1") as client,
+        pytest.raises(UsageError, match="found generator; make a list of them, or call embed_iter"),
+    ):
+        client.embed(image for image in [b"one"])
+
+
 def test_arguments_that_cannot_be_meant_are_refused_before_a_call():
     """Nothing is sent for them."""
     ones = np.ones((1, 4), np.float32)

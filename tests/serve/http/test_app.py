@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import logging
 import re
 
 import numpy as np
@@ -88,7 +89,7 @@ def test_a_bad_image_is_a_status_of_its_own(http_serving, fake, png):
     assert codes == ["ok", "unsupported_format", "empty", "ok"]
     results = document.json()["results"]
     assert [result["status"] for result in results] == ["ok", "unreadable", "empty", "ok"]
-    assert results[1]["message"].startswith("image: expected base64, found ")
+    assert results[1]["message"] == "image: expected base64, found other characters"
     assert all("vector" in result for result in (results[0], results[3]))
     assert not any("vector" in result for result in results[1:3])
 
@@ -177,17 +178,24 @@ def test_what_the_server_is_can_be_asked(http_serving, fake):
     assert {"/v1/embed", "/v1/search", "/v1/models", "/v1/collections"} <= set(described["paths"])
 
 
-def test_a_request_id_comes_back(http_serving, fake, png):
-    """In header and reply, also of a refusal; one that cannot be logged is ignored."""
+def test_a_request_id_comes_back(http_serving, fake, png, caplog):
+    """In header and reply, also of a refusal; where there is none that can be logged, ours."""
 
     async def main():
         async with http_serving(fake) as (_, http):
+            caplog.set_level(logging.DEBUG, "horace.request")
+            reply = await http.post("/v1/embed", files=files(png(1)))
+            ours = reply.headers["x-request-id"]
+            assert reply.json()["request_id"] == ours
+            assert ours in [record.fields["request_id"] for record in caplog.records]
             good = {"x-request-id": "order-7"}
             reply = await http.post("/v1/embed", files=files(png(1)), headers=good)
             assert (reply.headers["x-request-id"], reply.json()["request_id"]) == ("order-7",) * 2
             reply = await http.post("/v1/embed", json={}, headers=good)
             assert (reply.headers["x-request-id"], reply.status_code) == ("order-7", 400)
             reply = await http.get("/v1/models", headers={"x-request-id": "two words"})
-            assert "x-request-id" not in reply.headers
+            assert re.fullmatch("[0-9a-f]{16}", reply.headers["x-request-id"])
+            reply = await http.post("/v1/embed", files=files(png(1)), data={"request_id": "8"})
+            assert (reply.headers["x-request-id"], reply.json()["request_id"]) == ("8", "8")
 
     asyncio.run(main())

@@ -142,9 +142,9 @@ BODIES = [
     (a_form(b"x", model="m" * 20000), 400, "field 'model': expected at most 16384 bytes"),
     (a_form(*[b"x"] * 9), 400, "images: expected 1 to 8 a request, found more than 8"),
     (
-        a_form(b"x", **{f"f{n}": "" for n in range(70)}),
+        {"files": [("file", ("a.jpg", b"x" * 20000))]},
         400,
-        "form: expected at most 64 fields, found more",
+        "field: expected one of images, model, version, dims, normalize, dtype, encoding, ",
     ),
     (
         a_form(b"x", headers={"x-timeout-ms": "soon"}),

@@ -233,6 +233,28 @@ def test_watching_loads_what_has_come_to_rest(serving, put_bundle, tmp_path):
     asyncio.run(main())
 
 
+def test_a_bundle_that_was_moved_away_is_told_once(serving, put_bundle, tmp_path, caplog):
+    """It is served on, the refusal is counted; back in its place it is loaded."""
+    one = put_bundle(tmp_path / "m", 1)
+
+    async def main():
+        async with serving(bundle=(f"m={one.path}",)) as server:
+            await server.lifecycle.look()
+            one.path.rename(tmp_path / "away")
+            for _ in range(4):
+                await server.lifecycle.look()
+            assert version(server) == ("1", one.fingerprint)
+            assert server.lifecycle.statistics()["model m"].refusals == 1
+            (tmp_path / "away").rename(one.path)
+            for _ in range(3):
+                await server.lifecycle.look()
+            assert version(server) == ("2", one.fingerprint)
+
+    asyncio.run(main())
+    (message,) = [m for m in caplog.messages if "refused" in m]
+    assert message.endswith("m: expected a bundle, found nothing")
+
+
 @pytest.mark.parametrize("how", ["reload", "look"])
 def test_one_directory_under_several_names_is_read_again_under_each(
     serving, put_bundle, put_collection, tmp_path, how

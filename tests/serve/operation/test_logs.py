@@ -99,8 +99,9 @@ def test_json_has_the_traceback_in_the_same_object():
 
 
 def test_text_has_the_fields_after_the_message():
-    """People read the same fields."""
-    line = TextFormatter().format(record(fields={"model": "m", "images": 3}))
+    """People read the same fields; those that the message is made of once."""
+    fields = {"method": "Embed", "code": "OK", "model": "m", "images": 3}
+    line = TextFormatter().format(record(fields=fields))
     assert line.endswith("INFO it happened model=m images=3")
 
 

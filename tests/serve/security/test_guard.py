@@ -106,8 +106,7 @@ def test_a_rate_is_refused_with_the_time_to_wait():
         guard.charge(entered, images=2)
     assert refusal.value.retry_after_s == 0.25
     assert str(refusal.value) == (
-        "rate of this caller: expected at most 4 requests and 8 images a second, found more; "
-        "come back in 0.25 s"
+        "rate of this caller: expected at most 8 images a second, found more; come back in 0.25 s"
     )
     now_s += 0.25
     guard.charge(entered, images=2)
@@ -134,17 +133,14 @@ def test_refusals_are_logged_now_and_then(caplog):
     guard = Guard(ring=lambda: RING, clock=lambda: now_s)
     for n in range(1000):
         now_s = n / 100
-        with pytest.raises(UnauthenticatedError):
-            guard.authorise("/a/B", [("x-api-key", "secret")])
+        guard.count_stranger("/a/B", peer="ipv4:192.0.2.1:1")
     assert guard.unauthenticated == 1000
     assert len(caplog.messages) == 1
     now_s = 10.0
-    with pytest.raises(UnauthenticatedError):
-        guard.authorise("/a/B", [])
-    assert (
-        caplog.messages[-1] == "1000 calls without a key of ours were refused, the last of '/a/B'"
+    guard.count_stranger("/a/B", peer="ipv6:%5B2001:db8::1%5D:1")
+    assert caplog.messages[-1] == (
+        "calls without a key of ours: 1000 refused, the last of '/a/B' from 2001:db8::1"
     )
-    assert "secret" not in caplog.text
 
 
 def test_a_caller_is_recognised_where_nothing_else_is_to_be_done():

@@ -25,9 +25,10 @@ def test_keys_are_added_to_those_there_are(tmp_path, capsys):
     assert run(["new", "two", "--file", str(file), "--limits", "images=5"]) == 0
     assert file.read_text().startswith("# ours\none:")
     assert stat.S_IMODE(file.stat().st_mode) == 0o640
+    run(["new", "one", "--file", str(file)])
     capsys.readouterr()
     assert run(["list", "--file", str(file)]) == 0
-    assert capsys.readouterr().out == "one\ntwo\n"
+    assert capsys.readouterr().out == "line 2: one\nline 3: two images=5\nline 4: one\n"
     assert [path.name for path in tmp_path.iterdir()] == ["keys"]
 
 
@@ -52,4 +53,5 @@ def test_what_cannot_be_meant_is_one_line(tmp_path, capsys):
     shown = capsys.readouterr()
     assert shown.out == ""
     assert shown.err.count("\n") == 5
+    assert "NAME: expected a letter or digit, and up to 63 of those and of ._@-" in shown.err
     assert run(["--help"]) == 0

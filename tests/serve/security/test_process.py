@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import socket
 import subprocess
 import sys
 import time
@@ -52,6 +54,20 @@ def test_a_key_opens_a_server_until_it_is_taken_back(start_server, make_bundle, 
     with Client(server.address, api_key=other) as client:
         assert client.embed([image]).vectors.shape == (1, 16)
     assert server.stop() == 0
+
+
+def test_a_stranger_writes_nothing_into_the_log(pki, start_server, make_bundle):
+    """Who speaks no TLS, to a port of it: every line is of the form that was asked for."""
+    tls = ("--tls.cert", pki.options.cert, "--tls.key", pki.options.key)
+    bundle = ("--bundle", str(make_bundle().path))
+    server = start_server(*bundle, *tls, "--log-format", "json")
+    host, _, port = server.address.rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as stranger:
+        stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        while stranger.recv(1000):
+            pass
+    assert server.stop() == 0
+    assert all(json.loads(line) for line in server.log.read_text().splitlines())
 
 
 def test_a_server_with_a_broken_key_file_does_not_start(tmp_path):

@@ -55,7 +55,7 @@ def test_a_worker_reports_reloads_and_drains(working, caplog):
     assert isinstance(ready, Ready)
     assert ready.line.startswith("horace serving on 127.0.0.1:")
     assert ready.line.endswith(" models=m collections=none")
-    assert "stopping on the supervisor's word" in caplog.text
+    assert "stopping on the supervisor's order" in caplog.text
     assert "every call was answered, 0 in all" in caplog.text
 
 
