@@ -25,7 +25,7 @@ import torch
 from models.bundle import Json
 from models.cpu import cpu_budget
 from models.errors import UsageError
-from models.images import ImageSource, open_source
+from models.images import ImageSource, describe_ignored, open_source
 from models.preprocess import PreprocessSpec
 from train.backbones import build_network
 from train.checkpoint import (
@@ -90,6 +90,14 @@ def settle(
         before = options_from_json(kept.options)
         unsaid = [name for name in MACHINE_OPTIONS if getattr(options, name) in (None, "auto")]
         options = replace(options, **{name: getattr(before, name) for name in unsaid})
+        if options.device == before.device == "cuda" and not torch.cuda.is_available():
+            raise TrainError(
+                f"resuming {options.run_path}: CUDA devices of this machine",
+                expected="one, as where the run began",
+                found="none",
+                mend="go on where one is, or start another run with another --out and "
+                f"--init-from {options.run_path}",
+            )
     if options.views.views_in == "workers":
         if options.data_in == "memory":
             raise UsageError(
@@ -117,17 +125,33 @@ def try_network(options: PretrainOptions) -> None:
         initialise_from(options.init_from, network)
 
 
+def is_finished(options: PretrainOptions, run: RunDirectory, kept: RunConfig, ranks: Ranks) -> bool:
+    """Say whether a run that goes on with its own options has taken its last step.
+
+    Raises:
+        RunError: the options or the source are others, or no checkpoint can be read.
+        SourceError: the source is missing.
+    """
+    uri = open_source(options.source).uri
+    run.check_options(kept, options_json(options), input_spec(options), uri)
+    steps_per_epoch = cast(int, kept.data["train_images"]) // options.batch_size
+    last = checkpoint_file(run.checkpoints, steps_per_epoch * options.epochs)
+    folder = run.checkpoints
+    is_whole = last.exists() and checkpoint_file(folder, last_whole_step(folder)) == last
+    return not ranks.largest(not is_whole)
+
+
 def read_data(
     options: PretrainOptions, run: RunDirectory, kept: RunConfig | None, ranks: Ranks
 ) -> tuple[TrainingData, PretrainOptions, RunConfig]:
-    """Read or list the images, and refuse those of another run than the one that goes on.
+    """Read or list the images, and refuse others than those of the run that goes on.
 
     Returns:
         The images, the options with where they are held, and what `config.json` keeps.
     """
     source, spec = open_source(options.source), input_spec(options)
-    if kept is not None:
-        run.check_options(kept, options_json(options), spec, source.uri)
+    if (ignored := describe_ignored(source)) is not None:
+        log.warning("%s: %s", source.uri, ignored)
     data = open_training_data(
         source,
         spec,

@@ -108,8 +108,7 @@ def resolve_compute(
                 "CUDA devices of this machine",
                 expected=f"at least {local_rank + 1}",
                 found=str(found),
-                mend="start at most one rank a GPU, or a new run with --device cpu; a run that "
-                "began on a GPU goes on where one is, or starts another by --init-from RUN",
+                mend="start at most one rank a GPU" if found else "leave out --device cuda",
             )
         place = torch.device("cuda", local_rank)
     else:

@@ -21,6 +21,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from train.begin import (
     goes_on,
+    is_finished,
     make_source,
     make_trainer,
     read_data,
@@ -35,11 +36,11 @@ from train.config import PretrainOptions
 from train.data.batches import BatchSource
 from train.data.rejects import write_rejects
 from train.data.training_data import TrainingData
-from train.device import on_device, prepare_device
+from train.device import Compute, on_device, prepare_device
 from train.log import ProgressDisplay, RunLog, read_log
 from train.plot import plot_curves
 from train.ranks import Ranks, find_ranks, joined, together
-from train.run import RunDirectory
+from train.run import RunConfig, RunDirectory
 from train.stop import StopRequest, end_process
 from train.trainer import Trainer
 from train.watch import Watch
@@ -72,18 +73,36 @@ def pretrain(options: PretrainOptions) -> None:
         prepare_device(compute, threads=options.threads or 1)
         if kept is None:
             try_network(options)
-        data, options, config = read_data(options, run, kept, ranks)
-        with closing(make_source(options, data, ranks)) as source, run.writing():
-            trainer = make_trainer(
-                options, config, compute, ranks, steps_per_epoch=source.steps_per_epoch
-            )
-            start = start_or_resume(run, config, trainer)
-            keep_rejects(run, data, ranks)
-            train(trainer, source, data, run, start)
-            keep_rejects(run, data, ranks)
+        if kept is not None and is_finished(options, run, kept, ranks):
+            log.info("%s is finished: no step is left to take", run.path)
+        else:
+            learn(options, run, kept, compute, ranks)
+        with run.writing():
             if ranks.is_lead:
                 plot_curves(read_log(run.log_file), run.curves_file, title=str(run.path))
     log.info("the run is in %s; export it with `python -m train.export %s`", run.path, run.path)
+
+
+def learn(
+    options: PretrainOptions,
+    run: RunDirectory,
+    kept: RunConfig | None,
+    compute: Compute,
+    ranks: Ranks,
+) -> None:
+    """Read the images, make or restore what learns from them, and train.
+
+    `kept` is what a run that goes on began with.
+    """
+    data, options, config = read_data(options, run, kept, ranks)
+    with closing(make_source(options, data, ranks)) as source, run.writing():
+        trainer = make_trainer(
+            options, config, compute, ranks, steps_per_epoch=source.steps_per_epoch
+        )
+        start = start_or_resume(run, config, trainer)
+        keep_rejects(run, data, ranks)
+        train(trainer, source, data, run, start)
+        keep_rejects(run, data, ranks)
 
 
 def train(

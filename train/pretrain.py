@@ -18,10 +18,14 @@ import tyro
 
 from models.command import run_command
 from models.errors import HoraceError, UsageError
+from models.images import open_source
 from train.config import PretrainOptions, options_from_json
 from train.errors import training_packages
 from train.presets import PRESETS
 from train.run import RunDirectory
+
+SLOW_SOURCES = ("fashion-mnist", "idx:")
+"""Those that are read whole when they are opened: once is enough."""
 
 
 def choose_defaults(argv: Sequence[str]) -> PretrainOptions:
@@ -37,8 +41,9 @@ def choose_defaults(argv: Sequence[str]) -> PretrainOptions:
     except (HoraceError, SystemExit):
         return folder
     if given.resume:
-        with suppress(HoraceError):  # `main` says what is wrong with the run
-            return kept_options(given.run_path)
+        if given.out is not None or given.source:
+            with suppress(HoraceError):  # `main` says what is wrong with the run
+                return kept_options(given.run_path)
         return folder
     is_fashion = given.source.partition(":")[0] == "fashion-mnist"
     named = {arg.partition("=")[0] for arg in args}
@@ -63,6 +68,13 @@ def kept_options(path: Path) -> PretrainOptions:
 def main(options: PretrainOptions) -> None:
     """Check what can be known without torch, then train."""
     if options.resume and not options.source:
+        if options.out is None:
+            raise UsageError(
+                "--resume",
+                expected="the directory of a run",
+                found="no --out",
+                mend="give --out RUN",
+            )
         kept_options(options.run_path)  # raises: else the source would be known
     if not options.source:
         raise UsageError(
@@ -78,6 +90,8 @@ def main(options: PretrainOptions) -> None:
             found=options.source,
             mend="train on fashion-mnist; the test images are for `python -m index.evaluate`",
         )
+    if not options.source.startswith(SLOW_SOURCES):
+        open_source(options.source)  # a misspelt name ends it before torch is loaded
     # OpenMP reads this once, when torch loads, which nothing has done yet. By default a waiting
     # thread spins for long, on cores that others use, too, in place of the very thread it
     # waits for. A short spin keeps the full speed of a quiet machine; sleeping at once

@@ -258,8 +258,21 @@ class RunDirectory:
                     f"resuming {self.path}: {name}",
                     expected=repr(kept.options.get(name, before[name])),
                     found=repr(options.get(name, now[name])),
-                    mend=_mend_of(name),
+                    mend=self._mend_of(name),
                 )
+
+    def _mend_of(self, name: str) -> str:
+        """Say what to do instead of resuming with another value of an option."""
+        free = ", ".join(f"--{option.replace('_', '-')}" for option in FREE_OPTIONS)
+        if name == "epochs":
+            return (
+                "the learning rate of every step depends on the length: train longer or shorter as "
+                f"a new run, with another --out, from these weights with --init-from {self.path}"
+            )
+        return (
+            "leave it out, or start another run with another --out; "
+            f"only {free} may change on the way"
+        )
 
     def check_data(self, kept: RunConfig, data: Mapping[str, Json]) -> None:
         """Refuse to go on with images that are not those the run was started with.
@@ -298,19 +311,6 @@ def _decisive(options: Mapping[str, Json], spec: PreprocessSpec) -> dict[str, Js
     if options["threads"] is None:  # of runs that did not keep it
         del fields["threads"]
     return fields | {f"preprocessing.{k}": v for k, v in spec.to_json().items()}
-
-
-def _mend_of(name: str) -> str:
-    """Say what to do instead of resuming with another value of an option."""
-    free = ", ".join(f"--{option.replace('_', '-')}" for option in FREE_OPTIONS)
-    if name == "epochs":
-        return (
-            "the learning rate of every step depends on the length: train longer or shorter "
-            "as a new run, with another --out"
-        )
-    return (
-        f"leave it out, or start another run with another --out; only {free} may change on the way"
-    )
 
 
 def _parse_config(document: dict[str, Json]) -> RunConfig:

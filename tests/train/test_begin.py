@@ -84,6 +84,20 @@ def test_a_run_keeps_what_the_machine_decided(finished_run: Path, run_options: R
     assert (compute.name, compute.precision) == (settled.device, settled.precision)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_run_of_a_gpu_goes_on_where_one_is(finished_run: Path, run_options: RunOptions) -> None:
+    """Elsewhere its weights can start another run."""
+    run = RunDirectory(path=finished_run).read_config()
+    kept = replace(run, options={**run.options, "device": "cuda"})
+    with pytest.raises(TrainError) as error:
+        settle(run_options(finished_run, resume=True), kept, Ranks())
+    assert str(error.value) == (
+        f"resuming {finished_run}: CUDA devices of this machine: expected one, as where the run "
+        "began, found none; go on where one is, or start another run with another --out and "
+        f"--init-from {finished_run}"
+    )
+
+
 def test_another_precision_is_another_run(finished_run: Path, run_options: RunOptions) -> None:
     """It would give other bits: refused by name."""
     with pytest.raises(

@@ -44,13 +44,18 @@ def test_auto_precision_is_what_the_machine_does_natively() -> None:
 def test_a_missing_gpu_is_said_in_one_line() -> None:
     """--device cuda without one names what is there and what to do."""
     with pytest.raises(TrainError) as error:
-        resolve_compute("cuda", "auto", local_rank=1)
+        resolve_compute("cuda", "auto")
     assert str(error.value) == (
-        "CUDA devices of this machine: expected at least 2, found 0; "
-        "start at most one rank a GPU, or a new run with --device cpu; a run that began on a GPU "
-        "goes on where one is, or starts another by --init-from RUN"
+        "CUDA devices of this machine: expected at least 1, found 0; leave out --device cuda"
     )
     assert resolve_compute("auto", "fp32").name == "cpu"
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are some, it is the ranks that are too many."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(TrainError, match=r"at least 2, found 1; start at most one rank a GPU$"):
+        resolve_compute("cuda", "auto", local_rank=1)
 
 
 @pytest.mark.parametrize(

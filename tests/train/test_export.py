@@ -219,7 +219,7 @@ def test_a_damaged_twin_or_target_ends_the_export_early(finished_run: Path, tmp_
     with pytest.raises(RunError, match=r"initial\.pt: .* does not match its SHA-256; start the"):
         export_run(RunDirectory(path=damaged), tmp_path / "bundle", name="x")
     out = damaged / "initial.pt" / "bundle"
-    with pytest.raises(RunError, match=r"room for what comes, found .*; make room or"):
+    with pytest.raises(RunError, match=r"room for what comes, found .*; make room, in "):
         export_run(RunDirectory(path=finished_run), out, name="x")
 
 

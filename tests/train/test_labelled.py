@@ -178,6 +178,15 @@ def test_the_hash_is_of_pixels_and_labels(
     assert hash_of(encoder) not in (first, second)
 
 
+def test_files_that_are_no_images_are_told_of(
+    encoder: Encoder, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are passed over, and nothing else would say so."""
+    (folder / "a/phone.heic").touch()
+    read_labelled(open_source(str(folder)), [], preprocess_for=encoder, what="images")
+    assert f"folder:{folder}: 1 file passed over: 1 .heic" in caplog.messages
+
+
 def test_labels_that_training_lacks_are_no_class(encoder: Encoder, folder: Path) -> None:
     """With given classes every other label is -1."""
     read = read_labelled(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -71,11 +72,15 @@ def test_the_log_has_losses_and_knn(finished_run: Path) -> None:
 
 
 def test_a_finished_run_resumes_to_itself(
-    tmp_path: Path, run_options: RunOptions, finished_run: Path
-) -> None:
-    """There is nothing left to do, and nothing changes."""
+    run_options: RunOptions, finished_run: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """There is nothing left to do, no image is read, and nothing changes."""
     before = final_state(finished_run)
-    pretrain(run_options(finished_run, resume=True))
+    monkeypatch.delattr("train.begin.open_training_data")
+    with caplog.at_level(logging.INFO, logger="horace"):
+        pretrain(run_options(finished_run, resume=True))
+    assert f"{finished_run} is finished: no step is left to take" in caplog.messages
     assert final_state(finished_run) == before
 
 
@@ -129,6 +134,21 @@ def test_a_run_that_cannot_be_read_is_named(
     assert capsys.readouterr().err.startswith("p: " + said.format(run=run))
 
 
+def test_resuming_without_a_name_asks_for_it(
+    finished_run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """It is not answered with a directory that nobody named."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished_run, "artifacts/runs/run")
+    argv = ["--resume"]
+    defaults = choose_defaults(argv)
+    assert run_command(PretrainOptions, main, prog="p", argv=argv, default=defaults) == 2
+    assert capsys.readouterr().err == (
+        "p: --resume: expected the directory of a run, found no --out; give --out RUN\n"
+    )
+
+
 def test_resuming_with_another_option_names_it(run_options: RunOptions, finished_run: Path) -> None:
     """The first option that differs, as it was and as it is."""
     with pytest.raises(RunError) as error:
@@ -155,8 +175,9 @@ def make_photos(folder: Path, n: int) -> Path:
 def test_a_flat_folder_of_photographs_is_enough(
     tmp_path: Path, run_options: RunOptions, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Colour, no labels, a broken file, and the full set of view operations: it trains."""
+    """Colour, no labels, a broken file, one passed over, and every view operation: it trains."""
     folder = make_photos(tmp_path / "photos", 24)
+    (folder / "phone.heic").touch()
     options = run_options(
         tmp_path / "run", source=f"folder:{folder}", image_size_px=32, channels=3,
         batch_size=8, epochs=1, optimizer="sgd", lr_peak=0.01, loss=LossOptions(objective="hsic"),
@@ -164,6 +185,7 @@ def test_a_flat_folder_of_photographs_is_enough(
     with caplog.at_level(logging.INFO, logger="horace"):
         pretrain(options)
     assert "skipped 1 images" in caplog.text
+    assert f"folder:{folder}: 1 file passed over: 1 .heic" in caplog.messages
     assert "no kNN accuracy: " in caplog.text
     assert "24 images to train on, 3 steps of 8 an epoch; the 0 that fill no batch" in caplog.text
     assert f"the 1 skipped images and why: {tmp_path / 'run/rejects.jsonl'}" in caplog.text
@@ -205,6 +227,18 @@ def test_the_test_set_is_no_training_set() -> None:
     """The named test split is refused before anything is read."""
     with pytest.raises(UsageError, match="expected training images, found fashion-mnist:test"):
         main(PretrainOptions(source="fashion-mnist:test"))
+
+
+def test_a_misspelt_source_ends_it_before_torch_is_loaded() -> None:
+    """It takes seconds."""
+    code = (
+        "import sys; from train.config import PretrainOptions; from train.pretrain import main\n"
+        "try: main(PretrainOptions(source='folder:fotos'))\n"
+        "except Exception as error: print(error, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.startswith("image folder fotos: ")
+    assert done.stdout.endswith(" False\n")
 
 
 def test_help_is_quick_and_loads_no_torch() -> None:

@@ -20,6 +20,7 @@ from train.export.graph import EncoderGraph, embed_with_torch, write_onnx
 from train.export.options import Readout, ReadoutOptions
 from train.export.parity import require_batch_invariance
 from train.export.readout import PooledReadout, WhitenedReadout, pool_to_grid
+from train.export.readout_fit import ReadoutScores, warn_if_below
 from train.export.whitening import FeatureMoments, Whitening
 
 
@@ -105,6 +106,22 @@ def test_a_whitened_readout_is_exported_to_the_bit_for_every_batch(tmp_path: Pat
     np.testing.assert_allclose(found_ND, embed_with_torch(graph, images), atol=1e-4)
     assert require_batch_invariance(encoder.encode, images) == 0
     encoder.close()
+
+
+def test_an_encoder_below_its_untrained_twin_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    """By the vectors that are exported: pooled, or whitened where they are."""
+    trained = ReadoutScores(plain=0.6, pooled=0.65, whitened=None)
+    untrained = ReadoutScores(plain=0.7, pooled=0.725, whitened=None)
+    warn_if_below(trained, untrained)
+    assert caplog.messages == [
+        "kNN 65.00% on held-out images is less than the 72.50% of the untrained network: train for "
+        "more --epochs, or export another readout by --readout.stages, --readout.grid and "
+        "--readout.dim"
+    ]
+    caplog.clear()
+    warn_if_below(ReadoutScores(plain=0.6, pooled=0.65, whitened=0.8), untrained)
+    warn_if_below(None, untrained)
+    assert caplog.messages == []
 
 
 def test_what_is_not_given_is_the_presets() -> None:

@@ -125,7 +125,8 @@ def test_a_longer_run_is_another_run(run_options: RunOptions, finished_run: Path
         pretrain(run_options(finished_run, resume=True, epochs=9))
     assert str(error.value) == (
         f"resuming {finished_run}: epochs: expected 3, found 9; the learning rate of every step "
-        "depends on the length: train longer or shorter as a new run, with another --out"
+        "depends on the length: train longer or shorter as a new run, with another --out, from "
+        f"these weights with --init-from {finished_run}"
     )
 
 
@@ -153,6 +154,8 @@ def test_other_images_are_named_as_such(
     with pytest.raises(RunError, match=r": the source differs: expected idx:.*, found folder:.*"):
         pretrain(replace(options, out=finished_run, resume=True))
     pretrain(options)
+    for checkpoint in (options.run_path / "checkpoints").iterdir():
+        checkpoint.unlink()  # else there is nothing left to learn from them
     make_photos(photos, 10)
     with pytest.raises(RunError, match=r"have changed: expected the 8 images .*, found 10 images;"):
         pretrain(replace(options, resume=True))

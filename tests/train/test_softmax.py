@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from models import command
 from train.errors import TrainError
 from train.probe.softmax import (
     GRADIENT_TOLERANCE,
@@ -123,8 +126,12 @@ def test_scale_and_offset_of_features_change_nothing() -> None:
     torch.testing.assert_close(*scores, rtol=1e-6, atol=1e-6)
 
 
-def test_c_is_chosen_on_the_held_out_rows() -> None:
+def test_c_is_chosen_on_the_held_out_rows(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """The best held-out accuracy wins, of equals the smallest C, and the search ends early."""
+    monkeypatch.setattr(command, "LOG_EVERY_S", 0.0)
+    caplog.set_level(logging.INFO, logger="horace")
     features_ND, labels_N = some_data(120, 60, 3)
     choice = choose_c(
         features_ND[:60], labels_N[:60], features_ND[60:], labels_N[60:],
@@ -135,6 +142,7 @@ def test_c_is_chosen_on_the_held_out_rows() -> None:
     assert choice.top1 == max(tried.values()) == tried[choice.c]
     assert all(top1 < choice.top1 for c, top1 in tried.items() if c < choice.c)
     assert 2 < len(tried) < 13
+    assert caplog.messages[1].startswith("choosing C for features 2/13 values, ")
 
 
 def test_a_start_changes_the_way_and_not_the_end() -> None:
@@ -153,8 +161,9 @@ def accuracy(model: SoftmaxModel, features_ND: Tensor, labels_N: Tensor) -> floa
     return float((model.scores(features_ND).argmax(dim=1) == labels_N).double().mean())
 
 
-def test_sgd_comes_close_to_the_optimum() -> None:
+def test_sgd_comes_close_to_the_optimum(caplog: pytest.LogCaptureFixture) -> None:
     """The paper's recipe on fixed features ends within two points of L-BFGS."""
+    caplog.set_level(logging.INFO, logger="horace")
     features_ND, labels_N = some_data(600, 6, 4)
     optimum = fit_softmax(features_ND, labels_N, n_classes=4, c=1e4)
     epochs = []
@@ -171,6 +180,7 @@ def test_sgd_comes_close_to_the_optimum() -> None:
     assert found == pytest.approx(accuracy(optimum, features_ND, labels_N), abs=0.02)
     assert epochs == [0, *range(20)]
     assert model.c is None
+    assert caplog.messages[-1].startswith("fitting a layer on features 20/20 epochs, ")
 
 
 def test_correlated_features_cost_few_iterations() -> None:

@@ -18,7 +18,9 @@ from models.networks import Backbone, ResNet
 from models.preprocess import PreprocessSpec, preprocess
 from train.backbones import TorchvisionBackbone
 from train.errors import ExportError, RunError
+from train.export.bundle import export_run
 from train.export.graph import EncoderGraph, write_onnx
+from train.export.options import ReadoutOptions
 from train.export.readout import PooledReadout
 from train.export.unfold import channel_statistics, restore_statistics, unfold_backbone
 from train.probe.pretrained import load_graph, load_to_train, read_pretrained
@@ -54,6 +56,26 @@ def test_a_bundle_gives_back_its_runs_network(
         expected = maps_of(load_graph(theirs, kept.config), images_NHWC)
         for one, other in zip(found, expected, strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_a_bundle_gives_back_the_stages_that_its_readout_reads(
+    finished_run: Path, images_NHWC: NDArray[np.uint8], tmp_path: Path
+) -> None:
+    """The export has no deeper ones; trained and untrained, those before are the run's."""
+    readout = ReadoutOptions(stages=(1, 2), grid=(2,), dim=16)
+    bundle = export_run(
+        RunDirectory(path=finished_run), tmp_path / "shallow", name="shallow", readout=readout
+    )
+    own, kept = read_pretrained(bundle.path), read_pretrained(finished_run)
+    assert own.untrained is not None
+    assert kept.untrained is not None
+    for mine, theirs in ((own.trained, kept.trained), (own.untrained, kept.untrained)):
+        found = maps_of(load_graph(mine, own.config), images_NHWC)
+        expected = maps_of(load_graph(theirs, kept.config), images_NHWC)[:2]
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ExportError, match=r"none for layer3.0.conv1, as where its readout reads"):
+        load_graph(own.trained, kept.config)
 
 
 def test_statistics_come_back_from_images(bundle: Bundle, images_NHWC: NDArray[np.uint8]) -> None:

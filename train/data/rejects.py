@@ -94,7 +94,7 @@ def refuse_mostly_broken(uri: str, broken: int, images: int, *, last: Reject) ->
 
 def reject_of(record: ImageRecord, error: ImageError) -> Reject:
     """Say why an image was skipped."""
-    return Reject(key=record.key, fault=error.fault.value, message=str(error))
+    return Reject.of(record.key, error)
 
 
 def write_rejects(path: Path, rejects: Iterable[Reject]) -> int:

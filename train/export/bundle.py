@@ -30,6 +30,7 @@ from train.export.images import load_run_images, spread_rows
 from train.export.options import ReadoutOptions
 from train.export.precisions import CALIBRATION_IMAGES, score_precisions, write_precisions
 from train.export.provenance import describe_readout, describe_run, describe_validation
+from train.export.readout_fit import warn_if_below
 from train.export.run_graph import graph_of, last_checkpoint
 from train.export.write_graph import PARITY_IMAGES, WrittenGraph, write_graph
 from train.run import RunConfig, RunDirectory
@@ -78,6 +79,8 @@ def export_run(
                 file_name: write_graph(network, config, chosen, data, Path(folder) / file_name)
                 for file_name, network in networks.items()
             }
+            if with_random_twin:
+                warn_if_below(*(graph.fitted.scores for graph in graphs.values()))
             files = {file_name: graph.file for file_name, graph in graphs.items()}
             scores: dict[str, Json] = {}
             if precisions:

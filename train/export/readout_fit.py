@@ -11,6 +11,7 @@ Shapes: N images, D features, Q held-out images.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +29,8 @@ from train.export.readout import PooledReadout, WhitenedReadout
 from train.export.whitening import FeatureMoments, Whitening
 from train.monitor import knn_accuracy
 
+log = logging.getLogger("horace")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReadoutScores:
@@ -42,6 +45,11 @@ class ReadoutScores:
     plain: float
     pooled: float
     whitened: float | None
+
+    @property
+    def exported(self) -> float:
+        """That of the vectors as they are exported."""
+        return self.pooled if self.whitened is None else self.whitened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +104,17 @@ def fit_readout(
     )
 
 
+def warn_if_below(trained: ReadoutScores | None, untrained: ReadoutScores | None) -> None:
+    """Say so where training has cost the encoder accuracy, and what to try."""
+    if trained and untrained and trained.exported < untrained.exported:
+        log.warning(
+            "kNN %.2f%% on held-out images is less than the %.2f%% of the untrained network: train "
+            "for more --epochs, or export another readout by --readout.stages, --readout.grid "
+            "and --readout.dim",
+            100 * trained.exported, 100 * untrained.exported,
+        )  # fmt: skip
+
+
 def fit_whitening(
     graph: EncoderGraph,
     pooled: PooledReadout,
@@ -119,6 +138,7 @@ def fit_whitening(
     )
     for features_ND in progress(batches, what="whitening", total=len(rows), size=len):
         moments.add(features_ND)
+    log.info("finding the principal axes of %d features", pooled.dim)
     return Whitening.fit(moments, dim=readout.dim, shrinkage=readout.shrinkage)
 
 

@@ -55,7 +55,9 @@ def unfold_backbone(file: Path, backbone: Backbone, spec: PreprocessSpec) -> Non
     with torch.no_grad():
         for name, (convolution, norm) in pairs.items():
             weight, bias = found.get(f"{BACKBONE_PREFIX}{name}.weight", (None, None))
-            if weight is None or weight.shape != convolution.weight.shape:
+            if weight is None:
+                raise _not_of(file, f"none for {name}, as where its readout reads no stage so deep")
+            if weight.shape != convolution.weight.shape:
                 raise _not_of(file, f"no weights of its shape for {name}")
             convolution.weight.copy_(weight)
             assert norm.running_mean is not None

@@ -7,6 +7,7 @@ Rules:
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from contextlib import closing
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ PARITY_IMAGES = 512
 
 INVARIANCE_IMAGES = 64
 """Images that are embedded alone and in batches of every size."""
+
+log = logging.getLogger("horace")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +69,9 @@ def write_graph(
     graph.to(resolve_compute("auto", "fp32").device)
     fitted = fit_readout(graph, readout, stage_dims, data, config.preprocessing)
     graph.readout = fitted.module
+    log.info("writing %s", file.name)
     write_onnx(graph.cpu(), config.preprocessing, file)
+    log.info("comparing %s with torch, and every image alone with itself in batches", file.name)
     images_NHWC = data.read(spread_rows(data.train, PARITY_IMAGES), config.preprocessing)
     return WrittenGraph(
         file=file,

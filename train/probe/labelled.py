@@ -28,7 +28,7 @@ from index.evaluation.baselines import reduce_pixels
 from index.evaluation.knn_scores import number_labels
 from models.command import progress
 from models.encoder import Encoder
-from models.images import ImageRecord, ImageSource
+from models.images import ImageRecord, ImageSource, describe_ignored
 from models.preprocess import PreprocessSpec
 from train.data.memory import images_that_fit
 from train.errors import TrainError
@@ -133,6 +133,8 @@ def read_labelled(
         SourceError: the source is damaged.
         TrainError: no labelled image can be used.
     """
+    if (ignored := describe_ignored(source)) is not None:
+        log.warning("%s: %s", source.uri, ignored)
     wanted = None if rows is None else frozenset(rows.tolist())
     records = _labelled_records(source, wanted)
     total = source.count() if wanted is None else len(wanted)

@@ -11,6 +11,7 @@ Shapes: N images, D dimensions, C classes.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -45,6 +46,8 @@ RANDOM_ROW = "random encoder"
 
 AUGMENTED_AREA = (0.08, 1.0)
 """Of the crops that `--augment` makes: the paper's, which are torchvision's."""
+
+log = logging.getLogger("horace")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,7 +276,9 @@ def fit(
                 labels_N[held],
                 n_classes=n_classes,
                 grid=options.c,
+                what=candidate.name,
             )
+        log.info("fitting a layer on %s with C %g", candidate.name, choice.c)
         model = fit_softmax(features_ND, labels_N, n_classes=n_classes, c=choice.c)
     else:
         model = fit_sgd(
@@ -285,6 +290,7 @@ def fit(
             batch_size=options.sgd.batch_size,
             weight_decay=options.sgd.weight_decay,
             seed=options.seed,
+            what=candidate.name,
         )
     return Fitted(candidate=candidate, model=model, choice=choice, fit_s=time.monotonic() - start_s)
 

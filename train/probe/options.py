@@ -134,7 +134,10 @@ class LinearOptions(CommonOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeOptions:
-    """How both sides of a comparison are trained; lists are tried, one by one."""
+    """How both sides of a comparison are trained; lists are tried, one by one.
+
+    None stands for the preset's value; docs/training.md has a table of them.
+    """
 
     epochs: tuple[int, ...] | None = None
     """Passes over the labelled images."""

@@ -2,6 +2,8 @@
 
 Rules:
     Nothing here asks for a bundle's run: its graph has the weights, and bundle.json the rest.
+    An export leaves out what its readout does not read: a bundle's network ends with the
+    deepest stage that is read.
     The trained weights are read once, at the start: a run that still trains deletes its
     older checkpoints meanwhile.
     A bundle's network computes what the bundle computes, before the readout, to rounding.
@@ -138,8 +140,10 @@ def _of_bundle(path: Path) -> Pretrained:
     bundle = read_bundle(path)
     mean, std = channel_statistics(bundle.encoder_path)
     try:
+        options = current_names(cast(Mapping[str, Json], bundle.provenance["options"]))
+        readout = cast(Mapping[str, list[int]], bundle.provenance["readout"])
         config = RunConfig(
-            options=current_names(cast(Mapping[str, Json], bundle.provenance["options"])),
+            options=options | {"network.stages": max(readout["stages"])},
             data=cast(Mapping[str, Json], bundle.provenance["data"]),
             preprocessing=bundle.preprocessing,
             channel_mean=mean,

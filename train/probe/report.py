@@ -24,6 +24,9 @@ from models.files import atomic_file
 from train.errors import TrainError
 from train.probe.labelled import LabelledSet
 
+HOW_CHOSEN = frozenset({"val_top1", "tried", "gradient", "iterations", "fit_s"})
+"""What stands beside the chosen settings, for machines alone."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
@@ -247,7 +250,11 @@ def _table(report: ProbeReport) -> str:
     top5 = f"{'top-5 %':<10}" if has_top5 else ""
     lines = [f"  {'':<{width}}{'dims':>6}  {'top-1 %':<24}{top5}chosen"]
     for row in report.rows:
-        chosen = ", ".join(f"{name} {_short(value)}" for name, value in row.chosen.items())
+        chosen = ", ".join(
+            f"{name} {_short(value)}"
+            for name, value in row.chosen.items()
+            if name not in HOW_CHOSEN
+        )
         top5 = f"{_cell(row.top5, spread_shown=False):<10}" if has_top5 else ""
         head = f"  {row.name:<{width}}{row.dim or '-':>6}  {_cell(row.top1):<24}"
         lines.append(f"{head}{top5}{chosen}".rstrip())

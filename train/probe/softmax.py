@@ -32,6 +32,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from models.command import progress
 from train.errors import TrainError
 
 BLOCK_ROWS = 512
@@ -289,8 +290,11 @@ def choose_c(
     *,
     n_classes: int,
     grid: Sequence[float],
+    what: str = "features",
 ) -> CChoice:
     """Choose C of a grid by the accuracy on held-out rows; of equals the smallest.
+
+    The progress that is shown names `what`.
 
     Raises:
         TrainError: features are not finite.
@@ -299,7 +303,8 @@ def choose_c(
     model: SoftmaxModel | None = None
     tried: list[tuple[float, float]] = []
     least_loss, n_vain = math.inf, 0
-    for c in sorted(grid):
+    of_grid = progress(sorted(grid), what=f"choosing C for {what}", total=len(grid), unit="value")
+    for c in of_grid:
         model = fit_softmax(
             features_ND,
             labels_N,

@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from models.command import progress
 from train.probe.softmax import SoftmaxModel, require_finite, standardisation
 
 SGD_MOMENTUM = 0.9
@@ -32,6 +33,7 @@ def fit_sgd(
     batch_size: int,
     weight_decay: float,
     seed: int,
+    what: str = "features",
 ) -> SoftmaxModel:
     """Fit by SGD with momentum .9 and a cosine over all steps, in float32.
 
@@ -45,6 +47,7 @@ def fit_sgd(
         batch_size: rows a step; the last step of an epoch may have fewer.
         weight_decay: of weights and biases, as in the paper's code.
         seed: of the order.
+        what: named in the progress that is shown.
 
     Raises:
         TrainError: features are not finite.
@@ -61,7 +64,9 @@ def fit_sgd(
     generator = torch.Generator().manual_seed(seed)
     total_steps = epochs * math.ceil(len(labels_N) / batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total_steps)
-    for epoch in range(epochs):
+    for epoch in progress(
+        range(epochs), what=f"fitting a layer on {what}", total=epochs, unit="epoch"
+    ):
         features_ND = features_of(epoch)
         for rows in torch.split(torch.randperm(len(labels_N), generator=generator), batch_size):
             logits_NC = layer((features_ND[rows].float() - mean) / scale)

@@ -17,7 +17,6 @@ Source: Zbontar et al., arXiv 2103.03230, section 3.3.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
@@ -73,7 +72,7 @@ def evaluate_transfer(options: TransferOptions, probed: Probed, compute: Compute
 
     test_source = open_source(options.test)  # a misspelt name ends it now, not at the end
     linear = _linear_options(options)
-    pretrained = _find_pretrained(probed)
+    pretrained, why_not = _find_pretrained(probed)
     if pretrained is None:
         refuse_readout(options.encoder, options)
     source = open_source(options.images)
@@ -101,7 +100,9 @@ def evaluate_transfer(options: TransferOptions, probed: Probed, compute: Compute
     settings = linear_probe.describe_settings(linear)
     settings |= {"labels": options.labels, "balanced": options.balanced}
     if trained is None:
-        notes.append("its network cannot be trained further: there is the linear layer alone")
+        notes.append(
+            f"its network cannot be trained further: there is the linear layer alone ({why_not})"
+        )
     else:
         arms, scores_NC = score_arms(trained.arms, labelled_images(test), compute)
         gain = difference(*arms) if len(arms) == 2 else None
@@ -127,15 +128,16 @@ def evaluate_transfer(options: TransferOptions, probed: Probed, compute: Compute
     )
 
 
-def _find_pretrained(probed: Probed) -> Pretrained | None:
-    """Find the network to train further: that of a run, or of a bundle that unfolds."""
+def _find_pretrained(probed: Probed) -> tuple[Pretrained | None, str]:
+    """Find the network to train further, of a run or of a bundle that unfolds; or say why not."""
     from train.probe.pretrained import read_pretrained
 
     if probed.bundle is None:
-        return probed.pretrained
-    with suppress(RunError, ExportError):
-        return read_pretrained(probed.bundle)
-    return None
+        return probed.pretrained, "a server keeps its weights"
+    try:
+        return read_pretrained(probed.bundle), ""
+    except (RunError, ExportError) as error:
+        return None, str(error)
 
 
 def _linear_options(options: TransferOptions) -> LinearOptions:
