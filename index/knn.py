@@ -101,10 +101,11 @@ def knn_search(
             scores, rows = _knn(queries_QD, bank_ND, n_asked, metric)
         else:
             scores, rows = _knn_among(queries_QD, bank_ND, rows_M, n_asked, metric)
-        slack_Q = _slack(queries_QD, scores[:, 0], metric)
-        scores = _score_each(queries_QD, bank_ND, rows, metric)
-        order = np.lexsort((rows, -scores))
-        scores, rows = np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
+        slack_Q: NDArray[np.float64] | float = 0.0
+        if len(queries_QD) > 1 and metric == COSINE:
+            slack_Q = _slack(queries_QD, scores[:, 0], metric)
+            scores = _score_each(queries_QD, bank_ND, rows, metric)
+        _lower_row_first(scores, rows)
         if n_asked > n_found:
             tied_Q = scores[:, n_found - 1] - scores[:, n_found] <= slack_Q
             scores, rows = scores[:, :n_found].copy(), rows[:, :n_found].copy()
@@ -288,12 +289,22 @@ def _knn_among(
     return parts[0]
 
 
+def _lower_row_first(scores_QK: NDArray[np.float32], rows_QK: NDArray[np.int64]) -> None:
+    """Sort lists, in place, of which nearly all are sorted: by score, and equal ones by row."""
+    is_off_Q = (scores_QK[:, 1:] >= scores_QK[:, :-1]).any(axis=1)
+    if is_off_Q.any():
+        order = np.lexsort((rows_QK[is_off_Q], -scores_QK[is_off_Q]))
+        scores_QK[is_off_Q] = np.take_along_axis(scores_QK[is_off_Q], order, 1)
+        rows_QK[is_off_Q] = np.take_along_axis(rows_QK[is_off_Q], order, 1)
+
+
 def _slack(
     queries_QD: NDArray[np.float32], scores_Q: NDArray[np.float32], metric: str
 ) -> NDArray[np.float64]:
     """Say by how much a product of matrices may miss the score of a row, (Q,) float64.
 
-    It rounds by where in the bank a row lies, so that copies differ. Distances are differences.
+    FAISS makes one for many queries, and it rounds by where in the bank a row lies, so that
+    copies differ. A single query is compared row by row, and so are distances.
     """
     if metric == EUCLIDEAN:
         return np.zeros(len(queries_QD))
