@@ -60,15 +60,6 @@ def _silence_decoders() -> None:
         ctypes.CDLL(str(library)).TIFFSetErrorHandler(None)
 
 
-def _pass_over(stream: PngImagePlugin.PngStream, _: int, length: int) -> bytes:
-    """Read a chunk and do nothing with it."""
-    assert stream.fp is not None
-    return ImageFile._safe_read(stream.fp, length)
-
-
-PngImagePlugin.MAX_TEXT_CHUNK = 16 << 20  # colour profiles of printers exceed its 1 MiB
-for _name in ("chunk_tEXt", "chunk_zTXt", "chunk_iTXt"):  # nobody reads them: not inflated
-    setattr(PngImagePlugin.PngStream, _name, _pass_over)
 _silence_decoders()
 
 _PLUGINS: dict[str, type[ImageFile.ImageFile]] = {
