@@ -360,12 +360,11 @@ def main(options: Options) -> None:
 
 
 def read_runs(file: Path) -> dict[str, dict[str, object]]:
-    """Give the runs that a file has; what it says of all of them is said of each."""
-    if not file.exists():
-        return {}
-    report = json.loads(file.read_text())
-    runs = report.pop("runs")
-    return {name: report | run for name, run in runs.items()}
+    """Give the runs that a file has."""
+    runs: dict[str, dict[str, object]] = (
+        json.loads(file.read_text())["runs"] if file.exists() else {}
+    )
+    return runs
 
 
 def divide_cores(case: Case) -> tuple[set[int], set[int]]:

@@ -264,7 +264,6 @@ class Collection:
         k: int,
         *,
         exact: bool = False,
-        parameters: Mapping[str, int] | None = None,
         filter: str | Selection | None = None,
     ) -> Neighbours:
         """Find the k nearest images of stored ones, each left out of its own neighbours.
@@ -276,8 +275,8 @@ class Collection:
         """
         ids_Q = as_ids(ids).reshape(-1)
         return self.search(
-            self.vectors(ids_Q), k, fingerprint=self.fingerprint, exact=exact,
-            parameters=parameters, filter=filter, without_QW=ids_Q[:, None],
+            self.vectors(ids_Q), k, fingerprint=self.fingerprint, exact=exact, filter=filter,
+            without_QW=ids_Q[:, None],
         )  # fmt: skip
 
     def vectors(self, ids: ArrayLike) -> NDArray[np.float32]:

@@ -20,12 +20,13 @@ from tyro.conf import Positional
 
 from index.collection import Collection, Row
 from index.curation.near import Group, find_groups
-from index.curation.page import Html, caption, figure, page, tag
+from index.curation.page import caption, figure, page
 from index.curation.report import report_directory, require_place, write_csv
 from index.grid import load_images
 from models.bundle import Json
 from models.command import run_command
 from models.errors import UsageError
+from models.html import Html, tag
 
 GROUPS_FILE, DELETE_FILE, PAGE_FILE = "groups.json", "delete.csv", "index.html"
 

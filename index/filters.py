@@ -137,11 +137,10 @@ class _Token:
         cut = self.text if len(self.text) <= SHOWN_CHARACTERS else self.text[:SHOWN_CHARACTERS]
         return repr(cut) + ("..." if cut != self.text else "")
 
-    def error(self, expected: str, *, found: str | None = None) -> FilterError:
+    def error(self, expected: str) -> FilterError:
         """Say what should have stood here."""
-        return FilterError(
-            f"filter, character {self.position + 1}", expected=expected, found=found or self.shown
-        )
+        where = f"filter, character {self.position + 1}"
+        return FilterError(where, expected=expected, found=self.shown)
 
 
 def _tokens(text: str) -> list[_Token]:

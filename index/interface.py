@@ -105,7 +105,6 @@ class AnyCollection(Protocol):
         k: int,
         *,
         exact: bool = False,
-        parameters: Mapping[str, int] | None = None,
         filter: Any = None,  # as in `search`
     ) -> Neighbours:
         """Find the k nearest images of stored ones."""
@@ -130,29 +129,6 @@ class AnyCollection(Protocol):
 
     def close(self) -> None:
         """Let go of files or connections."""
-
-
-class AnyWriter(Protocol):
-    """A collection that is open to be written; `index.storage.writer` says how."""
-
-    @property
-    def collection(self) -> AnyCollection:
-        """What is there after the last write."""
-
-    def add(self, rows: pa.Table, vectors_ND: ArrayLike, *, fingerprint: str) -> None:
-        """Add images that are not there."""
-
-    def upsert(self, rows: pa.Table, vectors_ND: ArrayLike, *, fingerprint: str) -> None:
-        """Add images, in place of those that are there with their keys."""
-
-    def delete(self, ids: ArrayLike) -> int:
-        """Delete images; give how many were there."""
-
-    def seal(self) -> None:
-        """Make a segment of what was written since the last one."""
-
-    def close(self) -> None:
-        """End."""
 
 
 def open_collection(address: str, *, threads: int | None = None) -> AnyCollection:

@@ -32,12 +32,13 @@ from index.curation.outlying import (
     find_surroundings,
     find_suspects,
 )
-from index.curation.page import Html, caption, figure, page, tag
+from index.curation.page import caption, figure, page
 from index.curation.report import report_directory, require_place, write_csv
 from index.grid import load_images
 from models.bundle import Json
 from models.command import run_command
 from models.errors import UsageError
+from models.html import Html, tag
 from models.image_source import ImageData
 
 DOCUMENT_FILE, PAGE_FILE = "outliers.json", "index.html"

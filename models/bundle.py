@@ -286,27 +286,9 @@ def _checksum(document: Mapping[str, Json]) -> str:
     return hashlib.sha256(canonical_json(rest)).hexdigest()
 
 
-_FIELDS_OF_OLD = frozenset(
-    (
-        "schema_version", "name", "input", "preprocessing", "output", "fingerprint", "files",
-        "provenance",
-    )
-)  # fmt: skip
-"""Of a document that had no checksum yet; one with more had one, and its name is damaged."""
-
-
 def _check_document(file: Path, document: Mapping[str, Json]) -> None:
-    """Hold the document against its checksum; one of an earlier version has none."""
-    recorded = document.get("checksum")
-    if recorded is None:
-        if further := sorted(document.keys() - _FIELDS_OF_OLD):
-            raise BundleError(
-                str(file),
-                expected="a checksum",
-                found=f"none, and {', '.join(map(repr, further))}",
-                mend="the file is damaged or was edited: copy the bundle again, or export it again",
-            )
-        return
+    """Hold the document against its checksum."""
+    recorded = document.get("checksum", "of its own")
     try:
         found = _checksum(document)
     except (ValueError, RecursionError):
@@ -321,8 +303,8 @@ def _check_document(file: Path, document: Mapping[str, Json]) -> None:
 
 
 def _check_bytes(path: Path, document: Mapping[str, Json]) -> None:
-    """Refuse other bytes that say the same, such as white space; an earlier version's are free."""
-    if "checksum" in document and not is_as_written(path):
+    """Refuse other bytes that say the same, such as white space."""
+    if not is_as_written(path):
         raise BundleError(
             str(path / BUNDLE_FILE),
             expected="the bytes that were written",

@@ -29,7 +29,6 @@ __all__ = [
     "PresetName",
     "PretrainOptions",
     "ViewOptions",
-    "current_names",
     "options_from_json",
     "options_json",
 ]
@@ -52,12 +51,6 @@ UNKEPT_OPTIONS = ("out", "resume", "show_views")
 
 BARLOW_LAMBD = 5e-3
 """Weight of the redundancy term in the paper, section 2.2; its code has .0051."""
-
-RENAMED_OPTIONS = {"objective": "loss.objective", "lambd": "loss.lambd"}
-"""Where options of older runs are now."""
-
-OLDER_VALUES: dict[str, Json] = {"device": "cpu", "precision": "fp32"}
-"""What runs did before there was an option for it, where that is not the default now."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,12 +228,6 @@ def options_json(options: PretrainOptions) -> dict[str, Json]:
     return flat
 
 
-def current_names(flat: Mapping[str, Json]) -> dict[str, Json]:
-    """Give the options of an older run by the names, and with the values, of today."""
-    named = {RENAMED_OPTIONS.get(name, name): value for name, value in flat.items()}
-    return OLDER_VALUES | named
-
-
 def options_from_json(flat: Mapping[str, Json]) -> PretrainOptions:
     """Give the options that `options_json` made `flat` of; what it lacks has its default.
 
@@ -250,7 +237,7 @@ def options_from_json(flat: Mapping[str, Json]) -> PretrainOptions:
     """
     nested: dict[str, dict[str, object]] = {"": {}, "network": {}, "loss": {}, "views": {}}
     try:
-        for dotted, value in current_names(flat).items():
+        for dotted, value in flat.items():
             group, _, name = dotted.rpartition(".")
             nested[group][name] = tuple(value) if isinstance(value, list) else value
         path = nested[""].get("init_from")

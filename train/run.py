@@ -30,7 +30,7 @@ from models.errors import reason_of
 from models.files import TEMPORARY_PREFIX, atomic_file
 from models.preprocess import PreprocessSpec
 from models.providers import gpu_names
-from train.config import FREE_OPTIONS, current_names
+from train.config import FREE_OPTIONS
 from train.errors import RunError, writing
 
 SCHEMA_VERSION = 1
@@ -308,8 +308,6 @@ def _decisive(options: Mapping[str, Json], spec: PreprocessSpec) -> dict[str, Js
     fields = {k: v for k, v in options.items() if k not in (*FREE_OPTIONS, "source")}
     # How often kNN is measured changes nothing; whether at all decides what is held out.
     fields["knn_every_epochs"] = options["knn_every_epochs"] != 0
-    if options["threads"] is None:  # of runs that did not keep it
-        del fields["threads"]
     return fields | {f"preprocessing.{k}": v for k, v in spec.to_json().items()}
 
 
@@ -322,7 +320,7 @@ def _parse_config(document: dict[str, Json]) -> RunConfig:
         if name not in data:
             raise KeyError(f"data.{name}")
     return RunConfig(
-        options=current_names(cast(dict[str, Json], document["options"])),
+        options=dict(cast(dict[str, Json], document["options"])),
         data=data,
         preprocessing=PreprocessSpec.from_json(cast(dict[str, Json], document["preprocessing"])),
         channel_mean=tuple(cast(list[float], document["channel_mean"])),

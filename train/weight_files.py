@@ -21,7 +21,6 @@ from torch import Tensor
 from models.bundle import BUNDLE_FILE, Json, read_bundle
 from models.errors import HoraceError, reason_of
 from train.checkpoint import FILE_NAME, checkpoint_file, last_whole_step, load_weights
-from train.config import current_names
 from train.errors import RunError, TrainError
 from train.run import RunDirectory
 
@@ -85,12 +84,11 @@ def _checkpoint_of_bundle(path: Path) -> Path:
     try:
         run = Path(cast(str, provenance["run"]))
         config = RunDirectory(path=run).read_config()
-        options = current_names(cast(Mapping[str, Json], provenance["options"]))
         training = cast(Mapping[str, str], provenance["training"])
         checkpoint = RunDirectory(path=run).checkpoints / training["checkpoint"]
         data = cast(Mapping[str, Json], provenance["data"])
         is_same = (
-            current_names(config.options) == options and config.data["sha256"] == data["sha256"]
+            config.options == provenance["options"] and config.data["sha256"] == data["sha256"]
         )
     except (KeyError, TypeError, ValueError, SystemExit, HoraceError) as error:
         raise _run_is_gone(path, str(error)) from error

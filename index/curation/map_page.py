@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from index.curation.page import Html, document, tag
 from index.curation.sprites import Sprites, as_jpeg
 from models.bundle import Json
+from models.html import Html, document, tag
 
 PALETTE = (
     "#4e79a7", "#f28e2b", "#e15759", "#3d9e97", "#59a14f", "#c9a50a", "#b07aa1", "#ff7f9b",

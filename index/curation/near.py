@@ -73,7 +73,7 @@ def find_groups(
             expected="vectors that are compared by cosine, as --threshold is one",
             found=collection.metric,
         )
-    grouping = Grouping(threshold)
+    grouping = Grouping()
     mask_N = np.ones(collection.count, np.bool_) if selection is None else selection.mask_N
     ids = collection.ids[mask_N]
     blocks = [ids[start : start + BLOCK_ROWS] for start in range(0, len(ids), BLOCK_ROWS)]
@@ -87,9 +87,8 @@ def find_groups(
 class Grouping:
     """Decides what is kept, image by image; it searches nothing."""
 
-    def __init__(self, threshold: float) -> None:
+    def __init__(self) -> None:
         """Begin without an image."""
-        self._threshold = threshold
         self._kept: dict[int, None] = {}  # in the order of the collection
         self.taken: dict[int, tuple[int, float]] = {}
         """The images that go: to which kept one, and how near."""

@@ -1,22 +1,19 @@
 """A page of pictures as one HTML file.
 
 Rules:
-    Text becomes HTML in `tag` alone, which escapes whatever is not `Html` already: a file name
-    or a label is never markup.
-    The page is one file: no script, style or picture comes from anywhere else.
     Pictures are decoded with the limits of every image, and reduced before they are kept.
 """
 
 from __future__ import annotations
 
 import base64
-import html
 import io
 
 from PIL import Image
 
 from models.decode import decode
 from models.errors import ImageError
+from models.html import Html, document, tag
 from models.image_source import ImageData
 
 THUMBNAIL_PX = 112
@@ -47,56 +44,9 @@ figcaption { font-size: .78rem; overflow-wrap: anywhere; }
 """
 
 
-class Html(str):
-    """Text that is markup already, and so is not escaped again."""
-
-
-def tag(element: str, /, *children: str, **attributes: str) -> Html:
-    """Make an element.
-
-    Args:
-        element: its name.
-        children: text, which is escaped, or `Html`, which is not.
-        attributes: their values are escaped; `class_` stands for class, and
-            `aria_label` for aria-label.
-    """
-    texts = [
-        f' {key.rstrip("_").replace("_", "-")}="{html.escape(value)}"'
-        for key, value in attributes.items()
-    ]
-    opening = f"<{element}{''.join(texts)}>"
-    if element in ("img", "input", "meta"):
-        return Html(opening)
-    inside = "".join(child if isinstance(child, Html) else html.escape(child) for child in children)
-    return Html(f"{opening}{inside}</{element}>")
-
-
 def page(title: str, *children: str) -> str:
     """Make a whole document of pictures and texts."""
     return document(title, *children, style=STYLE)
-
-
-def document(title: str, *children: str, style: str, script_hash: str | None = None) -> str:
-    """Make a whole document, which may load nothing.
-
-    Args:
-        title: the window's.
-        children: the body.
-        style: of this document alone.
-        script_hash: of the one script that may run, as `sha256-...`; none may where None.
-    """
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    if script_hash is not None:
-        policy += f"; script-src '{script_hash}'"
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=policy),
-        tag("meta", name="viewport", content="width=device-width"),
-        tag("title", title),
-        tag("style", Html(style)),
-    )
-    return f"<!doctype html>\n{tag('html', head, tag('body', *children), lang='en')}\n"
 
 
 def figure(image: ImageData | None, caption: Html, *, alt: str, class_: str = "") -> Html:

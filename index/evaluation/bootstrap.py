@@ -26,15 +26,13 @@ def bootstrap_interval(
     *,
     seed: int,
     resamples: int = RESAMPLES,
-    level: float = LEVEL,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Give the ends of the interval that holds `level` of the resampled means.
+    """Give the ends of the interval that holds `LEVEL` of the resampled means.
 
     Args:
         values_QM: what each query reached; at least one query.
         seed: of the draws.
         resamples: how many times Q queries are drawn with replacement.
-        level: between 0 and 1.
 
     Returns:
         (M,) the lower ends and (M,) the upper ones.
@@ -48,6 +46,6 @@ def bootstrap_interval(
         drawn = rng.integers(0, n, (min(step, resamples - start), n))
         counts = np.stack([np.bincount(row, minlength=n) for row in drawn])
         means.append(counts.astype(np.float64) @ values_QM / n)
-    tail = (1 - level) / 2
+    tail = (1 - LEVEL) / 2
     low_M, high_M = np.quantile(np.concatenate(means), [tail, 1 - tail], axis=0)
     return low_M, high_M

@@ -256,7 +256,6 @@ class MilvusCollection:
         k: int,
         *,
         exact: bool = False,
-        parameters: Mapping[str, int] | None = None,
         filter: str | MilvusSelection | None = None,
     ) -> Neighbours:
         """Find the k nearest images of stored ones, each left out of its own neighbours.
@@ -268,8 +267,8 @@ class MilvusCollection:
         """
         ids_Q = as_ids(ids).reshape(-1)
         return self.search(
-            self.vectors(ids_Q), k, fingerprint=self.fingerprint, exact=exact,
-            parameters=parameters, filter=filter, without_QW=ids_Q[:, None],
+            self.vectors(ids_Q), k, fingerprint=self.fingerprint, exact=exact, filter=filter,
+            without_QW=ids_Q[:, None],
         )  # fmt: skip
 
     def vectors(self, ids: ArrayLike) -> NDArray[np.float32]:

@@ -3,8 +3,6 @@
 Rules:
     Nothing is taken on trust: of every field the type and the range are checked, and names
     stay inside the collection's directory.
-    A manifest of schema 1, which knew no journal and no tombstones, is still understood, and
-    laid out again as it was.
 
 Here is no file: that is `index.storage.manifest`.
 """
@@ -20,7 +18,6 @@ from index.knn import COSINE, EUCLIDEAN
 from models.bundle import Json
 
 SCHEMA_VERSION = 2
-READABLE_VERSIONS = (1, SCHEMA_VERSION)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +85,6 @@ class Manifest:
         generation: above that of every manifest that stood here before.
         journal: what was written since; None where nobody wrote.
         tuning: the report of `index.tune`; empty where it was not run.
-        schema_version: of the file that it was read from.
     """
 
     name: str
@@ -105,7 +101,6 @@ class Manifest:
     generation: int = 0
     journal: JournalEntry | None = None
     tuning: Mapping[str, Json] = field(default_factory=dict)
-    schema_version: int = SCHEMA_VERSION
 
     @property
     def count(self) -> int:
@@ -114,9 +109,10 @@ class Manifest:
 
 
 def manifest_to_json(manifest: Manifest) -> dict[str, Json]:
-    """Lay the manifest out for people to read, as its schema version has it."""
-    document: dict[str, Json] = {
-        "schema_version": manifest.schema_version,
+    """Lay the manifest out for people to read."""
+    journal = manifest.journal
+    return {
+        "schema_version": SCHEMA_VERSION,
         "name": manifest.name,
         "fingerprint": manifest.fingerprint,
         "dim": manifest.dim,
@@ -131,12 +127,6 @@ def manifest_to_json(manifest: Manifest) -> dict[str, Json]:
         },
         "versions": dict(manifest.versions),
         "build": dict(manifest.build),
-    }
-    if manifest.schema_version == 1:
-        return document
-    journal = manifest.journal
-    return {
-        **document,
         "generation": manifest.generation,
         "journal": None if journal is None else {"name": journal.name, "id": journal.id},
         "tuning": dict(manifest.tuning),
@@ -161,7 +151,6 @@ def manifest_from_json(document: Mapping[str, Json]) -> Manifest:
 
     A right checksum says only that the file is as its writer left it, whoever that was.
     """
-    version = cast(int, document["schema_version"])
     encoder = cast(dict[str, Json], document["encoder"])
     sources = cast(list[dict[str, Json]], document["sources"])
     files = cast(dict[str, dict[str, Json]], document["files"])
@@ -169,12 +158,12 @@ def manifest_from_json(document: Mapping[str, Json]) -> Manifest:
         _segment_from_json(segment) for segment in cast(list[dict[str, Json]], document["segments"])
     )
     names = [segment.name for segment in segments]
-    if (version == 1 and not names) or len(set(names)) < len(names):
+    if len(set(names)) < len(names):
         raise ValueError(f"segments {names!r}")
     metric = document["metric"]
-    if metric not in ((COSINE,) if version == 1 else (COSINE, EUCLIDEAN)):
+    if metric not in (COSINE, EUCLIDEAN):
         raise ValueError(f"metric {metric!r}")
-    journal = cast(dict[str, Json] | None, None if version == 1 else document["journal"])
+    journal = cast(dict[str, Json] | None, document["journal"])
     for name in (*files, *names, *(segment.tombstones for segment in segments)):
         _refuse_escape(name)
     return Manifest(
@@ -192,10 +181,9 @@ def manifest_from_json(document: Mapping[str, Json]) -> Manifest:
         versions=dict(cast(dict[str, str], document["versions"])),
         build=dict(cast(dict[str, Json], document["build"])),
         metric=_text(metric),
-        generation=0 if version == 1 else _number(document["generation"], 0),
+        generation=_number(document["generation"], 0),
         journal=None if journal is None else _journal_from_json(journal),
-        tuning={} if version == 1 else dict(cast(dict[str, Json], document["tuning"])),
-        schema_version=version,
+        tuning=dict(cast(dict[str, Json], document["tuning"])),
     )
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import cast
 
 from index.errors import CollectionError
-from index.storage.entries import READABLE_VERSIONS, manifest_from_json, manifest_to_json
+from index.storage.entries import SCHEMA_VERSION, manifest_from_json, manifest_to_json
 from index.storage.entries import FileEntry as FileEntry
 from index.storage.entries import JournalEntry as JournalEntry
 from index.storage.entries import Manifest as Manifest
@@ -126,7 +126,7 @@ def _parse(descriptor: int, file: Path) -> Manifest:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CollectionError(
             str(file),
-            expected=f"a manifest of schema {document['schema_version']}",
+            expected=f"a manifest of schema {SCHEMA_VERSION}",
             found=f"no usable field {error}",
             mend="build the collection again",
         ) from error
@@ -205,10 +205,10 @@ def _read_document(descriptor: int, file: Path) -> dict[str, Json]:
             found="something else",
             mend="the file is damaged: restore it, or build the collection again",
         ) from error
-    if type(version) is not int or version not in READABLE_VERSIONS:
+    if type(version) is not int or version != SCHEMA_VERSION:
         raise CollectionError(
             str(file),
-            expected=f"schema version {' or '.join(map(str, READABLE_VERSIONS))}",
+            expected=f"schema version {SCHEMA_VERSION}",
             found=f"version {version}",
             mend="open it with the Horace that wrote it, or build the collection again",
         )

@@ -116,7 +116,6 @@ def publish(
         sources=count_sources(store.snapshot.parts, with_delta=is_sealed),
         tuning=_tuning_of(old, segments) if tuning is None else tuning,
         versions={**old.versions, **library_versions()},
-        schema_version=2,
     )
     sync(store.path)
     write_manifest(store.path, manifest)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
-import time
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
 from types import TracebackType
@@ -57,15 +55,13 @@ class AsyncClient:
         api_key: str | None = None,
         timeout_s: float = TIMEOUT_S,
         retry: RetryPolicy | None = None,
-        clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-        rng: random.Random | None = None,
     ) -> None:
         """Talk to the server at `host:port`; the arguments are those of `Client`."""
         self._sleep = sleep
         self._closed = False
         connection = Connection(target=target, tls=tls, api_key=api_key)
-        self._planner = make_planner(connection, retry, clock, rng, timeout_s)
+        self._planner = make_planner(connection, retry, timeout_s)
         self._channel = connection.open_async_channel()
         self._methods = methods_of(self._channel)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -60,9 +59,7 @@ class Client:
         api_key: str | None = None,
         timeout_s: float = TIMEOUT_S,
         retry: RetryPolicy | None = None,
-        clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
-        rng: random.Random | None = None,
     ) -> None:
         """Talk to the server at `host:port`; nothing is sent before the first call.
 
@@ -73,9 +70,7 @@ class Client:
             api_key: sent with every call, where the server asks for one.
             timeout_s: of every operation that is given none of its own.
             retry: when a call is tried again.
-            clock: monotonic seconds.
             sleep: waits between attempts.
-            rng: what those waits are drawn from.
 
         Raises:
             UsageError: an argument cannot be meant, or a certificate cannot be read.
@@ -83,7 +78,7 @@ class Client:
         self._sleep = sleep
         self._closed = False
         connection = Connection(target=target, tls=tls, api_key=api_key)
-        self._planner = make_planner(connection, retry, clock, rng, timeout_s)
+        self._planner = make_planner(connection, retry, timeout_s)
         self._channel = connection.open_channel()
         self._methods = methods_of(self._channel)
 

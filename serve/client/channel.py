@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable
+import time
 from typing import Any
 
 import grpc
@@ -26,16 +26,14 @@ ITER_IN_FLIGHT = 8
 def make_planner(
     connection: Connection,
     retry: RetryPolicy | None,
-    clock: Callable[[], float],
-    rng: random.Random | None,
     timeout_s: float,
 ) -> Planner:
     """Plan for one client."""
     return Planner(
         connection.target,
         retry=retry or RetryPolicy(),
-        clock=clock,
-        rng=rng or random.Random(),
+        clock=time.monotonic,
+        rng=random.Random(),
         timeout_s=timeout_s,
         metadata=connection.metadata,
         by_tls=connection.tls is not None,

@@ -73,11 +73,6 @@ class CallLimit(grpc.aio.ServerInterceptor):
         """How many calls are open here."""
         return self._max_calls - self._places[False]
 
-    @property
-    def probes_left(self) -> int:
-        """How many probes may still come."""
-        return self._places[True]
-
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],

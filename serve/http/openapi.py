@@ -70,7 +70,7 @@ def describe(limits: RequestLimits) -> Json:
                 "bearer": {"type": "http", "scheme": "bearer"},
                 "key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
             },
-            "schemas": _schemas(limits),
+            "schemas": _schemas(),
         },
     }
 
@@ -167,7 +167,7 @@ def _search(limits: RequestLimits) -> Json:
     }
 
 
-def _schemas(limits: RequestLimits) -> Json:
+def _schemas() -> Json:
     """Describe what comes back."""
     names = pb.ItemCode.keys()  # an enumeration of protobuf is no mapping
     codes = {"type": "string", "enum": [name.lower() for name in names]}

@@ -16,7 +16,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, TypeVar
 
 from models.errors import HoraceError
 
@@ -26,8 +26,6 @@ Value = TypeVar("Value")
 
 LOOK_EVERY_S = 0.5
 """Seconds between two looks; a change is taken after one to two of them."""
-
-Signature: TypeAlias = tuple[tuple[int, int, int, int] | None, ...]
 
 
 class Reloadable(Generic[Value]):
@@ -88,7 +86,7 @@ class Reloadable(Generic[Value]):
             self._taken = self._sign()
             self._value = self._read()
 
-    def _sign(self) -> Signature:
+    def _sign(self) -> tuple[tuple[int, int, int, int] | None, ...]:
         """Tell the files' present content from another, without reading it."""
         return tuple(map(_sign, self._paths))
 
@@ -102,7 +100,7 @@ def _sign(path: str) -> tuple[int, int, int, int] | None:
     return found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
 
 
-class Watcher:
+class RereadThread:
     """A thread that has some reloadables look, until it is closed."""
 
     def __init__(

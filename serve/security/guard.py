@@ -128,11 +128,6 @@ class Guard:
     def __repr__(self) -> str:
         return f"<Guard {self._ring()!r} {self._ledger!r} unauthenticated={self._refused}>"
 
-    @property
-    def unauthenticated(self) -> int:
-        """Calls that came without a key of ours."""
-        return self._refused
-
     def authorise(self, method: str, metadata: Metadata) -> ApiKey | None:
         """Let a call in by its key; see the function of this name, and `count_stranger`.
 
@@ -198,16 +193,16 @@ class Guard:
         finally:
             end()
 
-    def charge(self, entered: Pass, *, requests: int = 1, images: int = 0) -> None:
+    def charge(self, entered: Pass, *, images: int = 0) -> None:
         """Charge what a request costs.
 
         Raises:
             QueueFullError: its caller asks for more a second than it may.
         """
-        if retry_after_s := self.wait_s(entered, requests=requests, images=images):
+        if retry_after_s := self.wait_s(entered, images=images):
             quota = entered.quota
             waits_s = self._ledger.waits_s(
-                entered.client, quota, requests=requests, images=images, now_s=self._clock()
+                entered.client, quota, requests=1, images=images, now_s=self._clock()
             )
             rates = (f"{quota.requests_per_s:g} requests", f"{quota.images_per_s:g} images")
             passed = [rate for rate, wait_s in zip(rates, waits_s, strict=True) if wait_s]
@@ -219,14 +214,12 @@ class Guard:
                 retry_after_s=retry_after_s,
             )
 
-    def wait_s(self, entered: Pass, *, requests: int = 1, images: int = 0) -> float:
+    def wait_s(self, entered: Pass, *, images: int = 0) -> float:
         """Charge what a request costs and give 0; or nothing, and give the seconds to wait."""
         if not entered.quota.is_rated:
             return 0.0
         client, now_s = entered.client, self._clock()
-        return self._ledger.spend(
-            client, entered.quota, requests=requests, images=images, now_s=now_s
-        )
+        return self._ledger.spend(client, entered.quota, requests=1, images=images, now_s=now_s)
 
     def count_stranger(self, method: str, *, peer: str) -> None:
         """Count a call that `authorise` refused, and log it unless one was logged just now."""

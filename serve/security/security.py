@@ -17,7 +17,7 @@ import grpc
 
 from serve.errors import StartError
 from serve.reloading import Reloads
-from serve.security.files import Reloadable, Watcher
+from serve.security.files import Reloadable, RereadThread
 from serve.security.guard import Guard
 from serve.security.interceptor import GuardInterceptor
 from serve.security.options import CallerLimits, KeyOptions
@@ -80,7 +80,7 @@ class Security:
         self._files: list[Reloadable[Any]] = [
             file for file in (self.certificates, self._ring) if file is not None
         ]
-        self._watcher = Watcher(self._files) if self._files else None
+        self._reread_thread = RereadThread(self._files) if self._files else None
 
     def __repr__(self) -> str:
         return f"<Security {self._tls!r} {self.guard!r}>"
@@ -103,8 +103,8 @@ class Security:
 
     def close(self) -> None:
         """Stop watching."""
-        if self._watcher is not None:
-            self._watcher.close()
+        if self._reread_thread is not None:
+            self._reread_thread.close()
 
     def _keys(self) -> KeyRing | None:
         """Give the keys of the moment."""

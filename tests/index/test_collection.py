@@ -356,7 +356,7 @@ def test_an_edited_manifest_is_found(built, copy_collection):
     [
         ("not JSON", "expected JSON with a schema_version, found something else"),
         ("[]", "expected JSON with a schema_version"),
-        ('{"schema_version": 9}', "expected schema version 1 or 2, found version 9"),
+        ('{"schema_version": 9}', "expected schema version 2, found version 9"),
         ('{"schema_version": 1, "dim": NaN}', "expected JSON with a schema_version"),
         ('{"schema_version": 1, "dim": 1e999}', "expected JSON with a schema_version"),
         ("[" * 100_000, "expected JSON with a schema_version"),

@@ -12,7 +12,7 @@ from contextlib import closing
 from datetime import UTC, date, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +23,7 @@ from pymilvus import MilvusClient
 from index.combine import Combination
 from index.errors import CollectionError, UnknownIdError
 from index.filters import FilterError
-from index.interface import AnyWriter, open_collection
+from index.interface import open_collection
 from index.milvus.collection import MilvusCollection
 from index.milvus.description import Description
 from index.milvus.writer import MilvusWriter
@@ -38,6 +38,7 @@ DIM = 16
 COUNT = 600
 STORES = ("flat", "hnsw", "delta", "milvus-flat", "milvus-hnsw")
 
+AnyWriter: TypeAlias = CollectionWriter | MilvusWriter
 Make = Callable[..., AnyWriter]
 
 

@@ -90,7 +90,7 @@ def test_what_is_deleted_has_a_twin_and_what_is_kept_has_none(seed, threshold):
     rng = np.random.default_rng(seed)
     vectors = on_arc(*rng.uniform(0, 180, 30))
     scores = vectors @ vectors.T
-    grouping = Grouping(threshold)
+    grouping = Grouping()
     missed = rng.random((30, 30)) < 0.1
     for row in range(30):
         near = np.flatnonzero((scores[row] >= threshold) & ~missed[row])

@@ -161,16 +161,6 @@ def test_lambda_is_the_objectives_own_unless_given() -> None:
     assert lambd_of(LossOptions(objective="hsic", lambd=0.0)) == 0.0
 
 
-def test_options_of_an_older_run_are_understood() -> None:
-    """Objective and lambda were options of their own; it ran on the CPU, in float32."""
-    kept = options_json(PretrainOptions(source="x"))
-    older = {k: v for k, v in kept.items() if k.partition(".")[0] not in ("loss", "device")}
-    del older["precision"]
-    options = options_from_json(older | {"objective": "hsic", "lambd": 0.1})
-    assert options.loss == LossOptions(objective="hsic", lambd=0.1)
-    assert (options.device, options.precision) == ("cpu", "fp32")
-
-
 def test_a_path_to_start_from_survives_json() -> None:
     """It is text in config.json and a path in the options."""
     options = PretrainOptions(source="x", init_from=Path("runs/a"), show_views=Path("v.png"))

@@ -17,11 +17,11 @@ from PIL import Image
 
 from models.command import run_command
 from models.errors import UsageError
+from models.html import VOID
 from models.images import open_source
 from train.report.__main__ import ReportOptions, draw_views, main
 from train.report.facts import duration, number, read_facts
 from train.report.model import draw_sample, find_out
-from train.report.page import VOID
 from train.report.sections import at_a_glance
 from train.run import RunDirectory
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from models.bundle import BUNDLE_FILE, Json, read_bundle
 from models.networks import Backbone
 from train.backbones import build_backbone
-from train.config import current_names, options_from_json
+from train.config import options_from_json
 from train.errors import RunError
 from train.export.graph import EncoderGraph
 from train.export.readout import PooledReadout
@@ -140,10 +140,10 @@ def _of_bundle(path: Path) -> Pretrained:
     bundle = read_bundle(path)
     mean, std = channel_statistics(bundle.encoder_path)
     try:
-        options = current_names(cast(Mapping[str, Json], bundle.provenance["options"]))
+        options = cast(Mapping[str, Json], bundle.provenance["options"])
         readout = cast(Mapping[str, list[int]], bundle.provenance["readout"])
         config = RunConfig(
-            options=options | {"network.stages": max(readout["stages"])},
+            options={**options, "network.stages": max(readout["stages"])},
             data=cast(Mapping[str, Json], bundle.provenance["data"]),
             preprocessing=bundle.preprocessing,
             channel_mean=mean,

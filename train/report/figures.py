@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from models.html import Html
 from train.plot import (
     BLUE,
     GRID,
@@ -28,7 +29,7 @@ from train.plot import (
     draw_panel,
     style_axes,
 )
-from train.report.page import Html, card, figure_svg
+from train.report.page import card, figure_svg
 
 POSITIVE_RGB, NEGATIVE_RGB = (47, 129, 247), (229, 83, 75)
 """Seen on white and on black."""

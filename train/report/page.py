@@ -1,9 +1,6 @@
 """The HTML of a report: elements that escape their text, pictures inside it, and its look.
 
 Rules:
-    Text becomes HTML in `tag` alone, which escapes whatever is not `Html` already: a file name
-    or a label is never markup.
-    The page is one file: no script, no style, font or picture comes from anywhere else.
     Diagrams take their colours from the page, so that they are right in light and dark.
     Whatever shows something has words for those who do not see it.
 """
@@ -23,43 +20,14 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
+from models.html import Html, document, tag
 from train.plot import PALETTE
-
-VOID = frozenset({"img", "meta", "br"})
-"""Elements without content."""
 
 SMALL_SIDE_PX = 96
 """Up to here a picture is shown by its own pixels, as PNG; larger ones are reduced."""
 
 THUMBNAIL_PX = 160
 JPEG_QUALITY = 85
-
-
-class Html(str):
-    """Text that is markup already, and so is not escaped again."""
-
-
-def tag(element: str, /, *children: str, **attributes: str) -> Html:
-    """Make an element.
-
-    Args:
-        element: its name.
-        children: text, which is escaped, or `Html`, which is not.
-        attributes: their values are escaped; `class_` stands for class, `_` for a hyphen.
-    """
-    texts = [
-        f' {key.rstrip("_").replace("_", "-")}="{html.escape(value)}"'
-        for key, value in attributes.items()
-    ]
-    opening = f"<{element}{''.join(texts)}>"
-    if element in VOID:
-        return Html(opening)
-    return Html(f"{opening}{join(children)}</{element}>")
-
-
-def join(children: Iterable[str]) -> Html:
-    """Set texts, escaped, and elements one after the other."""
-    return Html("".join(c if isinstance(c, Html) else html.escape(c) for c in children))
 
 
 def table(rows: Iterable[Iterable[str]], *, head: Iterable[str] = (), caption: str = "") -> Html:
@@ -129,20 +97,11 @@ def data_uri(content: bytes, kind: str) -> str:
 
 def page(title: str, *body: Html) -> str:
     """Give the whole document."""
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("title", title),
-        tag("style", Html(STYLE)),
-    )
-    document = tag("html", head, tag("body", tag("main", *body)), lang="en")
-    return f"<!DOCTYPE html>\n{document}\n"
+    return document(title, tag("main", *body), style=STYLE)
 
 
 STYLE = """
-:root {
+:root { color-scheme: light dark;
   --paper: #ffffff; --ground: #f6f8fa; --ink: #1f2328; --muted: #59636e; --grid: #d8dee4;
   --blue: #0969da; --orange: #bc4c00; --green: #1a7f37; --red: #cf222e;
 }

@@ -13,12 +13,13 @@ from datetime import datetime
 from typing import cast
 
 from models.bundle import Json
+from models.html import Html, join, tag
 from train.monitor import KNN_K, KNN_TEMPERATURE
 from train.plot import panels
 from train.report.facts import RunFacts, duration, number
 from train.report.figures import curve_card, matrix_svg, spectrum_svg
 from train.report.model import Findings, Sample, Search
-from train.report.page import Html, card, data_uri, image_element, join, table, tag
+from train.report.page import card, data_uri, image_element, table
 
 STATUS_TEXTS = {
     "finished": "finished",

@@ -47,7 +47,7 @@ class ServerOptions:
         check_timeout(self.timeout_s)
         check_target("--server", self.server)
 
-    def connect(self, *, retry: RetryPolicy | None = None) -> Client:
+    def connect(self) -> Client:
         """Make a blocking client.
 
         Raises:
@@ -58,7 +58,6 @@ class ServerOptions:
             tls=self._tls(),
             api_key=self._api_key(),
             timeout_s=self.timeout_s,
-            retry=retry,
         )
 
     def connect_async(self, *, retry: RetryPolicy | None = None) -> AsyncClient:

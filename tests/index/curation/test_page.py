@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from index.curation.page import THUMBNAIL_PX, Html, figure, page, tag, thumbnail
+from index.curation.page import THUMBNAIL_PX, figure, page, thumbnail
+from models.html import Html, tag
 
 
 def encoded(height, width, kind="PNG"):

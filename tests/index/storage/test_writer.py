@@ -1,9 +1,6 @@
-import dataclasses
 import itertools
-import json
 from contextlib import suppress
 
-import faiss
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -14,7 +11,6 @@ from index.selection import Selector
 from index.storage import compaction
 from index.storage.incoming import prepare_rows
 from index.storage.lock import CollectionLockedError
-from index.storage.manifest import read_manifest, write_manifest
 from index.storage.publishing import put_in_place
 from index.storage.rows import ROW_SCHEMA
 from index.storage.writer import CollectionWriter
@@ -446,25 +442,6 @@ def test_raw_vectors_by_their_distance(tmp_path, unit_rows):
             best = np.sort(expected[:, :49], axis=1)[:, ::-1][:, :3]
             np.testing.assert_allclose(found.scores, best, rtol=1e-4)
         assert writer.collection.metric == "euclidean"
-    assert verify(path).faults == []
-
-
-def test_a_collection_of_schema_1_is_read_and_written(tmp_path, vectors, make_collection):
-    """As it is until the first write, which makes it one of schema 2."""
-    path = make_collection(tmp_path / "c", vectors)
-    write_manifest(path, dataclasses.replace(read_manifest(path), schema_version=1))
-    document = json.loads((path / "manifest.json").read_text())
-    assert not {"generation", "journal", "tuning"} & set(document)
-    before = (path / "manifest.json").read_bytes()
-    reader = Collection.open(path)
-    assert (reader.count, reader.version, verify(path).faults) == (40, (0, 0), [])
-    with CollectionWriter.open(path) as writer:
-        assert (path / "manifest.json").read_bytes() == before
-        writer.delete([id_of("0007")])
-    assert (reader.latest().count, reader.latest().version) == (39, (1, 1))
-    document = json.loads((path / "manifest.json").read_text())
-    assert document["schema_version"] == 2
-    assert document["versions"]["faiss"] == faiss.__version__, "of what has written last"
     assert verify(path).faults == []
 
 

@@ -18,7 +18,7 @@ from protos import horace_pb2 as pb
 from protos import horace_pb2_grpc as pb_grpc
 from serve.errors import StartError
 from serve.security import security
-from serve.security.files import Watcher
+from serve.security.files import RereadThread
 from serve.security.options import CallerLimits, KeyOptions
 from serve.security.ring import new_token, write_line
 
@@ -271,7 +271,7 @@ def test_a_key_file_that_changes_is_read_by_itself(
 ):
     """Nobody has to send a signal."""
     new = new_token()
-    monkeypatch.setattr(security, "Watcher", partial(Watcher, every_s=0.01))
+    monkeypatch.setattr(security, "RereadThread", partial(RereadThread, every_s=0.01))
 
     async def main():
         async with serving(fake, keys=keys) as server:

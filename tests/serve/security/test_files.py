@@ -9,7 +9,7 @@ import pytest
 
 from serve.errors import StartError
 from serve.reloading import Reloads
-from serve.security.files import Reloadable, Watcher
+from serve.security.files import Reloadable, RereadThread
 
 
 def read_number(path):
@@ -124,7 +124,7 @@ def test_what_is_wrong_at_the_start_is_an_error(file):
         reloadable(file)
 
 
-def test_a_watcher_goes_on_after_a_failure_and_ends(caplog):
+def test_rereading_goes_on_after_a_failure_and_ends(caplog):
     """Our own bugs are logged with their traceback; the next file is looked at."""
     looked = threading.Event()
 
@@ -138,7 +138,7 @@ def test_a_watcher_goes_on_after_a_failure_and_ends(caplog):
             """Note it."""
             looked.set()
 
-    watcher = Watcher([Bad(), Good()], every_s=0.001)
+    watcher = RereadThread([Bad(), Good()], every_s=0.001)
     assert looked.wait(30)
     looked.clear()
     assert looked.wait(30)

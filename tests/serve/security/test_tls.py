@@ -21,7 +21,7 @@ from serve.client.connection import ClientTls
 from serve.config import ServeOptions
 from serve.errors import StartError
 from serve.security import security
-from serve.security.files import Watcher
+from serve.security.files import RereadThread
 from serve.security.options import KeyOptions
 from serve.security.ring import new_token, write_line
 from serve.security.tls import TlsOptions, read_certificates
@@ -162,7 +162,7 @@ def test_a_certificate_that_changes_on_disk_is_taken_by_itself(
     serving, fake, pki, eventually, monkeypatch
 ):
     """Nobody has to send a signal."""
-    monkeypatch.setattr(security, "Watcher", partial(Watcher, every_s=0.01))
+    monkeypatch.setattr(security, "RereadThread", partial(RereadThread, every_s=0.01))
 
     async def main():
         async with serving(fake, tls=pki.options) as server:
