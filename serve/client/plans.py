@@ -156,6 +156,7 @@ class Planner:
         """
         self.target = target
         self._by_tls = by_tls
+        self._has_replied = False
         self._metadata = metadata
         self._timeout_s = check_timeout(timeout_s)
         self._retry = retry
@@ -278,12 +279,16 @@ class Planner:
                     f"server {self.target}",
                     expected="a Horace server that answers",
                     found=failure.details or failure.code.name,
-                    mend=handshake_mend(failure.details, by_tls=self._by_tls)
+                    mend=self._handshake_mend(failure)
                     or "start it with `python -m serve`, or check host and port",
                 )
             case grpc.StatusCode.DEADLINE_EXCEEDED:
                 return self._late(what, timeout_s, failure.details)
         return from_status(failure.code, failure.details)
+
+    def _handshake_mend(self, failure: Failure) -> str | None:
+        """Say what may mend a handshake that failed; None where the failure is no such one."""
+        return handshake_mend(failure.details, by_tls=self._by_tls, has_replied=self._has_replied)
 
     def closed(self) -> UnavailableError:
         """Say that the client is closed."""
@@ -362,10 +367,11 @@ class Planner:
         while (remaining_s := deadline.at_s - self._clock()) > 0:
             answer = yield Call(method, request, remaining_s, metadata)
             if not isinstance(answer, Failure):
+                self._has_replied = True
                 return answer
             failures += 1
             wait_s = self._wait_s(answer, failures, deadline)
-            if handshake_mend(answer.details, by_tls=self._by_tls):
+            if self._handshake_mend(answer):
                 handshake = answer
             if wait_s is None:
                 if handshake and REFUSED in answer.details:  # at another address of the name

@@ -3,6 +3,8 @@
 Rules:
     Only what ends a handshake is known here: of a port that refuses nothing more is said than
     that it does, and what ends a connection that was there says nothing of how it was made.
+    A connection that closes may be a server's that wants another handshake, until one has
+    replied: then it is one that died.
     A name may have several addresses, of which gRPC tells one: what an address with a server
     says counts for more than that another has none.
 
@@ -34,12 +36,13 @@ WANTS_TLS = "the server may want TLS: --tls or --tls-ca FILE, in Python tls=Clie
 WANTS_CERTIFICATE = "the server may want a certificate of yours: --tls-cert FILE and --tls-key FILE"
 
 
-def handshake_mend(details: str, *, by_tls: bool) -> str | None:
+def handshake_mend(details: str, *, by_tls: bool, has_replied: bool) -> str | None:
     """Say what may mend a handshake that failed; None where the failure is no such one.
 
     Args:
         details: what gRPC says of the call.
         by_tls: whether this client connects by TLS.
+        has_replied: whether this client has had a reply from the server.
     """
     _, found, reason = details.partition(NO_CONNECTION)
     if not found:
@@ -47,6 +50,6 @@ def handshake_mend(details: str, *, by_tls: bool) -> str | None:
     for sign, mend in TLS_CAUSES:
         if sign in reason:
             return mend
-    if any(sign in reason for sign in CLOSED):
+    if not has_replied and any(sign in reason for sign in CLOSED):
         return WANTS_CERTIFICATE if by_tls else WANTS_TLS
     return None

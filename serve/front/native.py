@@ -165,6 +165,13 @@ class NativeFront:
                 )
         except OSError as error:  # such as a race for the port
             raise refuse_address(host, port, "pygrpc-native's refusal to listen there") from error
+        except RuntimeError as error:  # its threads got no descriptors
+            raise StartError(
+                "--frontend native",
+                expected="descriptors and threads enough to serve",
+                found=str(error),
+                mend="allow this process more (ulimit -n, ulimit -u)",
+            ) from error
         return self._native.bound_port
 
     async def start(self) -> None:

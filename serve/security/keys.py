@@ -2,13 +2,14 @@
 
 Rules:
     The key is printed and kept nowhere; the file gets its hash.
-    The file is replaced whole, with the modes it had: a server that reads it finds the old
-    one or the new one.
+    The file is replaced whole, with the owner and modes it had: a server that reads it finds
+    the old one or the new one. A link stays, and what it leads to is replaced.
 """
 
 from __future__ import annotations
 
 import os
+import stat
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ def make_key(options: NewOptions) -> None:
 
     Raises:
         StartError: the name, the limits or the file are not right.
-        UsageError: the file cannot be written.
+        UsageError: the file cannot be written, or not be given to its owner.
     """
     token = new_token()
     line = write_line(options.name, token, options.limits)
@@ -83,18 +84,21 @@ def list_keys(options: ListOptions) -> None:
 
 def _add_line(path: Path, line: str) -> None:
     """Put a line at a key file's end; the file is replaced whole."""
-    before, mode = "", 0o600
-    if path.exists():
+    target = Path(os.path.realpath(path))
+    before, old = "", None
+    if target.exists():
         read_ring(path)
-        before = path.read_text()
-        mode = path.stat().st_mode & 0o777
+        before, old = target.read_text(), target.stat()
     if before and not before.endswith("\n"):
         before += "\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as file:
+        new = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(new, "w") as file:
+            if old is not None:
+                _give_to_owner_of(old, new)
             file.write(f"{before}{line}\n")
-        temporary.replace(path)
+        temporary.replace(target)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise UsageError(
@@ -102,6 +106,14 @@ def _add_line(path: Path, line: str) -> None:
             expected="a file that can be written",
             found=reason_of(error),
         ) from error
+
+
+def _give_to_owner_of(old: os.stat_result, descriptor: int) -> None:
+    """Give a new file the owner, group and modes of the old one."""
+    new = os.fstat(descriptor)
+    if (new.st_uid, new.st_gid) != (old.st_uid, old.st_gid):  # some file systems know no others
+        os.fchown(descriptor, old.st_uid, old.st_gid)
+    os.fchmod(descriptor, stat.S_IMODE(old.st_mode))
 
 
 def run(argv: Sequence[str]) -> int:

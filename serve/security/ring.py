@@ -26,9 +26,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from models.errors import reason_of
 from serve.errors import StartError
 from serve.security.buckets import Quota
+from serve.security.files import read_file
 
 PREFIX = "horace_"
 """How a key begins, so that scanners for leaked secrets can know one."""
@@ -122,17 +122,14 @@ def read_ring(path: str | Path, *, may_be_blank: bool = True) -> KeyRing:
     """Read a key file.
 
     Raises:
-        StartError: there is none, it is not right throughout, or it is blank and may not be.
+        UnreadableError: it cannot be read; a pipe is not waited for.
+        StartError: it is not right throughout, or it is blank and may not be.
     """
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise StartError(
-            f"key file {path}",
-            expected="a file that can be read",
-            found=reason_of(error),
-            mend="make one with python -m serve.security.keys new NAME --file FILE",
-        ) from error
+    data = read_file(
+        f"key file {path}",
+        path,
+        mend="make one with python -m serve.security.keys new NAME --file FILE",
+    )
     if len(data) > MAX_FILE_BYTES:
         raise StartError(
             f"key file {path}",

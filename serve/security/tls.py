@@ -17,13 +17,12 @@ from __future__ import annotations
 
 import ssl
 from dataclasses import dataclass
-from pathlib import Path
 
 import grpc
 
-from models.errors import UsageError, reason_of
+from models.errors import UsageError
 from serve.errors import StartError
-from serve.security.files import Reloadable
+from serve.security.files import Reloadable, UnreadableError, read_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,14 +117,15 @@ def read_certificates(cert: str, key: str, client_ca: str | None) -> Certificate
     """Read the files of TLS, and try them.
 
     Raises:
-        StartError: one cannot be read, or they do not belong together, or they changed meanwhile.
+        UnreadableError: one cannot be read; a pipe is not waited for.
+        StartError: they do not belong together, or they changed meanwhile.
     """
     certificates = _read(cert, key, client_ca)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         context.load_cert_chain(cert, key, password=lambda: "")  # never ask on a terminal
     except (ssl.SSLError, ValueError, OSError) as error:
-        raise StartError(
+        raise _kind_of(error)(
             f"--tls.cert {cert} and --tls.key {key}",
             expected="a certificate in PEM and its private key, without a password",
             found=_reason_of_pair(error, certificates),
@@ -134,7 +134,7 @@ def read_certificates(cert: str, key: str, client_ca: str | None) -> Certificate
         try:
             context.load_verify_locations(cafile=client_ca)
         except (ssl.SSLError, ValueError, OSError) as error:
-            raise StartError(
+            raise _kind_of(error)(
                 f"--tls.client-ca {client_ca}",
                 expected="certificates of authorities in PEM",
                 found=_reason(error),
@@ -147,22 +147,18 @@ def read_certificates(cert: str, key: str, client_ca: str | None) -> Certificate
 def _read(cert: str, key: str, client_ca: str | None) -> Certificates:
     """Read the files."""
     return Certificates(
-        chain=_read_file("--tls.cert", cert),
-        key=_read_file("--tls.key", key),
-        client_ca=None if client_ca is None else _read_file("--tls.client-ca", client_ca),
+        chain=read_file(f"--tls.cert {cert}", cert),
+        key=read_file(f"--tls.key {key}", key),
+        client_ca=None
+        if client_ca is None
+        else read_file(f"--tls.client-ca {client_ca}", client_ca),
     )
 
 
-def _read_file(option: str, path: str) -> bytes:
-    """Read one file."""
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise StartError(
-            f"{option} {path}",
-            expected="a file that can be read",
-            found=reason_of(error),
-        ) from error
+def _kind_of(error: Exception) -> type[StartError]:
+    """Tell a file that OpenSSL could not open from one that it opened and refused."""
+    is_unread = isinstance(error, OSError) and not isinstance(error, ssl.SSLError)
+    return UnreadableError if is_unread else StartError
 
 
 def _reason_of_pair(error: Exception, found: Certificates) -> str:
@@ -177,6 +173,6 @@ def _reason_of_pair(error: Exception, found: Certificates) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """Say what OpenSSL says, in words."""
-    reason = getattr(error, "reason", None) or str(error)
+    """Say what OpenSSL or the system says, in words."""
+    reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
     return str(reason).lower().replace("_", " ") or "neither"

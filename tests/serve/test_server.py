@@ -23,7 +23,8 @@ from protos import horace_pb2 as pb
 from protos import horace_pb2_grpc as pb_grpc
 from serve.client import AsyncClient, Client
 from serve.config import ServeOptions
-from serve.errors import InternalError
+from serve.errors import InternalError, StartError
+from serve.front import native
 from serve.server import Server, divide_threads
 from serve.watchdog import WatchdogOptions
 
@@ -71,6 +72,19 @@ def test_importing_the_server_loads_nothing_heavy():
         timeout=300,
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_a_front_end_that_gets_no_descriptors_is_one_line(monkeypatch):
+    """Its library says so by an exception of its own."""
+
+    def refuse(*_, **__):
+        raise RuntimeError("tokio runtime: Too many open files (os error 24)")
+
+    monkeypatch.setattr(native, "NativeGrpcFront", refuse)
+    assert refusal(StartError, port=0, frontend="native") == (
+        "--frontend native: expected descriptors and threads enough to serve, found tokio "
+        "runtime: Too many open files (os error 24); allow this process more (ulimit -n, ulimit -u)"
+    )
 
 
 def test_sigterm_under_load_answers_every_accepted_call(start_server, make_bundle):

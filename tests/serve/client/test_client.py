@@ -39,13 +39,17 @@ class Largest(random.Random):
 class Drive:
     """Performs plans with answers from a script, on a clock that only pauses move."""
 
-    def __init__(self, *answers, call_s=0.0, **policy):
+    def __init__(self, *answers, call_s=0.0, by_tls=False, **policy):
         self.now_s = 0.0
         self.steps = []
         self.call_s = call_s
         self.answers = list(answers)
         self.planner = Planner(
-            "there:1", retry=RetryPolicy(**policy), clock=lambda: self.now_s, rng=Largest()
+            "there:1",
+            retry=RetryPolicy(**policy),
+            clock=lambda: self.now_s,
+            rng=Largest(),
+            by_tls=by_tls,
         )
 
     def run(self, plan):
@@ -267,6 +271,23 @@ def test_what_one_address_says_counts_for_more_than_that_another_is_empty():
         drive = Drive(*answers)
         with pytest.raises(UnavailableError, match=told):
             drive.run(drive.planner.list_models(60))
+
+
+@pytest.mark.parametrize("by_tls", [False, True])
+def test_a_server_that_has_replied_wants_no_other_handshake(by_tls):
+    """One that dies in mid-call closes its connections, too; it is told to be down."""
+    closed = (
+        "connections to all backends failing; last error: UNAVAILABLE: Connection reset by peer"
+    )
+    drive = Drive(models_reply(), Failure(grpc.StatusCode.UNAVAILABLE, closed), by_tls=by_tls)
+    drive.run(drive.planner.list_models(60))
+    with pytest.raises(UnavailableError, match="reset by peer; start it with `python -m serve`"):
+        drive.run(drive.planner.list_models(60))
+    untrusted = "last error: CERTIFICATE_VERIFY_FAILED"
+    drive = Drive(models_reply(), Failure(grpc.StatusCode.UNAVAILABLE, untrusted), by_tls=by_tls)
+    drive.run(drive.planner.list_models(60))
+    with pytest.raises(UnavailableError, match="its certificate is not trusted"):
+        drive.run(drive.planner.list_models(60))
 
 
 def test_a_closed_client_says_so(serving, fake, image, eventually):

@@ -9,7 +9,8 @@ import pytest
 
 from serve.errors import StartError
 from serve.reloading import Reloads
-from serve.security.files import Reloadable, RereadThread
+from serve.security.files import Reloadable, RereadThread, UnreadableError
+from serve.security.ring import new_token, read_ring, write_line
 
 
 def read_number(path):
@@ -167,3 +168,76 @@ def test_what_may_be_read_again_is_taken_and_refusals_are_counted(file):
     number.look()
     number.look()
     assert number.value == 2
+
+
+def test_a_key_file_that_cannot_be_read_for_a_moment_is_read_at_the_next_look(
+    tmp_path, out_of_descriptors, caplog
+):
+    """A key that was taken back does not stay for want of a descriptor; it is told once."""
+    caplog.set_level("INFO", "horace.serve")
+    file, kept, revoked = tmp_path / "keys", new_token(), new_token()
+    file.write_text(f"{write_line('kept', kept)}\n{write_line('revoked', revoked)}\n")
+    ring = Reloadable("API keys", [str(file)], lambda: read_ring(file))
+    write(file, write_line("kept", kept))
+    with out_of_descriptors():
+        for _ in range(5):
+            ring.look()
+    assert ring.value.find(revoked) is not None
+    assert caplog.messages == [
+        f"API keys: not taken, the old goes on: key file {file}: expected a file that can be "
+        "read, found Too many open files"
+    ]
+    assert ring.refusals() == 1
+    ring.look()
+    assert ring.value.names == ["kept"]
+    assert caplog.messages[1:] == ["API keys: read again"]
+
+
+def test_a_reload_that_could_read_nothing_is_made_good_at_the_next_look(
+    tmp_path, out_of_descriptors
+):
+    """An operator's signal that came at a bad moment is not the last word."""
+    file = tmp_path / "keys"
+    file.write_text(write_line("old", new_token()))
+    ring = Reloadable("API keys", [str(file)], lambda: read_ring(file))
+    write(file, write_line("new", new_token()))
+    ring.look()
+    with out_of_descriptors(), pytest.raises(UnreadableError, match=r"found Too many open files$"):
+        ring.reload()
+    ring.look()
+    assert ring.value.names == ["new"]
+
+
+def test_each_fault_of_the_system_is_told_once_a_change(file, caplog):
+    """However they alternate; the same fault is told again of another change."""
+    number, faults = reloadable(file), ["one", "other", "one", "other"]
+
+    def read():
+        raise UnreadableError("number", expected="a file", found=faults.pop(0))
+
+    number._read = read
+    for _ in range(2):
+        write(file, "2")
+        faults[:] = ["one", "other", "one", "other"]
+        for _ in range(5):
+            number.look()
+        assert not faults
+    assert [line.rpartition(" ")[2] for line in caplog.messages] == ["one", "other"] * 2
+    assert number.refusals() == 4
+
+
+@pytest.mark.timeout(60)
+def test_a_pipe_in_the_place_of_a_file_keeps_nobody_waiting(tmp_path):
+    """It is refused, and the file that comes after it is read."""
+    file, pipe = tmp_path / "keys", tmp_path / "pipe"
+    file.write_text(write_line("old", new_token()))
+    ring = Reloadable("API keys", [str(file)], lambda: read_ring(file))
+    os.mkfifo(pipe)
+    pipe.replace(file)
+    with pytest.raises(StartError, match="expected a file that can be read, found no regular file"):
+        ring.reload()
+    file.unlink()
+    file.write_text(write_line("new", new_token()))
+    ring.look()
+    ring.look()
+    assert ring.value.names == ["new"]

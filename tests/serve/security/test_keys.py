@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+import errno
+import os
 import stat
+
+import pytest
 
 from serve.security.keys import run
 from serve.security.ring import read_ring
+
+by_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
 
 
 def test_a_new_key_is_shown_once_and_its_hash_kept(tmp_path, capsys):
@@ -55,3 +61,51 @@ def test_what_cannot_be_meant_is_one_line(tmp_path, capsys):
     assert shown.err.count("\n") == 5
     assert "NAME: expected a letter or digit, and up to 63 of those and of ._@-" in shown.err
     assert run(["--help"]) == 0
+
+
+def test_a_link_to_a_key_file_stays_one(tmp_path, capsys):
+    """What it leads to is replaced, or made where it leads to nothing yet."""
+    (tmp_path / "kept").mkdir()
+    link, file = tmp_path / "keys", tmp_path / "kept" / "keys"
+    link.symlink_to("kept/keys")
+    for name in ("one", "two"):
+        assert run(["new", name, "--file", str(link)]) == 0
+        assert link.is_symlink()
+    assert read_ring(file).names == ["one", "two"]
+    assert [path.name for path in file.parent.iterdir()] == ["keys"]
+
+
+@by_root
+def test_the_owner_of_a_key_file_stays_its_owner(tmp_path, capsys):
+    """The server, who may be another user than the one that adds a key, reads it as before."""
+    file = tmp_path / "keys"
+    assert run(["new", "one", "--file", str(file)]) == 0
+    os.chown(file, 10001, 10002)
+    file.chmod(0o666)  # more than the umask leaves of a new file
+    assert run(["new", "two", "--file", str(file)]) == 0
+    found = file.stat()
+    assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (10001, 10002, 0o666)
+
+
+@by_root
+def test_a_key_file_whose_owner_cannot_be_kept_stays_as_it_was(tmp_path, capsys, monkeypatch):
+    """Rather than one that its server may read no more."""
+    file = tmp_path / "keys"
+    run(["new", "one", "--file", str(file)])
+    before = file.read_text()
+    os.chown(file, 10001, 10002)
+    monkeypatch.setattr(os, "fchown", refuse)
+    capsys.readouterr()
+    assert run(["new", "two", "--file", str(file)]) == 2
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err.count("\n")) == ("", 1)
+    assert (
+        f"--file {file}: expected a file that can be written, found Operation not per" in shown.err
+    )
+    assert file.read_text() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["keys"]
+
+
+def refuse(*_):
+    """Do what the system does with who is not root."""
+    raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))

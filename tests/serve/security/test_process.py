@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -83,3 +85,31 @@ def test_a_server_with_a_broken_key_file_does_not_start(tmp_path):
     assert "line 1: expected NAME:SHA256-HEX" in done.stderr
     assert "pasted" not in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_pipe_for_a_key_file_is_a_line_and_holds_up_neither_signal_nor_end(
+    start_server, make_bundle, tmp_path
+):
+    """At the start nothing starts; in mid-run the old keys go on, and so do the reloads."""
+    file, pipe = tmp_path / "keys", tmp_path / "pipe"
+    os.mkfifo(pipe)
+    command = [sys.executable, "-m", "serve", "--port", "0", "--keys.file", str(pipe)]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"python -m serve: key file {pipe}: expected a file that can be read, "
+        "found no regular file\n"
+    )
+    key = new_key("app", file)
+    server = start_server("--bundle", str(make_bundle().path), "--keys.file", str(file))
+    with Client(server.address, api_key=key) as client:
+        pipe.replace(file)
+        server.process.send_signal(signal.SIGHUP)
+        deadline_s = time.monotonic() + PATIENCE_S
+        while "reloaded models" not in server.log.read_text() and time.monotonic() < deadline_s:
+            assert client.health()
+        assert client.embed([np.zeros((28, 28, 1), np.uint8)]).vectors.shape == (1, 16)
+    assert server.stop() == 0
+    assert "reload of API keys refused" in server.log.read_text()

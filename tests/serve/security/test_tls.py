@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import signal
+import ssl
 from functools import partial
 from shutil import copy
 
@@ -21,10 +24,10 @@ from serve.client.connection import ClientTls
 from serve.config import ServeOptions
 from serve.errors import StartError
 from serve.security import security
-from serve.security.files import RereadThread
+from serve.security.files import RereadThread, UnreadableError
 from serve.security.options import KeyOptions
 from serve.security.ring import new_token, write_line
-from serve.security.tls import TlsOptions, read_certificates
+from serve.security.tls import Tls, TlsOptions, read_certificates
 from serve.server import Server
 
 PATIENCE_S = 120.0
@@ -176,6 +179,43 @@ def test_a_certificate_that_changes_on_disk_is_taken_by_itself(
     asyncio.run(main())
 
 
+def test_a_certificate_that_cannot_be_read_for_a_moment_is_read_at_the_next_look(
+    pki, out_of_descriptors
+):
+    """Without another change."""
+    files = Tls(pki.mutual).files
+    before = files.value
+    pki.issue()
+    with out_of_descriptors():
+        for _ in range(3):
+            files.look()
+    assert files.value is before
+    files.look()
+    assert files.value.chain == (pki.folder / "cert.pem").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["load_cert_chain", "load_verify_locations"])
+def test_what_openssl_could_not_open_is_tried_again(pki, monkeypatch, name):
+    """That is no fault of the certificates; what they are not, stays told."""
+    files = Tls(pki.mutual).files
+    pki.issue()
+
+    def refuse(*_, **__):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ssl.SSLContext, name, refuse)
+        with pytest.raises(UnreadableError, match="found too many open files"):
+            files.reload()
+    files.look()
+    files.look()
+    assert files.value.chain == (pki.folder / "cert.pem").read_bytes()
+    (pki.folder / "cert.pem").write_text("-----BEGIN CERTIFICATE-----")
+    with pytest.raises(StartError) as refusal:
+        files.reload()
+    assert not isinstance(refusal.value, UnreadableError)
+
+
 def test_under_load_a_changing_certificate_fails_no_call(start_server, make_bundle, pki, tmp_path):
     """A real process, a signal a change, a new connection a call: none fails."""
     ca = tmp_path / "server-ca.pem"
@@ -213,6 +253,12 @@ def test_half_of_tls_is_no_tls(given, message):
     assert str(error.value) == message
 
 
+def make_pipe(path):
+    """Put a pipe, which nobody writes to, in a file's place."""
+    path.unlink()
+    os.mkfifo(path)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -221,8 +267,12 @@ def test_half_of_tls_is_no_tls(given, message):
         (lambda f: (f / "key.pem").write_text(""), "found no private key in the second"),
         (lambda f: copy(f / "cert.pem", f / "key.pem"), "found no private key in the second"),
         (lambda f: (f / "ca.pem").write_text("text"), "expected certificates of authorities"),
+        (lambda f: make_pipe(f / "cert.pem"), "tls.cert .*cert.pem: .* found no regular file"),
+        (lambda f: make_pipe(f / "key.pem"), "tls.key .*key.pem: .* found no regular file"),
+        (lambda f: make_pipe(f / "ca.pem"), "tls.client-ca .*ca.pem: .* found no regular file"),
     ],
 )
+@pytest.mark.timeout(60)
 def test_what_is_wrong_at_the_start_is_a_line(pki, spoil, message):
     """A server with half a certificate does not start."""
     spoil(pki.folder)
