@@ -8,7 +8,7 @@ Rules:
     A build that was killed goes on where it stood when the same command is run again, and
     ends in the same files as one that was not: finished parts are never embedded twice.
     An image that cannot be used, or whose key another has, is written to `rejects.jsonl` and
-    counted, never fatal.
+    counted, never fatal. A source that is away, or storage that fails, ends the build.
     Metadata is joined by key as the rows are written, so that it stands beside its own vector.
     The collection appears whole, by a rename; a replaced one stays readable to those who
     have it open.
@@ -17,6 +17,7 @@ Rules:
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import logging
 import sys
@@ -56,6 +57,8 @@ from models.images import ImageSource, describe_ignored, open_source
 
 BATCHES_PER_PART = 16
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 log = logging.getLogger("horace.index")
 
 
@@ -82,12 +85,19 @@ def build(options: BuildOptions) -> BuildSummary:
         try:
             return work(options, key, source, encoder, metadata)
         except OSError as error:
-            raise CollectionError(
-                str(options.out),
-                expected="a directory that can be written, with room for the collection",
-                found=reason_of(error),
-                mend="make room or choose another --out; the same command goes on from here",
-            ) from error
+            raise _cannot_write(options, error) from error
+
+
+def _cannot_write(options: BuildOptions, error: OSError) -> CollectionError:
+    """Say why the collection cannot be written, and what would help against that."""
+    if error.errno == errno.ENAMETOOLONG:
+        expected = "a name to which .parts can be added"
+        mend = "choose a shorter --out"
+    else:
+        expected = "a directory that can be written, with room for the collection"
+        first = "make room" if error.errno in _NO_ROOM else "mend that"
+        mend = f"{first} or choose another --out; the same command goes on from here"
+    return CollectionError(str(options.out), expected=expected, found=reason_of(error), mend=mend)
 
 
 def sync(options: BuildOptions) -> BuildPlan | SyncSummary:

@@ -2,7 +2,8 @@
 
 Rules:
     Batches are consecutive records, in the source's order, whatever the number of threads;
-    an image that cannot be used leaves a gap and a `Reject`, never an error.
+    an image that cannot be used leaves a gap and a `Reject`, never an error. One that the
+    storage keeps back may be good another time: that is an error, and no `Reject`.
     `decode_batches` has at most `BATCHES_AHEAD` batches read and decoded before they are
     asked for.
     A vector is `finish_vectors(encoder.encode(batch))`, the same as the server gives.
@@ -28,8 +29,8 @@ from numpy.typing import NDArray
 
 from models.cpu import cpu_budget, share_cpus
 from models.encoder import Encoder, open_encoder
-from models.errors import BundleError, ImageError
-from models.image_source import ImageRecord, digest_of
+from models.errors import BundleError, ImageError, SourceError
+from models.image_source import ImageRecord, digest_of, storage_fault
 from models.vectors import finish_vectors
 
 if TYPE_CHECKING:
@@ -161,7 +162,8 @@ def decode_batches(
         threads: of the pool; the decoding share of the CPU budget where None.
 
     Raises:
-        SourceError: the source is damaged; the batches before are good.
+        SourceError: the source is damaged or was replaced, or its storage fails; the batches
+            before are good.
     """
     pool = ThreadPoolExecutor(
         threads or share_cpus(cpu_budget()).decode_threads, thread_name_prefix="decode"
@@ -191,6 +193,7 @@ def embed_records(
         normalize: whether vectors are scaled to unit length.
 
     Raises:
+        SourceError: the source was replaced, or its storage fails.
         EncoderError: the runtime failed.
     """
     batch = _gather(_decode(records, encoder), encoder)
@@ -241,8 +244,21 @@ def _decode(records: Sequence[ImageRecord], encoder: Encoder) -> list[_Outcome]:
             digest = digest_of(data)
             outcomes.append(_Outcome(record, encoder.preprocess(data), digest))
         except ImageError as error:
+            if storage_fault(error) is not None:
+                raise _storage_failed(record, error) from error
             outcomes.append(_Outcome(record, error, digest))
     return outcomes
+
+
+def _storage_failed(record: ImageRecord, error: ImageError) -> SourceError:
+    """Make the error for an image that its storage keeps back."""
+    return SourceError(
+        f"reading {record.key}",
+        expected="storage that works",
+        found=error.found,
+        mend="see to it and run the same command again; if this file alone is lost, put an empty "
+        "one in its place, which is passed over",
+    )
 
 
 def _results(tasks: Iterable[Future[list[_Outcome]]]) -> Iterator[_Outcome]:

@@ -9,8 +9,10 @@ Source: the description at the end of Yann LeCun's MNIST page.
 
 from __future__ import annotations
 
+import errno
 import gzip
 import math
+import os
 import re
 import struct
 import zlib
@@ -23,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.errors import SourceError
+from models.files import open_regular
 from models.image_source import ImageData, ImageRecord, unknown_key
 
 _UINT8 = 0x08
@@ -137,9 +140,10 @@ def read_idx(path: Path, *, dimensions: Sequence[int]) -> NDArray[np.uint8]:
         SourceError: the file is missing, of another kind, truncated or too long.
     """
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_regular(path, os.O_RDONLY), "rb") as file:
             gzipped = file.read(2) == b"\x1f\x8b"
-        with gzip.open(path) if gzipped else path.open("rb") as stream:
+            file.seek(0)
+            stream = gzip.GzipFile(fileobj=file) if gzipped else file
             shape = _read_shape(cast(BinaryIO, stream), path, dimensions)
             size = math.prod(shape)
             data = _read_at_most(cast(BinaryIO, stream), size + 1)  # one more shows a surplus
@@ -148,7 +152,9 @@ def read_idx(path: Path, *, dimensions: Sequence[int]) -> NDArray[np.uint8]:
             f"IDX file {path}",
             expected="a readable file",
             found=getattr(error, "strerror", None) or str(error),
-            mend="check the path" if isinstance(error, FileNotFoundError) else _GET_AGAIN,
+            mend="check the path"
+            if getattr(error, "errno", None) in (errno.ENOENT, errno.EINVAL)
+            else _GET_AGAIN,
         ) from error
     if len(data) != size:
         raise SourceError(

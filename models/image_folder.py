@@ -9,6 +9,8 @@ Rules:
     Links are followed; one that leads back to a folder above itself is not.
     What cannot be looked into is listed as a folder that cannot be read, ending in `/`, so
     that nobody takes what was below it for gone: a folder, or a link that leads nowhere.
+    A file that is gone is an image that cannot be read; a root that is gone, or is another
+    folder than was opened, is storage that fails: see `models.image_source.away`.
     Names that start with a dot and suffixes that are no image's are counted, not listed.
     A name that is no UTF-8 keeps its bytes as `\xNN` in the key.
 
@@ -31,7 +33,9 @@ from models.image_source import (
     IMAGE_SUFFIXES,
     ImageData,
     ImageRecord,
+    away,
     read_image_file,
+    storage_fault,
     unknown_key,
 )
 
@@ -70,6 +74,7 @@ class FolderSource:
         self.root = Path(os.path.abspath(root))
         try:
             is_folder = self.root.is_dir()
+            self._was = os.stat(self.root) if is_folder else None
         except OSError as error:  # not of what is not there, but of a share that is away
             raise _cannot_list(self.root, error) from error
         if not is_folder:
@@ -157,6 +162,18 @@ class FolderSource:
             return None
 
     def _read(self, key: str) -> bytes:
+        """Read the file of a key; where it cannot be had, see whether the root is to blame."""
+        try:
+            return self._read_file(key)
+        except ImageError as error:
+            if error.__cause__ is None or storage_fault(error) is not None or self._is_there():
+                raise
+        cause = away(self.root)
+        raise ImageError(
+            ImageFault.UNREADABLE, key, expected="a readable file", found=reason_of(cause)
+        ) from cause
+
+    def _read_file(self, key: str) -> bytes:
         """Read the file of a key."""
         if key.endswith("/"):
             raise ImageError(
@@ -165,8 +182,24 @@ class FolderSource:
                 expected="a readable folder",
                 found="one that cannot be listed",
                 mend="check its permissions, and where it leads if it is a link",
-            )
+            ) from self._listing_fault(key)
         return read_image_file(self._path(key), key)
+
+    def _listing_fault(self, key: str) -> OSError | None:
+        """Ask the system once more why the folder of a key cannot be listed."""
+        try:
+            os.scandir(str(self._path(key))).close()
+        except OSError as error:
+            return error
+        return None
+
+    def _is_there(self) -> bool:
+        """Tell whether the root is the folder that was opened, and files in it can be had."""
+        try:
+            info = os.stat(os.path.join(self.root, "."))  # which takes the right to enter it
+        except OSError:
+            return False
+        return self._was is not None and os.path.samestat(info, self._was)
 
     def _path(self, key: str) -> Path:
         """Give the file of a key, which may have had its bytes escaped."""

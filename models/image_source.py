@@ -5,13 +5,16 @@ Rules:
     `start=n` resumes exactly where n records were done.
     Nothing is read before `ImageRecord.read` is called, from whichever thread; what cannot
     be had raises `ImageError` there, so that every reader reports and skips in one place.
-    A source that cannot be opened, or that is itself damaged, raises `SourceError`.
+    Whether the file is to blame for that or its storage, `storage_fault` tells.
+    A source that cannot be opened, that is itself damaged, or that is another now, raises
+    `SourceError`.
 
 Nothing here decodes: see `models.preprocess`.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import stat
 from collections.abc import Callable, Iterator
@@ -33,6 +36,14 @@ IMAGE_SUFFIXES = frozenset(
 )
 """Lower-case file name endings of the formats that `models.preprocess` decodes."""
 
+OF_THE_FILE = frozenset(
+    {
+        errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR,
+        errno.ENAMETOOLONG, errno.ELOOP,
+    }
+)  # fmt: skip
+"""What the system says of a file whose storage works."""
+
 MAX_READ_BYTES = DEFAULT_LIMITS.max_image_bytes
 """A larger file would be refused after it was read; it is refused before it takes memory."""
 
@@ -45,7 +56,8 @@ class ImageRecord:
         key: stable name within the source, with `/` between its parts.
         label: the class as text, or None.
         read: gives the encoded bytes or the uint8 pixels; raises `ImageError`, whose cause is
-            the OSError where the system gave one.
+            the OSError where the system gave one, and `SourceError` where the source was
+            replaced since it was listed.
             Safe to call from any thread, and after the iterator has moved on.
         size_bytes: of what `read` gives, where it is known before.
     """
@@ -122,6 +134,22 @@ def read_image_file(path: Path, name: str) -> bytes:
             found=reason_of(error),
             mend="check the path and its permissions",
         ) from error
+
+
+def storage_fault(error: ImageError) -> int | None:
+    """Give the number of the storage's error; None where the file itself is to blame."""
+    cause = error.__cause__
+    number = cause.errno if isinstance(cause, OSError) else None
+    return None if number in OF_THE_FILE else number
+
+
+def away(holder: Path) -> OSError:
+    """Make the system's error for what held images and is out of reach: a `storage_fault`.
+
+    A file that was deleted is to blame itself; of a folder or a shard that is away, as where a
+    share is no longer mounted, no image is.
+    """
+    return OSError(errno.ESTALE, f"{holder} is out of reach, or another of its name is there")
 
 
 def check_read_size(size_bytes: int, name: str) -> None:

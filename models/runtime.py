@@ -219,11 +219,14 @@ def _load_session(
             content, sess_options=options, providers=providers, enable_fallback=0
         )
     except Exception as error:  # ONNX Runtime raises classes of its own C++ side
+        is_memory = "bad_alloc" in str(error)
         raise EncoderError(
             str(graph),
-            expected="an ONNX graph that ONNX Runtime loads",
+            expected="memory for this graph"
+            if is_memory
+            else "an ONNX graph that ONNX Runtime loads",
             found=str(error).splitlines()[0],
-            mend="export the bundle again",
+            mend="give this process more memory" if is_memory else "export the bundle again",
         ) from error
 
 

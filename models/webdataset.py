@@ -11,7 +11,8 @@ Rules:
     `SourceError` names the shard, also where tarfile alone would quietly stop: at a
     damaged header, and at an end without the two zero blocks that close an archive.
     Images of a plain shard are read where they lie when `read` is called; those of a
-    compressed shard come with the record.
+    compressed shard come with the record. A shard that was replaced or written to since it
+    was listed has other bytes there: `SourceError` says so, and nobody gets them.
 
 Source: the WebDataset format, https://github.com/webdataset/webdataset; tar in POSIX pax.
 """
@@ -32,14 +33,16 @@ from functools import lru_cache, partial
 from glob import glob, has_magic
 from itertools import chain, islice
 from pathlib import Path, PurePosixPath
-from typing import IO, BinaryIO, cast
+from typing import IO, BinaryIO, NamedTuple, cast
 
-from models.errors import ImageError, ImageFault, SourceError
+from models.errors import ImageError, ImageFault, SourceError, reason_of
 from models.image_source import (
     IMAGE_SUFFIXES,
     MAX_READ_BYTES,
+    OF_THE_FILE,
     ImageData,
     ImageRecord,
+    away,
     check_read_size,
     unknown_key,
 )
@@ -58,14 +61,37 @@ _FAULTS = (
 _LABELS = frozenset({".cls", ".json"})
 
 
+class _FileId(NamedTuple):
+    """By what a plain shard is known for the one that was listed."""
+
+    device: int
+    inode: int
+    size: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, info: os.stat_result) -> _FileId:
+        """Take it from what the system says of a file."""
+        return cls(info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns)
+
+
 @dataclass(frozen=True, slots=True)
 class _Member:
-    """One file of a shard that matters; `data` is set where it had to be read already."""
+    """One file of a shard that matters.
+
+    Attributes:
+        name: in the shard.
+        offset: of its bytes, where the shard is plain.
+        size: of its bytes.
+        data: they themselves, where they had to be read already.
+        shard: which file `offset` is of; None of a compressed shard.
+    """
 
     name: str
     offset: int
     size: int
     data: bytes | None
+    shard: _FileId | None
 
 
 class TarSource:
@@ -117,7 +143,7 @@ class TarSource:
 
         Raises:
             ImageError: there is no such image, or it cannot be read.
-            SourceError: the shard is damaged before the image.
+            SourceError: the shard is damaged before the image, or was replaced meanwhile.
         """
         for name, shard in self._shard_of.items():
             if key.startswith(f"{name}/"):
@@ -143,7 +169,7 @@ def expand_shards(pattern: str) -> list[Path]:
             found="a folder" if os.path.isdir(pattern) else repr(Path(pattern).suffix),
             mend="name the shards, such as 'FOLDER/*.tar', or take folder:PATH for loose images",
         )
-    if os.path.exists(pattern):
+    if os.path.isfile(pattern):
         return [Path(pattern)]
     shards: list[Path] = []
     for name in _expand_ranges(pattern):
@@ -154,12 +180,18 @@ def expand_shards(pattern: str) -> list[Path]:
         raise SourceError(
             f"shards {pattern}",
             expected="tar files",
-            found=f"no {missing[0].name} ({len(missing)} of {len(shards)} are missing)"
-            if missing
-            else "none of that name",
+            found=_describe_missing(missing, len(shards)) if missing else "none of that name",
             mend="check the pattern, and quote it so that the shell leaves it alone",
         )
     return shards
+
+
+def _describe_missing(missing: Sequence[Path], count: int) -> str:
+    """Say what stands in the place of the first of the shards that are no files."""
+    first = missing[0]
+    if first.exists():
+        return f"{first.name}, which is no regular file"
+    return f"no {first.name} ({len(missing)} of {count} are missing)"
 
 
 def _expand_ranges(pattern: str) -> list[str]:
@@ -233,14 +265,16 @@ def _read_image(shard: Path, member: _Member, key: str) -> bytes:
 
     Raises:
         ImageError: it is empty, too large, or the shard cannot be read any more.
+        SourceError: the shard is another than was listed.
     """
     check_read_size(member.size, key)
     try:
         return _read(shard, member)
     except OSError as error:
+        cause = away(shard) if error.errno in OF_THE_FILE else error
         raise ImageError(
-            ImageFault.UNREADABLE, key, expected="a readable shard", found=str(error)
-        ) from error
+            ImageFault.UNREADABLE, key, expected="a readable shard", found=reason_of(cause)
+        ) from cause
 
 
 def _read(shard: Path, member: _Member) -> bytes:
@@ -250,15 +284,20 @@ def _read(shard: Path, member: _Member) -> bytes:
     with shard.open("rb") as file:
         file.seek(member.offset)
         data = file.read(member.size)
-    if len(data) != member.size:
-        raise OSError(f"{shard.name} has become shorter")
+        which = _FileId.of(os.fstat(file.fileno()))
+    if which != member.shard or len(data) != member.size:
+        raise SourceError(
+            f"shard {shard}",
+            expected="the file that was listed",
+            found="another: the shard was replaced or written to while it was read",
+            mend="let it rest, and run again",
+        )
     return data
 
 
 def _load_plain(shard: Path, shard_name: str, key: str, uri: str) -> bytes:
     """Read an image of a plain shard through its table of contents."""
-    info = shard.stat()
-    contents = _contents(shard, info.st_mtime_ns, info.st_size)
+    contents = _contents(shard, _FileId.of(shard.stat()))
     member = contents.get(key.removeprefix(f"{shard_name}/"))
     if member is None:
         raise unknown_key(key, uri)
@@ -266,8 +305,8 @@ def _load_plain(shard: Path, shard_name: str, key: str, uri: str) -> bytes:
 
 
 @lru_cache(maxsize=4)
-def _contents(shard: Path, mtime_ns: int, size: int) -> dict[str, _Member]:
-    """List a plain shard's images by name; time and size tell a file that was replaced."""
+def _contents(shard: Path, which: _FileId) -> dict[str, _Member]:
+    """List a plain shard's images by name; `which` tells a file that was replaced."""
     suffixed = (m for m in _members(shard) if _suffix(m.name) in IMAGE_SUFFIXES)
     return {member.name: member for member in suffixed}
 
@@ -300,9 +339,10 @@ def _members(shard: Path) -> Iterator[_Member]:
                 fileobj=stream, mode="r|" if compressed else "r:", tarinfo=_StrictHeader
             ) as archive,
         ):
+            which = None if compressed else _FileId.of(os.fstat(stream.fileno()))
             for header in archive:
                 if header.isreg() and _matters(header.name):
-                    yield _member(archive, header, read=compressed)
+                    yield _member(archive, header, which)
                 archive.members = []  # type: ignore[attr-defined]  # or all stay in memory
     except _FAULTS as error:
         raise SourceError(
@@ -313,17 +353,17 @@ def _members(shard: Path) -> Iterator[_Member]:
         ) from error
 
 
-def _member(archive: tarfile.TarFile, header: tarfile.TarInfo, *, read: bool) -> _Member:
+def _member(archive: tarfile.TarFile, header: tarfile.TarInfo, shard: _FileId | None) -> _Member:
     """Describe a member; read it now if it is a label, or if there is no way back to it."""
     data = None
     size = header.size
     is_label = _extension(header.name) in _LABELS
     if (is_label and size <= MAX_LABEL_BYTES) or (
-        read and not is_label and 0 < size <= MAX_READ_BYTES
+        shard is None and not is_label and 0 < size <= MAX_READ_BYTES
     ):
         data = cast(IO[bytes], archive.extractfile(header)).read()
     name = header.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return _Member(name.removeprefix("./"), header.offset_data, size, data)
+    return _Member(name.removeprefix("./"), header.offset_data, size, data, shard)
 
 
 def _open_stream(shard: Path) -> BinaryIO:

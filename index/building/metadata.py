@@ -18,6 +18,7 @@ The table is held in memory, as it is in every process that opens the collection
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +37,7 @@ from index.storage.rows import DIGEST, ROW_SCHEMA
 from index.storage.segment import Block
 from models.bundle import Json
 from models.errors import UsageError
-from models.files import sha256_file
+from models.files import open_regular, sha256_file
 
 KEY, LABEL = "key", "label"
 RESERVED = (*(name for name in ROW_SCHEMA.names if name not in (KEY, LABEL)), DIGEST, VECTOR)
@@ -199,6 +200,7 @@ def _read(file: Path, schema: pa.Schema) -> pa.Table:
             found=repr(file.suffix),
         )
     try:
+        os.close(open_regular(file, os.O_RDONLY))  # a pipe would keep Arrow waiting
         if name.endswith(".parquet"):
             return pq.ParquetFile(file).read()
         inflation = 1 if name.endswith((".csv", ".tsv")) else 16

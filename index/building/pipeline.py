@@ -88,7 +88,8 @@ def make_parts(
         crew: how many batches are at work.
 
     Raises:
-        SourceError: the source is damaged; what came before it and fills a part is kept.
+        SourceError: the source is damaged or was replaced, or its storage fails; what came
+            before it and fills a part is kept.
         EncoderError: the runtime failed; likewise.
         OSError: a part cannot be written.
     """
@@ -119,7 +120,8 @@ def embed_batches(
     Closing the iterator, or an error, waits for what has begun and drops the rest.
 
     Raises:
-        SourceError: the source is damaged; all batches before were given.
+        SourceError: the source is damaged or was replaced, or its storage fails; all batches
+            before were given.
         EncoderError: the runtime failed.
     """
     gated = GatedEncoder(encoder, crew)

@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -155,7 +156,8 @@ class _Sync:
         updated, updated_rows = self._find_updated(plan)
         plan.updated, n_unchanged = len(updated), len(plan.unchanged) - len(updated)
         if self.writer is not None:
-            done = SyncWriting(self.writer, self.collection, plan, self.rows)
+            is_settled = partial(scan.is_settled, self.source)
+            done = SyncWriting(self.writer, self.collection, plan, self.rows, is_settled)
             done.write_updated(updated, updated_rows)
             done.write_reused()
             if plan.embed:

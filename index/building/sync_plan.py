@@ -8,6 +8,7 @@ Rules:
     Other bytes under a key are that image, changed, with the metadata of the key; where the old
     bytes have moved to another key they are a new image. Known bytes are never embedded again.
     What cannot be read now is no reason to drop what is stored: the file may be back tomorrow.
+    So may one that is no image while it is being written: see `Seen.is_settled`.
     What can be read and is no image is dropped, and is not tried again until it changes.
     Nothing of another source is touched: a key that another source's image has is refused.
 
@@ -47,12 +48,14 @@ class Seen:
         label: the class that the source gives it.
         digest: of its bytes; None where nobody has read them.
         reject: why they cannot be read, if so.
+        is_settled: whether nobody has written to it of late: what it is now it may stay.
     """
 
     key: str
     label: str | None
     digest: str | None
     reject: Reject | None = None
+    is_settled: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +94,7 @@ class SyncPlan:
         vacated: rows whose image has moved, and whose key waits for another one to be embedded;
             deleted when what moved is written.
         drop: rows that are to be deleted.
-        retained: rows whose images cannot be read now, which stay.
+        retained: rows whose images cannot be read now, or are being written, which stay.
         rejects: images that are not tried, and why; later those that turned out to be none, too.
         updated: how many unchanged ones have another label, metadata or source now.
         new: how many images the collection did not have.
@@ -146,7 +149,7 @@ def plan_sync(
             plan.rejects.append(one.reject)
             is_away = one.reject.fault == UNREADABLE
             if old is not None:
-                (plan.retained if is_away else plan.drop).append(old.row)
+                (plan.retained if is_away or not one.is_settled else plan.drop).append(old.row)
             if is_away:
                 away.add(one.key.removesuffix("/"))  # a link like an image may lead to a folder
         elif one.key in taken:
@@ -156,7 +159,7 @@ def plan_sync(
         elif (reject := rejected.get(one.key)) and one.digest and reject.digest == one.digest:
             plan.rejects.append(reject)
             if old is not None:
-                plan.drop.append(old.row)
+                (plan.drop if one.is_settled else plan.retained).append(old.row)
         else:
             others.append(one)
             if old is not None:

@@ -3,6 +3,7 @@
 Rules:
     A file whose stamp is that of an earlier run is not read; its digest is the one it had then.
     A stamp is taken before the file is read: what is written in between is seen the next time.
+    A file that is no image is believed only where it was left alone, before and since.
     Where nothing of the source is stored yet no digest is of use: nothing is read.
     Memory holds a few images while they are hashed, and some hundred bytes a record.
 """
@@ -41,6 +42,13 @@ class Scan:
     stamps: dict[str, Stamp] = field(default_factory=dict)
     n_read: int = 0
 
+    def is_settled(self, source: ImageSource, key: str) -> bool:
+        """Tell whether a file was left alone before it was looked at, and since until now."""
+        if not isinstance(source, FolderSource):
+            return True
+        stamp = self.stamps.get(key)
+        return stamp is not None and stamp == Stamp.of(source.file_of(key))
+
 
 @dataclass(frozen=True, slots=True)
 class _Unread:
@@ -73,7 +81,7 @@ def scan_source(
     try:
         for chunk in split(source.records(), CHUNK):
             looked = [_look(source, record, known, scan.stamps) for record in chunk]
-            waiting.append(pool.submit(_hash, looked, need_digests))
+            waiting.append(pool.submit(_hash, source, looked, scan, need_digests))
             scan.n_read += need_digests * sum(isinstance(one, _Unread) for one in looked)
             if len(waiting) > 2 * threads:
                 yield _take_up(scan, waiting.popleft())
@@ -108,7 +116,9 @@ def _look(
     return Seen(record.key, record.label, digest) if was == stamp else _Unread(record)
 
 
-def _hash(looked: Iterable[Seen | _Unread], need_digests: bool) -> list[Seen]:
+def _hash(
+    source: ImageSource, looked: Iterable[Seen | _Unread], scan: Scan, need_digests: bool
+) -> list[Seen]:
     """Read and hash what must be; runs in the pool."""
     seen = []
     for one in looked:
@@ -121,5 +131,6 @@ def _hash(looked: Iterable[Seen | _Unread], need_digests: bool) -> list[Seen]:
                 digest = digest_of(record.read())
             except ImageError as error:
                 reject = Reject.of(record.key, error)
-        seen.append(Seen(record.key, record.label, digest, reject))
+        is_settled = scan.is_settled(source, record.key)
+        seen.append(Seen(record.key, record.label, digest, reject, is_settled))
     return seen

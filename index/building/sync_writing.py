@@ -2,7 +2,8 @@
 
 Rules:
     What the collection would refuse is a reject, and the rest is written. Where no search could
-    compare the vector the old row goes, too; where a row has too much text the old one stays.
+    compare the vector the old row goes, too; where a row has too much text the old one stays,
+    and where a file is being written.
     What is gone is dropped when everything else is written.
 
 Shapes: N images of a write, D dimensions.
@@ -10,7 +11,7 @@ Shapes: N images of a write, D dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import cast
@@ -44,6 +45,7 @@ class SyncWriting:
         before: the collection that the plan was made for.
         plan: what is to be done.
         rows: makes the rows.
+        is_settled: tells of a key whether nobody has written to its file of late.
         digests: of what was embedded, by key.
         embedded: images that went through the encoder.
     """
@@ -52,6 +54,7 @@ class SyncWriting:
     before: Collection
     plan: SyncPlan
     rows: RowMaker
+    is_settled: Callable[[str], bool]
     digests: dict[str, str] = field(default_factory=dict)
     embedded: int = 0
 
@@ -131,7 +134,8 @@ class SyncWriting:
         digests = [digest for batch in batches for digest in batch.digests]
         for batch in batches:
             for reject in batch.rejects:
-                self._reject(reject, self.plan.embed[reject.key])
+                is_final = self.is_settled(reject.key)
+                self._reject(reject, self.plan.embed[reject.key], is_final=is_final)
         old_rows = [self.plan.embed[key] for key in keys]
         vectors_ND = np.concatenate([batch.vectors_ND for batch in batches])
         self._write(self.rows.make(old_rows, keys, labels, digests), vectors_ND, old_rows)
@@ -164,13 +168,21 @@ class SyncWriting:
         written = rows.take(pa.array(kept, pa.int64()))
         self.writer.upsert(written, vectors_ND[kept], fingerprint=self.before.fingerprint)
 
-    def _reject(self, reject: Reject, old_row: int | None, *, is_updated: bool = False) -> None:
+    def _reject(
+        self,
+        reject: Reject,
+        old_row: int | None,
+        *,
+        is_updated: bool = False,
+        is_final: bool = True,
+    ) -> None:
         """Take note of an image that cannot be written, and settle what becomes of its old row.
 
         Args:
             reject: why it cannot.
             old_row: whose metadata it was to have.
             is_updated: whether nothing but metadata is another.
+            is_final: whether its file stays as it is, and is not being written.
         """
         plan = self.plan
         plan.rejects.append(reject)
@@ -187,7 +199,8 @@ class SyncWriting:
         key_row = old_row if is_updated else plan.replaced.get(reject.key)
         if reject.fault != TOO_LARGE:
             if key_row is not None:
-                (plan.retained if reject.fault == UNREADABLE else plan.drop).append(key_row)
+                stays = reject.fault == UNREADABLE or not is_final
+                (plan.retained if stays else plan.drop).append(key_row)
         elif old_row is not None:
             self._kept.add(old_row)
 

@@ -19,6 +19,7 @@ Rules:
 
 from __future__ import annotations
 
+import errno
 import tokenize
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ from index.storage.manifest import Manifest, SegmentEntry, check_file
 from index.storage.rows import ROW_SCHEMA as ROW_SCHEMA
 from index.storage.rows import in_schema, is_row_schema
 from index.storage.rows_file import read_table
-from models.errors import UsageError
+from models.errors import UsageError, reason_of
 
 SEGMENTS = "segments"
 
@@ -358,7 +359,10 @@ def open_array(
         array: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
         found = f"{array.dtype} {array.shape}"
         sound = array.dtype == dtype and array.shape == shape and array.flags.c_contiguous
+        if sound and not mapped:
+            array = np.array(array)
     except (*_BAD_ARRAY, OSError) as error:
+        _refuse_to_blame(file, error)
         found, sound = f"no such array ({_first_line(error)})", False
     if not sound:
         raise CollectionError(
@@ -367,7 +371,27 @@ def open_array(
             found=found,
             mend="the file is not this collection's: copy or build the collection again",
         )
-    return array if mapped else np.array(array)
+    return array
+
+
+def _refuse_to_blame(file: Path, error: Exception) -> None:
+    """Say what the system said where it lacks memory, descriptors or rights.
+
+    Raises:
+        CollectionError: so it is.
+    """
+    if isinstance(error, OSError):
+        is_system = error.errno not in (None, errno.ENOENT, errno.EISDIR, errno.ENOTDIR)
+    else:  # Python's parser says so of a header that is none
+        is_system = isinstance(error, MemoryError) and "Parser" not in str(error)
+    if is_system:
+        reason = reason_of(error) if isinstance(error, OSError) else _first_line(error)
+        raise CollectionError(
+            str(file),
+            expected="a file that the system opens",
+            found=reason,
+            mend="mend that and open the collection again: the file may be sound",
+        ) from error
 
 
 def _first_line(error: Exception) -> str:
@@ -382,6 +406,7 @@ def _open_rows(file: Path, ids_N: NDArray[np.int64]) -> pa.Table:
         found = f"{len(rows)} rows of {', '.join(rows.column_names)} that do not match"
         sound = is_row_schema(rows.schema) and np.array_equal(rows["id"].to_numpy(), ids_N)
     except (pa.ArrowException, OSError, MemoryError, ValueError) as error:
+        _refuse_to_blame(file, error)
         found, sound = f"no such table ({_first_line(error)})", False
     if not sound:
         raise CollectionError(

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import logging
@@ -26,7 +27,7 @@ from index.errors import CollectionError
 from index.storage.manifest import read_manifest
 from index.verify import verify
 from models.command import run_command
-from models.errors import HoraceError, UsageError
+from models.errors import HoraceError, SourceError, UsageError
 from models.image_source import digest_of
 from models.images import ImageRecord, open_source
 from models.runtime import open_bundle
@@ -39,7 +40,7 @@ def content(collection):
     files = {
         str(file.relative_to(collection)): file.read_bytes()
         for file in sorted(collection.rglob("*"))
-        if file.is_file() and file.name != "manifest.json"
+        if file.is_file() and file.name not in ("manifest.json", ".lock")
     }
     document = json.loads((collection / "manifest.json").read_text())
     return files, {k: v for k, v in document.items() if k not in ("build", "checksum")}
@@ -484,6 +485,70 @@ def test_a_source_that_has_changed_is_refused(tmp_path, monkeypatch, bundle, new
     assert build(options).reused == 60
 
 
+@pytest.fixture
+def taken_away(monkeypatch):
+    """Give a function that has a build lose its source when its first part is written."""
+
+    def after_one_part(*take):
+        takes = [*take]
+        add = PartStore.add
+
+        def add_and_take(self, batches):
+            add(self, batches)
+            if takes:
+                takes.pop()()
+
+        monkeypatch.setattr(PartStore, "add", add_and_take)
+
+    return after_one_part
+
+
+def test_a_source_that_goes_away_ends_the_build_and_not_the_collection(
+    tmp_path, bundle, new_folder, taken_away
+):
+    """What is embedded is kept, and the same command goes on when it is back."""
+    folder = new_folder(per_class=40)
+    options = BuildOptions(
+        images=str(folder), encoder=str(bundle.path), out=tmp_path / "c", batch_size=1
+    )
+    build(options)
+    before = content(options.out)
+    again = dataclasses.replace(options, replace=True)
+    taken_away(lambda: folder.rename(tmp_path / "away"))
+    with pytest.raises(
+        SourceError, match=r"expected storage that works, found .*images is out of reach"
+    ):
+        build(again)
+    assert content(options.out) == before
+    (tmp_path / "away").rename(folder)
+    summary = build(again)
+    assert (summary.images, summary.rejects) == (120, 0)
+    assert 16 <= summary.reused < 120
+    assert content(options.out)[0] == before[0]
+
+
+def test_a_shard_that_is_replaced_ends_the_build(tmp_path, bundle, new_folder, taken_away):
+    """No key gets another image's vector."""
+    files = sorted(new_folder(per_class=40).rglob("*.png"))
+
+    def write(shard, order):
+        with tarfile.open(shard, "w") as archive:
+            for n in order:
+                archive.add(files[n], f"{n:03}.png")
+        return shard
+
+    shard = write(tmp_path / "s.tar", range(120))
+    other = write(tmp_path / "other.tar", reversed(range(120)))
+    options = BuildOptions(
+        images=str(shard), encoder=str(bundle.path), out=tmp_path / "c", batch_size=1
+    )
+    taken_away(lambda: other.replace(shard))
+    with pytest.raises(SourceError, match="the shard was replaced or written to while it was read"):
+        build(options)
+    assert not options.out.exists()
+    assert parts_directory(options.out).exists()
+
+
 def test_parts_of_another_run_are_refused_and_dropped_on_request(interrupted, other_bundle):
     """Nothing of another encoder or size is ever mixed in."""
     part = parts_directory(interrupted.out) / "part-000000000000.parquet"
@@ -611,6 +676,7 @@ def test_a_full_disk_is_one_line(tmp_path, bundle, many_images, kind):
         ({"--encoder": "/no/such"}, 1, "/no/such: expected a bundle directory, found no such"),
         ({"--encoder": "ftp://x"}, 1, "ftp://x: expected a bundle directory, horace://"),
         ({"--out": "/dev/null/c"}, 1, "expected a directory that can be written, with room"),
+        ({"--out": "n" * 251}, 1, ", found File name too long; choose a shorter --out"),
         ({"--batch-size": "0"}, 2, "--batch-size: expected 1 to 65536, found 0"),
         ({"--recall": "2"}, 2, "recall: expected above 0 and up to 1, found 2.0"),
         ({"--memory-budget": "1GB"}, 2, "--memory-budget: expected --recall beside it, found none"),

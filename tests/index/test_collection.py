@@ -1,10 +1,13 @@
+import errno
 import json
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import faiss
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from index.ann.making import build_index as build_hnsw
@@ -324,6 +327,30 @@ def test_pickled_arrays_are_never_loaded(built, copy_collection):
     rehash(path)
     with pytest.raises(CollectionError, match="no such array"):
         Collection.open(path)
+
+
+@pytest.mark.parametrize("name", ["vectors.npy", "ids.npy", "rows.parquet"])
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"), MemoryError()])
+def test_a_system_that_cannot_open_a_file_does_not_blame_it(built, monkeypatch, name, error):
+    """Nobody builds a collection again for want of memory or descriptors."""
+
+    def refuse(opened):
+        def load(file, *args, **kwargs):
+            if Path(file).name == name:
+                raise error
+            return opened(file, *args, **kwargs)
+
+        return load
+
+    monkeypatch.setattr(np, "load", refuse(np.load))
+    monkeypatch.setattr(pq, "ParquetFile", refuse(pq.ParquetFile))
+    with pytest.raises(CollectionError) as caught:
+        Collection.open(built)
+    found = "MemoryError" if isinstance(error, MemoryError) else "Too many open files"
+    assert str(caught.value).endswith(
+        f"{name}: expected a file that the system opens, found {found}; mend that and open the "
+        "collection again: the file may be sound"
+    )
 
 
 def test_metadata_of_other_rows_is_refused(

@@ -1,4 +1,7 @@
+import errno
+import os
 from contextlib import closing
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -55,6 +58,26 @@ def test_a_bad_image_is_a_reject_and_its_batchmates_go_on(encoder):
     assert second.images_NHWC.shape == (0, 12, 12, 3)
     assert embed(encoder, second.images_NHWC).shape == (0, 16)
     assert len(first) == len(second) == len(third) == 3
+
+
+def test_an_image_that_its_storage_keeps_back_ends_the_stream(encoder):
+    """It may be good another time; one that is gone is a reject."""
+
+    def read(number):
+        fault = OSError(number, os.strerror(number))
+        raise ImageError(ImageFault.UNREADABLE, "image", found=fault.strerror) from fault
+
+    records = [
+        ImageRecord(os.strerror(n), None, partial(read, n)) for n in (errno.ENOENT, errno.EIO)
+    ]
+    gone, away = decode_batches(records[:1], encoder, batch_size=1), records[1:]
+    assert [reject.fault for batch in gone for reject in batch.rejects] == ["unreadable"]
+    with pytest.raises(SourceError) as caught:
+        list(decode_batches(away, encoder, batch_size=1))
+    assert str(caught.value).startswith(
+        "reading Input/output error: expected storage that works, found Input/output error; see to "
+        "it and run the same command again; if this file alone is lost, put an empty one"
+    )
 
 
 def test_reading_ahead_is_bounded(encoder):

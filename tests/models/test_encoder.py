@@ -2,6 +2,7 @@ import hashlib
 from dataclasses import replace
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from models.bundle import OutputSpec, write_bundle
@@ -95,6 +96,21 @@ def test_a_graph_that_onnx_runtime_refuses_is_named(make_bundle, tmp_path):
     files = {"encoder.onnx": hashlib.sha256(b"no graph").hexdigest()}
     with pytest.raises(EncoderError, match="expected an ONNX graph that ONNX Runtime loads"):
         OnnxEncoder(replace(bundle, files=files), graph=bundle.encoder_path)
+
+
+def test_a_graph_that_there_is_no_memory_for_is_not_blamed(make_bundle, monkeypatch):
+    """What ONNX Runtime says of a short allocation is no fault of the bundle."""
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError("Exception during initialization: std::bad_alloc")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", refuse)
+    with pytest.raises(EncoderError) as caught:
+        open_encoder(make_bundle().path)
+    assert str(caught.value).endswith(
+        "encoder.onnx: expected memory for this graph, found Exception during initialization: "
+        "std::bad_alloc; give this process more memory"
+    )
 
 
 def test_a_graph_other_than_described_is_refused(make_bundle):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import struct
 from pathlib import Path
 
@@ -94,6 +95,13 @@ def test_a_missing_file_is_told(tmp_path: Path) -> None:
     """The path is what to look at."""
     with pytest.raises(SourceError, match="found No such file or directory; check the path"):
         open_idx(tmp_path / "nothing")
+
+
+def test_a_pipe_is_told(tmp_path: Path) -> None:
+    """It would be waited for."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(SourceError, match="found no regular file; check the path"):
+        open_idx(tmp_path / "pipe")
 
 
 def test_labels_of_another_set_are_refused() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from models.errors import ImageError, ImageFault, SourceError
 from models.image_folder import FolderSource
-from models.image_source import MAX_READ_BYTES
+from models.image_source import MAX_READ_BYTES, storage_fault
 
 
 def fill(root: Path, *names: str) -> FolderSource:
@@ -92,17 +92,18 @@ def test_a_file_that_cannot_be_read_is_listed_and_raises_when_read(tmp_path: Pat
     }
 
 
+@pytest.mark.parametrize(("error", "fault"), [(errno.EACCES, None), (errno.EIO, errno.EIO)])
 def test_a_folder_that_cannot_be_listed_is_reported_like_a_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int, fault: int | None
 ) -> None:
-    """Its images are missing, and the reader is told so; the rest is read."""
+    """Its images are missing, and the reader is told, and whose fault it is; the rest is read."""
     source = fill(tmp_path, "cats/1.jpg", "closed/2.jpg")
     real = os.scandir
 
     def scandir(folder: str) -> object:
         """Refuse one folder: the superuser, who may run this test, could read any."""
         if folder.endswith("closed"):
-            raise PermissionError
+            raise OSError(error, os.strerror(error))
         return real(folder)
 
     monkeypatch.setattr(os, "scandir", scandir)
@@ -111,8 +112,9 @@ def test_a_folder_that_cannot_be_listed_is_reported_like_a_file(
         ("cats/1.jpg", "cats"),
         ("closed/", None),
     ]
-    with pytest.raises(ImageError, match=r"^closed/: expected a readable folder"):
+    with pytest.raises(ImageError, match=r"^closed/: expected a readable folder") as caught:
         records[1].read()
+    assert storage_fault(caught.value) == fault
 
 
 def test_a_root_that_cannot_be_listed_is_an_error(
@@ -137,6 +139,25 @@ def test_a_root_that_cannot_be_listed_is_an_error(
     with pytest.raises(SourceError) as caught:
         FolderSource(tmp_path)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("put", ["nothing", "another folder", "a file"])
+def test_a_root_that_is_gone_is_storage_that_fails(tmp_path: Path, put: str) -> None:
+    """None of its images is to blame, as one that was deleted is."""
+    root = tmp_path / "images"
+    first, second = fill(root, "a.png", "b.png").records()
+    (root / "a.png").unlink()
+    with pytest.raises(ImageError, match="found No such file or directory") as caught:
+        first.read()
+    assert storage_fault(caught.value) is None
+    root.rename(tmp_path / "away")
+    if put == "another folder":
+        root.mkdir()
+    elif put == "a file":
+        root.touch()
+    with pytest.raises(ImageError, match=r"found .*/images is out of reach, or another") as caught:
+        second.read()
+    assert storage_fault(caught.value) == errno.ESTALE
 
 
 def test_a_link_that_leads_nowhere_is_a_folder_that_cannot_be_read(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +14,7 @@ import pyarrow as pa
 import pytest
 
 from models.errors import ImageError, ImageFault, SourceError
+from models.image_source import storage_fault
 from models.webdataset import TarSource, expand_shards
 
 MODES = {"tar": "w", "tar.gz": "w:gz", "tgz": "w:gz", "tar.bz2": "w:bz2", "tar.xz": "w:xz"}
@@ -204,13 +207,50 @@ def test_an_empty_image_is_listed_and_raises_when_read(tmp_path: Path, kind: str
     assert second.read() == b"image"
 
 
-def test_a_shard_that_shrinks_under_a_reader_is_an_image_error(tmp_path: Path) -> None:
-    """A record outlives its iterator, so its shard may have changed."""
+@pytest.mark.parametrize("how", ["renamed over", "written to", "emptied"])
+def test_a_shard_that_was_replaced_gives_nobody_anothers_bytes(tmp_path: Path, how: str) -> None:
+    """A record outlives its iterator: where its image lay another may lie now."""
+    members = {"1.jpg": b"image one", "2.jpg": b"image two"}
+    shard = write_shard(tmp_path / "s.tar", members)
+    source = TarSource(str(shard))
+    first, _ = source.records()
+    assert source.load("s.tar/1.jpg") == first.read() == b"image one"
+    other = write_shard(tmp_path / "other.tar", dict(reversed(members.items())))
+    assert other.stat().st_size == shard.stat().st_size
+    if how == "renamed over":
+        other.replace(shard)
+    else:
+        data = other.read_bytes() + bytes(tarfile.RECORDSIZE)
+        shard.write_bytes(data if how == "written to" else b"")
+    with pytest.raises(SourceError) as caught:
+        first.read()
+    assert str(caught.value) == (
+        f"shard {shard}: expected the file that was listed, found another: the shard was "
+        "replaced or written to while it was read; let it rest, and run again"
+    )
+    if how != "emptied":
+        assert source.load("s.tar/1.jpg") == b"image one"
+
+
+def test_a_shard_that_is_gone_is_storage_that_fails(tmp_path: Path) -> None:
+    """None of its images is to blame."""
     shard = write_shard(tmp_path / "s.tar", {"1.jpg": b"image"})
     (record,) = TarSource(str(shard)).records()
-    shard.write_bytes(b"")
-    with pytest.raises(ImageError, match=r"found s\.tar has become shorter"):
+    shard.unlink()
+    with pytest.raises(
+        ImageError, match=r"s\.tar is out of reach, or another of its name"
+    ) as caught:
         record.read()
+    assert storage_fault(caught.value) == errno.ESTALE
+
+
+@pytest.mark.parametrize("name", ["s.tar", "s.tar.gz"])
+@pytest.mark.parametrize("pattern", ["{}", "*{}"])
+def test_a_pipe_is_no_shard(tmp_path: Path, name: str, pattern: str) -> None:
+    """It would be waited for."""
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(SourceError, match=f"found {name}, which is no regular file; check the"):
+        TarSource(f"{tmp_path}/{pattern.format(name)}")
 
 
 @pytest.mark.parametrize("name", ["folder", "photos.zip"])

@@ -10,22 +10,14 @@ Rules:
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import time
 
 from models.errors import ImageError
+from models.image_source import storage_fault
 from models.images import ImageData, ImageRecord
 from train.errors import TrainError
-
-OF_THE_FILE = frozenset(
-    {
-        errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR,
-        errno.ENAMETOOLONG, errno.ELOOP,
-    }
-)  # fmt: skip
-"""What the system says of a file whose storage works."""
 
 WAITS_S = (1.0, 2.0, 4.0, 8.0)
 """Before each further try: a server that is restarted or a path that fails over takes seconds."""
@@ -45,7 +37,7 @@ def read_image(record: ImageRecord) -> ImageData:
         try:
             return record.read()
         except ImageError as error:
-            fault = _storage_fault(error)
+            fault = storage_fault(error)
             if fault is None:
                 raise
             wait_s = next(waits_s, None)
@@ -53,13 +45,6 @@ def read_image(record: ImageRecord) -> ImageData:
                 raise _storage_failed(record, fault) from error
             log.warning("%s: %s; trying again in %g s", record.key, os.strerror(fault), wait_s)
         time.sleep(wait_s)
-
-
-def _storage_fault(error: ImageError) -> int | None:
-    """Give the number of the storage's error; None where the file is to blame."""
-    cause = error.__cause__
-    number = cause.errno if isinstance(cause, OSError) else None
-    return None if number in OF_THE_FILE else number
 
 
 def _storage_failed(record: ImageRecord, fault: int) -> TrainError:

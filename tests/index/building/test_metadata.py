@@ -1,4 +1,5 @@
 import gzip
+import os
 from datetime import UTC, date, datetime
 from decimal import Decimal
 
@@ -33,6 +34,14 @@ def write(tmp_path):
         return file
 
     return write
+
+
+@pytest.mark.parametrize("name", ["pipe.csv", "pipe.csv.gz", "pipe.parquet"])
+def test_a_pipe_is_told(tmp_path, name):
+    """It would be waited for."""
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(CollectionError, match=f"{name}: expected a table .*no regular file"):
+        Metadata(tmp_path / name)
 
 
 def test_a_csv_gives_typed_columns_by_key(write):

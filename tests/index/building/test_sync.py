@@ -142,9 +142,57 @@ def test_rejects_are_tried_again_when_they_have_changed(options, folder, bundle,
     picture(bad, 253)
     assert facts(sync(options)) == {"new": 1, "unchanged": 12, "embedded": 1, "read": 13}
     bad.write_text("no image any more")
+    monkeypatch.setattr(sync_state, "SETTLED_S", -1e9)
     assert facts(sync(options)) == {"unchanged": 12, "rejected": 1, "read": 13}
     bad.unlink()
     check(options.out, folder, bundle)
+
+
+@pytest.mark.parametrize("n_bytes", [0, 40])
+def test_a_file_that_is_being_written_keeps_its_row(options, folder, monkeypatch, n_bytes):
+    """With its metadata, until nobody has written to it for a while."""
+    table = folder.parent / "m.csv"
+    table.write_text("key,price\na/00.png,7\n")
+    sync(dataclasses.replace(options, metadata=table))
+    file = folder / "a" / "00.png"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:n_bytes])
+    for _ in range(2):
+        counts = facts(sync(options))
+        counts.pop("read")
+        assert counts == {"unchanged": 11, "unreadable": 1, "rejected": 1}
+    with Collection.open(options.out) as collection:
+        assert collection.rows([id_of("a/00.png")])[0].metadata == {"price": 7}
+    file.write_bytes(whole)
+    assert facts(sync(options)) == {"unchanged": 12, "read": 12}
+    file.write_bytes(whole[:n_bytes])
+    monkeypatch.setattr(sync_state, "SETTLED_S", -1e9)
+    counts = facts(sync(options))
+    counts.pop("read")
+    assert counts == {"unchanged": 11, "rejected": 1}
+    assert count(options.out) == 11
+
+
+def test_an_image_that_is_written_to_after_it_was_looked_at_keeps_its_row(
+    options, folder, monkeypatch, settled
+):
+    """What the encoder was given may be half of it."""
+    sync(options)
+    file = folder / "a" / "00.png"
+    picture(file, 254)
+    whole, embed_batches = file.read_bytes(), sync_writing.embed_batches
+
+    def cut_and_embed(*args, **kwargs):
+        file.write_bytes(whole[:40])
+        return embed_batches(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sync_writing, "embed_batches", cut_and_embed)
+        assert facts(sync(options))["unreadable"] == 1
+    assert count(options.out) == 12
+    file.write_bytes(whole)
+    sync(options)
+    assert count(options.out) == 12
 
 
 def test_an_image_without_a_direction_is_rejected(options, folder, bundle):

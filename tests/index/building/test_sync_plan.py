@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -124,6 +126,19 @@ def test_what_cannot_be_read_stays_and_what_is_no_image_goes():
     assert sorted(plan.drop) == [1, 4]
     assert [one.key for one in plan.rejects] == ["away", "empty", "locked/", "l.png"]
     assert plan.gone == 1
+
+
+def test_what_is_being_written_stays_though_it_is_no_image():
+    """Whether it is empty, or as bad as it was the last time; it is looked at again."""
+    rejected = {"half": Reject(key="half", fault="corrupt", message="", digest="h")}
+    plan = plan_sync(
+        [replace(one, is_settled=False) for one in seen_of({"empty": "!empty", "half": "h"})],
+        {"empty": Stored(0, "1"), "half": Stored(1, "2")},
+        by_digest={"1": 0, "2": 1},
+        rejected=rejected,
+    )
+    assert (plan.retained, plan.drop, plan.gone) == ([0, 1], [], 0)
+    assert [one.key for one in plan.rejects] == ["empty", "half"]
 
 
 def test_a_reject_is_tried_again_when_it_has_changed():
