@@ -125,6 +125,25 @@ def try_network(options: PretrainOptions) -> None:
         initialise_from(options.init_from, network)
 
 
+def try_compiler(device: torch.device) -> None:
+    """Refuse `--compile` where torch cannot compile, before there is a run that needs it.
+
+    It takes seconds, most of which the network would take otherwise.
+
+    Raises:
+        TrainError: what torch compiles with is not there or does not work.
+    """
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
+    except RuntimeError as error:  # the base of dynamo's and inductor's, too
+        raise TrainError(
+            "--compile",
+            expected="a C++ compiler that torch.compile can use",
+            found=(str(error).splitlines() or [type(error).__name__])[0],
+            mend="install one, g++ or what CXX names, or leave --compile out",
+        ) from error
+
+
 def is_finished(options: PretrainOptions, run: RunDirectory, kept: RunConfig, ranks: Ranks) -> bool:
     """Say whether a run that goes on with its own options has taken its last step.
 

@@ -2,7 +2,7 @@
 
 Rules:
     A record is one JSON object with `step`; numbers only, so that any tool can read it.
-    TensorBoard has the same numbers, grouped by what they are about.
+    TensorBoard has the same numbers, grouped by what they are about, and as soon.
     After a resume the log has the records of an undisturbed run, at the same steps: those past
     the checkpoint are dropped before the first new one; without a checkpoint, all. The first
     new one may average fewer steps: see `train.books`.
@@ -14,13 +14,22 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import (  # type: ignore[import-untyped]  # it has no types
+    Event,
+    SessionLog,
+)
+from tensorboard.compat.proto.summary_pb2 import (  # type: ignore[import-untyped]  # as above
+    Summary,
+)
+from torch.utils.tensorboard import RecordWriter
 from tqdm import tqdm
 
 from models.command import LOG_EVERY_S
@@ -61,20 +70,53 @@ class RunLog:
         with atomic_file(jsonl) as temporary:
             temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
         self._file = jsonl.open("a")
-        self._events = SummaryWriter(str(tensorboard), purge_step=step + 1 if step else 0)
+        self._events = EventFile(tensorboard, first_step=step + 1 if step else 0)
 
     def close(self) -> None:
-        """Close both files."""
+        """Close the JSON lines; the events are never open for longer than a record takes."""
         self._file.close()
-        self._events.close()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Add one record; what is not finite becomes null, which JSON can say."""
+        """Add one record; what is not finite becomes null, which JSON can say.
+
+        Raises:
+            OSError: the disk is full or may not be written, or the run was taken away.
+        """
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
         self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            self._events.add_scalar(tensorboard_tag(name), value, step)
+        self._events.write(step, {tensorboard_tag(name): v for name, v in values.items()})
+
+
+class EventFile:
+    """A file of scalars for TensorBoard, opened anew for every record.
+
+    torch's SummaryWriter does that in a thread of its own, whose errors are a traceback, and
+    come to light at some later record.
+
+    Args:
+        folder: where the events of a run lie; made if it is not there.
+        first_step: what earlier files have of this step and later ones is void.
+    """
+
+    def __init__(self, folder: Path, *, first_step: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        # TensorBoard knows a file by the second word, and reads several in their names' order.
+        name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+        self._path = folder / name
+        self._add(Event(step=first_step, file_version="brain.Event:2"))
+        self._add(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Add one record by its tags."""
+        scalars = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        self._add(Event(step=step, summary=Summary(value=scalars)))
+
+    def _add(self, event: Event) -> None:
+        """Append one event."""
+        event.wall_time = time.time()
+        with self._path.open("ab") as file:
+            RecordWriter(file).write(event.SerializeToString())
 
 
 def read_log(jsonl: Path) -> list[dict[str, float]]:

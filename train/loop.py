@@ -28,6 +28,7 @@ from train.begin import (
     settle,
     show_views,
     start_or_resume,
+    try_compiler,
     try_network,
 )
 from train.books import Books
@@ -94,6 +95,8 @@ def learn(
 
     `kept` is what a run that goes on began with.
     """
+    if options.compile:
+        try_compiler(compute.device)
     data, options, config = read_data(options, run, kept, ranks)
     with closing(make_source(options, data, ranks)) as source, run.writing():
         trainer = make_trainer(

@@ -9,7 +9,8 @@ Rules:
     Outside of the main thread, where Python has no signals, nothing is ever asked.
 
 The exit status is 128 and the signal's number, as shells have it: 130 for Ctrl-C, 143 for
-SIGTERM, 138 for SIGUSR1, which `sbatch --signal=USR1@120` sends before the time is up.
+SIGTERM, 138 for SIGUSR1, which `sbatch --signal=USR1@120` sends before the time is up: to what
+`srun` has started, and not to what the batch script runs itself.
 torchrun itself dies of SIGUSR1 unless TORCHELASTIC_SIGNALS_TO_HANDLE names it.
 """
 

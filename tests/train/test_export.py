@@ -153,6 +153,21 @@ def test_a_graph_of_other_weights_fails(
         check_graph(bundle.random_path, graph, config, images_NHWC)
 
 
+def test_a_network_that_diverged_is_not_taken_for_a_bad_graph(
+    bundle: Bundle, run: RunDirectory, config: RunConfig, images_NHWC: NDArray[np.uint8]
+) -> None:
+    """No other version of torch would help: the run has to be looked at."""
+    graph, _, _ = graph_of(last_checkpoint(run), config)
+    with torch.no_grad():
+        next(graph.backbone.parameters()).fill_(torch.nan)
+    with pytest.raises(ExportError) as error:
+        check_graph(bundle.encoder_path, graph, config, images_NHWC)
+    assert str(error.value) == (
+        "the network's vectors of the training images: expected finite numbers, found NaN or "
+        "infinity in 400 of 400; look at the run's curves, and train it again with other options"
+    )
+
+
 def test_a_graph_that_depends_on_the_batch_fails(
     bundle: Bundle, run: RunDirectory, config: RunConfig, images_NHWC: NDArray[np.uint8],
     tmp_path: Path,

@@ -51,6 +51,17 @@ def test_a_resume_drops_what_lies_past_the_checkpoint(tmp_path: Path) -> None:
     assert read_log(file) == [{"step": 1}, {"step": 2}, {"step": 3, "loss": 1.0}]
 
 
+def test_a_resume_voids_the_events_past_the_checkpoint(tmp_path: Path) -> None:
+    """TensorBoard reads the sittings' files in their order, and shows each step once."""
+    for step, values in ((0, {1: 1.0, 2: 2.0, 3: 3.0}), (2, {3: 30.0})):
+        with closing(RunLog(tmp_path / "log.jsonl", tmp_path / "events", step=step)) as log:
+            for at, loss in values.items():
+                log.write(at, {"loss": loss})
+    events = EventAccumulator(str(tmp_path / "events")).Reload()
+    shown = [(e.step, e.value) for e in events.Scalars("loss/total")]
+    assert shown == [(1, 1.0), (2, 2.0), (3, 30.0)]
+
+
 def test_a_start_without_a_checkpoint_drops_all(tmp_path: Path) -> None:
     """The baselines of step 0 are measured again, and are there once."""
     file = tmp_path / "log.jsonl"

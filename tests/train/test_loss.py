@@ -237,16 +237,51 @@ def test_auto_takes_the_cheaper_form() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape1", "shape2"), [((8, 4), (8, 5)), ((1, 4), (1, 4)), ((8,), (8,)), ((2, 3, 4), (2, 3, 4))]
+    ("shape1", "shape2"),
+    [((8, 4), (8, 5)), ((1, 4), (1, 4)), ((8,), (8,)), ((2, 3, 4), (2, 3, 4)), ((8, 0), (8, 0))],
 )
 def test_wrong_shapes_are_named(shape1: tuple[int, ...], shape2: tuple[int, ...]) -> None:
     """What is not two equal batches is refused with both shapes."""
     with pytest.raises(TrainError) as error:
         barlow_twins_loss(torch.zeros(shape1), torch.zeros(shape2), lambd=0.1)
     assert str(error.value) == (
-        "embeddings of two views: expected two tensors of one shape (N, D), N at least 2, "
-        f"found {shape1} and {shape2}"
+        "embeddings of two views: expected two tensors of one shape (N, D), N at least 2 and D at "
+        f"least 1, found {shape1} and {shape2}"
     )
+
+
+def test_cross_entropy_needs_two_features() -> None:
+    """Of one there is no off-diagonal to push apart, and the loss would be -inf."""
+    z1, z2 = correlated_views(8, 1, 0, torch.float32)
+    with pytest.raises(TrainError, match=r"N at least 2 and D at least 2, found \(8, 1\) and"):
+        barlow_twins_loss(z1, z2, lambd=0.1, objective="cross-entropy")
+
+
+@pytest.mark.parametrize("objective", [*OBJECTIVES, "cross-entropy"])
+@pytest.mark.parametrize(
+    ("dtype1", "dtype2", "common"),
+    [
+        (torch.float32, torch.float64, torch.float64),
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.float16, torch.bfloat16, torch.float32),
+    ],
+)
+def test_views_of_two_dtypes_have_a_common_one(
+    dtype1: torch.dtype, dtype2: torch.dtype, common: torch.dtype, objective: Objective
+) -> None:
+    """In every form, whichever comes first; each view's gradient has the dtype of the view."""
+    z1, z2 = correlated_views(8, 4, 21, torch.float64)
+    for first, second in ((z1.to(dtype1), z2.to(dtype2)), (z1.to(dtype2), z2.to(dtype1))):
+        expected = barlow_twins_loss(
+            first.to(common), second.to(common), lambd=0.1, objective=objective
+        )
+        for form in FORMS if objective in OBJECTIVES else ("direct",):
+            views = [z.clone().requires_grad_() for z in (first, second)]
+            found = barlow_twins_loss(*views, lambd=0.1, objective=objective, form=form)
+            assert found.dtype == common
+            torch.testing.assert_close(found, expected)
+            for view, gradient in zip(views, torch.autograd.grad(found, views), strict=True):
+                assert gradient.dtype == view.dtype
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-2, 1e-3])

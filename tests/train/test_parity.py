@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from train.errors import ExportError
-from train.export.parity import Parity, measure_parity, require_batch_invariance, require_parity
+from train.export.parity import (
+    Parity,
+    measure_parity,
+    require_batch_invariance,
+    require_finite_network,
+    require_parity,
+)
 
 
 def vectors(seed: int) -> NDArray[np.float32]:
@@ -97,3 +105,35 @@ def test_rounding_that_depends_on_the_batch_is_said(caplog: pytest.LogCaptureFix
 
     assert 0 < require_batch_invariance(rounded, images) < 1e-5
     assert "differs by up to" in caplog.text
+
+
+def test_half_precision_may_round_by_its_own_step() -> None:
+    """A last bit of float16 is far more than one of float32, and far less than a mixed image."""
+    images = np.random.default_rng(0).integers(1, 256, (70, 2, 2, 1), dtype=np.uint8)
+
+    def rounded(share: float) -> Callable[[NDArray[np.uint8]], NDArray[np.float32]]:
+        def encode(batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+            vectors = batch.reshape(len(batch), -1).astype(np.float32)
+            vectors[:, 0] *= 1 + share * (len(batch) > 1)
+            return vectors
+
+        return encode
+
+    assert 1e-5 < require_batch_invariance(rounded(1e-3), images, precision="fp16") < 2e-3
+    with pytest.raises(ExportError, match=r"that each image has alone, to 0\.002, found"):
+        require_batch_invariance(rounded(1e-2), images, precision="fp16")
+    with pytest.raises(ExportError, match="that each image has alone, to 1e-05, found"):
+        require_batch_invariance(rounded(1e-3), images, precision="int8")
+
+
+def test_vectors_that_are_no_numbers_are_the_networks_fault() -> None:
+    """A run that diverged is told from a graph that is not the network."""
+    good = vectors(0)
+    require_finite_network(good)
+    good[3, 1], good[7] = np.nan, np.inf
+    with pytest.raises(ExportError) as error:
+        require_finite_network(good)
+    assert str(error.value) == (
+        "the network's vectors of the training images: expected finite numbers, found NaN or "
+        "infinity in 2 of 100; look at the run's curves, and train it again with other options"
+    )

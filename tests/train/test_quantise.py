@@ -13,18 +13,24 @@ import torch
 from torch import nn
 from torchvision.models import mobilenet_v3_small
 
+from models.bundle import ENCODER_FILE, PRECISION_FILES, Bundle, OutputSpec, write_bundle
 from models.networks import ResNet
 from models.preprocess import PreprocessSpec
+from train.backbones import build_backbone
+from train.config import NetworkOptions
+from train.data.training_data import WatchedImages
 from train.errors import ExportError
 from train.export.graph import EncoderGraph, write_onnx
 from train.export.parity import measure_parity, require_batch_invariance
-from train.export.precisions import require_finite
+from train.export.precisions import score_precisions, write_precisions
 from train.export.quantise import write_fp16, write_int8
 from train.export.readout import PooledReadout, WhitenedReadout
 from train.export.whitening import FeatureMoments, Whitening
 
 SPEC = PreprocessSpec(height=32, width=32, channels=3, resize=32)
 IMAGES = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), dtype=np.uint8)
+NO_ROWS = np.empty(0, np.int64)
+NOTHING_WATCHED = WatchedImages(images_NHWC=IMAGES[:0], labels_N=NO_ROWS, val=NO_ROWS, bank=NO_ROWS)
 
 
 def write_encoder(file: Path, backbone: nn.Module, stage_dims: tuple[int, ...]) -> None:
@@ -46,6 +52,19 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     backbone = ResNet(layout="resnet10", width=8, zero_init_residual=False)
     write_encoder(file, backbone, backbone.stage_dims)
     return file
+
+
+def make_draft(folder: Path, encoder: Path, **more: Path) -> Bundle:
+    """Put an encoder and its other precisions, by their name in a bundle, into one."""
+    (width,) = onnx.load(encoder).graph.output[0].type.tensor_type.shape.dim[1:]
+    return write_bundle(
+        folder / "draft",
+        name="draft",
+        files={ENCODER_FILE: encoder, **more},
+        preprocessing=SPEC,
+        output=OutputSpec(dim=width.dim_value),
+        provenance={},
+    )
 
 
 def run(file: Path, images: np.ndarray) -> np.ndarray:
@@ -124,6 +143,18 @@ def test_another_kind_of_network_can_be_written_in_every_precision(tmp_path: Pat
         assert run(tmp_path / f"{name}.onnx", IMAGES[:2]).shape == (2, 16)
 
 
+def test_a_transformer_can_be_had_in_half_precision(tmp_path: Path) -> None:
+    """Its last bits change with the batch, in float16 by more than float32 is allowed."""
+    torch.manual_seed(0)
+    backbone = build_backbone(NetworkOptions(layout="timm:vit_tiny_patch16_224"), 3, 32)
+    readout = PooledReadout(backbone.stage_dims)
+    file = tmp_path / ENCODER_FILE
+    write_onnx(EncoderGraph(backbone, readout, (0.5,) * 3, (0.25,) * 3), SPEC, file)
+    draft = make_draft(tmp_path, file, **write_precisions(file, ["fp16"], IMAGES))
+    scores = score_precisions(draft, NOTHING_WATCHED, IMAGES[:16])
+    assert scores.keys() == {"fp32", "fp16"}
+
+
 def test_a_graph_that_cannot_be_quantised_is_one_line(tmp_path: Path) -> None:
     """The export goes on without the precision."""
     file = tmp_path / "encoder.onnx"
@@ -134,10 +165,17 @@ def test_a_graph_that_cannot_be_quantised_is_one_line(tmp_path: Path) -> None:
         write_fp16(file, tmp_path / "fp16.onnx")
 
 
-def test_a_precision_that_overflows_is_refused_by_name() -> None:
-    """Before anything is written, and the way out is said."""
-    vectors = np.ones((70, 4), np.float32)
-    require_finite(vectors, "fp16")
-    vectors[66, 2] = np.inf
-    with pytest.raises(ExportError, match=r"precision fp16: .* in 1 of 70; export without --fp16"):
-        require_finite(vectors, "fp16")
+def test_a_precision_that_overflows_is_refused_by_name(encoder: Path, tmp_path: Path) -> None:
+    """It is not taken for one that mixes the images of a batch, and the way out is said."""
+    model, overflowing = onnx.load(encoder), tmp_path / "fp16.onnx"
+    (weight,) = (x for x in model.graph.initializer if x.name == "backbone.conv1.weight")
+    too_large = np.full(tuple(weight.dims), np.inf, np.float32)
+    weight.CopyFrom(onnx.numpy_helper.from_array(too_large, weight.name))
+    onnx.save(model, overflowing)
+    draft = make_draft(tmp_path, encoder, **{PRECISION_FILES["fp16"]: overflowing})
+    with pytest.raises(ExportError) as error:
+        score_precisions(draft, NOTHING_WATCHED, IMAGES[:16])
+    assert str(error.value) == (
+        "precision fp16: expected vectors of finite numbers, found NaN or infinity in 16 of 16; "
+        "export without --fp16"
+    )

@@ -123,3 +123,8 @@ def test_correlations_are_clear_at_zero_and_full_at_one() -> None:
     assert colours[..., 3].tolist() == [[0, 255], [255, 128]]
     assert (colours[0, 1, :3] != colours[1, 0, :3]).any()
     assert (colours[1, 0, :3] == colours[1, 1, :3]).all()
+
+
+def test_correlations_of_a_diverged_run_are_clear() -> None:
+    """NaN has no sign and no size, and is no reason for a warning."""
+    assert correlation_colours(np.array([[np.nan, 1.0]], np.float32))[..., 3].tolist() == [[0, 255]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 import signal
@@ -18,11 +19,13 @@ from PIL import Image
 from tests.train.states import final_state
 from train.checkpoint import list_checkpoints
 from train.config import PretrainOptions
+from train.device import DeviceBatch
 from train.errors import RunError
 from train.log import read_log
 from train.loop import pretrain
 from train.pretrain import choose_defaults
 from train.run import RunDirectory
+from train.trainer import StepOutcome, Trainer
 
 RunOptions = Callable[..., PretrainOptions]
 MODULE = [sys.executable, "-m", "train.pretrain"]
@@ -191,6 +194,31 @@ def test_a_full_disk_is_one_line(tmp_path: Path, run_options: RunOptions) -> Non
     assert not out.exists()
 
 
+def test_a_run_that_is_taken_away_is_one_line(
+    tmp_path: Path,
+    run_options: RunOptions,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The next record finds it, no thread says it in its own way, and room would not help."""
+    out, step = tmp_path / "run", Trainer.step
+
+    def take_away(trainer: Trainer, batch: DeviceBatch) -> StepOutcome:
+        if batch.step == 2:
+            shutil.rmtree(out)
+        return step(trainer, batch)
+
+    monkeypatch.setattr(Trainer, "step", take_away)
+    with pytest.raises(RunError) as error:
+        pretrain(run_options(out, knn_every_epochs=0))
+    assert str(error.value) == (
+        f"{out}: expected a directory that can be written, with room for what comes, found No such "
+        "file or directory; it or a part of it was taken away meanwhile: leave it be, and start "
+        "again"
+    )
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_a_place_that_cannot_be_written_is_found_before_the_images_are_read(
     tmp_path: Path, run_options: RunOptions, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -202,6 +230,25 @@ def test_a_place_that_cannot_be_written_is_found_before_the_images_are_read(
     ):
         pretrain(run_options(tmp_path / "file/run"))
     assert "reading" not in caplog.text
+
+
+def test_a_machine_that_cannot_compile_is_one_line(tmp_path: Path, run_options: RunOptions) -> None:
+    """It is found before the images are read, and leaves no run that could not go on."""
+    out = tmp_path / "run"
+    done = subprocess.run(
+        arguments(run_options(out), "--compile"), check=False, capture_output=True, text=True,
+        env={**os.environ, "CXX": "/none/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")},
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "reading" not in done.stderr
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith(
+        "python -m train.pretrain: --compile: expected a C++ compiler that torch.compile can use, "
+        "found InvalidCxxCompiler: No working C++ compiler found in "
+    )
+    assert said.endswith("; install one, g++ or what CXX names, or leave --compile out")
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("command", ["pretrain fashion-mnist --out {new}", "export {run}"])

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index.knn import knn_search
+from models.bundle import Precision
 from models.vectors import finish_vectors
 from train.errors import ExportError
 
@@ -34,8 +35,11 @@ TIE = 1e-6
 BATCH_SIZES = (1, 2, 3, 5, 8, 16, 32, 64)
 """Sizes in which an image must have the same vector."""
 
-MAX_BATCH_GAP = 1e-5
-"""Largest difference that they may make to a value of a vector of unit length."""
+MAX_BATCH_GAP: dict[Precision, float] = {"fp32": 1e-5, "int8": 1e-5, "fp16": 2e-3}
+"""Largest difference that they may make to a value of a vector of unit length.
+
+What remains float in int8 is float32. A last bit of float16 is worth up to 1e-3.
+"""
 
 log = logging.getLogger("horace")
 
@@ -89,6 +93,30 @@ def neighbour_overlap(reference_ND: NDArray[np.float32], found_ND: NDArray[np.fl
     return float((cosines(_neighbours(found_ND)) >= least_N1 - TIE).mean())
 
 
+def require_finite_network(vectors_ND: NDArray[np.float32]) -> None:
+    """Refuse a network that gives no numbers, as one that diverged: no graph of it could.
+
+    Args:
+        vectors_ND: of training images, from torch.
+
+    Raises:
+        ExportError: saying of how many images a vector is not finite.
+    """
+    n_bad = count_not_finite(vectors_ND)
+    if n_bad:
+        raise ExportError(
+            "the network's vectors of the training images",
+            expected="finite numbers",
+            found=f"NaN or infinity in {n_bad} of {len(vectors_ND)}",
+            mend="look at the run's curves, and train it again with other options",
+        )
+
+
+def count_not_finite(vectors_ND: NDArray[np.float32]) -> int:
+    """Count the vectors that have NaN or infinity."""
+    return int((~np.isfinite(vectors_ND)).any(axis=1).sum())
+
+
 def require_parity(parity: Parity) -> None:
     """Refuse a graph that is not the network.
 
@@ -104,13 +132,21 @@ def require_parity(parity: Parity) -> None:
 
 
 def require_batch_invariance(
-    encode: Callable[[NDArray[np.uint8]], NDArray[np.float32]], images_NHWC: NDArray[np.uint8]
+    encode: Callable[[NDArray[np.uint8]], NDArray[np.float32]],
+    images_NHWC: NDArray[np.uint8],
+    *,
+    precision: Precision = "fp32",
 ) -> float:
     """Refuse a graph that gives one image different vectors in different batches.
 
     A server batches whatever arrives together, and a vector must not depend on that. Our own
     networks give the same bits. A transformer's products are of matrices as long as the
     batch, which ONNX Runtime rounds otherwise at another length: that much is allowed.
+
+    Args:
+        encode: gives (N, D) float32 of (N, H, W, C) uint8.
+        images_NHWC: what to embed alone and in batches of every size.
+        precision: the graph's, which says how much is rounding.
 
     Returns:
         The largest difference found, between vectors of unit length.
@@ -120,14 +156,15 @@ def require_batch_invariance(
     """
     alone = [encode(images_NHWC[i : i + 1]) for i in range(len(images_NHWC))]
     alone_ND, largest = finish_vectors(np.concatenate(alone)), 0.0
+    allowed = MAX_BATCH_GAP[precision]
     for size in BATCH_SIZES:
         for start in range(0, len(images_NHWC), size):
             batched_nD = finish_vectors(encode(images_NHWC[start : start + size]))
             gap = float(np.abs(batched_nD - alone_ND[start : start + size]).max())
-            if not gap <= MAX_BATCH_GAP:  # NaN is refused, too
+            if not gap <= allowed:  # NaN is refused, too
                 raise ExportError(
                     f"vectors in batches of {size}",
-                    expected=f"those that each image has alone, to {MAX_BATCH_GAP:g}",
+                    expected=f"those that each image has alone, to {allowed:g}",
                     found=f"a difference of up to {gap:.3g}",
                     mend="no operation of the graph may mix images or depend on their number",
                 )

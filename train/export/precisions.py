@@ -3,7 +3,7 @@
 Rules:
     Every precision that is written is scored against fp32 on the run's own images: cosine,
     neighbour overlap, and kNN accuracy on held-out ones where the run has any.
-    Each is held to the batch invariance that fp32 is held to.
+    Each is held to batch invariance, to its own rounding.
     A precision that costs more than `MOST_KNN_LOST` is written with a warning: whether its
     speed is worth that is for its user to say.
 
@@ -27,7 +27,12 @@ from models.encoder import Encoder
 from models.runtime import open_bundle
 from train.data.training_data import WatchedImages
 from train.errors import ExportError
-from train.export.parity import Parity, measure_parity, require_batch_invariance
+from train.export.parity import (
+    Parity,
+    count_not_finite,
+    measure_parity,
+    require_batch_invariance,
+)
 from train.export.quantise import write_fp16, write_int8
 from train.export.write_graph import INVARIANCE_IMAGES
 from train.monitor import knn_accuracy
@@ -107,9 +112,10 @@ def score_precisions(
     for precision in draft.precisions:
         with ExitStack() as stack:
             encoder = stack.enter_context(closing(open_bundle(draft.path, precision=precision)))
-            require_batch_invariance(encoder.encode, images_NHWC[:INVARIANCE_IMAGES])
             vectors_ND = encode_all(encoder, images_NHWC, precision)
-            require_finite(vectors_ND, precision)
+            require_finite(vectors_ND, precision)  # first: else NaN would pass for mixed images
+            few_NHWC = images_NHWC[:INVARIANCE_IMAGES]
+            require_batch_invariance(encoder.encode, few_NHWC, precision=precision)
             knn = knn_of(encoder, watched, precision)
         if precision == "fp32":
             reference_ND, reference_knn = vectors_ND, knn
@@ -132,7 +138,7 @@ def require_finite(vectors_ND: NDArray[np.float32], precision: str) -> None:
     Raises:
         ExportError: a vector has a number that is none.
     """
-    n_bad = int((~np.isfinite(vectors_ND)).any(axis=1).sum())
+    n_bad = count_not_finite(vectors_ND)
     if n_bad:
         raise ExportError(
             f"precision {precision}",

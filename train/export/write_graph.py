@@ -25,7 +25,13 @@ from train.device import resolve_compute
 from train.export.graph import EncoderGraph, embed_with_torch, write_onnx
 from train.export.images import spread_rows
 from train.export.options import Readout
-from train.export.parity import Parity, measure_parity, require_batch_invariance, require_parity
+from train.export.parity import (
+    Parity,
+    measure_parity,
+    require_batch_invariance,
+    require_finite_network,
+    require_parity,
+)
 from train.export.readout_fit import FittedReadout, fit_readout
 from train.export.run_graph import RunGraph
 from train.run import RunConfig
@@ -87,9 +93,12 @@ def check_graph(
     """Open a graph as a server would, and hold it against torch and against itself.
 
     Raises:
-        ExportError: it falls short of a threshold of `train.export.parity`.
+        ExportError: it falls short of a threshold of `train.export.parity`, or the network's
+            own vectors are not finite.
         EncoderError: ONNX Runtime refuses it.
     """
+    reference_ND = embed_with_torch(graph, images_NHWC)
+    require_finite_network(reference_ND)
     with tempfile.TemporaryDirectory() as folder:
         draft = write_bundle(
             Path(folder) / "draft",
@@ -100,9 +109,7 @@ def check_graph(
             provenance={},
         )
         with closing(open_bundle(draft.path)) as encoder:
-            parity = measure_parity(
-                embed_with_torch(graph, images_NHWC), encoder.encode(images_NHWC)
-            )
+            parity = measure_parity(reference_ND, encoder.encode(images_NHWC))
             require_parity(parity)
             require_batch_invariance(encoder.encode, images_NHWC[:INVARIANCE_IMAGES])
             return parity

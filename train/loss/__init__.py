@@ -103,7 +103,7 @@ def barlow_twins_loss(
     Arguments and errors are those of `loss_terms`, which has more of them.
 
     Returns:
-        The loss, a scalar of float32, or of float64 for float64 embeddings.
+        The loss, a scalar of float32, or of float64 where a view is.
     """
     return loss_terms(z1_ND, z2_ND, lambd=lambd, objective=objective, form=form, eps=eps).loss
 
@@ -125,8 +125,9 @@ def loss_terms(
 
     Args:
         z1_ND: (N, D) embeddings of the first view, any floating dtype; N, over all ranks,
-            at least 2.
-        z2_ND: (N, D) embeddings of the second view, in the same order.
+            at least 2; D at least 1, and 2 for `cross-entropy`.
+        z2_ND: (N, D) embeddings of the second view, in the same order. Of another dtype both
+            are brought to the one that holds either.
         lambd: weight of the redundancy term; the paper has .0051 at D = 8192.
         objective: what the off-diagonal is drawn to: 0 (`barlow`) or -1 (`hsic`); or the
             paper's ablation `cross-entropy`.
@@ -142,15 +143,17 @@ def loss_terms(
         eps: added to each variance; far below the variances of the embeddings.
 
     Returns:
-        The terms, in float32, or in float64 for float64 embeddings.
+        The terms, in float32, or in float64 where a view is.
 
     Raises:
-        TrainError: the shapes are not two equal (N, D); a name or a combination of names
-            does not exist.
+        TrainError: the shapes are not two equal (N, D), or too small; a name or a
+            combination of names does not exist.
     """
     _check_names(objective, form, terms, normalise)
     world = world_size(group)
-    _check_shapes(z1_ND, z2_ND, world)
+    _check_shapes(z1_ND, z2_ND, world, least_dim=2 if objective == "cross-entropy" else 1)
+    common = torch.promote_types(z1_ND.dtype, z2_ND.dtype)
+    z1_ND, z2_ND = z1_ND.to(common), z2_ND.to(common)
     is_ablation = objective == "cross-entropy" or normalise == "features"
     if is_ablation and form not in ("auto", "direct"):
         raise TrainError(
@@ -224,11 +227,12 @@ def _check_names(objective: str, form: str, terms: str, normalise: str) -> None:
             raise TrainError(f"{what} of the loss", expected=" or ".join(known), found=repr(name))
 
 
-def _check_shapes(z1_ND: Tensor, z2_ND: Tensor, world: int) -> None:
-    """Refuse what is not a batch of pairs."""
-    if z1_ND.ndim != 2 or z1_ND.shape != z2_ND.shape or len(z1_ND) * world < 2:
+def _check_shapes(z1_ND: Tensor, z2_ND: Tensor, world: int, *, least_dim: int) -> None:
+    """Refuse what is not a batch of pairs, or has too few of them or of features."""
+    are_alike = z1_ND.ndim == 2 and z1_ND.shape == z2_ND.shape
+    if not are_alike or len(z1_ND) * world < 2 or z1_ND.shape[1] < least_dim:
         raise TrainError(
             "embeddings of two views",
-            expected="two tensors of one shape (N, D), N at least 2",
+            expected=f"two tensors of one shape (N, D), N at least 2 and D at least {least_dim}",
             found=f"{tuple(z1_ND.shape)} and {tuple(z2_ND.shape)}",
         )

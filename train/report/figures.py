@@ -77,7 +77,8 @@ def matrix_svg(matrix: NDArray[np.float32], dims: int, alt: str) -> Html:
 
 
 def correlation_colours(matrix: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Colour correlations: (H, W, 4) uint8, blue above zero, red below, clear at zero."""
+    """Colour correlations: (H, W, 4) uint8, blue above zero, red below, clear at zero and NaN."""
+    matrix = np.nan_to_num(matrix)
     is_positive = (matrix >= 0)[..., None]
     rgb = np.where(is_positive, np.array(POSITIVE_RGB), np.array(NEGATIVE_RGB))
     alpha = np.rint(255 * np.abs(matrix))[..., None]
