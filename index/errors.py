@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from models.errors import HoraceError
+import errno
+from pathlib import Path
+
+from models.errors import HoraceError, reason_of
 
 
 class IndexingError(HoraceError):
@@ -33,3 +36,32 @@ def unknown_id(id_: int, *, count: int, name: str) -> UnknownIdError:
         found="none such",
         mend="take ids from a search of this collection",
     )
+
+
+def refuse_to_blame(file: Path, error: Exception) -> None:
+    """Say what the system said where it lacks memory, descriptors or rights.
+
+    Args:
+        file: what could not be opened or read.
+        error: why, of whatever reads it.
+
+    Raises:
+        CollectionError: it is the system; else the file may be to blame.
+    """
+    if isinstance(error, OSError):
+        is_system = error.errno not in (None, errno.ENOENT, errno.EISDIR, errno.ENOTDIR)
+    else:  # Python's parser says so of a header that is none
+        is_system = isinstance(error, MemoryError) and "Parser" not in str(error)
+    if is_system:
+        reason = reason_of(error) if isinstance(error, OSError) else first_line(error)
+        raise CollectionError(
+            str(file),
+            expected="a file that the system opens",
+            found=reason,
+            mend="mend that and open the collection again: the file may be sound",
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """Give what an error says, on one line."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

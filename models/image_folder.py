@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -54,11 +55,13 @@ class _Listing:
 
     Attributes:
         keys: the images, sorted; an unreadable folder is listed too, ending in `/`.
+        faults: why the folders among the keys cannot be read.
         ignored: how many files were passed over, by suffix.
         has_archives: whether tar files are among those.
     """
 
     keys: list[str]
+    faults: dict[str, OSError]
     ignored: Counter[str]
     has_archives: bool
 
@@ -73,15 +76,16 @@ class FolderSource:
     def __init__(self, root: Path) -> None:
         self.root = Path(os.path.abspath(root))
         try:
-            is_folder = self.root.is_dir()
-            self._was = os.stat(self.root) if is_folder else None
-        except OSError as error:  # not of what is not there, but of a share that is away
+            self._was: os.stat_result | None = os.stat(self.root)
+        except (FileNotFoundError, NotADirectoryError):
+            self._was = None
+        except OSError as error:  # such as of a share that is away
             raise _cannot_list(self.root, error) from error
-        if not is_folder:
+        if self._was is None or not stat.S_ISDIR(self._was.st_mode):
             raise SourceError(
                 f"image folder {root}",
                 expected="a folder",
-                found="a file" if self.root.exists() else "nothing",
+                found="nothing" if self._was is None else "a file",
                 mend="check the path",
             )
 
@@ -162,13 +166,15 @@ class FolderSource:
             return None
 
     def _read(self, key: str) -> bytes:
-        """Read the file of a key; where it cannot be had, see whether the root is to blame."""
+        """Read the file of a key; where it cannot be had, see whether a folder is to blame."""
         try:
             return self._read_file(key)
         except ImageError as error:
-            if error.__cause__ is None or storage_fault(error) is not None or self._is_there():
+            if error.__cause__ is None or storage_fault(error) is not None:
                 raise
-        cause = away(self.root)
+            if (folder := self._folder_away(key)) is None:
+                raise
+        cause = away(folder)
         raise ImageError(
             ImageFault.UNREADABLE, key, expected="a readable file", found=reason_of(cause)
         ) from cause
@@ -182,24 +188,22 @@ class FolderSource:
                 expected="a readable folder",
                 found="one that cannot be listed",
                 mend="check its permissions, and where it leads if it is a link",
-            ) from self._listing_fault(key)
+            ) from self._listing.faults.get(key)
         return read_image_file(self._path(key), key)
 
-    def _listing_fault(self, key: str) -> OSError | None:
-        """Ask the system once more why the folder of a key cannot be listed."""
-        try:
-            os.scandir(str(self._path(key))).close()
-        except OSError as error:
-            return error
-        return None
+    def _folder_away(self, key: str) -> Path | None:
+        """Give the folder that is to blame for a file, the root or its own; None where it is not.
 
-    def _is_there(self) -> bool:
-        """Tell whether the root is the folder that was opened, and files in it can be had."""
+        The root must be the folder that was opened, and let files in it be had.
+        """
         try:
             info = os.stat(os.path.join(self.root, "."))  # which takes the right to enter it
         except OSError:
-            return False
-        return self._was is not None and os.path.samestat(info, self._was)
+            return self.root
+        if self._was is None or not os.path.samestat(info, self._was):
+            return self.root
+        folder = self._path(key).parent
+        return None if os.path.isdir(folder) else folder
 
     def _path(self, key: str) -> Path:
         """Give the file of a key, which may have had its bytes escaped."""
@@ -216,6 +220,7 @@ def _walk(root: Path) -> _Listing:
         SourceError: `root` itself cannot be listed.
     """
     keys: list[str] = []
+    faults: dict[str, OSError] = {}
     ignored: Counter[str] = Counter()
     has_archives = False
     folders: list[tuple[str, str, tuple[tuple[int, int], ...]]] = [(str(root), "", ())]
@@ -227,7 +232,7 @@ def _walk(root: Path) -> _Listing:
         except OSError as error:
             if not prefix:
                 raise _cannot_list(root, error) from error
-            keys.append(prefix)
+            faults[prefix] = error
             continue
         identity = (info.st_dev, info.st_ino)
         if identity in above:
@@ -240,12 +245,12 @@ def _walk(root: Path) -> _Listing:
                 folders.append((entry.path, below, (*above, identity)))
             elif (suffix := os.path.splitext(entry.name)[1].lower()) in IMAGE_SUFFIXES:
                 keys.append(prefix + _escape(entry.name))
-            elif _is_lost(entry):
-                keys.append(f"{prefix}{_escape(entry.name)}/")
+            elif (fault := _fault_of(entry)) is not None:
+                faults[f"{prefix}{_escape(entry.name)}/"] = fault
             else:
                 ignored[_escape(suffix) or NO_SUFFIX] += 1
                 has_archives |= ".tar" in entry.name or entry.name.endswith(".tgz")
-    return _Listing(sorted(keys), ignored, has_archives)
+    return _Listing(sorted([*keys, *faults]), faults, ignored, has_archives)
 
 
 def passed_over(counts: Mapping[str, int]) -> str:
@@ -285,15 +290,15 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _is_lost(entry: os.DirEntry[str]) -> bool:
-    """Tell whether nobody knows what an entry is, as of a link that leads nowhere."""
+def _fault_of(entry: os.DirEntry[str]) -> OSError | None:
+    """Say why nobody knows what an entry is, as of a link that leads nowhere; None of others."""
     try:
         entry.stat()
-    except FileNotFoundError:  # a file that is no link was deleted just now
-        return entry.is_symlink()
-    except OSError:
-        return True
-    return False
+    except FileNotFoundError as error:  # a file that is no link was deleted just now
+        return error if entry.is_symlink() else None
+    except OSError as error:
+        return error
+    return None
 
 
 def _escape(name: str) -> str:

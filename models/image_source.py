@@ -93,6 +93,7 @@ class ImageSource(Protocol):
 
         Raises:
             ImageError: the key is not in the source, or its image cannot be read.
+            SourceError: what holds the image is damaged, or was replaced meanwhile.
         """
         ...
 

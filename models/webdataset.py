@@ -62,17 +62,18 @@ _LABELS = frozenset({".cls", ".json"})
 
 
 class _FileId(NamedTuple):
-    """By what a plain shard is known for the one that was listed."""
+    """By what a plain shard is known for the one that was listed.
 
-    device: int
-    inode: int
+    Not by its inode: some network file systems give an untouched file another one.
+    """
+
     size: int
     modified_ns: int
 
     @classmethod
     def of(cls, info: os.stat_result) -> _FileId:
         """Take it from what the system says of a file."""
-        return cls(info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns)
+        return cls(info.st_size, info.st_mtime_ns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,9 +273,14 @@ def _read_image(shard: Path, member: _Member, key: str) -> bytes:
         return _read(shard, member)
     except OSError as error:
         cause = away(shard) if error.errno in OF_THE_FILE else error
-        raise ImageError(
-            ImageFault.UNREADABLE, key, expected="a readable shard", found=reason_of(cause)
-        ) from cause
+        raise _cannot_read(key, cause) from cause
+
+
+def _cannot_read(key: str, cause: OSError) -> ImageError:
+    """Say that the shard of an image cannot be read."""
+    return ImageError(
+        ImageFault.UNREADABLE, key, expected="a readable shard", found=reason_of(cause)
+    )
 
 
 def _read(shard: Path, member: _Member) -> bytes:
@@ -297,7 +303,12 @@ def _read(shard: Path, member: _Member) -> bytes:
 
 def _load_plain(shard: Path, shard_name: str, key: str, uri: str) -> bytes:
     """Read an image of a plain shard through its table of contents."""
-    contents = _contents(shard, _FileId.of(shard.stat()))
+    try:
+        which = _FileId.of(shard.stat())
+    except OSError as error:
+        cause = away(shard) if error.errno in OF_THE_FILE else error
+        raise _cannot_read(key, cause) from cause
+    contents = _contents(shard, which)
     member = contents.get(key.removeprefix(f"{shard_name}/"))
     if member is None:
         raise unknown_key(key, uri)

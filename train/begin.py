@@ -133,14 +133,16 @@ def try_compiler(device: torch.device) -> None:
     Raises:
         TrainError: what torch compiles with is not there or does not work.
     """
+    one = torch.zeros(1, device=device)
     try:
-        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
+        torch.compile(lambda x: x + 1)(one)
     except RuntimeError as error:  # the base of dynamo's and inductor's, too
         raise TrainError(
             "--compile",
-            expected="a C++ compiler that torch.compile can use",
+            expected="what torch.compile needs",
             found=(str(error).splitlines() or [type(error).__name__])[0],
-            mend="install one, g++ or what CXX names, or leave --compile out",
+            mend="install a C++ compiler, g++ or what CXX names, and for a GPU Triton, or leave "
+            "--compile out",
         ) from error
 
 

@@ -25,18 +25,12 @@ class ExportError(TrainError):
 def writing(path: Path, *, mend: str) -> Iterator[None]:
     """Turn a disk that is full or may not be written into one line about `path`.
 
-    Args:
-        path: what is written, a file or a directory.
-        mend: what to do, unless it is gone.
-
     Raises:
         RunError: in place of an OSError.
     """
     try:
         yield
     except OSError as error:
-        if isinstance(error, FileNotFoundError):
-            mend = "it or a part of it was taken away meanwhile: leave it be, and start again"
         raise RunError(
             str(path),
             expected="a directory that can be written, with room for what comes",

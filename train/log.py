@@ -101,7 +101,7 @@ class EventFile:
 
     def __init__(self, folder: Path, *, first_step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        # TensorBoard knows a file by the second word, and reads several in their names' order.
+        # TensorBoard knows a file by `tfevents`, and reads several in their names' order.
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
         self._path = folder / name
         self._add(Event(step=first_step, file_version="brain.Event:2"))

@@ -156,7 +156,7 @@ class RunDirectory:
 
     def writing(self) -> AbstractContextManager[None]:
         """Give a context in which an OSError becomes a `RunError` of this directory."""
-        mend = "make room or choose another --out; a run that has begun goes on with --resume"
+        mend = "mend that or choose another --out; a run that has begun goes on with --resume"
         return writing(self.path, mend=mend)
 
     def _lock(self, lock: int) -> None:

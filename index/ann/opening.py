@@ -9,6 +9,7 @@ Rules:
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from index.ann.ann_index import AnnIndex
 from index.ann.hnsw_file import graph_fault
 from index.ann.kinds import Kind, lists_of, parse_kind
-from index.errors import CollectionError
+from index.errors import CollectionError, first_line, refuse_to_blame
 from index.knn import EUCLIDEAN, faiss_metric
 from models.errors import UsageError
 
@@ -91,17 +92,21 @@ def _limit(kind: Kind, size_bytes: int) -> int:
 
 def _deserialise(file: Path, kind: Kind, expected: str) -> faiss.Index:
     """Read an index within the bytes that its file has."""
+    try:
+        with file.open("rb") as opened:  # for FAISS every error is the file's
+            size_bytes = os.fstat(opened.fileno()).st_size
+    except OSError as error:
+        refuse_to_blame(file, error)
+        raise
     with _deserialisation:
         before = faiss.get_deserialization_vector_byte_limit()
-        faiss.set_deserialization_vector_byte_limit(_limit(kind, file.stat().st_size))
+        faiss.set_deserialization_vector_byte_limit(_limit(kind, size_bytes))
         try:
             # No tables for codes of residuals, which ours are not.
             return faiss.read_index(str(file), faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE)
         except (RuntimeError, MemoryError) as error:
-            reason = str(error).splitlines()[0]
-            raise CollectionError(
-                str(file), expected=expected, found=f"no FAISS index ({reason})", mend=MEND
-            ) from error
+            found = f"no FAISS index ({first_line(error)})"
+            raise CollectionError(str(file), expected=expected, found=found, mend=MEND) from error
         finally:
             faiss.set_deserialization_vector_byte_limit(before)
 

@@ -131,6 +131,6 @@ def _hash(
                 digest = digest_of(record.read())
             except ImageError as error:
                 reject = Reject.of(record.key, error)
-        is_settled = scan.is_settled(source, record.key)
+        is_settled = not need_digests or scan.is_settled(source, record.key)
         seen.append(Seen(record.key, record.label, digest, reject, is_settled))
     return seen

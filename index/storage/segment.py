@@ -19,7 +19,6 @@ Rules:
 
 from __future__ import annotations
 
-import errno
 import tokenize
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -38,14 +37,14 @@ from index.ann.kinds import HNSW as HNSW
 from index.ann.kinds import NEIGHBOURS, parameter_names
 from index.ann.making import build_index, write_index
 from index.ann.opening import open_index
-from index.errors import CollectionError
+from index.errors import CollectionError, first_line, refuse_to_blame
 from index.knn import COSINE, MISSING, knn_search, pad_neighbours
 from index.selection import Chosen, Selector, count_candidates, is_exact_cheaper
 from index.storage.manifest import Manifest, SegmentEntry, check_file
 from index.storage.rows import ROW_SCHEMA as ROW_SCHEMA
 from index.storage.rows import in_schema, is_row_schema
 from index.storage.rows_file import read_table
-from models.errors import UsageError, reason_of
+from models.errors import UsageError
 
 SEGMENTS = "segments"
 
@@ -362,8 +361,8 @@ def open_array(
         if sound and not mapped:
             array = np.array(array)
     except (*_BAD_ARRAY, OSError) as error:
-        _refuse_to_blame(file, error)
-        found, sound = f"no such array ({_first_line(error)})", False
+        refuse_to_blame(file, error)
+        found, sound = f"no such array ({first_line(error)})", False
     if not sound:
         raise CollectionError(
             str(file),
@@ -374,31 +373,6 @@ def open_array(
     return array
 
 
-def _refuse_to_blame(file: Path, error: Exception) -> None:
-    """Say what the system said where it lacks memory, descriptors or rights.
-
-    Raises:
-        CollectionError: so it is.
-    """
-    if isinstance(error, OSError):
-        is_system = error.errno not in (None, errno.ENOENT, errno.EISDIR, errno.ENOTDIR)
-    else:  # Python's parser says so of a header that is none
-        is_system = isinstance(error, MemoryError) and "Parser" not in str(error)
-    if is_system:
-        reason = reason_of(error) if isinstance(error, OSError) else _first_line(error)
-        raise CollectionError(
-            str(file),
-            expected="a file that the system opens",
-            found=reason,
-            mend="mend that and open the collection again: the file may be sound",
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    """Give what an error says, on one line."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
 def _open_rows(file: Path, ids_N: NDArray[np.int64]) -> pa.Table:
     """Read the metadata, which must have the vectors' ids in the vectors' order."""
     try:
@@ -406,8 +380,8 @@ def _open_rows(file: Path, ids_N: NDArray[np.int64]) -> pa.Table:
         found = f"{len(rows)} rows of {', '.join(rows.column_names)} that do not match"
         sound = is_row_schema(rows.schema) and np.array_equal(rows["id"].to_numpy(), ids_N)
     except (pa.ArrowException, OSError, MemoryError, ValueError) as error:
-        _refuse_to_blame(file, error)
-        found, sound = f"no such table ({_first_line(error)})", False
+        refuse_to_blame(file, error)
+        found, sound = f"no such table ({first_line(error)})", False
     if not sound:
         raise CollectionError(
             str(file),

@@ -80,6 +80,9 @@ TOO_LARGE = "message larger than max"
 TIME_IS_UP = "Deadline Exceeded"
 """What gRPC itself says with DEADLINE_EXCEEDED."""
 
+NO_REPLY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+"""What a call may end with that never came to a server."""
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -369,6 +372,7 @@ class Planner:
             if not isinstance(answer, Failure):
                 self._has_replied = True
                 return answer
+            self._has_replied |= answer.code not in NO_REPLY
             failures += 1
             wait_s = self._wait_s(answer, failures, deadline)
             if self._handshake_mend(answer):

@@ -106,8 +106,9 @@ def test_a_folder_that_cannot_be_listed_is_reported_like_a_file(
             raise OSError(error, os.strerror(error))
         return real(folder)
 
-    monkeypatch.setattr(os, "scandir", scandir)
-    records = list(source.records())
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", scandir)
+        records = list(source.records())
     assert [(record.key, record.label) for record in records] == [
         ("cats/1.jpg", "cats"),
         ("closed/", None),
@@ -135,9 +136,10 @@ def test_a_root_that_cannot_be_listed_is_an_error(
     with pytest.raises(SourceError) as caught:
         source.count()
     assert str(caught.value) == message
-    monkeypatch.setattr(Path, "is_dir", scandir)
+    monkeypatch.setattr(os, "stat", scandir)
     with pytest.raises(SourceError) as caught:
         FolderSource(tmp_path)
+    monkeypatch.undo()
     assert str(caught.value) == message
 
 
@@ -158,6 +160,19 @@ def test_a_root_that_is_gone_is_storage_that_fails(tmp_path: Path, put: str) -> 
     with pytest.raises(ImageError, match=r"found .*/images is out of reach, or another") as caught:
         second.read()
     assert storage_fault(caught.value) == errno.ESTALE
+
+
+def test_a_folder_that_is_gone_is_storage_that_fails(tmp_path: Path) -> None:
+    """As where a class lies on another disk, which is no longer mounted."""
+    source = fill(tmp_path / "images", "cats/1.png")
+    fill(tmp_path / "disk", "2.png")
+    (tmp_path / "images" / "birds").symlink_to(tmp_path / "disk")
+    bird, cat = source.records()
+    (tmp_path / "disk").rename(tmp_path / "away")
+    with pytest.raises(ImageError, match=r"found .*/images/birds is out of reach") as caught:
+        bird.read()
+    assert storage_fault(caught.value) == errno.ESTALE
+    assert cat.read()
 
 
 def test_a_link_that_leads_nowhere_is_a_folder_that_cannot_be_read(tmp_path: Path) -> None:

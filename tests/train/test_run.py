@@ -188,7 +188,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, run_options: RunOptions) -> Non
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1] == (
         f"python -m train.pretrain: {out}: expected a directory that can be written, with room "
-        "for what comes, found File too large; make room or choose another --out; a run that has "
+        "for what comes, found File too large; mend that or choose another --out; a run that has "
         "begun goes on with --resume"
     )
     assert not out.exists()
@@ -200,7 +200,7 @@ def test_a_run_that_is_taken_away_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """The next record finds it, no thread says it in its own way, and room would not help."""
+    """The next record finds it, no thread says it in its own way."""
     out, step = tmp_path / "run", Trainer.step
 
     def take_away(trainer: Trainer, batch: DeviceBatch) -> StepOutcome:
@@ -213,8 +213,8 @@ def test_a_run_that_is_taken_away_is_one_line(
         pretrain(run_options(out, knn_every_epochs=0))
     assert str(error.value) == (
         f"{out}: expected a directory that can be written, with room for what comes, found No such "
-        "file or directory; it or a part of it was taken away meanwhile: leave it be, and start "
-        "again"
+        "file or directory; mend that or choose another --out; a "
+        "run that has begun goes on with --resume"
     )
     assert "Traceback" not in capfd.readouterr().err
 
@@ -226,7 +226,7 @@ def test_a_place_that_cannot_be_written_is_found_before_the_images_are_read(
     (tmp_path / "file").touch()
     with (
         caplog.at_level("INFO", logger="horace"),
-        pytest.raises(RunError, match=r"expected a directory that .*, found Not a directory; make"),
+        pytest.raises(RunError, match=r"expected a directory that .*, found Not a directory; mend"),
     ):
         pretrain(run_options(tmp_path / "file/run"))
     assert "reading" not in caplog.text
@@ -244,10 +244,13 @@ def test_a_machine_that_cannot_compile_is_one_line(tmp_path: Path, run_options: 
     assert "reading" not in done.stderr
     said = done.stderr.splitlines()[-1]
     assert said.startswith(
-        "python -m train.pretrain: --compile: expected a C++ compiler that torch.compile can use, "
+        "python -m train.pretrain: --compile: expected what torch.compile needs, "
         "found InvalidCxxCompiler: No working C++ compiler found in "
     )
-    assert said.endswith("; install one, g++ or what CXX names, or leave --compile out")
+    assert said.endswith(
+        "; install a C++ compiler, g++ or what CXX names, and for a GPU Triton, or leave --compile "
+        "out"
+    )
     assert not out.exists()
 
 

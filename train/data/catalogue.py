@@ -7,7 +7,8 @@ Rules:
     compress, and reading such shards in their order through a buffer would neither shuffle
     as well nor find its place again on resume without reading all that comes before.
     The hash covers key, label and encoded size of every image, not its pixels: what is
-    replaced by another file of the same name and length is not noticed.
+    replaced by another file of the same name and length is not noticed, but for a shard that
+    is replaced while a run reads it.
 
 Memory: some 400 bytes an image.
 """

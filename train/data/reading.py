@@ -14,7 +14,7 @@ import logging
 import os
 import time
 
-from models.errors import ImageError
+from models.errors import ImageError, SourceError
 from models.image_source import storage_fault
 from models.images import ImageData, ImageRecord
 from train.errors import TrainError
@@ -30,7 +30,7 @@ def read_image(record: ImageRecord) -> ImageData:
 
     Raises:
         ImageError: the image cannot be used.
-        TrainError: the storage goes on failing.
+        TrainError: the storage goes on failing, or the shard was replaced.
     """
     waits_s = iter(WAITS_S)
     while True:
@@ -44,6 +44,14 @@ def read_image(record: ImageRecord) -> ImageData:
             if wait_s is None:
                 raise _storage_failed(record, fault) from error
             log.warning("%s: %s; trying again in %g s", record.key, os.strerror(fault), wait_s)
+        except SourceError as error:
+            raise TrainError(
+                f"reading {record.key}",
+                expected="the source as it was when this sitting began",
+                found=str(error),
+                mend="a run that has begun goes on from its last checkpoint with --resume, if the "
+                "source has its images still",
+            ) from error
         time.sleep(wait_s)
 
 

@@ -1,4 +1,4 @@
-"""The HTML of a report: elements that escape their text, pictures inside it, and its look.
+"""The HTML of a report: its cards and tables, pictures inside it, and its look.
 
 Rules:
     Diagrams take their colours from the page, so that they are right in light and dark.

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tyro.conf import Positional, arg
 
-from models.errors import HoraceError, ImageError, UsageError, reason_of
+from models.errors import HoraceError, ImageError, SourceError, UsageError, reason_of
 from models.image_source import ImageData
 from serve.client.arguments import check_number
 from serve.client.blocking import Client
@@ -325,7 +325,7 @@ def _draw(path: Path, pictures: str, found: Sequence[Found]) -> None:
     def tile(hit: Hit) -> Tile:
         try:
             image = source.load(hit.key)
-        except ImageError:
+        except (ImageError, SourceError):
             image = None
         return Tile(image=image, caption=f"{hit.label or hit.key}\n{hit.score:.3f}")
 

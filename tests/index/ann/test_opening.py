@@ -1,5 +1,7 @@
 """Files of indexes that somebody else may have written, or that were damaged."""
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -202,3 +204,14 @@ def test_cagra_without_a_gpu_says_what_is_missing(folder):
         pytest.skip("there is one")
     with pytest.raises(UsageError, match="index CAGRA32: expected an NVIDIA GPU and faiss-gpu"):
         build_index(np.load(folder / "vectors.npy"), "CAGRA32")
+
+
+def test_a_system_that_cannot_open_an_index_does_not_blame_it(folder, monkeypatch):
+    """FAISS says it in words of its own, so the file is opened before."""
+
+    def refuse(file, *_):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(CollectionError, match=r"the system opens, found Too many open files; mend"):
+        open_in(folder, "HNSW8.faiss", "HNSW8")

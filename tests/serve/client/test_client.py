@@ -283,6 +283,12 @@ def test_a_server_that_has_replied_wants_no_other_handshake(by_tls):
     drive.run(drive.planner.list_models(60))
     with pytest.raises(UnavailableError, match="reset by peer; start it with `python -m serve`"):
         drive.run(drive.planner.list_models(60))
+    unknown = Failure(grpc.StatusCode.NOT_FOUND, "no such model")  # a reply, too
+    drive = Drive(unknown, Failure(grpc.StatusCode.UNAVAILABLE, closed), by_tls=by_tls)
+    with pytest.raises(UnknownNameError, match="no such model"):
+        drive.run(drive.planner.list_models(60))
+    with pytest.raises(UnavailableError, match="reset by peer; start it with `python -m serve`"):
+        drive.run(drive.planner.list_models(60))
     untrusted = "last error: CERTIFICATE_VERIFY_FAILED"
     drive = Drive(models_reply(), Failure(grpc.StatusCode.UNAVAILABLE, untrusted), by_tls=by_tls)
     drive.run(drive.planner.list_models(60))
