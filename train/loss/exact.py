@@ -42,7 +42,7 @@ from train.loss.products import times_transposed
 
 Pair = tuple[Tensor | None, Tensor | None]
 
-BLOCK_BYTES = 1 << 21
+BLOCK_BYTES = 1 << 22
 """Of a view's columns that are worked on together on a CPU: few enough to stay in a cache, and so
 many that threads seldom wait for one another, which on busy cores costs far more."""
 
@@ -184,6 +184,8 @@ class _Views:
         self.w_D = (-2 * objective.has_invariance / self.n_global) * (1 - self.c_D)
         self.w_D -= self.weight * (self.c_D + objective.is_hsic)
         self.total = torch.zeros((), dtype=torch.float64, device=z1_nD.device)
+        self.a_sums: Tensor | None = None
+        self.b_sums: Tensor | None = None
         if objective.is_hsic:
             self.a_sums, self.b_sums = self.a.sum(dim=1), self.b.sum(dim=1)
             self.total += (self.a_sums * self.b_sums).sum()
@@ -204,44 +206,51 @@ class _Views:
         scale_D = torch.rsqrt(variance_D + eps)
         return a_nD.mul_(scale_D), scale_D
 
-    def gradients(self, products: Pair, block: slice) -> Pair:
+    def gradients(self, products: Pair, block: slice, *, replace: bool = False) -> Pair:
         """Make of 2 lambd B C^T / N and 2 lambd A C / N, in place, the gradients by z.
 
         Args:
             products: those columns of the two.
             block: which columns.
+            replace: whether the gradients take the place of the views, not of the products.
         """
         da_nW, db_nW = products
         a_nW, b_nW = self.a[self.own, block], self.b[self.own, block]
+        w_W = self.w_D[block]
         if da_nW is not None:
-            rows = self.b_sums[self.own] if self.objective.is_hsic else None
-            self._finish(da_nW, a_nW, b_nW, rows, self.w_D[block], _of(self.a_scale_D, block))
+            self._add_terms(da_nW, b_nW, self.b_sums, w_W)
         if db_nW is not None:
-            rows = self.a_sums[self.own] if self.objective.is_hsic else None
-            self._finish(db_nW, b_nW, a_nW, rows, self.w_D[block], _of(self.b_scale_D, block))
-        return products
+            self._add_terms(db_nW, a_nW, self.a_sums, w_W)
+        return (
+            self._unstandardise(da_nW, a_nW, _of(self.a_scale_D, block), replace=replace),
+            self._unstandardise(db_nW, b_nW, _of(self.b_scale_D, block), replace=replace),
+        )
 
-    def _finish(
-        self,
-        d_nW: Tensor,
-        x_nW: Tensor,
-        y_nW: Tensor,
-        y_sums: Tensor | None,
-        w_W: Tensor,
-        scale_W: Tensor | None,
-    ) -> None:
-        """Add the terms of the diagonal and of S, and go back through the standardisation.
-
-        `x_nW` is the view whose gradient this is, `y_nW` the other.
-        """
+    def _add_terms(self, d_nW: Tensor, y_nW: Tensor, y_sums: Tensor | None, w_W: Tensor) -> None:
+        """Add the terms of the diagonal and of S to the product of a view; `y` is the other."""
         d_nW.addcmul_(y_nW, w_W)
         if y_sums is not None:
-            d_nW += self.weight * y_sums[:, None]
-        if scale_W is not None:
+            d_nW += self.weight * y_sums[self.own, None]
+
+    def _unstandardise(
+        self, d_nW: Tensor | None, x_nW: Tensor, scale_W: Tensor | None, *, replace: bool
+    ) -> Tensor | None:
+        """Go back through the standardisation of the view whose gradient this is.
+
+        Returns:
+            The gradient, in the place of `d_nW`, or of `x_nW` where it is to be replaced.
+        """
+        if d_nW is None:
+            return None
+        if scale_W is None:
+            gradient_nW = x_nW.copy_(d_nW) if replace else d_nW
+        else:
             share_W = sum_in_place((d_nW * x_nW).sum(dim=0), self.group) / -self.n_global
-            d_nW.addcmul_(x_nW, share_W).mul_(scale_W)
-        if self.world > 1:
-            d_nW *= self.world
+            if replace:
+                gradient_nW = x_nW.mul_(share_W * scale_W).addcmul_(d_nW, scale_W)
+            else:
+                gradient_nW = d_nW.addcmul_(x_nW, share_W).mul_(scale_W)
+        return gradient_nW if self.world == 1 else gradient_nW.mul_(self.world)
 
 
 def _of(scale_D: Tensor | None, block: slice) -> Tensor | None:
@@ -269,18 +278,16 @@ def _gram(views: _Views, wanted: tuple[bool, ...]) -> tuple[Tensor, Pair]:
     a_gram_nN.mul_(factor)
     b_gram_nN.mul_(factor)
 
-    def gradients(block: slice) -> Pair:
+    def gradients(block: slice, *, replace: bool) -> Pair:
         da_nW = times_transposed(b_gram_nN, a_ND[:, block].T) if wants_a else None
         db_nW = times_transposed(a_gram_nN, b_ND[:, block].T) if wants_b else None
-        return views.gradients((da_nW, db_nW), block)
+        return views.gradients((da_nW, db_nW), block, replace=replace)
 
     blocks = column_blocks(a_ND)
     if views.world > 1 or len(blocks) == 1:  # ranks add up all columns in one collective
-        return square_sum, gradients(slice(None))
+        return square_sum, gradients(slice(None), replace=False)
     for block in blocks:
-        for x_ND, dx_nW in zip((a_ND, b_ND), gradients(block), strict=True):
-            if dx_nW is not None:
-                x_ND[:, block] = dx_nW
+        gradients(block, replace=True)
     return square_sum, (a_ND if wants_a else None, b_ND if wants_b else None)
 
 

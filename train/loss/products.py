@@ -6,10 +6,10 @@ Rules:
     bfloat16. What the caller had set is as it was afterwards.
 
 On a CPU torch multiplies float32 matrices by MKL, which on AMD's processors stays with AVX2
-where oneDNN, the other library that torch carries, uses AVX-512; without AVX-512 MKL is the
-faster. Both add in float32. torch reaches oneDNN's plain product only through the operator that
-`torch.compile` uses. Where that is not there, and on any other device or dtype, this is
-`x @ w.T`.
+where oneDNN, the other library that torch carries, uses AVX-512; without AVX-512, and on
+Intel's processors, MKL is the faster. Both add in float32. torch reaches oneDNN's plain product
+only through the operator that `torch.compile` uses. Where that is not there, and on any other
+device or dtype, this is `x @ w.T`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from models.cpu import cpu_name
+
 ONEDNN_IS_FASTER: bool = (
     torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch
     and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    and "Intel" not in cpu_name()
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )
 
