@@ -131,7 +131,7 @@ def test_some_columns_at_a_time_are_all_at_once(
 
     expected = run()
     monkeypatch.setattr("train.loss.exact.BLOCK_BYTES", 4 * n * 8)
-    monkeypatch.setattr("train.loss.exact.MIN_HALVED", 2)
+    monkeypatch.setattr("train.loss.exact.STRIP_ROWS", 2)
     for ours, whole in zip(run(), expected, strict=True):
         torch.testing.assert_close(ours, whole, rtol=1e-12, atol=1e-12)
 

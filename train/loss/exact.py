@@ -46,8 +46,8 @@ BLOCK_BYTES = 1 << 22
 """Of a view's columns that are worked on together on a CPU: few enough to stay in a cache, and so
 many that threads seldom wait for one another, which on busy cores costs far more."""
 
-MIN_HALVED = 128
-"""Rows from which on a CPU multiplies half of a Gram matrix and a half of the rest."""
+STRIP_ROWS = 128
+"""Of a Gram matrix that a CPU multiplies at once, from the diagonal on; the rest is its mirror."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,15 +292,15 @@ def _gram(views: _Views, wanted: tuple[bool, ...]) -> tuple[Tensor, Pair]:
 
 
 def _gram_matrix(x_ND: Tensor, own: slice) -> Tensor:
-    """Multiply own rows with all; where those are all, a quarter is had by symmetry."""
+    """Multiply own rows with all; where those are all, up to half is had by symmetry."""
     n = len(x_ND)
-    if own != slice(0, n) or n < MIN_HALVED or x_ND.device.type != "cpu":
+    if own != slice(0, n) or n <= STRIP_ROWS or x_ND.device.type != "cpu":
         return times_transposed(x_ND[own], x_ND)
-    half = n // 2
     gram_NN = torch.empty((n, n), dtype=x_ND.dtype, device=x_ND.device)
-    gram_NN[:half] = times_transposed(x_ND[:half], x_ND)
-    gram_NN[half:, :half] = gram_NN[:half, half:].T
-    gram_NN[half:, half:] = times_transposed(x_ND[half:], x_ND[half:])
+    for first in range(0, n, STRIP_ROWS):
+        rows, rest = slice(first, first + STRIP_ROWS), slice(first + STRIP_ROWS, n)
+        gram_NN[rows, first:] = times_transposed(x_ND[rows], x_ND[first:])
+        gram_NN[rest, rows] = gram_NN[rows, rest].T
     return gram_NN
 
 
