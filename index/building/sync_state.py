@@ -78,8 +78,13 @@ class Stamp:
         return cls(info.st_size, info.st_mtime_ns, info.st_ctime_ns, inode)
 
     def is_settled(self, now_ns: int) -> bool:
-        """Tell whether the file was left alone for a while."""
-        return max(self.modified_ns, self.changed_ns) < now_ns - int(SETTLED_S * 1e9)
+        """Tell whether the file was left alone for a while.
+
+        An owner may say that it was written in the future, as of a camera whose clock is wrong; the
+        file system's own time says then when that was said.
+        """
+        while_ns = int(SETTLED_S * 1e9)
+        return self.changed_ns < now_ns - while_ns and abs(now_ns - self.modified_ns) > while_ns
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,6 +40,15 @@ def test_a_file_is_settled_when_it_was_left_alone_for_seconds(monkeypatch):
         assert stamp.is_settled(10_000_000_001)
 
 
+def test_a_file_of_the_future_is_settled_by_the_time_of_the_file_system(monkeypatch):
+    """Which its owner cannot set, and which may be of a server whose clock is ahead."""
+    monkeypatch.setattr(sync_state, "SETTLED_S", 3.0)
+    ahead_ns = 3_600_000_000_000
+    assert Stamp(1, ahead_ns, 1, inode=1).is_settled(10_000_000_000)
+    assert not Stamp(1, ahead_ns, 9_000_000_000, inode=1).is_settled(10_000_000_000)
+    assert not Stamp(1, ahead_ns, ahead_ns, inode=1).is_settled(10_000_000_000)
+
+
 def test_a_collection_follows_its_folder(options, folder, bundle):
     """New, changed, moved and gone files, each counted; only unknown content is embedded."""
     assert facts(sync(options)) == {"new": 12, "embedded": 12}
