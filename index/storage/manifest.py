@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import cast
 
-from index.errors import CollectionError
+from index.errors import CollectionError, refuse_to_blame
 from index.storage.entries import SCHEMA_VERSION, manifest_from_json, manifest_to_json
 from index.storage.entries import FileEntry as FileEntry
 from index.storage.entries import JournalEntry as JournalEntry
@@ -172,6 +172,7 @@ def _open_descriptor(directory: Path) -> int:
     try:
         return open_regular(directory / MANIFEST_FILE, os.O_RDONLY)
     except OSError as error:
+        refuse_to_blame(directory / MANIFEST_FILE, error)
         found = f"{MANIFEST_FILE}: {reason_of(error)}"
         if isinstance(error, FileNotFoundError | NotADirectoryError):
             in_it = os.path.isdir(directory)  # `is_dir` raises where it may not look

@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -351,6 +352,17 @@ def test_a_system_that_cannot_open_a_file_does_not_blame_it(built, monkeypatch, 
         f"{name}: expected a file that the system opens, found {found}; mend that and open the "
         "collection again: the file may be sound"
     )
+
+
+def test_a_manifest_that_may_not_be_read_is_no_missing_collection(built, monkeypatch):
+    """Who may not read a collection is not told to make one."""
+
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("index.storage.manifest.open_regular", refuse)
+    with pytest.raises(CollectionError, match=r"manifest.json: .*Permission denied; mend that and"):
+        Collection.open(built)
 
 
 def test_metadata_of_other_rows_is_refused(
