@@ -154,8 +154,9 @@ class PretrainOptions:
     bf16 where the device computes it natively."""
 
     compile: bool = False
-    """Compile the network, half a minute or more at the start, with a C++ compiler: faster steps
-    in bf16 on CPUs that multiply it, for small networks, too; no faster ones in fp32."""
+    """Compile the network, half a minute or more at the start, with a C++ compiler: in bf16, on
+    CPUs that multiply it, faster steps for small images, and no faster ones for photographs or
+    in fp32."""
 
     cuda_graph: bool = True
     """On one GPU, without --compile: record what every step does alike, and replay it. What

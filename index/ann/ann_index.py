@@ -38,8 +38,8 @@ from index.knn import (
 from index.selection import Chosen, keep_chosen
 
 LIST_CANDIDATES = 2
-"""Of lists, for each neighbour; with these and `scale` a filter that leaves half finds .995 of the
-ten nearest, as a search without one does (`benchmarks/results/filters_tuned.json`)."""
+"""Of lists, for each neighbour; with these and `scale` a filter that leaves half finds .996 of the
+ten nearest, a search without one .995 (`benchmarks/results/filters_tuned.json`)."""
 
 GRAPH_SLACK, PROBES_GROW, FACTOR_FALLS = 2, 1 / 2, 1 / 4
 """Of `scale`: candidates of a graph for each neighbour, and exponents for lists. With these

@@ -117,12 +117,12 @@ class BuildOptions:
     def _check_store(self) -> None:
         """Refuse an address that is none, and what Milvus cannot do."""
         self.milvus  # noqa: B018  # checks itself
-        for name, is_given in (("--sync", self.sync), ("--dry-run", self.dry_run)):
+        for name, is_given, mend in (
+            ("--sync", self.sync, "build it again with --replace"),
+            ("--dry-run", self.dry_run, "leave out --store: the images and the time are the same"),
+        ):
             if is_given:
-                raise UsageError(
-                    name, expected="a collection on disk", found="--store",
-                    mend="build it again with --replace",
-                )  # fmt: skip
+                raise UsageError(name, expected="a collection on disk", found="--store", mend=mend)
 
     def _check_sync(self) -> None:
         """Refuse what a sync cannot do, and what only a sync can."""

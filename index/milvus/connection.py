@@ -63,7 +63,7 @@ def require_directory(path: Path | str) -> None:
             "collection",
             expected="a directory",
             found="the address of a Milvus",
-            mend="`python -m index.search` and `python -m index.export` take either, this does not",
+            mend="`index.search`, `index.evaluate` and `index.export` take either, this does not",
         )
 
 

@@ -7,8 +7,8 @@ Rules:
     refused together do not come back together. A server that says how long to wait is obeyed:
     the wait is at least that, and a server that says not to come back is left alone.
     A wait that would pass the deadline is not begun.
-    Retries are a share of the calls: beyond a burst there are no more of them than that, so
-    that a server in trouble is not buried under them.
+    Retries are a share of the calls, and some a second: beyond a burst there are no more of
+    them than that, so that a server in trouble is not buried under them.
 
 Sources: "Exponential Backoff and Jitter", AWS Architecture Blog, 2015 (full jitter); Finagle's
 `RetryBudget`; gRPC proposal A6 (push-back).

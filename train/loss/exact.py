@@ -10,7 +10,7 @@ and the gradient asks of C only two products:
     dL/dB = 2 lambd A C / N   + A diag(w) / N   [+ 2 lambd A 1 1^T / N for hsic]
     w = -2 (1 - c) - 2 lambd c   [- 2 lambd for hsic]
 
-    Gram:  F = <A A^T, B B^T> / N^2,  B C^T = (B B^T) A / N         8 N^2 D flop
+    Gram:  F = <A A^T, B B^T> / N^2,  B C^T = (B B^T) A / N         8 N^2 D flop at most
     tiled: C itself, some rows at a time, and its two products      6 N D^2 flop
 
 Rules:

@@ -131,7 +131,7 @@ def test_what_wants_a_directory_says_so(
     assert (status, capsys.readouterr().err) == (
         2,
         f"python -m index.{name}: collection: expected a directory, found the address of a Milvus; "
-        "`python -m index.search` and `python -m index.export` take either, this does not\n",
+        "`index.search`, `index.evaluate` and `index.export` take either, this does not\n",
     )
     assert not (tmp_path / "out").exists()
 
