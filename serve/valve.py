@@ -3,7 +3,8 @@
 Rules:
     Every call takes several turns of the event loop: one to begin, one or more to go on when
     its images are computed. How long a turn takes now is measured by a timer, and by how much
-    that is overdue.
+    that is overdue. One long turn is no load: the machine may have stood still, and what is over
+    refuses nobody. Two are.
     A call whose deadline is nearer than a few such turns is refused before it is parsed, which
     costs a small part of what refusing it later does. Without this a server of small requests
     spends all of its time on refusals once it is called several times as often as it can
@@ -40,7 +41,7 @@ class LoopLag:
         """Measure nothing before `start`."""
         self._clock = clock
         self._due_s = float("inf")
-        self._last_s = 0.0
+        self._last_s = self._before_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
     def __repr__(self) -> str:
@@ -48,8 +49,8 @@ class LoopLag:
 
     @property
     def seconds(self) -> float:
-        """The last turn that was measured, or the one that is overdue now."""
-        return max(self._last_s, self._clock() - self._due_s)
+        """What two turns took at least, of the last two measured and the one overdue now."""
+        return sorted((self._before_s, self._last_s, self._clock() - self._due_s))[1]
 
     def start(self) -> None:
         """Measure from now on, on the running loop."""
@@ -59,7 +60,7 @@ class LoopLag:
     def stop(self) -> None:
         """Measure no more."""
         self._due_s = float("inf")
-        self._last_s = 0.0
+        self._last_s = self._before_s = 0.0
         if self._timer is not None:
             self._timer.cancel()
 
@@ -67,7 +68,7 @@ class LoopLag:
         """Note how late this is."""
         late_s = self._clock() - self._due_s
         self.start()
-        self._last_s = late_s
+        self._before_s, self._last_s = self._last_s, late_s
 
 
 Refuses: TypeAlias = Callable[[float | None], DeadlineError | None]
