@@ -158,6 +158,7 @@ class _Routes:
         """Answer with what a method of the services makes of the body."""
 
         async def work(context: HttpContext, entered: Pass) -> Response:
+            _refuse_query(request)
             with self._memory.holding(entered.client) as held:
                 body = await self._read(request, held, known)
                 message, asked = read(body, context.request_id)
@@ -280,6 +281,18 @@ class _Routes:
                 "x-timeout-ms", expected="milliseconds, 1 or more", found=f"{asked[:40]!r}"
             )
         return min(int(asked) / 1e3, self._doorman.timeout_s)
+
+
+def _refuse_query(request: Request) -> None:
+    """Refuse what is asked in the address: nobody reads it there.
+
+    Raises:
+        RequestError: something is.
+    """
+    if query := request.url.query:
+        raise RequestError(
+            "query", expected="none: fields are in the body", found=f"{query[:40]!r}"
+        )
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, Reply]) -> Reply:

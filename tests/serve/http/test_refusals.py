@@ -70,6 +70,20 @@ def test_what_embed_cannot_mean_is_refused(http_serving, fake):
     assert fake.batches == []
 
 
+def test_fields_in_the_address_are_refused(http_serving, fake):
+    """A filter that nobody reads would give hits that were not asked for."""
+
+    async def main():
+        async with http_serving(fake) as (_, http):
+            reply = await http.post("/v1/embed?dims=2", files=files(b"x"))
+            assert reply.status_code == 400
+            message = reply.json()["error"]["message"]
+            assert message == "query: expected none: fields are in the body, found 'dims=2'"
+
+    asyncio.run(main())
+    assert fake.batches == []
+
+
 SEARCH = [
     ({}, "queries: expected one of images, vectors, ids and combined, found none"),
     ({"ids": [1], "images": [PNG]}, "found images and ids"),
