@@ -69,12 +69,12 @@ def image_to_wire(image: bytes | NDArray[np.uint8]) -> pb.Image:
     if isinstance(image, bytes | bytearray | memoryview):
         return pb.Image(encoded=bytes(image))
     if not isinstance(image, np.ndarray):
-        path = isinstance(image, str | PathLike)
+        shown = " ".join(repr(image).split())  # a tensor's has several lines
         raise UsageError(
             "image",
             expected="the bytes of a file, or a uint8 array",
-            found=f"{type(image).__name__} {image!r:.80}",
-            mend="read the file with Path(...).read_bytes()" if path else None,
+            found=f"{type(image).__name__} {shown:.80}",
+            mend=mend_image(image),
         )
     if image.dtype != np.uint8 or image.ndim not in (2, 3):
         raise UsageError(
@@ -86,6 +86,21 @@ def image_to_wire(image: bytes | NDArray[np.uint8]) -> pb.Image:
     channels = 1 if image.ndim == 2 else image.shape[2]
     raw = pb.RawImage(pixels=image.tobytes(), height=height, width=width, channels=channels)
     return pb.Image(raw=raw)
+
+
+def mend_image(image: object) -> str | None:
+    """Say how a path, Pillow's picture or another library's array becomes an image or a vector.
+
+    None where it is nothing of the kind. Nothing is asked of it: that may decode a picture.
+    """
+    kind = type(image)
+    if isinstance(image, str | PathLike):
+        return "read the file with Path(...).read_bytes()"
+    if hasattr(kind, "__array_interface__") and hasattr(kind, "convert"):
+        return "take its file's bytes, or np.asarray(image.convert('RGB'))"
+    if hasattr(kind, "__array__") and not isinstance(image, np.ndarray | np.generic):
+        return "take np.asarray(...) of it"
+    return None
 
 
 def image_from_wire(message: pb.Image) -> bytes | NDArray[np.uint8]:

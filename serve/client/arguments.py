@@ -6,18 +6,23 @@ import math
 import operator
 import re
 from os import PathLike
+from typing import SupportsFloat
 
 from models.errors import UsageError
 
 MAX_UINT32 = (1 << 32) - 1
 MAX_UINT64 = (1 << 64) - 1
+MAX_PORT = (1 << 16) - 1
 MAX_TIMEOUT_S = 365 * 86_400.0
 """gRPC keeps deadlines in 64 bits of nanoseconds; nobody waits for a year."""
 
-TARGET = re.compile(
-    r"(dns|ipv4|ipv6|unix|unix-abstract|xds|passthrough):.+|([^][:/\s]+|\[[^][\s]+\]):\d{1,5}"
+NAME = re.compile("(dns|ipv4|ipv6|unix|unix-abstract|xds|passthrough):.+")
+"""What a server may be called: a name of gRPC's with its scheme."""
+
+HOST_AND_PORT = re.compile(
+    r"(?:dns:(?://[^/]*)?/?)?(?:[^][:/\s]+|\[[^][\s]+\]):(?P<port>[0-9]{1,19})"
 )
-"""What a server may be called: a name of gRPC's with its scheme, or `host:port`."""
+"""What else: `host:port`, with gRPC's scheme of DNS or without one."""
 
 REQUEST_ID = re.compile("[!-~]{1,128}")
 
@@ -46,9 +51,9 @@ def check_number(name: str, value: object, least: float, most: float) -> None:
     Raises:
         UsageError: it is.
     """
-    try:
-        good = least <= float(value) <= most  # type: ignore[arg-type]  # what is none raises
-    except (TypeError, ValueError):
+    try:  # of text `float` makes a number, of which nobody else knows
+        good = isinstance(value, SupportsFloat) and least <= float(value) <= most
+    except (TypeError, ValueError, OverflowError):
         good = False
     if not good:
         expected = f"a number, {least:g} to {most:g}"
@@ -56,22 +61,35 @@ def check_number(name: str, value: object, least: float, most: float) -> None:
 
 
 def check_text(name: str, value: object) -> None:
-    """Refuse what is neither text nor None.
+    """Refuse what is neither None nor text that can be sent.
 
     Raises:
-        UsageError: it is something else.
+        UsageError: it is something else, or holds half a surrogate pair, as the name of a file
+            does that is not UTF-8.
     """
-    if value is not None and not isinstance(value, str):
+    if value is None:
+        return
+    if not isinstance(value, str):
         raise UsageError(name, expected="text", found=describe(value))
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        expected = "text that UTF-8 can write"
+        raise UsageError(name, expected=expected, found=describe(value)) from error
 
 
 def check_target(name: str, value: object) -> None:
-    """Refuse what gRPC would take for a host, and look for at port 443.
+    """Refuse what gRPC would look for elsewhere: at port 443, or at the lowest 16 bits of one.
 
     Raises:
-        UsageError: it is neither `host:port` nor a name with one of gRPC's schemes.
+        UsageError: it is neither `host:port` nor a name with one of gRPC's schemes, or its port
+            is not 1 to 65535.
     """
-    if not (isinstance(value, str) and TARGET.fullmatch(value)):
+    text = value if isinstance(value, str) else ""
+    check_text(name, text)
+    if numbered := HOST_AND_PORT.fullmatch(text):
+        check_integer(f"port of {name}", int(numbered["port"]), 1, MAX_PORT)
+    elif not NAME.fullmatch(text):
         expected = "HOST:PORT, such as localhost:50051"
         raise UsageError(name, expected=expected, found=describe(value) if value else "nothing")
 
@@ -96,7 +114,7 @@ def check_timeout(value: object) -> float:
     """
     try:
         seconds = float(value)  # type: ignore[arg-type]  # what is none raises
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         seconds = math.nan
     if not 0 < seconds <= MAX_TIMEOUT_S:
         expected = f"a positive number of seconds, at most {MAX_TIMEOUT_S:.0f}"
@@ -105,6 +123,6 @@ def check_timeout(value: object) -> float:
 
 
 def describe(value: object) -> str:
-    """Show a value in a few characters."""
-    shown = repr(value)
+    """Show a value in a few characters of one line."""
+    shown = " ".join(repr(value).split())
     return shown if len(shown) <= 80 else f"{shown[:80]}..."

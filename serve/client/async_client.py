@@ -12,6 +12,7 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
+from models.errors import UsageError
 from models.image_source import ImageData
 from serve.client.arguments import check_integer, check_timeout
 from serve.client.channel import (
@@ -42,9 +43,11 @@ Value = TypeVar("Value")
 
 
 class AsyncClient:
-    """A client for asyncio, of the event loop that it is made in. See `Client`.
+    """A client for asyncio. See `Client`.
 
-    Cancelling a call cancels it on the server, too.
+    It belongs to the event loop that it is made in, and cannot be made outside of one: make it
+    in the coroutine that uses it, and close it there, or use `async with`. In another loop every
+    call raises `UsageError`. Cancelling a call cancels it on the server, too.
     """
 
     def __init__(
@@ -57,11 +60,16 @@ class AsyncClient:
         retry: RetryPolicy | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        """Talk to the server at `host:port`; the arguments are those of `Client`."""
+        """Talk to the server at `host:port`; the arguments are those of `Client`.
+
+        Raises:
+            UsageError: as `Client`, or no event loop runs.
+        """
         self._sleep = sleep
         self._closed = False
         connection = Connection(target=target, tls=tls, api_key=api_key)
         self._planner = make_planner(connection, retry, timeout_s)
+        self._loop = _running_loop()
         self._channel = connection.open_async_channel()
         self._methods = methods_of(self._channel)
 
@@ -166,7 +174,9 @@ class AsyncClient:
     ) -> AsyncIterator[EmbeddedItem]:
         """Embed an iterable of either kind, image by image; see `Client.embed_iter`.
 
-        A plain iterable is read on other threads, one request's images at a time.
+        A plain iterable is read on other threads, one request's images at a time. Items are given
+        as they are complete, whether or not there is more to read. A live source, such as a queue,
+        wants `images_per_request=1`: a request waits for its images.
         """
         check_iterable(images)
         check_integer("in_flight", in_flight, 1)
@@ -185,7 +195,7 @@ class AsyncClient:
             return await self._drive(self._planner.embed_group(group, options, limit_s))
 
         async def items() -> AsyncIterator[EmbeddedItem]:
-            size = await self._drive(self._planner.request_size(images_per_request))
+            size = await self._drive(self._planner.request_size(images_per_request, limit_s))
             async with (
                 aclosing(group_async(images, size)) as groups,
                 aclosing(
@@ -228,6 +238,8 @@ class AsyncClient:
             return None
         if self._closed:
             raise self._planner.closed()
+        if asyncio.get_running_loop() is not self._loop:
+            raise _wrong_loop("the event loop that it was made in", "another")
         try:
             return await self._methods[step.method](
                 step.request, timeout=step.timeout_s, metadata=step.metadata
@@ -249,3 +261,21 @@ class AsyncClient:
         if not isinstance(error, grpc.RpcError):
             raise error
         return read_failure(error)
+
+
+def _running_loop() -> asyncio.AbstractEventLoop:
+    """Give the event loop that a channel made now would belong to.
+
+    Raises:
+        UsageError: there is none; gRPC would take one that need never run.
+    """
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        raise _wrong_loop("a running event loop", "none") from None
+
+
+def _wrong_loop(expected: str, found: str) -> UsageError:
+    """Say where a client works."""
+    mend = "make it inside the coroutine that uses it, one client for each loop"
+    return UsageError("AsyncClient", expected=expected, found=found, mend=mend)

@@ -219,14 +219,16 @@ class Client:
 
         A bad image, or a request that failed after all its retries, is an item with another
         status than ok; the rest goes on. The iterable is read lazily, on the caller's thread,
-        and an error of its own is raised after the items of what it gave before. Closing the
-        iterator cancels what is under way.
+        and an error of its own is raised after the items of what it gave before. An image's item
+        is given only when the next request's images have been read. Closing the iterator
+        cancels what is under way.
 
         Args:
             images: encoded files or uint8 pixels.
             ordered: whether items come in the order of the images, or as they are complete.
             in_flight: requests under way at once.
-            images_per_request: images of one request, at most.
+            images_per_request: images of one request, which waits for them; 1 for a live source,
+                such as a queue.
             model: see `embed`; so are the rest.
             version: see `embed`.
             dims: see `embed`.
@@ -234,7 +236,8 @@ class Client:
             dtype: see `embed`.
             request_id: see `embed`; that of every request.
             priority: see `embed`.
-            timeout_s: for each request, with its retries.
+            timeout_s: for each request, with its retries; and for the question before them, what
+                the server takes.
         """
         check_iterable(images)
         check_integer("in_flight", in_flight, 1)
@@ -253,7 +256,7 @@ class Client:
             return self._drive(self._planner.embed_group(group, options, limit_s), stop)
 
         def items() -> Iterator[EmbeddedItem]:
-            size = self._drive(self._planner.request_size(images_per_request))
+            size = self._drive(self._planner.request_size(images_per_request, limit_s))
             groups = group_images(images, size, keep_going=True)
             results = run_window(groups, work, in_flight=in_flight, ordered=ordered)
             with closing(results):

@@ -7,7 +7,7 @@ Rules:
 
 from __future__ import annotations
 
-import math
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, cast
@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from models.errors import UsageError
 from models.image_source import ImageData
-from models.wire import image_to_wire, vectors_to_wire
+from models.wire import image_to_wire, mend_image, vectors_to_wire
 from protos import horace_pb2 as pb
-from serve.client.arguments import MAX_UINT64, check_integer, describe
+from serve.client.arguments import MAX_UINT64, ONE_IMAGE, check_integer, check_number, describe
 
 NEGATIVE_WEIGHT = 0.5
 MAX_NEGATIVE_WEIGHT = 10.0
@@ -49,17 +49,15 @@ class Combination:
         """Refuse what no server can mean.
 
         Raises:
-            UsageError: there is no positive, or the weight is out of bounds.
+            UsageError: there is no positive, or the weight is no number or out of bounds.
         """
         for name, examples in (("positives", self.positives), ("negatives", self.negatives)):
-            if isinstance(examples, str | bytes | np.ndarray) or not isinstance(examples, Sequence):
+            one = isinstance(examples, (*ONE_IMAGE, np.ndarray))
+            if one or not isinstance(examples, Sequence):
                 raise UsageError(name, expected="a list of examples", found=describe(examples))
         if not self.positives:
             raise UsageError("positives", expected="at least one", found="none")
-        weight = self.negative_weight
-        if not (math.isfinite(weight) and 0 <= weight <= MAX_NEGATIVE_WEIGHT):
-            expected = f"0 to {MAX_NEGATIVE_WEIGHT:g}"
-            raise UsageError("negative_weight", expected=expected, found=f"{weight:g}")
+        check_number("negative_weight", self.negative_weight, 0, MAX_NEGATIVE_WEIGHT)
 
 
 def check_combined(combined: Sequence[Combination], fingerprint: str) -> list[pb.Combination]:
@@ -93,7 +91,7 @@ def combination_to_wire(combination: Combination, fingerprint: str) -> pb.Combin
     return pb.Combination(
         positives=[_example(one, fingerprint) for one in combination.positives],
         negatives=[_example(one, fingerprint) for one in combination.negatives],
-        negative_weight=combination.negative_weight,
+        negative_weight=float(combination.negative_weight),
     )
 
 
@@ -122,9 +120,19 @@ def _example(example: Example, fingerprint: str) -> pb.Example:
     """
     if isinstance(example, np.ndarray) and np.issubdtype(example.dtype, np.floating):
         return pb.Example(vector=_vector(cast(NDArray[np.float32], example), fingerprint))
-    if isinstance(example, bytes | np.ndarray):
+    if isinstance(example, bytes | bytearray | memoryview | np.ndarray):
         return pb.Example(image=image_to_wire(cast(ImageData, example)))
-    return pb.Example(id=check_integer("id of an example", example, 0, MAX_UINT64))
+    try:
+        id_ = operator.index(example)
+    except TypeError:
+        is_id = isinstance(example, str) and example.isdecimal()
+        raise UsageError(
+            "example",
+            expected="an image's bytes, uint8 pixels, a vector as an array of floats, or an id",
+            found=describe(example),
+            mend="make an id an integer" if is_id else mend_image(example),
+        ) from None
+    return pb.Example(id=check_integer("id of an example", id_, 0, MAX_UINT64))
 
 
 def _vector(vector: NDArray[np.float32], fingerprint: str) -> pb.VectorQueries:

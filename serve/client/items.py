@@ -82,8 +82,14 @@ async def group_async(
             yield group
         return
     grouper = Grouper(size)
-    async for image in images:
-        for group in grouper.add_any(image):
-            yield group
+    failure: Exception | None = None
+    try:
+        async for image in images:
+            for group in grouper.add_any(image):
+                yield group
+    except Exception as error:
+        failure = error
     for group in grouper.end():
         yield group
+    if failure is not None:
+        raise failure

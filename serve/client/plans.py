@@ -18,6 +18,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeAlias, TypeVar, cast
+from urllib.parse import unquote
 
 import grpc
 import numpy as np
@@ -78,7 +79,7 @@ TOO_LARGE = "message larger than max"
 
 
 TIME_IS_UP = "Deadline Exceeded"
-"""What gRPC itself says with DEADLINE_EXCEEDED."""
+"""What gRPC itself says with DEADLINE_EXCEEDED; by some servers it comes with `%20`."""
 
 NO_REPLY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 """What a call may end with that never came to a server."""
@@ -253,14 +254,14 @@ class Planner:
         reply = cast(health_pb2.HealthCheckResponse, answer)
         return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
 
-    def request_size(self, images: int) -> Plan[RequestSize]:
+    def request_size(self, images: int, timeout_s: float | None) -> Plan[RequestSize]:
         """Give the size of requests: `images` at most, and what the server takes.
 
         Raises:
             UsageError: `images` is below 1.
         """
         most = check_integer("images_per_request", images, 1)
-        size = yield from self._ask_size(self._deadline(None))
+        size = yield from self._ask_size(self._deadline(timeout_s))
         return replace(size, images=min(most, size.images))
 
     def _error(self, failure: Failure, what: str, timeout_s: float) -> ServeError:
@@ -393,6 +394,7 @@ class Planner:
         wait_s = self._retry.wait_s(
             failure.code,
             failures=failures,
+            has_replied=self._has_replied,
             remaining_s=deadline.at_s - self._clock(),
             rng=self._rng,
             retry_after_s=failure.retry_after_s,
@@ -404,7 +406,7 @@ class Planner:
         return DeadlineError(
             f"{what} at {self.target}",
             expected=f"a reply within {timeout_s:g} s",
-            found="none" if not details or TIME_IS_UP in details else details,
+            found="none" if not details or TIME_IS_UP in unquote(details) else details,
             mend="allow more with timeout_s",
         )
 

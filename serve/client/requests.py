@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from os import PathLike
 from typing import TypeAlias
 
 import numpy as np
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 
 from models.errors import UsageError
 from models.image_source import ImageData
-from models.wire import DTYPES, image_to_wire, vectors_to_wire
+from models.wire import DTYPES, image_to_wire, mend_image, vectors_to_wire
 from protos import horace_pb2 as pb
 from serve.client.arguments import (
     MAX_UINT64,
@@ -294,11 +293,17 @@ def group_images(
 
     Raises:
         UsageError: something is no image, unless `keep_going` gives it a status of its own.
+        Exception: what `images` raises; with `keep_going` after a request of what came before.
     """
     grouper = Grouper(size)
     add = grouper.add_any if keep_going else grouper.add
-    for image in images:
-        yield from add(image)
+    try:
+        for image in images:
+            yield from add(image)
+    except Exception:
+        if keep_going:
+            yield from grouper.end()
+        raise
     yield from grouper.end()
 
 
@@ -396,18 +401,22 @@ def _too_large(image_bytes: int, size: RequestSize) -> ItemStatus:
     return ItemStatus("too_many_bytes", message)
 
 
-def _mend(images: object) -> str:
-    """Say how what was given becomes several images."""
-    if isinstance(images, PathLike):
-        return "read the file with .read_bytes(), and put its bytes into a list"
-    if isinstance(images, Iterable | AsyncIterable) and not _is_one(images):
+def _mend(images: object) -> str | None:
+    """Say how what was given becomes several images; None where nobody can."""
+    into_list = "put a single image into a list"
+    if isinstance(images, bytes | bytearray | memoryview):
+        return into_list
+    if getattr(images, "dtype", None) == np.dtype(object):  # of files, in an array or a column
         return "make a list of them, or call embed_iter"
-    return "put a single image into a list"
-
-
-def _is_one(images: object) -> bool:
-    """Whether something that can be iterated over is meant as one image."""
-    return isinstance(images, (*ONE_IMAGE, np.ndarray))
+    if isinstance(images, np.ndarray):
+        if images.dtype == np.uint8 and images.ndim in (2, 3):
+            return into_list
+        return "make it uint8, (N, H, W) or (N, H, W, C), or a list of files' bytes"
+    if mend := mend_image(images):
+        return f"{mend}, and {into_list}"
+    if isinstance(images, Iterable | AsyncIterable):
+        return "make a list of them, or call embed_iter"
+    return None
 
 
 def _describe(images: object) -> str:

@@ -6,6 +6,8 @@ Rules:
     Waits grow exponentially and are drawn at random from zero up, so that callers that were
     refused together do not come back together. A server that says how long to wait is obeyed:
     the wait is at least that, and a server that says not to come back is left alone.
+    A server that has replied is waited for until the deadline: it may be starting anew. One that
+    never has is soon given up: it may be a wrong address.
     A wait that would pass the deadline is not begun.
     Retries are a share of the calls, and some a second: beyond a burst there are no more of
     them than that, so that a server in trouble is not buried under them.
@@ -16,9 +18,11 @@ Sources: "Exponential Backoff and Jitter", AWS Architecture Blog, 2015 (full jit
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import grpc
@@ -33,13 +37,17 @@ RETRIED = frozenset(
     }
 )
 
+UNKNOWN_ATTEMPTS = 6
+"""Calls of a server that never replied, by default: they wait for 1.6 s, on average."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RetryPolicy:
     """How often and how fast.
 
     Attributes:
-        attempts: calls at most, the first included.
+        attempts: calls at most, the first included; None for as many as the deadline allows, but
+            6 while the server has never replied.
         initial_s: the longest wait before the second attempt.
         multiplier: how much longer each next wait may be.
         max_s: the longest wait of all, unless the server asks for more.
@@ -48,7 +56,7 @@ class RetryPolicy:
         per_s: retries that each second earns: who calls seldom may retry, too.
     """
 
-    attempts: int = 6
+    attempts: int | None = None
     initial_s: float = 0.1
     multiplier: float = 2.0
     max_s: float = 2.0
@@ -65,6 +73,8 @@ class RetryPolicy:
         least = {"attempts": 1, "multiplier": 1}
         for name in ("attempts", "initial_s", "multiplier", "max_s", "share", "burst", "per_s"):
             value = getattr(self, name)
+            if name == "attempts" and value is None:
+                continue
             if not value >= least.get(name, 0):
                 expected = f"at least {least.get(name, 0)}"
                 raise UsageError(f"RetryPolicy.{name}", expected=expected, found=str(value))
@@ -74,6 +84,7 @@ class RetryPolicy:
         code: grpc.StatusCode,
         *,
         failures: int,
+        has_replied: bool,
         remaining_s: float,
         rng: random.Random,
         retry_after_s: float | None = None,
@@ -83,15 +94,19 @@ class RetryPolicy:
         Args:
             code: how the last attempt ended.
             failures: attempts so far, at least 1.
+            has_replied: whether the server ever has.
             remaining_s: until the deadline.
             rng: what the wait is drawn from.
             retry_after_s: what the server asked for; negative where it asked to be left alone.
         """
-        if code not in RETRIED or failures >= self.attempts:
+        most = self.attempts or (math.inf if has_replied else UNKNOWN_ATTEMPTS)
+        if code not in RETRIED or failures >= most:
             return None
         if retry_after_s is not None and retry_after_s < 0:
             return None
-        longest_s = min(self.max_s, self.initial_s * self.multiplier ** (failures - 1))
+        longest_s = self.max_s
+        with suppress(OverflowError):  # after a thousand failures
+            longest_s = min(longest_s, self.initial_s * self.multiplier ** (failures - 1))
         wait_s = (retry_after_s or 0.0) + rng.uniform(0.0, longest_s)
         return wait_s if wait_s < remaining_s else None
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from PIL import Image
 
 from models.errors import ImageError, ImageFault, UsageError
 from models.wire import (
@@ -24,6 +25,16 @@ VECTORS = hnp.arrays(np.float32, st.tuples(st.integers(0, 5), st.integers(1, 9))
 PIXELS = hnp.arrays(
     np.uint8, st.tuples(st.integers(1, 6), st.integers(1, 6), st.sampled_from([1, 3, 4]))
 )
+
+
+class Tensor:
+    """Another library's array: NumPy reads it, and its repr has several lines."""
+
+    def __array__(self) -> np.ndarray:
+        raise AssertionError("asked for its content")
+
+    def __repr__(self) -> str:
+        return "tensor([[1, 2],\n        [3, 4]])"
 
 
 @given(VECTORS)
@@ -79,10 +90,16 @@ def test_other_arrays_are_no_images(array):
         (Path("a.jpg"), r"PosixPath PosixPath\('a.jpg'\); read the file with"),
         (None, "NoneType None$"),
         (7, "int 7$"),
+        (np.float32(7), r"float32 np.float32\(7.0\)$"),
+        (Tensor(), r"Tensor tensor\(\[\[1, 2\], \[3, 4\]\]\); take np.asarray\(...\) of it$"),
+        (
+            Image.new("RGB", (8, 8)),
+            r"Image <.*>; take its file's bytes, or np.asarray\(image.convert\('RGB'\)\)$",
+        ),
     ],
 )
 def test_what_is_neither_bytes_nor_an_array_is_no_image(value, found):
-    """A path is told how it becomes one."""
+    """In one line; a path, a picture and a tensor are told how they become one."""
     with pytest.raises(UsageError, match=f"expected the bytes of a file, or a uint8 .*{found}"):
         image_to_wire(value)
 

@@ -377,7 +377,7 @@ def test_what_a_client_cannot_mean_is_refused_before_it_is_sent():
             (one, "combined: expected a sequence of Combination, found one; put it into a list"),
             ([], "combined: expected at least one, found none"),
             ([7], "combined: expected a Combination each, found 7"),
-            ([Combination(positives=["cat"])], "id of an example: expected an integer"),
+            ([Combination(positives=[-1])], "id of an example: expected an integer"),
             (
                 [Combination(positives=[np.ones(4, np.float32)])],
                 "vector of an example: expected the fingerprint of the encoder",
@@ -398,7 +398,7 @@ def test_what_a_client_cannot_mean_is_refused_before_it_is_sent():
     for arguments, message in (
         ({"positives": []}, "positives: expected at least one"),
         ({"positives": b"file"}, "positives: expected a list of examples"),
-        ({"positives": [1], "negative_weight": 11}, "negative_weight: expected 0 to 10, found 11"),
+        ({"positives": [1], "negative_weight": 11}, "negative_weight: expected a number, 0 to 10"),
     ):
         with pytest.raises(UsageError, match=message):
             Combination(**arguments)

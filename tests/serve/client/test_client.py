@@ -97,6 +97,27 @@ def test_a_server_that_comes_back_is_noticed_by_nobody():
     assert drive.pauses == [0.1, 0.2]
 
 
+def test_a_server_that_restarts_is_waited_for():
+    """One that has replied is tried again until the deadline, so long as the budget lasts."""
+    drive = Drive(models_reply(), *[UNAVAILABLE] * 20, models_reply(), UNAVAILABLE)
+    for _ in range(2):
+        assert drive.run(drive.planner.list_models(60))
+    assert len(drive.calls) == 22
+    before_s = drive.now_s
+    with pytest.raises(UnavailableError):
+        drive.run(drive.planner.list_models(30))
+    assert 28 <= drive.now_s - before_s <= 30
+
+
+def test_a_server_that_never_replied_is_soon_given_up():
+    """However much time there is: the address may be wrong."""
+    drive = Drive(UNAVAILABLE)
+    for _ in range(2):
+        with pytest.raises(UnavailableError, match="check host and port"):
+            drive.run(drive.planner.list_models(600))
+    assert len(drive.calls) == 12
+
+
 def test_pauses_grow_to_a_limit_and_attempts_end():
     """After the last attempt the error says what, expected, found and how to mend it."""
     drive = Drive(UNAVAILABLE, attempts=8)
@@ -401,6 +422,14 @@ def test_a_deadline_that_passes_is_one_line(serving, fake, image):
             fake.gate.set()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("details", ["Deadline Exceeded", "Deadline%20Exceeded"])
+def test_what_grpc_says_of_a_deadline_is_no_reply(details):
+    """The native front end's own comes with its blank escaped, now and then."""
+    drive = Drive(Failure(grpc.StatusCode.DEADLINE_EXCEEDED, details))
+    with pytest.raises(DeadlineError, match="expected a reply within 60 s, found none"):
+        drive.run(drive.planner.list_models(timeout_s=60))
 
 
 def test_a_busy_server_is_tried_again_until_it_has_room(serving, fake, image, eventually):

@@ -208,20 +208,97 @@ def test_a_key_that_no_header_carries_is_refused(key):
     assert str(key) not in str(error.value) or not key
 
 
-@pytest.mark.parametrize("target", ["http://localhost:1", "localhost", "a:1/model", "", None])
+@pytest.mark.parametrize(
+    "target", ["http://localhost:1", "localhost", "a:1/model", "a\udcff:1", "a:\u0665", "", None]
+)
 def test_a_target_without_a_port_is_refused(target):
     """GRPC takes it for a host whose port is 443."""
-    with pytest.raises(UsageError, match="target: expected HOST:PORT"):
+    with pytest.raises(
+        UsageError, match=r"^target: expected (HOST:PORT|text that UTF-8 can write)"
+    ):
+        Client(target)
+
+
+@pytest.mark.parametrize(
+    ("target", "port"),
+    [
+        ("127.0.0.1:97447", "97447"),
+        ("localhost:65536", "65536"),
+        ("localhost:0", "0"),
+        ("[::1]:97447", "97447"),
+        ("dns:a:97447", "97447"),
+        ("dns:///a:97447", "97447"),
+        ("dns://8.8.8.8:53/a:123456789", "123456789"),
+    ],
+)
+def test_a_port_that_does_not_exist_is_refused(target, port):
+    """GRPC takes its lowest 16 bits, which are the port of somebody else."""
+    message = f"^port of target: expected an integer, 1 to 65535, found {port}$"
+    with pytest.raises(UsageError, match=message):
         Client(target)
 
 
 @pytest.mark.parametrize(
     "target",
-    ["a.b-c:1", "127.0.0.1:1", "[::1]:1", "dns:///a:1", "ipv4:1.2.3.4:1,1.2.3.5:1", "unix:/a"],
+    [
+        "a.b-c:65535",
+        "dns:///a",
+        "dns:///fe80::0",
+        "unix:/a:97447",
+        "a.b-c:1",
+        "127.0.0.1:1",
+        "[::1]:1",
+        "dns:///a:1",
+        "ipv4:1.2.3.4:1,1.2.3.5:1",
+        "unix:/a",
+    ],
 )
 def test_names_of_grpc_are_targets(target):
     """And `host:port` is one."""
     assert Connection(target=target).target == target
+
+
+def test_an_async_client_is_made_in_a_loop():
+    """A module that is imported has none."""
+    with pytest.raises(UsageError) as error:
+        AsyncClient("localhost:1")
+    assert str(error.value) == (
+        "AsyncClient: expected a running event loop, found none; "
+        "make it inside the coroutine that uses it, one client for each loop"
+    )
+
+
+def test_an_async_client_of_another_loop_says_so():
+    """Whether its own runs beside, or has ended; its own is not disturbed."""
+    other = (
+        "AsyncClient: expected the event loop that it was made in, found another; "
+        "make it inside the coroutine that uses it, one client for each loop"
+    )
+
+    async def call(client):
+        assert await client.list_collections() == []
+
+    async def iterate(client):
+        return [item async for item in client.embed_iter([b"1"])]
+
+    def refuse(client):
+        for use in (call, iterate):
+            with pytest.raises(UsageError) as error:
+                asyncio.run(use(client))
+            assert str(error.value) == other
+
+    async def main(port):
+        client = AsyncClient(f"localhost:{port}")
+        await asyncio.to_thread(refuse, client)
+        await call(client)
+        await asyncio.to_thread(refuse, client)
+        await call(client)
+        return client
+
+    with running(Servicer()) as port:
+        client = asyncio.run(main(port))
+        refuse(client)
+        asyncio.run(client.close())
 
 
 @pytest.mark.parametrize("name", ["retry-after-ms", "grpc-retry-pushback-ms"])

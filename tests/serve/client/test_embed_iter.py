@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,9 @@ import pytest
 
 from models.errors import UsageError
 from serve.client import AsyncClient, Client, RetryPolicy
-from serve.errors import QueueFullError, UnavailableError
+from serve.config import ServeOptions
+from serve.errors import DeadlineError, QueueFullError, UnavailableError
+from serve.server import Server
 
 ONCE = RetryPolicy(attempts=1)
 ROOT = Path(__file__).parents[3]
@@ -20,9 +24,18 @@ ROOT = Path(__file__).parents[3]
 
 async def collect(client, images, **options):
     """All items of either client."""
-    if isinstance(client, AsyncClient):
-        return [item async for item in client.embed_iter(images, **options)]
-    return await asyncio.to_thread(lambda: list(client.embed_iter(images, **options)))
+    items = []
+    await read(client.embed_iter(images, **options), items)
+    return items
+
+
+async def read(iterator, items):
+    """Append what either client's iterator gives, to its end or its error."""
+    if isinstance(iterator, Iterator):
+        await asyncio.to_thread(items.extend, iterator)
+        return
+    async for item in iterator:
+        items.append(item)
 
 
 @pytest.fixture(params=[Client, AsyncClient])
@@ -174,31 +187,32 @@ def test_who_stops_early_cancels(serving, fake, image, make_client, eventually, 
     asyncio.run(main())
 
 
-def test_an_error_of_the_iterable_comes_last(serving, fake, image, make_client):
-    """After the items of all images that it gave before, those of a batch half full but for."""
+@pytest.mark.parametrize("images_per_request", [1, 2, 32])
+def test_an_error_of_the_iterable_comes_last(serving, fake, image, make_client, images_per_request):
+    """After the items of all images that it gave before, those of a request half full, too."""
 
     def failing():
-        yield image(1)
-        yield image(2)
+        yield from map(image, range(3))
         raise OSError("disk gone")
 
+    async def failing_slowly():
+        for given in failing():
+            yield given
+
     async def main():
-        items = []
         async with serving(fake) as server:
             client = make_client(server.address)
-            iterator = client.embed_iter(failing(), images_per_request=1, normalize=False)
-
-            async def read():
-                async for item in iterator:
-                    items.append(item)
-
-            reading = asyncio.to_thread(items.extend, iterator) if make_client is Client else read()
-            with pytest.raises(OSError, match="disk gone"):
-                await reading
+            for images in [failing()] if make_client is Client else [failing(), failing_slowly()]:
+                items = []
+                iterator = client.embed_iter(
+                    images, images_per_request=images_per_request, normalize=False
+                )
+                with pytest.raises(OSError, match="disk gone"):
+                    await read(iterator, items)
+                assert values_of(items) == [0, 1, 2]
             await close(client)
-        return items
 
-    assert values_of(asyncio.run(main())) == [1, 2]
+    asyncio.run(main())
 
 
 def test_a_slow_iterable_does_not_hold_the_event_loop(serving, fake, image):
@@ -263,16 +277,53 @@ def test_an_asynchronous_iterable_is_read_as_it_comes(serving, fake, image):
             iterator = client.embed_iter(images(), images_per_request=1, normalize=False)
             items = [await anext(iterator)]
             more.set()
-
-            async def read():
-                async for item in iterator:
-                    items.append(item)
-
             with pytest.raises(OSError, match="disk gone"):
-                await read()
+                await read(iterator, items)
             return values_of(items)
 
     assert asyncio.run(main()) == [1, 2]
+
+
+def test_a_restart_loses_no_image(serving, fake, image):
+    """The server is away for more attempts than one that never replied would get."""
+    pauses = itertools.count(1)
+
+    async def main():
+        gone, back = asyncio.Event(), asyncio.Event()
+
+        async def images():
+            yield image(0)
+            await gone.wait()
+            for n in range(1, 8):
+                yield image(n)
+
+        async def sleep(seconds):
+            if next(pauses) == 20:  # of two requests
+                back.set()
+            await asyncio.sleep(0.01)
+
+        async def start_again(port):
+            await back.wait()
+            options = ServeOptions(port=port, bundle=("fake://fake",))
+            server = Server(options, open_model=lambda uri, **_: fake)
+            await server.start()
+            return server
+
+        async with serving(fake) as server:
+            client = AsyncClient(server.address, sleep=sleep)
+            iterator = client.embed_iter(
+                images(), in_flight=2, images_per_request=1, normalize=False
+            )
+            items = [await anext(iterator)]
+        port = int(server.address.rpartition(":")[2])
+        starting = asyncio.create_task(start_again(port))
+        gone.set()
+        await read(iterator, items)
+        await client.close()
+        await (await starting).kill()
+        return items
+
+    assert values_of(asyncio.run(main())) == list(range(8))
 
 
 def test_busy_servers_are_tried_again(serving, fake, image, make_client):
@@ -281,7 +332,7 @@ def test_busy_servers_are_tried_again(serving, fake, image, make_client):
 
     async def main():
         async with serving(fake, max_queue_images=4) as server:
-            client = make_client(server.address, retry=RetryPolicy(attempts=99, initial_s=0.01))
+            client = make_client(server.address, retry=RetryPolicy(initial_s=0.01))
             items = await collect(
                 client, images, images_per_request=2, in_flight=8, normalize=False
             )
@@ -289,6 +340,19 @@ def test_busy_servers_are_tried_again(serving, fake, image, make_client):
             return items
 
     assert values_of(asyncio.run(main())) == list(range(64))
+
+
+def test_the_first_question_has_the_limit_of_a_request(make_client):
+    """What the server takes is not waited for any longer than an answer."""
+
+    async def main(address):
+        client = make_client(address, timeout_s=5)
+        with pytest.raises(DeadlineError, match=r"ListModels .* within 0\.2 s, found none"):
+            await collect(client, [], timeout_s=0.2)
+        await close(client)
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        asyncio.run(main(f"127.0.0.1:{silent.getsockname()[1]}"))
 
 
 def test_a_closed_client_is_no_item(serving, fake, image, make_client):

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from models.errors import UsageError
 from protos import horace_pb2 as pb
-from serve.client import AsyncClient, Client
+from serve.client import AsyncClient, Client, Combination, EmbedResult
 from serve.client.requests import RequestSize, SearchOptions, group_images, make_queries
+from serve.client.results import OK_STATUS, Timings
 
 
 @given(st.lists(st.integers(0, 3000), min_size=1, max_size=40), st.integers(1, 9))
@@ -36,12 +38,61 @@ def test_groups_keep_every_image_in_order_within_the_servers_limits(sizes, most)
         (b"one file", "bytes"),
         (np.zeros((8, 8, 3), np.uint8), r"an array of shape \(8, 8, 3\)"),
         (np.zeros((8, 8), np.uint8), r"an array of shape \(8, 8\)"),
-        ("path.png", "str"),
+        (memoryview(b"one file"), "memoryview"),
     ],
 )
 def test_a_single_image_is_not_taken_for_several(images, found):
     """It would be read as its bytes or rows; the line says to put it into a list."""
     with Client("localhost:1") as client, pytest.raises(UsageError, match=f"found {found}; put a"):
+        client.embed(images)
+
+
+class Tensor:
+    """Another library's array: NumPy reads it, and it can be iterated over."""
+
+    def __array__(self):
+        raise AssertionError("asked for its content")
+
+    def __iter__(self):
+        raise AssertionError("asked for its content")
+
+
+UINT8 = r"make it uint8, \(N, H, W\) or \(N, H, W, C\), or a list of files' bytes"
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (
+            Image.new("RGB", (8, 8)),
+            r"found Image; take its file's bytes, or np.asarray\(image.convert\('RGB'\)\), "
+            "and put a single image into a list",
+        ),
+        (
+            Tensor(),
+            r"found Tensor; take np.asarray\(...\) of it, and put a single image into a list",
+        ),
+        (
+            "path.png",
+            r"found str; read the file with Path\(...\).read_bytes\(\), "
+            "and put a single image into a list",
+        ),
+        (None, "found NoneType"),
+        (7, "found int"),
+        (
+            np.array([b"1", b"2"], object),
+            r"found an array of shape \(2,\); make a list of them, or call embed_iter",
+        ),
+        (np.zeros((8, 8, 3)), rf"found an array of shape \(8, 8, 3\); {UINT8}"),
+        (np.zeros(99, np.uint8), rf"found an array of shape \(99,\); {UINT8}"),
+    ],
+)
+def test_what_is_no_sequence_of_images_is_told_how_it_becomes_one(images, message):
+    """Into a list goes what is an image; the rest becomes one first, or never."""
+    with (
+        Client("localhost:1") as client,
+        pytest.raises(UsageError, match=f"^images: expected a sequence of images, {message}$"),
+    ):
         client.embed(images)
 
 
@@ -116,11 +167,13 @@ def test_queries_whose_hits_would_be_too_large_go_in_several_requests():
         ({"timeout_s": 0}, "timeout_s: expected a positive number of seconds, .*, found 0"),
         ({"timeout_s": "1s"}, "timeout_s: expected a positive number of seconds, .*, found '1s'"),
         ({"timeout_s": float("inf")}, "timeout_s: expected a positive number .*, found inf"),
+        ({"timeout_s": 10**400}, "timeout_s: expected a positive number .*, found 10000.*"),
         ({"model": 5}, "model: expected text, found 5"),
-        ({"images": None}, "images: expected a sequence of images, found NoneType; .*"),
+        ({"model": "a\udcff"}, r"model: expected text that UTF-8 can write, found 'a\\udcff'"),
+        ({"images": None}, "images: expected a sequence of images, found NoneType"),
         (
             {"images": Path("a.jpg")},
-            "images: expected a sequence of images, found PosixPath; read .* with .read_bytes.*",
+            "images: expected a sequence of images, found PosixPath; read .*read_bytes.*",
         ),
     ],
 )
@@ -152,6 +205,9 @@ def test_wrong_arguments_are_one_line_of_both_clients(arguments, message):
         ({"ids": ["cat"]}, "ids: expected an integer, 0 to 18446744073709551615, found 'cat'"),
         ({"ids": 7}, "ids: expected a sequence of integers, found 7"),
         ({"collection": 5}, "collection: expected text, found 5"),
+        ({"filter": "\ud800"}, r"filter: expected text that UTF-8 can write, found '\\ud800'"),
+        ({"diversity": "0.5"}, "diversity: expected a number, 0 to 1, found '0.5'"),
+        ({"min_score": 10**400}, "min_score: expected a number, -1 to 1, found 1000.*"),
         (
             {"ids": None, "vectors": ["cat"], "fingerprint": "f"},
             r"query vectors: expected shape \(N, D\), N at least 1, found list .*",
@@ -162,6 +218,67 @@ def test_wrong_arguments_of_a_search_are_one_line(arguments, message):
     """Refused before anything is sent."""
     with Client("localhost:1") as client, pytest.raises(UsageError, match=f"^{message}$"):
         client.search(**({"ids": [1]} | arguments))
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+def test_an_example_may_be_what_an_image_may_be(kind):
+    """Any bytes of a file, in any of Python's wrappings, and pixels."""
+    one = Combination(
+        positives=[kind(b"file"), np.ones((2, 2), np.uint8)],
+        negatives=[np.int64(7)],
+        negative_weight=np.array(0.25),
+    )
+    (combined,) = make_queries(None, None, None, None, [one]).combinations
+    file, pixels = combined.positives
+    assert file.image.encoded == b"file"
+    assert pixels.image.raw.pixels == b"\1" * 4
+    assert combined.negatives == [pb.Example(id=7)]
+    assert combined.negative_weight == 0.25
+
+
+@pytest.mark.parametrize(
+    ("example", "found"),
+    [
+        (Path("a.jpg"), r"PosixPath\('a.jpg'\); read the file with Path\(...\).read_bytes\(\)"),
+        ("a.jpg", r"'a.jpg'; read the file with Path\(...\).read_bytes\(\)"),
+        ("70", "'70'; make an id an integer"),
+        ([0.5, 1.0], r"\[0.5, 1.0\]"),
+        (None, "None"),
+        (Image.new("L", (8, 8)), r"<PIL.*>; take its file's bytes, or np.asarray.*"),
+        (
+            EmbedResult(
+                vectors=np.eye(4, dtype=np.float32),
+                statuses=(OK_STATUS,) * 4,
+                fingerprint="f",
+                model="m",
+                timings=Timings(),
+            ),
+            r"EmbedResult\(vectors=array.*",
+        ),
+    ],
+)
+def test_what_is_no_example_is_told_what_one_is(example, found):
+    """An image, a vector or an id, and not only the last of them."""
+    what = "an image's bytes, uint8 pixels, a vector as an array of floats, or an id"
+    with (
+        Client("localhost:1") as client,
+        pytest.raises(UsageError, match=f"^example: expected {what}, found {found}$"),
+    ):
+        client.search(combined=[Combination(positives=[example])])
+
+
+@pytest.mark.parametrize("weight", ["x", "0.5", None, float("nan"), 11, -1, [1]])
+def test_a_weight_is_a_number(weight):
+    """Within its bounds."""
+    with pytest.raises(UsageError, match=r"^negative_weight: expected a number, 0 to 10, found"):
+        Combination(positives=[1], negative_weight=weight)
+
+
+@pytest.mark.parametrize("examples", [b"file", bytearray(b"file"), memoryview(b"file"), "a.jpg"])
+def test_one_example_is_not_taken_for_several(examples):
+    """Its bytes would be read as ids."""
+    with pytest.raises(UsageError, match=r"^positives: expected a list of examples"):
+        Combination(positives=examples)
 
 
 def test_wrong_arguments_of_an_iterable_are_one_line(serving, fake):

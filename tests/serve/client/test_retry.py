@@ -11,21 +11,47 @@ from models.errors import UsageError
 from serve.client.retry import RetryBudget, RetryPolicy
 
 BUSY = grpc.StatusCode.RESOURCE_EXHAUSTED
+GONE = grpc.StatusCode.UNAVAILABLE
 
 
-@given(st.integers(1, 50), st.floats(0, 100), st.floats(0, 50), st.randoms())
+@given(st.integers(1, 5000), st.floats(0, 100), st.floats(0, 50), st.randoms())
 def test_waits_are_within_their_bounds(failures, remaining_s, retry_after_s, rng):
     """Never sooner than the server asks, never past the deadline, never too long beyond."""
-    wait_s = RetryPolicy(attempts=51).wait_s(
-        BUSY, failures=failures, remaining_s=remaining_s, rng=rng, retry_after_s=retry_after_s
+    wait_s = RetryPolicy().wait_s(
+        BUSY,
+        failures=failures,
+        has_replied=True,
+        remaining_s=remaining_s,
+        rng=rng,
+        retry_after_s=retry_after_s,
     )
     assert wait_s is None or retry_after_s <= wait_s <= min(retry_after_s + 2.0, remaining_s)
+
+
+@pytest.mark.parametrize(
+    ("attempts", "has_replied", "most"),
+    [(None, False, 6), (None, True, 5000), (1, True, 1), (9, False, 9), (9, True, 9)],
+)
+def test_a_policy_allows_so_many_attempts(attempts, has_replied, most):
+    """Exactly those it names; naming none, few until the server has replied, then any number."""
+    waits = [
+        RetryPolicy(attempts=attempts).wait_s(
+            GONE, failures=n, has_replied=has_replied, remaining_s=9, rng=random.Random(0)
+        )
+        for n in range(1, 5000)
+    ]
+    assert [wait_s is not None for wait_s in waits] == [n < most for n in range(1, 5000)]
 
 
 def test_who_is_asked_to_stay_away_does():
     """A negative push-back means never."""
     wait_s = RetryPolicy().wait_s(
-        BUSY, failures=1, remaining_s=9, rng=random.Random(0), retry_after_s=-1
+        BUSY,
+        failures=1,
+        has_replied=True,
+        remaining_s=9,
+        rng=random.Random(0),
+        retry_after_s=-1,
     )
     assert wait_s is None
 

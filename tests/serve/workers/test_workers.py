@@ -17,7 +17,6 @@ import pytest
 
 from models.files import publish_directory
 from serve.client import Client
-from serve.client.retry import RetryPolicy
 from serve.errors import ServeError
 from serve.workers.ports import held_port
 
@@ -83,7 +82,7 @@ def test_a_killed_worker_is_replaced_and_retries_hide_it(start_workers, frontend
 
     def call() -> None:
         calls = 0
-        with Client(server.address, retry=RetryPolicy(attempts=8)) as client:
+        with Client(server.address) as client:
             while not done.is_set():
                 try:
                     assert client.embed([IMAGE], timeout_s=30).statuses[0].ok
