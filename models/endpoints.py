@@ -16,8 +16,15 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+MAX_PORT = (1 << 16) - 1
 BASE_EJECTION_S = 0.25
 MAX_EJECTION_S = 30.0
+
+
+def has_port(address: str) -> bool:
+    """Tell whether `host:port` has one from 1 to 65535: of larger ones gRPC takes the low bits."""
+    port = address.rpartition(":")[2]
+    return port.isascii() and port.isdecimal() and len(port) < 6 and 1 <= int(port) <= MAX_PORT
 
 
 @dataclass(eq=False, slots=True)

@@ -22,6 +22,7 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
+from models.endpoints import has_port
 from models.errors import (
     EncoderError,
     EncoderUnavailableError,
@@ -102,6 +103,10 @@ class RemoteEncoder:
         """
         address, _, model = target.partition("/")
         self._uri = f"horace{'s' if tls else ''}://{target}"
+        if not has_port(address):
+            raise EncoderError(
+                self._uri, expected="HOST:PORT[/MODEL], a port of 1 to 65535", found=address
+            )
         self._timeout_s, self._clock = timeout_s, clock
         self._metadata = _read_key(environment.get(KEY_VARIABLE, ""))
         if tls:

@@ -29,7 +29,7 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from models.endpoints import Endpoint, Endpoints
+from models.endpoints import Endpoint, Endpoints, has_port
 from models.errors import EncoderError, FingerprintMismatchError, HoraceError
 from models.preprocess import PreprocessSpec, check_batch, preprocess
 from models.triton_connection import Connection, Failure, read_answer, translate
@@ -284,8 +284,7 @@ def _read_target(target: str) -> tuple[list[str], str]:
     """
     addresses, _, model = target.partition("/")
     hosts = addresses.split(",")
-    ports = [host.rpartition(":")[2] for host in hosts]
-    if not model or not all(map(str.isdecimal, ports)) or len(set(hosts)) < len(hosts):
+    if not model or not all(map(has_port, hosts)) or len(set(hosts)) < len(hosts):
         raise EncoderError(
             f"triton://{target}", expected="triton://HOST:PORT[,HOST2:PORT...]/MODEL", found=target
         )

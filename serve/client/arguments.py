@@ -8,11 +8,11 @@ import re
 from os import PathLike
 from typing import SupportsFloat
 
+from models.endpoints import MAX_PORT
 from models.errors import UsageError
 
 MAX_UINT32 = (1 << 32) - 1
 MAX_UINT64 = (1 << 64) - 1
-MAX_PORT = (1 << 16) - 1
 MAX_TIMEOUT_S = 365 * 86_400.0
 """gRPC keeps deadlines in 64 bits of nanoseconds; nobody waits for a year."""
 

@@ -36,6 +36,13 @@ def on_server(serving, bundles, work):
     return asyncio.run(main())
 
 
+@pytest.mark.parametrize("address", ["host", "host:0", "host:65537/m", "host:x"])
+def test_an_address_without_a_port_that_exists_is_refused(address):
+    """Of a larger number gRPC takes the low bits, which are another server's."""
+    with pytest.raises(EncoderError, match=r"expected HOST:PORT\[/MODEL\], a port of 1 to 65535"):
+        open_encoder(f"horace://{address}")
+
+
 def test_an_encoder_behind_a_server_is_the_encoder(serving, make_bundle):
     """Name, fingerprint, preprocessing and vectors, to the bit, also of no images."""
     bundle = make_bundle()
