@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import closing
@@ -55,6 +56,9 @@ EMBED_BATCH = 64
 DEFAULT_K = 10
 RANGE_LIMIT = 10_000
 """Neighbours within a range that are shown where `--k` does not say how many."""
+
+SHOWN_LABELS = 10
+"""Of a collection, where a filter about them finds nothing."""
 
 log = logging.getLogger("horace.index")
 
@@ -156,7 +160,7 @@ def main(options: SearchOptions) -> None:
         if options.json:
             print(_as_json(collection, options, found))
         elif is_any_good:
-            print(as_text(found))
+            print(_as_text(collection, options, found))
         if options.grid is not None and is_any_good:
             _draw(options.grid, collection, found)
             if not options.json:
@@ -288,6 +292,37 @@ def _with_hits(
     """Give the good queries their neighbours, in order."""
     hits = iter(look_up_hits(collection, neighbours))
     return [one if one.error else dataclasses.replace(one, hits=next(hits)) for one in found]
+
+
+def _as_text(collection: AnyCollection, options: SearchOptions, found: Sequence[Found]) -> str:
+    """Lay out a table for each query, or say why nothing was found for it."""
+    is_empty = [not one.hits and one.error is None for one in found]
+    why = _why_nothing(collection, options) if any(is_empty) else ""
+    texts = []
+    for one, empty in zip(found, is_empty, strict=True):
+        named = one.query if one.label is None else f"{one.query}  ({one.label})"
+        texts.append(f"{named}\n  {why}" if empty else as_text([one]))
+    return "\n\n".join(texts)
+
+
+def _why_nothing(collection: AnyCollection, options: SearchOptions) -> str:
+    """Say what every image failed: the filter, the least cosine, or to be another than given."""
+    image = "no other image" if options.key or options.id or options.not_key else "no image"
+    if options.min_score is not None:
+        that = "" if options.filter is None else " that passes the filter"
+        return f"{image}{that} is as near as --min-score {options.min_score}"
+    if options.filter is None:
+        return f"{image} is there"
+    labels = _shown_labels(collection) if re.search(r"\blabel\b", options.filter) else ""
+    return f"{image} passes the filter{labels}"
+
+
+def _shown_labels(collection: AnyCollection) -> str:
+    """Show what labels there are, for a filter that none of them passes."""
+    labels = sorted({label for label in collection.labels() if label is not None})
+    more = f" and {len(labels) - SHOWN_LABELS} more" if len(labels) > SHOWN_LABELS else ""
+    shown = ", ".join(map(repr, labels[:SHOWN_LABELS]))
+    return f"; labels here are {shown}{more}" if labels else "; no image here has a label"
 
 
 def _as_json(collection: AnyCollection, options: SearchOptions, found: Sequence[Found]) -> str:

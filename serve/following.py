@@ -137,7 +137,8 @@ class Following:
                 f"collection {self._name}",
                 expected=self.current.fingerprint,
                 found=latest.fingerprint,
-                mend="serve the bundle that made it, and let the server read both again",
+                mend="serve the bundle that made it, and have the server read both again, by "
+                "SIGHUP (kill -HUP) or by --watch-s",
             )
         self.current = latest
         self._told = ""

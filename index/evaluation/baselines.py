@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from index.embed import Reject, decode_batches
 from index.errors import EvaluationError
+from index.evaluation.same_images import describe_missing
 from index.knn import MISSING, knn_search, merge_neighbours
 from models.bundle import Json
 from models.command import progress
@@ -163,8 +164,9 @@ def match_images(seen: Seen, keys: Sequence[str], collection: str) -> Seen:
         raise EvaluationError(
             f"sources of collection {collection}",
             expected=f"the {len(keys)} images that were indexed, for the baselines",
-            found=f"no image {missing[0]!r}, and {len(missing) - 1} more missing",
-            mend="build the collection again, or leave the baselines out with --no-baselines",
+            found=describe_missing(missing),
+            mend="bring the collection up to date with `index.build --sync`, or leave the "
+            "baselines out with --no-baselines",
         )
     return seen.pick(np.array([numbers[key] for key in keys], np.int64))
 
@@ -232,7 +234,7 @@ class Whitening:
 
     @classmethod
     def fit(cls, pixels_NP: NDArray[np.uint8], dims: int = WHITENED_DIMS) -> Whitening:
-        """Fit on images without their labels, with at most `dims` dimensions.
+        """Fit on images without their labels, with at most `dims` dimensions, and fewer of few.
 
         Dimension i is divided by sqrt(variance_i + EIGENVALUE_FLOOR * largest variance).
         """
@@ -245,7 +247,7 @@ class Whitening:
             covariance_PP += centred.T @ centred
         variances, axes_PP = np.linalg.eigh(covariance_PP / len(sample))
         variances, axes_PP = np.maximum(variances[::-1], 0), axes_PP[:, ::-1]
-        dims = min(dims, len(mean_P))
+        dims = max(1, min(dims, len(mean_P), len(sample) - 1))  # so many directions n images span
         scale = np.sqrt(variances[:dims] + EIGENVALUE_FLOOR * variances[0])
         scale[scale == 0] = 1.0  # all images are one image
         return cls(mean_P=mean_P, weights_PD=(axes_PP[:, :dims] / scale).astype(np.float32))

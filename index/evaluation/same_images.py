@@ -71,6 +71,12 @@ def digest_by_key(sources: Sequence[ImageSource], *, what: str) -> dict[str, str
     return digests
 
 
+def describe_missing(keys: Sequence[str]) -> str:
+    """Say of one key or more that there is no image of them."""
+    others = f", and {len(keys) - 1} more missing" if len(keys) > 1 else ""
+    return f"no image {keys[0]!r}{others}"
+
+
 def stored_digests(collection: AnyCollection) -> list[str] | None:
     """Give the hash of every image as it was when it was embedded, in the order of the ids.
 
@@ -114,7 +120,7 @@ def collection_digests(collection: AnyCollection, *, may_read: bool) -> list[str
         raise EvaluationError(
             f"sources of collection {collection.name}",
             expected=f"the {collection.count} images that were indexed",
-            found=f"none of the key {missing[0]!r}, and {len(missing) - 1} more missing",
+            found=describe_missing(missing),
             mend=mend,
         )
     return [digests[key] for key in keys]

@@ -2,6 +2,7 @@ import json
 import re
 import shutil
 
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -91,6 +92,62 @@ def test_a_filter_says_what_may_be_found(search, built, test_folder):
     for found in document["queries"]:
         keys = sorted(hit["key"] for hit in found["hits"])
         assert keys == ["blue/003.png", "blue/013.png", "green/003.png", "green/013.png"]
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        (["--filter", "key = 'nine'"], "no image passes the filter"),
+        (
+            ["--filter", "label = 'rde'"],
+            "no image passes the filter; labels here are 'blue', 'green', 'red'",
+        ),
+        (["--min-score", ".99999"], "no image is as near as --min-score 0.99999"),
+        (
+            ["--min-score", ".99999", "--filter", "label = 'red'"],
+            "no image that passes the filter is as near as --min-score 0.99999",
+        ),
+    ],
+)
+def test_where_nothing_is_found_the_text_says_why(search, built, test_folder, args, why):
+    """In the place of a table, with status 0; the document for machines has an empty list."""
+    query = test_folder / "red/000.png"
+    assert search(built, query, *args) == (0, f"{query}\n  {why}\n", "")
+    status, out, _ = search(built, query, *args, "--json")
+    assert (status, json.loads(out)["queries"][0]["hits"]) == (0, [])
+
+
+def test_a_stored_image_alone_has_no_other(search, built, tmp_path, make_collection, unit_rows):
+    """It may pass the filter itself, or be all that there is; other queries keep their tables."""
+    _, out, _ = search(built, "--key", "red/000.png", "--filter", "key = 'red/000.png'")
+    assert out == "red/000.png  (red)\n  no other image passes the filter\n"
+    two = ("--key", "red/000.png", "red/001.png", "--filter", "key = 'red/000.png'")
+    _, out, _ = search(built, *two)
+    first, second = out.split("\n\n")
+    assert first == "red/000.png  (red)\n  no other image passes the filter"
+    assert second.splitlines()[0] == "red/001.png  (red)"
+    assert second.splitlines()[2].endswith("red    red/000.png")
+    make_collection(tmp_path / "one", unit_rows(1, 16))
+    _, out, _ = search(tmp_path / "one", "--key", "0000")
+    assert out == "0000  (0)\n  no other image is there\n"
+
+
+def test_of_many_labels_ten_are_shown(search, tmp_path, built):
+    """Where none passes a filter about them."""
+    wide = tmp_path / "wide"
+    shutil.copytree(built, wide)
+    with Collection.open(wide) as collection:
+        rows, vectors = collection.table(), collection.vectors(collection.ids)
+        fingerprint = collection.fingerprint
+    labels = pa.array([f"{n:02}" for n in range(59)] + [None])
+    rows = rows.drop_columns(["id"]).set_column(
+        rows.drop_columns(["id"]).column_names.index("label"), "label", labels
+    )
+    with CollectionWriter.open(wide) as writer:
+        writer.upsert(rows, vectors, fingerprint=fingerprint)
+    _, out, _ = search(wide, "--key", "red/000.png", "--filter", "label startswith 'x'")
+    assert "filter; labels here are '00', '01', " in out
+    assert out.endswith(", '09' and 49 more\n")
 
 
 def test_all_within_a_range_and_few_that_differ(search, built, test_folder):

@@ -234,8 +234,8 @@ def test_what_cannot_be_followed_is_told_once_and_changes_nothing(
     assert told.startswith("collection things has changed and is not followed")
 
 
-def test_a_collection_of_another_encoder_is_not_followed(stored, searching, monkeypatch):
-    """It waits for the operator to have both read again; a search never mixes the two."""
+def test_a_collection_of_another_encoder_is_not_followed(stored, searching, caplog, monkeypatch):
+    """It waits for the operator, who is told how both are read again; a search never mixes them."""
     monkeypatch.setattr(following, "RETRY_S", 0.0)
 
     async def main():
@@ -254,7 +254,13 @@ def test_a_collection_of_another_encoder_is_not_followed(stored, searching, monk
             assert failed == ["models and collections"]
             assert (await client.list_collections())[0].count == 12
 
-    asyncio.run(main())
+    with caplog.at_level(logging.ERROR, "horace.serve"):
+        asyncio.run(main())
+    told = caplog.records[0].getMessage()
+    assert told.endswith(
+        "; serve the bundle that made it, and have the server read both again, by SIGHUP "
+        "(kill -HUP) or by --watch-s"
+    )
 
 
 @dataclass(eq=False)

@@ -27,7 +27,7 @@ from models.errors import HoraceError, ImageError, UsageError, reason_of
 from models.files import atomic_file
 from models.image_source import ImageData
 from serve.client.commands.connecting import ServerOptions
-from serve.client.commands.files import read_files
+from serve.client.commands.files import read_files, require_parent
 from serve.client.requests import EmbedOptions
 from serve.errors import FailedItemsError
 
@@ -141,11 +141,13 @@ def _open_lines(out: Path | None) -> Iterator[IO[str]]:
     """Open what lines are written to.
 
     Raises:
-        HoraceError: the file cannot be written.
+        HoraceError: the file cannot be written; told before anything is sent where its directory
+            is not there.
     """
     if out is None:
         yield sys.stdout
         return
+    require_parent("--out", out)
     try:
         with atomic_file(out.with_suffix(".jsonl")) as path, path.open("w") as lines:
             yield lines

@@ -1,4 +1,4 @@
-"""The images that a command is given: files, and folders with all that lies below them."""
+"""The files of a command: images, in folders with all that lies below them, and what it writes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.errors import ImageError, UsageError
+from models.errors import HoraceError, ImageError, UsageError
 from models.image_folder import FolderSource
 from models.image_source import ImageData, read_image_file
 
@@ -58,3 +58,18 @@ def _read(path: Path, name: str) -> ImageFile:
         return ImageFile(name=name, data=read_image_file(path, name))
     except ImageError as error:
         return ImageFile(name=name, error=error)
+
+
+def require_parent(option: str, path: Path) -> None:
+    """Refuse to write into a directory that is not there: a slip in a path shall make none.
+
+    Raises:
+        HoraceError: it is not there.
+    """
+    if not path.parent.is_dir():
+        raise HoraceError(
+            f"{option} {path}",
+            expected="a file that can be written",
+            found=f"no directory {path.parent}",
+            mend="make it or choose another",
+        )

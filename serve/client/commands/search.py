@@ -22,10 +22,10 @@ from serve.client.arguments import check_number
 from serve.client.blocking import Client
 from serve.client.combining import MAX_NEGATIVE_WEIGHT, NEGATIVE_WEIGHT, Combination
 from serve.client.commands.connecting import ServerOptions
-from serve.client.commands.files import ImageFile, read_files
+from serve.client.commands.files import ImageFile, read_files, require_parent
 from serve.client.requests import SearchOptions
 from serve.client.results import Hit, SearchResult
-from serve.errors import FailedItemsError
+from serve.errors import FailedItemsError, UnknownNameError
 
 if TYPE_CHECKING:
     from index.evaluation.plots import Tile
@@ -33,16 +33,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchCommand(ServerOptions):
-    """Find the nearest images of a collection, by image files, stored ids or vectors."""
+    """Find the nearest images of a collection, by image files, stored images or vectors."""
 
     images: Positional[tuple[Path, ...]] = ()
     """Image files to search with; a folder gives all images below it."""
+    key: tuple[str, ...] = ()
+    """Keys of stored images to search with, as they stand in what a search prints."""
     id: tuple[int, ...] = ()
-    """Ids of stored images to search with."""
+    """Ids of stored images to search with, as they stand there."""
     together: bool = False
-    """Make one query of all files and ids that are searched with: their mean."""
+    """Make one query of all files, keys and ids that are searched with: their mean."""
     negatives: Annotated[tuple[Path, ...], arg(name="not")] = ()
     """Image files that the answer is to be unlike; implies --together."""
+    not_key: tuple[str, ...] = ()
+    """Keys of stored images that the answer is to be unlike; implies --together."""
     not_id: tuple[int, ...] = ()
     """Ids of stored images that the answer is to be unlike; implies --together."""
     not_weight: float = NEGATIVE_WEIGHT
@@ -93,8 +97,8 @@ class SearchCommand(ServerOptions):
         check_number("--not-weight", self.not_weight, 0, MAX_NEGATIVE_WEIGHT)
         if self.exact and self.effort is not None:
             raise UsageError("--effort", expected="an index to search", found="--exact")
-        if not (self.images or self.id or self.vectors):
-            expected = "image files, --id or --vectors"
+        if not (self.images or self.key or self.id or self.vectors):
+            expected = "image files, --key, --id or --vectors"
             raise UsageError("queries", expected=expected, found="none of them")
         if self.vectors is not None and not self.fingerprint:
             raise UsageError(
@@ -104,8 +108,8 @@ class SearchCommand(ServerOptions):
             )
         if self.is_combined and self.vectors is not None:
             raise UsageError("--vectors", expected="no --together and no --not", found="either")
-        if self.is_combined and not (self.images or self.id):
-            raise UsageError("--together", expected="image files or --id", found="none")
+        if self.is_combined and not (self.images or self.key or self.id):
+            raise UsageError("--together", expected="image files, --key or --id", found="none")
         if self.grid is not None and self.grid.suffix.lower() != ".png":
             raise UsageError("--grid", expected="a name that ends in .png", found=str(self.grid))
         if self.grid is not None and self.pictures is None:
@@ -114,7 +118,7 @@ class SearchCommand(ServerOptions):
     @property
     def is_combined(self) -> bool:
         """Whether all that is searched with is one query."""
-        return self.together or bool(self.negatives or self.not_id)
+        return self.together or bool(self.negatives or self.not_key or self.not_id)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +126,7 @@ class Found:
     """One query and its neighbours, nearest first.
 
     Attributes:
-        query: the file's name, the id, or the row.
+        query: the file's name, the key, the id, or the row.
         image: the query's own picture, where it is one.
         hits: the neighbours.
         error: why the query has none.
@@ -140,13 +144,15 @@ def main(options: SearchCommand) -> None:
     Raises:
         HoraceError: nothing can be searched, or, after the rest is shown, a query was bad.
     """
+    if options.grid is not None:
+        require_parent("--grid", options.grid)
     vectors = None if options.vectors is None else _read_vectors(options.vectors)
     with options.connect() as client:
         if options.is_combined:
             found = _search_together(client, options)
         else:
             found = _search_each(client, options, vectors)
-    print(_as_json(found) if options.json else _as_text(found))
+    print(_as_json(found) if options.json else _as_text(options, found))
     if options.grid is not None:
         _draw(options.grid, options.pictures or "", found)
     errors = [f"{one.query}: {one.error}" for one in found if one.error]
@@ -159,8 +165,8 @@ def main(options: SearchCommand) -> None:
 def _search_each(
     client: Client, options: SearchCommand, vectors: NDArray[np.float32] | None
 ) -> list[Found]:
-    """Search by each file, each id and each vector."""
-    found = _search_files(client, options)
+    """Search by each file, each key, each id and each vector."""
+    found = _search_files(client, options) + _search_keys(client, options)
     if options.id:
         result = _search(client, options, ids=options.id)
         found += _join([Found(query=str(id_)) for id_ in options.id], result)
@@ -172,22 +178,27 @@ def _search_each(
 
 
 def _search_together(client: Client, options: SearchCommand) -> list[Found]:
-    """Make one query of everything; each of its files has to be good.
+    """Make one query of everything; each of its files and keys has to be good.
 
     Raises:
-        ImageError: one cannot be read.
+        ImageError: a file cannot be read.
+        UnknownNameError: no image has a key.
     """
     likes, unlikes = ([*read_files(paths)] for paths in (options.images, options.negatives))
     for file in (*likes, *unlikes):
         if file.error is not None:
             raise file.error
+    ids = _look_up(client, options, (*options.key, *options.not_key))
+    for key in (*options.key, *options.not_key):
+        if key not in ids:
+            raise _unknown_key(key)
     combination = Combination(
-        positives=[*map(_data, likes), *options.id],
-        negatives=[*map(_data, unlikes), *options.not_id],
+        positives=[*map(_data, likes), *(ids[key] for key in options.key), *options.id],
+        negatives=[*map(_data, unlikes), *(ids[key] for key in options.not_key), *options.not_id],
         negative_weight=options.not_weight,
     )
-    positives = [*(file.name for file in likes), *map(str, options.id)]
-    negatives = [*(file.name for file in unlikes), *map(str, options.not_id)]
+    positives = [*(file.name for file in likes), *options.key, *map(str, options.id)]
+    negatives = [*(file.name for file in unlikes), *options.not_key, *map(str, options.not_id)]
     query = " and ".join(positives) + (f", not {' nor '.join(negatives)}" if negatives else "")
     picture = likes[0].data if likes else None
     return _join(
@@ -208,6 +219,51 @@ def _search_files(client: Client, options: SearchCommand) -> list[Found]:
         next(answered) if file.error is None else Found(query=file.name, error=str(file.error))
         for file in files
     ]
+
+
+def _search_keys(client: Client, options: SearchCommand) -> list[Found]:
+    """Search by the keys; one that no image has says so in its place."""
+    ids = _look_up(client, options, options.key)
+    known = [key for key in options.key if key in ids]
+    found: list[Found] = []
+    if known:
+        result = _search(client, options, ids=[ids[key] for key in known])
+        found = _join([Found(query=key) for key in known], result)
+    answered = iter(found)
+    return [
+        next(answered) if key in ids else Found(query=key, error=str(_unknown_key(key)))
+        for key in options.key
+    ]
+
+
+def _look_up(client: Client, options: SearchCommand, keys: Sequence[str]) -> dict[str, int]:
+    """Ask the server for the ids of keys; those that no image has are left out.
+
+    What is searched with is of no matter: nothing but images of these keys may be found.
+    """
+    if not keys:
+        return {}
+    served = client.list_collections()
+    dim, fingerprint = next(
+        ((one.dim, one.fingerprint) for one in served if options.collection in (None, one.name)),
+        (1, "any"),  # the search is told which collections there are
+    )
+    texts = ", ".join("'" + key.replace("'", "''") + "'" for key in keys)
+    result = client.search(
+        vectors=np.eye(1, dim, dtype=np.float32),
+        fingerprint=fingerprint,
+        collection=options.collection,
+        k=len(keys),
+        filter=f"key in ({texts})",
+        exact=True,
+    )
+    (hits,) = result.raise_for_status().hits
+    return {hit.key: hit.id for hit in hits}
+
+
+def _unknown_key(key: str) -> UnknownNameError:
+    """Make the error for a key that no image has."""
+    return UnknownNameError(f"key {key!r}", expected="a key of the collection", found="none such")
 
 
 def _data(file: ImageFile) -> ImageData:
@@ -271,13 +327,16 @@ def _read_vectors(path: Path) -> NDArray[np.float32]:
         raise UsageError(f"--vectors {path}", expected=expected, found="another") from error
 
 
-def _as_text(found: Sequence[Found]) -> str:
-    """Lay out a table for each query."""
+def _as_text(options: SearchCommand, found: Sequence[Found]) -> str:
+    """Lay out a table for each query, or say why nothing was found for it."""
     lines = []
     for one in found:
         lines.append(one.query)
         if one.error:
             lines += [f"  {one.error}", ""]
+            continue
+        if not one.hits:
+            lines += [f"  {_why_nothing(options)}", ""]
             continue
         labels = [hit.label or "-" for hit in one.hits]
         width = max([5, *map(len, labels)])
@@ -288,6 +347,16 @@ def _as_text(found: Sequence[Found]) -> str:
             lines.append(f"  {hit.score:7.4f}  {label:<{width}}  {hit.id:<19}  {hit.key}{further}")
         lines.append("")
     return "\n".join(lines).rstrip()
+
+
+def _why_nothing(options: SearchCommand) -> str:
+    """Say what every image failed: the filter, the least cosine, or to be another than given."""
+    stored = options.key or options.id or options.not_key or options.not_id
+    image = "no other image" if stored else "no image"
+    if options.min_score is not None:
+        that = "" if options.filter is None else " that passes the filter"
+        return f"{image}{that} is as near as --min-score {options.min_score}"
+    return f"{image} is there" if options.filter is None else f"{image} passes the filter"
 
 
 def _as_json(found: Sequence[Found]) -> str:

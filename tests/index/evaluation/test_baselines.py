@@ -35,10 +35,12 @@ def test_whitening_is_pca_divided_by_the_deviations(pixels, monkeypatch):
 
 
 def test_whitening_of_few_pixels_or_equal_images():
-    """There are never more dimensions than pixels, and no division by zero."""
+    """There are never more dimensions than pixels, or than images span; no division by zero."""
+    several = np.arange(54, dtype=np.uint8).reshape(9, 6) ** 2
+    assert Whitening.fit(several).weights_PD.shape == (6, 6)
     same = np.full((5, 6), 7, np.uint8)
     whitening = Whitening.fit(same)
-    assert whitening.weights_PD.shape == (6, 6)
+    assert whitening.weights_PD.shape == (6, 4)
     np.testing.assert_array_equal(whitening(same), 0)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from index.build import BuildOptions, build
+from index.build import BuildOptions, build, sync
 from index.collection import Collection
 from index.embed import embed
 from index.errors import EvaluationError
@@ -282,11 +282,20 @@ def test_baselines_need_the_images_that_were_indexed(tmp_path, bundle, new_folde
     build(BuildOptions(images=str(folder), encoder=str(bundle.path), out=tmp_path / "c"))
     (folder / "red/000.png").unlink()
     options = {"collection": tmp_path / "c", "images": str(test_folder)}
-    with pytest.raises(
-        EvaluationError, match=r"found no image 'red/000.png', and 0 more .*--no-baselines"
-    ):
+    with pytest.raises(EvaluationError) as error:
+        evaluate(KnnOptions(**options))
+    assert str(error.value) == (
+        "sources of collection c: expected the 12 images that were indexed, for the baselines, "
+        "found no image 'red/000.png'; bring the collection up to date with `index.build --sync`, "
+        "or leave the baselines out with --no-baselines"
+    )
+    (folder / "red/001.png").unlink()
+    with pytest.raises(EvaluationError, match=r"found no image 'red/000.png', and 1 more missing;"):
         evaluate(KnnOptions(**options))
     assert evaluate(KnnOptions(**options, baselines=False)).n_queries == 15
+    source = {"images": str(folder), "encoder": str(bundle.path)}
+    sync(BuildOptions(**source, out=tmp_path / "c", sync=True))
+    assert evaluate(KnnOptions(**options)).n_queries == 15
 
 
 def test_images_that_were_moved_are_asked_for(tmp_path, bundle, new_folder, test_folder):

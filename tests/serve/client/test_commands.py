@@ -75,7 +75,7 @@ def test_embed_writes_a_line_an_image(command, serving, stored):
 
 def test_embed_writes_an_array(command, serving, stored, tmp_path):
     """With a row for each sound image; the lines beside it say which is which."""
-    out = tmp_path / "new" / "vectors.npy"
+    out = tmp_path / "vectors.npy"
 
     async def main():
         async with command(serving(**of(stored))) as (_, call):
@@ -88,6 +88,108 @@ def test_embed_writes_an_array(command, serving, stored, tmp_path):
     assert (array.shape, array.dtype) == ((12, 4), np.float32)
     assert [line["row"] for line in lines] == list(range(12))
     assert "vector" not in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("command_", "option", "name"),
+    [("embed", "--out", "v.npy"), ("embed", "--out", "v.jsonl"), ("search", "--grid", "g.png")],
+)
+def test_no_directory_is_made_for_what_is_written(
+    command, serving, fake, stored, tmp_path, command_, option, name
+):
+    """A slip in its path is told before anything is sent."""
+    out = tmp_path / "nowhere" / name
+    pictures = ("--pictures", f"folder:{stored.folder}") if option == "--grid" else ()
+
+    async def main():
+        async with command(serving(fake)) as (server, call):
+            answer = await call(command_, stored.files[0], option, out, *pictures)
+            return answer, server.catalog
+
+    (status, printed, error), _ = asyncio.run(main())
+    assert (status, printed) == (1, "")
+    assert error == (
+        f"python -m serve.client {command_}: {option} {out}: expected a file that can be written, "
+        f"found no directory {out.parent}; make it or choose another"
+    )
+    assert not out.parent.exists()
+
+
+def test_search_takes_keys_of_stored_images(command, serving, stored):
+    """As an answer shows them, to be like or unlike; one that is not there is its own failure."""
+    key, other = "class-0/00.png", "class-1/01.png"
+
+    async def main():
+        async with command(serving(**of(stored))) as (_, call):
+            _, out, _ = await call("search", stored.files[0], "--json", "--k", 12)
+            ids = {hit["key"]: hit["id"] for hit in json.loads(out)["queries"][0]["hits"]}
+            by_id = await call("search", "--id", ids[key], "--json")
+            by_key = await call("search", "--key", key, "it's", "--json")
+            unlike = await call("search", "--key", key, "--not-key", other, "--json")
+            unlike_id = await call("search", "--id", ids[key], "--not-id", ids[other], "--json")
+            missing = await call("search", "--key", key, "--not-key", "none")
+            return by_id, by_key, unlike, unlike_id, missing
+
+    by_id, by_key, unlike, unlike_id, missing = asyncio.run(main())
+    (expected,) = json.loads(by_id[1])["queries"]
+    known, unknown = json.loads(by_key[1])["queries"]
+    assert known == expected | {"query": key}
+    message = """key "it's": expected a key of the collection, found none such"""
+    assert (unknown["query"], unknown["error"], unknown["hits"]) == ("it's", message, [])
+    assert by_key[0] == 1
+    assert by_key[2].endswith(f"1 of 2 queries: expected neighbours, found it's: {message}")
+    (combined,), (combined_by_id,) = (
+        json.loads(out)["queries"] for _, out, _ in (unlike, unlike_id)
+    )
+    assert combined == combined_by_id | {"query": f"{key}, not {other}"}
+    assert missing[0] == 1
+    assert missing[2].endswith(
+        "search: key 'none': expected a key of the collection, found none such"
+    )
+
+
+@pytest.mark.parametrize("collection", [[], ["--collection", "other"]])
+def test_keys_of_a_collection_that_is_not_there(command, serving, fake, collection):
+    """The server says which there are."""
+
+    async def main():
+        async with command(serving(fake)) as (_, call):
+            return await call("search", "--key", "a", *collection), await call(
+                "search", "--id", "1", *collection
+            )
+
+    by_key, by_id = asyncio.run(main())
+    assert by_key == by_id
+    assert by_key[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        (["--filter", "label = 'circels'"], "no image passes the filter"),
+        (["--filter", "label = 'circels'", "--min-score", ".9"],
+         "no image that passes the filter is as near as --min-score 0.9"),
+        (["--not", "a.png", "--min-score", ".9999"], "no image is as near as --min-score 0.9999"),
+    ],
+)  # fmt: skip
+def test_where_nothing_is_found_the_text_says_why(
+    command, serving, stored, tmp_path, monkeypatch, args, why
+):
+    """In the place of a table, with status 0; other queries of stored images have no others."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.png").write_bytes(stored.files[1].read_bytes())
+    alone = ("--key", "class-0/00.png", "--filter", "key = 'class-0/00.png'")
+
+    async def main():
+        async with command(serving(**of(stored))) as (_, call):
+            found = await call("search", stored.files[0], *args)
+            document = await call("search", stored.files[0], *args, "--json")
+            return found, document, await call("search", *alone)
+
+    (status, out, _), document, stored_alone = asyncio.run(main())
+    assert (status, out.splitlines()[1:]) == (0, [f"  {why}"])
+    assert json.loads(document[1])["queries"][0]["hits"] == []
+    assert stored_alone[:2] == (0, "class-0/00.png\n  no other image passes the filter\n")
 
 
 def test_search_finds_by_files_ids_and_vectors(command, serving, stored, tmp_path):
@@ -299,7 +401,7 @@ def test_options_of_tls_make_a_client_of_tls(monkeypatch):
         (["health", "--server", "localhost"], "--server: expected HOST:PORT"),
         (["embed", "x", "--api-key-file", "no"], "--api-key-file no: expected a file with a key"),
         (["embed", "x", "--tls-ca", "no.pem"], "ca no.pem: expected a PEM file"),
-        (["search"], "queries: expected image files, --id or --vectors, found none of them"),
+        (["search"], "queries: expected image files, --key, --id or --vectors, found none of them"),
         (["search", "x", "--k", "0"], "k: expected an integer, 1 to"),
         (["search", "x", "--effort", "0"], "effort: expected an integer, 1 to"),
         (["search", "x", "--effort", "9", "--exact"], "--effort: expected an index to search"),
