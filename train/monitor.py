@@ -106,10 +106,20 @@ def knn_accuracy(
     queries_QD: NDArray[np.float32],
     query_labels_Q: NDArray[np.int64],
 ) -> float:
+    """Give the share of queries, 0 to 1, that `knn_hits` gets right."""
+    return float(knn_hits(bank_ND, bank_labels_N, queries_QD, query_labels_Q).mean())
+
+
+def knn_hits(
+    bank_ND: NDArray[np.float32],
+    bank_labels_N: NDArray[np.int64],
+    queries_QD: NDArray[np.float32],
+    query_labels_Q: NDArray[np.int64],
+) -> NDArray[np.bool_]:
     """Classify the queries by their 20 nearest by cosine, voting exp(s / .07).
 
     Returns:
-        The share of queries whose label wins, 0 to 1.
+        (Q,) whether each one's own label wins.
     """
     neighbours = knn_search(
         finish_vectors(queries_QD),
@@ -119,7 +129,7 @@ def knn_accuracy(
         # the bits of every later sum with it.
         threads=torch.get_num_threads(),
     )
-    return _vote_accuracy(*neighbours, bank_labels_N, query_labels_Q)
+    return _vote(*neighbours, bank_labels_N, query_labels_Q)
 
 
 def pixel_accuracy(
@@ -130,16 +140,16 @@ def pixel_accuracy(
 ) -> float:
     """Classify by raw pixels as `knn_accuracy` does: the baseline that needs no encoder."""
     neighbours = pixel_neighbours(queries_QP, bank_NP, min(KNN_K, len(bank_NP)), unit_pixels)
-    return _vote_accuracy(*neighbours, bank_labels_N, query_labels_Q)
+    return float(_vote(*neighbours, bank_labels_N, query_labels_Q).mean())
 
 
-def _vote_accuracy(
+def _vote(
     similarities_QK: NDArray[np.float32],
     rows_QK: NDArray[np.int64],
     bank_labels_N: NDArray[np.int64],
     query_labels_Q: NDArray[np.int64],
-) -> float:
-    """Let the neighbours vote, and give the share of queries whose label wins."""
+) -> NDArray[np.bool_]:
+    """Let the neighbours vote, and say of which queries the label wins."""
     scores_QC = weighted_knn_vote(
         similarities_QK,
         bank_labels_N[rows_QK],
@@ -147,7 +157,7 @@ def _vote_accuracy(
         temperature=KNN_TEMPERATURE,
         n_classes=int(bank_labels_N.max()) + 1,
     )
-    return float((scores_QC.argmax(axis=1) == query_labels_Q).mean())
+    return np.asarray(scores_QC.argmax(axis=1) == query_labels_Q)
 
 
 class Sign(NamedTuple):

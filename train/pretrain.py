@@ -8,10 +8,11 @@ seconds to load and `--help` should not.
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
 
 import tyro
@@ -37,7 +38,8 @@ def choose_defaults(argv: Sequence[str]) -> PretrainOptions:
     folder = PRESETS["folder"]
     args = [arg for arg in argv if arg not in ("--debug", "--help", "-h")]
     try:
-        given = tyro.cli(PretrainOptions, args=args, default=folder, console_outputs=False)
+        with redirect_stderr(io.StringIO()):  # `console_outputs` keeps not every error quiet
+            given = tyro.cli(PretrainOptions, args=args, default=folder, console_outputs=False)
     except (HoraceError, SystemExit):
         return folder
     if given.resume:

@@ -1,7 +1,8 @@
 """The run directory: its files, who may start or go on in it, and the configuration it keeps.
 
 Rules:
-    A directory that holds a run is never written over: it is resumed or refused.
+    A directory that holds a run is never written over: it is resumed or refused. One that holds
+    anything else is refused.
     One process at a time works in it.
     A run is resumed only with the options, data and preprocessing that it was started with;
     a difference is named. Options that change no weight are free.
@@ -18,6 +19,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
@@ -174,7 +176,7 @@ class RunDirectory:
             )
 
     def check_may_run(self, *, resume: bool) -> None:
-        """Refuse to start where a run is, or to resume where none is.
+        """Refuse to start where a run is, or anything else, and to resume where no run is.
 
         Raises:
             RunError: with what to do instead.
@@ -196,6 +198,20 @@ class RunDirectory:
                 found="none",
                 mend="check --out, or start it without --resume",
             )
+        if not has_run and (foreign := self._foreign()) is not None:
+            raise RunError(
+                str(self.path),
+                expected="a new directory, or an empty one",
+                found=f"other files in it, such as {foreign}",
+                mend="choose another --out",
+            )
+
+    def _foreign(self) -> str | None:
+        """Name something in the directory that no start of a run left there, if there is any."""
+        with self.writing():
+            names = sorted(os.listdir(self.path)) if self.path.exists() else []
+        own = (".lock", self.initial_file.name)  # what is written before `config.json`
+        return next((n for n in names if n not in own and not n.startswith(TEMPORARY_PREFIX)), None)
 
     def write_config(self, config: RunConfig) -> None:
         """Write `config.json`, whole."""
@@ -249,7 +265,7 @@ class RunDirectory:
                 f"resuming {self.path}: the source differs",
                 expected=str(kept.data["uri"]),
                 found=uri,
-                mend="leave it out, or start another run with another --out",
+                mend=f"leave it out, or {self._mend_by_another}",
             )
         before, now = _decisive(kept.options, kept.preprocessing), _decisive(options, spec)
         for name in sorted(before.keys() & now.keys()):
@@ -267,7 +283,7 @@ class RunDirectory:
         if name == "epochs":
             return (
                 "the learning rate of every step depends on the length: train longer or shorter as "
-                f"a new run, with another --out, from these weights with --init-from {self.path}"
+                f"a new run, with another --out, {self._from_its_weights}"
             )
         return (
             "leave it out, or start another run with another --out; "
@@ -282,13 +298,28 @@ class RunDirectory:
         """
         if data["sha256"] == kept.data["sha256"]:
             return
-        before, now = kept.data["images"], data["images"]
         raise RunError(
             f"resuming {self.path}: the images of {data['uri']} have changed",
-            expected=f"the {before} images that it was started with",
-            found="as many, with other pixels or labels" if before == now else f"{now} images",
-            mend="bring the old ones back, or start another run with another --out",
+            expected=f"the {kept.data['images']} images that it was started with",
+            found=other_images(kept, cast(int, data["images"])),
+            mend=f"bring the old ones back, or {self._mend_by_another}",
         )
+
+    @property
+    def _mend_by_another(self) -> str:
+        """Say how its weights go on as another run."""
+        return f"start another run with another --out, {self._from_its_weights}"
+
+    @property
+    def _from_its_weights(self) -> str:
+        """Say how another run begins with its weights."""
+        return f"from these weights with --init-from {shlex.quote(str(self.path))}"
+
+
+def other_images(kept: RunConfig, now: int) -> str:
+    """Say what was found in the place of a run's images, given how many."""
+    is_as_many = now == kept.data["images"]
+    return "as many, with other pixels or labels" if is_as_many else f"{now} images"
 
 
 def describe_environment() -> dict[str, Json]:

@@ -14,12 +14,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import tyro
 from numpy.typing import NDArray
 from onnx import helper
 
 from models.bundle import ENCODER_FILE, Bundle, read_bundle
 from models.encoder import open_encoder
-from models.errors import BundleError, EncoderError, UsageError
+from models.errors import BundleError, EncoderError, SourceError, UsageError
 from models.runtime import open_bundle, open_random_twin
 from train.checkpoint import list_checkpoints
 from train.config import PretrainOptions
@@ -34,6 +35,7 @@ from train.export.options import ExportOptions, ReadoutOptions
 from train.export.run_graph import graph_of, last_checkpoint
 from train.export.write_graph import check_graph
 from train.loop import pretrain
+from train.presets import PRESETS
 from train.run import RunConfig, RunDirectory
 
 RunOptions = Callable[..., PretrainOptions]
@@ -52,9 +54,9 @@ def config(run: RunDirectory) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def images_NHWC(config: RunConfig) -> NDArray[np.uint8]:
+def images_NHWC(run: RunDirectory, config: RunConfig) -> NDArray[np.uint8]:
     """Its images."""
-    data = load_run_images(config)
+    data = load_run_images(run, config)
     return data.read(np.arange(data.images), config.preprocessing)
 
 
@@ -284,10 +286,10 @@ def test_a_checkpoint_that_a_run_at_work_deletes_is_exported(
     at_work = tmp_path / "run"
     shutil.copytree(finished_run, at_work)
 
-    def load(config: RunConfig) -> TrainingData:
+    def load(run: RunDirectory, config: RunConfig) -> TrainingData:
         for path in list_checkpoints(at_work / "checkpoints"):
             path.unlink()
-        return load_run_images(config)
+        return load_run_images(run, config)
 
     monkeypatch.setattr("train.export.bundle.load_run_images", load)
     made = export_run(
@@ -340,10 +342,10 @@ def test_a_configuration_that_names_no_images_is_refused(
 
 
 def test_whitening_is_fitted_fused_and_scored(
-    white: Bundle, config: RunConfig, images_NHWC: NDArray[np.uint8]
+    white: Bundle, run: RunDirectory, config: RunConfig, images_NHWC: NDArray[np.uint8]
 ) -> None:
     """Vectors of training images are centred, uncorrelated, and fall in variance; so says JSON."""
-    train = load_run_images(config).train
+    train = load_run_images(run, config).train
     with closing(open_bundle(white.path, threads=1)) as encoder:
         vectors_ND = encoder.encode(images_NHWC[train]).astype(np.float64)
     assert vectors_ND.shape == (360, 24)
@@ -360,10 +362,10 @@ def test_whitening_is_fitted_fused_and_scored(
 
 
 def test_the_twin_has_the_same_readout_and_its_own_fit(
-    white: Bundle, config: RunConfig, images_NHWC: NDArray[np.uint8]
+    white: Bundle, run: RunDirectory, config: RunConfig, images_NHWC: NDArray[np.uint8]
 ) -> None:
     """The untrained network's vectors are white, too; both are scored at every step."""
-    train = load_run_images(config).train
+    train = load_run_images(run, config).train
     twin = open_random_twin(white.path, threads=1)
     assert twin is not None
     vectors_ND = twin.encode(images_NHWC[train]).astype(np.float64)
@@ -403,8 +405,46 @@ def test_a_run_whose_images_have_changed_is_refused(finished_run: Path, tmp_path
     config = json.loads((changed / "config.json").read_text())
     config["data"]["sha256"] = "0" * 64
     (changed / "config.json").write_text(json.dumps(config))
-    with pytest.raises(RunError, match="expected the 400 that the run was trained on, found 400"):
+    with pytest.raises(RunError) as error:
         export_run(RunDirectory(path=changed), tmp_path / "bundle", name="x")
+    uri = config["data"]["uri"]
+    assert str(error.value) == (
+        f"the images of {uri}: expected the 400 that the run was trained on, found as many, with "
+        "other pixels or labels; bring the old ones back: whitening is fitted on them, and scores "
+        "are taken on those that were held out; or go on from its weights on what there is now and "
+        f"export that: `python -m train.pretrain {uri} --init-from {changed} --epochs 1 --out NEW`"
+        ", with the run's other options"
+    )
+
+
+def test_a_run_whose_images_are_gone_is_refused_with_a_way_on(
+    finished_run: Path, tmp_path: Path
+) -> None:
+    """The way on is a command that parses, with another source in it."""
+    moved = tmp_path / "moved"
+    shutil.copytree(finished_run, moved)
+    config = json.loads((moved / "config.json").read_text())
+    config["data"]["uri"] = f"folder:{tmp_path / 'gone'}"
+    (moved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SourceError, match="found nothing; check the path; or go on from") as error:
+        export_run(RunDirectory(path=moved), tmp_path / "bundle", name="x")
+    command = str(error.value).split("`")[1]
+    assert command.startswith("python -m train.pretrain SOURCE ")
+    options = tyro.cli(PretrainOptions, args=command.split()[3:], default=PRESETS["folder"])
+    assert (options.source, options.init_from, options.epochs) == ("SOURCE", moved, 1)
+
+
+def test_the_weights_of_a_run_go_on_to_an_export_of_other_images(
+    finished_run: Path, run_options: RunOptions, mini_source: str, tmp_path: Path
+) -> None:
+    """What the errors above advise is possible."""
+    others = mini_source.replace("train-", "t10k-")
+    options = run_options(tmp_path / "new", source=others, init_from=finished_run, epochs=1)
+    pretrain(options)
+    made = export_run(
+        RunDirectory(path=options.run_path), tmp_path / "bundle", name="x", with_random_twin=False
+    )
+    assert read_bundle(made.path).dim == 64
 
 
 def test_a_run_without_labels_is_exported_without_scores(

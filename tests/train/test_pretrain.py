@@ -241,6 +241,16 @@ def test_a_misspelt_source_ends_it_before_torch_is_loaded() -> None:
     assert done.stdout.endswith(" False\n")
 
 
+def test_a_value_that_does_not_parse_is_said_once() -> None:
+    """By the command that was typed, not by the look at the options before."""
+    command = [sys.executable, "-m", "train.pretrain", "folder:photos", "--epochs", "abc"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("Error parsing --epochs") == 1
+    assert "python -m train.pretrain --help" in done.stderr
+    assert done.stdout == ""
+
+
 def test_help_is_quick_and_loads_no_torch() -> None:
     """`--help` lists presets' values without importing torch."""
     code = (

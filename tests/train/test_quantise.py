@@ -165,6 +165,31 @@ def test_a_graph_that_cannot_be_quantised_is_one_line(tmp_path: Path) -> None:
         write_fp16(file, tmp_path / "fp16.onnx")
 
 
+def test_a_precision_is_warned_of_where_chance_does_not_explain_its_loss(
+    encoder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that sees nothing gets half of the images wrong; of eight that says little."""
+    model, blind = onnx.load(encoder), tmp_path / "fp16.onnx"
+    (weight,) = (x for x in model.graph.initializer if x.name == "backbone.conv1.weight")
+    zeros = np.zeros(tuple(weight.dims), np.float32)
+    weight.CopyFrom(onnx.numpy_helper.from_array(zeros, weight.name))
+    onnx.save(model, blind)
+    draft = make_draft(tmp_path, encoder, **{PRECISION_FILES["fp16"]: blind})
+    for n in (8, 40):
+        labels_N = np.arange(2 + n) % 2
+        watched = WatchedImages(
+            images_NHWC=IMAGES[labels_N], labels_N=labels_N, val=np.arange(2, 2 + n),
+            bank=np.arange(2),
+        )  # fmt: skip
+        scores = score_precisions(draft, watched, IMAGES[:16])
+        assert scores["fp16"]["knn_delta"] == -0.5  # type: ignore[index,call-overload]  # JSON
+    said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert said == [
+        "fp16 loses 50.00 points of kNN accuracy on 40 held-out images: prefer fp32, or calibrate "
+        "on images that are more like those to come"
+    ]
+
+
 def test_a_precision_that_overflows_is_refused_by_name(encoder: Path, tmp_path: Path) -> None:
     """It is not taken for one that mixes the images of a batch, and the way out is said."""
     model, overflowing = onnx.load(encoder), tmp_path / "fp16.onnx"

@@ -17,10 +17,11 @@ from models.networks import ResNet
 from models.preprocess import PreprocessSpec
 from models.runtime import open_bundle
 from train.export.graph import EncoderGraph, embed_with_torch, write_onnx
+from train.export.held_out import is_worse
 from train.export.options import Readout, ReadoutOptions
 from train.export.parity import require_batch_invariance
 from train.export.readout import PooledReadout, WhitenedReadout, pool_to_grid
-from train.export.readout_fit import ReadoutScores, warn_if_below
+from train.export.readout_fit import warn_if_below
 from train.export.whitening import FeatureMoments, Whitening
 
 
@@ -109,19 +110,42 @@ def test_a_whitened_readout_is_exported_to_the_bit_for_every_batch(tmp_path: Pat
 
 
 def test_an_encoder_below_its_untrained_twin_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    """By the vectors that are exported: pooled, or whitened where they are."""
-    trained = ReadoutScores(plain=0.6, pooled=0.65, whitened=None)
-    untrained = ReadoutScores(plain=0.7, pooled=0.725, whitened=None)
-    warn_if_below(trained, untrained)
+    """Where so many images cannot differ as much by chance."""
+    untrained_Q = np.arange(400) < 290
+    warn_if_below(np.arange(400) < 260, untrained_Q)
     assert caplog.messages == [
-        "kNN 65.00% on held-out images is less than the 72.50% of the untrained network: train for "
-        "more --epochs, or export another readout by --readout.stages, --readout.grid and "
+        "kNN 65.00% on 400 held-out images is less than the 72.50% of the untrained network: train "
+        "for more --epochs, or export another readout by --readout.stages, --readout.grid and "
         "--readout.dim"
     ]
     caplog.clear()
-    warn_if_below(ReadoutScores(plain=0.6, pooled=0.65, whitened=0.8), untrained)
-    warn_if_below(None, untrained)
+    warn_if_below(np.arange(400) < 300, untrained_Q)
+    warn_if_below(None, None)
+    warn_if_below(np.arange(34) < 12, np.arange(34) < 14)
     assert caplog.messages == []
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained", "images", "worse"),
+    [
+        (2, 0, 34, False),
+        (4, 0, 34, False),
+        (5, 0, 34, True),
+        (10, 5, 34, False),
+        (25, 0, 5000, True),
+        (40, 15, 5000, True),
+        (100, 75, 5000, False),
+        (0, 9, 34, False),
+    ],
+)
+def test_worse_is_what_two_standard_errors_leave_no_room_for(
+    lost: int, gained: int, images: int, worse: bool
+) -> None:
+    """Of the paired difference: images that both get right, or both wrong, say nothing."""
+    reference_Q, hits_Q = np.zeros(images, bool), np.zeros(images, bool)
+    reference_Q[:lost] = True
+    hits_Q[lost : lost + gained] = True
+    assert is_worse(hits_Q, reference_Q) == worse
 
 
 def test_what_is_not_given_is_the_presets() -> None:

@@ -19,6 +19,7 @@ from models.command import run_command
 from models.errors import UsageError
 from models.html import VOID
 from models.images import open_source
+from train.data.training_data import DataIn, open_training_data
 from train.report.__main__ import ReportOptions, draw_views, main
 from train.report.facts import duration, number, read_facts
 from train.report.model import draw_sample, find_out
@@ -29,6 +30,9 @@ SECTIONS = (
     "warnings", "curves", "views", "embeddings", "neighbours", "configuration", "skipped",
     "commands",
 )  # fmt: skip
+NOT_ITS_IMAGES = (
+    "The images are not those of the run any more: views, embeddings and neighbours show others."
+)
 EVIL = "<img src=x onerror=alert(1)>"
 
 Copy = Callable[..., Path]
@@ -106,6 +110,11 @@ def folder_of_images(folder: Path, classes: tuple[str, ...]) -> str:
             pixels = rng.integers(0, 256, (20, 20), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / name / f"a&b {i}.png")
     return f"folder:{folder}"
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What was said beside progress."""
+    return [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
 
 
 def test_the_page_has_every_section_and_needs_nothing_else(whole_page: Page) -> None:
@@ -193,13 +202,54 @@ def test_a_run_that_was_killed_at_once_has_a_page(copy_run: Copy) -> None:
     assert "0 of 3" in page.read
 
 
-def test_images_that_are_gone_are_said(copy_run: Copy, tmp_path: Path) -> None:
-    """The log is shown all the same."""
+@pytest.mark.parametrize("images", [16, 64])
+@pytest.mark.parametrize("data_in", ["memory", "stream"])
+def test_images_that_are_not_those_of_the_run_are_said(
+    copy_run: Copy, tmp_path: Path, data_in: DataIn, images: int,
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """By their hash, or by their number where more images are in memory than the page looks at."""
+    uri = folder_of_images(tmp_path / "photos", ("cat", "dog"))
+    run = copy_run(uri)
+    config = json.loads((run / "config.json").read_text())
+    spec = RunDirectory(path=run).read_config().preprocessing
+    data = open_training_data(
+        open_source(uri), spec, data_in=data_in, limit_images=None, val_images=0, bank_images=0,
+        seed=0,
+    )  # fmt: skip
+    config["data"] |= {"sha256": data.sha256, "images": data.images}
+    config["options"]["data_in"] = data_in
+    (run / "config.json").write_text(json.dumps(config))
+    options = ReportOptions(run=run, images=images, json=True)
+    main(options)
+    assert NOT_ITS_IMAGES not in Page(run / "report.html").read
+    capsys.readouterr()
+    next((tmp_path / "photos/cat").iterdir()).unlink()
+    main(options)
+    assert NOT_ITS_IMAGES in Page(run / "report.html").read
+    assert NOT_ITS_IMAGES in json.loads(capsys.readouterr().out)["warnings"]
+    assert warnings_of(caplog) == [NOT_ITS_IMAGES]
+
+
+def test_held_out_images_are_not_called_training_images(whole_page: Page) -> None:
+    """The page shows images from all over the source."""
+    assert "C correlates two random views of 64 images: " in whole_page.read
+    assert "An image at the left, and the nearest of 63 others" in whole_page.read
+    assert NOT_ITS_IMAGES not in whole_page.read
+
+
+def test_images_that_are_gone_are_said(
+    copy_run: Copy, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log is shown all the same; the command says what the page lacks."""
     run = copy_run(f"folder:{tmp_path / 'gone'}")
     main(ReportOptions(run=run, images=16))
     page = Page(run / "report.html")
     assert page.read.count("The run's images cannot be read now: ") == 3
     assert "Loss" in page.read
+    (message,) = warnings_of(caplog)
+    assert message.startswith("The run's images cannot be read now: image folder ")
+    assert NOT_ITS_IMAGES not in page.read
 
 
 @pytest.mark.parametrize(
@@ -232,7 +282,7 @@ def test_a_damaged_checkpoint_is_said(copy_run: Copy) -> None:
     main(ReportOptions(run=run, images=16))
     page = Page(run / "report.html")
     assert "There is no network to look with: " in page.read
-    assert "Training images, each with random views" in page.text
+    assert "Images, each with random views" in page.text
 
 
 def test_a_run_at_work_is_left_alone(copy_run: Copy) -> None:

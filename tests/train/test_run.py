@@ -160,8 +160,36 @@ def test_other_images_are_named_as_such(
     for checkpoint in (options.run_path / "checkpoints").iterdir():
         checkpoint.unlink()  # else there is nothing left to learn from them
     make_photos(photos, 10)
-    with pytest.raises(RunError, match=r"have changed: expected the 8 images .*, found 10 images;"):
+    with pytest.raises(RunError) as error:
         pretrain(replace(options, resume=True))
+    assert str(error.value) == (
+        f"resuming {options.out}: the images of folder:{photos} have changed: expected the 8 "
+        "images that it was started with, found 10 images; bring the old ones back, or start "
+        f"another run with another --out, from these weights with --init-from {options.out}"
+    )
+
+
+def test_a_directory_of_something_else_is_refused(tmp_path: Path, run_options: RunOptions) -> None:
+    """Nothing is mixed into the pictures, whose own curves would be one of them."""
+    photos = tmp_path / "photos"
+    make_photos(photos, 8)
+    with pytest.raises(RunError) as error:
+        pretrain(run_options(photos, source=str(photos), epochs=1, batch_size=4))
+    assert str(error.value) == (
+        f"{photos}: expected a new directory, or an empty one, found other files in it, such as "
+        "00.png; choose another --out"
+    )
+    assert len(list(photos.iterdir())) == 8
+
+
+def test_what_an_early_end_leaves_is_no_hindrance(tmp_path: Path, run_options: RunOptions) -> None:
+    """Killed before its `config.json`, a run has a lock, first weights and half-written files."""
+    out = tmp_path / "run"
+    out.mkdir()
+    for name in (".lock", "initial.pt", ".tmp-config.json.x"):
+        (out / name).touch()
+    pretrain(run_options(out, epochs=1))
+    assert (out / "config.json").is_file()
 
 
 def test_two_processes_do_not_share_a_run(tmp_path: Path, run_options: RunOptions) -> None:

@@ -73,14 +73,14 @@ def export_run(
         networks = {ENCODER_FILE: graph_of(checkpoint, config)}
         if with_random_twin:
             networks[RANDOM_FILE] = graph_of(run.initial_file, config)
-        data = load_run_images(config)
+        data = load_run_images(run, config)
         with tempfile.TemporaryDirectory() as folder:
             graphs = {
                 file_name: write_graph(network, config, chosen, data, Path(folder) / file_name)
                 for file_name, network in networks.items()
             }
             if with_random_twin:
-                warn_if_below(*(graph.fitted.scores for graph in graphs.values()))
+                warn_if_below(*(graph.fitted.hits_Q for graph in graphs.values()))
             files = {file_name: graph.file for file_name, graph in graphs.items()}
             scores: dict[str, Json] = {}
             if precisions:

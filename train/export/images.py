@@ -6,24 +6,30 @@ what the run's own data holds.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from models.images import open_source
+from models.errors import SourceError
+from models.images import ImageSource, open_source
 from models.preprocess import PreprocessSpec
 from train.config import options_from_json
 from train.data.training_data import TrainingData, open_training_data
 from train.errors import RunError
-from train.run import RunConfig
+from train.run import RunConfig, RunDirectory, other_images
 
 CHUNK_BYTES = 256 << 20
 
 
-def load_run_images(config: RunConfig) -> TrainingData:
+def load_run_images(run: RunDirectory, config: RunConfig) -> TrainingData:
     """Open a run's images, and tell those it learned from and those it held out.
+
+    Args:
+        run: named where the images are not its own.
+        config: of the run.
 
     Raises:
         SourceError: the images are not where they were.
@@ -33,7 +39,7 @@ def load_run_images(config: RunConfig) -> TrainingData:
     options = options_from_json(config.options)
     uri = cast(str, config.data["uri"])
     data = open_training_data(
-        open_source(uri),
+        _open_source_of(run, uri),
         config.preprocessing,
         data_in=options.data_in,
         limit_images=options.limit_images,
@@ -45,11 +51,34 @@ def load_run_images(config: RunConfig) -> TrainingData:
         raise RunError(
             f"the images of {uri}",
             expected=f"the {config.data['images']} that the run was trained on",
-            found=f"{data.images}, or others",
+            found=other_images(config, data.images),
             mend="bring the old ones back: whitening is fitted on them, and scores are taken "
-            "on those that were held out",
+            f"on those that were held out; or {_mend_by_another(run, shlex.quote(uri))}",
         )
     return data
+
+
+def _open_source_of(run: RunDirectory, uri: str) -> ImageSource:
+    """Open a run's source; where it is gone, add to the error how to export without it."""
+    try:
+        return open_source(uri)
+    except SourceError as error:
+        mends = [error.mend] if error.mend else []
+        raise SourceError(
+            error.what,
+            expected=error.expected,
+            found=error.found,
+            mend="; or ".join([*mends, _mend_by_another(run, "SOURCE")]),
+        ) from error
+
+
+def _mend_by_another(run: RunDirectory, source: str) -> str:
+    """Say how to have a run that can be exported, of this one's weights and other images."""
+    return (
+        "go on from its weights on what there is now and export that: `python -m train.pretrain "
+        f"{source} --init-from {shlex.quote(str(run.path))} --epochs 1 --out NEW`, with the run's "
+        "other options"
+    )
 
 
 def read_in_chunks(

@@ -4,10 +4,10 @@ Rules:
     Every precision that is written is scored against fp32 on the run's own images: cosine,
     neighbour overlap, and kNN accuracy on held-out ones where the run has any.
     Each is held to batch invariance, to its own rounding.
-    A precision that costs more than `MOST_KNN_LOST` is written with a warning: whether its
-    speed is worth that is for its user to say.
+    A precision that costs more than `MOST_KNN_LOST`, and more than chance explains, is written
+    with a warning: whether its speed is worth that is for its user to say.
 
-Shapes: N images, D dimensions.
+Shapes: N images, D dimensions, Q held-out images.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from models.encoder import Encoder
 from models.runtime import open_bundle
 from train.data.training_data import WatchedImages
 from train.errors import ExportError
+from train.export.held_out import is_worse
 from train.export.parity import (
     Parity,
     count_not_finite,
@@ -35,7 +36,7 @@ from train.export.parity import (
 )
 from train.export.quantise import write_fp16, write_int8
 from train.export.write_graph import INVARIANCE_IMAGES
-from train.monitor import knn_accuracy
+from train.monitor import knn_hits
 
 CALIBRATION_IMAGES = 256
 """Training images that INT8 is calibrated on."""
@@ -107,7 +108,7 @@ def score_precisions(
         EncoderError: ONNX Runtime refuses a file.
     """
     reference_ND = np.empty((0, draft.dim), np.float32)
-    reference_knn: float | None = None
+    reference_Q: NDArray[np.bool_] | None = None
     scores: dict[str, Json] = {}
     for precision in draft.precisions:
         with ExitStack() as stack:
@@ -116,12 +117,15 @@ def score_precisions(
             require_finite(vectors_ND, precision)  # first: else NaN would pass for mixed images
             few_NHWC = images_NHWC[:INVARIANCE_IMAGES]
             require_batch_invariance(encoder.encode, few_NHWC, precision=precision)
-            knn = knn_of(encoder, watched, precision)
+            hits_Q = hits_of(encoder, watched, precision)
         if precision == "fp32":
-            reference_ND, reference_knn = vectors_ND, knn
-        delta = None if knn is None or reference_knn is None else knn - reference_knn
+            reference_ND, reference_Q = vectors_ND, hits_Q
         parity = None if precision == "fp32" else measure_parity(reference_ND, vectors_ND)
-        _warn_if_dear(precision, delta)
+        knn, delta = None, None
+        if hits_Q is not None and reference_Q is not None:
+            knn = float(hits_Q.mean())
+            delta = knn - float(reference_Q.mean())
+            _warn_if_dear(precision, hits_Q, reference_Q)
         scores[precision] = PrecisionScores(
             fingerprint=encoder.fingerprint,
             size_bytes=draft.path_of(precision).stat().st_size,
@@ -148,15 +152,15 @@ def require_finite(vectors_ND: NDArray[np.float32], precision: str) -> None:
         )
 
 
-def knn_of(encoder: Encoder, watched: WatchedImages, what: str) -> float | None:
-    """Measure an encoder's kNN accuracy on held-out images; None where there are none."""
+def hits_of(encoder: Encoder, watched: WatchedImages, what: str) -> NDArray[np.bool_] | None:
+    """Say which held-out images an encoder gets right by kNN, (Q,); None where there are none."""
     if len(watched.val) == 0:
         return None
     bank_ND, queries_ND = (
         encode_all(encoder, watched.images_NHWC[rows], what) for rows in (watched.bank, watched.val)
     )
     labels_N = watched.labels_N
-    return knn_accuracy(bank_ND, labels_N[watched.bank], queries_ND, labels_N[watched.val])
+    return knn_hits(bank_ND, labels_N[watched.bank], queries_ND, labels_N[watched.val])
 
 
 def encode_all(encoder: Encoder, images_NHWC: NDArray[np.uint8], what: str) -> NDArray[np.float32]:
@@ -167,11 +171,14 @@ def encode_all(encoder: Encoder, images_NHWC: NDArray[np.uint8], what: str) -> N
     return np.concatenate(list(shown))
 
 
-def _warn_if_dear(precision: str, delta: float | None) -> None:
+def _warn_if_dear(
+    precision: str, hits_Q: NDArray[np.bool_], reference_Q: NDArray[np.bool_]
+) -> None:
     """Say so where a precision costs too much."""
-    if delta is not None and delta < -MOST_KNN_LOST:
+    lost = float(reference_Q.mean()) - float(hits_Q.mean())
+    if lost > MOST_KNN_LOST and is_worse(hits_Q, reference_Q):
         log.warning(
-            "%s loses %.2f points of kNN accuracy on held-out images: prefer fp32, or calibrate "
+            "%s loses %.2f points of kNN accuracy on %d held-out images: prefer fp32, or calibrate "
             "on images that are more like those to come",
-            precision, -100 * delta,
+            precision, 100 * lost, len(hits_Q),
         )  # fmt: skip

@@ -23,11 +23,12 @@ from models.command import progress
 from models.preprocess import PreprocessSpec
 from train.data.training_data import TrainingData, WatchedImages
 from train.export.graph import EncoderGraph, run_in_batches
+from train.export.held_out import is_worse
 from train.export.images import read_in_chunks, spread_rows
 from train.export.options import Readout
 from train.export.readout import PooledReadout, WhitenedReadout
 from train.export.whitening import FeatureMoments, Whitening
-from train.monitor import knn_accuracy
+from train.monitor import knn_hits
 
 log = logging.getLogger("horace")
 
@@ -46,11 +47,6 @@ class ReadoutScores:
     pooled: float
     whitened: float | None
 
-    @property
-    def exported(self) -> float:
-        """That of the vectors as they are exported."""
-        return self.pooled if self.whitened is None else self.whitened
-
 
 @dataclass(frozen=True, kw_only=True)
 class FittedReadout:
@@ -62,6 +58,8 @@ class FittedReadout:
         pooled: the part of it that comes first.
         whitening: what was fitted; None where nothing was.
         scores: None where the run held no labelled images out.
+        hits_Q: (Q,) which held-out images the vectors, as they are exported, get right; None
+            where there are none.
     """
 
     module: nn.Module
@@ -69,6 +67,7 @@ class FittedReadout:
     pooled: PooledReadout
     whitening: Whitening | None
     scores: ReadoutScores | None
+    hits_Q: NDArray[np.bool_] | None
 
 
 def fit_readout(
@@ -97,22 +96,35 @@ def fit_readout(
     whitening = None
     if readout.dim is not None:
         whitening = fit_whitening(graph, pooled, readout, data, spec)
-    scores = score_readouts(graph, PooledReadout(stage_dims), pooled, whitening, data.watched)
+    scores, hits_Q = None, None
+    if len(data.watched.val):
+        scores, hits_Q = score_readouts(
+            graph, PooledReadout(stage_dims), pooled, whitening, data.watched
+        )
     module = pooled if whitening is None else WhitenedReadout(pooled, whitening)
     return FittedReadout(
-        module=module, dim=module.dim, pooled=pooled, whitening=whitening, scores=scores
-    )
+        module=module, dim=module.dim, pooled=pooled, whitening=whitening, scores=scores,
+        hits_Q=hits_Q,
+    )  # fmt: skip
 
 
-def warn_if_below(trained: ReadoutScores | None, untrained: ReadoutScores | None) -> None:
-    """Say so where training has cost the encoder accuracy, and what to try."""
-    if trained and untrained and trained.exported < untrained.exported:
-        log.warning(
-            "kNN %.2f%% on held-out images is less than the %.2f%% of the untrained network: train "
-            "for more --epochs, or export another readout by --readout.stages, --readout.grid "
-            "and --readout.dim",
-            100 * trained.exported, 100 * untrained.exported,
-        )  # fmt: skip
+def warn_if_below(
+    trained_Q: NDArray[np.bool_] | None, untrained_Q: NDArray[np.bool_] | None
+) -> None:
+    """Say so where training has cost the encoder accuracy, and what to try.
+
+    Args:
+        trained_Q: which held-out images the trained network gets right; None without labels.
+        untrained_Q: which the untrained one does.
+    """
+    if trained_Q is None or untrained_Q is None or not is_worse(trained_Q, untrained_Q):
+        return
+    log.warning(
+        "kNN %.2f%% on %d held-out images is less than the %.2f%% of the untrained network: train "
+        "for more --epochs, or export another readout by --readout.stages, --readout.grid "
+        "and --readout.dim",
+        100 * trained_Q.mean(), len(trained_Q), 100 * untrained_Q.mean(),
+    )  # fmt: skip
 
 
 def fit_whitening(
@@ -148,10 +160,12 @@ def score_readouts(
     pooled: PooledReadout,
     whitening: Whitening | None,
     watched: WatchedImages,
-) -> ReadoutScores | None:
-    """Score plain pooling, the chosen pooling and its whitening; None without labels."""
-    if len(watched.val) == 0:
-        return None
+) -> tuple[ReadoutScores, NDArray[np.bool_]]:
+    """Score plain pooling, the chosen pooling and its whitening on held-out images.
+
+    Returns:
+        The scores, and (Q,) which images the last of them gets right.
+    """
 
     def both(images_NHWC: Tensor) -> tuple[Tensor, Tensor]:
         maps = graph.maps(images_NHWC)
@@ -165,11 +179,14 @@ def score_readouts(
     bank, queries = embed(watched.bank, "bank"), embed(watched.val, "held-out images")
     bank_labels, labels = (watched.labels_N[rows] for rows in (watched.bank, watched.val))
 
-    def score(bank_ND: NDArray[np.float32], queries_QD: NDArray[np.float32]) -> float:
-        return knn_accuracy(bank_ND, bank_labels, queries_QD, labels)
+    def hits(bank_ND: NDArray[np.float32], queries_QD: NDArray[np.float32]) -> NDArray[np.bool_]:
+        return knn_hits(bank_ND, bank_labels, queries_QD, labels)
 
-    return ReadoutScores(
-        plain=score(bank[0], queries[0]),
-        pooled=score(bank[1], queries[1]),
-        whitened=None if whitening is None else score(whitening(bank[1]), whitening(queries[1])),
+    plain_Q, pooled_Q = (hits(*pair) for pair in zip(bank, queries, strict=True))
+    whitened_Q = None if whitening is None else hits(whitening(bank[1]), whitening(queries[1]))
+    scores = ReadoutScores(
+        plain=float(plain_Q.mean()),
+        pooled=float(pooled_Q.mean()),
+        whitened=None if whitened_Q is None else float(whitened_Q.mean()),
     )
+    return scores, pooled_Q if whitened_Q is None else whitened_Q

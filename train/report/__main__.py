@@ -18,7 +18,7 @@ import json
 import logging
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 
 LEAST_IMAGES = 16
 VIEW_IMAGES = 6
+OTHER_IMAGES = (
+    "The images are not those of the run any more: views, embeddings and neighbours show others."
+)
 
 log = logging.getLogger("horace")
 
@@ -80,6 +83,13 @@ class Pictures:
     views_png: bytes | None = None
     findings: Findings | None = None
     why_not: str = "Left out, as asked by --images 0."
+    are_others: bool = False
+    """Whether the images are not those of the run."""
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a reader of the pictures has to know."""
+        return [OTHER_IMAGES] if self.are_others else []
 
 
 def main(options: ReportOptions) -> None:
@@ -97,7 +107,8 @@ def main(options: ReportOptions) -> None:
             with atomic_file(options.page_path) as temporary:
                 temporary.write_text(text)
     if options.json:
-        summary = {"report": str(options.page_path), "warnings": facts.warnings()}
+        warnings = facts.warnings() + pictures.warnings
+        summary = {"report": str(options.page_path), "warnings": warnings}
         print(json.dumps(summary, indent=2))
     else:
         print(options.page_path)
@@ -105,23 +116,28 @@ def main(options: ReportOptions) -> None:
 
 def make_pictures(run: RunDirectory, facts: RunFacts, images: int) -> Pictures:
     """Read some of the images, make views of them, and embed them with the last checkpoint."""
-    from train.report.model import draw_sample, find_out
+    from train.report.model import are_others, draw_sample, find_out
 
     limit = cast(int | None, facts.config.options["limit_images"])
     try:
         source = open_source(cast(str, facts.config.data["uri"]))
         sample = draw_sample(source, facts.config.preprocessing, images, limit=limit)
         views_png = draw_views(facts, sample, source)
+        pictures = Pictures(
+            sample=sample, views_png=views_png, are_others=are_others(source, facts, images)
+        )
     except HoraceError as error:
-        log.warning("%s", error)
-        return Pictures(why_not=f"The run's images cannot be read now: {error}.")
+        why_not = f"The run's images cannot be read now: {error}."
+        log.warning("%s", why_not)
+        return Pictures(why_not=why_not)
+    for text in pictures.warnings:
+        log.warning("%s", text)
     try:
-        findings = find_out(run, facts, sample, source)
+        return replace(pictures, findings=find_out(run, facts, sample, source))
     except HoraceError as error:
-        log.warning("%s", error)
         why_not = f"There is no network to look with: {error}."
-        return Pictures(sample=sample, views_png=views_png, why_not=why_not)
-    return Pictures(sample=sample, views_png=views_png, findings=findings)
+        log.warning("%s", why_not)
+        return replace(pictures, why_not=why_not)
 
 
 def draw_views(facts: RunFacts, sample: Sample, source: ImageSource) -> bytes:
@@ -149,7 +165,7 @@ def compose(facts: RunFacts, pictures: Pictures) -> str:
     return page(
         f"Training {facts.path}",
         sections.header(facts, findings, datetime.now()),
-        sections.warning_section(facts),
+        sections.warning_section(facts.warnings() + pictures.warnings),
         sections.curve_section(facts),
         sections.view_section(pictures.views_png, why_not),
         sections.embedding_section(findings, why_not),

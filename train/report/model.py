@@ -1,8 +1,8 @@
-"""What the network of a run makes of its own training images: embeddings, C, neighbours.
+"""What the network of a run makes of the images of its source: embeddings, C, neighbours.
 
 Rules:
     Everything is computed in eval mode from the last checkpoint that can be read, on some of
-    the run's own images; no test set is looked at.
+    the images of the run's own source, held-out ones among them; no test set is looked at.
     The draws are the same at every call.
     C and the spectra are those of whole samples, not of one training batch: see
     `train.diagnostics` for the latter.
@@ -33,7 +33,8 @@ from train.backbones import build_network
 from train.begin import make_worker_views
 from train.checkpoint import checkpoint_file, last_whole_step, load_backbone, load_weights
 from train.config import PretrainOptions
-from train.data.memory import count_records, fit_record, pick_records
+from train.data.catalogue import list_images
+from train.data.memory import count_records, fit_record, load_images, pick_records
 from train.diagnostics import (
     correlation_summary,
     entropy_rank,
@@ -142,6 +143,27 @@ def draw_sample(source: ImageSource, spec: PreprocessSpec, n: int, *, limit: int
     if len(images) < 2:
         raise TrainError(source.uri, expected="at least 2 usable images", found=str(len(images)))
     return Sample(images_NHWC=np.stack(images), labels=labels, keys=keys)
+
+
+def are_others(source: ImageSource, facts: RunFacts, most: int) -> bool:
+    """Say whether a source has other images than the run began with.
+
+    Of images in memory the hash is of all pixels: where there are more than `most`, they are
+    counted alone.
+
+    Raises:
+        SourceError: the source is missing or damaged.
+    """
+    limit, sha256 = facts.options.limit_images, facts.config.data["sha256"]
+    if facts.options.data_in == "stream":
+        return list_images(source, limit=limit).sha256 != sha256
+    count = count_records(source, limit=limit)
+    if count > most:
+        return count != facts.count("images") + sum(facts.skipped.values())
+    try:
+        return load_images(source, facts.config.preprocessing, limit=limit).sha256 != sha256
+    except TrainError:  # the run could read them
+        return True
 
 
 def find_out(run: RunDirectory, facts: RunFacts, sample: Sample, source: ImageSource) -> Findings:

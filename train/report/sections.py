@@ -108,9 +108,8 @@ def at_a_glance(facts: RunFacts, findings: Findings | None) -> list[tuple[str, s
     return tiles
 
 
-def warning_section(facts: RunFacts) -> Html:
+def warning_section(texts: Sequence[str]) -> Html:
     """Say what looks wrong."""
-    texts = facts.warnings()
     body = tag("ul", *(tag("li", text) for text in texts), class_="warnings")
     return section(
         "warnings", "Warnings", "", body if texts else nothing("Nothing to warn of.")
@@ -143,7 +142,7 @@ def view_section(picture_png: bytes | None, why_not: str) -> Html:
     if picture_png is None:
         body = nothing(why_not)
     else:
-        alt = "Training images, each with random views beside it"
+        alt = "Images, each with random views beside it"
         picture = tag("img", src=data_uri(picture_png, "png"), alt=alt)
         body = card("", tag("div", picture, class_="scroll", tabindex="0", role="group",
                             aria_label="Views"))  # fmt: skip
@@ -177,7 +176,7 @@ def embedding_section(findings: Findings | None, why_not: str) -> Html:
     cards = [zoom, whole, spectrum] if size < c.dims else [zoom, spectrum]
     intro = (
         f"In eval mode at step {findings.step:,}. C correlates two random views of {c.images:,} "
-        "training images: one on the diagonal and zero elsewhere is the aim of the loss."
+        "images: one on the diagonal and zero elsewhere is the aim of the loss."
     )
     return section("embeddings", title, intro, tag("div", *cards, class_="cards"))
 
@@ -187,7 +186,7 @@ def search_section(findings: Findings | None, sample: Sample | None, why_not: st
     if findings is None or sample is None:
         return section("neighbours", "Nearest neighbours", "", nothing(why_not))
     intro = (
-        f"A training image at the left, and the nearest of {len(sample.keys) - 1:,} others by "
+        f"An image at the left, and the nearest of {len(sample.keys) - 1:,} others by "
         "the cosine of the backbone's features."
     )
     if any(label is not None for label in sample.labels):
