@@ -427,7 +427,9 @@ def test_a_model_that_does_not_say_what_it_is_is_refused(two, changes, line):
         pass
 
 
-@pytest.mark.parametrize("target", ["", "host:1", "host/m", "host:1,/m", "h:1,h:1/m", "h:x/m", "h:65537/m"])
+@pytest.mark.parametrize(
+    "target", ["", "host:1", "host/m", "host:1,/m", "h:1,h:1/m", "h:x/m", "h:65537/m"]
+)
 def test_a_target_that_cannot_be_meant_is_refused(target):
     """With the form that can."""
     with pytest.raises(EncoderError, match=r"expected triton://HOST:PORT\[,HOST2:PORT\.\.\.\]/M"):
