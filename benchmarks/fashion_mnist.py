@@ -7,7 +7,7 @@ and raw. What is pooled plainly are the graphs of the bundle, unfolded (`train.e
 row has other weights than the bundle's. Every row has two figures, made in the same way:
 
     kNN: the 20 nearest training images by cosine, found exactly, vote with exp(s / .07).
-    Linear: multinomial logistic regression on standardised features, as
+    Linear: multinomial logistic regression on centred features of one scale, as
     `python -m train.probe linear` has it by default: C is chosen on a tenth of the training
     images, then the layer is fitted on all of them.
 
@@ -249,7 +249,7 @@ def candidates(encoders: Sequence[Encoder], train: LabelledSet) -> list[Candidat
             "centred pixels",
             n_pixels,
             lambda images: np.subtract(pixels_of(images), whitening.mean_P, dtype=np.float32),
-            "less the mean training image; a linear layer, which standardises, sees no difference",
+            "less the mean training image; a linear layer, which centres, sees no difference",
         ),
         _candidate("raw pixels", n_pixels, lambda images: pixels_of(images).astype(np.float32), ""),
     ]

@@ -60,6 +60,9 @@ RANGE_LIMIT = 10_000
 SHOWN_LABELS = 10
 """Of a collection, where a filter about them finds nothing."""
 
+MOST_LABELLED = 100_000
+"""Images of which the labels are read for that."""
+
 log = logging.getLogger("horace.index")
 
 
@@ -307,7 +310,7 @@ def _as_text(collection: AnyCollection, options: SearchOptions, found: Sequence[
 
 def _why_nothing(collection: AnyCollection, options: SearchOptions) -> str:
     """Say what every image failed: the filter, the least cosine, or to be another than given."""
-    image = "no other image" if options.key or options.id or options.not_key else "no image"
+    image = "no image" if options.images else "no other image"
     if options.min_score is not None:
         that = "" if options.filter is None else " that passes the filter"
         return f"{image}{that} is as near as --min-score {options.min_score}"
@@ -319,6 +322,8 @@ def _why_nothing(collection: AnyCollection, options: SearchOptions) -> str:
 
 def _shown_labels(collection: AnyCollection) -> str:
     """Show what labels there are, for a filter that none of them passes."""
+    if collection.count > MOST_LABELLED:
+        return ""
     labels = sorted({label for label in collection.labels() if label is not None})
     more = f" and {len(labels) - SHOWN_LABELS} more" if len(labels) > SHOWN_LABELS else ""
     shown = ", ".join(map(repr, labels[:SHOWN_LABELS]))

@@ -210,8 +210,9 @@ class RunDirectory:
         """Name something in the directory that no start of a run left there, if there is any."""
         with self.writing():
             names = sorted(os.listdir(self.path)) if self.path.exists() else []
-        own = (".lock", self.initial_file.name)  # what is written before `config.json`
-        return next((n for n in names if n not in own and not n.startswith(TEMPORARY_PREFIX)), None)
+        # What is written before `config.json`, and what a file system keeps.
+        own = (self.initial_file.name, "lost+found")
+        return next((n for n in names if n not in own and not n.startswith(".")), None)
 
     def write_config(self, config: RunConfig) -> None:
         """Write `config.json`, whole."""

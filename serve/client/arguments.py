@@ -16,11 +16,13 @@ MAX_UINT64 = (1 << 64) - 1
 MAX_TIMEOUT_S = 365 * 86_400.0
 """gRPC keeps deadlines in 64 bits of nanoseconds; nobody waits for a year."""
 
-NAME = re.compile("(dns|ipv4|ipv6|unix|unix-abstract|xds|passthrough):.+")
+SCHEME = "(?:dns|ipv4|ipv6|unix|unix-abstract|xds|passthrough):"
+
+NAME = re.compile(f"{SCHEME}.+")
 """What a server may be called: a name of gRPC's with its scheme."""
 
 HOST_AND_PORT = re.compile(
-    r"(?:dns:(?://[^/]*)?/?)?(?:[^][:/\s]+|\[[^][\s]+\]):(?P<port>[0-9]{1,19})"
+    rf"(?:dns:(?://[^/]*)?/?)?(?!{SCHEME})(?:[^][:/\s]+|\[[^][\s]+\]):(?P<port>[0-9]{{1,19}})"
 )
 """What else: `host:port`, with gRPC's scheme of DNS or without one."""
 
@@ -82,8 +84,8 @@ def check_target(name: str, value: object) -> None:
     """Refuse what gRPC would look for elsewhere: at port 443, or at the lowest 16 bits of one.
 
     Raises:
-        UsageError: it is neither `host:port` nor a name with one of gRPC's schemes, or its port
-            is not 1 to 65535.
+        UsageError: it is neither `host:port`, with a port of 1 to 65535, nor a name with one of
+            gRPC's schemes.
     """
     text = value if isinstance(value, str) else ""
     check_text(name, text)

@@ -220,15 +220,15 @@ class Client:
         A bad image, or a request that failed after all its retries, is an item with another
         status than ok; the rest goes on. The iterable is read lazily, on the caller's thread,
         and an error of its own is raised after the items of what it gave before. An image's item
-        is given only when the next request's images have been read. Closing the iterator
-        cancels what is under way.
+        is given only when the next request's images have been read, unless `in_flight` are under
+        way. Closing the iterator cancels what is under way.
 
         Args:
             images: encoded files or uint8 pixels.
             ordered: whether items come in the order of the images, or as they are complete.
             in_flight: requests under way at once.
             images_per_request: images of one request, which waits for them; 1 for a live source,
-                such as a queue.
+                such as a queue, and 1 in flight, if items are wanted before the next image.
             model: see `embed`; so are the rest.
             version: see `embed`.
             dims: see `embed`.

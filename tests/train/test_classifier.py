@@ -19,7 +19,7 @@ from train.probe.arms import Arm, LabelBudget, LabelledImages, choose_recipe, tr
 from train.probe.classifier import Classifier, Recipe, lr_share, predict, train_classifier
 from train.probe.few_labels import finetune_recipes, resolve, scratch_recipes
 from train.probe.options import RECIPES, FinetuneOptions, RecipeOptions
-from train.probe.softmax import fit_softmax
+from train.probe.softmax import Statistics, fit_softmax
 
 CPU = Compute(device=torch.device("cpu"), precision="fp32")
 RECIPE = Recipe(
@@ -87,7 +87,10 @@ def test_the_layer_can_start_at_its_optimum() -> None:
     with torch.inference_mode():
         features_ND = classifier.graph(torch.from_numpy(seen)).clone()
     labels_N = torch.from_numpy(np.tile(images.labels_N, 2))
-    model = fit_softmax(features_ND, labels_N, n_classes=3, c=0.1, tolerance=1e-3)
+    statistics = Statistics.of(features_ND, by_dimension=True)
+    model = fit_softmax(
+        features_ND, labels_N, n_classes=3, c=0.1, tolerance=1e-3, statistics=statistics
+    )
     expected = model.scores(features_ND)[:60].numpy()
     found = predict(classifier, images.images_NHWC, CPU)
     np.testing.assert_allclose(found, expected, rtol=1e-2, atol=1e-2)

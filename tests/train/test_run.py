@@ -188,6 +188,7 @@ def test_what_an_early_end_leaves_is_no_hindrance(tmp_path: Path, run_options: R
     out.mkdir()
     for name in (".lock", "initial.pt", ".tmp-config.json.x"):
         (out / name).touch()
+    (out / "lost+found").mkdir()  # of a file system of its own
     pretrain(run_options(out, epochs=1))
     assert (out / "config.json").is_file()
 

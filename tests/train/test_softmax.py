@@ -27,7 +27,7 @@ from train.probe.softmax_sgd import fit_sgd
 def some_data(n: int, dim: int, n_classes: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Draw features of unlike scale, and labels that depend on them with noise."""
     generator = torch.Generator().manual_seed(seed)
-    features_ND = torch.randn(n, dim, generator=generator) * torch.logspace(-2, 3, dim) + 7
+    features_ND = torch.randn(n, dim, generator=generator) * torch.logspace(-1, 1, dim) + 7
     weights_DC = torch.randn(dim, n_classes, generator=generator)
     standard_ND = (features_ND - features_ND.mean(0)) / features_ND.std(0)
     noise_NC = torch.randn(n, n_classes, generator=generator)
@@ -37,7 +37,7 @@ def some_data(n: int, dim: int, n_classes: int, *, seed: int = 0) -> tuple[Tenso
 def newton(features_ND: Tensor, labels_N: Tensor, n_classes: int, c: float) -> Tensor:
     """Solve the same problem by Newton's method with the whole Hessian: (D + 1, C) float64."""
     x = features_ND.double().numpy()
-    x = (x - x.mean(axis=0)) / x.std(axis=0)
+    x = (x - x.mean(axis=0)) / np.sqrt(x.var(axis=0).mean())
     x = np.concatenate([x, np.ones((len(x), 1))], axis=1)
     n, d = x.shape
     penalty = np.repeat(np.append(np.ones(d - 1), 0.0) / (c * n), n_classes)
@@ -118,12 +118,23 @@ def test_standardisation_takes_a_constant_as_it_is() -> None:
 
 
 def test_scale_and_offset_of_features_change_nothing() -> None:
-    """Standardised, equal information gives equal scores."""
+    """Centred and scaled, equal information gives equal scores."""
     features_ND, labels_N = some_data(400, 3, 3)
     one = fit_softmax(features_ND.double(), labels_N, n_classes=3, c=1.0)
     other = fit_softmax(features_ND.double() * 1000 - 5, labels_N, n_classes=3, c=1.0)
     scores = [one.scores(features_ND.double()), other.scores(features_ND.double() * 1000 - 5)]
     torch.testing.assert_close(*scores, rtol=1e-6, atol=1e-6)
+
+
+def test_what_an_encoder_made_small_stays_small() -> None:
+    """From few rows: many directions without information do not drown the few that have it."""
+    generator = torch.Generator().manual_seed(0)
+    labels_N = torch.arange(5).repeat(220)
+    features_ND = 0.05 * torch.randn(1100, 400, generator=generator)
+    features_ND[:, :4] = torch.randn(5, 4, generator=generator)[labels_N]
+    features_ND[:, :4] += 0.3 * torch.randn(1100, 4, generator=generator)
+    model = fit_softmax(features_ND[:50], labels_N[:50], n_classes=5, c=1.0)
+    assert accuracy(model, features_ND[50:], labels_N[50:]) > 0.9
 
 
 def test_c_is_chosen_on_the_held_out_rows(

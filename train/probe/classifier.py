@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from train.device import Compute
 from train.export.graph import EncoderGraph
 from train.probe.augment import augment, crops_and_flips
-from train.probe.softmax import fit_softmax, require_finite, standardisation
+from train.probe.softmax import Statistics, fit_softmax, require_finite, standardisation
 from train.recorded import recorded
 
 EVALUATION_BATCH = 500
@@ -166,11 +166,13 @@ def fit_head(
     The features are those of the images and, where mirroring is allowed, of their mirror
     images.
     """
+    features_ND = _frozen_features(classifier, images_NHWC, is_mirrored=is_mirrored)
     model = fit_softmax(
-        _frozen_features(classifier, images_NHWC, is_mirrored=is_mirrored),
+        features_ND,
         labels_N.repeat(1 + is_mirrored),
         n_classes=classifier.head.out_features,
         c=c,
+        statistics=Statistics.of(features_ND, by_dimension=True),  # as BatchNorm will have them
         tolerance=HEAD_TOLERANCE,
     )
     _set_standardisation(classifier, model.mean_D, model.scale_D)

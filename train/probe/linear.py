@@ -78,9 +78,19 @@ def evaluate_linear(options: LinearOptions, probed: Probed) -> ProbeReport:
         difference=None,
         against=None,
         per_class=score_classes(scores_NC, test.labels_N, test.class_names),
-        notes=notes_of(layers.train, test),
+        notes=[*notes_of(layers.train, test), *_note_few(len(layers.train), rows[0].dim)],
         environment=describe_environment(),
     )
+
+
+def _note_few(images: int, dim: int | None) -> list[str]:
+    """Say where a linear layer is a poor judge: with fewer images than it has weights a class."""
+    if dim is None or images >= dim:
+        return []
+    return [
+        f"{images} labelled images are fewer than {dim} dimensions, too few for a linear layer: "
+        "see also `index.evaluate knn`, and `train.probe finetune` with --unlabelled"
+    ]
 
 
 def record(bundle: Path, report: ProbeReport) -> None:
@@ -111,10 +121,11 @@ def describe_split(options: LinearOptions, train: LabelledSet) -> dict[str, Json
 
 def describe_settings(options: LinearOptions) -> dict[str, Json]:
     """Say what was the same for every row."""
-    settings: dict[str, Json] = {"solver": options.solver, "features": "standardised"}
+    settings: dict[str, Json] = {"solver": options.solver}
     if options.solver == "lbfgs":
-        return settings | {"c_grid": list(options.c)}
+        return settings | {"features": "centred, one scale", "c_grid": list(options.c)}
     return settings | {
+        "features": "standardised",
         "epochs": options.sgd.epochs,
         "lr": options.sgd.lr,
         "batch_size": options.sgd.batch_size,

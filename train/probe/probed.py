@@ -5,8 +5,8 @@ Rules:
     nor depend on the batch.
     The twin has the same network and readout, with the weights before the first step.
 
-A bundle's readout is part of its graph. Of a run it is chosen here, without whitening:
-standardised features and a linear layer can undo any scale.
+A bundle's readout is part of its graph. Of a run it is chosen here, without whitening, which
+is fitted at export: a linear layer can undo it, but for what its regularisation weighs.
 
 Shapes: N images, H x W pixels, C channels, D dimensions.
 """

@@ -4,12 +4,16 @@ Minimised, in float64, over weights W and biases b:
 
     1/N sum_n -log softmax(W^T x_n + b)[y_n]  +  ||W||^2 / (2 C N)
 
-with x standardised; biases are free. C is scaled as in scikit-learn and LIBLINEAR. The
+with x centred and scaled; biases are free. C is scaled as in scikit-learn and LIBLINEAR. The
 problem is convex, so the largest entry of the gradient says how far a solution is from the
 optimum; every model carries it.
 
 Rules:
-    Features are standardised by mean and deviation of the rows that are fitted on.
+    Features are centred by the mean of the rows that are fitted on, and, unless `statistics` say
+    otherwise, divided by one number, the root of the mean of their variances, so that C means
+    the same for every encoder. What an encoder made smaller stays smaller: a deviation for
+    every dimension, known from few rows alone, makes as much of noise as of what tells
+    classes apart.
     Features stay float32 in memory; they become float64 a block at a time.
     L-BFGS works on V with W = L^-T V, where L L^T is about the Hessian: the features'
     covariance times the variance of a uniform class, plus the regularisation. The optimum is
@@ -63,7 +67,7 @@ class SoftmaxModel:
 
     Attributes:
         mean_D, scale_D: of the features, float64.
-        weights_DC, biases_C: on standardised features, float64.
+        weights_DC, biases_C: on centred and scaled features, float64.
         c: strength of the regularisation; None for a model of SGD.
         iterations: of L-BFGS, or epochs of SGD.
         gradient_max: largest absolute entry of the gradient at the end; None for SGD.
@@ -80,12 +84,12 @@ class SoftmaxModel:
     def scores(self, features_ND: Tensor) -> Tensor:
         """Give the logits, (N, C) float64."""
         blocks = [
-            self._standardise(block) @ self.weights_DC + self.biases_C
+            self._scale(block) @ self.weights_DC + self.biases_C
             for block in torch.split(features_ND, BLOCK_ROWS)
         ]
         return torch.cat(blocks)
 
-    def _standardise(self, features_ND: Tensor) -> Tensor:
+    def _scale(self, features_ND: Tensor) -> Tensor:
         return (features_ND.double() - self.mean_D) / self.scale_D
 
 
@@ -109,8 +113,8 @@ class Statistics:
     """What fits on the same rows share, all float64.
 
     Attributes:
-        mean_D, scale_D: of the features; the scale is 1 for one that does not vary.
-        covariance_DD: of the standardised features; None where there are more dimensions
+        mean_D, scale_D: of the features; the scale is 1 for what does not vary.
+        covariance_DD: of the scaled features; None where there are more dimensions
             than rows, since factorising it would take longer than it saves.
     """
 
@@ -119,14 +123,22 @@ class Statistics:
     covariance_DD: Tensor | None
 
     @classmethod
-    def of(cls, features_ND: Tensor) -> Statistics:
+    def of(cls, features_ND: Tensor, *, by_dimension: bool = False) -> Statistics:
         """Compute them.
+
+        Args:
+            features_ND: float32 or float64.
+            by_dimension: whether each dimension has a scale of its own, its deviation.
 
         Raises:
             TrainError: features are not finite.
         """
         n, dim = features_ND.shape
-        mean_D, scale_D = standardisation(features_ND)
+        mean_D, variance_D = _moments(features_ND)
+        if by_dimension:
+            scale_D = _deviation(mean_D.abs(), variance_D)
+        else:
+            scale_D = _deviation(mean_D.abs().max(), variance_D.mean()).expand(dim)
         require_finite(mean_D, scale_D)
         if dim > n:
             return cls(mean_D=mean_D, scale_D=scale_D, covariance_DD=None)
@@ -154,12 +166,21 @@ class Statistics:
 
 def standardisation(features_ND: Tensor) -> tuple[Tensor, Tensor]:
     """Give mean and deviation of every dimension, float64; 1 for one that does not vary."""
+    mean_D, variance_D = _moments(features_ND)
+    return mean_D, _deviation(mean_D.abs(), variance_D)
+
+
+def _moments(features_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Give mean and variance of every dimension, float64."""
     n, dim = features_ND.shape
     mean_D = sum_blocks(features_ND, lambda block: block.sum(dim=0), dim) / n
-    variance_D = sum_blocks(features_ND, lambda x: (x - mean_D).square().sum(dim=0), dim) / n
-    scale_D = variance_D.sqrt()
-    smallest = torch.finfo(torch.float32).eps * mean_D.abs()  # a constant, up to rounding
-    return mean_D, torch.where(scale_D > smallest, scale_D, 1.0)
+    return mean_D, sum_blocks(features_ND, lambda x: (x - mean_D).square().sum(dim=0), dim) / n
+
+
+def _deviation(size: Tensor, variance: Tensor) -> Tensor:
+    """Take roots; 1 for what is constant, up to the rounding of float32 numbers of that size."""
+    deviation = variance.sqrt()
+    return torch.where(deviation > torch.finfo(torch.float32).eps * size, deviation, 1.0)
 
 
 def sum_blocks(features_ND: Tensor, part: Callable[[Tensor], Tensor], dim: int) -> Tensor:

@@ -30,6 +30,9 @@ from serve.errors import FailedItemsError, UnknownNameError
 if TYPE_CHECKING:
     from index.evaluation.plots import Tile
 
+KEYS_AT_ONCE = 100
+"""Of which the ids are asked for in one request; no server allows fewer neighbours by default."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SearchCommand(ServerOptions):
@@ -241,6 +244,10 @@ def _look_up(client: Client, options: SearchCommand, keys: Sequence[str]) -> dic
 
     What is searched with is of no matter: nothing but images of these keys may be found.
     """
+    keys = list(dict.fromkeys(keys))
+    if len(keys) > KEYS_AT_ONCE:
+        first, rest = keys[:KEYS_AT_ONCE], keys[KEYS_AT_ONCE:]
+        return _look_up(client, options, first) | _look_up(client, options, rest)
     if not keys:
         return {}
     served = client.list_collections()
@@ -351,8 +358,8 @@ def _as_text(options: SearchCommand, found: Sequence[Found]) -> str:
 
 def _why_nothing(options: SearchCommand) -> str:
     """Say what every image failed: the filter, the least cosine, or to be another than given."""
-    stored = options.key or options.id or options.not_key or options.not_id
-    image = "no other image" if stored else "no image"
+    is_new = options.images or options.vectors is not None
+    image = "no image" if is_new else "no other image"
     if options.min_score is not None:
         that = "" if options.filter is None else " that passes the filter"
         return f"{image}{that} is as near as --min-score {options.min_score}"

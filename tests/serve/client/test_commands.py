@@ -115,8 +115,12 @@ def test_no_directory_is_made_for_what_is_written(
     assert not out.parent.exists()
 
 
-def test_search_takes_keys_of_stored_images(command, serving, stored):
-    """As an answer shows them, to be like or unlike; one that is not there is its own failure."""
+def test_search_takes_keys_of_stored_images(command, serving, stored, monkeypatch):
+    """As an answer shows them, to be like or unlike; one that is not there is its own failure.
+
+    However many: their ids are asked for by a few.
+    """
+    monkeypatch.setattr("serve.client.commands.search.KEYS_AT_ONCE", 1)
     key, other = "class-0/00.png", "class-1/01.png"
 
     async def main():

@@ -245,6 +245,8 @@ def test_a_port_that_does_not_exist_is_refused(target, port):
         "dns:///a",
         "dns:///fe80::0",
         "unix:/a:97447",
+        "unix:97447",
+        "unixes:1",
         "a.b-c:1",
         "127.0.0.1:1",
         "[::1]:1",

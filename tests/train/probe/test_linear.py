@@ -56,6 +56,19 @@ def test_a_linear_probe_stands_beside_its_baselines(linear: LinearOptions, run: 
     assert rows[0].endswith(f" C {report.rows[-1].chosen['C']:.4g}"), "nothing else of the choice"
 
 
+def test_too_few_images_for_a_linear_layer_are_told(
+    linear: LinearOptions, finished_run: Path
+) -> None:
+    """And what judges by few, instead."""
+    few = replace(linear, baselines=False, stages=(2, 3, 4), grid=2)
+    with closing(opened(finished_run, stages=(2, 3, 4), grid=2)) as probed:
+        report = linear_probe.evaluate_linear(few, probed)
+    dim = report.rows[0].dim
+    assert dim is not None
+    assert dim > 400
+    assert report.notes[-1].startswith(f"400 labelled images are fewer than {dim} dimensions, too")
+
+
 def test_a_bundle_gives_what_its_run_gives(
     linear: LinearOptions, run: Probed, bundle: Bundle
 ) -> None:
