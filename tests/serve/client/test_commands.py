@@ -437,7 +437,7 @@ def test_no_server_is_one_line_and_status_1():
         free.bind(("127.0.0.1", 0))
         target = f"127.0.0.1:{free.getsockname()[1]}"
         argv = [sys.executable, "-m", "serve.client", "health", "--server", target]
-        done = subprocess.run([*argv, "--timeout-s", "1"], capture_output=True, text=True)
+        done = subprocess.run([*argv, "--timeout-s", "20"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
     assert len(done.stderr.splitlines()) == 1
     assert f"server {target}: expected a Horace server that answers" in done.stderr
@@ -447,7 +447,7 @@ def test_a_handshake_that_fails_is_one_line(start_server, make_bundle):
     """Of gRPC's own none."""
     server = start_server("--bundle", str(make_bundle().path), "--frontend", "grpcio")
     argv = [sys.executable, "-m", "serve.client", "health", "--server", server.address, "--tls"]
-    done = subprocess.run([*argv, "--timeout-s", "1"], capture_output=True, text=True)
+    done = subprocess.run([*argv, "--timeout-s", "20"], capture_output=True, text=True)
     assert len(done.stderr.splitlines()) == 1
     assert "the server may speak no TLS" in done.stderr
 
