@@ -60,16 +60,19 @@ def look_up_hits(collection: AnyCollection, neighbours: Neighbours) -> list[list
     return found
 
 
-def as_text(found: Sequence[Found]) -> str:
-    """Lay out a table for each query."""
+def as_text(found: Sequence[Found], *, nothing: str) -> str:
+    """Lay out a table for each query, or say `nothing` where it has no neighbour."""
     lines = []
     for one in found:
         if one.error is not None:
             lines += [str(one.error), ""]
             continue
         lines.append(f"{one.query}" + (f"  ({one.label})" if one.label is not None else ""))
+        if not one.hits:
+            lines += [f"  {nothing}", ""]
+            continue
         labels = [hit.row.label or "-" for hit in one.hits]
-        width = max(5, *(len(label) for label in labels)) if labels else 5
+        width = max([5, *map(len, labels)])
         lines.append(f"  {'score':>7}  {'label':<{width}}  key")
         for hit, label in zip(one.hits, labels, strict=True):
             known = metadata_to_json(hit.row.metadata).items()

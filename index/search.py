@@ -163,7 +163,9 @@ def main(options: SearchOptions) -> None:
         if options.json:
             print(_as_json(collection, options, found))
         elif is_any_good:
-            print(_as_text(collection, options, found))
+            is_any_empty = any(not one.hits and one.error is None for one in found)
+            nothing = _why_nothing(collection, options) if is_any_empty else ""
+            print(as_text(found, nothing=nothing))
         if options.grid is not None and is_any_good:
             _draw(options.grid, collection, found)
             if not options.json:
@@ -295,17 +297,6 @@ def _with_hits(
     """Give the good queries their neighbours, in order."""
     hits = iter(look_up_hits(collection, neighbours))
     return [one if one.error else dataclasses.replace(one, hits=next(hits)) for one in found]
-
-
-def _as_text(collection: AnyCollection, options: SearchOptions, found: Sequence[Found]) -> str:
-    """Lay out a table for each query, or say why nothing was found for it."""
-    is_empty = [not one.hits and one.error is None for one in found]
-    why = _why_nothing(collection, options) if any(is_empty) else ""
-    texts = []
-    for one, empty in zip(found, is_empty, strict=True):
-        named = one.query if one.label is None else f"{one.query}  ({one.label})"
-        texts.append(f"{named}\n  {why}" if empty else as_text([one]))
-    return "\n\n".join(texts)
 
 
 def _why_nothing(collection: AnyCollection, options: SearchOptions) -> str:

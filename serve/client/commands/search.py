@@ -244,10 +244,6 @@ def _look_up(client: Client, options: SearchCommand, keys: Sequence[str]) -> dic
 
     What is searched with is of no matter: nothing but images of these keys may be found.
     """
-    keys = list(dict.fromkeys(keys))
-    if len(keys) > KEYS_AT_ONCE:
-        first, rest = keys[:KEYS_AT_ONCE], keys[KEYS_AT_ONCE:]
-        return _look_up(client, options, first) | _look_up(client, options, rest)
     if not keys:
         return {}
     served = client.list_collections()
@@ -255,17 +251,21 @@ def _look_up(client: Client, options: SearchCommand, keys: Sequence[str]) -> dic
         ((one.dim, one.fingerprint) for one in served if options.collection in (None, one.name)),
         (1, "any"),  # the search is told which collections there are
     )
-    texts = ", ".join("'" + key.replace("'", "''") + "'" for key in keys)
-    result = client.search(
-        vectors=np.eye(1, dim, dtype=np.float32),
-        fingerprint=fingerprint,
-        collection=options.collection,
-        k=len(keys),
-        filter=f"key in ({texts})",
-        exact=True,
-    )
-    (hits,) = result.raise_for_status().hits
-    return {hit.key: hit.id for hit in hits}
+    literals = ["'" + key.replace("'", "''") + "'" for key in dict.fromkeys(keys)]
+    ids: dict[str, int] = {}
+    for first in range(0, len(literals), KEYS_AT_ONCE):
+        asked = literals[first : first + KEYS_AT_ONCE]
+        result = client.search(
+            vectors=np.eye(1, dim, dtype=np.float32),
+            fingerprint=fingerprint,
+            collection=options.collection,
+            k=len(asked),
+            filter=f"key in ({', '.join(asked)})",
+            exact=True,
+        )
+        (hits,) = result.raise_for_status().hits
+        ids |= {hit.key: hit.id for hit in hits}
+    return ids
 
 
 def _unknown_key(key: str) -> UnknownNameError:
