@@ -3,7 +3,8 @@
 Rules:
     What the machine decides (device, precision, threads, where the images are held) is
     decided once for a run and kept with it: other values would give other last bits.
-    A run goes on with the options, images and preprocessing it began with, or not at all;
+    A run goes on with the options, images and preprocessing it began with, or not at all; the
+    images may lie elsewhere by now;
     another number of ranks is allowed, and said. The channel statistics are those of its
     start, on all ranks those of the first.
     What can differ is looked at as early as it is known: options before any image.
@@ -150,11 +151,12 @@ def is_finished(options: PretrainOptions, run: RunDirectory, kept: RunConfig, ra
     """Say whether a run that goes on with its own options has taken its last step.
 
     Raises:
-        RunError: the options or the source are others, or no checkpoint can be read.
+        RunError: the options are others, or no checkpoint can be read.
         SourceError: the source is missing.
     """
-    uri = open_source(options.source).uri
-    run.check_options(kept, options_json(options), input_spec(options), uri)
+    run.check_options(kept, options_json(options), input_spec(options))
+    if open_source(options.source).uri != kept.data["uri"]:
+        return False  # before that its images have to be the run's
     steps_per_epoch = cast(int, kept.data["train_images"]) // options.batch_size
     last = checkpoint_file(run.checkpoints, steps_per_epoch * options.epochs)
     folder = run.checkpoints
@@ -188,6 +190,8 @@ def read_data(
     if kept is None:
         return data, options, agree_statistics(config, ranks)
     run.check_data(kept, config.data)
+    if source.uri != kept.data["uri"]:
+        log.info("the images of %s are those that the run began with", source.uri)
     say_if_others(cast(int, kept.environment.get("ranks", 1)), ranks.world)
     return data, options, kept  # with its statistics: other images may be readable now
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from models.errors import HoraceError, reason_of
+from models.errors import HoraceError, SourceError, reason_of
 
 
 class TrainError(HoraceError):
@@ -36,6 +36,22 @@ def writing(path: Path, *, mend: str) -> Iterator[None]:
             expected="a directory that can be written, with room for what comes",
             found=reason_of(error),
             mend=mend,
+        ) from error
+
+
+@contextmanager
+def or_else(mend: str) -> Iterator[None]:
+    """Add to the error of a source that cannot be opened what else its reader can do.
+
+    Raises:
+        SourceError: the same, with one more way to mend it.
+    """
+    try:
+        yield
+    except SourceError as error:
+        mends = [error.mend, mend] if error.mend else [mend]
+        raise SourceError(
+            error.what, expected=error.expected, found=error.found, mend="; or ".join(mends)
         ) from error
 
 

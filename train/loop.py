@@ -128,9 +128,10 @@ def train(
                 keep_rejects(run, data, ranks)  # also waits for the checkpoint: torchrun ends
                 # all ranks when one has left
                 log.warning(
-                    "stopped after step %d of %d; go on with `python -m train.pretrain "
+                    "stopped after step %d of %d; go on with `python -m train.pretrain %s "
                     "--resume --out %s`",
-                    done, total_steps, shlex.quote(str(run.path)),
+                    done, total_steps, shlex.quote(trainer.options.source),
+                    shlex.quote(str(run.path)),
                 )  # fmt: skip
                 end_process(signal)
 

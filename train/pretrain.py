@@ -19,9 +19,10 @@ import tyro
 
 from models.command import run_command
 from models.errors import HoraceError, UsageError
-from models.images import open_source
+from models.image_folder import FolderSource
+from models.images import ImageSource, open_source
 from train.config import PretrainOptions, options_from_json
-from train.errors import training_packages
+from train.errors import or_else, training_packages
 from train.presets import PRESETS
 from train.run import RunDirectory
 
@@ -67,6 +68,21 @@ def kept_options(path: Path) -> PretrainOptions:
     return dataclasses.replace(options_from_json(kept.options), source=str(kept.data["uri"]))
 
 
+def refuse_among_images(out: Path, source: ImageSource) -> None:
+    """Refuse to start a run in the folder of its images, which its pictures would be among.
+
+    Raises:
+        UsageError: for a run that could not be resumed, since its images would be others.
+    """
+    if isinstance(source, FolderSource) and out.resolve().is_relative_to(source.root.resolve()):
+        raise UsageError(
+            f"--out {out}",
+            expected="a directory outside the folder of the images",
+            found=f"one inside {source.root}",
+            mend="choose another --out: a run writes pictures, which would be images of the folder",
+        )
+
+
 def main(options: PretrainOptions) -> None:
     """Check what can be known without torch, then train."""
     if options.resume and not options.source:
@@ -93,7 +109,12 @@ def main(options: PretrainOptions) -> None:
             mend="train on fashion-mnist; the test images are for `python -m index.evaluate`",
         )
     if not options.source.startswith(SLOW_SOURCES):
-        open_source(options.source)  # a misspelt name ends it before torch is loaded
+        # A misspelt name ends it before torch is loaded.
+        if options.resume:
+            with or_else("name the place where they are now as SOURCE"):
+                open_source(options.source)
+        else:
+            refuse_among_images(options.run_path, open_source(options.source))
     # OpenMP reads this once, when torch loads, which nothing has done yet. By default a waiting
     # thread spins for long, on cores that others use, too, in place of the very thread it
     # waits for. A short spin keeps the full speed of a quiet machine; sleeping at once

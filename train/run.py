@@ -248,26 +248,18 @@ class RunDirectory:
             ) from error
 
     def check_options(
-        self, kept: RunConfig, options: Mapping[str, Json], spec: PreprocessSpec, uri: str
+        self, kept: RunConfig, options: Mapping[str, Json], spec: PreprocessSpec
     ) -> None:
-        """Refuse to go on with options or a source that would change the weights.
+        """Refuse to go on with options that would change the weights.
 
         Args:
             kept: what the run was started with.
             options: all options by dotted name.
             spec: how images would become arrays.
-            uri: of the source.
 
         Raises:
             RunError: naming the first thing that differs.
         """
-        if uri != kept.data["uri"]:
-            raise RunError(
-                f"resuming {self.path}: the source differs",
-                expected=str(kept.data["uri"]),
-                found=uri,
-                mend=f"leave it out, or {self._mend_by_another}",
-            )
         before, now = _decisive(kept.options, kept.preprocessing), _decisive(options, spec)
         for name in sorted(before.keys() & now.keys()):
             if before[name] != now[name]:
@@ -294,22 +286,23 @@ class RunDirectory:
     def check_data(self, kept: RunConfig, data: Mapping[str, Json]) -> None:
         """Refuse to go on with images that are not those the run was started with.
 
+        The same images may lie elsewhere by now.
+
         Raises:
             RunError: with the number of images, then and now.
         """
         if data["sha256"] == kept.data["sha256"]:
             return
+        is_there = data["uri"] == kept.data["uri"]
         raise RunError(
-            f"resuming {self.path}: the images of {data['uri']} have changed",
-            expected=f"the {kept.data['images']} images that it was started with",
+            f"resuming {self.path}: the images of {data['uri']}"
+            + (" have changed" if is_there else ""),
+            expected=f"the {kept.data['images']} images that it was started with"
+            + ("" if is_there else f", from {kept.data['uri']}"),
             found=other_images(kept, cast(int, data["images"])),
-            mend=f"bring the old ones back, or {self._mend_by_another}",
+            mend=("bring the old ones back" if is_there else "leave the source out")
+            + f", or start another run with another --out, {self._from_its_weights}",
         )
-
-    @property
-    def _mend_by_another(self) -> str:
-        """Say how its weights go on as another run."""
-        return f"start another run with another --out, {self._from_its_weights}"
 
     @property
     def _from_its_weights(self) -> str:

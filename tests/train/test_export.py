@@ -286,10 +286,10 @@ def test_a_checkpoint_that_a_run_at_work_deletes_is_exported(
     at_work = tmp_path / "run"
     shutil.copytree(finished_run, at_work)
 
-    def load(run: RunDirectory, config: RunConfig) -> TrainingData:
+    def load(run: RunDirectory, config: RunConfig, source: str | None) -> TrainingData:
         for path in list_checkpoints(at_work / "checkpoints"):
             path.unlink()
-        return load_run_images(run, config)
+        return load_run_images(run, config, source)
 
     monkeypatch.setattr("train.export.bundle.load_run_images", load)
     made = export_run(
@@ -424,14 +424,16 @@ def test_a_run_whose_images_are_gone_is_refused_with_a_way_on(
     moved = tmp_path / "moved"
     shutil.copytree(finished_run, moved)
     config = json.loads((moved / "config.json").read_text())
-    config["data"]["uri"] = f"folder:{tmp_path / 'gone'}"
+    uri, config["data"]["uri"] = config["data"]["uri"], f"folder:{tmp_path / 'gone'}"
     (moved / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SourceError, match="found nothing; check the path; or go on from") as error:
+    with pytest.raises(SourceError, match="or name their new place with --source; or go") as error:
         export_run(RunDirectory(path=moved), tmp_path / "bundle", name="x")
     command = str(error.value).split("`")[1]
     assert command.startswith("python -m train.pretrain SOURCE ")
     options = tyro.cli(PretrainOptions, args=command.split()[3:], default=PRESETS["folder"])
     assert (options.source, options.init_from, options.epochs) == ("SOURCE", moved, 1)
+    made = export_run(RunDirectory(path=moved), tmp_path / "bundle", name="x", source=uri)
+    assert made.path.exists()
 
 
 def test_the_weights_of_a_run_go_on_to_an_export_of_other_images(

@@ -20,6 +20,7 @@ from models.errors import UsageError
 from models.html import VOID
 from models.images import open_source
 from train.data.training_data import DataIn, open_training_data
+from train.pretrain import kept_options
 from train.report.__main__ import ReportOptions, draw_views, main
 from train.report.facts import duration, number, read_facts
 from train.report.model import draw_sample, find_out
@@ -239,9 +240,10 @@ def test_held_out_images_are_not_called_training_images(whole_page: Page) -> Non
 
 
 def test_images_that_are_gone_are_said(
-    copy_run: Copy, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    copy_run: Copy, finished_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The log is shown all the same; the command says what the page lacks."""
+    """The log is shown all the same; the command says what the page lacks, and how to mend it."""
+    uri = kept_options(finished_run).source
     run = copy_run(f"folder:{tmp_path / 'gone'}")
     main(ReportOptions(run=run, images=16))
     page = Page(run / "report.html")
@@ -249,7 +251,10 @@ def test_images_that_are_gone_are_said(
     assert "Loss" in page.read
     (message,) = warnings_of(caplog)
     assert message.startswith("The run's images cannot be read now: image folder ")
+    assert "name their new place with --source" in message
     assert NOT_ITS_IMAGES not in page.read
+    main(ReportOptions(run=run, images=16, source=uri))
+    assert "cannot be read now" not in Page(run / "report.html").read
 
 
 @pytest.mark.parametrize(

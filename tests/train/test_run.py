@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from models.errors import SourceError, UsageError
 from tests.train.states import final_state
 from train.checkpoint import list_checkpoints
 from train.config import PretrainOptions
@@ -23,7 +24,8 @@ from train.device import DeviceBatch
 from train.errors import RunError
 from train.log import read_log
 from train.loop import pretrain
-from train.pretrain import choose_defaults
+from train.pretrain import choose_defaults, kept_options
+from train.pretrain import main as start
 from train.run import RunDirectory
 from train.trainer import StepOutcome, Trainer
 
@@ -78,7 +80,8 @@ def test_an_interrupted_run_keeps_all_of_its_steps(
                 break
         rest = process.stderr.read()
     assert process.returncode == status, rest
-    assert f"go on with `python -m train.pretrain --resume --out {options.out}`" in rest
+    command = f"python -m train.pretrain {options.source} --resume --out {options.out}"
+    assert f"go on with `{command}`" in rest
     assert "Traceback" not in rest
     assert len(list_checkpoints(tmp_path / "stopped/checkpoints")) == 1
     kept = choose_defaults(["--resume", "--out", str(options.out)])
@@ -147,15 +150,44 @@ def make_photos(folder: Path, n: int) -> None:
         Image.fromarray(pixels).save(folder / f"{i:02d}.png")
 
 
+def test_a_run_whose_images_moved_goes_on(tmp_path: Path, run_options: RunOptions) -> None:
+    """As on the scratch disk of another node: it ends as if they had stayed."""
+    photos, moved = tmp_path / "photos", tmp_path / "node-2" / "photos"
+    make_photos(photos, 8)
+    options = run_options(tmp_path / "run", source=str(photos), batch_size=4, epochs=2)
+    pretrain(replace(options, checkpoint_every_steps=2))
+    undisturbed = final_state(options.run_path)
+    moved.parent.mkdir()
+    photos.rename(moved)
+    kept = replace(kept_options(options.run_path), out=options.out, resume=True)
+    with pytest.raises(SourceError) as error:
+        start(kept)
+    assert str(error.value) == (
+        f"image folder {photos}: expected a folder, found nothing; check the path; or name the "
+        "place where they are now as SOURCE"
+    )
+    list_checkpoints(options.run_path / "checkpoints")[-1].unlink()
+    pretrain(replace(kept, source=str(moved)))
+    assert final_state(options.run_path) == undisturbed
+    pretrain(replace(kept, source=str(moved)))  # with no step left to take
+    assert final_state(options.run_path) == undisturbed
+
+
 def test_other_images_are_named_as_such(
     tmp_path: Path, run_options: RunOptions, finished_run: Path
 ) -> None:
-    """Another source differs before it is read; new photographs are counted."""
+    """New photographs are counted, and those of another place, for a finished run, too."""
     photos = tmp_path / "photos"
     make_photos(photos, 8)
     options = run_options(tmp_path / "run", source=str(photos), epochs=1, batch_size=4)
-    with pytest.raises(RunError, match=r": the source differs: expected idx:.*, found folder:.*"):
-        pretrain(replace(options, out=finished_run, resume=True))
+    kept = kept_options(finished_run)
+    with pytest.raises(RunError) as error:
+        pretrain(replace(kept, out=finished_run, source=str(photos), resume=True))
+    assert str(error.value) == (
+        f"resuming {finished_run}: the images of folder:{photos}: expected the 400 images that it "
+        f"was started with, from {kept.source}, found 8 images; leave the source out, or start "
+        f"another run with another --out, from these weights with --init-from {finished_run}"
+    )
     pretrain(options)
     for checkpoint in (options.run_path / "checkpoints").iterdir():
         checkpoint.unlink()  # else there is nothing left to learn from them
@@ -178,6 +210,20 @@ def test_a_directory_of_something_else_is_refused(tmp_path: Path, run_options: R
     assert str(error.value) == (
         f"{photos}: expected a new directory, or an empty one, found other files in it, such as "
         "00.png; choose another --out"
+    )
+    assert len(list(photos.iterdir())) == 8
+
+
+def test_a_run_among_its_images_is_refused(tmp_path: Path, run_options: RunOptions) -> None:
+    """Its curves would be a new image, and the run could not be resumed."""
+    photos = tmp_path / "photos"
+    make_photos(photos, 8)
+    with pytest.raises(UsageError) as error:
+        start(run_options(photos / "runs" / "first", source=str(photos)))
+    assert str(error.value) == (
+        f"--out {photos}/runs/first: expected a directory outside the folder of the images, "
+        f"found one inside {photos}; choose another --out: a run writes pictures, which would be "
+        "images of the folder"
     )
     assert len(list(photos.iterdir())) == 8
 

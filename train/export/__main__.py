@@ -44,6 +44,7 @@ def main(options: ExportOptions) -> None:
             run,
             options.bundle_path,
             name=name,
+            source=options.source,
             readout=options.readout,
             precisions=options.precisions,
             with_random_twin=options.random_twin,

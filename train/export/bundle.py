@@ -41,6 +41,7 @@ def export_run(
     out: Path,
     *,
     name: str,
+    source: str | None = None,
     readout: ReadoutOptions | None = None,
     precisions: Sequence[Precision] = (),
     with_random_twin: bool = True,
@@ -52,6 +53,7 @@ def export_run(
         run: a run with at least one checkpoint.
         out: the bundle's directory.
         name: what the bundle is called.
+        source: where the run's images are now; where they were if None.
         readout: how vectors are made; that of the run's preset where None.
         precisions: what else to write than fp32.
         with_random_twin: whether to add the untrained network.
@@ -60,7 +62,7 @@ def export_run(
     Raises:
         RunError: the run is missing or damaged, its images have changed, or `out` cannot be
             written.
-        SourceError: the run's images are not where they were.
+        SourceError: the run's images are not there.
         UsageError: the network has no such readout.
         ExportError: the graph is not the network, or depends on the batch.
         BundleError: `out` exists and may not be replaced.
@@ -73,7 +75,7 @@ def export_run(
         networks = {ENCODER_FILE: graph_of(checkpoint, config)}
         if with_random_twin:
             networks[RANDOM_FILE] = graph_of(run.initial_file, config)
-        data = load_run_images(run, config)
+        data = load_run_images(run, config, source)
         with tempfile.TemporaryDirectory() as folder:
             graphs = {
                 file_name: write_graph(network, config, chosen, data, Path(folder) / file_name)

@@ -13,33 +13,37 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from models.errors import SourceError
-from models.images import ImageSource, open_source
+from models.images import open_source
 from models.preprocess import PreprocessSpec
 from train.config import options_from_json
 from train.data.training_data import TrainingData, open_training_data
-from train.errors import RunError
+from train.errors import RunError, or_else
 from train.run import RunConfig, RunDirectory, other_images
 
 CHUNK_BYTES = 256 << 20
 
 
-def load_run_images(run: RunDirectory, config: RunConfig) -> TrainingData:
+def load_run_images(
+    run: RunDirectory, config: RunConfig, source: str | None = None
+) -> TrainingData:
     """Open a run's images, and tell those it learned from and those it held out.
 
     Args:
         run: named where the images are not its own.
         config: of the run.
+        source: where the images are now; where they were if None.
 
     Raises:
-        SourceError: the images are not where they were.
+        SourceError: the images are not there.
         RunError: they are others than the run has seen: what was held out is not known.
         TrainError: they do not fit in memory, as they did.
     """
     options = options_from_json(config.options)
-    uri = cast(str, config.data["uri"])
+    uri = source or cast(str, config.data["uri"])
+    with or_else(f"name their new place with --source; or {_mend_by_another(run, 'SOURCE')}"):
+        opened = open_source(uri)
     data = open_training_data(
-        _open_source_of(run, uri),
+        opened,
         config.preprocessing,
         data_in=options.data_in,
         limit_images=options.limit_images,
@@ -56,20 +60,6 @@ def load_run_images(run: RunDirectory, config: RunConfig) -> TrainingData:
             f"on those that were held out; or {_mend_by_another(run, shlex.quote(uri))}",
         )
     return data
-
-
-def _open_source_of(run: RunDirectory, uri: str) -> ImageSource:
-    """Open a run's source; where it is gone, add to the error how to export without it."""
-    try:
-        return open_source(uri)
-    except SourceError as error:
-        mends = [error.mend] if error.mend else []
-        raise SourceError(
-            error.what,
-            expected=error.expected,
-            found=error.found,
-            mend="; or ".join([*mends, _mend_by_another(run, "SOURCE")]),
-        ) from error
 
 
 def _mend_by_another(run: RunDirectory, source: str) -> str:

@@ -115,6 +115,9 @@ class ExportOptions:
     name: str | None = None
     """What the bundle is called; the name of its directory where not given."""
 
+    source: str | None = None
+    """Where the run's images are now, if they have moved."""
+
     random_twin: bool = True
     """Also write the network before its first step, the baseline of evaluations."""
 

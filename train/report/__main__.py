@@ -30,7 +30,7 @@ from models.cpu import cpu_budget
 from models.errors import HoraceError, UsageError
 from models.files import atomic_file
 from models.images import ImageSource, open_source
-from train.errors import training_packages, writing
+from train.errors import or_else, training_packages, writing
 from train.run import RunDirectory
 
 if TYPE_CHECKING:
@@ -55,6 +55,9 @@ class ReportOptions:
 
     out: Path | None = None
     """HTML file to write; report.html in the run where not given."""
+
+    source: str | None = None
+    """Where the run's images are now, if they have moved."""
 
     images: int = 2048
     """Images of the run's source to embed: more have better neighbours and take longer; 0 for
@@ -102,7 +105,7 @@ def main(options: ReportOptions) -> None:
         run = RunDirectory(path=options.run)
         facts = read_facts(run)
         with writing(options.page_path, mend="make room or choose another --out"):
-            pictures = make_pictures(run, facts, options.images) if options.images else Pictures()
+            pictures = make_pictures(run, facts, options) if options.images else Pictures()
             text = compose(facts, pictures)
             with atomic_file(options.page_path) as temporary:
                 temporary.write_text(text)
@@ -114,17 +117,18 @@ def main(options: ReportOptions) -> None:
         print(options.page_path)
 
 
-def make_pictures(run: RunDirectory, facts: RunFacts, images: int) -> Pictures:
+def make_pictures(run: RunDirectory, facts: RunFacts, options: ReportOptions) -> Pictures:
     """Read some of the images, make views of them, and embed them with the last checkpoint."""
     from train.report.model import are_others, draw_sample, find_out
 
     limit = cast(int | None, facts.config.options["limit_images"])
     try:
-        source = open_source(cast(str, facts.config.data["uri"]))
-        sample = draw_sample(source, facts.config.preprocessing, images, limit=limit)
+        with or_else("name their new place with --source"):
+            source = open_source(options.source or cast(str, facts.config.data["uri"]))
+        sample = draw_sample(source, facts.config.preprocessing, options.images, limit=limit)
         views_png = draw_views(facts, sample, source)
         pictures = Pictures(
-            sample=sample, views_png=views_png, are_others=are_others(source, facts, images)
+            sample=sample, views_png=views_png, are_others=are_others(source, facts, options.images)
         )
     except HoraceError as error:
         why_not = f"The run's images cannot be read now: {error}."
