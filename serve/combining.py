@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from models.errors import UsageError
 from protos import horace_pb2 as pb
-from serve.searching import Query, id_status, lay_out, no_neighbours, read_query_vectors
+from serve.searching import Query, id_status, lay_out, read_query_vectors
 
 if TYPE_CHECKING:
     from index.collection import Collection
@@ -131,11 +131,10 @@ def search_combinations(
         else:
             without.append(combination.ids)
             statuses.append(pb.ItemStatus())
-    ids, scores = no_neighbours()
+    found = None
     if queries:
         found = query.search(collection, np.stack(queries), on_piece, pad_ids(without))
-        ids, scores = found.ids, found.scores
-    return lay_out(collection, ids, scores, statuses, query)
+    return lay_out(collection, found, statuses, query)
 
 
 def _read_example(

@@ -35,6 +35,7 @@ from serve.reply_size import bytes_of_hit
 
 if TYPE_CHECKING:
     from index.collection import Collection, Neighbours, Row
+    from index.ranking import Ranking
     from index.selection import Selection
     from serve.catalog import ServedCollection
 
@@ -67,20 +68,18 @@ class Query:
         k: neighbours a query.
         exact: whether every vector is compared, instead of asking the index.
         include_vectors: whether the hits' stored vectors are sent, too.
+        ranking: how hits are chosen among the nearest.
         max_metadata_bytes: what the hits' metadata may take, which is sent, too, where above 0.
         effort: candidates that the index weighs for a query; 0 for as many as it is set to.
-        min_score: the least cosine of a hit; any where None.
-        diversity: 0 for the nearest, up to 1 for what is also unlike one another.
         selection: which images may be hits; all where None.
     """
 
     k: int
     exact: bool
     include_vectors: bool
+    ranking: Ranking
     max_metadata_bytes: int = 0
     effort: int = 0
-    min_score: float | None = None
-    diversity: float = 0.0
     selection: Selection | None = None
 
     def search(
@@ -99,10 +98,8 @@ class Query:
             without_QW: see there.
         """
         from index.neighbours import Neighbours
-        from index.ranking import Ranking
 
-        ranking = Ranking(min_score=self.min_score, diversity=self.diversity)
-        k = ranking.pool(self.k)
+        k = self.ranking.pool(self.k)
         parameters = collection.effort_parameters(self.effort, k) if self.effort else None
 
         def search(piece: slice) -> Neighbours:
@@ -118,11 +115,12 @@ class Query:
 
         def rank(piece: slice) -> Neighbours:
             near = Neighbours(ids=found.ids[piece], scores=found.scores[piece])
-            return ranking.rank(collection, near, self.k)
+            return self.ranking.rank(collection, near, self.k)
 
         count = len(queries_QD)
         found = _in_pieces(search, count, self._piece(collection, k), on_piece)
-        return _in_pieces(rank, count, LEAST_QUERIES if self.diversity else count, on_piece)
+        least = LEAST_QUERIES if self.ranking.diversity else count
+        return _in_pieces(rank, count, least, on_piece)
 
     def _piece(self, collection: Collection, k: int) -> int:
         """Say how many queries a piece has at least.
@@ -221,15 +219,13 @@ def read_query(
             mend="ask for fewer hits, or split the request",
         )
     min_score = request.min_score if request.HasField("min_score") else None
-    Ranking(min_score=min_score, diversity=request.diversity)  # refuses what cannot be meant
     return Query(
         k=k,
         exact=request.exact,
         include_vectors=request.include_vectors,
+        ranking=Ranking(min_score=min_score, diversity=request.diversity),
         max_metadata_bytes=max_reply_bytes - count * k * bare_bytes if with_metadata else 0,
         effort=request.effort,
-        min_score=min_score,
-        diversity=request.diversity,
     )
 
 
@@ -290,13 +286,12 @@ def search_vectors(
     Returns:
         One entry a status: the hits, or the status alone where it is not OK.
     """
-    ids, scores = no_neighbours()
+    found = None
     if len(vectors_QD):
         is_cosine = collection.metric == "cosine"  # else lengths count, as they are stored
         queries_QD = finish_vectors(vectors_QD, normalize=is_cosine)
         found = query.search(collection, queries_QD, on_piece)
-        ids, scores = found.ids, found.scores
-    return lay_out(collection, ids, scores, statuses, query)
+    return lay_out(collection, found, statuses, query)
 
 
 def search_ids(
@@ -305,12 +300,11 @@ def search_ids(
     """Search by stored images, each left out of its own neighbours; an entry an id."""
     statuses = [id_status(collection, id_) for id_ in ids]
     known = [id_ for id_, status in zip(ids, statuses, strict=True) if status.code == pb.OK]
-    found_ids, scores = no_neighbours()
+    found = None
     if known:
         without_QW = np.array(known, np.int64)[:, None]
         found = query.search(collection, collection.vectors(known), on_piece, without_QW)
-        found_ids, scores = found.ids, found.scores
-    return lay_out(collection, found_ids, scores, statuses, query)
+    return lay_out(collection, found, statuses, query)
 
 
 def vector_statuses(vectors_QD: NDArray[np.float32], dim: int) -> list[pb.ItemStatus]:
@@ -351,37 +345,40 @@ def id_status(collection: Collection, id_: int) -> pb.ItemStatus:
     return pb.ItemStatus(code=pb.NOT_FOUND, message=message)
 
 
-def no_neighbours() -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Give the neighbours of no query."""
-    return np.empty((0, 0), np.int64), np.empty((0, 0), np.float32)
-
-
 def lay_out(
     collection: Collection,
-    ids_QK: NDArray[np.int64],
-    scores_QK: NDArray[np.float32],
+    found: Neighbours | None,
     statuses: Sequence[pb.ItemStatus],
     query: Query,
 ) -> list[pb.Hits]:
     """Write one message a query, with the metadata of its hits.
 
+    Args:
+        collection: where was searched.
+        found: a row for each status that is OK; None where none is.
+        statuses: one a query.
+        query: how was searched.
+
     Raises:
         RequestError: the metadata is more than a reply takes.
     """
+    if found is None:
+        return [pb.Hits(status=status) for status in statuses]
+    ids_QK = found.ids
     unique = np.unique(ids_QK[ids_QK >= 0])
     rows = {row.id: row for row in collection.rows(unique)} if unique.size else {}
     texts = _metadata_texts(ids_QK, rows, query.max_metadata_bytes)
-    neighbours = zip(ids_QK, scores_QK, strict=True)
+    neighbours = zip(ids_QK, found.scores, strict=True)
     results = []
     for status in statuses:
         hits = pb.Hits(status=status)
         if status.code == pb.OK:
             ids_K, scores_K = next(neighbours)
-            found = ids_K >= 0
-            pairs = zip(ids_K[found].tolist(), scores_K[found].tolist(), strict=True)
+            is_hit = ids_K >= 0
+            pairs = zip(ids_K[is_hit].tolist(), scores_K[is_hit].tolist(), strict=True)
             hits.hits.extend(_hit(rows[id_], score, texts.get(id_, "")) for id_, score in pairs)
             if query.include_vectors:
-                hits.vectors.CopyFrom(vectors_to_wire(collection.vectors(ids_K[found])))
+                hits.vectors.CopyFrom(vectors_to_wire(collection.vectors(ids_K[is_hit])))
         results.append(hits)
     return results
 

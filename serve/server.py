@@ -45,7 +45,6 @@ from serve.http.door import HttpDoor
 from serve.http.doorman import Doorman
 from serve.kserve import servicer as kserve
 from serve.kserve.servicer import KserveServicer
-from serve.kserve.statistics import Statistics
 from serve.lifecycle.loading import CLOSE_TIMEOUT_S, Loader, OpenModel, warm_up
 from serve.lifecycle.manager import Lifecycle
 from serve.lifecycle.options import ModelOptions
@@ -135,8 +134,7 @@ class Server:
         self.health = Health([services.SERVICE_NAME, kserve.SERVICE_NAME, health.SERVICE_NAME])
         self.calls = Calls()
         self._engines: WeakKeyDictionary[Engine, tuple[str, str]] = WeakKeyDictionary()
-        statistics = Statistics(served=self._served)
-        self.operation = self._make_operation(statistics)
+        self.operation = self._make_operation()
         self._closing.callback(self.operation.close)
         self._watchdog.watch(self.operation)
         answering = Answering(calls=self.calls, observer=self.operation.observer)
@@ -147,7 +145,7 @@ class Server:
             following_pool=self._following_pool,
             answering=answering,
         )
-        self.kserve = self._make_kserve(answering, statistics)
+        self.kserve = self._make_kserve(answering)
         self._front = self._make_front(answering)
         self.http = self._make_http_door()
         self.port = 0
@@ -234,8 +232,8 @@ class Server:
         await self.http.stop(cut_off=True)
         self._closing.close()
 
-    def _make_operation(self, statistics: Statistics) -> Operation:
-        """Make what an operator sees; `statistics` hear what the metrics hear."""
+    def _make_operation(self) -> Operation:
+        """Make what an operator sees."""
         options = self._options
         state = ServerState(
             self.catalog,
@@ -253,11 +251,10 @@ class Server:
             logs=options.log,
             state=state,
             place=self.place,
-            also=(statistics,),
             keyed=options.keys.file is not None,
         )
 
-    def _make_kserve(self, answering: Answering, statistics: Statistics) -> KserveServicer:
+    def _make_kserve(self, answering: Answering) -> KserveServicer:
         """Make the service of KServe's protocol."""
         options = self._options
         return KserveServicer(
@@ -267,7 +264,7 @@ class Server:
             options=options.kserve,
             max_images=options.max_images_per_request,
             max_batch_images=options.max_batch_images,
-            statistics=statistics,
+            tallies=self.operation.models,
             control=self.lifecycle,
             max_message_bytes=options.max_message_mib * MIB,
             unix_is_local=is_loopback(options.host),
@@ -449,7 +446,7 @@ class Server:
             instances=model.instances or options.instances or 1,
             limits=options.image_limits,
             on_trouble=partial(self._on_trouble, encoder),
-            observer=self.operation.observer.watch_model(name, version),
+            observer=self.operation.models.watch_model(name, version),
         )
         self._engines[engine] = name, version
         self._watchdog.watch(engine)

@@ -134,7 +134,7 @@ class Group:
     Attributes:
         first: the place of its first image among all of them, from 0.
         images: as they cross the wire.
-        refused: the status of those that are too large to be sent, by position; an empty
+        refused: the status of those that are too large, or no images, by position; an empty
             image goes in their place.
         size_bytes: of the request, about.
     """

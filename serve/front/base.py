@@ -13,10 +13,6 @@ class Front(Protocol):
     """One gRPC server of one process. Belongs to one event loop."""
 
     @property
-    def name(self) -> str:
-        """Which front end this is, for logs and for people."""
-
-    @property
     def server(self) -> grpc.aio.Server:
         """What `add_XServicer_to_server` and reflection take; before `start`."""
 

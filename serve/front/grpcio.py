@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import grpc
 
-from serve.front.limit import PROBES, CallLimit, OnTurnedAway, hears_nothing
+from serve.front.limit import PROBES, CallLimit, OnTurnedAway
 from serve.port import check_address, join_address, refuse_address
 
 MIN_CLIENT_PING_MS = 10_000
@@ -26,17 +26,15 @@ when nearly all of its deadline is gone, and answer hardly any in time."""
 class GrpcioFront:
     """Serves on `grpc.aio.server`. Belongs to one event loop."""
 
-    name = "grpcio"
-
     def __init__(
         self,
         *,
         max_message_bytes: int,
         max_calls: int,
         max_calls_a_connection: int | None = None,
-        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+        interceptors: Sequence[grpc.aio.ServerInterceptor],
         reuse_port: bool = False,
-        on_turned_away: OnTurnedAway = hears_nothing,
+        on_turned_away: OnTurnedAway,
         elsewhere: Callable[[], int] = lambda: 0,
     ) -> None:
         """Make the server; see `make_front`, and for `elsewhere` `CallLimit`."""

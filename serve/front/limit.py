@@ -33,10 +33,6 @@ OnTurnedAway: TypeAlias = Callable[[grpc.StatusCode], None]
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 
-def hears_nothing(_: grpc.StatusCode) -> None:
-    """Count nothing."""
-
-
 def too_many_calls() -> QueueFullError:
     """Say that all places are taken, and when to come back."""
     return QueueFullError(TOO_MANY, retry_after_s=RETRY_AFTER_S)
@@ -49,8 +45,8 @@ class CallLimit(grpc.aio.ServerInterceptor):
         self,
         *,
         max_calls: int,
-        on_turned_away: OnTurnedAway = hears_nothing,
-        elsewhere: Callable[[], int] = lambda: 0,
+        on_turned_away: OnTurnedAway,
+        elsewhere: Callable[[], int],
     ) -> None:
         """Count nothing yet.
 

@@ -9,7 +9,7 @@ import grpc
 
 from serve.front.base import Front, FrontKind
 from serve.front.grpcio import GrpcioFront
-from serve.front.limit import OnTurnedAway, hears_nothing
+from serve.front.limit import OnTurnedAway
 from serve.front.native import NativeFront
 from serve.port import is_loopback
 from serve.screen import NO_SCREEN, Screens
@@ -28,7 +28,7 @@ def make_front(
     host: str = "127.0.0.1",
     refuses: Refuses = never,
     screen: Screens = NO_SCREEN,
-    on_turned_away: OnTurnedAway = hears_nothing,
+    on_turned_away: OnTurnedAway = lambda _: None,
 ) -> Front:
     """Make the front end that serves what is asked; it serves nothing yet.
 

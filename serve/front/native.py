@@ -46,14 +46,14 @@ from serve.errors import (
 )
 from serve.front.chain import Ask, CallDetails, chain
 from serve.front.grpcio import KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS, GrpcioFront
-from serve.front.limit import PROBES, OnTurnedAway, hears_nothing, too_many_calls
+from serve.front.limit import PROBES, OnTurnedAway, too_many_calls
 from serve.front.native_call import NativeCall
 from serve.front.registry import Handler, Registry
 from serve.front.threads import unhurried_threads
 from serve.port import check_address, join_address, refuse_address
-from serve.screen import NO_SCREEN, Screens, Status
+from serve.screen import Screens, Status
 from serve.security.guard import HEALTH
-from serve.valve import Refuses, never
+from serve.valve import Refuses
 
 log = logging.getLogger("horace.serve")
 
@@ -88,19 +88,17 @@ closes at once, what it has not written yet is lost, and it says of nothing when
 class NativeFront:
     """Serves on `NativeGrpcFront`. Belongs to one event loop."""
 
-    name = "native"
-
     def __init__(
         self,
         *,
         max_message_bytes: int,
         max_calls: int,
-        max_calls_a_connection: int = 1024,
-        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
-        reuse_port: bool = False,
-        refuses: Refuses = never,
-        screen: Screens = NO_SCREEN,
-        on_turned_away: OnTurnedAway = hears_nothing,
+        max_calls_a_connection: int,
+        interceptors: Sequence[grpc.aio.ServerInterceptor],
+        reuse_port: bool,
+        refuses: Refuses,
+        screen: Screens,
+        on_turned_away: OnTurnedAway,
     ) -> None:
         """Make the server; see `make_front`."""
         self._refuses = refuses

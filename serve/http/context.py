@@ -36,7 +36,7 @@ class HttpContext(AcceptedEarly):
         headers: Iterable[tuple[str, str]],
         peer: tuple[str, int] | None,
         clock: Callable[[], float],
-        auth_context: Mapping[str, Iterable[bytes]] | None = None,
+        auth_context: Mapping[str, Iterable[bytes]] | None,
     ) -> None:
         """Describe a call.
 

@@ -23,8 +23,8 @@ class HttpDoor:
         doorman: Doorman,
         host: str,
         max_connections: int,
-        reuse_port: bool = False,
-        certificates: Reloadable[Certificates] | None = None,
+        reuse_port: bool,
+        certificates: Reloadable[Certificates] | None,
     ) -> None:
         """Prepare; nothing is opened yet.
 

@@ -40,8 +40,8 @@ class HttpServer:
         self,
         *,
         max_connections: int,
-        reuse_port: bool = False,
-        tls: ssl.SSLContext | None = None,
+        reuse_port: bool,
+        tls: ssl.SSLContext | None,
     ) -> None:
         """Prepare; nothing is opened yet.
 

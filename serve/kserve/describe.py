@@ -22,8 +22,8 @@ from tritonclient.grpc import service_pb2 as kserve
 
 from models.files import canonical_json
 from serve.catalog import ServedModel
-from serve.kserve.signature import DATATYPES, EMBEDDINGS, INPUT
-from serve.kserve.statistics import Duration, ModelCounts
+from serve.kserve.tensors import DATATYPES, EMBEDDINGS, INPUT
+from serve.operation.tally import VersionCounts
 from serve.tickets import LOWEST_PRIORITY
 
 SERVER_NAME = "horace"
@@ -91,31 +91,31 @@ def model_config(model: ServedModel, *, max_images: int, max_batch_images: int) 
     return config
 
 
-def model_statistics(model: ServedModel, counted: ModelCounts | None) -> Any:
-    """Give what was counted of a model."""
+def model_statistics(model: ServedModel, counts: VersionCounts | None) -> Any:
+    """Give what was counted of a model; nothing changes it meanwhile."""
     statistics = kserve.ModelStatistics(name=model.name, version=model.version)
-    if counted is None:
+    if counts is None:
         return statistics
-    with counted.read() as counts:
-        statistics.last_inference = round(counts.last_s * 1e3)
-        statistics.inference_count = counts.images
-        statistics.execution_count = sum(batch.count for batch in counts.batches.values())
-        of = statistics.inference_stats
-        for duration, message in (
-            (counts.success, of.success),
-            (counts.fail, of.fail),
-            (counts.queue, of.queue),
-            (counts.decode, of.compute_input),
-            (counts.inference, of.compute_infer),
-            (counts.output, of.compute_output),
-        ):
-            _note(message, duration)
-        for size, batch in sorted(counts.batches.items()):
-            _note(statistics.batch_stats.add(batch_size=size).compute_infer, batch)
+    statistics.last_inference = round(counts.last_s * 1e3)
+    statistics.inference_count = counts.images
+    statistics.execution_count = counts.batches.total()
+    of = statistics.inference_stats
+    _note(of.fail, counts.failures.total(), counts.failed_s)
+    for message, seconds in (
+        (of.success, counts.request_s),
+        (of.queue, counts.queue_s),
+        (of.compute_input, counts.decode_s),
+        (of.compute_infer, counts.inference_s),
+        (of.compute_output, counts.output_s),
+    ):
+        _note(message, counts.requests, seconds)
+    for size, count in sorted(counts.batches.items()):
+        batches = statistics.batch_stats.add(batch_size=size)
+        _note(batches.compute_infer, count, counts.batches_s[size])
     return statistics
 
 
-def _note(message: Any, duration: Duration) -> None:
-    """Fill in one duration, in nanoseconds."""
-    message.count = duration.count
-    message.ns = round(duration.total_s * 1e9)
+def _note(message: Any, count: int, seconds: float) -> None:
+    """Fill in how often something was done, and how long it took in all, in nanoseconds."""
+    message.count = count
+    message.ns = round(seconds * 1e9)

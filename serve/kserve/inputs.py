@@ -32,7 +32,7 @@ from models.image_source import ImageData
 from serve.errors import RequestError
 from serve.kserve.memory import find_slice
 from serve.kserve.regions import OwnRegions, Slice
-from serve.kserve.signature import INPUT, ITEM_BYTES, PRECISION_DTYPES
+from serve.kserve.tensors import INPUT, ITEM_BYTES, PRECISION_DTYPES
 
 CHANNELS = (1, 3, 4)
 MAX_RANK = 4

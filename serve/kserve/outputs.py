@@ -34,7 +34,7 @@ from serve.kserve.inputs import LENGTH
 from serve.kserve.memory import find_slice, note_slice
 from serve.kserve.parameters import Asked
 from serve.kserve.regions import OwnRegions, Slice, check_fits
-from serve.kserve.signature import (
+from serve.kserve.tensors import (
     DATATYPES,
     EMBEDDINGS,
     ITEM_BYTES,

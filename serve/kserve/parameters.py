@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from serve.errors import PreconditionError, RequestError
-from serve.kserve.signature import VECTOR_DTYPES
+from serve.kserve.tensors import VECTOR_DTYPES
 
 KNOWN = "dims, dtype, normalize, priority and timeout"
 KINDS = {

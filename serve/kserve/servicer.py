@@ -38,9 +38,9 @@ from serve.kserve.parameters import read_parameters
 from serve.kserve.regions import OwnRegions, Regions
 from serve.kserve.repository import check_change, load, repository_index
 from serve.kserve.settings import log_settings, refuse_changes, trace_settings
-from serve.kserve.statistics import Statistics
 from serve.lifecycle.manager import Lifecycle
 from serve.operation.observer import Call
+from serve.operation.tally import ModelTallies
 from serve.screen import Work
 from serve.security.caller import caller_of, host_of
 
@@ -67,10 +67,10 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
         options: KserveOptions,
         max_images: int,
         max_batch_images: int,
-        statistics: Statistics,
+        tallies: ModelTallies,
         control: Lifecycle,
         max_message_bytes: int,
-        unix_is_local: bool = True,
+        unix_is_local: bool,
     ) -> None:
         """Serve the models of `catalog`, whose engines have owners.
 
@@ -81,7 +81,7 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
             options: what is allowed.
             max_images: of one request.
             max_batch_images: of one batch.
-            statistics: what was counted of every model.
+            tallies: what was counted of every model.
             control: loads and unloads models, where callers may.
             max_message_bytes: of a request, in the message or in shared memory.
             unix_is_local: whether who comes over a socket of this machine is on it. Behind the
@@ -94,7 +94,7 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
         self._max_images = max_images
         self._max_batch_images = max_batch_images
         self._control = control
-        self._statistics = statistics
+        self._tallies = tallies
         self._max_message_bytes = max_message_bytes
         self._local = LOCAL if unix_is_local else LOCAL[1:]
         self._regions = Regions(max_regions=options.max_regions)
@@ -244,10 +244,11 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
 
         async def work() -> Message:
             models = self._models(request.name, request.version)
-            counted = [self._statistics.find(model.name, model.version) for model in models]
-            return kserve.ModelStatisticsResponse(
-                model_stats=map(describe.model_statistics, models, counted)
-            )
+            with self._tallies.reading():
+                counted = [self._tallies.find(model.name, model.version) for model in models]
+                return kserve.ModelStatisticsResponse(
+                    model_stats=map(describe.model_statistics, models, counted)
+                )
 
         return await self._answer("ModelStatistics", work(), context)
 

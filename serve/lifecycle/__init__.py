@@ -1,1 +1,1 @@
-"""What is served and how it changes: leases, loading, versions, watching, swapping."""
+"""What is served and how it changes: loading, versions, watching, swapping."""

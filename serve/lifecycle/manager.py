@@ -71,8 +71,8 @@ class Lifecycle:
         repository: Path | None,
         open_collection: OpenCollection,
         pool: ThreadPool,
-        model_control: bool = False,
-        on_change: Callable[[], None] = lambda: None,
+        model_control: bool,
+        on_change: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Mind nothing yet; see `start`.
@@ -231,7 +231,7 @@ class Lifecycle:
         """Say how every version of every model is."""
         statuses = []
         for name, source in self._models.items():
-            why = "unloaded" if source.unloaded else source.last_refusal
+            why = "unloaded" if source.unloaded else source.statistics.last_refusal
             if versions := self._catalog.versions.get(name):
                 statuses += [
                     ModelStatus(name=name, version=version, state="ready", reason=why)
@@ -246,7 +246,7 @@ class Lifecycle:
         """Give the counts so far, by `model NAME`, `collection NAME` and `repository DIR`."""
         repositories = () if self._repository is None else (self._repository,)
         sources = (*repositories, *self._models.values(), *self._collections)
-        return {str(source): source.statistics() for source in sources}
+        return {str(source): source.statistics for source in sources}
 
     def _require_control(self) -> None:
         """Refuse callers where the operator has not allowed them."""
@@ -378,7 +378,7 @@ class Lifecycle:
     async def _load_collection(self, source: CollectionSource) -> None:
         """Open a collection, and let it take the place of the one of its name."""
         started_s = self._clock()
-        if source.loads and await self._follow(source):
+        if source.statistics.loads and await self._follow(source):
             source.loaded(self._clock() - started_s)
             return
         opening = partial(self._open_collection, source.options.path)
@@ -388,7 +388,7 @@ class Lifecycle:
         name = source.name or collection.name
         source.waits_for_model = False
         try:
-            if source.name is None or not source.loads:
+            if source.name is None or not source.statistics.loads:
                 refuse_taken_name("--collection", name, self._catalog.collections)
             self._catalog.put_collection(name, collection, close=collection.close)
         except FingerprintMismatchError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 from serve.lifecycle.files import Signature
@@ -52,16 +52,14 @@ class Source:
     Attributes:
         kind: `model` or `collection`.
         name: as callers use it; None until it is known.
+        statistics: the counts so far; another record with each load.
     """
 
     kind: ClassVar[str]
 
     name: str | None
     options: NamedPath
-    loads: int = 0
-    refusals: int = 0
-    last_load_s: float = 0.0
-    last_refusal: str = ""
+    statistics: LoadStatistics = LoadStatistics()
     loading: bool = False
 
     def __str__(self) -> str:
@@ -74,23 +72,13 @@ class Source:
 
     def loaded(self, load_s: float) -> None:
         """Count a load that is served now."""
-        self.loads += 1
-        self.last_load_s = load_s
-        self.last_refusal = ""
+        loads = self.statistics.loads + 1
+        self.statistics = replace(self.statistics, loads=loads, last_load_s=load_s, last_refusal="")
 
     def refused(self, why: str) -> None:
         """Count a load that changed nothing."""
-        self.refusals += 1
-        self.last_refusal = why
-
-    def statistics(self) -> LoadStatistics:
-        """Give the counts so far."""
-        return LoadStatistics(
-            loads=self.loads,
-            refusals=self.refusals,
-            last_load_s=self.last_load_s,
-            last_refusal=self.last_refusal,
-        )
+        refusals = self.statistics.refusals + 1
+        self.statistics = replace(self.statistics, refusals=refusals, last_refusal=why)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -126,5 +114,4 @@ class CollectionSource(Source):
 
     kind = "collection"
 
-    options: NamedPath
     waits_for_model: bool = False

@@ -31,12 +31,16 @@ MAX_LISTED = 256
 TRITON: tuple[tuple[str, str, Callable[[VersionCounts], float]], ...] = (
     ("request_success", "Requests that got their vectors.", lambda c: c.requests),
     ("count", "Images computed.", lambda c: c.images),
-    ("exec_count", "Batches computed.", lambda c: c.batches),
-    ("request_duration_us", "From arrival to the vectors.", lambda c: c.request_us),
-    ("queue_duration_us", "The longest wait of a request's images.", lambda c: c.queue_us),
-    ("compute_input_duration_us", "Decoding, its queue included.", lambda c: c.decode_us),
-    ("compute_infer_duration_us", "The encoder, each request's batches.", lambda c: c.inference_us),
-    ("compute_output_duration_us", "The rest, until the vectors.", lambda c: c.output_us),
+    ("exec_count", "Batches computed.", lambda c: c.batches.total()),
+    ("request_duration_us", "From arrival to the vectors.", lambda c: c.request_s * 1e6),
+    ("queue_duration_us", "The longest wait of a request's images.", lambda c: c.queue_s * 1e6),
+    ("compute_input_duration_us", "Decoding, its queue included.", lambda c: c.decode_s * 1e6),
+    (
+        "compute_infer_duration_us",
+        "The encoder, each request's batches.",
+        lambda c: c.inference_s * 1e6,
+    ),
+    ("compute_output_duration_us", "The rest, until the vectors.", lambda c: c.output_s * 1e6),
 )
 """Triton's counters: what follows `nv_inference_`, what it means here, how to read it."""
 

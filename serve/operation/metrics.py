@@ -40,7 +40,7 @@ from serve.operation.families import (
     model_histograms,
     triton_counters,
 )
-from serve.operation.observer import Call, ModelObserver
+from serve.operation.observer import Call
 from serve.operation.state import ServerState
 from serve.operation.tally import CallTally, ModelTallies
 
@@ -48,18 +48,19 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Metrics(Collector):
-    """An `Observer` that counts, and gives what it counted to Prometheus."""
+    """An `Observer` that counts calls, and gives all that is counted to Prometheus."""
 
-    def __init__(self, source: ServerState, *, keyed: bool = False) -> None:
+    def __init__(self, source: ServerState, *, models: ModelTallies, keyed: bool = False) -> None:
         """Count from now on.
 
         Args:
             source: the state of the server.
+            models: its account of its models.
             keyed: whether callers are the names of API keys, and counted by them; those of
                 certificates and addresses are too many.
         """
         self._source = source
-        self._models = ModelTallies(served=source.served)
+        self._models = models
         self._calls = CallTally(keyed=keyed)
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)
@@ -69,10 +70,6 @@ class Metrics(Collector):
         return f"<Metrics {self._models!r} {self._calls!r}>"
 
     # An observer.
-
-    def watch_model(self, name: str, version: str) -> ModelObserver:
-        """Give who counts the work of one version of a model."""
-        return self._models.watch(name, version)
 
     def answered(self, call: Call, total_s: float) -> None:
         """Count a call."""
@@ -90,9 +87,8 @@ class Metrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Give every metric family."""
-        with self._models.lock:
-            self._models.fold()
-            versions = {pair: tally.counts for pair, tally in self._models.versions.items()}
+        with self._models.reading():
+            versions = self._models.series()
             families = [*triton_counters(versions), *model_histograms(self._models.models)]
         with self._calls.lock:
             self._calls.fold()

@@ -75,10 +75,7 @@ class ModelObserver(Protocol):
 
 
 class Observer(Protocol):
-    """Hears of calls, and gives each model an observer of its own."""
-
-    def watch_model(self, name: str, version: str) -> ModelObserver:
-        """Give who is to hear of a model's work."""
+    """Hears of calls."""
 
     def answered(self, call: Call, total_s: float) -> None:
         """Hear that a call is over, `total_s` after it came."""
@@ -89,10 +86,6 @@ class Observer(Protocol):
 
 class Nobody:
     """Hears nothing; a base for who hears some things only."""
-
-    def watch_model(self, name: str, version: str) -> ModelObserver:
-        """Give nobody."""
-        return NO_MODEL_OBSERVER
 
     def answered(self, *_: Any) -> None:
         """Ignore it."""
@@ -107,32 +100,6 @@ class Nobody:
         """Ignore it."""
 
 
-class ModelObservers:
-    """Passes on what it hears of one version of a model to several."""
-
-    def __init__(self, observers: Sequence[ModelObserver]) -> None:
-        """Pass on to these, in this order."""
-        self._observers = tuple(observers)
-
-    def __repr__(self) -> str:
-        return f"<ModelObservers {list(self._observers)}>"
-
-    def answered(self, embedded: Embedded, total_s: float) -> None:
-        """Pass on a request that got its vectors."""
-        for observer in self._observers:
-            observer.answered(embedded, total_s)
-
-    def failed(self, error: BaseException, images: int, total_s: float) -> None:
-        """Pass on a request that got none."""
-        for observer in self._observers:
-            observer.failed(error, images, total_s)
-
-    def computed(self, images: int, inference_s: float, *, failed: bool = False) -> None:
-        """Pass on a batch."""
-        for observer in self._observers:
-            observer.computed(images, inference_s, failed=failed)
-
-
 class Observers:
     """Passes on what it hears to several."""
 
@@ -142,14 +109,6 @@ class Observers:
 
     def __repr__(self) -> str:
         return f"<Observers {list(self._observers)}>"
-
-    def watch_model(self, name: str, version: str) -> ModelObserver:
-        """Give who passes on to those that want to hear of models; nobody, where none does."""
-        watching = [observer.watch_model(name, version) for observer in self._observers]
-        wanted = [observer for observer in watching if observer is not NO_MODEL_OBSERVER]
-        if len(wanted) > 1:
-            return ModelObservers(wanted)
-        return wanted[0] if wanted else NO_MODEL_OBSERVER
 
     def answered(self, call: Call, total_s: float) -> None:
         """Pass on a call."""

@@ -1,7 +1,8 @@
 """Puts together what the operator asked for: metrics and their port, traces, the request log.
 
 Rules:
-    What is not asked for is not imported.
+    What is not asked for is not imported. The work of models is counted all the same: KServe
+    tells of it, too.
     The observer is there before anything is served; the port opens before the models do, so
     that a start that takes long can be watched, and closes after the drain.
     Each of several workers has its own port and counts for itself.
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -19,8 +19,9 @@ from serve.operation.logs import RequestLog
 from serve.operation.observer import Observer, Observers
 from serve.operation.options import LogOptions, MetricsOptions, TracingOptions
 from serve.operation.state import ServerState, turns
+from serve.operation.tally import ModelTallies
 from serve.port import join_address
-from serve.workers.place import ALONE, WorkerPlace
+from serve.workers.place import WorkerPlace
 
 if TYPE_CHECKING:
     from serve.operation.endpoint import Endpoint
@@ -39,9 +40,8 @@ class Operation:
         tracing: TracingOptions,
         logs: LogOptions,
         state: ServerState,
-        place: WorkerPlace = ALONE,
-        keyed: bool = False,
-        also: Sequence[Observer] = (),
+        place: WorkerPlace,
+        keyed: bool,
     ) -> None:
         """Make the observers; no port is open yet.
 
@@ -52,7 +52,6 @@ class Operation:
             state: the server's.
             place: where this process stands among its workers.
             keyed: whether callers have API keys, by whose names they are counted.
-            also: others who want to hear.
 
         Raises:
             StartError: traces are asked for and cannot be made here.
@@ -66,11 +65,12 @@ class Operation:
         self._endpoint: Endpoint | None = None
         self.address = ""
         """Where the metrics port listens, as host:port; empty where there is none."""
-        observers: list[Observer] = [RequestLog(logs), *also]
+        self.models = ModelTallies(served=state.served)
+        observers: list[Observer] = [RequestLog(logs)]
         if metrics.port is not None:
             from serve.operation.metrics import Metrics
 
-            self._metrics = Metrics(state, keyed=keyed)
+            self._metrics = Metrics(state, keyed=keyed, models=self.models)
             observers.append(self._metrics)
         if tracing.endpoint is not None:
             from serve.operation.tracing import Tracer

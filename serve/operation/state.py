@@ -48,7 +48,7 @@ class ServerState:
         loads: Callable[[], Mapping[str, LoadStatistics]],
         reloads: Callable[[], ReloadStatistics],
         in_flight: InFlight,
-        lives: Callable[[], bool] = lambda: True,
+        lives: Callable[[], bool],
     ) -> None:
         """Read these; they belong to the server.
 

@@ -1,10 +1,14 @@
 """What is counted of each model, each version of it, and each method: numbers, no names.
 
+Metrics show it, and KServe's ModelStatistics what it has of versions.
+
 Rules:
+    Every request and batch counts, whichever protocol it came by.
     The number of series is bounded by configuration and never by traffic: models and keys
     beyond a bound share the name `other`, retired versions are forgotten, the newest last.
     Nothing that a caller may write freely is a label; neither is its address.
     A model's histograms outlive its versions; what Triton counts by version is by version.
+    Every version that runs has its counts, also where its model's series is `other`.
 
 Source: https://docs.nvidia.com/deeplearning/triton-inference-server/user-guide/docs/user_guide/metrics.html
 for what its counters mean; text-embeddings-inference#271 for what unbounded labels do.
@@ -14,12 +18,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable, Iterator, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from serve.errors import DeadlineError, InternalError, QueueFullError
 from serve.job import Embedded
@@ -74,30 +79,68 @@ class ModelHistograms:
 
 @dataclass(eq=False)
 class VersionCounts:
-    """What Triton counts of one version of a model; times in microseconds, a request."""
+    """What Triton counts of one version of a model.
 
+    Attributes:
+        last_s: when a request got its vectors last, in seconds since 1970.
+        requests: that got their vectors.
+        request_s: of these, from arrival to the vectors; in seconds added up, as are the next four.
+        decode_s: until their images were decoded.
+        queue_s: the longest waits of their images.
+        inference_s: the encoder, each request's batches.
+        output_s: the rest.
+        failures: requests that got none, by Triton's reasons.
+        failed_s: of these, from arrival to their end.
+        batches: computed, by how many images they had.
+        batches_s: the encoder's time for those.
+    """
+
+    last_s: float = 0.0
     requests: int = 0
+    request_s: float = 0.0
+    decode_s: float = 0.0
+    queue_s: float = 0.0
+    inference_s: float = 0.0
+    output_s: float = 0.0
     failures: Counter[str] = field(default_factory=Counter)
-    images: int = 0
-    batches: int = 0
-    request_us: float = 0.0
-    queue_us: float = 0.0
-    decode_us: float = 0.0
-    inference_us: float = 0.0
-    output_us: float = 0.0
+    failed_s: float = 0.0
+    batches: Counter[int] = field(default_factory=Counter)
+    batches_s: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def images(self) -> int:
+        """Images computed."""
+        return sum(size * count for size, count in self.batches.items())
 
 
 class ModelTally:
     """Hears of the work of one version of a model, and counts it."""
 
-    def __init__(self, histograms: ModelHistograms, lock: threading.Lock) -> None:
-        """Count into `histograms`, which the model's versions share, under their `lock`."""
+    def __init__(
+        self,
+        histograms: ModelHistograms,
+        lock: threading.Lock,
+        *,
+        others: VersionCounts | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Count from now on.
+
+        Args:
+            histograms: which the model's versions share.
+            lock: guards all that is counted.
+            others: what models without series of their own count into, too, where this is one.
+            clock: seconds since 1970.
+        """
         self.counts = VersionCounts()
+        self.is_other = others is not None
         self.histograms = histograms
+        self._clock = clock
+        self._counted = (self.counts,) if others is None else (self.counts, others)
         self._requests: Notes[tuple[float, float, float, float]]
         self._requests = Notes(self._fold_requests, lock)
         self._batches: Notes[tuple[int, float]] = Notes(self._fold_batches, lock)
-        self._failures: Notes[str] = Notes(self.counts.failures.update, lock)
+        self._failures: Notes[tuple[str, float]] = Notes(self._fold_failures, lock)
         self._faults: Notes[str] = Notes(histograms.faults.update, lock)
 
     def __repr__(self) -> str:
@@ -106,6 +149,7 @@ class ModelTally:
     def answered(self, embedded: Embedded, total_s: float) -> None:
         """Note a request that has its vectors, and its images that have none."""
         note = (total_s, embedded.decode_s, embedded.queue_s, embedded.inference_s)
+        self.counts.last_s = self._clock()
         self._requests.add(note)
         if len(embedded.vectors_ND) < len(embedded.errors):
             for error in filter(None, embedded.errors):
@@ -113,7 +157,7 @@ class ModelTally:
 
     def failed(self, error: BaseException, images: int, total_s: float) -> None:
         """Note a request that has none."""
-        self._failures.add(triton_reason(error))
+        self._failures.add((triton_reason(error), total_s))
 
     def computed(self, images: int, inference_s: float, *, failed: bool = False) -> None:
         """Note a batch; one that failed is counted with its requests."""
@@ -131,21 +175,32 @@ class ModelTally:
         self.histograms.total.add(total)
         self.histograms.decode.add(decode)
         self.histograms.queue.add(queue)
-        counts = self.counts
-        counts.requests += len(notes)
-        counts.request_us += _micros(total)
-        counts.decode_us += _micros(decode)
-        counts.queue_us += _micros(queue)
-        counts.inference_us += _micros(inference)
-        counts.output_us += _micros(np.maximum(0.0, total - decode - queue - inference))
+        output = np.maximum(0.0, total - decode - queue - inference)
+        sums_s = [float(times.sum()) for times in (total, decode, queue, inference, output)]
+        for counts in self._counted:
+            counts.requests += len(notes)
+            counts.request_s += sums_s[0]
+            counts.decode_s += sums_s[1]
+            counts.queue_s += sums_s[2]
+            counts.inference_s += sums_s[3]
+            counts.output_s += sums_s[4]
 
     def _fold_batches(self, notes: list[tuple[int, float]]) -> None:
         """Count batches."""
         images, inference = np.array(notes).T
         self.histograms.batch.add(images)
         self.histograms.inference.add(inference)
-        self.counts.batches += len(notes)
-        self.counts.images += int(images.sum())
+        for counts in self._counted:
+            for size, seconds in notes:
+                counts.batches[size] += 1
+                counts.batches_s[size] = counts.batches_s.get(size, 0.0) + seconds
+
+    def _fold_failures(self, notes: list[tuple[str, float]]) -> None:
+        """Count requests that have no vectors."""
+        for counts in self._counted:
+            for reason, seconds in notes:
+                counts.failures[reason] += 1
+                counts.failed_s += seconds
 
 
 class ModelTallies:
@@ -161,28 +216,50 @@ class ModelTallies:
         self.lock = threading.Lock()
         self.models: dict[str, ModelHistograms] = {}
         self.versions: dict[tuple[str, str], ModelTally] = {}  # the oldest first
+        self._others: VersionCounts | None = None
 
     def __repr__(self) -> str:
         return f"<ModelTallies {list(self.versions)}>"
 
-    def watch(self, name: str, version: str) -> ModelTally:
-        """Give the tally of one version of a model, its own or that of all others."""
+    def watch_model(self, name: str, version: str) -> ModelTally:
+        """Give the tally of one version of a model."""
         served = set(self._served())
         with self.lock:
-            if name not in self.models and len(self.models) >= MAX_MODELS:
-                self._forget_a_model({name for name, _ in served})
-            if name not in self.models and len(self.models) >= MAX_MODELS:
-                name = version = OTHER
             if (name, version) not in self.versions:
                 self._forget_versions(name, served)
-                histograms = self.models.setdefault(name, ModelHistograms())
-                self.versions[name, version] = ModelTally(histograms, self.lock)
+                self.versions[name, version] = self._make_tally(name, served)
             return self.versions[name, version]
 
-    def fold(self) -> None:
-        """Count what was noted; the lock is held."""
-        for tally in self.versions.values():
-            tally.fold()
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Bring every count up to date; none changes within the context."""
+        with self.lock:
+            for tally in self.versions.values():
+                tally.fold()
+            yield
+
+    def find(self, name: str, version: str) -> VersionCounts | None:
+        """Find the counts of one version of a model; see `reading`."""
+        tally = self.versions.get((name, version))
+        return None if tally is None else tally.counts
+
+    def series(self) -> dict[tuple[str, str], VersionCounts]:
+        """Give the counts by model and version, or together by `other`; see `reading`."""
+        named = {pair: tally.counts for pair, tally in self.versions.items() if not tally.is_other}
+        return named if self._others is None else {**named, (OTHER, OTHER): self._others}
+
+    def _make_tally(self, name: str, served: Set[tuple[str, str]]) -> ModelTally:
+        """Make a tally, with series of its model's own or those of all others."""
+        if name not in self.models and len(self.models) >= MAX_MODELS:
+            self._forget_a_model({name for name, _ in served})
+        if name in self.models or len(self.models) < MAX_MODELS:
+            return ModelTally(self.models.setdefault(name, ModelHistograms()), self.lock)
+        self._others = self._others or VersionCounts()
+        for pair in [pair for pair, tally in self.versions.items() if tally.is_other]:
+            if pair not in served:
+                self.versions.pop(pair).fold()
+        histograms = self.models.setdefault(OTHER, ModelHistograms())
+        return ModelTally(histograms, self.lock, others=self._others)
 
     def _forget_a_model(self, served: Set[str]) -> None:
         """Forget the oldest model that is not served, if there is one."""
@@ -198,11 +275,6 @@ class ModelTallies:
         excess = max(0, len(versions) - KEPT_VERSIONS + 1)
         for pair in [pair for pair in versions if pair not in served][:excess]:
             self.versions.pop(pair).fold()  # the model's histograms keep what it noted
-
-
-def _micros(seconds: NDArray[np.float64]) -> float:
-    """Add up, in microseconds."""
-    return float(seconds.sum()) * 1e6
 
 
 class CallTally:

@@ -159,7 +159,7 @@ class Guard:
         that do so.
         """
         try:
-            key = authorise(method, metadata, self._ring(), open_reflection=self._open_reflection)
+            key = self.authorise(method, metadata)
         except UnauthenticatedError:
             return None
         quota = self._quota if key is None else key.quota(self._quota)

@@ -23,7 +23,7 @@ from serve.security.interceptor import GuardInterceptor
 from serve.security.options import CallerLimits, KeyOptions
 from serve.security.ring import KeyRing, read_ring
 from serve.security.tls import Certificates, Tls, TlsOptions
-from serve.valve import Refuses, never
+from serve.valve import Refuses
 
 log = logging.getLogger("horace.serve")
 
@@ -38,9 +38,9 @@ class Security:
         keys: KeyOptions,
         limits: CallerLimits,
         max_images: int,
-        max_in_flight_bytes: int = 256 << 20,
-        refuses: Refuses = never,
-        on_turned_away: Callable[[grpc.StatusCode], None] = lambda _: None,
+        max_in_flight_bytes: int,
+        refuses: Refuses,
+        on_turned_away: Callable[[grpc.StatusCode], None],
     ) -> None:
         """Read the files and watch them.
 

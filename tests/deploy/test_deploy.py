@@ -20,6 +20,7 @@ from serve.lifecycle.sources import LoadStatistics
 from serve.operation.metrics import Metrics
 from serve.operation.observer import Call
 from serve.operation.state import LOOP_TIMEOUT_S, ModelState
+from serve.operation.tally import ModelTallies
 from serve.reloading import ReloadStatistics
 
 ROOT = Path(__file__).parents[2]
@@ -130,7 +131,9 @@ def metric_names() -> set[str]:
     from serve.batching import Batcher
 
     batcher = Batcher(max_batch_images=1, max_held_images=1, max_held_bytes=1)
-    metrics = Metrics(Everything(batcher.statistics()), keyed=True)
+    state = Everything(batcher.statistics())
+    models = ModelTallies(served=state.served)
+    metrics = Metrics(state, models=models, keyed=True)
     embedded = Embedded(
         vectors_ND=np.zeros((1, 4), np.float32),
         errors=[None],
@@ -138,7 +141,7 @@ def metric_names() -> set[str]:
         queue_s=0.1,
         inference_s=0.1,
     )
-    metrics.watch_model("m", "1").answered(embedded, 1.0)
+    models.watch_model("m", "1").answered(embedded, 1.0)
     metrics.answered(Call(method="Embed", arrived_s=0, client="key"), 0.1)
     lines = metrics.render().decode().splitlines()
     return {line.split()[2] for line in lines if line.startswith("# TYPE ")}

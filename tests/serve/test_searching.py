@@ -398,7 +398,11 @@ def test_pieces_find_what_one_call_finds(place, monkeypatch, filter, diversity):
     with Collection.open(place[2]) as collection:
         selection = select(collection, filter) if filter else None
         query = Query(
-            k=COUNT, exact=True, include_vectors=False, diversity=diversity, selection=selection
+            k=COUNT,
+            exact=True,
+            include_vectors=False,
+            ranking=Ranking(diversity=diversity),
+            selection=selection,
         )
         vectors = collection.vectors(collection.ids)
         without_QW = np.full((COUNT, 1), -1)
@@ -417,7 +421,7 @@ def test_what_differs_is_picked_among_more_than_are_asked_for(place):
     with Collection.open(place[2]) as collection:
         ranking, vectors = Ranking(diversity=0.9), collection.vectors(collection.ids[:4])
         near = collection.search(vectors, ranking.pool(3), fingerprint=collection.fingerprint)
-        query = Query(k=3, exact=False, include_vectors=False, diversity=0.9)
+        query = Query(k=3, exact=False, include_vectors=False, ranking=ranking)
         found = query.search(collection, vectors, lambda: None)
         np.testing.assert_array_equal(found.ids, ranking.rank(collection, near, 3).ids)
         assert not np.array_equal(found.ids, near.ids[:, :3])

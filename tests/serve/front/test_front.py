@@ -23,6 +23,8 @@ from protos import horace_pb2 as pb
 from protos import horace_pb2_grpc as pb_grpc
 from serve.errors import StartError
 from serve.front import grpcio, make_front
+from serve.front.grpcio import GrpcioFront
+from serve.front.native import NativeFront
 from serve.front.native_call import NativeCall
 from serve.port import is_loopback
 
@@ -141,24 +143,24 @@ async def failure(call) -> grpc.aio.AioRpcError:
 
 
 @pytest.mark.parametrize(
-    ("kind", "tls", "host", "name"),
+    ("kind", "tls", "host", "front_end"),
     [
-        ("auto", False, "127.0.0.1", "native"),
-        ("auto", False, "::1", "native"),
-        ("auto", False, "localhost", "native"),
-        ("auto", False, "0.0.0.0", "grpcio"),
-        ("auto", False, "some.host", "grpcio"),
-        ("auto", True, "127.0.0.1", "grpcio"),
-        ("native", False, "0.0.0.0", "native"),
-        ("grpcio", False, "127.0.0.1", "grpcio"),
+        ("auto", False, "127.0.0.1", NativeFront),
+        ("auto", False, "::1", NativeFront),
+        ("auto", False, "localhost", NativeFront),
+        ("auto", False, "0.0.0.0", GrpcioFront),
+        ("auto", False, "some.host", GrpcioFront),
+        ("auto", True, "127.0.0.1", GrpcioFront),
+        ("native", False, "0.0.0.0", NativeFront),
+        ("grpcio", False, "127.0.0.1", GrpcioFront),
     ],
 )
-def test_auto_is_native_where_only_this_machine_can_call(kind, tls, host, name):
+def test_auto_is_native_where_only_this_machine_can_call(kind, tls, host, front_end):
     """A message of any size is read before it is refused: nothing for the open network."""
 
     async def main():
         front = make_front(kind, max_message_bytes=1, max_calls=1, tls=tls, host=host)
-        assert front.name == name
+        assert type(front) is front_end
         await front.stop(None)
 
     asyncio.run(main())
@@ -569,7 +571,7 @@ def test_both_give_the_same_reply_to_the_bit(serving, make_bundle, frontend):
 
     async def main():
         async with serving(bundle=(str(make_bundle().path),)) as server:
-            assert server._front.name == frontend
+            assert isinstance(server._front, NativeFront) == (frontend == "native")
             model = server.catalog.model("")
             async with grpc.aio.insecure_channel(server.address) as channel:
                 reply = await pb_grpc.HoraceStub(channel).Embed(request)

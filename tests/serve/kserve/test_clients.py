@@ -18,6 +18,7 @@ from tritonclient.utils import InferenceServerException, shared_memory
 
 from models.encoder import open_encoder
 from serve.kserve.options import KserveOptions
+from serve.operation.options import MetricsOptions
 from serve.security.options import KeyOptions
 from serve.security.ring import new_token, write_line
 
@@ -459,6 +460,39 @@ def test_statistics_count_what_was_done(serving, fake):
             await client.get_inference_statistics("other")
 
     ask(serving, fake, work)
+
+
+@pytest.mark.parametrize(("most", "labelled"), [(64, ("fake", "1")), (0, ("other", "other"))])
+def test_statistics_and_metrics_are_one_account(serving, fake, monkeypatch, most, labelled):
+    """They agree; a model beyond the metrics' bound has statistics of its own all the same."""
+    monkeypatch.setattr("serve.operation.tally.MAX_MODELS", most)
+    labels = 'model="{}",version="{}"'.format(*labelled)
+
+    async def work(client, server):
+        await client.infer("fake", [pixels(1, 2, 3)])
+        fake.failures.append(RuntimeError("broken"))
+        with pytest.raises(InferenceServerException, match="the encoder failed on these images"):
+            await client.infer("fake", [pixels(1)])
+        (found,) = (await client.get_inference_statistics("fake", "1")).model_stats
+        of, lines = found.inference_stats, (await server.operation.metrics()).decode().splitlines()
+        seen = dict(line.rsplit(" ", 1) for line in lines if line.startswith("nv_inference_"))
+        for name, said in (
+            ("count", found.inference_count),
+            ("exec_count", found.execution_count),
+            ("request_success", of.success.count),
+            ("request_duration_us", of.success.ns / 1e3),
+            ("queue_duration_us", of.queue.ns / 1e3),
+            ("compute_input_duration_us", of.compute_input.ns / 1e3),
+            ("compute_infer_duration_us", of.compute_infer.ns / 1e3),
+            ("compute_output_duration_us", of.compute_output.ns / 1e3),
+        ):
+            shown = float(seen[f"nv_inference_{name}{{{labels}}}"])
+            assert shown == pytest.approx(said, abs=1e-3), name
+            assert said > 0
+        failures = [float(n) for key, n in seen.items() if "request_failure{" in key]
+        assert sum(failures) == of.fail.count == 1
+
+    ask(serving, fake, work, metrics=MetricsOptions(port=0))
 
 
 def test_models_are_loaded_and_unloaded_where_that_is_allowed(serving, make_bundle):

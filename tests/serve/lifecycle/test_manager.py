@@ -19,10 +19,9 @@ from protos import horace_pb2_grpc as pb_grpc
 from serve.client import AsyncClient
 from serve.config import ServeOptions
 from serve.errors import PreconditionError, StartError, UnknownNameError
-from serve.kserve.statistics import KEPT_VERSIONS
 from serve.operation.logs import LINES_PER_S, RateFilter
 from serve.operation.options import MetricsOptions
-from serve.operation.tally import KEPT_VERSIONS as COUNTED
+from serve.operation.tally import KEPT_VERSIONS
 from serve.server import Server
 
 IMAGE = np.zeros((28, 28), np.uint8)
@@ -674,7 +673,7 @@ def test_versions_of_one_number_are_one_in_the_metrics(
 
 def test_every_version_that_is_kept_is_counted(serving, put_bundle, tmp_path):
     """All are opened before the first is offered: more than are remembered of the retired."""
-    versions = [str(n) for n in range(1, max(COUNTED, KEPT_VERSIONS) + 3)]
+    versions = [str(n) for n in range(1, KEPT_VERSIONS + 3)]
     for n in versions:
         put_bundle(tmp_path / "m" / n, 1)
     options = {
@@ -689,8 +688,8 @@ def test_every_version_that_is_kept_is_counted(serving, put_bundle, tmp_path):
             text = (await server.operation.metrics()).decode()
             for n in versions:  # and each was warmed up
                 assert f'nv_inference_request_success{{model="m",version="{n}"}} 2.0' in text
-                with server.kserve._statistics.find("m", n).read() as counts:
-                    assert counts.success.count == 2
+                with server.operation.models.reading():
+                    assert server.operation.models.find("m", n).requests == 2
 
     asyncio.run(main())
 

@@ -1,5 +1,6 @@
 import asyncio
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import numpy as np
@@ -36,7 +37,7 @@ def embedded(count=2, *, errors=(), decode_s=0.001, queue_s=0.002, inference_s=0
 
 
 def test_times_are_counted_as_triton_counts_them():
-    """Microseconds a request, and what is left after the stages is the output's."""
+    """Times of requests added up, and what is left after the stages is the output's."""
     tally = ModelTally(ModelHistograms(), threading.Lock())
     for _ in range(10):
         tally.answered(embedded(), 0.010)
@@ -44,14 +45,38 @@ def test_times_are_counted_as_triton_counts_them():
     tally.computed(3, 0.004, failed=True)
     tally.fold()
     counts = tally.counts
-    assert (counts.requests, counts.images, counts.batches) == (10, 20, 1)
-    assert counts.request_us == pytest.approx(100_000)
-    assert counts.decode_us == pytest.approx(10_000)
-    assert counts.queue_us == pytest.approx(20_000)
-    assert counts.inference_us == pytest.approx(40_000)
-    assert counts.output_us == pytest.approx(30_000)
+    assert (counts.requests, counts.images, counts.batches) == (10, 20, {20: 1})
+    assert counts.request_s == pytest.approx(0.100)
+    assert counts.decode_s == pytest.approx(0.010)
+    assert counts.queue_s == pytest.approx(0.020)
+    assert counts.inference_s == pytest.approx(0.040)
+    assert counts.output_s == pytest.approx(0.030)
     assert tally.histograms.batch.count == 1
     assert tally.histograms.total.sum == pytest.approx(0.1)
+
+
+def test_nothing_is_lost_whatever_threads_tell():
+    """And a reader sees whole sums."""
+    tally = ModelTally(ModelHistograms(), threading.Lock(), clock=lambda: 12.0)
+    request = embedded(1, decode_s=0.25, queue_s=0.5, inference_s=1.0)
+
+    def tell(_: int) -> None:
+        tally.answered(request, 2.0)
+        tally.failed(QueueFullError("full"), 3, 0.125)
+        tally.computed(8, 1.0)
+        tally.computed(8, 1.0, failed=True)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(tell, range(4000)))
+    tally.fold()
+    counts = tally.counts
+    assert (counts.requests, counts.request_s) == (4000, 8000.0)
+    assert (counts.failures, counts.failed_s) == ({"REJECTED": 4000}, 500.0)
+    assert (counts.decode_s, counts.queue_s) == (1000.0, 2000.0)
+    assert (counts.inference_s, counts.output_s) == (4000.0, 1000.0)
+    assert (counts.images, counts.batches) == (32000, {8: 4000})
+    assert counts.batches_s == {8: 4000.0}
+    assert counts.last_s == 12.0
 
 
 def test_stages_that_overlap_leave_no_negative_rest():
@@ -59,7 +84,7 @@ def test_stages_that_overlap_leave_no_negative_rest():
     tally = ModelTally(ModelHistograms(), threading.Lock())
     tally.answered(embedded(decode_s=1, queue_s=1, inference_s=1), 2.0)
     tally.fold()
-    assert tally.counts.output_us == 0
+    assert tally.counts.output_s == 0
 
 
 def test_images_that_failed_are_counted_by_why():
@@ -89,15 +114,15 @@ def test_failures_have_tritons_reasons(error, reason):
 def test_names_without_end_make_no_series_without_end():
     """text-embeddings-inference#271: models, versions and keys without end stay bounded."""
     tallies = ModelTallies(served=lambda: [("kept", "1")])
-    tallies.watch("kept", "1")
+    tallies.watch_model("kept", "1")
     for n in range(1000):
-        tally = tallies.watch(f"model-{n}", str(n))
+        tally = tallies.watch_model(f"model-{n}", str(n))
         if n % 10 == 0:
             tally.failed(QueueFullError("full"), 1, 0.1)
     assert len(tallies.models) <= MAX_MODELS + 1
     assert ("kept", "1") in tallies.versions
     for n in range(10_000):
-        tallies.watch("kept", str(n))
+        tallies.watch_model("kept", str(n))
     assert len([pair for pair in tallies.versions if pair[0] == "kept"]) <= KEPT_VERSIONS + 1
     assert ("kept", "1") in tallies.versions
     assert len(tallies.versions) <= (MAX_MODELS + 1) * KEPT_VERSIONS
@@ -111,20 +136,59 @@ def test_names_without_end_make_no_series_without_end():
 
 
 def test_more_models_than_the_bound_share_one_name_while_all_are_served():
-    """Nothing that is served loses its series to a newcomer."""
+    """Nothing that is served loses its series to a newcomer, and each is known by itself."""
     served = [(f"m{n}", "1") for n in range(MAX_MODELS + 10)]
     tallies = ModelTallies(served=lambda: served)
-    watched = [tallies.watch(*pair) for pair in served]
-    assert len(set(map(id, watched))) == MAX_MODELS + 1
-    assert list(tallies.versions)[-1] == (OTHER, OTHER)
+    for pair in served:
+        tally = tallies.watch_model(*pair)
+        tally.answered(embedded(), 0.5)
+        tally.failed(QueueFullError("full"), 1, 0.25)
+        tally.computed(2, 0.125)
+    with tallies.reading():
+        series = tallies.series()
+        assert list(series) == [*served[:MAX_MODELS], (OTHER, OTHER)]
+        together = series[OTHER, OTHER]
+        assert (together.requests, together.images, together.failures) == (10, 20, {"REJECTED": 10})
+        assert (together.request_s, together.failed_s, together.batches_s) == (5, 2.5, {2: 1.25})
+        assert tallies.models[OTHER].total.count == 10
+        for pair in served:
+            counts = tallies.find(*pair)
+            assert (counts.requests, counts.images, counts.failures.total()) == (1, 2, 1)
+
+
+def test_what_others_have_counted_stays_when_they_are_gone():
+    """A counter never falls; and what is gone is not kept in memory by its own name."""
+    served = [(f"m{n}", "1") for n in range(MAX_MODELS)]
+    tallies = ModelTallies(served=lambda: served)
+    for pair in served:
+        tallies.watch_model(*pair)
+    for n in range(100):
+        tallies.watch_model(f"late-{n}", "1").computed(3, 0.1)
+    with tallies.reading():
+        assert tallies.series()[OTHER, OTHER].images == 300
+    assert list(tallies.versions) == [*served, ("late-99", "1")]
+
+
+def test_a_version_that_runs_is_never_forgotten():
+    """A server may keep more versions than are remembered of those that are gone."""
+    served = [("mine", str(n)) for n in range(2 * KEPT_VERSIONS)]
+    tallies = ModelTallies(served=lambda: served)
+    watched = [tallies.watch_model(*pair) for pair in served]
+    assert [tallies.find(*pair) for pair in served] == [tally.counts for tally in watched]
+    assert tallies.watch_model("mine", "0") is watched[0]
+    served.clear()
+    tallies.watch_model("mine", "new")
+    kept = [version for _, version in tallies.versions]
+    assert kept == [*map(str, range(KEPT_VERSIONS + 1, 2 * KEPT_VERSIONS)), "new"]
+    assert tallies.find("mine", "0") is None
 
 
 def test_a_retired_version_still_counts_into_its_models_histograms():
     """A request that outlives its version by many reloads is seen in the latencies."""
     tallies = ModelTallies(served=list)
-    old = tallies.watch("m", "1")
+    old = tallies.watch_model("m", "1")
     for n in range(2, 100):
-        tallies.watch("m", str(n))
+        tallies.watch_model("m", str(n))
     assert ("m", "1") not in tallies.versions
     for _ in range(300):
         old.answered(embedded(), 0.01)

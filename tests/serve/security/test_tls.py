@@ -23,6 +23,7 @@ from serve.client import Client
 from serve.client.connection import ClientTls
 from serve.config import ServeOptions
 from serve.errors import StartError
+from serve.front.grpcio import GrpcioFront
 from serve.security import security
 from serve.security.files import RereadThread, UnreadableError
 from serve.security.options import KeyOptions
@@ -319,6 +320,6 @@ def test_auto_takes_the_front_end_that_has_tls(serving, fake, pki):
 
     async def main():
         async with serving(fake, tls=pki.options, frontend="auto") as server:
-            return server._front.name
+            return type(server._front)
 
-    assert asyncio.run(main()) == "grpcio"
+    assert asyncio.run(main()) is GrpcioFront
