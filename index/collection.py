@@ -248,7 +248,7 @@ class Collection:
     def effort_parameters(self, candidates: int, k: int) -> dict[str, int]:
         """Give the parameters by which a search for k weighs so many candidates a query.
 
-        None where every search is exact anyway; of segments that want different ones the most.
+        Empty where every search is exact anyway; of segments that want different ones the most.
         """
         found: dict[str, int] = {}
         for part in self._snapshot.parts:

@@ -10,12 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from index.curation.stored_images import load_images
 from index.evaluation.plots import MAX_GRID_ROWS, Tile, draw_grid
 from index.found import Found
 from index.interface import AnyCollection
-from index.storage.rows import Row
-from models.errors import ImageError, SourceError
-from models.images import ImageData, ImageSource, open_source
+from models.image_source import ImageData
 
 MAX_GRID_COLUMNS = 24
 """Neighbours of a query: within a range there may be thousands."""
@@ -72,23 +71,3 @@ def _caption(key: str, above: str | None) -> str:
     """Put the file's name, which is the end of its key, below what is known of it."""
     name = key.rpartition("/")[2]
     return name if above is None else f"{above}\n{name}"
-
-
-def load_images(rows: Sequence[Row]) -> list[ImageData | None]:
-    """Read images of a collection from their sources; None for what cannot be read now."""
-    sources: dict[str, ImageSource | None] = {}
-    images: list[ImageData | None] = []
-    for row in rows:
-        if row.source not in sources:
-            try:
-                sources[row.source] = open_source(row.source)
-            except SourceError as error:
-                log.warning("%s", error)
-                sources[row.source] = None
-        source = sources[row.source]
-        try:
-            images.append(None if source is None else source.load(row.key))
-        except (ImageError, SourceError) as error:
-            log.warning("%s", error)
-            images.append(None)
-    return images

@@ -91,9 +91,7 @@ def knn_search(
     n_rows = len(bank_ND) if rows_M is None else len(rows_M)
     n_found = min(k, n_rows)
     if len(queries_QD) == 0 or n_found == 0:
-        return pad_neighbours(
-            np.empty((len(queries_QD), 0), np.float32), np.empty((len(queries_QD), 0), np.int64), k
-        )
+        return padding(len(queries_QD), k)
     n_asked = min(n_found + 1, n_rows)  # one more shows whether the last place is tied
     queries_QD = np.ascontiguousarray(queries_QD, dtype=np.float32)
     with faiss_threads(search_threads(threads or cpu_budget(), len(queries_QD))):
@@ -167,6 +165,12 @@ def rounding(
     return size_Q * ROUNDING
 
 
+def padding(n_queries: int, k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Give neighbour lists of queries that found nothing: (Q, k) of -inf and of -1."""
+    scores_QK = np.full((n_queries, k), -np.inf, np.float32)
+    return scores_QK, np.full((n_queries, k), MISSING, np.int64)
+
+
 def pad_neighbours(
     scores_QK: NDArray[np.float32], rows_QK: NDArray[np.int64], k: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -176,8 +180,7 @@ def pad_neighbours(
         return scores_QK, rows_QK
     if width > k:
         return scores_QK[:, :k], rows_QK[:, :k]
-    scores = np.full((n_queries, k), -np.inf, np.float32)
-    rows = np.full((n_queries, k), MISSING, np.int64)
+    scores, rows = padding(n_queries, k)
     scores[:, :width], rows[:, :width] = scores_QK, rows_QK
     return scores, rows
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from index.knn import COSINE, MISSING
+from index.knn import COSINE, MISSING, padding
 from models.errors import FingerprintMismatchError, UsageError
 
 WHOLE = (int, np.integer)
@@ -101,10 +101,8 @@ def _check_without(without_QW: NDArray[np.int64], n_queries: int) -> int:
 
 def no_neighbours(n_queries: int, k: int = 0) -> Neighbours:
     """Give what is found where there are no images, or no queries: (n_queries, k) padding."""
-    return Neighbours(
-        ids=np.full((n_queries, k), MISSING, np.int64),
-        scores=np.full((n_queries, k), -np.inf, np.float32),
-    )
+    scores_QK, ids_QK = padding(n_queries, k)
+    return Neighbours(ids=ids_QK, scores=scores_QK)
 
 
 def require_cosine(metric: str, what: str) -> None:

@@ -34,7 +34,7 @@ from index.curation.outlying import (
 )
 from index.curation.page import caption, figure, page
 from index.curation.report import report_directory, require_place, write_csv
-from index.grid import load_images
+from index.curation.stored_images import load_images
 from models.bundle import Json
 from models.command import run_command
 from models.errors import UsageError

@@ -32,7 +32,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from index.filters import parse_filter
-from index.knn import COPY_MIN_QUERIES, MISSING
+from index.knn import COPY_MIN_QUERIES, padding
 
 MAX_KEPT_BYTES = 64 << 20
 """Of the selections of one collection that are kept."""
@@ -146,7 +146,7 @@ class KeptSelections:
 
 
 class Selector:
-    """Works out filters over the metadata of a collection. Any number of threads may use it."""
+    """Works out filters over the metadata of some rows. Any number of threads may use it."""
 
     def __init__(self, rows: pa.Table, *, max_kept_bytes: int = MAX_KEPT_BYTES) -> None:
         """Choose from `rows`.
@@ -234,8 +234,7 @@ def keep_chosen(
     places = np.arange(len(queries)) - np.repeat(np.cumsum(counts_Q) - counts_Q, counts_Q)
     first = places < k
     queries, columns, places = queries[first], columns[first], places[first]
-    scores_QK = np.full((len(rows_QC), k), -np.inf, np.float32)
-    rows_QK = np.full((len(rows_QC), k), MISSING, np.int64)
+    scores_QK, rows_QK = padding(len(rows_QC), k)
     scores_QK[queries, places] = scores_QC[queries, columns]
     rows_QK[queries, places] = rows_QC[queries, columns]
     return scores_QK, rows_QK, np.flatnonzero(counts_Q < k)

@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Literal, cast
 
 from models.errors import BundleError, HoraceError, reason_of
-from models.files import atomic_directory, atomic_file, canonical_json, sha256_file
+from models.files import atomic_directory, atomic_file, canonical_json, checksum_of, sha256_file
+from models.files import document_bytes as document_bytes
 from models.preprocess import PreprocessSpec
 
 SCHEMA_VERSION = 1
@@ -187,7 +188,7 @@ def write_bundle(
             "files": hashes,
             "provenance": dict(provenance),
         }
-        (temporary / BUNDLE_FILE).write_bytes(document_bytes(cast(Mapping[str, Json], document)))
+        (temporary / BUNDLE_FILE).write_bytes(document_bytes(document))
     return read_bundle(path)
 
 
@@ -239,8 +240,6 @@ def read_bundle(path: Path, *, verify: bool = True) -> Bundle:
 def _read(path: Path, *, verify: bool) -> Bundle:
     """See `read_bundle`."""
     document = _read_document(path)
-    _check_document(path / BUNDLE_FILE, document)
-    _check_bytes(path, document)
     try:
         bundle = Bundle(
             path=path,
@@ -263,54 +262,6 @@ def _read(path: Path, *, verify: bool) -> Bundle:
     _check_files(bundle, verify=verify)
     _check_fingerprint(bundle)
     return bundle
-
-
-def document_bytes(document: Mapping[str, Json]) -> bytes:
-    """Give the content of `bundle.json`: what is to stand in it, and a checksum of that."""
-    whole = {**document, "checksum": _checksum(document)}
-    return (json.dumps(whole, indent=2, allow_nan=False) + "\n").encode()
-
-
-def is_as_written(path: Path) -> bool:
-    """Tell whether a bundle's `bundle.json` has the very bytes that were written.
-
-    Raises:
-        BundleError: it cannot be read.
-    """
-    return (path / BUNDLE_FILE).read_bytes() == document_bytes(_read_document(path))
-
-
-def _checksum(document: Mapping[str, Json]) -> str:
-    """Hash everything but the checksum itself."""
-    rest = {key: value for key, value in document.items() if key != "checksum"}
-    return hashlib.sha256(canonical_json(rest)).hexdigest()
-
-
-def _check_document(file: Path, document: Mapping[str, Json]) -> None:
-    """Hold the document against its checksum."""
-    recorded = document.get("checksum", "of its own")
-    try:
-        found = _checksum(document)
-    except (ValueError, RecursionError):
-        found = "a number that is none"
-    if recorded != found:
-        raise BundleError(
-            str(file),
-            expected=f"checksum {recorded}",
-            found=found,
-            mend="the file is damaged or was edited: copy the bundle again, or export it again",
-        )
-
-
-def _check_bytes(path: Path, document: Mapping[str, Json]) -> None:
-    """Refuse other bytes that say the same, such as white space."""
-    if not is_as_written(path):
-        raise BundleError(
-            str(path / BUNDLE_FILE),
-            expected="the bytes that were written",
-            found="others that say the same",
-            mend="the file is damaged or was edited: copy the bundle again, or export it again",
-        )
 
 
 def _input_json(preprocessing: PreprocessSpec) -> dict[str, Json]:
@@ -344,7 +295,7 @@ def refuse_foreign_target(path: Path, *, replace: bool) -> None:
 
 
 def _read_document(path: Path) -> dict[str, Json]:
-    """Parse `bundle.json` and check its schema version."""
+    """Parse `bundle.json`, and check its schema version and that it is as it was written."""
     file = path / BUNDLE_FILE
     if not file.is_file():
         found = "no such directory" if not path.exists() else f"no {BUNDLE_FILE} in it"
@@ -362,8 +313,9 @@ def _read_document(path: Path) -> dict[str, Json]:
             mend="the file is damaged: copy the bundle again, or export it again",
         )
     try:
-        document = json.loads(file.read_bytes())
-        version = document["schema_version"]
+        content = file.read_bytes()
+        document = json.loads(content)
+        version, checksum = document["schema_version"], checksum_of(document)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BundleError(
             str(file), expected="JSON with a schema_version", found="something else"
@@ -374,6 +326,17 @@ def _read_document(path: Path) -> dict[str, Json]:
             expected=f"schema version {SCHEMA_VERSION}",
             found=f"version {version}",
             mend="open it with the Horace that wrote it, or export it again",
+        )
+    recorded = document.get("checksum", "of its own")
+    mend = "the file is damaged or was edited: copy the bundle again, or export it again"
+    if checksum != recorded:
+        raise BundleError(str(file), expected=f"checksum {recorded}", found=checksum, mend=mend)
+    if document_bytes(document) != content:  # white space, or a key that is there twice
+        raise BundleError(
+            str(file),
+            expected="the bytes that were written",
+            found="others that say the same",
+            mend=mend,
         )
     return cast(dict[str, Json], document)
 

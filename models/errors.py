@@ -68,7 +68,7 @@ class FingerprintMismatchError(HoraceError):
 
 
 class ImageFault(enum.Enum):
-    """Why one image could not be used; the value is its name on the wire and in logs."""
+    """Why one image could not be used; the name is its code's on the wire, the value is in logs."""
 
     EMPTY = "empty"
     UNREADABLE = "unreadable"

@@ -62,7 +62,7 @@ class ArraySource:
                 found=str(len(labels)),
                 mend="name the label file that belongs to these images",
             )
-        self._uri = uri
+        self.uri = uri
         self.name = name
         self.images = images
         self.labels = None if labels is None else list(labels)
@@ -71,11 +71,6 @@ class ArraySource:
     def __repr__(self) -> str:
         """Show the source as it is opened, and the shape of its images."""
         return f"ArraySource({self.uri!r}, images={self.images.shape})"
-
-    @property
-    def uri(self) -> str:
-        """What opens the same images again."""
-        return self._uri
 
     def count(self) -> int:
         """Count the images."""

@@ -125,7 +125,7 @@ def read_image_file(path: Path, name: str) -> bytes:
             raise ImageError(
                 ImageFault.UNREADABLE, name, expected="a regular file", found="something else"
             )
-        check_read_size(info.st_size, name)
+        DEFAULT_LIMITS.check_bytes(info.st_size, name)
         return path.read_bytes()
     except OSError as error:
         raise ImageError(
@@ -151,23 +151,6 @@ def away(holder: Path) -> OSError:
     share is no longer mounted, no image is.
     """
     return OSError(errno.ESTALE, f"{holder} is out of reach, or another of its name is there")
-
-
-def check_read_size(size_bytes: int, name: str) -> None:
-    """Refuse an image that is empty or absurdly large before it is read.
-
-    Raises:
-        ImageError: EMPTY or TOO_MANY_BYTES.
-    """
-    if size_bytes == 0:
-        raise ImageError(ImageFault.EMPTY, name, expected="an image", found="no bytes")
-    if size_bytes > MAX_READ_BYTES:
-        raise ImageError(
-            ImageFault.TOO_MANY_BYTES,
-            name,
-            expected=f"at most {MAX_READ_BYTES} bytes",
-            found=f"{size_bytes} bytes",
-        )
 
 
 def unknown_key(key: str, uri: str) -> ImageError:

@@ -77,18 +77,18 @@ class ImageLimits:
     max_image_bytes: int = 64 << 20
     max_pixels: int = 64 << 20
 
-    def check_bytes(self, size_bytes: int) -> None:
-        """Refuse an image by its encoded size.
+    def check_bytes(self, size_bytes: int, what: str = "image") -> None:
+        """Refuse an image by its encoded size; `what` is what errors call it.
 
         Raises:
             ImageError: EMPTY or TOO_MANY_BYTES.
         """
         if size_bytes == 0:
-            raise ImageError(ImageFault.EMPTY, "image", expected="an image", found="no bytes")
+            raise ImageError(ImageFault.EMPTY, what, expected="an image", found="no bytes")
         if size_bytes > self.max_image_bytes:
             raise ImageError(
                 ImageFault.TOO_MANY_BYTES,
-                "image",
+                what,
                 expected=f"at most {self.max_image_bytes} bytes",
                 found=f"{size_bytes} bytes",
             )

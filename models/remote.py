@@ -15,7 +15,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -85,7 +85,6 @@ class RemoteEncoder:
         *,
         tls: bool = False,
         timeout_s: float = TIMEOUT_S,
-        environment: Mapping[str, str] = os.environ,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Connect to `host:port/model`, or to the default model of `host:port`.
@@ -95,7 +94,6 @@ class RemoteEncoder:
             tls: whether the connection is secured.
             timeout_s: of one `encode`, of however many requests; and of opening.
             clock: monotonic seconds.
-            environment: has the API key and the file of authorities, where there are any.
 
         Raises:
             EncoderError: the server does not answer, or serves no such model, or a variable
@@ -108,9 +106,9 @@ class RemoteEncoder:
                 self._uri, expected="HOST:PORT[/MODEL], a port of 1 to 65535", found=address
             )
         self._timeout_s, self._clock = timeout_s, clock
-        self._metadata = _read_key(environment.get(KEY_VARIABLE, ""))
+        self._metadata = _read_key(os.environ.get(KEY_VARIABLE, ""))
         if tls:
-            credentials = grpc.ssl_channel_credentials(_read_ca(environment.get(CA_VARIABLE, "")))
+            credentials = grpc.ssl_channel_credentials(_read_ca(os.environ.get(CA_VARIABLE, "")))
             self._channel = grpc.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
         else:
             self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)

@@ -166,14 +166,14 @@ class TritonEncoder:
                 self._endpoints.failed(endpoint, self._clock())
         if not models:
             raise errors[0]
-        first, *others = models.values()
+        first = next(iter(models.values()))
         for endpoint, model in models.items():
             self._connections[endpoint].checked_s = self._clock()
             if model.fingerprint != first.fingerprint:
                 raise self._mismatch(first.fingerprint, model.fingerprint, endpoint)
         for error in errors:
             log.warning("%s; it is asked again later", error)
-        return min(models.values(), key=lambda model: model.max_batch_size) if others else first
+        return min(models.values(), key=lambda model: model.max_batch_size)
 
     # Encoding.
 

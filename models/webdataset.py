@@ -43,9 +43,9 @@ from models.image_source import (
     ImageData,
     ImageRecord,
     away,
-    check_read_size,
     unknown_key,
 )
+from models.picture import DEFAULT_LIMITS
 
 SHARD_NAME = re.compile(r"\.(tar|tar\.gz|tgz|tar\.bz2|tar\.xz|tar\.zst)$")
 """What the name of a shard, or a pattern for shards, ends in."""
@@ -268,7 +268,7 @@ def _read_image(shard: Path, member: _Member, key: str) -> bytes:
         ImageError: it is empty, too large, or the shard cannot be read any more.
         SourceError: the shard is another than was listed.
     """
-    check_read_size(member.size, key)
+    DEFAULT_LIMITS.check_bytes(member.size, key)
     try:
         return _read(shard, member)
     except OSError as error:

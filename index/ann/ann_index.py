@@ -67,7 +67,6 @@ class AnnIndex:
         count: vectors in it.
         vectors_ND: (N, D) float32, the segment's.
         base: FAISS's index, without re-ranking.
-        own_storage: what a graph's file has of the vectors; None where that is nothing.
     """
 
     def __init__(
@@ -95,16 +94,12 @@ class AnnIndex:
         self.base = base
         self.vectors_ND = vectors_ND  # FAISS borrows it, and what follows
         self._flat = flat_over(vectors_ND, metric)
-        storage = base.storage if kind.family == "graph" else None
-        self.own_storage = None if storage is None else faiss.downcast_index(storage)
         self._settings: dict[tuple[int | bool, ...], tuple[faiss.SearchParameters, int]] = {}
         searched = base
         if kind.family == "graph" and rows_M is not None:
             searched = self._numbered = _number(base, rows_M)
         elif kind.family == "graph" and not kind.refines:
             base.storage, base.own_fields = self._flat, False
-            if self.own_storage is not None:
-                self.own_storage.thisown = True  # of an older file: goes with this object
         self._coarse = self._top = searched
         if kind.refines:
             self._flat.ntotal = searched.ntotal  # FAISS wants the same number of both at first
@@ -113,11 +108,6 @@ class AnnIndex:
 
     def __repr__(self) -> str:
         return f"<AnnIndex {self.kind.factory} over {self.count} vectors, {self.metric}>"
-
-    @property
-    def parameter_names(self) -> tuple[str, ...]:
-        """The search parameters that it has, by FAISS's names."""
-        return tuple(self.kind.defaults)
 
     def search(
         self,

@@ -55,15 +55,14 @@ def _choose(index: AnnIndex) -> CodesOf | None:
     """Choose how to remake an index's codes; None where there are none to be had."""
     kind = index.kind
     if kind.family == "graph":
-        return _graph_codes(index) if index.own_storage is not None else None
+        return _graph_codes(index) if kind.refines else None
     # What was rotated rounds by the size of its block: a code of four bits may be the next one.
     return None if kind.rotates and kind.is_fast_scan else _list_codes(index)
 
 
 def _graph_codes(index: AnnIndex) -> CodesOf:
     """Compare the codes of a graph's nodes, which lie in the order of the rows."""
-    storage = index.own_storage
-    assert storage is not None
+    storage = faiss.downcast_index(index.base.storage)
     stored = faiss.rev_swig_ptr(storage.codes.data(), storage.codes.size())
     stored_NB = stored.reshape(-1, storage.code_size)
 

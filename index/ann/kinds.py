@@ -172,6 +172,11 @@ def default_parameters(factory: str) -> dict[str, int]:
     return {} if factory == FLAT else dict(parse_kind(factory).defaults)
 
 
+def settings_text(parameters: Mapping[str, int]) -> str:
+    """Say `nprobe 8, k_factor 4`."""
+    return ", ".join(f"{name} {value}" for name, value in parameters.items())
+
+
 def can_build_cagra() -> bool:
     """Tell whether there is a GPU here, and a FAISS that builds graphs on it."""
     return hasattr(faiss, "GpuIndexCagra") and faiss.get_num_gpus() > 0

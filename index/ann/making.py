@@ -107,30 +107,26 @@ class Builder:
             index.hnsw.efConstruction = EF_CONSTRUCTION
         if not index.is_trained:
             _train(index, kind, vectors_ND, self.rows_M, self._threads)
+        self._add(index, self.rows_M)
         self._index = index
-        self._add(self.rows_M)
         return index
 
     def finish(self) -> faiss.Index:
         """Add the rows that were held back, and bring all into their order."""
-        assert self._index is not None, "start comes first"
         index, self._index = self._index, None
+        assert index is not None, "start comes first"
         if not len(self.held_back):
             return index
         if self.kind.is_cagra:
             return _build_cagra(self.kind, self._vectors_ND, self.metric)
-        self._index = index
-        self._add(self.held_back)
-        self._index = None
+        self._add(index, self.held_back)
         if self.kind.family == "graph":
             order = np.argsort(np.concatenate([self.rows_M, self.held_back]))
             index.permute_entries(order)
         return index
 
-    def _add(self, rows: NDArray[np.int64]) -> None:
+    def _add(self, index: faiss.Index, rows: NDArray[np.int64]) -> None:
         """Add rows, a block at a time."""
-        index = self._index
-        assert index is not None
         for start in range(0, len(self._vectors_ND), BUILD_BLOCK):
             stop = min(len(self._vectors_ND), start + BUILD_BLOCK)
             first, last = np.searchsorted(rows, (start, stop))

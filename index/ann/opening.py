@@ -216,8 +216,10 @@ def _numbers(thing: object) -> dict[str, object]:
 
 def _graph_fault(kind: Kind, index: faiss.IndexHNSW) -> str | None:
     """Say what is wrong with a graph: its links, and the codes that they lead to."""
-    storage = index.storage if index.storage is None else faiss.downcast_index(index.storage)
-    if storage is not None:
+    if (index.storage is not None) != kind.refines:
+        return "no codes" if kind.refines else "vectors of its own"
+    if kind.refines:
+        storage = faiss.downcast_index(index.storage)
         sound = (storage.ntotal, storage.d, storage.metric_type) == (
             index.ntotal,
             index.d,
@@ -225,8 +227,6 @@ def _graph_fault(kind: Kind, index: faiss.IndexHNSW) -> str | None:
         )
         if not sound or storage.codes.size() != storage.ntotal * storage.code_size:
             return f"codes of {storage.ntotal} x {storage.d} for {index.ntotal} rows"
-    elif kind.refines:
-        return "no codes"
     return graph_fault(index)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
-from index.ann.kinds import FLAT
+from index.ann.kinds import FLAT, settings_text
 from index.ann.making import SEED
 from index.ann.memory import as_size
 from index.ann.trials import Figures, Trial
@@ -166,7 +166,9 @@ def _row(tuned: Tuned, trial: Trial) -> str:
     """Lay one kind out in a line."""
     figures = trial.figures
     size = f"{trial.file_bytes / tuned.count:.1f}" if trial.file_bytes else "-"
-    verdict = _settings(trial.parameters) if trial.parameters is not None else "below the target"
+    verdict = "below the target"
+    if trial.parameters is not None:
+        verdict = settings_text(trial.parameters)
     return (
         f"{trial.candidate.factory:<28} {trial.build_s:8.1f} {size:>9} "
         f"{figures.recall[tuned.goal.k]:10.4f} {figures.worst:8.3f} {1e3 * figures.p50_s:8.3f} "
@@ -181,10 +183,4 @@ def _name(trial: Trial) -> str:
 
 def _named(factory: str, parameters: Mapping[str, int]) -> str:
     """Say `HNSW32 with efSearch 64`."""
-    return f"{factory} with {_settings(parameters)}" if parameters else factory
-
-
-def _settings(parameters: Mapping[str, int]) -> str:
-    """Say `nprobe 8, k_factor 4`."""
-    words: Sequence[str] = [f"{name} {value}" for name, value in parameters.items()]
-    return ", ".join(words)
+    return f"{factory} with {settings_text(parameters)}" if parameters else factory

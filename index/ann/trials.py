@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from index.ann.ann_index import AnnIndex
 from index.ann.candidates import Candidate
-from index.ann.kinds import FLAT, NEIGHBOURS
+from index.ann.kinds import FLAT, NEIGHBOURS, settings_text
 from index.ann.making import SEED, Builder, write_index
 from index.ann.peak import PeakMemory
 from index.ann.sweep import (
@@ -302,9 +302,9 @@ def _says(
     goal: Goal,
 ) -> str:
     """Say in one line what came of a kind."""
-    parameters = ", ".join(f"{name} {value}" for name, value in best.parameters.items())
     verdict = "reaches it" if chosen is not None else "does not reach it"
     return (
-        f"{candidate.factory}: built in {build_s:.1f} s; with {parameters} recall@{goal.k} "
-        f"{figures.recall[goal.k]:.4f}, {1e3 * figures.p50_s:.2f} ms a query: {verdict}"
+        f"{candidate.factory}: built in {build_s:.1f} s; with {settings_text(best.parameters)} "
+        f"recall@{goal.k} {figures.recall[goal.k]:.4f}, {1e3 * figures.p50_s:.2f} ms a query: "
+        f"{verdict}"
     )

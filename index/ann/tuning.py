@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index.ann.candidates import Candidate, choose_candidates
-from index.ann.kinds import EXACTLY, FLAT
+from index.ann.kinds import EXACTLY, FLAT, settings_text
 from index.ann.making import SEED
 from index.ann.memory import as_size
 from index.ann.peak import PeakMemory, held_bytes
@@ -195,14 +195,11 @@ def hold_back(count: int, goal: Goal) -> NDArray[np.int64]:
 def _not_reached(goal: Goal, trials: Sequence[Trial]) -> CollectionError:
     """Say what the best kind reached."""
     best = max(trials, key=lambda trial: trial.figures.recall[goal.k])
-    parameters = ", ".join(
-        f"{name} {value}"
-        for name, value in max(best.points, key=lambda point: point.recall).parameters.items()
-    )
+    parameters = max(best.points, key=lambda point: point.recall).parameters
     return CollectionError(
         "tuning",
         expected=f"recall@{goal.k} of at least {goal.recall:g}, with a margin for the sample",
         found=f"{best.figures.recall[goal.k]:.4f} at best, by {best.candidate.factory} with "
-        f"{parameters}",
+        f"{settings_text(parameters)}",
         mend=f"ask for less, give more memory, or {EXACTLY}",
     )

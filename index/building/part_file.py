@@ -122,7 +122,7 @@ def open_part(file: Path, key: RunKey) -> Part | None:
         with pq.ParquetFile(file) as parquet:
             n_images = parquet.metadata.num_rows
             if parquet.schema_arrow.names != list(COLUMNS):
-                return None  # of a version that wrote others
+                return None
             about = json.loads((parquet.schema_arrow.metadata or {})[METADATA_KEY])
         found, start, n_records = dict(about["key"]), int(about["start"]), int(about["n_records"])
         rejects = tuple(Reject(**reject) for reject in about["rejects"])

@@ -48,6 +48,7 @@ class PartStore(PartSet):
     Attributes:
         out: the collection that is being built.
         run_id: the name of the run.
+        lock: the descriptor of the lock: it holds until every process that has it has ended.
     """
 
     def __init__(self, out: Path, key: RunKey, *, restart: bool = False) -> None:
@@ -65,14 +66,14 @@ class PartStore(PartSet):
         self.out, self.directory = out, parts_directory(out)
         refuse_foreign(self.directory)
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.directory / LOCK_FILE)
+        self.lock = _lock(self.directory / LOCK_FILE)
         try:
             kept = () if restart else (PART_PREFIX, RUN_ID_FILE)
             self._remove_all_but(LOCK_FILE, *kept)
             self.run_id = read_run_id(out) or self._start_run()
             super().__init__(self.directory, key)
         except BaseException:
-            os.close(self._lock)
+            os.close(self.lock)
             raise
 
     def __enter__(self) -> PartStore:
@@ -82,12 +83,7 @@ class PartStore(PartSet):
         """Unlock; the parts stay for the next run."""
         if not self.finished:
             self.discard()
-        os.close(self._lock)
-
-    @property
-    def lock(self) -> int:
-        """The descriptor of the lock: it holds until every process that has it has ended."""
-        return self._lock
+        os.close(self.lock)
 
     def discard(self) -> None:
         """Delete the directory: the collection is made, or nothing was.

@@ -72,5 +72,5 @@ def summarise(out: Path, manifest: Manifest) -> BuildSummary:
         reused=report["reused"],
         embed_s=report["embed_s"],
         index_s=report["index_s"],
-        metadata=report.get("metadata"),
+        metadata=report["metadata"],
     )

@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 
 from index.collection import Collection
 from index.knn import ROUNDING
+from index.neighbours import require_cosine
 from index.selection import Selection
 from models.command import progress
-from models.errors import UsageError
 
 BLOCK_ROWS = 256
 FIRST_NEIGHBOURS = 16
@@ -67,12 +67,7 @@ def find_groups(
     Raises:
         UsageError: the collection compares vectors by something else than cosine.
     """
-    if collection.metric != "cosine":
-        raise UsageError(
-            f"collection {collection.name}",
-            expected="vectors that are compared by cosine, as --threshold is one",
-            found=collection.metric,
-        )
+    require_cosine(collection.metric, "--threshold")
     grouping = Grouping()
     mask_N = np.ones(collection.count, np.bool_) if selection is None else selection.mask_N
     ids = collection.ids[mask_N]

@@ -25,8 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index.collection import Collection
-from index.knn import MISSING, weighted_knn_vote
+from index.knn import MISSING, padding, weighted_knn_vote
 from index.selection import Selection
+from index.storage.ids import Places
 from models.command import progress
 from models.errors import UsageError
 
@@ -121,8 +122,7 @@ def find_surroundings(
             found=str(len(ids)),
         )
     k = min(k, len(ids) - 1)
-    found_NK = np.full((len(ids), k), MISSING, np.int64)
-    scores_NK = np.full((len(ids), k), -np.inf, np.float32)
+    scores_NK, found_NK = padding(len(ids), k)
     starts = range(0, len(ids), BLOCK_ROWS)
     blocks = [slice(start, min(start + BLOCK_ROWS, len(ids))) for start in starts]
     for block in progress(
@@ -133,7 +133,7 @@ def find_surroundings(
         found_NK[block, :width], scores_NK[block, :width] = found.ids, found.scores
     return Surroundings(
         ids=ids,
-        places_NK=_places(ids, found_NK),
+        places_NK=Places(ids).of(found_NK),
         scores_NK=scores_NK,
         distances_NK=_distances(scores_NK, collection.metric),
     )
@@ -251,13 +251,6 @@ def _own(shares_BC: NDArray[np.float64], given_B: NDArray[np.int64]) -> NDArray[
     """Give each row's share of its own class; 0 of a row without a label."""
     own_B = shares_BC[np.arange(len(given_B)), np.maximum(given_B, 0)]
     return np.where(given_B >= 0, own_B, 0.0)
-
-
-def _places(ids: NDArray[np.int64], found_NK: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Turn ids into places within `ids`."""
-    order = np.argsort(ids, kind="stable")
-    ranks_NK = np.minimum(np.searchsorted(ids, found_NK, sorter=order), len(ids) - 1)
-    return np.where(found_NK == MISSING, MISSING, order[ranks_NK])
 
 
 def _distances(scores_NK: NDArray[np.float32], metric: str) -> NDArray[np.float32]:

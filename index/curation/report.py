@@ -44,8 +44,16 @@ def report_directory(out: Path) -> Iterator[Path]:
     Raises:
         CollectionError: it cannot be written.
     """
-    with _told(out), atomic_directory(out, replace=True) as directory:
-        yield directory
+    try:
+        with atomic_directory(out, replace=True) as directory:
+            yield directory
+    except OSError as error:
+        raise CollectionError(
+            f"--out {out}",
+            expected="a directory that can be written",
+            found=reason_of(error),
+            mend="choose another name",
+        ) from error
 
 
 def write_csv(file: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -54,17 +62,3 @@ def write_csv(file: Path, header: Sequence[str], rows: Iterable[Sequence[object]
         writer = csv.writer(lines)
         writer.writerow(header)
         writer.writerows(rows)
-
-
-@contextmanager
-def _told(out: Path) -> Iterator[None]:
-    """Say in our words that something cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise CollectionError(
-            f"--out {out}",
-            expected="a directory that can be written",
-            found=reason_of(error),
-            mend="choose another name",
-        ) from error

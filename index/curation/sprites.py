@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from index.collection import Row
+from index.curation.stored_images import StoredImages
 from models.command import progress
 from models.decode import decode
 from models.errors import ImageError, SourceError
-from models.image_source import ImageData, ImageSource
-from models.images import open_source
+from models.image_source import ImageData
 
 MAX_PIXELS = 48 << 20
 SMALLEST_PX, LARGEST_PX = 20, 96
@@ -71,11 +71,12 @@ def make_sprites(rows: Sequence[Row]) -> Sprites:
     wanted = np.unique(np.linspace(0, len(rows) - 1, min(most, len(rows)), dtype=int))
     tiles_N = np.full(len(rows), -1, np.int32)
     sheets: list[NDArray[np.uint8]] = []
-    reader = _Reader()
-    used = 0
+    stored = StoredImages()
+    used = failures = 0
     for number in progress(wanted, what="making thumbnails", total=len(wanted)):
-        picture = reader.read(rows[number], px)
+        picture = _read(stored, rows[number], px)
         if picture is None:
+            failures += 1
             continue
         place = used % columns**2
         if place == 0:
@@ -86,8 +87,8 @@ def make_sprites(rows: Sequence[Row]) -> Sprites:
         sheets[-1][top : top + picture.height, left : left + picture.width] = pixels
         tiles_N[number] = used
         used += 1
-    if reader.failures:
-        log.warning("%d of %d images cannot be read now", reader.failures, len(wanted))
+    if failures:
+        log.warning("%d of %d images cannot be read now", failures, len(wanted))
     if sheets and used % columns**2:
         height = -(-(used % columns**2) // columns) * px
         sheets[-1] = sheets[-1][:height]
@@ -104,33 +105,13 @@ def as_jpeg(sheet: NDArray[np.uint8]) -> bytes:
     return content.getvalue()
 
 
-class _Reader:
-    """Reads images of a collection; opens each source once, and counts what it cannot read."""
-
-    def __init__(self) -> None:
-        self._sources: dict[str, ImageSource | None] = {}
-        self.failures = 0
-
-    def read(self, row: Row, px: int) -> Image.Image | None:
-        """Give a thumbnail; None where there is no such image now."""
-        try:
-            source = self._open(row.source)
-            if source is not None:
-                return _reduce(source.load(row.key), px)
-        except (ImageError, SourceError):
-            pass
-        self.failures += 1
+def _read(stored: StoredImages, row: Row, px: int) -> Image.Image | None:
+    """Give a thumbnail; None where there is no such image now."""
+    try:
+        image = stored.load(row)
+        return None if image is None else _reduce(image, px)
+    except (ImageError, SourceError):
         return None
-
-    def _open(self, uri: str) -> ImageSource | None:
-        """Open a source, or say once that it cannot be opened."""
-        if uri not in self._sources:
-            try:
-                self._sources[uri] = open_source(uri)
-            except SourceError as error:
-                log.warning("%s", error)
-                self._sources[uri] = None
-        return self._sources[uri]
 
 
 def _reduce(image: ImageData, px: int) -> Image.Image:

@@ -17,10 +17,10 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from index.embed import Reject, decode_batches
+from index.embed import Reject, decode_batches, embed
 from index.errors import EvaluationError
 from index.evaluation.same_images import describe_missing
-from index.knn import MISSING, knn_search, merge_neighbours
+from index.knn import MISSING, knn_search, merge_neighbours, padding
 from models.bundle import Json
 from models.command import progress
 from models.encoder import Encoder
@@ -115,8 +115,7 @@ def see_images(
         if with_pixels:
             pixels.append(reduce_pixels(batch.images_NHWC))
         for encoder, made in zip(encoders, vectors, strict=True):
-            encoded_ND = encoder.encode(batch.images_NHWC)
-            made.append(finish_vectors(encoded_ND, normalize=normalize))
+            made.append(embed(encoder, batch.images_NHWC, normalize=normalize))
     return Seen(
         keys=keys,
         labels=labels,
@@ -211,8 +210,7 @@ def pixel_neighbours(
         (Q, k) cosines and (Q, k) rows, as `knn_search`.
     """
     queries_QD = features(queries_QP)
-    empty = np.empty((len(queries_QP), 0))
-    best = empty.astype(np.float32), empty.astype(np.int64)
+    best = padding(len(queries_QP), k)
     step = max(1, BANK_BYTES // (4 * bank_NP.shape[1]))
     for start in range(0, len(bank_NP), step):
         scores, rows = knn_search(queries_QD, features(bank_NP[start : start + step]), k)

@@ -41,11 +41,11 @@ from index.evaluation.knn_scores import (
 )
 from index.evaluation.knn_task import Task, make_task
 from index.evaluation.output import hand_over, record, versions
-from index.evaluation.places import Places
 from index.evaluation.recall_scores import recall_by_score, worst_mean
 from index.evaluation.same_images import is_same_vector, sources_of, stored_digests
 from index.knn import MISSING, knn_search, weighted_knn_vote
 from index.neighbours import require_cosine
+from index.storage.ids import Places
 from models.encoder import Encoder
 from models.errors import SourceError, UsageError
 from models.images import ImageSource, open_source

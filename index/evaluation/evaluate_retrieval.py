@@ -29,7 +29,6 @@ from index.errors import EvaluationError
 from index.evaluation.bootstrap import LEVEL, RESAMPLES, bootstrap_interval
 from index.evaluation.knn_scores import number_labels
 from index.evaluation.output import hand_over, record, versions
-from index.evaluation.places import Places
 from index.evaluation.queries import Queries, open_queries
 from index.evaluation.retrieval_report import (
     ClassRetrieval,
@@ -47,6 +46,7 @@ from index.evaluation.retrieval_scores import (
 from index.evaluation.same_images import collection_digests, is_same_vector
 from index.interface import AnyCollection, open_collection
 from index.knn import MISSING
+from index.storage.ids import Places
 from models.command import progress
 from models.errors import UsageError
 

@@ -20,7 +20,6 @@ from index.building.part_file import PART_ROW_SCHEMA
 from index.building.parts import PartStore
 from index.building.summary import BuildSummary
 from index.embed import rejects_text
-from index.milvus.collection import MilvusCollection
 from index.milvus.connection import MilvusAddress, connect, milvus_errors
 from index.milvus.description import Description, read_description
 from index.milvus.writer import MilvusWriter
@@ -140,7 +139,7 @@ def _open(address: MilvusAddress, description: Description) -> MilvusWriter:
     with closing(connect(address.uri)) as client, milvus_errors(str(address)):
         is_there = client.has_collection(address.name)
     if is_there:
-        return MilvusWriter(MilvusCollection.open(str(address)))
+        return MilvusWriter.open(str(address))
     return MilvusWriter.create(str(address), description)
 
 

@@ -38,6 +38,7 @@ from index.neighbours import (
 )
 from index.storage.ids import as_ids, id_of
 from index.storage.rows import Row, read_rows
+from index.storage.segment import check_parameters
 from models.cpu import cpu_budget
 from models.errors import UsageError
 
@@ -339,15 +340,7 @@ class MilvusCollection:
             UsageError: the index has no such parameter.
         """
         known: Mapping[str, str] = _PARAMETERS[self.description.index]
-        for name, value in parameters.items():
-            if name not in known or value < 1:
-                raise UsageError(
-                    f"search parameter {name}",
-                    expected=f"{' or '.join(known)} of at least 1"
-                    if known
-                    else f"none for {self.factory}",
-                    found=str(value),
-                )
+        check_parameters(parameters, known, self.factory)
         least = max(EF_SEARCH, GRAPH_SLACK * k if k > NEIGHBOURS else k)
         effort = min(max(parameters.get("efSearch", least), k), MAX_EFFORT)
         return {name: effort for name in known.values()}

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from index.knn import COSINE, MISSING, knn_search, merge_neighbours, pad_neighbours
+from index.knn import COSINE, MISSING, knn_search, merge_neighbours, padding
 from index.milvus.connection import MilvusAddress, milvus_errors
 from index.milvus.description import METRICS, VECTOR
 from index.milvus.rows import to_vectors
@@ -97,8 +97,7 @@ class MilvusReader:
                 search_params={"metric_type": METRICS[metric], "params": dict(settings)},
             )  # fmt: skip
         sign = 1 if metric == COSINE else -1
-        ids_QK = np.full((len(queries_QD), k), MISSING, np.int64)
-        scores_QK = np.full((len(queries_QD), k), -np.inf, np.float32)
+        scores_QK, ids_QK = padding(len(queries_QD), k)
         for ids_K, scores_K, hits in zip(ids_QK, scores_QK, found, strict=True):
             ids = np.array([hit["id"] for hit in hits], np.int64)
             scores = np.array([sign * hit["distance"] for hit in hits], np.float32)
@@ -116,9 +115,7 @@ class MilvusReader:
         threads: int,
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Read every vector and compare it here; the result is as `search_index` gives it."""
-        best = pad_neighbours(
-            np.empty((len(queries_QD), 0), np.float32), np.empty((len(queries_QD), 0), np.int64), k
-        )
+        best = padding(len(queries_QD), k)
         for page in self.scan(["id", VECTOR], expression):
             ids_N = np.array([one["id"] for one in page], np.int64)
             vectors_ND = to_vectors(page, queries_QD.shape[1])

@@ -7,6 +7,7 @@ import hashlib
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from index.knn import MISSING
 from models.errors import UsageError
 
 
@@ -33,6 +34,29 @@ def as_ids(ids: ArrayLike) -> NDArray[np.int64]:
     if given.dtype.kind == "u" and given.max() > np.iinfo(np.int64).max:
         raise _no_ids(given.max())
     return given.astype(np.int64, copy=False)
+
+
+class Places:
+    """Where ids stand in an array of them, which is sorted once. Any number of threads may use it.
+
+    Ids come back from searches by the million, so that they are looked up in arrays.
+    """
+
+    def __init__(self, ids_N: NDArray[np.int64]) -> None:
+        """Sort the ids; the array is kept, and nobody may write to it."""
+        self._ids_N = ids_N
+        self._by_id = np.argsort(ids_N, kind="stable")
+
+    def of(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Give the place of each id, in an array of the same shape.
+
+        The last place where an id stands more than once, -1 where it does not.
+        """
+        if not len(self._ids_N):
+            return np.full(ids.shape, MISSING, np.int64)
+        ranks = np.searchsorted(self._ids_N, ids, side="right", sorter=self._by_id) - 1
+        places = self._by_id[ranks]  # of rank -1 the last, which has another id
+        return np.where(self._ids_N[places] == ids, places, MISSING)
 
 
 def _no_ids(found: object) -> UsageError:

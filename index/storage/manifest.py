@@ -14,10 +14,9 @@ Rules:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
 
@@ -29,7 +28,7 @@ from index.storage.entries import Manifest as Manifest
 from index.storage.entries import SegmentEntry as SegmentEntry
 from models.bundle import Json
 from models.errors import reason_of
-from models.files import atomic_file, canonical_json, open_regular, sha256_file
+from models.files import atomic_file, checksum_of, document_bytes, open_regular, sha256_file
 
 MANIFEST_FILE = "manifest.json"
 REJECTS_FILE = "rejects.jsonl"
@@ -99,14 +98,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 def manifest_bytes(manifest: Manifest) -> bytes:
     """Give the content of `manifest.json`."""
-    document = manifest_to_json(manifest)
-    document["checksum"] = _checksum(document)
-    return _document_bytes(document)
-
-
-def _document_bytes(document: Mapping[str, Json]) -> bytes:
-    """Write a document as it stands in the file."""
-    return (json.dumps(document, indent=2, allow_nan=False) + "\n").encode()
+    return document_bytes(manifest_to_json(manifest))
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -198,7 +190,7 @@ def _read_document(descriptor: int, file: Path) -> dict[str, Json]:
         with open(descriptor, "rb", closefd=False) as content:
             text = content.read(MAX_MANIFEST_BYTES)
         document = json.loads(text)
-        version, checksum = document["schema_version"], _checksum(document)
+        version, checksum = document["schema_version"], checksum_of(document)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CollectionError(
             str(file),
@@ -220,7 +212,7 @@ def _read_document(descriptor: int, file: Path) -> dict[str, Json]:
             found=checksum,
             mend="the file is damaged or was edited: restore it, or build the collection again",
         )
-    if _document_bytes(document) != text:  # white space, or a key that is there twice
+    if document_bytes(document) != text:  # white space, or a key that is there twice
         raise CollectionError(
             str(file),
             expected="the bytes that were written",
@@ -228,9 +220,3 @@ def _read_document(descriptor: int, file: Path) -> dict[str, Json]:
             mend="the file is damaged or was edited: restore it, or build the collection again",
         )
     return cast(dict[str, Json], document)
-
-
-def _checksum(document: Mapping[str, Json]) -> str:
-    """Hash everything but the checksum itself."""
-    rest = {key: value for key, value in document.items() if key != "checksum"}
-    return hashlib.sha256(canonical_json(rest)).hexdigest()

@@ -40,6 +40,7 @@ from index.ann.opening import open_index
 from index.errors import CollectionError, first_line, refuse_to_blame
 from index.knn import COSINE, MISSING, knn_search, pad_neighbours
 from index.selection import Chosen, Selector, count_candidates, is_exact_cheaper
+from index.storage.ids import Places
 from index.storage.manifest import Manifest, SegmentEntry, check_file
 from index.storage.rows import ROW_SCHEMA as ROW_SCHEMA
 from index.storage.rows import in_schema, is_row_schema
@@ -89,17 +90,13 @@ class Segment:
     metric: str = COSINE
 
     @cached_property
-    def _by_id(self) -> NDArray[np.int64]:
-        """Give the rows in the order of their ids; of one id, in the order of the rows."""
-        return np.argsort(self.ids_N, kind="stable")
+    def _places(self) -> Places:
+        """The rows of ids."""
+        return Places(self.ids_N)
 
     def find(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Give the row of each id, the last where an id is there again, -1 where none is."""
-        if not len(self.ids_N):
-            return np.full(len(ids), MISSING, np.int64)
-        places = np.searchsorted(self.ids_N, ids, side="right", sorter=self._by_id) - 1
-        rows = self._by_id[places]  # of place -1 the last, which has another id
-        return np.where(self.ids_N[rows] == ids, rows, MISSING)
+        return self._places.of(ids)
 
     @cached_property
     def parameter_names(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ Rules:
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from index.errors import CollectionError
 from index.storage.delta import Delta
-from index.storage.journal import JournalFile, Position, Record
+from index.storage.journal import JournalFile, Position
 from index.storage.manifest import (
     FileEntry,
     Manifest,
@@ -224,20 +224,13 @@ class Store:
 
     def _replay(self, *, is_new: bool = False) -> None:
         """Take over what the journal has beyond what was read of it."""
-        for record in self._records():
-            change = decode(record, self.manifest.dim, str(self.path / self._journal_name()))
-            self.apply(change, record.position)
-            is_new = True
+        if self.journal is not None:
+            for record in self.journal.read(self.position):
+                change = decode(record, self.manifest.dim, str(self.journal.file))
+                self.apply(change, record.position)
+                is_new = True
         if is_new:
             self.publish()
-
-    def _records(self) -> Iterable[Record]:
-        """Read the records that are new."""
-        return () if self.journal is None else self.journal.read(self.position)
-
-    def _journal_name(self) -> str:
-        """Name the journal."""
-        return "" if self.manifest.journal is None else self.manifest.journal.name
 
 
 def read_alive(

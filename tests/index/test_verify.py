@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from index.ann.hnsw_file import graph_fault
-from index.ann.making import build_index as build_hnsw
+from index.ann.making import build_index, write_index
 from index.build import BuildOptions, build
 from index.collection import Collection
 from index.errors import CollectionError
@@ -230,11 +230,12 @@ def test_vectors_of_other_lengths_are_found(built, copy_collection):
 def test_an_index_of_other_vectors_is_found(built_hnsw, copy_collection):
     """Of the right type, size and metric, and every checksum agrees."""
     path = copy_collection(built_hnsw)
-    file = path / "segments/000000/index.faiss"
+    file, factory = path / "segments/000000/index.faiss", "HNSW32,SQ8,RFlat"
     vectors = np.load(path / "segments/000000/vectors.npy")
     vectors[[3, 4]] = vectors[[4, 3]]
-    faiss.write_index(build_hnsw(vectors, "HNSW32"), str(file))
-    rehash(path)
+    write_index(build_index(vectors, factory), file, factory)
+    (entry,) = read_manifest(path).segments
+    rehash(path, segments=(dataclasses.replace(entry, factory=factory),))
     assert verify(path).faults == [
         f"{file}: expected the vectors of vectors.npy, found another in row 3"
     ]
@@ -278,7 +279,7 @@ def test_ids_that_are_there_twice_are_found(built, copy_collection):
 def broken(change):
     """An HNSW index of 60 rows with a change in its links."""
     vectors = np.eye(60, 16, dtype=np.float32) + 0.01
-    index = build_hnsw(vectors, "HNSW32")
+    index = build_index(vectors, "HNSW32")
     change(index.hnsw)
     return index
 
@@ -351,7 +352,7 @@ def test_links_that_lead_astray_are_told(change, found):
 def test_links_that_lead_astray_are_refused_at_opening(built_hnsw, copy_collection, change, found):
     """Otherwise faiss would follow them out of its memory."""
     path = copy_collection(built_hnsw)
-    faiss.write_index(broken(change), str(path / "segments/000000/index.faiss"))
+    write_index(broken(change), path / "segments/000000/index.faiss", "HNSW32")
     rehash(path)
     with pytest.raises(CollectionError, match=f"expected .*{found}|no FAISS index"):
         Collection.open(path, verify=False)

@@ -96,7 +96,7 @@ def test_parameters_belong_to_the_call(make_index, factory):
     index = make_index(factory)
     queries = draw(100, seed=4)
     _, truth = knn_search(queries, index.vectors_ND, K)
-    least = dict.fromkeys(index.parameter_names, 1)
+    least = dict.fromkeys(index.kind.defaults, 1)
     most = {name: 100 * value for name, value in default_parameters(factory).items()}
 
     def search(parameters):
@@ -151,7 +151,7 @@ def test_an_index_is_that_of_its_vectors(make_index, factory):
     index = make_index(factory)
     assert index_fault(index) is None
     index.vectors_ND = draw(COUNT, seed=9)
-    if index.own_storage is None and parse_kind(factory).family == "graph":
+    if index.kind.family == "graph" and not index.kind.refines:
         index._top.storage = other = faiss.IndexFlatIP(DIM)
         other.add(draw(COUNT, seed=9))
         index.kept = other
@@ -172,7 +172,7 @@ def test_the_same_vectors_give_the_same_bytes(factory):
     ("factory", "metric"),
     [(factory, "cosine") for factory in FACTORIES] + [("IVF32,PQ16x4fs,RFlat", "euclidean")],
 )
-def test_rows_that_are_held_back_come_at_the_end(make_index, factory, metric):
+def test_rows_that_are_held_back_come_at_the_end(make_index, tmp_path, factory, metric):
     """Until then they are not found; then the index is one over all rows in their order."""
     vectors = make_index(factory, metric).vectors_ND
     held_back = np.arange(5, COUNT, 100)
@@ -188,7 +188,11 @@ def test_rows_that_are_held_back_come_at_the_end(make_index, factory, metric):
         expected = np.einsum("qd,qkd->qk", queries, vectors[rows])
         np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-5)
     del part
-    whole = AnnIndex(builder.kind, builder.finish(), vectors, metric=metric)
+    file = tmp_path / "index.faiss"
+    write_index(builder.finish(), file, factory)
+    whole = open_index(
+        file, factory=factory, count=COUNT, dim=DIM, metric=metric, vectors_ND=vectors
+    )
     _, rows = whole.search(queries, 1, parameters={}, threads=1)
     assert (rows[:, 0] == held_back).mean() > 0.9
     assert index_fault(whole) is None
@@ -213,7 +217,7 @@ def test_no_parameter_asks_for_more_rows_than_there_are(make_index, factory):
     """Numbers that FAISS would take memory for, or could not even hold, find what there is."""
     index = make_index(factory)
     queries = draw(3, seed=6)
-    most = dict.fromkeys(index.parameter_names, 1 << 60)
+    most = dict.fromkeys(index.kind.defaults, 1 << 60)
     scores, rows = index.search(queries, K, parameters=most, threads=1)
     expected, _ = knn_search(queries, index.vectors_ND, K)
     np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-5)

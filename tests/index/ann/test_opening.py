@@ -158,17 +158,15 @@ def test_every_number_that_a_scan_goes_by_is_checked(folder, tmp_path):
         )  # fmt: skip
 
 
-def test_an_older_graph_with_its_own_vectors_is_read(folder, tmp_path):
-    """Its links are what counts; the vectors are those of the segment."""
+def test_a_graph_with_vectors_of_its_own_is_refused(folder, tmp_path):
+    """`write_index` leaves them out: those of the segment are searched."""
     vectors = np.load(folder / "vectors.npy")
     faiss.write_index(build_index(vectors, "HNSW8"), str(tmp_path / "index.faiss"))
-    index = open_index(
-        tmp_path / "index.faiss", factory="HNSW8", count=COUNT, dim=DIM, metric="cosine",
-        vectors_ND=vectors,
-    )  # fmt: skip
-    assert index.own_storage is not None
-    _, rows = index.search(vectors[:50], 1, parameters={}, threads=1)
-    assert (rows[:, 0] == np.arange(50)).mean() > 0.9
+    with pytest.raises(CollectionError, match="links between its rows, found vectors of its own"):
+        open_index(
+            tmp_path / "index.faiss", factory="HNSW8", count=COUNT, dim=DIM, metric="cosine",
+            vectors_ND=vectors,
+        )  # fmt: skip
 
 
 def test_a_graph_of_cagra_is_opened_and_searched_by_the_cpu(folder, tmp_path):

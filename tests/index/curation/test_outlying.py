@@ -145,5 +145,5 @@ def test_a_collection_that_is_written_to_is_looked_at_as_it_is(tmp_path, unit_ro
         once = smooth(stored, around.places_NK, 1, unit=False)
         near = stored[around.places_NK[0]]
         np.testing.assert_allclose(once[0], (stored[0] + near.sum(axis=0)) / 5, rtol=1e-5)
-        with pytest.raises(UsageError, match=r"compared by cosine, as --threshold is one"):
+        with pytest.raises(UsageError, match="--threshold: expected a collection of cosines"):
             find_groups(collection, 0.9)
