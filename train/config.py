@@ -102,7 +102,7 @@ class PretrainOptions:
 
     lr_biases: float | None = None
     """The same for biases and BatchNorm. Where not given: .0048 times batch/256 for lars, as
-    in the paper, else that of the weights."""
+    in the paper, whose code moved them by 1/32 of that; else that of the weights."""
 
     lr_scaling: Literal["none", "linear"] = "none"
     """Take the learning rates that are given, and adamw's own, as they are or times batch/256."""

@@ -70,7 +70,8 @@ def peak_rates(
     The published .0048 for biases comes from code whose gradients were 1/W of the true ones
     on W = 32 processes. LARS divides that out of the weights' steps but biases are not
     adapted, so what they moved by was .00015 of a true gradient. Gradients here are the
-    true ones on any number of processes: `lr_biases` of .00015 follows the published run.
+    true ones on any number of processes: `lr_biases` of .00015 for 256 images, of .0012 for
+    the paper's 2048, follows the published run.
 
     Args:
         kind: `adamw`, `sgd` or `lars`.

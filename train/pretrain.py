@@ -53,7 +53,10 @@ def choose_defaults(argv: Sequence[str]) -> PretrainOptions:
     preset = PRESETS["fashion-mnist" if is_fashion and "--preset" not in named else given.preset]
     if "--optimizer" in named and given.optimizer != preset.optimizer:
         # The preset's rates are for its own optimiser: of another they would make nonsense.
-        return dataclasses.replace(preset, lr_peak=None, lr_biases=None)
+        preset = dataclasses.replace(preset, lr_peak=None, lr_biases=None)
+    if given.loss.objective != preset.loss.objective and "--loss.lambd" not in named:
+        # Nor is its weight of the redundancy term for another objective.
+        preset = dataclasses.replace(preset, loss=dataclasses.replace(preset.loss, lambd=None))
     return preset
 
 

@@ -11,7 +11,7 @@ Rules:
 The exit status is 128 and the signal's number, as shells have it: 130 for Ctrl-C, 143 for
 SIGTERM, 138 for SIGUSR1, which `sbatch --signal=USR1@120` sends before the time is up: to what
 `srun` has started, and not to what the batch script runs itself.
-torchrun itself dies of SIGUSR1 unless TORCHELASTIC_SIGNALS_TO_HANDLE names it.
+torchrun itself dies of SIGUSR1, and its workers go on, unless `--signals-to-handle` names it.
 """
 
 from __future__ import annotations

@@ -90,7 +90,9 @@ def _checkpoint_of_bundle(path: Path) -> Path:
         is_same = (
             config.options == provenance["options"] and config.data["sha256"] == data["sha256"]
         )
-    except (KeyError, TypeError, ValueError, SystemExit, HoraceError) as error:
+    except HoraceError as error:  # whose mend is not that of a bundle
+        raise _run_is_gone(path, f"{error.what}: {error.found}") from error
+    except (KeyError, TypeError, ValueError, SystemExit) as error:
         raise _run_is_gone(path, str(error)) from error
     if not is_same or not checkpoint.is_file():
         raise _run_is_gone(path, f"{run}, which is another run or has no {checkpoint.name}")

@@ -12,6 +12,7 @@ from models.errors import UsageError
 from train.config import (
     LossOptions,
     NetworkOptions,
+    PresetName,
     PretrainOptions,
     ViewOptions,
     options_from_json,
@@ -61,6 +62,18 @@ def test_a_presets_rates_are_for_its_own_optimizer(
     assert (defaults.lr_peak, defaults.lr_biases) == rates
     given = tyro.cli(PretrainOptions, args=[*argv, "--lr-peak", ".2"], default=defaults)
     assert given.lr_peak == 0.2
+
+
+@pytest.mark.parametrize("preset", ["fashion-mnist", "cifar10-resnet18", "imagenet-resnet50"])
+def test_a_presets_lambda_is_for_its_own_objective(preset: PresetName) -> None:
+    """Another one has its own; one that is given counts as ever."""
+    argv = ["folder:x", "--preset", preset, "--loss.objective", "hsic"]
+    options = tyro.cli(PretrainOptions, args=argv, default=choose_defaults(argv))
+    assert options.lambd == 1 / options.network.projector_widths[-1]
+    argv += ["--loss.lambd", ".1"]
+    assert tyro.cli(PretrainOptions, args=argv, default=choose_defaults(argv)).lambd == 0.1
+    barlow = [*argv[:3], "--loss.objective=barlow"]
+    assert choose_defaults(barlow).loss == PRESETS[preset].loss
 
 
 @pytest.mark.parametrize(

@@ -481,7 +481,7 @@ def test_a_run_of_a_stream_is_exported_like_another(
 
 def test_a_grid_that_no_map_has_is_refused_as_such(unwatched: RunDirectory, tmp_path: Path) -> None:
     """Also where nothing is fitted or scored, so that the exporter would be the first to see."""
-    with pytest.raises(UsageError, match=r"--readout.grid: expected at most 2, the pixels of"):
+    with pytest.raises(UsageError, match=r"grid of the readout: expected at most 2, the pixels of"):
         export_run(unwatched, tmp_path / "b", name="x", readout=ReadoutOptions(grid=(3,)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +17,15 @@ from models.errors import UsageError
 from models.networks import ResNet
 from models.preprocess import PreprocessSpec
 from models.runtime import open_bundle
+from train.config import options_json
 from train.export.graph import EncoderGraph, embed_with_torch, write_onnx
 from train.export.held_out import is_worse
-from train.export.options import Readout, ReadoutOptions
+from train.export.options import PRESET_READOUTS, Readout, ReadoutOptions
 from train.export.parity import require_batch_invariance
 from train.export.readout import PooledReadout, WhitenedReadout, pool_to_grid
 from train.export.readout_fit import warn_if_below
 from train.export.whitening import FeatureMoments, Whitening
+from train.presets import PRESETS
 
 
 @given(
@@ -79,7 +82,7 @@ def test_stages_that_are_not_there_are_refused(stages: tuple[int, ...]) -> None:
 
 def test_a_grid_finer_than_the_map_is_refused() -> None:
     """Cells without a pixel of their own would repeat what others have."""
-    with pytest.raises(UsageError, match=r"--readout.grid: expected at most 3, .* found 4"):
+    with pytest.raises(UsageError, match=r"grid of the readout: expected at most 3, .* found 4"):
         PooledReadout((2,), grid=4)((torch.rand(1, 2, 3, 5),))
 
 
@@ -148,20 +151,39 @@ def test_worse_is_what_two_standard_errors_leave_no_room_for(
     assert is_worse(hits_Q, reference_Q) == worse
 
 
+FOLDER, FASHION = (options_json(PRESETS[name]) for name in ("folder", "fashion-mnist"))
+
+
 def test_what_is_not_given_is_the_presets() -> None:
-    """An unknown preset pools plainly; 0 dimensions stand for no whitening."""
-    assert ReadoutOptions().resolve("none of ours") == Readout()
+    """Plain pooling, where the preset says nothing; 0 dimensions stand for no whitening."""
+    assert ReadoutOptions().resolve(FOLDER) == Readout()
     asked = ReadoutOptions(stages=(3,), grid=(2,), dim=8, shrinkage=0.1, fit_images=10)
     expected = Readout(stages=(3,), grid=(2,), dim=8, shrinkage=0.1, fit_images=10)
-    assert asked.resolve("folder") == expected
-    assert ReadoutOptions(dim=0).resolve("folder").dim is None
+    assert asked.resolve(FOLDER) == expected
+    assert ReadoutOptions(dim=0).resolve(FASHION).dim is None
+    assert ReadoutOptions(grid=(3,)).resolve(FASHION) == replace(
+        PRESET_READOUTS["fashion-mnist"], grid=(3,)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("network.stages", 2), ("network.layout", "timm:resnet18"), ("image_size_px", 14)],
+)
+def test_the_presets_readout_is_for_its_own_network(
+    name: str, value: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another may have no such stage or map: it is pooled plainly, which is said."""
+    with caplog.at_level("INFO", logger="horace"):
+        assert ReadoutOptions().resolve(FASHION | {name: value}) == Readout()  # type: ignore[dict-item]  # one of them
+    assert f"this run has another (--{name.replace('_', '-')}): pooling" in caplog.text
 
 
 @pytest.mark.parametrize("fields", [{"shrinkage": 0.1}, {"fit_images": 10, "dim": 0}])
 def test_options_of_a_whitening_that_there_is_not_are_refused(fields: dict[str, float]) -> None:
     """They would do nothing."""
     with pytest.raises(UsageError, match=r"expected none without whitening, .* --readout.dim"):
-        ReadoutOptions(**fields).resolve("none of ours")  # type: ignore[arg-type]  # one of them
+        ReadoutOptions(**fields).resolve(FOLDER)  # type: ignore[arg-type]  # one of them
 
 
 @pytest.mark.parametrize(

@@ -251,17 +251,19 @@ def test_ranks_outlive_a_kill_to_the_same_bits(tmp_path: Path, run_options: RunO
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
 def test_two_ranks_stop_after_the_same_step_and_one_goes_on(
-    tmp_path: Path, run_options: RunOptions
+    tmp_path: Path, run_options: RunOptions, number: signal.Signals
 ) -> None:
-    """SIGTERM to torchrun saves; going on with another number of ranks is said, not refused."""
+    """A signal to torchrun saves; going on with another number of ranks is said, not refused."""
     options = run_options(tmp_path / "run", epochs=40, optimizer="sgd", precision="fp32")
+    launch = (*TORCHRUN, "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", *PRETRAIN)
     process = subprocess.Popen(
-        command_line(options, launch=RANKS), stderr=subprocess.PIPE, text=True
+        command_line(options, launch=launch), stderr=subprocess.PIPE, text=True
     )
     say_until(process, "epoch 1: kNN")
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate()
+    process.send_signal(number)
+    _, said = process.communicate()  # until the workers have closed it, too
     assert "stopped after step" in said
     assert not has_ended(options)
     said = finish(command_line(options, "--resume", launch=PRETRAIN))

@@ -59,8 +59,8 @@ def undisturbed(run_options: RunOptions, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.parametrize(
     ("number", "status"),
-    [(signal.SIGINT, 130), (signal.SIGTERM, 143)],
-    ids=["Ctrl-C", "SIGTERM"],
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)],
+    ids=["Ctrl-C", "SIGTERM", "SIGUSR1"],
 )
 def test_an_interrupted_run_keeps_all_of_its_steps(
     tmp_path: Path,

@@ -328,7 +328,7 @@ def test_a_bundle_leads_to_its_run(finished_run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("export_of", "checkpoint", "found"),
     [
-        ("gone", "step-00000001.pt", "expected a run directory, found no such directory"),
+        ("gone", "step-00000001.pt", "gone: no such directory; give the"),
         (None, "step-00000001.pt", "which is another run or has no step-00000001.pt"),
     ],
 )

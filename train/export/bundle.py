@@ -54,7 +54,7 @@ def export_run(
         out: the bundle's directory.
         name: what the bundle is called.
         source: where the run's images are now; where they were if None.
-        readout: how vectors are made; that of the run's preset where None.
+        readout: how vectors are made; as usual for the run's preset where None.
         precisions: what else to write than fp32.
         with_random_twin: whether to add the untrained network.
         replace: whether an existing bundle may be replaced.
@@ -68,7 +68,7 @@ def export_run(
         BundleError: `out` exists and may not be replaced.
     """
     config, checkpoint = run.read_config(), last_checkpoint(run)
-    chosen = (readout or ReadoutOptions()).resolve(str(config.options["preset"]))
+    chosen = (readout or ReadoutOptions()).resolve(config.options)
     room = f"make room, in {tempfile.gettempdir()} (TMPDIR), too, or choose another --out"
     with writing(out, mend=room):
         check_target(out, replace=replace)

@@ -5,15 +5,18 @@ No torch: `--help` answers at once.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import tyro
 
-from models.bundle import Precision
+from models.bundle import Json, Precision
 from models.errors import UsageError
+from train.config import PresetName, options_json
+from train.presets import PRESETS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,28 @@ PRESET_READOUTS: Mapping[str, Readout] = {
     "fashion-mnist": Readout(stages=(3,), grid=(4,), dim=512, fit_images=60_000),
 }
 """The readout of the runs of a preset, where it is not plain pooling of the last stage."""
+
+READ_OF = ("image_size_px", "network.layout", "network.width", "network.stem", "network.stages")
+"""What decides which maps there are to be read, by the names of a run's options."""
+
+log = logging.getLogger("horace")
+
+
+def usual_readout(options: Mapping[str, Json]) -> Readout:
+    """Give the readout of a run's preset; of a run with another network that of none."""
+    preset = str(options["preset"])
+    if preset not in PRESET_READOUTS:
+        return Readout()
+    own = options_json(PRESETS[cast(PresetName, preset)])
+    others = [name for name in READ_OF if options[name] != own[name]]
+    if not others:
+        return PRESET_READOUTS[preset]
+    log.info(
+        "the readout of preset %s is for its own network, and this run has another (--%s): "
+        "pooling the last stage plainly; --readout.stages and the like choose more",
+        preset, others[0].replace("_", "-"),
+    )  # fmt: skip
+    return Readout()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,13 +103,16 @@ class ReadoutOptions:
                 "--readout.shrinkage", expected="more than 0", found=str(self.shrinkage)
             )
 
-    def resolve(self, preset: str) -> Readout:
-        """Fill what was not given from the preset's readout.
+    def resolve(self, options: Mapping[str, Json]) -> Readout:
+        """Fill what was not given from the readout of the run's preset.
+
+        Args:
+            options: of the run, by dotted name.
 
         Raises:
             UsageError: there is no whitening that shrinkage and images would be for.
         """
-        default = PRESET_READOUTS.get(preset, Readout())
+        default = usual_readout(options)
         dim = default.dim if self.dim is None else self.dim
         if not dim and (self.shrinkage, self.fit_images) != (None, None):
             raise UsageError(

@@ -55,14 +55,15 @@ class PooledReadout(nn.Module):
         known = set(range(1, len(stage_dims) + 1))
         if not set(stages) <= known or len(set(stages)) < len(stages):
             raise UsageError(
-                "--readout.stages",
+                "stages of the readout",
                 expected=f"different numbers of 1 to {len(stage_dims)}",
                 found=" ".join(map(str, stages)),
+                mend="choose some that the network has",
             )
         grids = (grid,) if isinstance(grid, int) else tuple(grid)
         if len(grids) not in (1, len(stages)):
             raise UsageError(
-                "--readout.grid",
+                "grid of the readout",
                 expected=f"one number, or one for each of {len(stages)} stages",
                 found=" ".join(map(str, grids)) or "none",
             )
@@ -121,7 +122,7 @@ def pool_to_grid(map_NCHW: Tensor, grid: int) -> Tensor:
     height, width = map_NCHW.shape[2:]
     if min(height, width) < grid:
         raise UsageError(
-            "--readout.grid",
+            "grid of the readout",
             expected=f"at most {min(height, width)}, the pixels of the stage's map",
             found=str(grid),
             mend="choose a smaller grid or an earlier stage",

@@ -88,6 +88,9 @@ class SgdOptions:
         require(self.weight_decay >= 0, "--sgd.weight-decay", "at least 0", self.weight_decay)
 
 
+DEFAULT_C = (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class LinearOptions(CommonOptions):
     """Train a linear layer on a frozen encoder, and measure it on test images.
@@ -102,7 +105,7 @@ class LinearOptions(CommonOptions):
     solver: Literal["lbfgs", "sgd"] = "lbfgs"
     """lbfgs goes to the optimum, with a chosen C; sgd is the paper's recipe."""
 
-    c: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
+    c: tuple[float, ...] = DEFAULT_C
     """Values of C to choose from, as in scikit-learn; larger is weaker regularisation."""
 
     val_share: float = 0.1
@@ -130,6 +133,10 @@ class LinearOptions(CommonOptions):
             raise UsageError(
                 "--augment", expected="--solver sgd", found="lbfgs, which needs fixed features"
             )
+        if self.solver == "sgd" and self.c != DEFAULT_C:
+            raise UsageError("--c", expected="--solver lbfgs", found="sgd, which has no C")
+        if self.solver == "lbfgs" and self.sgd != SgdOptions():
+            raise UsageError("--sgd.*", expected="--solver sgd", found="lbfgs, which takes none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,6 +344,11 @@ class FinetuneOptions(FewLabelsOptions):
     """Images to learn from without their labels, if they have any; may be those of --images."""
 
     distil: DistilOptions = field(default_factory=DistilOptions)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.unlabelled is None and self.distil != DistilOptions():
+            raise UsageError("--distil.*", expected="--unlabelled, to learn from", found="none")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,8 +52,10 @@ def header(facts: RunFacts, findings: Findings | None, written: datetime) -> Htm
     options, environment = facts.options, facts.config.environment
     network, loss = options.network, options.loss
     versions = cast(Mapping[str, Json], environment["versions"])
+    is_own = ":" not in network.layout  # a library's has a width of its own
+    width = f" of width {network.width}" if is_own else ""
     what = (
-        f"{network.layout} of width {network.width}, {loss.objective}, lambda {options.lambd:g}, "
+        f"{network.layout}{width}, {loss.objective}, lambda {options.lambd:g}, "
         f"projector {'-'.join(map(str, network.projector_widths))}, {options.image_size_px} px, "
         f"batch {options.batch_size}, {options.optimizer}, seed {options.seed}"
     )

@@ -109,6 +109,21 @@ def test_a_readout_that_nothing_has_is_refused(
         ("linear {run} --images a --test b --c 0", 2, "--c: expected finite numbers above 0, fo"),
         ("linear {run} --images a --test b --c 1 inf", 2, "--c: expected finite numbers above 0,"),
         ("linear {run} --images a --test b --augment", 2, "--augment: expected --solver sgd, foun"),
+        (
+            "linear {run} --images a --test b --c 1 --solver sgd",
+            2,
+            "--c: expected --solver lbfgs, fo",
+        ),
+        (
+            "linear {run} --images a --test b --sgd.epochs 3",
+            2,
+            "--sgd.*: expected --solver sgd, fou",
+        ),
+        (
+            "finetune {run} --images a --test b --distil.epochs 3",
+            2,
+            "--distil.*: expected --unlabel",
+        ),
         ("linear {run} --images a --test b --record", 2, "--record: expected an encoder that is"),
         ("linear {none} --images a --test b", 1, "expected a bundle directory, found no such"),
         ("finetune {none} --images a --test b", 1, "expected a run directory, found no such dir"),
