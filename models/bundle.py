@@ -318,7 +318,10 @@ def _read_document(path: Path) -> dict[str, Json]:
         version, checksum = document["schema_version"], checksum_of(document)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BundleError(
-            str(file), expected="JSON with a schema_version", found="something else"
+            str(file),
+            expected="JSON with a schema_version, of finite numbers",
+            found="something else",
+            mend="the file is damaged or was edited: copy the bundle again, or export it again",
         ) from error
     if version != SCHEMA_VERSION:
         raise BundleError(

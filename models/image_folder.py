@@ -154,6 +154,16 @@ class FolderSource:
             )
         return found
 
+    def would_list(self, path: Path) -> bool:
+        """Say whether images that lie in `path` would be among these: inside, and not hidden."""
+        for place, root in (
+            (Path(os.path.abspath(path)), self.root),
+            (path.resolve(), self.root.resolve()),
+        ):
+            if place.is_relative_to(root):
+                return not any(part.startswith(".") for part in place.relative_to(root).parts)
+        return False
+
     def file_of(self, key: str) -> Path:
         """Give the file of a key that `records` gave; it may be gone since."""
         return self._path(key)

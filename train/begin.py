@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import cast
 
@@ -51,7 +52,7 @@ from train.data.training_data import (
     read_rows,
 )
 from train.device import Compute, resolve_compute
-from train.errors import TrainError
+from train.errors import MOVED, TrainError, or_else
 from train.ranks import Ranks, together
 from train.run import RunConfig, RunDirectory, describe_environment
 from train.trainer import Trainer, view_recipes
@@ -155,13 +156,14 @@ def is_finished(options: PretrainOptions, run: RunDirectory, kept: RunConfig, ra
         SourceError: the source is missing.
     """
     run.check_options(kept, options_json(options), input_spec(options))
-    if open_source(options.source).uri != kept.data["uri"]:
-        return False  # before that its images have to be the run's
+    with or_else(MOVED):
+        is_there = open_source(options.source).uri == kept.data["uri"]
     steps_per_epoch = cast(int, kept.data["train_images"]) // options.batch_size
     last = checkpoint_file(run.checkpoints, steps_per_epoch * options.epochs)
     folder = run.checkpoints
     is_whole = last.exists() and checkpoint_file(folder, last_whole_step(folder)) == last
-    return not ranks.largest(not is_whole)
+    # Of another place the images have to be the run's first. Ranks may have places of their own.
+    return not ranks.largest(not (is_whole and is_there))
 
 
 def read_data(
@@ -172,24 +174,25 @@ def read_data(
     Returns:
         The images, the options with where they are held, and what `config.json` keeps.
     """
-    source, spec = open_source(options.source), input_spec(options)
-    if (ignored := describe_ignored(source)) is not None:
-        log.warning("%s: %s", source.uri, ignored)
-    data = open_training_data(
-        source,
-        spec,
-        data_in=agree_data_in(options, source, spec, ranks),
-        limit_images=options.limit_images,
-        val_images=options.val_images if options.knn_every_epochs else 0,
-        bank_images=options.bank_images,
-        seed=options.seed,
-    )
+    with nullcontext() if kept is None else or_else(MOVED):
+        source, spec = open_source(options.source), input_spec(options)
+        if (ignored := describe_ignored(source)) is not None:
+            log.warning("%s: %s", source.uri, ignored)
+        data = open_training_data(
+            source,
+            spec,
+            data_in=agree_data_in(options, source, spec, ranks),
+            limit_images=options.limit_images,
+            val_images=options.val_images if options.knn_every_epochs else 0,
+            bank_images=options.bank_images,
+            seed=options.seed,
+        )
     require_same_images(data.sha256, source.uri, ranks)
     options = replace(options, data_in=data.data_in)
     config = describe_run(options, source.uri, spec, data, ranks)
     if kept is None:
         return data, options, agree_statistics(config, ranks)
-    run.check_data(kept, config.data)
+    run.check_data(kept, config)
     if source.uri != kept.data["uri"]:
         log.info("the images of %s are those that the run began with", source.uri)
     say_if_others(cast(int, kept.environment.get("ranks", 1)), ranks.world)

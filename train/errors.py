@@ -8,6 +8,9 @@ from pathlib import Path
 
 from models.errors import HoraceError, SourceError, reason_of
 
+MOVED = "name the place where they are now as SOURCE"
+"""What a run's images may need when it is resumed; see `or_else`."""
+
 
 class TrainError(HoraceError):
     """Training that cannot start or go on; the base of every error of `train`."""

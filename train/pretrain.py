@@ -22,7 +22,7 @@ from models.errors import HoraceError, UsageError
 from models.image_folder import FolderSource
 from models.images import ImageSource, open_source
 from train.config import PretrainOptions, options_from_json
-from train.errors import or_else, training_packages
+from train.errors import MOVED, or_else, training_packages
 from train.presets import PRESETS
 from train.run import RunDirectory
 
@@ -77,7 +77,7 @@ def refuse_among_images(out: Path, source: ImageSource) -> None:
     Raises:
         UsageError: for a run that could not be resumed, since its images would be others.
     """
-    if isinstance(source, FolderSource) and out.resolve().is_relative_to(source.root.resolve()):
+    if isinstance(source, FolderSource) and source.would_list(out):
         raise UsageError(
             f"--out {out}",
             expected="a directory outside the folder of the images",
@@ -114,9 +114,9 @@ def main(options: PretrainOptions) -> None:
     if not options.source.startswith(SLOW_SOURCES):
         # A misspelt name ends it before torch is loaded.
         if options.resume:
-            with or_else("name the place where they are now as SOURCE"):
+            with or_else(MOVED):
                 open_source(options.source)
-        else:
+        elif options.show_views is None:
             refuse_among_images(options.run_path, open_source(options.source))
     # OpenMP reads this once, when torch loads, which nothing has done yet. By default a waiting
     # thread spins for long, on cores that others use, too, in place of the very thread it

@@ -36,6 +36,9 @@ from train.config import FREE_OPTIONS
 from train.errors import RunError, writing
 
 SCHEMA_VERSION = 1
+STATISTICS_TOLERANCE = 1e-3
+"""Of the mean and deviation of channels of values in [0, 1]: a quarter of a step of uint8. Other
+images of a scene differ by more; the same differ where a few more or fewer can be read."""
 DISTRIBUTIONS = ("torch", "torchvision", "timm", "numpy", "onnx", "onnxscript", "onnxruntime")
 """Packages whose version decides what a run or an export gives."""
 
@@ -60,6 +63,21 @@ class RunConfig:
     channel_std: tuple[float, ...]
     command: str
     environment: Mapping[str, Json]
+
+    def is_of(
+        self, uri: Json, sha256: Json, mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> bool:
+        """Say whether images are those of the run, from where they are and what they are.
+
+        The hash of a stream knows names and sizes alone, and two cameras may have the same: of
+        images of another place the statistics of the channels are compared, too.
+        """
+        if sha256 != self.data["sha256"]:
+            return False
+        was, now = (*self.channel_mean, *self.channel_std), (*mean, *std)
+        return uri == self.data["uri"] or all(
+            abs(a - b) <= STATISTICS_TOLERANCE for a, b in zip(was, now, strict=True)
+        )
 
     def to_json(self) -> dict[str, Json]:
         """Give the content of `config.json`."""
@@ -283,7 +301,7 @@ class RunDirectory:
             f"only {free} may change on the way"
         )
 
-    def check_data(self, kept: RunConfig, data: Mapping[str, Json]) -> None:
+    def check_data(self, kept: RunConfig, now: RunConfig) -> None:
         """Refuse to go on with images that are not those the run was started with.
 
         The same images may lie elsewhere by now.
@@ -291,7 +309,8 @@ class RunDirectory:
         Raises:
             RunError: with the number of images, then and now.
         """
-        if data["sha256"] == kept.data["sha256"]:
+        data = now.data
+        if kept.is_of(data["uri"], data["sha256"], now.channel_mean, now.channel_std):
             return
         is_there = data["uri"] == kept.data["uri"]
         raise RunError(

@@ -244,8 +244,9 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
 
         async def work() -> Message:
             models = self._models(request.name, request.version)
-            with self._tallies.reading():
-                counted = [self._tallies.find(model.name, model.version) for model in models]
+            pairs = [(model.name, model.version) for model in models]
+            with self._tallies.reading(*pairs):
+                counted = [self._tallies.find(*pair) for pair in pairs]
                 return kserve.ModelStatisticsResponse(
                     model_stats=map(describe.model_statistics, models, counted)
                 )

@@ -231,11 +231,15 @@ class ModelTallies:
             return self.versions[name, version]
 
     @contextmanager
-    def reading(self) -> Iterator[None]:
-        """Bring every count up to date; none changes within the context."""
+    def reading(self, *pairs: tuple[str, str]) -> Iterator[None]:
+        """Bring the counts of versions up to date, of all unless some are named.
+
+        No request or batch is counted within the context.
+        """
         with self.lock:
-            for tally in self.versions.values():
-                tally.fold()
+            for pair in pairs or self.versions:
+                if pair in self.versions:
+                    self.versions[pair].fold()
             yield
 
     def find(self, name: str, version: str) -> VersionCounts | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -269,6 +270,36 @@ def test_two_ranks_stop_after_the_same_step_and_one_goes_on(
     said = finish(command_line(options, "--resume", launch=PRETRAIN))
     assert "the run was started with 2 ranks and goes on with 1" in said
     assert has_ended(options)
+
+
+@pytest.mark.slow
+def test_every_rank_may_have_a_place_of_its_own(
+    tmp_path: Path, run_options: RunOptions, mini_source: str
+) -> None:
+    """As nodes have whose scratch disks are their own: a run is resumed, finished or not."""
+    images, _, labels = mini_source.removeprefix("idx:").partition(",")
+    for rank in range(2):
+        (tmp_path / f"node-{rank}").mkdir()
+        for file in (images, labels):
+            shutil.copy(file, tmp_path / f"node-{rank}")
+    script = tmp_path / "start.py"
+    script.write_text(
+        "import os, runpy, sys\n"
+        "sys.argv[1] = sys.argv[1].replace('node-0', 'node-' + os.environ['LOCAL_RANK'])\n"
+        "runpy.run_module('train.pretrain', run_name='__main__', alter_sys=True)\n"
+    )
+    names = (tmp_path / "node-0" / Path(file).name for file in (images, labels))
+    options = run_options(
+        tmp_path / "run", source="idx:" + ",".join(map(str, names)), epochs=1, optimizer="sgd",
+        precision="fp32",
+    )  # fmt: skip
+    launch = (*TORCHRUN, str(script))
+    finish(command_line(options, launch=launch))
+    whole = final_state(options.run_path)
+    finish(command_line(options, "--resume", launch=launch))
+    list_checkpoints(options.run_path / "checkpoints")[-1].unlink()
+    finish(command_line(options, "--resume", launch=launch))
+    assert final_state(options.run_path) == whole
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused(

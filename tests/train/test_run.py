@@ -22,6 +22,7 @@ from train.checkpoint import list_checkpoints
 from train.config import PretrainOptions
 from train.device import DeviceBatch
 from train.errors import RunError
+from train.export.bundle import export_run
 from train.log import read_log
 from train.loop import pretrain
 from train.pretrain import choose_defaults, kept_options
@@ -159,18 +160,42 @@ def test_a_run_whose_images_moved_goes_on(tmp_path: Path, run_options: RunOption
     undisturbed = final_state(options.run_path)
     moved.parent.mkdir()
     photos.rename(moved)
+    photos.mkdir()  # as a place that nothing is mounted at
     kept = replace(kept_options(options.run_path), out=options.out, resume=True)
+    list_checkpoints(options.run_path / "checkpoints")[-1].unlink()
+    with pytest.raises(SourceError, match="found 0 other files; check the path; or name the place"):
+        start(kept)
+    photos.rmdir()
     with pytest.raises(SourceError) as error:
         start(kept)
     assert str(error.value) == (
         f"image folder {photos}: expected a folder, found nothing; check the path; or name the "
         "place where they are now as SOURCE"
     )
-    list_checkpoints(options.run_path / "checkpoints")[-1].unlink()
     pretrain(replace(kept, source=str(moved)))
     assert final_state(options.run_path) == undisturbed
     pretrain(replace(kept, source=str(moved)))  # with no step left to take
     assert final_state(options.run_path) == undisturbed
+
+
+def test_another_cameras_images_are_no_runs_own(tmp_path: Path, run_options: RunOptions) -> None:
+    """Uncompressed and numbered alike, they have the names and sizes by which streams are known."""
+    for camera, brightness in (("camera-1", 40), ("camera-2", 60)):
+        (tmp_path / camera).mkdir()
+        for n in range(8):
+            pixels = np.full((20, 20), brightness + n, np.uint8)
+            Image.fromarray(pixels).save(tmp_path / camera / f"{n}.bmp")
+    first, second = (str(tmp_path / camera) for camera in ("camera-1", "camera-2"))
+    options = run_options(
+        tmp_path / "run", source=first, data_in="stream", workers=1, batch_size=4, epochs=1
+    )
+    pretrain(options)
+    with pytest.raises(RunError, match="found as many, with other pixels or labels; leave the sou"):
+        pretrain(replace(options, source=second, resume=True))
+    with pytest.raises(RunError, match="with other pixels or labels; name theirs with --source"):
+        export_run(
+            RunDirectory(path=options.run_path), tmp_path / "bundle", name="x", source=second
+        )
 
 
 def test_other_images_are_named_as_such(
@@ -226,6 +251,25 @@ def test_a_run_among_its_images_is_refused(tmp_path: Path, run_options: RunOptio
         "images of the folder"
     )
     assert len(list(photos.iterdir())) == 8
+    (tmp_path / "elsewhere").mkdir()
+    (photos / "link").symlink_to(tmp_path / "elsewhere")  # which the folder's source follows
+    (tmp_path / "alias").symlink_to(photos)
+    for out in (photos / "link" / "run", tmp_path / "alias" / "run", photos):
+        with pytest.raises(UsageError, match="outside the folder of the images"):
+            start(run_options(out, source=str(photos)))
+
+
+def test_what_is_no_image_of_the_folder_may_lie_in_it(
+    tmp_path: Path, run_options: RunOptions
+) -> None:
+    """A hidden run is never listed, and looking at the views makes none."""
+    photos = tmp_path / "photos"
+    make_photos(photos, 8)
+    hidden = run_options(photos / ".runs" / "first", source=str(photos), epochs=1, batch_size=4)
+    start(hidden)
+    start(replace(hidden, out=photos / "run", show_views=tmp_path / "views.png"))
+    assert (tmp_path / "views.png").exists()
+    assert not (photos / "run").exists()
 
 
 def test_what_an_early_end_leaves_is_no_hindrance(tmp_path: Path, run_options: RunOptions) -> None:

@@ -42,21 +42,22 @@ def load_run_images(
     uri = source or cast(str, config.data["uri"])
     with or_else(f"name their new place with --source; or {_mend_by_another(run, 'SOURCE')}"):
         opened = open_source(uri)
-    data = open_training_data(
-        opened,
-        config.preprocessing,
-        data_in=options.data_in,
-        limit_images=options.limit_images,
-        val_images=options.val_images if options.knn_every_epochs else 0,
-        bank_images=options.bank_images,
-        seed=options.seed,
-    )
-    if data.sha256 != config.data["sha256"]:
+        data = open_training_data(
+            opened,
+            config.preprocessing,
+            data_in=options.data_in,
+            limit_images=options.limit_images,
+            val_images=options.val_images if options.knn_every_epochs else 0,
+            bank_images=options.bank_images,
+            seed=options.seed,
+        )
+    if not config.is_of(opened.uri, data.sha256, data.channel_mean, data.channel_std):
         raise RunError(
             f"the images of {uri}",
             expected=f"the {config.data['images']} that the run was trained on",
             found=other_images(config, data.images),
-            mend="bring the old ones back: whitening is fitted on them, and scores are taken "
+            mend=("bring the old ones back" if source is None else "name theirs with --source")
+            + ": whitening is fitted on them, and scores are taken "
             f"on those that were held out; or {_mend_by_another(run, shlex.quote(uri))}",
         )
     return data

@@ -125,7 +125,7 @@ def make_pictures(run: RunDirectory, facts: RunFacts, options: ReportOptions) ->
     try:
         with or_else("name their new place with --source"):
             source = open_source(options.source or cast(str, facts.config.data["uri"]))
-        sample = draw_sample(source, facts.config.preprocessing, options.images, limit=limit)
+            sample = draw_sample(source, facts.config.preprocessing, options.images, limit=limit)
         views_png = draw_views(facts, sample, source)
         pictures = Pictures(
             sample=sample, views_png=views_png, are_others=are_others(source, facts, options.images)
