@@ -24,8 +24,8 @@ Chosen = Literal["direct", "gram", "tiled"]
 GRAM_BELOW_N_PER_D = 0.75
 """The Gram form costs up to 8 N^2 D flop forward and backward, the others 6 N D^2.
 
-`benchmarks/results/loss.json` (2 threads, AMD EPYC): 1.5 times as fast as direct at N = D / 2,
-.5 times at N = 2 D.
+`benchmarks/results/loss_intel.json` (2 threads): 1.4 times as fast as direct at N = D / 2, .4 times
+at N = 2 D.
 """
 
 TILE_BYTES = 64 * 2**20
