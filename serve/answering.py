@@ -109,6 +109,10 @@ class Answering:
                 metadata = retry_metadata(error)
                 if isinstance(error, QueueFullError | DeadlineError):
                     self._refused_s = self.clock()
+            except asyncio.CancelledError:
+                if context.time_remaining() == 0:  # else its caller has hung up
+                    call.code = grpc.StatusCode.DEADLINE_EXCEEDED
+                raise
             else:
                 call.code = grpc.StatusCode.OK
                 return reply

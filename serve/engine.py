@@ -403,7 +403,11 @@ class Engine:
         """Log why a batch failed; give what its callers are told."""
         if isinstance(error, EncoderUnavailableError):
             log.warning("a batch of %d images failed: %s", batch.images, error)
-            return UnavailableError("the servers that compute this model do not answer")
+            return UnavailableError(
+                f"model {self.encoder.name}",
+                expected="servers that compute it",
+                found="none that answers",
+            )
         if isinstance(error, FingerprintMismatchError):
             return self._explain_mismatch(error)
         log.error("%r failed on a batch of %d images", self.encoder, batch.images, exc_info=error)

@@ -63,6 +63,8 @@ class SyncSummary:
             f"{self.new} new, {self.changed} changed, {self.moved} moved, {self.gone} gone, "
             f"{self.unchanged} unchanged, {self.rejected} rejected"
         )
+        if self.dry_run:
+            facts += " before"  # of new images nobody knows until they are embedded
         if self.updated:
             facts += f", {self.updated} with other labels or metadata"
         if self.unreadable:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -47,6 +48,10 @@ if TYPE_CHECKING:
 
 MAX_NEIGHBOURS = 16_384
 """The most that Milvus gives for a query."""
+
+FEW = 1_000
+"""Images that a filter leaves, at most, that are read and compared here: an index would look for
+them among all others, and seldom find them."""
 
 MAX_EFFORT = 32_768
 """The most candidates of its graph that it weighs for one."""
@@ -218,14 +223,20 @@ class MilvusCollection:
         expression = "" if selection is None else selection.expression
         if not count or not len(queries_QD):
             return no_neighbours(len(queries_QD), min(k, count))
-        if exact:
-            scores, ids = self._reader.search_exactly(
-                queries_QD, k_asked, expression, metric=self.metric, threads=self._threads
-            )
+        search_exactly = partial(
+            self._reader.search_exactly, k=k_asked, expression=expression, metric=self.metric,
+            threads=self._threads,
+        )  # fmt: skip
+        if exact or (selection is not None and selection.count <= FEW):
+            scores, ids = search_exactly(queries_QD)
         else:
             scores, ids = self._reader.search_index(
                 queries_QD, k_asked, expression, metric=self.metric, settings=settings
             )
+            if selection is not None:  # whose images may lie where the index does not get to
+                is_short = (ids >= 0).sum(axis=1) < min(k_asked, selection.count)
+                if is_short.any():
+                    scores[is_short], ids[is_short] = search_exactly(queries_QD[is_short])
         found = Neighbours(ids=ids, scores=scores)
         return found if without_QW is None else leave_out(found, without_QW, k)
 

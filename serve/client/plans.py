@@ -77,6 +77,8 @@ UNSAID = RequestSize(images=1024, request_bytes=64 << 20)
 TOO_LARGE = "message larger than max"
 """What gRPC itself says with RESOURCE_EXHAUSTED where no later attempt can do better."""
 
+OF_A_MODEL = "model "
+"""How a server begins what it says of a model that it cannot have computed now."""
 
 TIME_IS_UP = "Deadline Exceeded"
 """What gRPC itself says with DEADLINE_EXCEEDED; by some servers it comes with `%20`."""
@@ -267,7 +269,7 @@ class Planner:
     def _error(self, failure: Failure, what: str, timeout_s: float) -> ServeError:
         """Say in one line how a call ended."""
         match failure.code:
-            case grpc.StatusCode.UNAVAILABLE if failure.details.startswith(STOPPING):
+            case grpc.StatusCode.UNAVAILABLE if failure.details.startswith((STOPPING, OF_A_MODEL)):
                 return UnavailableError(
                     f"server {self.target}", found=failure.details, mend="try again, or elsewhere"
                 )

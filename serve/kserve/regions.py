@@ -182,7 +182,10 @@ class Regions:
         """
         if (owner, name) not in self._regions:
             raise UnknownNameError(
-                "shared memory region", expected="one that is registered", found=f"{name!r:.80}"
+                "shared memory region",
+                expected="one that is registered",
+                found=f"{name!r:.80}",
+                mend="register it; of several workers only that of the connection knows it",
             )
         return self._regions[owner, name]
 

@@ -196,6 +196,20 @@ def test_more_effort_finds_more(make: Make, kind: str) -> None:
     assert recalls[1] >= 0.99
 
 
+@pytest.mark.parametrize("left", [1200, 60, 12, 6])
+def test_of_few_that_a_filter_leaves_all_are_found(make: Make, left: int) -> None:
+    """Wherever they lie in the index, for any query; also where they are more than are read."""
+    vectors_ND = unit(np.random.default_rng(6).standard_normal((2400, 64)))
+    collection = make(table(range(2400)), vectors_ND).collection
+    queries_QD = unit(np.random.default_rng(7).standard_normal((60, 64)))
+    ids, _ = nearest(queries_QD, vectors_ND[:left], min(10, left))
+    found = collection.search(queries_QD, 10, fingerprint=FINGERPRINT, filter=f"number < {left}")
+    assert ((found.ids >= 0).sum(axis=1) == min(10, left)).all()
+    pairs = zip(found.ids, ids, strict=True)
+    recall = np.mean([len(set(a) & set(b)) / len(b) for a, b in pairs])
+    assert recall >= (0.95 if left > 60 else 0.99)
+
+
 def test_of_many_an_index_finds_as_large_a_share(make: Make) -> None:
     """Whoever asks for a hundred, and says nothing of effort, misses no more than of ten."""
     vectors_ND = unit(np.random.default_rng(2).standard_normal((2000, 64)))

@@ -84,6 +84,11 @@ def test_labels_of_the_source_count(select, built, tmp_path):
         2,
         True,
     )
+    status, _, err = select(
+        built, "--out", tmp_path / "x.csv", "--ignore-labels", "--filter", "label = 'none'"
+    )
+    assert status == 2
+    assert err.endswith(": expected at least 1 that passes the filter, found none\n")
     args = ("--ignore-labels", "--filter", "label = 'red'", "--budget", 5, "--method", "kcentre")
     assert select(built, "--out", tmp_path / "x.csv", *args)[0] == 0
     assert {row["key"].split("/")[0] for row in read(tmp_path / "x.csv")} == {"red"}

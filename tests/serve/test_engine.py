@@ -146,7 +146,7 @@ def test_an_encoder_whose_servers_do_not_answer_is_unavailable(fake, image):
     async def main():
         async with running(fake) as engine:
             fake.failures.append(EncoderUnavailableError("triton://10.0.0.7:8001/m: gone"))
-            with pytest.raises(UnavailableError, match=r"^the servers that compute this model do"):
+            with pytest.raises(UnavailableError, match=r"^model fake: expected servers that compu"):
                 await embed(engine, [image(1)])
             assert first_values(await embed(engine, [image(2)])) == [2.0]
 

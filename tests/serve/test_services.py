@@ -18,6 +18,7 @@ from protos import horace_pb2 as pb
 from protos import horace_pb2_grpc as pb_grpc
 from serve.client import AsyncClient, RetryPolicy
 from serve.errors import RequestError
+from serve.operation.options import MetricsOptions
 
 ONCE = RetryPolicy(attempts=1)
 
@@ -307,6 +308,39 @@ def test_a_cancelled_call_computes_nothing(serving, fake, image, eventually):
                 fake.gate.set()
                 await held
         assert fake.computed == [1]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("frontend", ["grpcio", "native"])
+def test_a_call_whose_time_ends_while_it_is_computed_counts_as_late(
+    serving, fake, image, eventually, frontend
+):
+    """And one that hangs up then as cancelled: operators tell the two apart."""
+
+    async def counted(server, code):
+        text = (await server.operation.metrics()).decode()
+        return f'horace_requests_total{{code="{code}",method="Embed"}} 1' in text
+
+    async def main():
+        async with serving(fake, frontend=frontend, metrics=MetricsOptions(port=0)) as server:
+            channel, stub = stub_of(server)
+            async with channel:
+                fake.gate.clear()
+                request = pb.EmbedRequest(images=[image_to_wire(image(1))])
+                late = stub.Embed(request, timeout=0.3)
+                await eventually(fake.entered.is_set)
+                with pytest.raises(grpc.aio.AioRpcError) as error:
+                    await late
+                assert error.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+                gone = stub.Embed(request, timeout=60)
+                engine = server.catalog.model("").engine
+                await eventually(lambda: engine.statistics().waiting_images == 1)
+                gone.cancel()
+                await eventually(lambda: engine.statistics().waiting_images == 0)
+                fake.gate.set()
+            assert await counted(server, "DEADLINE_EXCEEDED")
+            assert await counted(server, "CANCELLED")
 
     asyncio.run(main())
 

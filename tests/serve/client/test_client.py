@@ -130,6 +130,15 @@ def test_pauses_grow_to_a_limit_and_attempts_end():
     )
 
 
+def test_a_model_whose_servers_are_gone_is_not_a_server_that_is():
+    """The server that says so has answered: nobody is sent to start it."""
+    details = "model cats: expected servers that compute it, found none that answers"
+    drive = Drive(Failure(grpc.StatusCode.UNAVAILABLE, details), attempts=1)
+    with pytest.raises(UnavailableError) as error:
+        drive.run(drive.planner.list_models(600))
+    assert str(error.value) == f"server there:1: found {details}; try again, or elsewhere"
+
+
 def test_no_pause_passes_the_deadline():
     """One that would is not begun, and every attempt gets what is left of the time."""
     drive = Drive(BUSY, attempts=99)
