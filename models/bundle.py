@@ -27,8 +27,14 @@ from pathlib import Path
 from typing import Literal, cast
 
 from models.errors import BundleError, HoraceError, reason_of
-from models.files import atomic_directory, atomic_file, canonical_json, checksum_of, sha256_file
-from models.files import document_bytes as document_bytes
+from models.files import (
+    atomic_directory,
+    atomic_file,
+    canonical_json,
+    checksum_of,
+    document_bytes,
+    sha256_file,
+)
 from models.preprocess import PreprocessSpec
 
 SCHEMA_VERSION = 1

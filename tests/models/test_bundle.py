@@ -6,7 +6,6 @@ import pytest
 from models.bundle import (
     Bundle,
     OutputSpec,
-    document_bytes,
     fingerprint_of,
     read_bundle,
     record_evaluation,
@@ -14,6 +13,7 @@ from models.bundle import (
     write_bundle,
 )
 from models.errors import BundleError
+from models.files import document_bytes
 from models.preprocess import PreprocessSpec
 
 SPEC = PreprocessSpec(height=28, width=28, channels=1, resize=28)
