@@ -1,5 +1,7 @@
 """Looks after the threads that work: `is_stuck` decides, `Watchdog` asks at intervals.
 
+Workers are looked after by their supervisor, by the same `is_stuck`.
+
 Rules:
     A thread counts as stuck once it has been seen at the same piece of work for longer than a
     limit. The time counted is that between looks, each at most twice the interval: a process
@@ -8,7 +10,8 @@ Rules:
     What is watched mends itself (`serve.crew`); whoever is no longer in use is forgotten.
     Nothing that goes wrong while one is looked at keeps the others from being looked at.
 
-It does not watch the event loop: what asks for health hears nothing if that hangs.
+It does not watch the event loop: what asks for health hears nothing if that hangs, and neither
+does the supervisor of several workers (`serve.workers`).
 """
 
 from __future__ import annotations
@@ -41,6 +44,10 @@ class WatchdogOptions:
     """How long opening or closing one model or collection may take before its thread is replaced,
     so that the next can be opened; engines for GPUs are built for minutes."""
 
+    silent_s: float = 60.0
+    """How long the event loop of a worker may not answer before the process is killed and replaced;
+    0: as long as it likes, as while it is looked into with a debugger. For --workers."""
+
     def __post_init__(self) -> None:
         """Check the values.
 
@@ -50,6 +57,7 @@ class WatchdogOptions:
         for name, least, most in (
             ("stuck_s", 0, 86400),
             ("opening_s", 0.01, 86400),
+            ("silent_s", 0, 86400),
         ):
             value = getattr(self, name)
             if not least <= value <= most:
@@ -59,11 +67,11 @@ class WatchdogOptions:
 
 @dataclass(eq=False, slots=True)
 class Pulse:
-    """What a thread shows of itself, and what was seen of it.
+    """What a thread shows of itself, and what was seen of it; of a worker, whether it answers.
 
     Attributes:
         beat: odd while it works; it counts up with every beginning and every end, and by two
-            with every piece between.
+            with every piece between. To answer is a worker's work.
         seen_beat: what that was at the last look.
         seen_s: how long it has been seen at this beat.
     """

@@ -7,7 +7,8 @@ Rules:
     busy, and that the server's loop turns is what /healthz is about.
     /healthz is 200 while the process can go on: its loop turns and calls are read, and decoding,
     searches and opening each have a thread (restart it when it is not); /readyz is 200
-    while it serves (send it nothing when it does not), and 503 while it starts and drains.
+    while it serves and its loop turns (send it nothing when it does not), and 503 while it
+    starts and drains.
     A connection that asks for nothing is closed; a thread that dies is replaced, by the watchdog.
     It stays open until the drain is over, so that the last counts are scraped.
 

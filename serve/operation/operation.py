@@ -117,8 +117,12 @@ class Operation:
 
     async def alive(self) -> bool:
         """Say whether the server's loop turns, and it has the threads that it needs."""
-        return self._loop is not None and self._state.lives() and await turns(self._loop)
+        return self._state.lives() and await self._turns()
 
     async def ready(self) -> bool:
-        """Say whether the server serves."""
-        return self._state.ready()
+        """Say whether the server serves; one whose loop hangs answers nobody."""
+        return self._state.ready() and await self._turns()
+
+    async def _turns(self) -> bool:
+        """Say whether the server's loop turns."""
+        return self._loop is not None and await turns(self._loop)

@@ -12,6 +12,7 @@ class Order(enum.Enum):
     STOP = "stop"
     CUT_OFF = "cut off"
     RELOAD = "reload"
+    ANSWER = "answer"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,4 +39,9 @@ class Failed:
     bad_use: bool
 
 
-Report = Ready | Failed
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A worker's event loop turns: it has come to `Order.ANSWER`."""
+
+
+Report = Ready | Failed | Answer

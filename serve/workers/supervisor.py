@@ -6,6 +6,10 @@ Rules:
     the start with its own error.
     After that a worker that dies is started again, at once or after a while (`restarts`),
     and again where the system cannot start it; meanwhile the others serve.
+    A worker that is ready is asked now and again whether its event loop turns, once all have
+    been ready and until they are to stop. One that does not answer for too long is killed, and
+    followed like one that died. Only time in which the supervisor itself ran counts
+    (`serve.watchdog`): a machine that slept has no silent workers.
     The first order to stop drains every worker, the second cuts them off; one that does not
     end then is killed. The end is good if every worker's was.
     One event at a time: deaths, reports, orders and timers are read from one queue.
@@ -33,7 +37,8 @@ from models.errors import HoraceError, UsageError, reason_of
 from serve.config import ServeOptions
 from serve.errors import StartError
 from serve.running import Orders, cut_off
-from serve.workers.messages import Failed, Order, Ready, Report
+from serve.watchdog import Pulse, is_stuck
+from serve.workers.messages import Answer, Failed, Order, Ready, Report
 from serve.workers.place import WorkerPlace
 from serve.workers.ports import held_port
 from serve.workers.restarts import Restarts
@@ -44,19 +49,30 @@ log = logging.getLogger("horace.serve")
 GRACE_S = 10.0
 """How long a worker may take to end beyond the drain before it is killed."""
 
+ASK_EVERY_S = 1.0
+"""How often workers are asked whether they are there; one question at a time, so that no pipe
+fills up with them."""
+
 OnReady = Callable[[str], None]
 
 
 @dataclass(kw_only=True, eq=False)
 class Worker:
-    """One place among the workers, and the process that has it."""
+    """One place among the workers, and the process that has it.
+
+    Attributes:
+        pulse: whether the process owes an answer, and for how long it has.
+        killed_why: why the supervisor has killed it; empty where it has not.
+    """
 
     place: WorkerPlace
     process: SpawnProcess | None = None
     pipe: Connection | None = None
     started_s: float = 0.0
     is_ready: bool = False
+    pulse: Pulse = field(default_factory=Pulse)
     last_words: Failed | None = None
+    killed_why: str = ""
     restarts: Restarts = field(default_factory=Restarts)
 
     def __str__(self) -> str:
@@ -64,7 +80,7 @@ class Worker:
 
 
 Event = tuple[
-    Literal["report", "died", "restart", "stop", "reload", "overdue"], Worker | None, object
+    Literal["report", "died", "restart", "ask", "stop", "reload", "overdue"], Worker | None, object
 ]
 
 
@@ -96,6 +112,7 @@ class Supervisor:
         self._spawn = multiprocessing.get_context("spawn")
         self._announced = False
         self._stops = 0
+        self._asked_s = 0.0
         self._start_error: HoraceError | None = None
         self._bad_ends: list[str] = []
 
@@ -124,7 +141,7 @@ class Supervisor:
             finally:
                 for listener in listeners:
                     listener.cancel()
-                self._kill_all()
+                self._kill_all("the supervisor ends")
         if self._start_error is not None:
             raise self._start_error
         if self._bad_ends:
@@ -148,18 +165,23 @@ class Supervisor:
             case "restart", Worker():
                 if not self._stops:
                     self._start_again(worker)
+            case "ask", _:
+                self._ask_all()
             case "reload", _:
                 log.info("reloading on %s", what)
                 self._tell_all(Order.RELOAD)
             case "stop", _:
                 self._stop(str(what))
             case "overdue", _:
-                self._kill_all()
+                self._kill_all("it had not ended in time")
 
     def _hear(self, worker: Worker, report: object) -> None:
         """Take a worker's report."""
         if isinstance(report, Failed):
             worker.last_words = report
+            return
+        if isinstance(report, Answer):
+            worker.pulse.beat += 1
             return
         assert isinstance(report, Ready)
         worker.is_ready = True
@@ -168,6 +190,31 @@ class Supervisor:
         elif all(other.is_ready for other in self._workers) and not self._stops:
             self._announced = True
             self._on_ready(report.line)
+            self._ask_later()
+
+    def _ask_later(self) -> None:
+        """Ask all workers whether they are there after a while, if that is wanted."""
+        if self._options.watchdog.silent_s:
+            self._asked_s = self._clock()
+            self._put_later(ASK_EVERY_S, "ask")
+
+    def _ask_all(self) -> None:
+        """Ask those that serve whether they are there, and kill those that have not answered."""
+        elapsed_s = min(self._clock() - self._asked_s, 2 * ASK_EVERY_S)
+        limit_s = self._options.watchdog.silent_s
+        if self._stops:
+            return
+        for worker in self._workers:
+            if not worker.is_ready or worker.killed_why:
+                continue
+            if is_stuck(worker.pulse, elapsed_s=elapsed_s, limit_s=limit_s):
+                why = f"its event loop had not answered for {limit_s:g} s"
+                log.error("%s is killed: %s", worker, why)
+                _kill(worker, why)
+            elif not worker.pulse.works:
+                worker.pulse.beat += 1
+                self._tell(worker, Order.ANSWER)
+        self._ask_later()
 
     def _bury(self, worker: Worker) -> None:
         """See to it that a dead worker is followed by another, or that this ends."""
@@ -175,8 +222,8 @@ class Supervisor:
         assert process is not None
         process.join()
         self._drop_pipe(worker)
-        how, words = _how(process.exitcode), worker.last_words
-        worker.is_ready, worker.last_words = False, None
+        how, words = _how(process.exitcode, worker.killed_why), worker.last_words
+        worker.is_ready, worker.last_words, worker.killed_why = False, None, ""
         if self._stops:
             if process.exitcode:
                 self._bad_ends.append(words.line if words else f"{worker} {how}")
@@ -191,8 +238,7 @@ class Supervisor:
         """Have another process in a worker's place, after a while."""
         delay_s = worker.restarts.delay_s(lived_s)
         log.error("%s %s; another follows in %.1f s", worker, why, delay_s)
-        loop = asyncio.get_running_loop()
-        loop.call_later(delay_s, self._events.put_nowait, ("restart", worker, None))
+        self._put_later(delay_s, "restart", worker)
 
     def _stop(self, why: str) -> None:
         """Drain, or cut off what drains."""
@@ -200,9 +246,17 @@ class Supervisor:
         log.info("stopping %d workers on %s", self._options.workers, why)
         self._tell_all(Order.STOP if self._stops == 1 else Order.CUT_OFF)
         limit_s = GRACE_S + (self._options.drain_s if self._stops == 1 else 0.0)
-        asyncio.get_running_loop().call_later(
-            limit_s, self._events.put_nowait, ("overdue", None, None)
-        )
+        self._put_later(limit_s, "overdue")
+
+    def _put_later(
+        self,
+        delay_s: float,
+        kind: Literal["ask", "restart", "overdue"],
+        worker: Worker | None = None,
+    ) -> None:
+        """Have an event after a while."""
+        event: Event = (kind, worker, None)
+        asyncio.get_running_loop().call_later(delay_s, self._events.put_nowait, event)
 
     # Processes.
 
@@ -225,6 +279,7 @@ class Supervisor:
                 process.start()
             undo.pop_all()
         worker.process, worker.pipe, worker.started_s = process, ours, self._clock()
+        worker.pulse = Pulse()
         loop = asyncio.get_running_loop()
         loop.add_reader(ours.fileno(), self._read, worker)
         loop.add_reader(process.sentinel, self._notice, worker, process.sentinel)
@@ -275,9 +330,13 @@ class Supervisor:
     def _tell_all(self, order: Order) -> None:
         """Give every worker an order."""
         for worker in self._workers:
-            if worker.pipe is not None:
-                with contextlib.suppress(OSError):
-                    worker.pipe.send(order)
+            self._tell(worker, order)
+
+    def _tell(self, worker: Worker, order: Order) -> None:
+        """Give a worker an order, if it is still there."""
+        if worker.pipe is not None:
+            with contextlib.suppress(OSError):
+                worker.pipe.send(order)
 
     def _drop_pipe(self, worker: Worker) -> None:
         """Close our end of a worker's pipe."""
@@ -286,11 +345,10 @@ class Supervisor:
         worker.pipe.close()
         worker.pipe = None
 
-    def _kill_all(self) -> None:
+    def _kill_all(self, why: str) -> None:
         """Kill every process that has not ended."""
         for worker in self._workers:
-            if worker.process is not None and worker.process.is_alive():
-                worker.process.kill()
+            _kill(worker, why)
 
 
 def _with_ports(options: ServeOptions, ports: contextlib.ExitStack) -> ServeOptions:
@@ -314,6 +372,13 @@ def _signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
+def _kill(worker: Worker, why: str) -> None:
+    """Kill a worker's process, if it has not ended; why, its end will tell."""
+    if worker.process is not None and worker.process.is_alive():
+        worker.killed_why = worker.killed_why or why
+        worker.process.kill()
+
+
 def _state(worker: Worker) -> str:
     """Say how a worker is."""
     if worker.process is None:
@@ -321,8 +386,10 @@ def _state(worker: Worker) -> str:
     return f"{worker} {'ready' if worker.is_ready else 'starting'}"
 
 
-def _how(exit_code: int | None) -> str:
-    """Say how a process ended."""
+def _how(exit_code: int | None, killed_why: str) -> str:
+    """Say how a process ended; why, where we have killed it."""
+    if exit_code == -signal.SIGKILL and killed_why:
+        return f"was killed, since {killed_why}"
     if exit_code is not None and exit_code < 0:
         return f"died of {signal.Signals(-exit_code).name}"
     return f"ended with status {exit_code}"

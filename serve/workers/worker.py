@@ -5,6 +5,7 @@ Rules:
     supervisor passes on besides, is not taken for a second one: SIGINT is ignored, and
     SIGTERM drains however often it comes. Only the supervisor's word cuts off.
     A supervisor that is gone (the pipe ends) is an order to drain.
+    It is answered from the event loop, when it asks: whether that turns is what it wants to know.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from serve.config import ServeOptions
 from serve.operation.logs import set_up_logs
 from serve.running import Orders, ready_line, run_server
 from serve.server import Server
-from serve.workers.messages import Failed, Order, Ready, Report
+from serve.workers.messages import Answer, Failed, Order, Ready, Report
 from serve.workers.place import WorkerPlace
 
 log = logging.getLogger("horace.serve")
@@ -90,6 +91,8 @@ def _orders_by_pipe(pipe: Connection) -> Orders:
                 orders.stops.put_nowait("the supervisor's second order")
             case Order.RELOAD:
                 orders.reloads.put_nowait("the supervisor's order")
+            case Order.ANSWER:
+                _report(pipe, Answer())
 
     loop.add_reader(pipe.fileno(), read)
     loop.add_signal_handler(signal.SIGTERM, stop_once, signal.SIGTERM.name)

@@ -141,6 +141,7 @@ def test_without_a_limit_nobody_looks():
     [
         ({"stuck_s": -1}, "--watchdog.stuck-s: expected 0 to 86400, found -1"),
         ({"opening_s": 0}, "--watchdog.opening-s: expected 0.01 to 86400, found 0"),
+        ({"silent_s": -1}, "--watchdog.silent-s: expected 0 to 86400, found -1"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, line):

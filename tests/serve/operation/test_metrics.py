@@ -11,6 +11,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -302,6 +304,22 @@ def test_probes_follow_the_servers_life(serving, fake, image, eventually):
             assert await draining == 0
             with pytest.raises(OSError, match="refused"):
                 await get(server, "/readyz")
+
+    asyncio.run(main())
+
+
+def test_a_server_whose_loop_hangs_is_neither_ready_nor_alive(serving, fake, monkeypatch):
+    """Whoever sends it requests, or minds it, hears so from the port's own thread."""
+    monkeypatch.setattr("serve.operation.operation.turns", partial(turns, within_s=0.05))
+
+    async def main():
+        async with serving(fake, metrics=MetricsOptions(port=0)) as server:
+            with ThreadPoolExecutor(1) as callers:  # the loop stands still while it is waited for
+                address = f"http://{server.operation.address}"
+                assert callers.submit(fetch, f"{address}/readyz").result() == (503, "not ready\n")
+                assert callers.submit(fetch, f"{address}/healthz").result() == (503, "not alive\n")
+            monkeypatch.undo()
+            assert await get(server, "/readyz") == (200, "ready\n")
 
     asyncio.run(main())
 

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from serve.workers.messages import Failed, Order, Ready
+from serve.workers.messages import Answer, Failed, Order, Ready
 
 HELD = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
@@ -31,9 +31,13 @@ def fake_worker(options, place, pipe) -> None:
         mark = memory / "died"
         if not mark.exists():
             mark.write_text("")
-            pipe.recv()  # not before the test says so: all are ready then
+            while pipe.recv() is Order.ANSWER:  # the test says when: all are ready then
+                pass
             pipe.send(Failed(line="a reason", bad_use=False))
             sys.exit(4)
+    if behaviour == "one hangs" and place.index == 1 and not (memory / "hung").exists():
+        (memory / "hung").write_text("")
+        signal.sigwait({signal.SIGUSR2})
     obey(behaviour, pipe, memory / f"reloads-{place.index}")
 
 
@@ -43,6 +47,8 @@ def obey(behaviour: str, pipe, reloads: Path) -> None:
         order = pipe.recv()
         if order is Order.RELOAD:
             reloads.write_text("reloaded")
+        elif order is Order.ANSWER:
+            pipe.send(Answer())
         elif order is Order.STOP and behaviour == "stubborn":
             reloads.with_name("told").write_text("")
         elif order is Order.STOP and behaviour == "deaf":

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import importlib.util
+import itertools
 import logging
 import multiprocessing
 import os
@@ -16,6 +17,7 @@ from models.errors import UsageError
 from serve.config import ServeOptions
 from serve.errors import StartError, UnavailableError
 from serve.running import Orders
+from serve.watchdog import Pulse, WatchdogOptions
 from serve.workers import supervisor as module
 from serve.workers.supervisor import Supervisor
 
@@ -35,7 +37,9 @@ def supervise(monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("FAKE_PLACE", str(tmp_path))
     caplog.set_level(logging.INFO, "horace.serve")
 
-    def run(behaviour: str, script=None, *, early: bool = False) -> tuple[list[str], Supervisor]:
+    def run(
+        behaviour: str, script=None, *, early: bool = False, silent_s: float = 60.0, **more
+    ) -> tuple[list[str], Supervisor]:
         monkeypatch.setenv("FAKE_WORKERS", behaviour)
 
         async def main():
@@ -47,7 +51,9 @@ def supervise(monkeypatch, tmp_path, caplog):
 
             if early:
                 orders.stops.put_nowait("SIGTERM")
-            minding = Supervisor(ServeOptions(port=0, workers=2, drain_s=0), on_ready=on_ready)
+            watchdog = WatchdogOptions(silent_s=silent_s)
+            options = ServeOptions(port=0, workers=2, drain_s=0, watchdog=watchdog)
+            minding = Supervisor(options, on_ready=on_ready, **more)
             running = asyncio.create_task(minding.run(orders))
             if script is not None:
                 await asyncio.wait(
@@ -176,8 +182,64 @@ def test_a_second_order_cuts_off(supervise, tmp_path, eventually):
 def test_what_does_not_end_is_killed(supervise, monkeypatch):
     """Beyond the drain and some grace nobody is waited for."""
     monkeypatch.setattr(module, "GRACE_S", 0.1)
-    with pytest.raises(UnavailableError, match="worker 0 died of SIGKILL; worker 1 died of SIGK"):
+    why = "worker 0 was killed, since it had not ended in time; worker 1 was killed, since it had"
+    with pytest.raises(UnavailableError, match=why):
         supervise("deaf", stop)
+
+
+@pytest.fixture
+def asking(monkeypatch):
+    """Workers are asked a hundred times a second whether they are there."""
+    monkeypatch.setattr(module, "ASK_EVERY_S", 0.01)
+
+
+@pytest.mark.usefixtures("asking")
+def test_a_worker_that_hangs_is_killed_and_followed_by_another(supervise, caplog, eventually):
+    """The log says why it was killed, not only that it died of a signal."""
+
+    async def script(minding, orders):
+        await eventually(lambda: "worker 1 serves again" in caplog.text)
+        await stop(minding, orders)
+
+    supervise("one hangs", script, silent_s=1.0)
+    why = "its event loop had not answered for 1 s"
+    assert f"worker 1 is killed: {why}" in caplog.text
+    assert f"worker 1 was killed, since {why}; another follows in" in caplog.text
+    assert "worker 0 is killed" not in caplog.text
+
+
+def test_the_sleep_of_the_supervisor_is_no_silence_of_workers(supervise, caplog):
+    """A machine that was suspended: nobody could answer, and the next answer comes in time."""
+    hours = itertools.count(step=3600.0)
+
+    async def script(minding, orders):
+        worker = minding._workers[1]
+        worker.pulse = Pulse(beat=1, seen_beat=1)  # was asked before
+        minding._ask_all()
+        assert worker.pulse.seen_s == 2 * module.ASK_EVERY_S
+        await stop(minding, orders)
+
+    supervise("good", script, clock=lambda: next(hours))
+    assert "is killed" not in caplog.text
+
+
+def test_who_starts_or_drains_is_not_killed_for_silence(supervise, caplog, tmp_path, eventually):
+    """Both have limits of their own."""
+
+    async def script(minding, orders):
+        worker = minding._workers[1]
+        worker.pulse = Pulse(beat=1, seen_beat=1, seen_s=3600.0)  # owes an answer since ever
+        worker.is_ready = False
+        minding._ask_all()
+        await stop(minding, orders)
+        await eventually((tmp_path / "told").exists)
+        worker.is_ready = True
+        minding._ask_all()
+        await stop(minding, orders)
+
+    with pytest.raises(UnavailableError, match="drain: 2 cut off"):
+        supervise("stubborn", script)
+    assert "is killed" not in caplog.text
 
 
 def test_an_order_before_they_are_ready_ends_well(supervise):

@@ -9,7 +9,7 @@ import pytest
 
 from serve.config import ServeOptions
 from serve.workers import worker as module
-from serve.workers.messages import Failed, Order, Ready
+from serve.workers.messages import Answer, Failed, Order, Ready
 from serve.workers.place import WorkerPlace
 from serve.workers.worker import run_worker
 
@@ -43,15 +43,18 @@ def working(make_bundle, monkeypatch, caplog):
 
 
 def test_a_worker_reports_reloads_and_drains(working, caplog):
-    """Ready with its line; then it does as it is told."""
+    """Ready with its line; then it answers, and does as it is told."""
 
     def script(pipe, heard):
+        heard.append(pipe.recv())
+        pipe.send(Order.ANSWER)
         heard.append(pipe.recv())
         pipe.send(Order.RELOAD)
         pipe.send(Order.STOP)
         pipe.send(Order.STOP)
 
-    (ready,) = working(script)
+    ready, answer = working(script)
+    assert answer == Answer()
     assert isinstance(ready, Ready)
     assert ready.line.startswith("horace serving on 127.0.0.1:")
     assert ready.line.endswith(" models=m collections=none")

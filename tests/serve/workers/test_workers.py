@@ -109,6 +109,24 @@ def test_a_killed_worker_is_replaced_and_retries_hide_it(start_workers, frontend
     assert server.stop() == 0
 
 
+@pytest.mark.parametrize("frontend", ["native", "grpcio"])
+def test_a_worker_that_is_stopped_is_killed_and_replaced(start_workers, frontend):
+    """It does not die by itself; callers who wait for no longer than they must are answered."""
+    server, log = start_workers("--frontend", frontend, "--watchdog.silent-s", "2")
+    before = workers_of(server.process.pid)
+    os.kill(before[0], signal.SIGSTOP)
+    wait_until(lambda: "worker 0 serves again" in log.read_text())
+    text = log.read_text()
+    assert "worker 0 is killed: its event loop had not answered for 2 s" in text
+    assert "worker 0 was killed, since its event loop had not answered for 2 s; another" in text
+    assert before[0] not in workers_of(server.process.pid)
+    for _ in range(4):
+        with Client(server.address) as client:
+            assert client.embed([IMAGE]).statuses[0].ok
+    assert server.stop() == 0
+    assert "worker 1 was killed" not in log.read_text()
+
+
 def test_a_worker_that_is_told_to_end_drains_and_is_replaced(start_workers):
     """So an operator restarts one after the other; a signal to the parent drains them all."""
     server, log = start_workers()
