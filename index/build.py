@@ -256,8 +256,7 @@ def _check_memory(options: BuildOptions, key: RunKey) -> None:
 
 def _crew(options: BuildOptions) -> Crew:
     """Say how many batches are at work."""
-    is_remote = "://" in options.encoder
-    return choose_crew(cpu_budget(), is_remote=is_remote, requests=options.requests)
+    return choose_crew(cpu_budget(), options.encoder, requests=options.requests)
 
 
 def _filling(options: BuildOptions) -> Filling:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from models.bundle import Precision
 from models.errors import EncoderError
 from models.preprocess import PreprocessSpec
-from models.providers import ON_CPU, Placement
+from models.providers import ON_CPU, Placement, split_placement
 
 
 class Encoder(Protocol):
@@ -85,20 +85,23 @@ def open_encoder(
     Args:
         path_or_uri: a bundle's directory, the file of one of its encoders, such as
             `artifacts/bundles/mine/encoder.int8.onnx`, or `horace://host:port/model` (by TLS:
-            `horaces://`), or `triton://host:port,host2:port/model`.
+            `horaces://`), or `triton://host:port,host2:port/model`. A bundle's may end in
+            `,provider=cuda` and `,device=1`, which say where it computes.
         threads: CPU threads for inference; the CPU budget where None. A remote encoder
             has its own.
         precision: which of a bundle's encoders; the one that the path names where None. Not
             for a remote encoder: its server chooses.
-        placement: where a bundle's encoder computes; of no meaning for a remote one.
+        placement: where a bundle's encoder computes, unless its name says; of no meaning for a
+            remote one.
         with_lanes: give a `LaneEncoder`, whose weights are in memory twice. Not for a remote one.
 
     Raises:
         BundleError: the directory holds no sound bundle, or not in that precision.
         EncoderError: the URI is of no known kind, its server does not answer, or it is given
             a precision; or the bundle's encoder cannot compute where asked to.
+        UsageError: what follows its name is no placement.
     """
-    text = str(path_or_uri)
+    text, said = split_placement(str(path_or_uri))
     scheme, separator, rest = text.partition("://")
     if not separator:
         from models.runtime import open_bundle  # the engine is an extra: import where used
@@ -107,7 +110,7 @@ def open_encoder(
             Path(text),
             threads=threads,
             precision=precision,
-            placement=placement,
+            placement=said or placement,
             with_lanes=with_lanes,
         )
     if precision is not None:
@@ -131,6 +134,13 @@ def open_encoder(
     )
 
 
+def bundle_path(path_or_uri: str) -> Path | None:
+    """Give the path of a bundle, without where it is to run; None for a remote encoder."""
+    where, _ = split_placement(path_or_uri)
+    return None if "://" in where else Path(where)
+
+
 def absolute_uri(path_or_uri: str) -> str:
-    """Name an encoder so that any working directory understands it."""
-    return path_or_uri if "://" in path_or_uri else str(Path(path_or_uri).resolve())
+    """Name an encoder so that any working directory understands it, and any machine runs it."""
+    path = bundle_path(path_or_uri)
+    return path_or_uri if path is None else str(path.resolve())

@@ -9,16 +9,24 @@ Rules:
     GPU and TensorRT's version, so that none is ever loaded into another.
     INT8 encoders have unsigned activations, which are for CPUs; TensorRT takes symmetric
     ranges alone, so the pair is refused.
+    CUDA's libraries may be Python packages, which no loader finds by itself: they are loaded
+    before ONNX Runtime looks for them.
+    cuDNN's heuristic plans a convolution. ONNX Runtime's own choice tries the plans out, for
+    every new size of a batch, and a server's batches have every size.
 
 Source: ONNX Runtime's documentation of its CUDA and TensorRT execution providers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import io
+import logging
 import os
 import re
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -57,6 +65,13 @@ INSTALL_AN_ENGINE = (
 
 ProviderOptions = dict[str, str]
 
+_OPTION = re.compile(r",(?=[a-z_]+=)")
+
+_libraries_lock = threading.Lock()
+_has_loaded_libraries = False
+
+log = logging.getLogger("horace.models")
+
 
 def engine_cache() -> Path:
     """Name the directory of TensorRT's engines; `~` is the user's."""
@@ -79,6 +94,52 @@ class Placement:
 
 
 ON_CPU = Placement()
+
+
+def split_placement(encoder: str) -> tuple[str, Placement | None]:
+    """Tell an encoder from where it is to run, in `DIR,provider=cuda,device=1`.
+
+    Args:
+        encoder: a bundle's path or a URI, with or without options.
+
+    Returns:
+        The path or the URI, and the placement; None where the text says nothing of it.
+
+    Raises:
+        UsageError: an option or its value is not one, or a server is told where to compute.
+    """
+    where, *options = _OPTION.split(encoder)
+    if not options:
+        return where, None
+    values = dict(option.split("=", 1) for option in options)
+    provider, device = values.pop("provider", "cpu"), values.pop("device", "0")
+    is_sound = not values and provider in PROVIDERS and device.isdecimal()
+    if not is_sound or "://" in where:
+        raise UsageError(
+            f"encoder {encoder}",
+            expected=f"provider={'|'.join(PROVIDERS)} and device=N after a bundle's directory",
+            found=", ".join(options),
+            mend="a server's models are placed where it is started" if "://" in where else None,
+        )
+    return where, Placement(provider=provider, device=int(device))  # type: ignore[arg-type]
+
+
+def load_libraries(preload: Callable[[], None]) -> None:
+    """Load the CUDA libraries that are Python packages, once in a process.
+
+    Args:
+        preload: `onnxruntime.preload_dlls`, which prints what it cannot find; standard output
+            is the caller's, so that goes to the log.
+    """
+    global _has_loaded_libraries
+    with _libraries_lock:
+        if _has_loaded_libraries:
+            return
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            preload()
+        _has_loaded_libraries = True
+    for line in said.getvalue().splitlines():
+        log.warning("CUDA: %s", line)
 
 
 def require_provider(what: str, provider: Provider, offered: Sequence[str]) -> None:
@@ -154,7 +215,7 @@ def session_providers(
     if placement.provider == "cpu":
         return [cpu]
     device = {"device_id": str(placement.device)}
-    cuda = (EXECUTION_PROVIDERS["cuda"], device)
+    cuda = (EXECUTION_PROVIDERS["cuda"], device | {"cudnn_conv_algo_search": "HEURISTIC"})
     if placement.provider == "cuda":
         return [cuda, cpu]
     cache = placement.engine_cache / engine_key(

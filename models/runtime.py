@@ -27,6 +27,7 @@ from models.providers import (
     ON_CPU,
     Placement,
     ProviderOptions,
+    load_libraries,
     refuse_precision,
     require_loaded,
     require_provider,
@@ -74,6 +75,8 @@ class OnnxEncoder:
         self.placement = placement
         require_provider(str(bundle.path), placement.provider, ort.get_available_providers())
         providers = session_providers(placement, fingerprint=self.fingerprint)
+        if placement.provider != "cpu":
+            load_libraries(ort.preload_dlls)
         content = _read_checked(bundle, graph)
         self._session = _load_session(graph, content, self.threads, providers)
         require_loaded(str(bundle.path), placement.provider, self._session.get_providers())

@@ -12,6 +12,7 @@ from index.ann.trials import Goal
 from index.building.pipeline import REMOTE_REQUESTS
 from index.milvus.connection import MilvusAddress, read_address
 from models.errors import UsageError
+from models.providers import split_placement
 
 MAX_AT_ONCE = 1024
 """Actors, processes, or requests; more is a slip of the finger."""
@@ -26,7 +27,8 @@ class BuildOptions:
     or fashion-mnist[:train|:test]."""
     encoder: str
     """The encoder: a bundle's directory, or one of a server: horace://host:port/model (by TLS:
-    horaces://), or triton://host:port[,host2:port...]/model."""
+    horaces://), or triton://host:port[,host2:port...]/model. A bundle computes on a GPU where
+    ,provider=cuda follows it, on the second one with ,device=1."""
     out: Path
     """The collection's directory, to be made."""
     name: str | None = None
@@ -77,6 +79,13 @@ class BuildOptions:
             raise UsageError("--out", expected="a directory with a name", found=str(self.out))
         if not 1 <= self.batch_size <= 65536:
             raise UsageError("--batch-size", expected="1 to 65536", found=str(self.batch_size))
+        _, placement = split_placement(self.encoder)
+        if self.engine == "ray" and placement is not None:
+            raise UsageError(
+                "--engine ray",
+                expected="an encoder that its actors run on their CPUs, or one of a server",
+                found=self.encoder,
+            )
         self._check_sync()
         self._check_recall()
         if self.store is not None:

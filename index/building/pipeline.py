@@ -32,6 +32,7 @@ from index.building.part_set import PartSet, RecordBatch
 from index.embed import EmbeddedBatch, embed_records
 from models.encoder import Encoder
 from models.errors import SourceError
+from models.providers import ON_CPU, split_placement
 
 ENCODE_THREADS = 1
 """Of the encoder that `make_parts` is given: open it with `open_encoder(..., threads=1)`."""
@@ -43,6 +44,9 @@ two CPUs then peaks at .9 GiB, where batches of 64 took 1.4 (`benchmarks.build_t
 WINDOW = 2
 """Batches a worker that are begun or done before the oldest is: one that takes longer than its
 neighbours holds nobody up."""
+
+GPU_BATCHES = 2
+"""Batches that are with a GPU at once: one is computed while another is copied."""
 
 REMOTE_REQUESTS = 4
 """Batches on their way to a remote encoder: one is computed, one waits there, two travel."""
@@ -63,17 +67,19 @@ class Crew:
     slice_bytes: int | None = SLICE_BYTES
 
 
-def choose_crew(cpus: int, *, is_remote: bool, requests: int = REMOTE_REQUESTS) -> Crew:
-    """Share CPUs among workers; those who wait for a server need none.
+def choose_crew(cpus: int, encoder: str, *, requests: int = REMOTE_REQUESTS) -> Crew:
+    """Share CPUs among workers; those who wait for a server or for a GPU need none.
 
     Args:
         cpus: that this process may use.
-        is_remote: whether the encoder computes elsewhere.
+        encoder: as `open_encoder` takes it.
         requests: batches on their way to a remote encoder at once.
     """
-    if is_remote:
-        return Crew(workers=cpus + requests, encoding=requests, slice_bytes=None)
-    return Crew(workers=cpus, encoding=cpus)
+    where, placement = split_placement(encoder)
+    if "://" not in where and (placement or ON_CPU).provider == "cpu":
+        return Crew(workers=cpus, encoding=cpus)
+    encoding = requests if "://" in where else GPU_BATCHES
+    return Crew(workers=cpus + encoding, encoding=encoding, slice_bytes=None)
 
 
 def make_parts(

@@ -116,7 +116,7 @@ class PartMaker:
     def _make(self, start: int, keys: Sequence[str]) -> bytes:
         """Make the file of a part."""
         encoder = self._open_encoder()
-        crew = choose_crew(CPUS_AN_ACTOR, is_remote="://" in self._encoder_uri)
+        crew = choose_crew(CPUS_AN_ACTOR, self._encoder_uri)
         batches = (
             RecordBatch(start + number * self._key.batch_size, records)
             for number, records in enumerate(split(self._take(start, keys), self._key.batch_size))

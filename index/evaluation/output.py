@@ -25,6 +25,7 @@ import numpy as np
 from index.errors import EvaluationError
 from index.interface import open_collection
 from models.bundle import record_evaluation
+from models.encoder import bundle_path
 from models.errors import UsageError, reason_of
 from models.files import atomic_file
 
@@ -81,14 +82,15 @@ def record(
     """
     with closing(open_collection(collection)) as opened:
         uri = encoder or opened.encoder
-    if "://" in uri:
+    bundle = bundle_path(uri)
+    if bundle is None:
         raise UsageError(
             "--record", expected="an encoder that is a bundle's directory here", found=uri
         )
     command = f"python {shlex.join(sys.orig_argv[1:])}"
     result = json.loads(json.dumps({"command": command, **document}))  # number keys become text
     try:
-        record_evaluation(Path(uri), kind, result)
+        record_evaluation(bundle, kind, result)
     except OSError as error:
         raise unwritable("--record", f"a bundle at {uri} that can be written", error) from error
 

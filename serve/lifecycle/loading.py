@@ -4,8 +4,8 @@ Rules:
     Nothing is offered to callers before a real image has gone through the whole pipeline:
     what is broken is found here, while what is served goes on.
     What was opened and does not run, or not in time, is closed; so is what nobody waits for.
-    On a GPU the largest batch goes through, too: CUDA plans and TensorRT builds by shape, and
-    the first caller must not wait for that.
+    On a GPU a batch of every size goes through, too: CUDA plans and TensorRT builds by shape,
+    and no caller must wait for that.
     Opening blocks and runs on a thread; the warm-up belongs to the event loop.
 """
 
@@ -158,8 +158,10 @@ class Loader:
         if options.provider != "cpu":
             spec = encoder.preprocessing
             shape = (self._largest_batch, spec.height, spec.width, spec.channels)
+            images_NHWC = np.zeros(shape, np.uint8)
             try:
-                encoder.encode(np.zeros(shape, np.uint8))
+                for size in range(self._largest_batch, 0, -1):
+                    encoder.encode(images_NHWC[:size])
             except BaseException:
                 encoder.close()
                 raise

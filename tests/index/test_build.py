@@ -118,6 +118,16 @@ def test_a_collection_holds_every_image_of_its_source(built, bundle, train_folde
     assert not parts_directory(built).exists()
 
 
+def test_a_collection_does_not_remember_where_its_encoder_ran(tmp_path, bundle, train_folder):
+    """Who searches it may have no GPU, or the encoder's vectors already."""
+    out = tmp_path / "c"
+    options = BuildOptions(
+        images=str(train_folder), encoder=f"{bundle.path},provider=cpu", out=out, processes=2
+    )
+    build(options)
+    assert Collection.open(out).manifest.encoder == str(bundle.path)
+
+
 def test_bad_images_are_rejected_counted_and_logged(tmp_path, capsys, bundle, new_folder):
     """They are never fatal; the log says which and why."""
     folder = new_folder()
@@ -681,6 +691,12 @@ def test_a_full_disk_is_one_line(tmp_path, bundle, many_images, kind):
         ({"--recall": "2"}, 2, "recall: expected above 0 and up to 1, found 2.0"),
         ({"--memory-budget": "1GB"}, 2, "--memory-budget: expected --recall beside it, found none"),
         ({"--recall": ".9", "--index": "hnsw"}, 2, "--index: expected none beside --recall, which"),
+        ({"--encoder": "b,provider=tpu"}, 2, "encoder b,provider=tpu: expected provider=cpu|cuda"),
+        (
+            {"--encoder": "b,provider=cuda", "--engine": "ray"},
+            2,
+            "--engine ray: expected an encoder that its actors run on their CPUs",
+        ),
     ],
 )
 def test_errors_are_one_line(tmp_path, capsys, bundle, train_folder, change, status, message):

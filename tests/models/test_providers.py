@@ -12,10 +12,12 @@ from models.providers import (
     Placement,
     engine_key,
     gpu_name,
+    load_libraries,
     refuse_precision,
     require_loaded,
     require_provider,
     session_providers,
+    split_placement,
     tensorrt_version,
 )
 
@@ -137,6 +139,58 @@ def test_who_has_no_home_needs_none_but_for_engines(monkeypatch):
     assert session_providers(Placement(), fingerprint="a" * 64) == [("CPUExecutionProvider", {})]
     with pytest.raises(EncoderError, match="name another with HORACE_ENGINE_CACHE"):
         session_providers(Placement(provider="tensorrt"), fingerprint="a" * 64)
+
+
+def test_an_encoder_may_say_where_it_runs():
+    """After its path, as the server's models do; commas that are none of it are the path's."""
+    assert split_placement("a,b/bundle") == ("a,b/bundle", None)
+    assert split_placement("b,provider=cuda") == ("b", Placement(provider="cuda"))
+    assert split_placement("b,device=1,provider=tensorrt") == (
+        "b",
+        Placement(provider="tensorrt", device=1),
+    )
+    fleet = "triton://a:1,b:2/model"
+    assert split_placement(fleet) == (fleet, None)
+
+
+@pytest.mark.parametrize(
+    "wrong", ["provider=tpu", "device=first", "device=-1", "provider=cuda,threads=2"]
+)
+def test_a_place_that_is_none_is_one_line(wrong):
+    """What may follow, and what does."""
+    with pytest.raises(UsageError, match=r"expected provider=cpu\|cuda\|tensorrt and device=N"):
+        open_encoder(f"bundle,{wrong}")
+
+
+def test_a_server_places_its_own_models():
+    """It is asked for vectors, and not told how."""
+    with pytest.raises(UsageError, match="a server's models are placed where it is started"):
+        open_encoder("horace://localhost:1/model,provider=cuda")
+
+
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" in ort.get_available_providers(), reason="it is offered here"
+)
+def test_what_a_name_says_is_asked_for(make_bundle):
+    """And is not there."""
+    with pytest.raises(EncoderError, match="on cuda: expected an ONNX Runtime with CUDA"):
+        open_encoder(f"{make_bundle().path},provider=cuda")
+
+
+def test_libraries_are_loaded_once_and_what_they_say_is_logged(capfd, caplog, monkeypatch):
+    """Standard output belongs to whoever runs the command."""
+    monkeypatch.setattr("models.providers._has_loaded_libraries", False)
+    calls = []
+
+    def preload():
+        calls.append(1)
+        print("Failed to load libcudnn.so.9")
+
+    load_libraries(preload)
+    load_libraries(preload)
+    assert len(calls) == 1
+    assert capfd.readouterr().out == ""
+    assert caplog.messages == ["CUDA: Failed to load libcudnn.so.9"]
 
 
 @pytest.mark.gpu

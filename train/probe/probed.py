@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from models.bundle import Json
-from models.encoder import Encoder, open_encoder
+from models.encoder import Encoder, bundle_path, open_encoder
 from models.files import sha256_file
 from models.preprocess import PreprocessSpec, check_batch, preprocess
 from models.runtime import open_random_twin
@@ -134,12 +134,11 @@ def open_probed(
     """
     if is_run(where):
         return _open_run(RunDirectory(path=Path(where)), stages, grid, device)
-    is_remote = "://" in where
+    bundle = bundle_path(where)
     encoder = open_encoder(where, threads=threads)
-    twin = None if is_remote else open_random_twin(Path(where), threads=threads)
-    bundle = None if is_remote else Path(where)
+    twin = None if bundle is None else open_random_twin(bundle, threads=threads)
     description: dict[str, Json] = {
-        "kind": "server" if is_remote else "bundle",
+        "kind": "server" if bundle is None else "bundle",
         "name": encoder.name,
         "fingerprint": encoder.fingerprint,
         "dim": encoder.dim,

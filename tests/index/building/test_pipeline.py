@@ -7,7 +7,14 @@ import pytest
 
 from index.building.part_file import RunKey
 from index.building.part_set import PartSet, Share
-from index.building.pipeline import WINDOW, Crew, choose_crew, embed_batches, make_parts
+from index.building.pipeline import (
+    GPU_BATCHES,
+    WINDOW,
+    Crew,
+    choose_crew,
+    embed_batches,
+    make_parts,
+)
 from index.embed import embed
 from index.errors import CollectionError
 from models.encoder import open_encoder
@@ -279,11 +286,14 @@ def test_a_source_that_goes_on_after_its_last_part_is_refused(tmp_path, encoder)
 
 
 def test_a_crew_has_a_worker_a_cpu_and_one_more_for_each_request():
-    """Who waits for a server needs no CPU."""
-    assert choose_crew(2, is_remote=False) == Crew(workers=2, encoding=2)
-    remote = choose_crew(8, is_remote=True, requests=4)
+    """Who waits for a server or for a GPU needs no CPU, and gives it whole batches."""
+    assert choose_crew(2, "bundle") == Crew(workers=2, encoding=2)
+    assert choose_crew(2, "bundle,provider=cpu") == Crew(workers=2, encoding=2)
+    remote = choose_crew(8, "horace://host:1/model", requests=4)
     assert remote == Crew(workers=12, encoding=4, slice_bytes=None)
-    workers = [choose_crew(n, is_remote=False).workers for n in range(1, 20)]
+    on_gpu = choose_crew(8, "bundle,provider=cuda", requests=4)
+    assert on_gpu == Crew(workers=8 + GPU_BATCHES, encoding=GPU_BATCHES, slice_bytes=None)
+    workers = [choose_crew(n, "bundle").workers for n in range(1, 20)]
     assert all(more > less for less, more in pairwise(workers))
 
 

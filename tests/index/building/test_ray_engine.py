@@ -67,7 +67,7 @@ def test_ray_writes_what_the_local_engine_writes(tmp_path, bundle, new_folder):
         closing(open_encoder(str(bundle.path), threads=1)) as encoder,
     ):
         batches = (b for b in store.missing(source.records()) if store.number(b.start) == 1)
-        for _ in make_parts(batches, encoder, store, crew=choose_crew(1, is_remote=False)):
+        for _ in make_parts(batches, encoder, store, crew=choose_crew(1, "bundle")):
             pass
     ran = subprocess.run(
         [
@@ -92,7 +92,7 @@ def test_an_actor_makes_the_part_that_a_build_makes(tmp_path, maker, bundle, tra
     source = open_source(str(train_folder))
     with closing(open_encoder(str(bundle.path), threads=1)) as encoder:
         own = PartSet(tmp_path, key)
-        crew = choose_crew(2, is_remote=False)
+        crew = choose_crew(2, "bundle")
         for _ in make_parts(own.missing(source.records()), encoder, own, crew=crew):
             pass
     keys = [record.key for record in source.records()]

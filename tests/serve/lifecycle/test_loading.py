@@ -92,10 +92,10 @@ def test_a_remote_model_has_its_own(load):
     assert how == {"threads": 5}
 
 
-def test_a_gpu_sees_its_largest_batch_before_a_caller_does(load, fake):
-    """Engines are built by shape: the extremes are built while nobody waits."""
+def test_a_gpu_sees_every_batch_before_a_caller_does(load, fake):
+    """Convolutions are planned by shape: the last is the image that goes through the pipeline."""
     load("dir,provider=cuda")
-    assert [len(batch) for batch in fake.batches] == [4, 1]
+    assert [len(batch) for batch in fake.batches] == [4, 3, 2, 1, 1]
 
 
 def test_what_fails_in_its_largest_batch_is_closed(load, fake):
