@@ -40,6 +40,7 @@ from typing import Any, cast
 import numpy as np
 
 from benchmarks.damage import Damage, damages
+from benchmarks.indexed import give_index
 from benchmarks.ledger import DIM, FINGERPRINT, read_state, rows_of, vectors_of
 from benchmarks.measuring import command_line
 from index.collection import Collection, id_of
@@ -99,7 +100,7 @@ def make_collection(path: Path, seed: int, factory: str, images: int = 120) -> N
             writer.add(rows_of(put), vectors_of(put), fingerprint=FINGERPRINT)
             writer.seal()
             if index is not None:
-                writer.compact(all=True, index=index)
+                give_index(writer, index)
         writer.delete([id_of(key) for key in (first[3], second[4])])
         put = dict.fromkeys(third[:10], version)
         writer.add(rows_of(put), vectors_of(put), fingerprint=FINGERPRINT)

@@ -45,7 +45,7 @@ class Write:
         kind: which one.
         put: version by key, of add and upsert.
         taken: keys of delete.
-        all: of compact.
+        all: of compact, whether into one segment with an index.
     """
 
     kind: Kind

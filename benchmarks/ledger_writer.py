@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.indexed import give_index
 from benchmarks.ledger import DIM, FINGERPRINT, Kind, Write, rows_of, vectors_of
 from index.collection import Collection, id_of
 from index.storage.manifest import MANIFEST_FILE
@@ -78,7 +79,10 @@ def call(writer: CollectionWriter, write: Write) -> None:
         case "seal":
             writer.seal()
         case "compact":
-            writer.compact(all=write.all, index=INDEX if write.all else None)
+            if write.all and writer.collection.count:
+                give_index(writer, INDEX)
+            else:
+                writer.compact()
 
 
 def write_until(

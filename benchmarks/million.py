@@ -40,6 +40,7 @@ from typing import Literal
 import numpy as np
 
 from benchmarks.filters import SYNTHETIC_DIM, draw_clustered
+from benchmarks.indexed import give_index
 from benchmarks.measuring import command_line
 from benchmarks.nearest.tasks import K, make_task
 from benchmarks.nearest.tuned import FINGERPRINT, make_rows
@@ -149,7 +150,7 @@ def write(path: Path, options: MillionOptions) -> dict[str, Json]:
         for start in progress(starts, what="adding", unit="block"):
             add_block(writer, start, min(BLOCK, options.vectors - start))
         added_s = time.monotonic() - start_s
-        writer.compact(all=True, index="Flat")
+        give_index(writer, "Flat")
     return {"add_s": round(added_s, 2), "compact_s": round(time.monotonic() - start_s - added_s, 2)}
 
 

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.filters import Search, draw_clustered, recall, take_turns, write_synthetic
+from benchmarks.indexed import give_index
 from benchmarks.measuring import command_line
 from index.collection import Collection
 from index.storage.snapshot import join_masks
@@ -75,7 +76,7 @@ def main(options: TombstoneOptions) -> None:
         queries_QD = draw_clustered(options.queries, seed=11)
         for index in ("HNSW32", "Flat"):
             with CollectionWriter.open(path) as writer:
-                writer.compact(all=True, index=index)
+                give_index(writer, index)
             report["cases"] += measure(path, queries_QD, options)
     print(json.dumps(report, indent=2))
     if options.out is not None:

@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from benchmarks.indexed import give_index
 from benchmarks.measuring import spread_of, turns
 from benchmarks.nearest.tasks import K, Task
 from index.collection import Collection
@@ -66,7 +67,7 @@ def write_collection(path: Path, task: Task) -> None:
         for start in range(0, count, BLOCK):
             block_ND = task.vectors_ND[start : start + BLOCK]
             writer.add(make_rows(start, len(block_ND)), block_ND, fingerprint=FINGERPRINT)
-        writer.compact(all=True, index="Flat")
+        give_index(writer, "Flat")
 
 
 def make_rows(start: int, n: int) -> pa.Table:

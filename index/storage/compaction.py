@@ -35,27 +35,22 @@ SMALL_SHARE = 1 / 8
 """Of all living rows, up to which a segment is small."""
 
 
-def choose_segments(
-    entries: Sequence[SegmentEntry], *, all: bool = False, index: str | None = None
-) -> list[str]:
+def choose_segments(entries: Sequence[SegmentEntry], *, all: bool = False) -> list[str]:
     """Name the segments to merge; none where there is nothing to gain.
 
     Args:
         entries: of the collection.
         all: whether to merge every one.
-        index: the factory that somebody asks for, where somebody does.
     """
     small = max(FLAT_MAX_COUNT, SMALL_SHARE * sum(map(_living, entries)))
-    has_index = any(entry.factory == index for entry in entries)
     chosen, gains = [], False
     for entry in entries:
         is_large = _living(entry) > FLAT_MAX_COUNT
         is_dying = entry.dead >= DEAD_SHARE * entry.count
-        is_other = index not in (None, entry.factory) and (is_large or all or not has_index)
-        if all or is_dying or is_other or _living(entry) < small or _is_unchosen(entry):
+        if all or is_dying or _living(entry) < small or _is_unchosen(entry):
             chosen.append(entry.name)
             drops = entry.dead > 0 and (all or is_dying)
-            gains |= drops or is_other or (is_large and _is_unchosen(entry))
+            gains |= drops or (is_large and _is_unchosen(entry))
     return chosen if gains or len(chosen) > 1 else []
 
 

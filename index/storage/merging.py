@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from index.ann.kinds import default_parameters
 from index.storage.compaction import choose_index
 from index.storage.manifest import SegmentEntry, hash_files
 from index.storage.publishing import NewSegment, checked, write_aside, write_parts
@@ -48,22 +47,17 @@ class Whole:
         return self.part.segment
 
 
-def merge(
-    store: Store, merged: Sequence[Part], *, name: str, index: str | None = None
-) -> NewSegment:
+def merge(store: Store, merged: Sequence[Part], *, name: str) -> NewSegment:
     """Write the living rows of segments as one; nothing names it yet.
 
     Args:
         store: the collection.
         merged: those segments.
         name: of the new one.
-        index: its factory; the collection's own where None.
     """
     entries = [part.segment.entry for part in merged]
     others = [entry for entry in store.manifest.segments if entry not in entries]
     factory, parameters = choose_index(sum(part.count for part in merged), entries, others)
-    if index is not None and index != factory:
-        factory, parameters = index, default_parameters(index)
     return write_parts(store, merged, name=name, factory=factory, parameters=parameters)
 
 

@@ -211,7 +211,7 @@ class CollectionWriter:
             self._require_open()
             self._seal()
 
-    def compact(self, *, all: bool = False, index: str | None = None) -> None:
+    def compact(self, *, all: bool = False) -> None:
         """Seal, then merge segments that are small, have many dead rows, or lack an index.
 
         Other threads may write meanwhile; what they write survives. Where an index goes whose
@@ -219,11 +219,8 @@ class CollectionWriter:
 
         Args:
             all: whether to merge every segment into one, without dead rows.
-            index: FAISS factory string, or `Flat`, of what is merged; large segments that have
-                another are merged, too. The collection's own where None.
 
         Raises:
-            UsageError: there is no such index, or too few rows for it.
             CollectionError: the disk refuses; nothing has changed then.
         """
         with self._compaction, _disk(self.path):
@@ -231,12 +228,12 @@ class CollectionWriter:
                 self._require_open()
                 self._seal()
                 parts = self._store.snapshot.parts
-                chosen = choose_segments(self._store.manifest.segments, all=all, index=index)
+                chosen = choose_segments(self._store.manifest.segments, all=all)
                 if not chosen:
                     return
                 name = new_segment_name(self._store)
             merged = [part for part in parts if part.segment.entry.name in chosen]
-            new = merge(self._store, merged, name=name, index=index)
+            new = merge(self._store, merged, name=name)
             with self._lock, self._changing(), removed_unless_named(self._store, new):
                 new = replace(new, alive_N=still_alive(merged, self._store.snapshot))
                 tuning = self._store.manifest.tuning

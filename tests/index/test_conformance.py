@@ -20,6 +20,7 @@ import pytest
 from numpy.typing import NDArray
 from pymilvus import MilvusClient
 
+from benchmarks.indexed import give_index
 from index.combine import Combination
 from index.errors import CollectionError, UnknownIdError
 from index.filters import FilterError
@@ -82,7 +83,7 @@ def make(
         if isinstance(writer, MilvusWriter):
             load_again(writer)
         if isinstance(writer, CollectionWriter) and kind == "hnsw":
-            writer.compact(all=True, index="HNSW32")
+            give_index(writer, "HNSW32")
         if half < len(rows):
             writer.add(rows[half:], vectors_ND[half:], fingerprint=FINGERPRINT)
         return writer

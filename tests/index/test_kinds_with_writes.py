@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 from numpy.typing import NDArray
 
+from benchmarks.indexed import give_index
 from index.collection import Collection, id_of
 from index.knn import COSINE, EUCLIDEAN
 from index.neighbours import Neighbours
@@ -100,7 +101,7 @@ def test_every_kind_finds_what_numpy_does_after_any_writes(
         tmp_path / "c", name="made", fingerprint=FINGERPRINT, dim=DIM, metric=metric, threads=1
     ) as writer:
         model.upsert(writer, [f"{n}" for n in range(N_IMAGES)])
-        writer.compact(all=True, index=factory)
+        give_index(writer, factory)
         for _ in range(N_WRITES):
             model.write(writer)
         model.delete(writer, [f"{n}" for n in range(0, N_IMAGES, 9) if f"{n}" in model.vectors])

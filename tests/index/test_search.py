@@ -6,6 +6,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from benchmarks.indexed import give_index
 from index.build import BuildOptions, build
 from index.collection import Collection, Row, id_of
 from index.found import Found, Hit
@@ -196,7 +197,7 @@ def test_effort_of_one_search(search, tmp_path, make_collection, unit_rows, fact
     make_collection(path, unit_rows(3000, 16))
     if factory != "Flat":
         with CollectionWriter.open(path, threads=1) as writer:
-            writer.compact(all=True, index=factory)
+            give_index(writer, factory)
     before = (path / "manifest.json").read_bytes()
     keys = [f"{n:04}" for n in range(0, 3000, 60)]
 

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from benchmarks.indexed import give_index
 from index.collection import Collection
 from index.errors import EvaluationError
 from index.evaluate import run
@@ -180,7 +181,7 @@ def test_distances_are_the_right_way_round(tmp_path):
         tmp_path / "c", name="far", fingerprint="f" * 64, dim=12, metric="euclidean"
     ) as writer:
         writer.add(rows, vectors, fingerprint="f" * 64)
-        writer.compact(all=True, index="HNSW32")
+        give_index(writer, "HNSW32")
     report = evaluate(RecallOptions(collection=str(tmp_path / "c"), churn=0.2, k=(1, 10)))
     assert (report.metric, report.factory, report.n_queries) == ("euclidean", "HNSW32", 300)
     distances = np.square(vectors[:, None].astype(np.float64) - vectors[None]).sum(axis=2)

@@ -105,23 +105,3 @@ def test_what_was_a_delta_is_not_left_without_an_index():
     million = entry(MILLION, name="m", factory="HNSW32", efSearch=99)
     assert choose_segments([million, large]) == ["d"]
     assert choose_index(60_000, [large], [million]) == ("HNSW32", {"efSearch": 99})
-
-
-def test_an_index_that_is_asked_for():
-    """Every large segment that has another is merged; few rows beside such an index stay."""
-    hnsw, small = entry(MILLION, factory="HNSW32"), entry(100, name="s")
-    flat = entry(50_000, name="f")
-    for index, entries, chosen in [
-        ("HNSW32", [hnsw], ""),
-        ("Flat", [hnsw], "a"),
-        ("IVF64", [hnsw], "a"),
-        ("IVF64", [hnsw, small], "as"),
-        ("HNSW32", [hnsw, small], ""),
-        ("HNSW32", [hnsw, flat], "f"),
-        ("HNSW32", [small], "s"),
-        ("HNSW32", [flat], "f"),
-        ("Flat", [small], ""),
-    ]:
-        assert choose_segments(entries, index=index) == list(chosen)
-    assert choose_segments([hnsw], all=True, index="HNSW32") == []
-    assert choose_segments([small], all=True, index="HNSW32") == ["s"]

@@ -5,6 +5,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from benchmarks.indexed import give_index
 from index.collection import Collection, id_of
 from index.errors import CollectionError, UnknownIdError
 from index.selection import Selector
@@ -265,7 +266,7 @@ def test_rows_are_made_one_segment_beside_the_collection(writer, unit_rows, tmp_
     """Which searches as before until there is an index; what is written meanwhile survives."""
     vectors, file = unit_rows(63, DIM), tmp_path / "index.faiss"
     writer.add(table(*map(str, range(60))), vectors[:60], fingerprint=FINGERPRINT)
-    writer.compact(all=True, index="HNSW16")
+    give_index(writer, "HNSW16")
     writer.add(table("new"), vectors[60:61], fingerprint=FINGERPRINT)
     writer.delete([id_of("7")])
     with writer.whole() as whole:  # and nobody makes an index
@@ -320,7 +321,7 @@ def test_a_report_goes_with_the_segment_that_it_is_of(writer, unit_rows):
 
 
 def test_a_collection_that_grows_gets_an_index(writer, unit_rows, monkeypatch):
-    """By one large write or by several; what somebody made Flat stays so, and what is asked for is.
+    """By one large write or by several; what somebody made Flat stays so.
 
     The bounds are those of a small collection.
     """
@@ -352,9 +353,7 @@ def test_a_collection_that_grows_gets_an_index(writer, unit_rows, monkeypatch):
     assert segments() == [("HNSW32", 180), ("Flat", 120)]
     writer.compact()
     assert segments() == [("HNSW32", 180), ("HNSW32", 120)]
-    writer.compact(index="HNSW16")
-    assert segments() == [("HNSW16", 300)]
-    writer.compact(index="Flat")
+    give_index(writer, "Flat")
     assert segments() == [("Flat", 300)]
     writer.compact(all=True)
     assert segments() == [("Flat", 300)]
@@ -369,7 +368,7 @@ def test_a_few_rows_beside_an_index_of_more_lists_are_compacted(writer, unit_row
     monkeypatch.setattr(compaction, "FLAT_MAX_COUNT", 60)
     vectors, keys = unit_rows(370, DIM), list(map(str, range(370)))
     writer.add(table(*keys[:300]), vectors[:300], fingerprint=FINGERPRINT)
-    writer.compact(index="RR,IVF200,RaBitQ,RFlat")
+    give_index(writer, "RR,IVF200,RaBitQ,RFlat")
     writer.add(table(*keys[300:]), vectors[300:], fingerprint=FINGERPRINT)
     writer.compact()
     assert [(one.factory, one.count) for one in writer.collection.manifest.segments] == [
@@ -434,7 +433,7 @@ def test_raw_vectors_by_their_distance(tmp_path, unit_rows):
         path, name="raw", fingerprint=FINGERPRINT, dim=DIM, metric="euclidean"
     ) as writer:
         writer.add(table(*map(str, range(50))), vectors, fingerprint=FINGERPRINT)
-        steps = [lambda: None, writer.seal, lambda: writer.compact(all=True, index="HNSW32")]
+        steps = [lambda: None, writer.seal, lambda: give_index(writer, "HNSW32")]
         for step in steps:
             step()
             writer.delete([id_of("49")])
