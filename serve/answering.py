@@ -40,6 +40,11 @@ WAY_S, WAY_SHARE = 0.05, 0.1
 side where the machine is busy, and nobody can tell from here for how long."""
 
 
+LATE_SHARE = 0.02
+"""Who goes in so much of its time that is left has run out of time: grpcio writes the time down in
+three digits and rounds up, so that callers give up to a hundredth before it is over here."""
+
+
 def time_to_answer(left_s: float | None) -> float:
     """Give the seconds in which to answer a caller who waits for so many; None is for ever."""
     return math.inf if left_s is None else left_s - min(WAY_S, WAY_SHARE * left_s)
@@ -85,6 +90,11 @@ class Answering:
         """Give the moment, on our clock, by which the caller is to be answered."""
         return self.clock() + time_to_answer(context.time_remaining())
 
+    def late_s(self, context: Context) -> float:
+        """Give the moment, on our clock, from which a caller who goes counts as late."""
+        left_s = context.time_remaining()
+        return math.inf if left_s is None else self.clock() + (1 - LATE_SHARE) * left_s
+
     def new_call(self, method: str, request_id: str, context: Context) -> Call:
         """Start to keep account of a request."""
         return Call(
@@ -99,6 +109,7 @@ class Answering:
         """Await `work`; what it raises becomes the status of the call."""
         metadata: Metadata = ()
         is_new = not isinstance(context, AcceptedEarly)
+        late_s = self.late_s(context)
         with self.calls.counted() if is_new else nullcontext():
             try:
                 if is_new:
@@ -110,8 +121,7 @@ class Answering:
                 if isinstance(error, QueueFullError | DeadlineError):
                     self._refused_s = self.clock()
             except asyncio.CancelledError:
-                if context.time_remaining() == 0:  # else its caller has hung up
-                    call.code = grpc.StatusCode.DEADLINE_EXCEEDED
+                call.code = self._code_of_gone(late_s)
                 raise
             else:
                 call.code = grpc.StatusCode.OK
@@ -127,18 +137,35 @@ class Answering:
         call: Call,
         work: Coroutine[Any, Any, Reply],
         refuse: Callable[[Call, Exception], Reply],
+        *,
+        late_s: float,
     ) -> Reply:
-        """Await `work`; what it raises becomes the reply that `refuse` gives."""
+        """Await `work`; what it raises becomes the reply that `refuse` gives.
+
+        Args:
+            call: the account of the request.
+            work: answers it.
+            refuse: says why it cannot be answered.
+            late_s: of the stream; see there.
+        """
         try:
             reply = await work
         except Exception as error:
             call.code, call.message = to_status(error)
             return refuse(call, error)
+        except asyncio.CancelledError:
+            call.code = self._code_of_gone(late_s)
+            raise
         else:
             call.code = grpc.StatusCode.OK
             return reply
         finally:
             self._observer.answered(call, self.clock() - call.arrived_s)
+
+    def _code_of_gone(self, late_s: float) -> grpc.StatusCode:
+        """Tell a call whose time is up from one whose caller has hung up."""
+        is_late = self.clock() >= late_s
+        return grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED
 
     async def stream(
         self,

@@ -131,14 +131,14 @@ class HoraceServicer(pb_grpc.HoraceServicer):
         self, request_iterator: AsyncIterator[pb.EmbedRequest], context: Context
     ) -> None:
         """Embed requests as they come; see the module's rules."""
-        deadline_s = self._answering.deadline_s(context)
+        deadline_s, late_s = self._answering.deadline_s(context), self._answering.late_s(context)
 
         async def answer(
             request: pb.EmbedRequest, on_admitted: Callable[[], None]
         ) -> pb.EmbedResponse:
             call = self._answering.new_call("EmbedStream", request.request_id, context)
             work = self._embed(request, call, deadline_s, on_admitted)
-            return await self._answering.answer_in_stream(call, work, _refuse)
+            return await self._answering.answer_in_stream(call, work, _refuse, late_s=late_s)
 
         window = self._limits.stream_requests
         await self._answering.stream(request_iterator, context, answer, window=window)

@@ -134,7 +134,7 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
     ) -> None:
         """Embed requests as they come; see the module's rules."""
         answering = self._answering
-        deadline_s = answering.deadline_s(context)
+        deadline_s, late_s = answering.deadline_s(context), answering.late_s(context)
         own = self._own_regions(context)
 
         async def answer(request: Message, on_admitted: Callable[[], None]) -> Message:
@@ -144,7 +144,7 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
             def refuse(call: Call, _: Exception) -> Message:
                 return _refusal(request, call.message)
 
-            return await answering.answer_in_stream(call, work, refuse)
+            return await answering.answer_in_stream(call, work, refuse, late_s=late_s)
 
         window = self._options.stream_requests
         await answering.stream(request_iterator, context, answer, window=window)

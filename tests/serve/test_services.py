@@ -328,7 +328,7 @@ def test_a_call_whose_time_ends_while_it_is_computed_counts_as_late(
             async with channel:
                 fake.gate.clear()
                 request = pb.EmbedRequest(images=[image_to_wire(image(1))])
-                late = stub.Embed(request, timeout=0.3)
+                late = stub.Embed(request, timeout=1.0023)  # grpcio has 1.01 of it on the wire
                 await eventually(fake.entered.is_set)
                 with pytest.raises(grpc.aio.AioRpcError) as error:
                     await late

@@ -4,10 +4,12 @@ import asyncio
 
 import grpc
 import pytest
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from models.wire import image_to_wire, vectors_from_wire
 from protos import horace_pb2 as pb
 from protos import horace_pb2_grpc as pb_grpc
+from serve.operation.options import MetricsOptions
 
 
 def stub_of(server):
@@ -92,6 +94,57 @@ def test_a_stream_reads_no_further_than_its_first_request_in_line(serving, fake,
                 fake.gate.set()
                 assert len([reply async for reply in call]) == 9
         assert fake.computed == list(range(9))
+
+    asyncio.run(main())
+
+
+def embed_stream(channel, image, timeout):
+    """A stream of one request, in Horace's own protocol."""
+    request = pb.EmbedRequest(images=[image_to_wire(image)])
+    return pb_grpc.HoraceStub(channel).EmbedStream(iter([request]), timeout=timeout)
+
+
+def infer_stream(channel, image, timeout):
+    """The same in KServe's."""
+    request = service_pb2.ModelInferRequest(model_name="fake")
+    tensor = request.inputs.add(name="images", datatype="UINT8", shape=[1, *image.shape])
+    tensor.contents.uint_contents.extend(image.ravel().tolist())
+    stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+    return stub.ModelStreamInfer(iter([request]), timeout=timeout)
+
+
+@pytest.mark.parametrize(
+    ("method", "start"), [("EmbedStream", embed_stream), ("ModelStreamInfer", infer_stream)]
+)
+def test_requests_of_a_stream_whose_time_ends_while_they_are_computed_count_as_late(
+    serving, fake, image, eventually, method, start
+):
+    """As a call does; those of one that hangs up then count as cancelled."""
+
+    async def main():
+        async with (
+            serving(fake, metrics=MetricsOptions(port=0)) as server,
+            grpc.aio.insecure_channel(server.address) as channel,
+        ):
+
+            async def counted(code):
+                text = (await server.operation.metrics()).decode()
+                return f'horace_requests_total{{code="{code}",method="{method}"}} 1' in text
+
+            engine = server.catalog.model("").engine
+            fake.gate.clear()
+            late = start(channel, image(1), 1.0023)  # grpcio has 1.01 of it on the wire
+            await eventually(fake.entered.is_set)
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                _ = [reply async for reply in late]
+            assert error.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            gone = start(channel, image(2), 60)
+            await eventually(lambda: engine.statistics().waiting_images == 1)
+            gone.cancel()
+            await eventually(lambda: engine.statistics().waiting_images == 0)
+            await eventually(lambda: not server.calls.active)
+            assert await counted("DEADLINE_EXCEEDED")
+            assert await counted("CANCELLED")
 
     asyncio.run(main())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 import weakref
 from contextlib import asynccontextmanager
@@ -60,7 +61,9 @@ class Service:
             work = self._size_of(request.size)
             del request
             call = Call(method="Echo", arrived_s=0.0, metadata=context.invocation_metadata)
-            return await self._answering.answer_in_stream(call, work, lambda *_: b"refused")
+            return await self._answering.answer_in_stream(
+                call, work, lambda *_: b"refused", late_s=math.inf
+            )
 
         await self._answering.stream(requests, context, answer, window=1)
 
