@@ -2,9 +2,9 @@
 
 Rules:
     Whoever reads files at the start registers a hook that reads them again.
-    A hook that fails changes nothing of its own, and does not keep the others from running;
-    its failure is logged in one line and counted. Whoever reads files by itself, too, counts
-    what it refuses, and that is added.
+    A hook that fails changes nothing of its own, or says what it has changed all the same, and
+    does not keep the others from running; its failure is logged in one line and counted. Whoever
+    reads files by itself, too, counts what it refuses, and that is added.
     One reload at a time; one that is asked for meanwhile follows.
 """
 
@@ -20,6 +20,10 @@ from models.errors import HoraceError
 log = logging.getLogger("horace.serve")
 
 Hook = Callable[[], Awaitable[None]]
+
+
+class PartialReloadError(HoraceError):
+    """Some of what a hook reads is as it was, and some was read again: it says which."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +75,7 @@ class Reloads:
         """Read everything again.
 
         Returns:
-            What could not be read; it is as it was.
+            What could not be read, or not all of it.
         """
         async with self._running:
             failed = [what for what, hook in self._hooks.items() if not await _runs(what, hook)]
@@ -85,6 +89,9 @@ async def _runs(what: str, hook: Hook) -> bool:
     """Run a hook; whether it went well."""
     try:
         await hook()
+    except PartialReloadError as error:
+        log.error("reload of %s refused in part: %s", what, error)
+        return False
     except HoraceError as error:
         log.error("reload of %s refused, what was there stays: %s", what, error)
         return False

@@ -45,6 +45,7 @@ from serve.lifecycle.sources import (
 )
 from serve.lifecycle.versions import plan_versions
 from serve.pool import ThreadPool
+from serve.reloading import PartialReloadError
 
 if TYPE_CHECKING:
     from index.collection import Collection
@@ -55,7 +56,7 @@ OpenCollection = Callable[[str], "Collection"]
 
 
 class ReloadError(ServeError):
-    """Some of what is served could not be read again."""
+    """What is served could not be read again."""
 
 
 class Lifecycle:
@@ -147,22 +148,29 @@ class Lifecycle:
         """Read again what has changed on the disk, and whatever runs elsewhere.
 
         Raises:
-            ReloadError: some of it was refused; each has its line in the log.
+            ReloadError: what has changed was refused; each has its line in the log.
+            PartialReloadError: some of it was, and the rest is served.
         """
         async with self._changing:
             self._reader.tell_again()
             sees_repository = await self._discover()
-            refused = int(not sees_repository)
+            refused = [] if sees_repository else [str(self._repository)]
+            taken = []
             for source in self._sources(sees_repository):
                 signature = await self._reader.see(source)
                 if signature is None:
-                    refused += 1
+                    refused.append(str(source))
                 elif not signature and isinstance(source, ModelSource) and source.in_repository:
                     self._drop(source)
+                    taken.append(str(source))
                 elif not signature or self._reader.is_new(source, signature):
-                    refused += not await self._try(source)
+                    is_taken = await self._try(source)
+                    (taken if is_taken else refused).append(str(source))
+        if refused and taken:
+            new, old = ", ".join(taken), ", ".join(refused)
+            raise PartialReloadError(f"{old} as before, for the reasons above; {new} read again")
         if refused:
-            raise ReloadError("models and collections", expected="all", found=f"{refused} refused")
+            raise ReloadError(f"{', '.join(refused)}, for the reasons above")
 
     async def watch(self, every_s: float) -> None:
         """Look at the disk every `every_s`, until cancelled."""

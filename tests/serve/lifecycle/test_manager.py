@@ -81,6 +81,27 @@ def test_a_bundle_that_changed_is_swapped_and_the_old_one_freed(serving, put_bun
     asyncio.run(main())
 
 
+def test_a_reload_of_which_a_part_was_refused_says_which(serving, put_bundle, tmp_path, caplog):
+    """One of three models is damaged, one is new, and one is as it was: that has no word."""
+    for name in "abc":
+        put_bundle(tmp_path / name, 1)
+    bundles = tuple(f"{name}={tmp_path / name}" for name in "abc")
+
+    async def main():
+        async with serving(bundle=bundles) as server:
+            new = put_bundle(tmp_path / "a", 2)
+            put_bundle(tmp_path / "b", 2, damaged=True)
+            assert await server.reloads.run() == ["models and collections"]
+            assert version(server, "a") == ("2", new.fingerprint)
+
+    asyncio.run(main())
+    last = caplog.messages[-1]
+    assert last == (
+        "reload of models and collections refused in part: model b as before, for the reasons "
+        "above; model a read again"
+    )
+
+
 def test_a_damaged_bundle_is_refused_and_the_old_one_serves(serving, put_bundle, tmp_path, caplog):
     """One line in the log, one in the count; mended, it is taken."""
     one = put_bundle(tmp_path / "m", 1)
@@ -93,6 +114,10 @@ def test_a_damaged_bundle_is_refused_and_the_old_one_serves(serving, put_bundle,
             statistics = server.lifecycle.statistics()["model m"]
             assert (statistics.loads, statistics.refusals) == (1, 1)
             assert "expected SHA-256" in statistics.last_refusal
+            assert caplog.messages[-1] == (
+                "reload of models and collections refused, what was there stays: model m, for the "
+                "reasons above"
+            )
             assert server.health.serving
             two = put_bundle(tmp_path / "m", 2)
             assert await server.reloads.run() == []
