@@ -3,7 +3,7 @@
     put     = bytes of the table (8) | rows (8) | table as an Arrow stream | vectors, float32
     delete  = ids, int64
 
-A put replaces what has the same ids. All numbers are little-endian.
+A put replaces what has the same ids; no record names an id twice. All numbers are little-endian.
 
 Rules:
     Whatever a body claims, it is no larger in memory than its bytes.
@@ -64,7 +64,7 @@ def decode(record: Record, dim: int, file: str) -> Block | Delete:
     """
     try:
         if record.kind == DELETE:
-            return Delete(ids=np.frombuffer(record.body, "<i8"))
+            return Delete(ids=_each_once(np.frombuffer(record.body, "<i8")))
         if record.kind == PUT:
             return _decode_put(record.body, dim)
         found = f"kind {record.kind}"
@@ -130,5 +130,13 @@ def _decode_put(body: bytes, dim: int) -> Block:
     rows.validate(full=True)
     if len(rows) != n_rows or rows["id"].null_count:
         raise ValueError(f"{len(rows)} rows, some without an id")
+    _each_once(rows["id"].to_numpy())
     vectors_ND = np.frombuffer(body, "<f4", n_rows * dim, start).reshape(n_rows, dim)
     return Block(rows=rows, vectors_ND=vectors_ND)
+
+
+def _each_once(ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Refuse an id that is there twice, or rows would be counted twice."""
+    if len(np.unique(ids)) < len(ids):
+        raise ValueError("an id twice")
+    return ids

@@ -53,11 +53,11 @@ class Contents:
         self.delta.add(block)
 
     def kill(self, ids: NDArray[np.int64]) -> int:
-        """Declare rows dead; give how many were alive."""
+        """Declare the rows of ids dead, each of which is there once; give how many were alive."""
         killed = self.delta.kill(ids)
         for number, segment in enumerate(self._segments):
             rows_N = segment.find(ids)
-            rows_N = np.unique(rows_N[rows_N >= 0])
+            rows_N = rows_N[rows_N >= 0]
             alive_N = self._alive[number]
             if alive_N is not None:
                 rows_N = rows_N[alive_N[rows_N]]

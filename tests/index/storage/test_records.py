@@ -64,6 +64,8 @@ def test_what_is_no_record_of_this_collection_is_refused(block):
         (PUT, body_of(rows.slice(0, 1), vectors[:1]) + vectors[:1].tobytes(), "bytes for 1 rows"),
         (PUT, good[:16] + b"\xff" * 100 + good[116:], "expected rows of this collection"),
         (PUT, good[:16] + good[80:], "bytes for 2 rows"),
+        (PUT, body_of(rows.take([1, 1]), vectors), "found an id twice"),
+        (DELETE, np.array([5, 1, 5]).tobytes(), "found an id twice"),
     ]:
         with pytest.raises(CollectionError, match="journal-000001: expected rows of") as error:
             decoded(kind, body)
