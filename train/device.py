@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -50,6 +51,9 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of glibc's malloc.h: how much free memory, and blocks of which size, go back to the kernel."""
 
 KEPT_BYTES = 1 << 30
+
+HIDE_GPU = "free the GPU, or hide it with CUDA_VISIBLE_DEVICES="
+"""What can be done where a command takes a GPU by itself, and the GPU is full."""
 
 SLOTS = 3
 """Batches on a GPU: the one in use, the next, and the one before, whose work may not be done."""
@@ -154,6 +158,30 @@ def keep_freed_memory() -> None:
     if hasattr(c_library, "mallopt"):
         for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
             c_library.mallopt(parameter, KEPT_BYTES)
+
+
+@contextmanager
+def gpu_faults(*, mend: str) -> Iterator[None]:
+    """Say in one line that a GPU has no memory left, or that it cannot be used.
+
+    Raises:
+        TrainError: in place of what torch raises.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        # "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ..."
+        found = ". ".join(str(error).split(". ")[1:3]) or str(error)
+        raise TrainError(
+            "memory of the GPU", expected="room for what is computed", found=found, mend=mend
+        ) from error
+    except torch.AcceleratorError as error:
+        raise TrainError(
+            "the GPU",
+            expected="one that computes, and that nobody else has for himself",
+            found=(str(error).splitlines() or [type(error).__name__])[0],
+            mend=f"nvidia-smi shows how it is and who has it; {mend}",
+        ) from error
 
 
 def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[DeviceBatch]:

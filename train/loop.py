@@ -37,7 +37,7 @@ from train.config import PretrainOptions
 from train.data.batches import BatchSource
 from train.data.rejects import write_rejects
 from train.data.training_data import TrainingData
-from train.device import Compute, on_device, prepare_device
+from train.device import Compute, gpu_faults, on_device, prepare_device
 from train.log import ProgressDisplay, RunLog, read_log
 from train.plot import plot_curves
 from train.ranks import Ranks, find_ranks, joined, together
@@ -45,6 +45,9 @@ from train.run import RunConfig, RunDirectory
 from train.stop import StopRequest, end_process
 from train.trainer import Trainer
 from train.watch import Watch
+
+NEEDS_LESS = "free the GPU, or begin another run with a lower --batch-size or --image-size-px"
+"""What can be done where the memory of a GPU is too small for a run."""
 
 log = logging.getLogger("horace")
 
@@ -57,14 +60,14 @@ def pretrain(options: PretrainOptions) -> None:
 
     Raises:
         HoraceError: the directory is taken, differs or cannot be written, the source cannot
-            be used, the loss became infinite, or a rank has ended.
+            be used, the loss became infinite, the GPU is full, or a rank has ended.
     """
     if options.show_views is not None:
         return show_views(options)
     ranks, run = find_ranks(), RunDirectory(path=options.run_path)
     if not ranks.is_lead:
         log.setLevel(logging.ERROR)
-    with joined(ranks), ExitStack() as held:
+    with joined(ranks), gpu_faults(mend=NEEDS_LESS), ExitStack() as held:
         options = replace(options, resume=bool(ranks.largest(goes_on(options, run, ranks))))
         if ranks.is_lead:
             held.enter_context(run.held(resume=options.resume))

@@ -89,5 +89,8 @@ class Recorded:
                 "the step cannot be recorded as a CUDA graph and is slower for it: %s",
                 str(error.__context__ or error).splitlines()[0],
             )
+            # torch takes the generator to be recording still, and would draw no more of it.
+            generator = torch.cuda.default_generators[self._stream.device_index]
+            generator.graphsafe_set_state(generator.clone_state())
             return
         self._graph, self._given, self._found = graph, places, found

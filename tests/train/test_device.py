@@ -11,7 +11,14 @@ import pytest
 import torch
 
 from train.data.batches import Batch, MemorySource, Plan
-from train.device import Compute, Precision, has_native_bf16, on_device, resolve_compute
+from train.device import (
+    Compute,
+    Precision,
+    gpu_faults,
+    has_native_bf16,
+    on_device,
+    resolve_compute,
+)
 from train.errors import TrainError
 
 CPU = torch.device("cpu")
@@ -56,6 +63,34 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(TrainError, match=r"at least 2, found 1; start at most one rank a GPU$"):
         resolve_compute("cuda", "auto", local_rank=1)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of "
+                "79.11 GiB of which 1.50 GiB is free. Of the allocated memory 77 GiB is ..."
+            ),
+            "memory of the GPU: expected room for what is computed, found Tried to allocate "
+            "2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.50 GiB is free; wait",
+        ),
+        (
+            torch.AcceleratorError("CUDA error: all devices are busy\nCUDA kernel errors might"),
+            "the GPU: expected one that computes, and that nobody else has for himself, found "
+            "CUDA error: all devices are busy; nvidia-smi shows how it is and who has it; wait",
+        ),
+    ],
+    ids=["full", "busy"],
+)
+def test_a_gpu_that_fails_is_said_in_one_line(error: RuntimeError, line: str) -> None:
+    """Of torch's paragraphs what matters is kept; other errors pass as they are."""
+    with pytest.raises(TrainError) as found, gpu_faults(mend="wait"):
+        raise error
+    assert str(found.value) == line
+    with pytest.raises(RuntimeError, match=r"^a bug$"), gpu_faults(mend="wait"):
+        raise RuntimeError("a bug")
 
 
 @pytest.mark.parametrize(

@@ -218,6 +218,24 @@ def test_an_infinite_loss_ends_the_run(tmp_path: Path, run_options: RunOptions) 
         assert all(torch.isfinite(x).all() for x in weights)
 
 
+def test_a_full_gpu_ends_the_run_in_one_line(
+    tmp_path: Path, run_options: RunOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch raises in a step becomes what there is to do."""
+
+    def step(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 ...")
+
+    monkeypatch.setattr("train.trainer.Trainer.step", step)
+    with pytest.raises(TrainError) as error:
+        pretrain(run_options(tmp_path / "run"))
+    assert str(error.value) == (
+        "memory of the GPU: expected room for what is computed, found Tried to allocate 2.00 GiB. "
+        "GPU 0 ...; free the GPU, or begin another run with a lower --batch-size or "
+        "--image-size-px"
+    )
+
+
 def test_the_mean_of_no_steps_is_empty() -> None:
     """A checkpoint right after a record has nothing to check."""
     assert mean_of_window([], 3) == {}

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from models.command import run_command
@@ -300,6 +301,21 @@ def test_a_run_at_work_is_left_alone(copy_run: Copy) -> None:
     assert "training goes on" in page.read
     assert "Left out, as asked by --images 0." in page.read
     assert not read_facts(RunDirectory(path=run)).is_held
+
+
+def test_a_full_gpu_leaves_out_what_the_network_shows(
+    copy_run: Copy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page says why; curves and views are there."""
+
+    def find_out(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 ...")
+
+    monkeypatch.setattr("train.report.model.find_out", find_out)
+    run = copy_run()
+    main(ReportOptions(run=run, images=16))
+    page = Page(run / "report.html")
+    assert "There is no network to look with: memory of the GPU: expected room" in page.read
 
 
 def test_a_report_prepares_the_device(copy_run: Copy, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,20 +36,21 @@ def main(options: ExportOptions) -> None:
     run = RunDirectory(path=options.run)
     run.read_config()
     with training_packages():
-        from train.device import prepare_device, resolve_compute
+        from train.device import HIDE_GPU, gpu_faults, prepare_device, resolve_compute
         from train.export.bundle import export_run
 
-        prepare_device(resolve_compute("auto", "fp32"), threads=cpu_budget())
-        bundle = export_run(
-            run,
-            options.bundle_path,
-            name=name,
-            source=options.source,
-            readout=options.readout,
-            precisions=options.precisions,
-            with_random_twin=options.random_twin,
-            replace=options.replace,
-        )
+        with gpu_faults(mend=HIDE_GPU):
+            prepare_device(resolve_compute("auto", "fp32"), threads=cpu_budget())
+            bundle = export_run(
+                run,
+                options.bundle_path,
+                name=name,
+                source=options.source,
+                readout=options.readout,
+                precisions=options.precisions,
+                with_random_twin=options.random_twin,
+                replace=options.replace,
+            )
     summary = summarise(bundle) | deploy(bundle, options)
     print(json.dumps(summary, indent=2) if options.json else _summary_text(summary))
 

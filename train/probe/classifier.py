@@ -155,6 +155,7 @@ def train_classifier(
         learn(augment(batch_NHWC, views, generator), wanted)
         scaler.step(optimizer)
         scaler.update()
+    optimizer.zero_grad(set_to_none=True)  # else they hold the memory of what was recorded
     classifier.eval()
 
 

@@ -335,7 +335,7 @@ def _from_scratch(config: RunConfig, options: FewLabelsOptions, n_classes: int) 
 
     def make(seed: int) -> Classifier:
         pretrain = options_from_json(config.options)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):  # the network starts on the CPU
             torch.manual_seed(seed)
             backbone = build_backbone(pretrain.network, pretrain.channels, pretrain.image_size_px)
         readout = PooledReadout(backbone.stage_dims, stages=options.stages, grid=options.grid)

@@ -36,25 +36,26 @@ def opened_on_device(
     Raises:
         BundleError, EncoderError: no sound bundle, or no answer.
         RunError: the run has no checkpoint, or is damaged.
-        TrainError: a package or the device is not there.
+        TrainError: a package or the device is not there, or the GPU is full.
         UsageError: the run's network has no such stage.
     """
     with training_packages():
-        from train.device import prepare_device, resolve_compute
+        from train.device import gpu_faults, prepare_device, resolve_compute
         from train.probe.probed import open_probed
-
-        threads = options.threads or cpu_budget()
-        compute = resolve_compute(options.device, precision)
-        prepare_device(compute, threads=threads)
-        probed = open_probed(
-            where,
-            stages=options.stages,
-            grid=options.grid,
-            device=compute.device,
-            threads=threads,
-        )
-    with closing(probed):
-        yield probed, compute
+    threads = options.threads or cpu_budget()
+    with gpu_faults(mend="free the GPU, or compute with --device cpu"):
+        with training_packages():
+            compute = resolve_compute(options.device, precision)
+            prepare_device(compute, threads=threads)
+            probed = open_probed(
+                where,
+                stages=options.stages,
+                grid=options.grid,
+                device=compute.device,
+                threads=threads,
+            )
+        with closing(probed):
+            yield probed, compute
 
 
 def refuse_readout(where: str, options: CommonOptions) -> None:

@@ -98,10 +98,11 @@ class Pictures:
 def main(options: ReportOptions) -> None:
     """Read the run, look at its network, and write the page."""
     with training_packages():
-        from train.device import prepare_device, resolve_compute
+        from train.device import HIDE_GPU, gpu_faults, prepare_device, resolve_compute
         from train.report.facts import read_facts
 
-        prepare_device(resolve_compute("auto", "fp32"), threads=cpu_budget())
+        with gpu_faults(mend=HIDE_GPU):
+            prepare_device(resolve_compute("auto", "fp32"), threads=cpu_budget())
         run = RunDirectory(path=options.run)
         facts = read_facts(run)
         with writing(options.page_path, mend="make room or choose another --out"):
@@ -119,6 +120,7 @@ def main(options: ReportOptions) -> None:
 
 def make_pictures(run: RunDirectory, facts: RunFacts, options: ReportOptions) -> Pictures:
     """Read some of the images, make views of them, and embed them with the last checkpoint."""
+    from train.device import HIDE_GPU, gpu_faults
     from train.report.model import are_others, draw_sample, find_out
 
     limit = cast(int | None, facts.config.options["limit_images"])
@@ -137,7 +139,8 @@ def make_pictures(run: RunDirectory, facts: RunFacts, options: ReportOptions) ->
     for text in pictures.warnings:
         log.warning("%s", text)
     try:
-        return replace(pictures, findings=find_out(run, facts, sample, source))
+        with gpu_faults(mend=HIDE_GPU):
+            return replace(pictures, findings=find_out(run, facts, sample, source))
     except HoraceError as error:
         why_not = f"There is no network to look with: {error}."
         log.warning("%s", why_not)
