@@ -8,7 +8,8 @@ Rules:
     `Batcher` decides; the threads here do what it says and hold its lock while they ask.
     Whatever the encoder does with a batch ends as an error of that batch's requests. A thread
     that dies or hangs in it is replaced (`serve.crew`), and what it gives later is for nobody.
-    One that dies in our own policy fails every request held, and the engine says so by
+    An encoder whose servers do not answer is not `reachable` until a batch of it has passed.
+    A thread that dies in our own policy fails every request held, and the engine says so by
     `alive`: nothing is left waiting.
     Results go back to the event loop a batch at a time: `serve.replies`.
 
@@ -72,6 +73,7 @@ class Engine:
         limits: ImageLimits = DEFAULT_LIMITS,
         clock: Callable[[], float] = time.monotonic,
         on_trouble: Callable[[], None] = lambda: None,
+        on_unreachable: Callable[[], None] = lambda: None,
         observer: ModelObserver = NO_MODEL_OBSERVER,
     ) -> None:
         """Start the inference threads.
@@ -88,6 +90,7 @@ class Engine:
             clock: monotonic seconds.
             on_trouble: called on some thread once one has died or hangs, and is replaced; and
                 whenever a server that computes has another encoder than it had.
+            on_unreachable: called on some thread once it is `reachable` no more.
             observer: hears of every request and of every batch.
         """
         self.encoder = encoder
@@ -112,6 +115,9 @@ class Engine:
         self._observer = observer
         self._crashed = False
         self._on_trouble = on_trouble
+        self._on_unreachable = on_unreachable
+        self.reachable = True
+        """Whether the servers that compute it answered the last batch, where others do."""
         self._told_mismatch = ""
         self._idle_workers = 0
         self._crew = Crew(
@@ -129,6 +135,11 @@ class Engine:
     def alive(self) -> bool:
         """Whether requests are being served."""
         return self.state == "alive"
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request can be expected to be computed."""
+        return self.alive and self.reachable
 
     @property
     def state(self) -> str:
@@ -388,6 +399,7 @@ class Engine:
             self._observer.computed(batch.images, self._clock() - started_s, failed=True)
             self._replies.deliver(self._finish(member, batch, failed=True), answer)
             return
+        self.reachable = True
         inference_s = self._clock() - started_s
         self._observer.computed(batch.images, inference_s)
         at = 0
@@ -402,7 +414,7 @@ class Engine:
     def _explain(self, error: Exception, batch: Batch[Job]) -> ServeError:
         """Log why a batch failed; give what its callers are told."""
         if isinstance(error, EncoderUnavailableError):
-            log.warning("a batch of %d images failed: %s", batch.images, error)
+            self._note_unreachable(error, batch)
             return UnavailableError(
                 f"model {self.encoder.name}",
                 expected="servers that compute it",
@@ -412,6 +424,13 @@ class Engine:
             return self._explain_mismatch(error)
         log.error("%r failed on a batch of %d images", self.encoder, batch.images, exc_info=error)
         return InternalError("the encoder failed on these images")
+
+    def _note_unreachable(self, error: EncoderUnavailableError, batch: Batch[Job]) -> None:
+        """Tell once, until a batch passes again, that no server answers."""
+        if self.reachable:
+            self.reachable = False
+            log.warning("a batch of %d images failed: %s", batch.images, error)
+            self._on_unreachable()
 
     def _explain_mismatch(self, error: FingerprintMismatchError) -> ServeError:
         """Tell that another encoder computes now, for as long as this model is not loaded again."""

@@ -5,6 +5,9 @@ Rules:
     model that is remote and has become another encoder. From then on the server is not ready,
     until a probe has passed that began after the last trouble.
     A probe that fails or takes too long is tried again at intervals, as long as it takes.
+    A model that is remote and does not answer is trouble of its own, of which the server stays
+    ready for the others: it has a `Recovery` beside, or callers who see that the model is not
+    ready would keep it so.
     The trouble is logged where it was found; here the log has one line when it is over.
 """
 
@@ -29,6 +32,7 @@ class Recovery:
         *,
         on_change: Callable[[], None],
         every_s: float = 1.0,
+        what: str = "",
     ) -> None:
         """Have no trouble yet.
 
@@ -36,10 +40,12 @@ class Recovery:
             probe: sends something through the whole pipeline, or raises.
             on_change: told when `in_trouble` has changed.
             every_s: how long to wait after a probe that failed.
+            what: begins the lines of the log.
         """
         self._probe = probe
         self._on_change = on_change
         self._every_s = every_s
+        self._what = what
         self._troubles = self._overcome = 0
         self._probing: asyncio.Task[None] | None = None
 
@@ -73,9 +79,9 @@ class Recovery:
                 await asyncio.wait_for(self._probe(), PROBE_S)
             except Exception as error:
                 if failed != (failed := f"{type(error).__name__}: {error}"):
-                    log.warning("not ready yet: %s", failed)
+                    log.warning("%snot ready yet: %s", self._what, failed)
                 await asyncio.sleep(self._every_s)
             else:
                 self._overcome = seen
-        log.info("ready again: an image went through every model")
+        log.info("%sready again: an image went through every model", self._what)
         self._on_change()

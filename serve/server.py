@@ -36,7 +36,7 @@ from protos import horace_pb2_grpc as pb_grpc
 from serve import health, services
 from serve.answering import Answering
 from serve.calls import Calls
-from serve.catalog import Catalog
+from serve.catalog import Catalog, ServedModel
 from serve.config import MIB, ServeOptions
 from serve.engine import Engine
 from serve.front import Front, make_front
@@ -72,6 +72,10 @@ LAST_CALLS_S = 0.1
 
 LAST_REPLIES_S = 2.0
 """How long the last replies, and what else is open, may take to leave."""
+
+
+REACH_EVERY_S = 5.0
+"""How long a remote model that did not answer is left alone before it is asked again."""
 
 
 class Server:
@@ -114,6 +118,9 @@ class Server:
         self.security.register(self.reloads)
         self._loop: asyncio.AbstractEventLoop | None = None
         self.recovery = Recovery(self._probe, on_change=self._tell_health)
+        self._reaching = Recovery(
+            self._reach, on_change=lambda: None, every_s=REACH_EVERY_S, what="remote models: "
+        )
         self._watchdog = Watchdog(options.watchdog)
         self._closing.callback(self._watchdog.close)
         self._decode_pool = self._make_pool("decode")
@@ -388,14 +395,44 @@ class Server:
         """
         for model in self.catalog.offered:
             if not model.hold.closed:
-                with model.lease():
-                    await warm_up(model.engine, model.name)
+                await self._ask(model)
         await self._search_pool.run(lambda: None)
+
+    def _on_unreachable(self, encoder: Encoder) -> None:
+        """Hear, on any thread, that no server answers that computes for an encoder."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._note_unreachable, encoder)
+
+    def _note_unreachable(self, encoder: Encoder) -> None:
+        """Ask such a model for an image from time to time, unless it is about to be refused."""
+        if any(encoder is model.encoder for model in self.catalog.running):
+            self._reaching.note_trouble()
+
+    async def _reach(self) -> None:
+        """Send an image through every model whose servers did not answer the last.
+
+        Raises:
+            ServeError: it is not computed, still.
+        """
+        probes = []
+        for model in self.catalog.running:
+            if not model.engine.reachable and not model.hold.closed:
+                probes.append(self._ask(model))
+        for outcome in await asyncio.gather(*probes, return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                raise outcome
+
+    async def _ask(self, model: ServedModel) -> None:
+        """Send an image through a model; see `warm_up`."""
+        with model.lease():
+            await warm_up(model.engine, model.name)
 
     def _end_changes(self) -> None:
         """Replace nothing any more."""
         self._ready = False
         self.recovery.close()
+        self._reaching.close()
         if self._watching is not None:
             self._watching.cancel()
 
@@ -446,6 +483,7 @@ class Server:
             instances=model.instances or options.instances or 1,
             limits=options.image_limits,
             on_trouble=partial(self._on_trouble, encoder),
+            on_unreachable=partial(self._on_unreachable, encoder),
             observer=self.operation.models.watch_model(name, version),
         )
         self._engines[engine] = name, version

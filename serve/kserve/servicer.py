@@ -204,12 +204,12 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
         return kserve.ServerReadyResponse(ready=self._health.serving)
 
     async def ModelReady(self, request: Message, context: Context) -> Message:
-        """Say whether a model serves; one that is not there does not."""
+        """Say whether a model serves; not one that is not there, or that no server computes now."""
         try:
             model = self._catalog.model(request.name, request.version)
         except UnknownNameError:
             return kserve.ModelReadyResponse(ready=False)
-        return kserve.ModelReadyResponse(ready=self._health.serving and model.engine.alive)
+        return kserve.ModelReadyResponse(ready=self._health.serving and model.engine.ready)
 
     async def ServerMetadata(self, request: Message, context: Context) -> Message:
         """Say what the server is and which extensions it has."""

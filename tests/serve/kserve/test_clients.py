@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import queue
+import threading
 import uuid
 from functools import partial
 
@@ -17,6 +19,7 @@ from tritonclient.grpc import InferInput, InferRequestedOutput, service_pb2, ser
 from tritonclient.utils import InferenceServerException, shared_memory
 
 from models.encoder import open_encoder
+from models.errors import EncoderUnavailableError
 from serve.kserve.options import KserveOptions
 from serve.operation.options import MetricsOptions
 from serve.security.options import KeyOptions
@@ -90,6 +93,47 @@ def test_health_and_descriptions(serving, fake):
                 await question("other")
 
     ask(serving, fake, work, max_images_per_request=100)
+
+
+def test_a_model_whose_servers_do_not_answer_is_not_ready_until_they_do(
+    serving, fake, monkeypatch, eventually, caplog
+):
+    """The server is, and its other model; that it answers again is found out without callers."""
+    caplog.set_level(logging.INFO, "horace.serve")
+    monkeypatch.setattr("serve.server.REACH_EVERY_S", 0.01)
+    away = threading.Event()
+    remote = type(fake)(name="remote")
+    encode = remote.encode
+
+    def encode_there(images_NHWC):
+        if away.is_set():
+            raise EncoderUnavailableError("gpu1:8001 does not answer")
+        return encode(images_NHWC)
+
+    remote.encode = encode_there
+
+    async def scenario():
+        async with (
+            serving(fake, remote) as server,
+            tritonclient.grpc.aio.InferenceServerClient(server.address) as client,
+        ):
+            assert await client.is_model_ready("remote")
+            away.set()
+            with pytest.raises(InferenceServerException, match="found none that answers") as error:
+                await client.infer("remote", [pixels(1)])
+            assert error.value.status() == "StatusCode.UNAVAILABLE"
+            assert not await client.is_model_ready("remote")
+            assert await client.is_model_ready("fake")
+            assert await client.is_server_ready()
+            again = "remote models: ready again"
+            await eventually(lambda: "remote models: not ready yet" in caplog.text)
+            assert not await client.is_model_ready("remote")
+            away.clear()
+            await eventually(lambda: again in caplog.text)
+            assert await client.is_model_ready("remote")
+
+    asyncio.run(scenario())
+    assert caplog.text.count("gpu1:8001 does not answer") == 1
 
 
 def test_readiness_ends_with_the_drain_and_before_it_calls_are_answered(serving, fake):
