@@ -19,6 +19,7 @@ Shapes: N images, H x W pixels, C channels.
 from __future__ import annotations
 
 import ctypes
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -143,8 +144,11 @@ def prepare_device(compute: Compute, *, threads: int) -> None:
         torch.cuda.set_device(compute.device)
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.benchmark = False
-        torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cuda.matmul.allow_tf32 = False
+        with warnings.catch_warnings():
+            # Of torch 2.9: it would have its new settings, after which it refuses to read these.
+            warnings.filterwarnings("ignore", "Please use the new API settings")
+            torch.backends.cudnn.allow_tf32 = False
+            torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def keep_freed_memory() -> None:

@@ -133,6 +133,21 @@ def test_a_rank_without_a_gpu_of_its_own_is_refused() -> None:
         resolve_compute("auto", "auto", local_rank=count)
 
 
+def test_fp32_on_a_gpu_is_no_tf32() -> None:
+    """Neither in convolutions, where torch has it unasked, nor in products."""
+    prepare_device(Compute(device=GPU, precision="fp32"), threads=1)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(8, 64, 16, 16, generator=generator)
+    weights = torch.randn(64, 64, 3, 3, generator=generator)
+    for compute in (
+        lambda x, w: nn.functional.conv2d(x, w, padding=1),
+        lambda x, w: nn.functional.linear(x.flatten(2), w.flatten(1)[:, :256]),
+    ):
+        exact = compute(images.double(), weights.double())
+        found = compute(images.to(GPU), weights.to(GPU)).cpu()
+        assert (found - exact).norm() <= 1e-5 * exact.norm()
+
+
 def test_large_views_of_a_gpu_are_those_of_a_cpu() -> None:
     """Three channels at 224 pixels, by every operation."""
     images = torch.rand(8, 3, 224, 224, generator=torch.Generator().manual_seed(0))

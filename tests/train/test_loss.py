@@ -550,7 +550,6 @@ def test_without_gradients_nothing_is_made_for_them() -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_on_a_gpu_it_is_the_same(form: Form, objective: Objective) -> None:
     """Value and gradient on CUDA are within 1e-5 of float64, under bfloat16 autocast, too."""
-    torch.backends.cuda.matmul.allow_tf32 = False
     z1, z2 = correlated_views(64, 256, 21, torch.float64)
 
     def loss(a: Tensor, b: Tensor) -> Tensor:

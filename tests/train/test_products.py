@@ -96,6 +96,7 @@ def test_a_setting_of_all_backends_is_followed_as_before() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Please use the new API settings")  # of torch 2.9
 def test_a_product_on_a_gpu_is_not_in_tf32() -> None:
     """TF32, which the caller may allow, has 10 bits of a significand."""
     x = torch.randn(256, 1024, generator=torch.Generator().manual_seed(0))
