@@ -243,8 +243,7 @@ def living_blocks(parts: Sequence[Part], schema: pa.Schema) -> Iterator[Block]:
             if part.alive_N is not None:
                 alive_N = part.alive_N[start : start + BLOCK_ROWS]
                 rows, vectors_ND = rows.filter(pa.array(alive_N)), vectors_ND[alive_N]
-            if len(rows):
-                yield Block(rows=rows, vectors_ND=vectors_ND)
+            yield Block(rows=rows, vectors_ND=vectors_ND)
 
 
 def new_segment_name(store: Store) -> str:

@@ -117,8 +117,6 @@ class Store:
         if self.is_written_here:
             return self.snapshot
         with self._lock:
-            if self.is_written_here:
-                return self.snapshot
             if not self.is_current() or not self._is_longer():
                 self.load()
             else:
@@ -157,14 +155,12 @@ class Store:
             try:
                 contents, journal = self._open(file.manifest)
             except (CollectionError, OSError) as error:
-                if file.is_current() and file.is_here():
-                    if isinstance(error, CollectionError):
-                        raise
-                    raise unreadable(self.path, error) from error
-                contents = None
-            if not file.is_here():
-                self._segments.clear()  # some may be of the one directory, some of the other
-            elif contents is not None:
+                if not file.is_current():
+                    continue
+                if isinstance(error, CollectionError):
+                    raise
+                raise unreadable(self.path, error) from error
+            if file.is_here():  # else some files may be of the one directory, some of the other
                 break
         self._file, self.contents, self.journal = file, contents, journal
         self.manifest = file.manifest
@@ -213,7 +209,6 @@ class Store:
         journal = None
         if manifest.journal is not None:
             journal = JournalFile(self.path, manifest.journal)
-            journal.committed()
         self._segments = opened
         segments = [segment for _, segment in opened.values()]
         return Contents(manifest, segments, alive), journal
