@@ -1,6 +1,8 @@
 """A collection survives full disks, kills and broken-off changes, whatever step they meet."""
 
+import gc
 import os
+from pathlib import Path
 
 import pytest
 
@@ -107,6 +109,12 @@ def test_what_a_killed_sync_has_left_is_swept(writer, vectors):
     assert kept.exists()
 
 
+def deleted_but_mapped():
+    """Give the names of files that hold room on the disk only for this process."""
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    return "\n".join(line for line in maps if line.endswith("(deleted)"))
+
+
 def test_a_full_disk_keeps_no_segment_that_nobody_names(writer, unit_rows, tmp_path, monkeypatch):
     """Where it cannot be opened, or its manifest finds no room, it would stay in the way."""
 
@@ -124,6 +132,8 @@ def test_a_full_disk_keeps_no_segment_that_nobody_names(writer, unit_rows, tmp_p
                 with pytest.raises(CollectionError, match="found No space left on device; make ro"):
                     step()
             assert names() == before
+        gc.collect()
+        assert f"{writer.path}/" not in deleted_but_mapped()
         step()
         assert names() == [one.name for one in writer.collection.manifest.segments]
         assert verify(writer.path).faults == verify(writer.path).unknown == []
@@ -144,6 +154,7 @@ BREAKS = {
     "append": (Store, "apply"),  # counted in the header, and not in memory
     "publish": (Store, "publish"),
     "commit": (JournalFile, "commit"),
+    "manifest": (publishing, "write_manifest"),
     "load": (Store, "load"),  # of the next manifest
     "replay": (Store, "_replay"),
     "remove": (publishing, "_remove"),
@@ -208,12 +219,14 @@ def test_a_refusal_behind_the_next_manifest_breaks_a_change_off(writer, vectors,
 
 
 def test_what_a_killed_writer_has_left_is_swept_away(writer):
-    """Files that no manifest names, and a manifest that had no name yet."""
+    """Files that no manifest names, a manifest that had no name yet, and a folder without files."""
     writer.close()
     left = [writer.path / name for name in ("segments/000007/ids.npy", "journal-000007")]
     left.append(writer.path / f"{TEMPORARY_PREFIX}manifest.json.x")
     left[0].parent.mkdir(parents=True)
     for file in left:
         file.touch()
+    left.append(writer.path / "segments/000009")
+    left[-1].mkdir()
     CollectionWriter.open(writer.path).close()
     assert not any(file.exists() for file in left)

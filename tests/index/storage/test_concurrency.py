@@ -1,5 +1,6 @@
 """Readers beside a writer, in threads and in processes, and processes that are killed."""
 
+import errno
 import json
 import os
 import random
@@ -16,6 +17,7 @@ from index.collection import Collection, id_of
 from index.errors import CollectionError
 from index.storage import store as store_module
 from index.storage import writer as writer_module
+from index.storage.journal import JournalFile
 from index.storage.publishing import put_in_place
 from index.storage.writer import CollectionWriter
 from index.verify import verify
@@ -173,6 +175,63 @@ def test_a_file_that_goes_while_it_is_opened_is_looked_for_anew(
         (path / "segments" / entry.name / "ids.npy").unlink()  # and this one is really gone
         with pytest.raises(CollectionError, match=r"expected a file that manifest.json lists"):
             Collection.open(path)
+
+
+def test_segments_are_opened_once_however_often_a_reader_is_overtaken(path, unit_rows, monkeypatch):
+    """Large ones take long: who began anew with them would never catch up."""
+    vectors = unit_rows(3, DIM)
+    open_segment, opened = store_module.open_segment, []
+    with CollectionWriter.open(path, threads=1) as writer:
+
+        def add(n):
+            writer.add(table(str(n)), vectors[n : n + 1], fingerprint=FINGERPRINT)
+            writer.seal()
+
+        def overtaken(directory, manifest, entry, **options):
+            opened.append(entry.name)
+            if len(opened) == 2:
+                add(2)
+                raise FileNotFoundError(2, "No such file", "ids.npy")
+            return open_segment(directory, manifest, entry, **options)
+
+        add(0)
+        add(1)
+        monkeypatch.setattr(store_module, "open_segment", overtaken)
+        assert Collection.open(path).keys() == ["0", "1", "2"]
+    assert opened == ["000000", "000001", "000001", "000002"]
+
+
+def test_a_disk_that_fails_is_told_in_one_line(built, monkeypatch):
+    """With the file; the collection may be sound."""
+
+    def fail(file):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
+
+    monkeypatch.setattr("index.storage.manifest.sha256_file", fail)
+    with pytest.raises(CollectionError, match=r"npy: expected a file that can be read, found Inpu"):
+        Collection.open(built)
+
+
+def test_a_write_that_failed_and_is_lost_is_seen_no_more(path, unit_rows, monkeypatch):
+    """A reader had seen all of it in the journal, before the disk gave up its last bytes."""
+
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    vectors = unit_rows(2, DIM)
+    with CollectionWriter.open(path) as writer:
+        writer.add(table("a"), vectors[:1], fingerprint=FINGERPRINT)
+        journal = path / writer.collection.manifest.journal.name
+        whole = journal.stat().st_size
+        monkeypatch.setattr(JournalFile, "commit", fail)
+        with pytest.raises(CollectionError, match="found Input/output error"):
+            writer.add(table("b"), vectors[1:], fingerprint=FINGERPRINT)
+        assert writer.collection.is_current()
+    reader = Collection.open(path)
+    assert reader.keys() == ["a", "b"]
+    os.truncate(journal, whole)
+    assert not reader.is_current()
+    assert reader.latest().keys() == ["a"]
 
 
 def test_a_directory_that_is_exchanged_while_it_is_opened(

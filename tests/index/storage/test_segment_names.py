@@ -3,7 +3,7 @@ import gc
 import pytest
 
 from benchmarks.ledger import DIM, FINGERPRINT, read_state, rows_of, vectors_of
-from index.collection import Collection
+from index.collection import Collection, id_of
 from index.errors import CollectionError
 from index.storage import writer as writing
 from index.storage.writer import CollectionWriter
@@ -76,6 +76,19 @@ def test_a_name_is_not_used_again_while_somebody_has_the_segment(writer):
             writer.replace_index(whole, None, factory="Flat", parameters={}, tuning={})
     assert read_state(writer.collection) == {"c": 1, "d": 1, "e": 1}
     assert verify(writer.path).faults == []
+
+
+def test_a_name_that_is_used_again_is_another_segment(writer):
+    """For a reader, too, who has the segment open that had it before."""
+    reader = Collection.open(writer.path)
+    names = [entry.name for entry in reader.manifest.segments]
+    writer.delete([id_of("b")])
+    writer.seal()
+    writer.close()
+    with CollectionWriter.open(writer.path) as again:
+        put(again, {"c": 1})
+        assert [entry.name for entry in again.collection.manifest.segments] == names
+    assert read_state(reader.latest()) == {"a": 1, "c": 1}
 
 
 def test_a_writer_that_is_dropped_lets_others_in(writer, tmp_path):

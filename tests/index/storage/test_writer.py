@@ -6,10 +6,12 @@ import pyarrow as pa
 import pytest
 
 from benchmarks.indexed import give_index
+from index.ann.versions import library_versions
 from index.collection import Collection, id_of
 from index.errors import CollectionError, UnknownIdError
 from index.selection import Selector
 from index.storage import compaction
+from index.storage import writer as writing
 from index.storage.incoming import prepare_rows
 from index.storage.lock import CollectionLockedError
 from index.storage.publishing import put_in_place
@@ -232,6 +234,76 @@ def test_a_directory_that_is_moved_away_under_a_writer(writer, vectors, tmp_path
     with CollectionWriter.open(writer.path):
         pass
     assert verify(writer.path).unknown == []
+
+
+def test_a_directory_that_is_exchanged_during_a_compaction(
+    writer, vectors, tmp_path, make_collection, monkeypatch
+):
+    """The other collection keeps its own manifest."""
+    merge = writing.merge
+
+    def meanwhile(*arguments, **options):
+        made = merge(*arguments, **options)
+        writer.path.rename(tmp_path / "away")
+        make_collection(writer.path, vectors)
+        return made
+
+    writer.add(table("a"), vectors[:1], fingerprint=FINGERPRINT)
+    writer.seal()
+    writer.add(table("b"), vectors[1:2], fingerprint=FINGERPRINT)
+    monkeypatch.setattr(writing, "merge", meanwhile)
+    with pytest.raises(CollectionError, match="expected the collection that this writer open"):
+        writer.compact()
+    assert Collection.open(writer.path).count == 40
+    assert Collection.open(tmp_path / "away").keys() == ["a", "b"]
+
+
+def test_what_is_damaged_may_be_replaced(writer, vectors, tmp_path, make_collection):
+    """It is a good reason to build anew."""
+    writer.close()
+    (writer.path / "manifest.json").write_text("{")
+    put_in_place(make_collection(tmp_path / "other", vectors), writer.path, replace=True)
+    assert Collection.open(writer.path).count == 40
+
+
+def test_files_that_stand_for_nothing_any_more_are_named_nowhere(writer, vectors):
+    """Of what is deleted there is one list a segment, and of an empty segment nothing."""
+
+    def files():
+        assert verify(writer.path).faults == verify(writer.path).unknown == []
+        return {name.rpartition("/")[2] for name in writer.collection.manifest.files}
+
+    segment = {"ids.npy", "rows.parquet", "vectors.npy"}
+    writer.add(table("a", "b", "c"), vectors[:3], fingerprint=FINGERPRINT)
+    writer.seal()
+    for key in "ab":
+        writer.delete([id_of(key)])
+        writer.seal()
+        generation = writer.collection.manifest.generation
+        assert files() == {*segment, f"tombstones-{generation:06}.npy"}
+    writer.add(table("d"), vectors[3:4], fingerprint=FINGERPRINT)
+    writer.seal()  # and writes no list again that is the same
+    assert files() == {*segment, f"tombstones-{generation:06}.npy"}
+    writer.delete([id_of("c"), id_of("d")])
+    writer.seal()
+    assert files() == set()
+
+
+def test_a_manifest_has_the_versions_that_wrote_it(tmp_path, vectors, make_collection):
+    """Whatever made the collection."""
+    with CollectionWriter.open(make_collection(tmp_path / "c", vectors)) as writer:
+        assert writer.collection.manifest.versions == {}
+        writer.delete([id_of("0003")])
+        assert writer.collection.manifest.versions == library_versions()
+
+
+def test_what_is_deleted_is_counted_until_its_space_is_given_back(writer, vectors):
+    """Rows of the delta, too, though none of them is left."""
+    writer.add(table("a", "b"), vectors[:2], fingerprint=FINGERPRINT)
+    writer.delete([id_of("a"), id_of("b")])
+    assert writer.collection.deleted == {"": 2}
+    writer.seal()
+    assert writer.collection.deleted == {}
 
 
 def test_another_index_over_the_same_rows(writer, unit_rows, tmp_path):
