@@ -7,12 +7,13 @@ Rules:
     and compute on the CPU.
     A TensorRT engine is a cache: its directory is named by the encoder's fingerprint, the
     GPU and TensorRT's version, so that none is ever loaded into another.
-    INT8 encoders have unsigned activations, which are for CPUs; TensorRT takes symmetric
-    ranges alone, so the pair is refused.
+    INT8 encoders are for CPUs, and refused on a GPU: their activations are unsigned, where
+    TensorRT takes symmetric ranges alone, and CUDA rounds otherwise, to other vectors, and
+    more slowly than it computes the fp32 encoder.
     CUDA's libraries may be Python packages, which no loader finds by itself: they are loaded
     before ONNX Runtime looks for them.
-    cuDNN's heuristic plans a convolution. ONNX Runtime's own choice tries the plans out, for
-    every new size of a batch, and a server's batches have every size.
+    On CUDA cuDNN's heuristic plans a convolution, in the layout that tensor cores take, and
+    products are in TF32: what that does to a vector is in docs/decisions/0026-a-session-a-size.md.
 
 Source: ONNX Runtime's documentation of its CUDA and TensorRT execution providers.
 """
@@ -64,6 +65,12 @@ INSTALL_AN_ENGINE = (
 )
 
 ProviderOptions = dict[str, str]
+
+CUDA_OPTIONS: ProviderOptions = {
+    "cudnn_conv_algo_search": "HEURISTIC",
+    "prefer_nhwc": "1",
+    "arena_extend_strategy": "kSameAsRequested",  # what is held is what a batch needs
+}
 
 _OPTION = re.compile(r",(?=[a-z_]+=)")
 
@@ -180,20 +187,20 @@ def require_loaded(what: str, provider: Provider, in_use: Sequence[str]) -> None
             f"{what} on {provider}",
             expected=f"a session on {name}",
             found=f"one on {', '.join(in_use) or 'nothing'}: {name} did not load",
-            mend="install the CUDA and cuDNN libraries that this ONNX Runtime wants (its log "
-            "names the one that is missing), or ask for provider=cpu",
+            mend="install NVIDIA's driver, CUDA and cuDNN as this ONNX Runtime wants them (its "
+            "log names the library that is missing), or ask for provider=cpu",
         )
 
 
 def refuse_precision(precision: Precision, provider: Provider) -> None:
-    """Refuse what TensorRT cannot compute.
+    """Refuse what a GPU computes otherwise, or not at all.
 
     Raises:
-        UsageError: it is INT8 on TensorRT.
+        UsageError: it is INT8 on a GPU.
     """
-    if provider == "tensorrt" and precision == "int8":
+    if provider != "cpu" and precision == "int8":
         raise UsageError(
-            "provider tensorrt",
+            f"provider {provider}",
             expected="precision fp32 or fp16",
             found="int8, whose unsigned activations are for CPUs",
             mend="export with --fp16 and ask for precision=fp16",
@@ -215,7 +222,7 @@ def session_providers(
     if placement.provider == "cpu":
         return [cpu]
     device = {"device_id": str(placement.device)}
-    cuda = (EXECUTION_PROVIDERS["cuda"], device | {"cudnn_conv_algo_search": "HEURISTIC"})
+    cuda = (EXECUTION_PROVIDERS["cuda"], device | CUDA_OPTIONS)
     if placement.provider == "cuda":
         return [cuda, cpu]
     cache = placement.engine_cache / engine_key(

@@ -7,12 +7,15 @@ Rules:
     A batch is computed on all threads, or in a lane: on the calling thread alone, by a session
     of its own, since one session's threads help every caller and get in each other's way.
     The bytes that run are the bytes whose hash was checked: the file is read once.
-    What is asked to run on a GPU runs there or is refused; see `models.providers`.
+    What is asked to run on a GPU runs there or is refused; see `models.providers`. It needs one
+    CPU thread, and has no lanes. On CUDA batches have few sizes: `models.sized_sessions`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,11 +36,20 @@ from models.providers import (
     require_provider,
     session_providers,
 )
+from models.sized_sessions import SizedSessions
 
 try:
     import onnxruntime as ort
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"{error.msg}; {INSTALL_AN_ENGINE}", name="onnxruntime") from None
+
+
+LOG_SEVERITY = 3
+"""Of ONNX Runtime: errors, and not its advice."""
+
+_MISSING_GPU = re.compile(r"Invalid device ID|no CUDA-capable device")
+_NO_MEMORY = re.compile(r"bad_alloc")
+_NO_GPU_MEMORY = re.compile(r"Failed to allocate memory|out of memory")
 
 
 class OnnxEncoder:
@@ -71,20 +83,27 @@ class OnnxEncoder:
         """
         self.bundle = bundle
         self.fingerprint = bundle.fingerprint_of(graph.name)
-        self.threads = threads or cpu_budget()
+        is_on_cpu = placement.provider == "cpu"
+        self.threads = (threads or cpu_budget()) if is_on_cpu else 1
         self.placement = placement
         require_provider(str(bundle.path), placement.provider, ort.get_available_providers())
         providers = session_providers(placement, fingerprint=self.fingerprint)
-        if placement.provider != "cpu":
+        if not is_on_cpu:
+            ort.set_default_logger_severity(LOG_SEVERITY)
             load_libraries(ort.preload_dlls)
         content = _read_checked(bundle, graph)
-        self._session = _load_session(graph, content, self.threads, providers)
+        load = partial(_load_session, graph, content, placement, providers)
+        self._session: ort.InferenceSession | SizedSessions
+        if placement.provider == "cuda":
+            self._session = SizedSessions(partial(load, self.threads))
+        else:
+            self._session = load(self.threads)
         require_loaded(str(bundle.path), placement.provider, self._session.get_providers())
         self._input, self._output = _check_signature(self._session, bundle, graph)
         self.lanes = self.threads if with_lanes else 0
         self._lane = self._session
         if self.lanes > 1:
-            self._lane = _load_session(graph, content, 1, providers)
+            self._lane = load(1)
 
     def __repr__(self) -> str:
         provider = self.placement.provider
@@ -135,7 +154,7 @@ class OnnxEncoder:
         return self._run(self._lane, images_NHWC)
 
     def _run(
-        self, session: ort.InferenceSession, images_NHWC: NDArray[np.uint8]
+        self, session: ort.InferenceSession | SizedSessions, images_NHWC: NDArray[np.uint8]
     ) -> NDArray[np.float32]:
         """Check a batch and compute it in one of the sessions."""
         check_batch(images_NHWC, self.bundle.preprocessing)
@@ -144,6 +163,13 @@ class OnnxEncoder:
         try:
             (vectors_ND,) = session.run([self._output], {self._input: images_NHWC})
         except Exception as error:  # ONNX Runtime raises classes of its own C++ side
+            if _NO_GPU_MEMORY.search(str(error)):
+                raise EncoderError(
+                    f"encoding with {self.name!r}",
+                    expected=f"memory on the GPU for {len(images_NHWC)} images",
+                    found="too little",
+                    mend="see nvidia-smi for what else is on it",
+                ) from error
             raise EncoderError(f"encoding with {self.name!r} failed: {error}") from error
         return np.asarray(vectors_ND, dtype=np.float32)
 
@@ -209,28 +235,56 @@ def _read_checked(bundle: Bundle, graph: Path) -> bytes:
 
 
 def _load_session(
-    graph: Path, content: bytes, threads: int, providers: list[tuple[str, ProviderOptions]]
+    graph: Path,
+    content: bytes,
+    placement: Placement,
+    providers: list[tuple[str, ProviderOptions]],
+    threads: int,
 ) -> ort.InferenceSession:
     """Make a session with exactly `threads` threads that sleep while they wait."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 3
+    options.log_severity_level = LOG_SEVERITY
     try:
         return ort.InferenceSession(
             content, sess_options=options, providers=providers, enable_fallback=0
         )
     except Exception as error:  # ONNX Runtime raises classes of its own C++ side
-        is_memory = "bad_alloc" in str(error)
-        raise EncoderError(
+        raise _cannot_load(graph, placement, str(error)) from error
+
+
+def _cannot_load(graph: Path, placement: Placement, said: str) -> EncoderError:
+    """Say whether the graph, the memory or the GPU is at fault."""
+    found = said.splitlines()[0]
+    if _MISSING_GPU.search(said):
+        return EncoderError(
+            f"{graph} on {placement.provider}",
+            expected=f"GPU {placement.device}",
+            found="none of that number",
+            mend="nvidia-smi -L lists them, of which CUDA_VISIBLE_DEVICES may leave some out",
+        )
+    if _NO_GPU_MEMORY.search(said):
+        return EncoderError(
+            f"{graph} on {placement.provider}",
+            expected=f"memory on GPU {placement.device} for this graph",
+            found="too little",
+            mend="see nvidia-smi for what else is on it, or name another by device=N",
+        )
+    if _NO_MEMORY.search(said):
+        return EncoderError(
             str(graph),
-            expected="memory for this graph"
-            if is_memory
-            else "an ONNX graph that ONNX Runtime loads",
-            found=str(error).splitlines()[0],
-            mend="give this process more memory" if is_memory else "export the bundle again",
-        ) from error
+            expected="memory for this graph",
+            found=found,
+            mend="give this process more memory",
+        )
+    return EncoderError(
+        str(graph),
+        expected="an ONNX graph that ONNX Runtime loads",
+        found=found,
+        mend="export the bundle again",
+    )
 
 
 def _check_signature(session: ort.InferenceSession, bundle: Bundle, graph: Path) -> tuple[str, str]:

@@ -4,8 +4,8 @@ Rules:
     Nothing is offered to callers before a real image has gone through the whole pipeline:
     what is broken is found here, while what is served goes on.
     What was opened and does not run, or not in time, is closed; so is what nobody waits for.
-    On a GPU a batch of every size goes through, too: CUDA plans and TensorRT builds by shape,
-    and no caller must wait for that.
+    On a GPU full and ever smaller batches go through, too: CUDA plans and TensorRT builds by
+    shape, and no caller must wait for that.
     Opening blocks and runs on a thread; the warm-up belongs to the event loop.
 """
 
@@ -160,8 +160,9 @@ class Loader:
             shape = (self._largest_batch, spec.height, spec.width, spec.channels)
             images_NHWC = np.zeros(shape, np.uint8)
             try:
-                for size in range(self._largest_batch, 0, -1):
-                    encoder.encode(images_NHWC[:size])
+                while len(images_NHWC):
+                    encoder.encode(images_NHWC)
+                    images_NHWC = images_NHWC[: len(images_NHWC) // 2]
             except BaseException:
                 encoder.close()
                 raise

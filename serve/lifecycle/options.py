@@ -17,6 +17,9 @@ from models.errors import UsageError
 from models.providers import PROVIDERS, Placement, Provider
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+A_GPUS_INSTANCES = 2
+"""Batches that are under way at a GPU: one is computed while another is copied."""
+
 A_FLEETS_INSTANCES = 2
 """Batches that are under way at each endpoint of a fleet, so that there is always one to take."""
 
@@ -39,8 +42,8 @@ class ModelOptions(NamedPath):
         precision: which of the bundle's encoders; the one that the path names where None.
         provider: where it computes.
         device: the number of the GPU.
-        instances: batches that run at once; the server's where None, but of a fleet two for each
-            endpoint: one computes while another is on its way.
+        instances: batches that run at once; the server's where None, but two on a GPU, and of a
+            fleet two for each endpoint: one computes while another is on its way.
         threads: CPU threads of the encoder; its share of the CPU budget where None.
         keep: how many versions are served, the newest of them by default.
     """
@@ -89,6 +92,8 @@ def read_model_options(text: str) -> ModelOptions:
         if word in values:
             raise UsageError(f"--bundle {text}", expected=f"one {word}", found="two")
         values[word] = _read_value(text, word, value)
+    if values.get("provider", "cpu") != "cpu":
+        values.setdefault("instances", A_GPUS_INSTANCES)
     if named.path.startswith("triton://"):
         values.setdefault("instances", A_FLEETS_INSTANCES * (1 + where.count(",")))
     # The words that `values` may have were checked above, each by its own type.

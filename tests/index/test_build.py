@@ -26,6 +26,7 @@ from index.embed import EmbeddedBatch, Reject, embed
 from index.errors import CollectionError
 from index.storage.manifest import read_manifest
 from index.verify import verify
+from models.bundle import SHIPPED_BUNDLE
 from models.command import run_command
 from models.errors import HoraceError, SourceError, UsageError
 from models.image_source import digest_of
@@ -33,6 +34,7 @@ from models.images import ImageRecord, open_source
 from models.runtime import open_bundle
 
 ROOT = Path(__file__).parents[2]
+MINI = ROOT / "tests/data/fashion-mnist-mini/train-images-idx3-ubyte.gz"
 
 
 def content(collection):
@@ -126,6 +128,26 @@ def test_a_collection_does_not_remember_where_its_encoder_ran(tmp_path, bundle, 
     )
     build(options)
     assert Collection.open(out).manifest.encoder == str(bundle.path)
+
+
+@pytest.mark.gpu
+def test_a_gpu_builds_what_a_cpu_builds(tmp_path):
+    """The same rows, vectors up to rounding, and an encoder that anybody can open."""
+    made = []
+    for place in ("cpu", "cuda"):
+        options = BuildOptions(
+            images=f"idx:{MINI}",
+            encoder=f"{SHIPPED_BUNDLE},provider={place}",
+            out=tmp_path / place,
+        )
+        build(options)
+        made.append(Collection.open(tmp_path / place))
+    on_cpu, on_gpu = made
+    assert on_gpu.manifest.encoder == on_cpu.manifest.encoder == str(SHIPPED_BUNDLE)
+    ids = on_cpu.table()["id"].to_pylist()
+    assert on_gpu.table()["id"].to_pylist() == ids
+    cosines = (on_cpu.vectors(ids) * on_gpu.vectors(ids)).sum(axis=1)
+    assert cosines.min() > 1 - 1e-5
 
 
 def test_bad_images_are_rejected_counted_and_logged(tmp_path, capsys, bundle, new_folder):

@@ -1,5 +1,6 @@
 import hashlib
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
@@ -9,6 +10,7 @@ from models.bundle import OutputSpec, write_bundle
 from models.encoder import open_encoder
 from models.errors import BundleError, EncoderError
 from models.runtime import OnnxEncoder, open_random_twin
+from models.sized_sessions import SIZES, SizedSessions
 
 
 def images(n: int, size: int = 28, channels: int = 1) -> np.ndarray:
@@ -62,6 +64,58 @@ def test_lanes_are_as_many_as_threads_where_asked_for(make_bundle):
         encoder = open_encoder(path, threads=threads, with_lanes=with_lanes)
         assert encoder.lanes == lanes
         encoder.close()
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 31, 32, 33, 64, 65, 100])
+def test_batches_of_fixed_sizes_give_the_same_vectors(make_bundle, count):
+    """Padded or cut, on the CPU to the bit; and no session sees two sizes."""
+    bundle = make_bundle()
+    seen: list[set[int]] = []
+
+    def load():
+        session = onnxruntime.InferenceSession(str(bundle.path_of("fp32")))
+        sizes: set[int] = set()
+        seen.append(sizes)
+
+        def run(outputs, feed):
+            sizes.update(len(images) for images in feed.values())
+            return session.run(outputs, feed)
+
+        return SimpleNamespace(
+            run=run,
+            get_inputs=session.get_inputs,
+            get_outputs=session.get_outputs,
+            get_providers=session.get_providers,
+        )
+
+    sized = SizedSessions(load)
+    images = np.random.default_rng(0).integers(0, 256, (count, 28, 28, 1), dtype=np.uint8)
+    (found,) = sized.run([sized.get_outputs()[0].name], {sized.get_inputs()[0].name: images})
+    np.testing.assert_array_equal(found, open_encoder(bundle.path, threads=1).encode(images))
+    assert all(len(sizes) <= 1 for sizes in seen)
+    assert set().union(*seen) <= set(SIZES)
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("... Invalid device ID: 7, must be between 0", "GPU 7, found none of that number"),
+        ("CUDA failure 100: no CUDA-capable device is detected", "GPU 7, found none"),
+        ("Failed to allocate memory for requested buffer", "memory on GPU 7 for this graph"),
+    ],
+)
+def test_a_gpu_at_fault_is_named_and_the_graph_is_not_blamed(
+    make_bundle, monkeypatch, said, expected
+):
+    """By what ONNX Runtime says, which is of its own source's lines."""
+
+    def fail(*_, **__):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr("models.runtime.require_provider", lambda *_: None)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", fail)
+    with pytest.raises(EncoderError, match=f"on cuda: expected {expected}"):
+        open_encoder(f"{make_bundle().path},provider=cuda,device=7")
 
 
 def test_no_images_give_no_vectors(make_bundle):

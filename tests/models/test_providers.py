@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 import pytest
 
+from models.bundle import SHIPPED_BUNDLE, read_bundle, write_bundle
 from models.encoder import open_encoder
 from models.errors import EncoderError, UsageError
 from models.providers import (
@@ -55,16 +57,17 @@ def test_a_silent_fall_back_is_refused():
         require_loaded("bundle", "cuda", ["CPUExecutionProvider"])
     assert str(error.value).startswith(
         "bundle on cuda: expected a session on CUDAExecutionProvider, "
-        "found one on CPUExecutionProvider: CUDAExecutionProvider did not load; install the CUDA"
+        "found one on CPUExecutionProvider: CUDAExecutionProvider did not load; install NVIDIA"
     )
     with pytest.raises(EncoderError, match="TensorrtExecutionProvider did not load"):
         require_loaded("bundle", "tensorrt", ["CUDAExecutionProvider", "CPUExecutionProvider"])
 
 
-def test_int8_on_tensorrt_is_refused_whatever_is_installed():
-    """The pair cannot work, and the line says which can."""
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_int8_on_a_gpu_is_refused_whatever_is_installed(provider):
+    """The pair cannot work, or gives other vectors; the line says which can."""
     with pytest.raises(UsageError, match="expected precision fp32 or fp16, found int8"):
-        refuse_precision("int8", "tensorrt")
+        refuse_precision("int8", provider)
 
 
 def test_engines_are_kept_by_encoder_gpu_and_version(tmp_path, monkeypatch):
@@ -194,13 +197,65 @@ def test_libraries_are_loaded_once_and_what_they_say_is_logged(capfd, caplog, mo
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
-def test_a_gpu_computes_what_the_cpu_computes(make_bundle, provider, tmp_path):
-    """To rounding; and TensorRT's engine is kept where the next start looks for it."""
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_cuda_computes_what_the_cpu_computes(tmp_path, precision):
+    """To rounding, in batches of every size, with the encoder that ships."""
+    path = SHIPPED_BUNDLE
+    if precision == "fp16":
+        quantise = pytest.importorskip("train.export.quantise")
+        shipped = read_bundle(path)
+        quantise.write_fp16(shipped.path_of("fp32"), tmp_path / "encoder.fp16.onnx")
+        files = {"encoder.onnx": shipped.path_of("fp32")}
+        files |= {"encoder.fp16.onnx": tmp_path / "encoder.fp16.onnx"}
+        path = tmp_path / "bundle"
+        write_bundle(
+            path, name="b", files=files, preprocessing=shipped.preprocessing,
+            output=shipped.output, provenance={},
+        )  # fmt: skip
+    images = np.random.default_rng(0).integers(0, 256, (100, 28, 28, 1), dtype=np.uint8)
+    expected = unit(open_encoder(path, threads=1).encode(images))
+    placement = Placement(provider="cuda")
+    on_gpu = open_encoder(path, precision=precision, placement=placement)
+    for size in (1, 2, 8, 9, 32, 33, 100):
+        cosines = (unit(on_gpu.encode(images[:size])) * expected[:size]).sum(axis=1)
+        assert cosines.min() > 1 - 1e-5
+
+
+@pytest.mark.gpu
+def test_a_closed_encoder_gives_its_memory_back(make_bundle):
+    """A server that reloads its models all night must not fill the GPU."""
+    torch = pytest.importorskip("torch")
+    path, placement = make_bundle().path, Placement(provider="cuda")
+    free = []
+    for _ in range(4):
+        encoder = open_encoder(path, placement=placement)
+        encoder.encode(np.zeros((64, 28, 28, 1), np.uint8))
+        encoder.close()
+        gc.collect()
+        free.append(torch.cuda.mem_get_info()[0])
+    assert free[0] - free[-1] < 1 << 20
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_is_not_there_is_one_line(make_bundle):
+    """It is named, and the graph is not blamed."""
+    with pytest.raises(EncoderError, match="on cuda: expected GPU 99, found none of that number"):
+        open_encoder(f"{make_bundle().path},provider=cuda,device=99")
+
+
+@pytest.mark.gpu
+def test_tensorrt_computes_what_the_cpu_computes(make_bundle, tmp_path):
+    """To rounding; and its engine is kept where the next start looks for it."""
+    pytest.importorskip("tensorrt")
     path = make_bundle().path
     images = np.random.default_rng(0).integers(0, 256, (5, 28, 28, 1), dtype=np.uint8)
-    placement = Placement(provider=provider, engine_cache=tmp_path / "engines")
+    placement = Placement(provider="tensorrt", engine_cache=tmp_path / "engines")
     on_cpu, on_gpu = open_encoder(path, threads=1), open_encoder(path, placement=placement)
     np.testing.assert_allclose(on_gpu.encode(images), on_cpu.encode(images), rtol=1e-2, atol=1e-2)
-    if provider == "tensorrt":
-        assert list((tmp_path / "engines").glob("*/*.engine"))
+    assert list((tmp_path / "engines").glob("*/*.engine"))
+
+
+def unit(vectors):
+    """Of length one, in float64."""
+    vectors = vectors.astype(np.float64)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
