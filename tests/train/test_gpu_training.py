@@ -18,7 +18,7 @@ import torch
 
 from tests.train.states import final_state
 from train.checkpoint import list_checkpoints, load_weights
-from train.config import LossOptions, PretrainOptions, ViewOptions
+from train.config import LossOptions, NetworkOptions, PretrainOptions, ViewOptions
 from train.errors import RunError, TrainError
 from train.log import read_log
 from train.loop import pretrain
@@ -28,6 +28,11 @@ from train.run import RunDirectory
 
 RunOptions = Callable[..., PretrainOptions]
 Replays = list[torch.cuda.CUDAGraph]
+
+EFFICIENT = NetworkOptions(layout="torchvision:efficientnet_b0", projector_widths=(32, 32))
+"""Its stochastic depth draws on the GPU."""
+
+TRANSFORMER = NetworkOptions(layout="timm:vit_tiny_patch16_224", projector_widths=(32, 32))
 
 pytestmark = pytest.mark.gpu
 
@@ -106,8 +111,22 @@ def test_a_compiled_network_trains(tmp_path: Path, run_options: RunOptions) -> N
         {"data_in": "stream"},
         {"data_in": "stream", "views": ViewOptions(crop_area=(0.4, 1.0), views_in="workers")},
         {"channels": 3, "image_size_px": 224, "epochs": 1},
+        {"network": EFFICIENT, "image_size_px": 32, "channels": 3, "epochs": 1, "optimizer": "sgd"},
+        {"network": TRANSFORMER, "image_size_px": 32, "epochs": 1, "optimizer": "sgd"},
     ],
-    ids=["adamw", "lars", "hsic", "tiled", "entropy", "fp16-sgd", "stream", "workers", "at-224"],
+    ids=[
+        "adamw",
+        "lars",
+        "hsic",
+        "tiled",
+        "entropy",
+        "fp16-sgd",
+        "stream",
+        "workers",
+        "at-224",
+        "random-depth",
+        "transformer",
+    ],
 )
 def test_a_recorded_step_learns_what_others_learn(
     tmp_path: Path,
