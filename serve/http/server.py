@@ -20,8 +20,11 @@ import uvicorn
 from starlette.applications import Starlette
 
 from serve.errors import StartError
-from serve.http.protocol import PatientProtocol
+from serve.http.protocol import ACCEPTS, PatientProtocol
 from serve.port import bind_all, join_address
+
+BACKLOG = 2048
+"""Connections that may wait to be taken."""
 
 IDLE_CONNECTION_S = 75
 """How long a connection may wait for its next request."""
@@ -95,6 +98,7 @@ class HttpServer:
             access_log=False,
             proxy_headers=False,
             server_header=False,
+            backlog=ACCEPTS,
             limit_concurrency=self._max_connections,
             timeout_keep_alive=IDLE_CONNECTION_S,
             timeout_graceful_shutdown=STOP_S,
@@ -109,6 +113,8 @@ class HttpServer:
         ready.cancel()
         if not self._uvicorn.started:
             raise StartError("--http.port", expected="a server that starts", found="none")
+        for listener in self._sockets:
+            listener.listen(BACKLOG)  # the system's side of it, which uvicorn has made as small
 
     async def stop(self, *, cut_off: bool = False) -> None:
         """Take no more connections, and send the replies under way unless they are cut off.

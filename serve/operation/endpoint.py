@@ -32,7 +32,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from serve.errors import StartError
-from serve.http.protocol import PatientProtocol
+from serve.http.protocol import ACCEPTS, PatientProtocol
 from serve.operation.metrics import CONTENT_TYPE
 from serve.port import bind_all
 
@@ -98,6 +98,7 @@ class Endpoint:
             uvicorn.Config(
                 self._application,
                 access_log=False,
+                backlog=ACCEPTS,
                 http=_Protocol,
                 lifespan="off",
                 limit_concurrency=MAX_CONNECTIONS,

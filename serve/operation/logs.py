@@ -6,8 +6,9 @@ Rules:
     fault, at INFO where the caller is or where it was slow, at DEBUG otherwise.
     Under overload the log does not become the load: beyond some lines a second the rest are
     counted, and the next line says how many were left out. Lines about requests have one such
-    account; each warning or error of the server, by the place that logs it, has one of its own;
-    those of a library, which callers may provoke, have one by logger and level.
+    account; each warning or error of the server, by the place that logs it, has one of its own.
+    Those of a library, which callers may provoke, and which it may repeat for as long as the
+    descriptors are all in use, have one by logger and level, of as many lines in a minute.
     What was promised is written all the same: each incident that a caller was told of, each
     model that was refused. Beyond those lines it has no traceback.
     A line carries names, counts and times; never image bytes, keys or metadata. What a
@@ -34,6 +35,9 @@ log = logging.getLogger("horace.request")
 
 LINES_PER_S = 20
 """Lines of one account in one second; what fails more often than this has one cause."""
+
+LIBRARY_S = 60.0
+"""In how many seconds a library may write as many."""
 
 SERVER_LOG = "horace.serve"
 
@@ -114,23 +118,24 @@ def set_up_logs(
 
 
 class LineBudget:
-    """Gives each account `LINES_PER_S` lines in a second.
+    """Gives each account `LINES_PER_S` lines in a second, or in another span.
 
     Attributes:
         left_out: lines of each account that were not written since its last.
     """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], *, span_s: float = 1.0) -> None:
         """Count nothing yet; `clock` gives monotonic seconds."""
         self._clock = clock
-        self._second_began_s = clock()
+        self._span_s = span_s
+        self._span_began_s = clock()
         self._lines: Counter[Hashable] = Counter()
         self.left_out: Counter[Hashable] = Counter()
 
     def has_room(self, account: Hashable) -> bool:
-        """Whether this second may have another line."""
-        if (now_s := self._clock()) - self._second_began_s >= 1:
-            self._second_began_s = now_s
+        """Whether this second, or other span, may have another line."""
+        if (now_s := self._clock()) - self._span_began_s >= self._span_s:
+            self._span_began_s = now_s
             self._lines.clear()
         self._lines[account] += 1
         return self._lines[account] <= LINES_PER_S
@@ -139,17 +144,20 @@ class LineBudget:
 class RateFilter(logging.Filter):
     """Lets each account log at most `LINES_PER_S` of its warnings and errors.
 
-    An account is a place of the server's, or a library's logger at one level. Those that are
-    `serve.errors.PROMISED` lose their traceback instead. `RequestLog` bounds its own.
+    An account is a place of the server's, or, for a minute, a library's logger at one level.
+    Those that are `serve.errors.PROMISED` lose their traceback instead. `RequestLog` bounds its
+    own.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         """Count nothing yet; `clock` gives monotonic seconds."""
         super().__init__()
-        self._budget = LineBudget(clock)
+        self._ours = LineBudget(clock)
+        self._of_libraries = LineBudget(clock, span_s=LIBRARY_S)
 
     def __repr__(self) -> str:
-        return f"<RateFilter {self._budget.left_out.total()} lines left out>"
+        left_out = self._ours.left_out.total() + self._of_libraries.left_out.total()
+        return f"<RateFilter {left_out} lines left out>"
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether this line is written; one that is says how many before it were not."""
@@ -157,13 +165,14 @@ class RateFilter(logging.Filter):
             return True
         is_ours = record.name == SERVER_LOG
         account = (record.pathname, record.lineno) if is_ours else (record.name, record.levelno)
-        if not self._budget.has_room(account):
+        budget = self._ours if is_ours else self._of_libraries
+        if not budget.has_room(account):
             if getattr(record, "promised", False):
                 record.exc_info = record.exc_text = None
                 return True
-            self._budget.left_out[account] += 1
+            budget.left_out[account] += 1
             return False
-        if left_out := self._budget.left_out.pop(account, 0):
+        if left_out := budget.left_out.pop(account, 0):
             setattr(record, FIELDS, {**getattr(record, FIELDS, {}), "left_out": left_out})
         return True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import selectors
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -110,6 +111,23 @@ def eventually() -> Callable[[Callable[[], bool]], object]:
             await asyncio.sleep(0.002)
 
     return wait
+
+
+@contextmanager
+def _out_of_descriptors() -> Iterator[None]:
+    """Have this process open nothing meanwhile; what is open stays, and `stat` works."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))  # stops root, too
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.fixture
+def out_of_descriptors() -> Callable[[], AbstractContextManager[None]]:
+    """Makes a time in which nothing can be opened (EMFILE)."""
+    return _out_of_descriptors
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 from models.errors import UsageError
 from serve.errors import StartError
 from serve.http.options import HttpOptions
-from serve.http.protocol import PatientProtocol
+from serve.http.protocol import ACCEPTS, PatientProtocol
 
 
 def files(*images):
@@ -43,6 +43,25 @@ def test_draining_answers_what_is_under_way(http_serving, fake, png, eventually)
     assert "the server is stopping" in late.json()["error"]["message"]
     assert "retry-after" in late.headers
     assert held.headers["connection"] == late.headers["connection"] == "close"
+
+
+def test_a_connection_that_no_descriptor_is_left_for_is_tried_few_times_a_turn(
+    http_serving, fake, eventually, out_of_descriptors, caplog
+):
+    """Asyncio has a line with a traceback for each try, and would make thousands a second."""
+
+    async def main():
+        async with http_serving(fake) as (server, http):
+            with socket.socket() as caller:
+                caller.setblocking(False)
+                with out_of_descriptors():
+                    assert caller.connect_ex(("127.0.0.1", server.http._server.port)) != 0
+                    await eventually(lambda: "accept() out of system resource" in caplog.text)
+                tries = caplog.text.count("accept() out of system resource")
+            assert (await http.get("/healthz")).status_code == 200
+            return tries
+
+    assert asyncio.run(main()) <= ACCEPTS
 
 
 def test_a_reply_is_sent_at_once(http_serving, fake, monkeypatch):

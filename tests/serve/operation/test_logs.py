@@ -265,6 +265,22 @@ def test_a_warning_without_end_does_not_fill_the_log():
     assert "left_out" not in after
 
 
+def test_a_library_that_repeats_itself_has_as_many_lines_a_minute():
+    """As one does, twenty times a second, while there is no descriptor for a connection."""
+    clock, stream = Clock(), io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(JsonFormatter())
+    handler.addFilter(RateFilter(clock=clock))
+    record = logging.LogRecord("library", logging.WARNING, "there.py", 1, "no accept", None, None)
+    for _ in range(60 * LINES_PER_S):
+        handler.handle(record)
+        clock.now_s += 1 / LINES_PER_S
+    assert len(stream.getvalue().splitlines()) == LINES_PER_S
+    clock.now_s += 1
+    handler.handle(record)
+    assert json.loads(stream.getvalue().splitlines()[-1])["left_out"] == 59 * LINES_PER_S
+
+
 def test_what_was_promised_is_in_the_log_however_much_there_is():
     """Every incident that a caller was told of has its line, some have a traceback."""
     stream = io.StringIO()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,20 +70,3 @@ def pki(tmp_path: Path) -> Pki:
     pki = Pki(tmp_path, trustme.CA(), trustme.CA())
     pki.issue()
     return pki
-
-
-@contextmanager
-def _out_of_descriptors() -> Iterator[None]:
-    """Have this process open nothing meanwhile; what is open stays, and `stat` works."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))  # stops root, too
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-@pytest.fixture
-def out_of_descriptors() -> Callable[[], AbstractContextManager[None]]:
-    """Makes a time in which nothing can be opened (EMFILE)."""
-    return _out_of_descriptors
