@@ -7,6 +7,8 @@ from pathlib import Path
 
 from models.errors import HoraceError, reason_of
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 class IndexingError(HoraceError):
     """Base of the errors of `index`."""
@@ -60,6 +62,11 @@ def refuse_to_blame(file: Path, error: Exception) -> None:
             found=reason,
             mend="mend that and open the collection again: the file may be sound",
         ) from error
+
+
+def mend_of(error: OSError) -> str:
+    """Say what would help against what a disk refuses."""
+    return "make room" if error.errno in _NO_ROOM else "mend that"
 
 
 def first_line(error: Exception) -> str:

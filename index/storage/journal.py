@@ -31,7 +31,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from index.errors import CollectionError
+from index.errors import CollectionError, mend_of
 from index.storage.manifest import JournalEntry
 from models.errors import reason_of
 from models.files import open_regular
@@ -154,7 +154,7 @@ class JournalFile:
             CollectionError: the disk refuses; the journal takes no more records.
         """
         if self._is_broken:
-            raise self._failed("an earlier write failed")
+            raise self._failed("an earlier write failed", "mend that")
         size, body_digest = 0, hashlib.blake2b(digest_size=16)
         for piece in body:
             size += len(piece)
@@ -171,7 +171,7 @@ class JournalFile:
         except BaseException as error:  # an interrupt, too, may leave a record that is counted
             self._is_broken = True
             if isinstance(error, OSError):
-                raise self._failed(reason_of(error)) from error
+                raise self._failed(reason_of(error), mend_of(error)) from error
             raise
         return position
 
@@ -247,11 +247,13 @@ class JournalFile:
         mend = "the file is damaged: restore it, or build the collection again"
         return CollectionError(str(self.file), expected=expected, found=found, mend=mend)
 
-    def _failed(self, found: str) -> CollectionError:
-        """Say that a write did not come about."""
-        mend = "make room, then open the collection for writing again"
+    def _failed(self, found: str, first: str) -> CollectionError:
+        """Say that a write did not come about, and what comes before another."""
         return CollectionError(
-            str(self.file), expected="a write that reaches the disk", found=found, mend=mend
+            str(self.file),
+            expected="a write that reaches the disk",
+            found=found,
+            mend=f"{first}, then open the collection for writing again",
         )
 
 

@@ -27,7 +27,7 @@ import pyarrow as pa
 from numpy.typing import ArrayLike
 
 from index.collection import Collection
-from index.errors import CollectionError
+from index.errors import CollectionError, mend_of
 from index.knn import COSINE
 from index.storage.compaction import choose_segments
 from index.storage.creating import create_collection
@@ -450,5 +450,5 @@ def _disk(path: Path) -> Iterator[None]:
             str(path),
             expected="a collection that can be written, with room for more",
             found=reason_of(error),
-            mend="make room; nothing was lost",
+            mend=f"{mend_of(error)}; nothing was lost",
         ) from error

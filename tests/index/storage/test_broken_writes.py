@@ -1,5 +1,6 @@
 """A collection survives full disks, kills and broken-off changes, whatever step they meet."""
 
+import errno
 import gc
 import os
 from pathlib import Path
@@ -107,6 +108,20 @@ def test_what_a_killed_sync_has_left_is_swept(writer, vectors):
     CollectionWriter.open(writer.path).close()
     assert not left.exists()
     assert kept.exists()
+
+
+def test_a_disk_that_takes_nothing_is_told_what_helps(writer, vectors, monkeypatch):
+    """Room helps a full one, and no other."""
+    writer.add(table("a"), vectors[:1], fingerprint=FINGERPRINT)
+    for number, mend in [(errno.EDQUOT, "make room"), (errno.EROFS, "mend that")]:
+
+        def refuse(*_, number=number, **options):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(publishing, "write_segment", refuse)
+        message = f"found {os.strerror(number)}; {mend}; nothing was lost"
+        with pytest.raises(CollectionError, match=message):
+            writer.seal()
 
 
 def deleted_but_mapped():

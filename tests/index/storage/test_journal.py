@@ -1,3 +1,4 @@
+import errno
 import os
 
 import pytest
@@ -142,18 +143,23 @@ def test_a_forged_length_is_refused_unread(tmp_path, entry, journal):
         read(tmp_path, entry)
 
 
-def test_after_a_failed_write_nothing_more_is_taken(tmp_path, entry, journal, monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "mend"), [(errno.ENOSPC, "make room"), (errno.EIO, "mend that")]
+)
+def test_after_a_failed_write_nothing_more_is_taken(
+    tmp_path, entry, journal, monkeypatch, number, mend
+):
     """What the disk has then is not known; what was acknowledged is still there."""
     end = write(journal, b"one")
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(os, "fdatasync", full)
-    with pytest.raises(CollectionError, match="expected a write that reaches the disk, found No"):
+    monkeypatch.setattr(os, "fdatasync", fail)
+    with pytest.raises(CollectionError, match=f"found {os.strerror(number)}; {mend}, then open"):
         journal.append(2, [b"two"], end)
     monkeypatch.undo()
-    with pytest.raises(CollectionError, match="found an earlier write failed; make room"):
+    with pytest.raises(CollectionError, match="found an earlier write failed; mend that"):
         journal.append(2, [b"two"], end)
     again = JournalFile(tmp_path, entry, writable=True)
     again.cut(end)
