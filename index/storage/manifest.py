@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import cast
 
@@ -47,7 +48,9 @@ class ManifestFile:
         """
         self._path = directory / MANIFEST_FILE
         self._directory = directory
-        self._inode = directory.stat().st_ino if directory.exists() else 0
+        self._inode = 0
+        with suppress(OSError):  # whatever it is, the manifest cannot be opened either
+            self._inode = directory.stat().st_ino
         self._descriptor = _open_descriptor(directory)
         self.manifest = _parse(self._descriptor, self._path)
 

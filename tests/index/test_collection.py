@@ -356,14 +356,17 @@ def test_a_system_that_cannot_open_a_file_does_not_blame_it(built, monkeypatch, 
 
 
 def test_a_manifest_that_may_not_be_read_is_no_missing_collection(built, monkeypatch):
-    """Who may not read a collection is not told to make one."""
+    """Who may not read a collection, or not look into its folder, is not told to make one."""
 
-    def refuse(*_):
+    def refuse(*_, **options):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr("index.storage.manifest.open_regular", refuse)
-    with pytest.raises(CollectionError, match=r"manifest.json: .*Permission denied; mend that and"):
-        Collection.open(built)
+    for name in ("index.storage.manifest.open_regular", "pathlib.Path.stat"):
+        monkeypatch.setattr(name, refuse)
+        with pytest.raises(CollectionError) as caught:
+            Collection.open(built)
+        assert "found Permission denied; mend that and" in str(caught.value)
+    monkeypatch.undo()
 
 
 def test_metadata_of_other_rows_is_refused(
