@@ -7,6 +7,8 @@ Rules:
     A server that lives no more, as `/healthz` of the metrics port says it, is stopped, and the
     end is no good one: whoever minds the process starts another. An event loop that hangs
     does not find that out.
+    Orders to reload that come while one waits are one with it, and a moment lies between two: a
+    hook that signals once a file is no load.
     A signal that comes again within a moment is its echo, not a second order: `timeout` and
     process managers signal a process and then its whole group.
 """
@@ -21,6 +23,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from models.command import let_go_of_stdout
 from models.errors import reason_of
@@ -34,6 +37,8 @@ log = logging.getLogger("horace.serve")
 ECHO_S = 0.25
 """The longest between a signal and its echo; nobody presses Ctrl-C twice so fast."""
 
+BETWEEN_RELOADS_S = 0.25
+"""The least between the end of a reload and the next."""
 
 DEATH = "the loss of a thread that nothing replaces"
 """Who orders the stop of a server that is not alive."""
@@ -49,11 +54,16 @@ class Orders:
 
     Attributes:
         stops: to drain; a second one, to cut off.
-        reloads: to read everything again.
+        reloads: to read everything again; at most one waits.
     """
 
     stops: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
-    reloads: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
+    reloads: asyncio.Queue[str] = field(default_factory=partial(asyncio.Queue, maxsize=1))
+
+    def reload(self, name: str) -> None:
+        """Order a reload, unless one is ordered and not begun: that will see the same files."""
+        with contextlib.suppress(asyncio.QueueFull):
+            self.reloads.put_nowait(name)
 
 
 def orders_by_signal(*, clock: Callable[[], float] = time.monotonic) -> Orders:
@@ -70,7 +80,7 @@ def orders_by_signal(*, clock: Callable[[], float] = time.monotonic) -> Orders:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop, number.name)
-    loop.add_signal_handler(signal.SIGHUP, orders.reloads.put_nowait, signal.SIGHUP.name)
+    loop.add_signal_handler(signal.SIGHUP, orders.reload, signal.SIGHUP.name)
     return orders
 
 
@@ -180,3 +190,4 @@ async def _reload(server: Server, reloads: asyncio.Queue[str]) -> None:
     while True:
         log.info("reloading on %s", await reloads.get())
         await server.reloads.run()
+        await asyncio.sleep(BETWEEN_RELOADS_S)

@@ -12,6 +12,7 @@ Rules:
     (`serve.watchdog`): a machine that slept has no silent workers.
     The first order to stop drains every worker, the second cuts them off; one that does not
     end then is killed. The end is good if every worker's was.
+    Nothing is waited for, and least of all a worker that reads its orders no more.
     One event at a time: deaths, reports, orders and timers are read from one queue.
 
 Source: the pre-fork servers (nginx, gunicorn), whose master process does the same.
@@ -24,6 +25,7 @@ import contextlib
 import dataclasses
 import logging
 import multiprocessing
+import select
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -36,7 +38,7 @@ from typing import Literal
 from models.errors import HoraceError, UsageError, reason_of
 from serve.config import ServeOptions
 from serve.errors import StartError
-from serve.running import Orders, cut_off
+from serve.running import BETWEEN_RELOADS_S, Orders, cut_off
 from serve.watchdog import Pulse, is_stuck
 from serve.workers.messages import Answer, Failed, Order, Ready, Report
 from serve.workers.place import WorkerPlace
@@ -131,7 +133,9 @@ class Supervisor:
             self._options = _with_ports(self._options, ports)
             listeners = [
                 asyncio.create_task(self._forward("stop", orders.stops)),
-                asyncio.create_task(self._forward("reload", orders.reloads)),
+                asyncio.create_task(
+                    self._forward("reload", orders.reloads, pause_s=BETWEEN_RELOADS_S)
+                ),
             ]
             try:
                 for worker in self._workers:
@@ -150,10 +154,13 @@ class Supervisor:
 
     # Events.
 
-    async def _forward(self, kind: Literal["stop", "reload"], orders: asyncio.Queue[str]) -> None:
-        """Turn orders into events."""
+    async def _forward(
+        self, kind: Literal["stop", "reload"], orders: asyncio.Queue[str], *, pause_s: float = 0.0
+    ) -> None:
+        """Turn orders into events, with a pause after each."""
         while True:
             self._events.put_nowait((kind, None, await orders.get()))
+            await asyncio.sleep(pause_s)
 
     def _handle(self, kind: str, worker: Worker | None, what: object) -> None:
         """Do what an event asks for."""
@@ -333,8 +340,8 @@ class Supervisor:
             self._tell(worker, order)
 
     def _tell(self, worker: Worker, order: Order) -> None:
-        """Give a worker an order, if it is still there."""
-        if worker.pipe is not None:
+        """Give a worker an order, if it is still there and has not left too many unread."""
+        if worker.pipe is not None and _has_room(worker.pipe):
             with contextlib.suppress(OSError):
                 worker.pipe.send(order)
 
@@ -370,6 +377,13 @@ def _signals_held() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
+def _has_room(pipe: Connection) -> bool:
+    """Whether to write to a pipe takes no time: one who reads no more holds up nobody."""
+    poll = select.poll()
+    poll.register(pipe.fileno(), select.POLLOUT)
+    return bool(poll.poll(0))
 
 
 def _kill(worker: Worker, why: str) -> None:

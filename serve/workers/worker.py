@@ -90,13 +90,13 @@ def _orders_by_pipe(pipe: Connection) -> Orders:
                 stop_once("the supervisor's order")
                 orders.stops.put_nowait("the supervisor's second order")
             case Order.RELOAD:
-                orders.reloads.put_nowait("the supervisor's order")
+                orders.reload("the supervisor's order")
             case Order.ANSWER:
                 _report(pipe, Answer())
 
     loop.add_reader(pipe.fileno(), read)
     loop.add_signal_handler(signal.SIGTERM, stop_once, signal.SIGTERM.name)
-    loop.add_signal_handler(signal.SIGHUP, orders.reloads.put_nowait, signal.SIGHUP.name)
+    loop.add_signal_handler(signal.SIGHUP, orders.reload, signal.SIGHUP.name)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_SIGNALS)
     return orders
 

@@ -54,6 +54,18 @@ def test_a_signal_and_its_echo_are_one(number):
     asyncio.run(main())
 
 
+def test_orders_to_reload_that_come_while_one_waits_are_one():
+    """However many signals come; and the next one after it was taken is another."""
+
+    async def main():
+        orders = orders_by_signal()
+        for _ in range(3):
+            assert await hear(orders, *[signal.SIGHUP] * 100) == []
+            assert orders.reloads.empty()
+
+    asyncio.run(main())
+
+
 def test_another_signal_is_no_echo():
     """Ctrl-C right after SIGTERM cuts off."""
 

@@ -223,6 +223,23 @@ def test_the_sleep_of_the_supervisor_is_no_silence_of_workers(supervise, caplog)
     assert "is killed" not in caplog.text
 
 
+def test_a_worker_that_reads_no_orders_holds_up_nobody(supervise, caplog, tmp_path, eventually):
+    """Its pipe is full: the other has its orders, and the stop does not wait for it."""
+
+    async def script(minding, orders):
+        os.kill(minding._workers[0].process.pid, signal.SIGSTOP)
+        for _ in range(2000):
+            minding._handle("reload", None, "SIGHUP")
+        await eventually((tmp_path / "reloads-1").exists)
+        await stop(minding, orders)
+        await stop(minding, orders)
+        await eventually(lambda: "worker 1 dead" in repr(minding))
+        minding._handle("overdue", None, None)
+
+    with pytest.raises(UnavailableError, match="worker 0 was killed, since it had not ended"):
+        supervise("good", script)
+
+
 def test_who_starts_or_drains_is_not_killed_for_silence(supervise, caplog, tmp_path, eventually):
     """Both have limits of their own."""
 
