@@ -236,6 +236,43 @@ def test_a_stored_vector_without_a_direction_is_rejected(options, folder, tmp_pa
     assert verify(options.out).faults == []
 
 
+def test_a_stored_vector_without_a_direction_takes_no_other_along(options, folder, monkeypatch):
+    """Exchanged with another image, it goes, and the other is under its name."""
+    one, other = folder / "a" / "110.png", folder / "a" / "00.png"
+    with monkeypatch.context() as patch:
+        patch.setattr(part_set, "reject_unsound", lambda *_: {})
+        picture(one, 110)
+        sync(options)
+    with Collection.open(options.out) as collection:
+        vector = collection.vectors([id_of("a/00.png")])
+    contents = one.read_bytes(), other.read_bytes()
+    other.write_bytes(contents[0])
+    one.write_bytes(contents[1])
+    assert facts(sync(options)) == {"moved": 1, "unchanged": 11, "rejected": 1, "read": 13}
+    with Collection.open(options.out) as collection:
+        np.testing.assert_array_equal(collection.vectors([id_of("a/110.png")]), vector)
+        assert (collection.count, id_of("a/00.png") in collection.ids) == (12, False)
+
+
+def test_a_file_that_can_be_read_no_more_keeps_its_row(options, folder, settled, monkeypatch):
+    """Though it was read a moment before, and is the same file."""
+    sync(options)
+    picture(folder / "a" / "00.png", 254)
+
+    def refused_and_embed(*args, **kwargs):
+        monkeypatch.setattr(Path, "read_bytes", refuse)
+        return embed_batches(*args, **kwargs)
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    embed_batches = sync_writing.embed_batches
+    monkeypatch.setattr(sync_writing, "embed_batches", refused_and_embed)
+    counts = {"unchanged": 11, "unreadable": 1, "rejected": 1, "read": 12}
+    assert facts(sync(options)) == counts
+    assert count(options.out) == 12
+
+
 def test_vectors_are_as_long_as_the_collection_compares_them(options, folder, bundle):
     """By distances, those of images are the encoder's own, as those of queries are."""
     with CollectionWriter.create(
@@ -282,6 +319,17 @@ def test_sources_are_brought_up_to_date_one_by_one(options, folder, tmp_path):
     assert facts(sync(second)) == {"gone": 1, "unchanged": 2, "rejected": 1, "read": 3}
     assert facts(sync(options)) == {"unchanged": 12, "read": 12}
     assert verify(options.out).faults == []
+
+
+def test_what_was_embedded_unlooked_at_is_known_the_next_time(options, tmp_path, settled):
+    """Of a source that the collection did not know, and what is no image in it, too."""
+    sync(options)
+    for level in range(2):
+        picture(tmp_path / "second" / "c" / f"{level}.png", 100 + level)
+    (tmp_path / "second" / "c" / "broken.png").write_text("no image")
+    second = dataclasses.replace(options, images=str(tmp_path / "second"))
+    assert facts(sync(second)) == {"new": 2, "embedded": 2, "rejected": 1}
+    assert facts(sync(second)) == {"unchanged": 2, "rejected": 1}
 
 
 def test_a_source_that_was_moved_keeps_its_vectors(options, folder, tmp_path):

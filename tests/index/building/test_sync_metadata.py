@@ -48,6 +48,17 @@ def test_a_row_of_more_text_than_may_come_in_stays_as_it_is(options, folder, tmp
     assert verify(options.out).faults == []
 
 
+def test_a_row_of_as_much_text_as_may_come_in_is_written(options, folder, tmp_path):
+    """And one with a byte more is rejected, not the sync."""
+    sync(options)
+    with Collection.open(options.out) as collection:
+        bytes_N = rows.text_bytes(collection.table())
+    table, size = tmp_path / "facts.csv", rows.MAX_TEXT_BYTES - int(bytes_N[0])
+    table.write_text(f"key,note\na/00.png,{'x' * size}\na/02.png,{'x' * (size + 1)}\n")
+    told = dataclasses.replace(options, metadata=table)
+    assert facts(sync(told)) == {"updated": 1, "unchanged": 10, "rejected": 1, "read": 12}
+
+
 def test_new_images_under_old_names_never_get_the_metadata_of_those_that_moved(
     options, folder, bundle, tmp_path, monkeypatch, interrupt
 ):

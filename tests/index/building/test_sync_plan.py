@@ -108,6 +108,26 @@ def test_files_that_were_numbered_anew_keep_their_metadata():
     assert [one.seen.key for one in plan.reuse] == ["3", "2"]
     assert metadata_rows(plan) == {"2": (0, 0), "3": (1, 1)}
     assert (plan.embed, plan.vacated, plan.new, plan.gone) == ({"1": None}, [0], 1, 0)
+    assert "1" not in plan.replaced
+
+
+def test_of_equal_images_the_one_that_is_gone_has_moved():
+    """The other is still under its key, and has changed; it keeps its metadata."""
+    plan = plan_of({"1": "new", "3": "x"}, {"1": "x", "2": "x"})
+    assert [(one.seen.key, one.metadata_row) for one in plan.reuse] == [("3", 1)]
+    assert (plan.embed, plan.moved, plan.changed, plan.new) == ({"1": 0}, 1, 1, 0)
+
+
+def test_what_nobody_has_read_is_like_no_other():
+    """Neither what is stored without a digest, nor what was rejected without one."""
+    plan = plan_sync(
+        [Seen("a", None, None), Seen("b", None, None)],
+        {"a": Stored(0, None), "gone": Stored(1, None)},
+        by_digest={},
+        rejected={"b": Reject(key="b", fault="corrupt", message="")},
+    )
+    assert (plan.embed, plan.unchanged, plan.reuse) == ({"a": 0, "b": None}, [], [])
+    assert (plan.changed, plan.new, plan.gone, plan.rejects) == (1, 1, 1, [])
 
 
 def test_what_cannot_be_read_stays_and_what_is_no_image_goes():

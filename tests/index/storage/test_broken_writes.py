@@ -130,6 +130,21 @@ def deleted_but_mapped():
     return "\n".join(line for line in maps if line.endswith("(deleted)"))
 
 
+def test_a_segment_that_was_merged_gives_its_room_back(writer, vectors):
+    """When the last reader has the next state: deleted files that are open still take it."""
+    writer.add(table("a", "b"), vectors[:2], fingerprint=FINGERPRINT)
+    writer.seal()
+    reader = Collection.open(writer.path)
+    writer.delete([id_of("a")])
+    writer.compact(all=True)
+    gc.collect()
+    assert f"{writer.path}/" in deleted_but_mapped()
+    reader = reader.latest()
+    gc.collect()
+    assert f"{writer.path}/" not in deleted_but_mapped()
+    assert reader.keys() == ["b"]
+
+
 def test_a_full_disk_keeps_no_segment_that_nobody_names(writer, unit_rows, tmp_path, monkeypatch):
     """Where it cannot be opened, or its manifest finds no room, it would stay in the way."""
 

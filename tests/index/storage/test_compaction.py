@@ -37,6 +37,20 @@ def test_the_small_and_the_deleted_are_merged(counts, chosen):
     assert choose_segments(entries) == list(chosen)
 
 
+def test_a_segment_with_an_index_is_small_below_the_bound():
+    """Whatever its share of the whole."""
+    for count, chosen in ((19_999, "ab"), (20_000, "")):
+        assert choose_segments([entry(count, factory="HNSW32"), entry(10, name="b")]) == list(
+            chosen
+        )
+
+
+def test_what_would_be_flat_again_is_not_written_for_an_index():
+    """So few of a delta's rows are left that exact search does."""
+    assert choose_segments([entry(24_000, 3_000, is_provisional=True)]) == ["a"]
+    assert choose_segments([entry(24_000, 4_000, is_provisional=True)]) == []
+
+
 def test_all_are_merged_where_that_changes_something():
     """One whole segment stays as it is."""
     assert choose_segments([entry(MILLION)], all=True) == []
@@ -54,6 +68,8 @@ def test_the_index_of_what_was_merged():
     chosen = (graph.factory, {"efSearch": 99, "k_factor": 3})
     assert choose_index(30_000, [small, small], [graph]) == chosen
     assert choose_index(30_000, [small, small], []) == ("HNSW32", {"efSearch": 64})
+    assert choose_index(60_000, [entry(25_000, factory="HNSW16"), graph], []) == chosen
+    assert choose_index(60_000, [graph, entry(25_000, factory="HNSW16")], []) == chosen
     exact = entry(50_000)  # large and Flat: somebody wanted it so
     assert choose_index(60_000, [small, exact], [tuned]) == ("Flat", {})
 

@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import os
 
 import pytest
@@ -128,6 +129,24 @@ def test_records_of_another_journal_or_place_are_refused(tmp_path, entry, journa
     with pytest.raises(CollectionError, match="found a head with another digest"):
         read(tmp_path, entry)
     assert len(content) == end.end
+
+
+def test_a_header_of_other_records_is_refused(tmp_path, entry, journal):
+    """Though its digest is right: it ends within a record, or counts more than there are."""
+    end = write(journal, b"one")
+    for end_, n_records, message in [
+        (end.end - 1, 1, "found one across the end of what was acknowledged"),
+        (end.end, 2, "expected 2 records, found 1"),
+    ]:
+        journal.commit(Position(end=end_, n_records=n_records))
+        with pytest.raises(CollectionError, match=message):
+            read(tmp_path, entry)
+
+
+def test_who_reads_asks_for_no_right_to_write(tmp_path, entry):
+    """A collection may lie where nobody may write."""
+    reader = JournalFile(tmp_path, entry)
+    assert fcntl.fcntl(reader._descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
 
 
 def test_a_forged_length_is_refused_unread(tmp_path, entry, journal):
