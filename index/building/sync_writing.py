@@ -124,8 +124,7 @@ class SyncWriting:
                 old_rows[some],
                 is_updated=is_updated,
             )
-            if not is_updated:
-                self._delete([row for row in old_rows[some] if row in vacated])
+            self._delete([row for row in old_rows[some] if row in vacated])
 
     def _write_embedded(self, batches: Sequence[EmbeddedBatch]) -> None:
         """Write what was embedded, and take note of what could not be."""
