@@ -29,9 +29,8 @@ UNREADABLE = "unreadable"
 TOO_LARGE = "row_too_large"
 """The fault of an image whose row has more text than may come in."""
 
-MENDED_ELSEWHERE = (DUPLICATE_KEY, TOO_LARGE, UNREADABLE)
-"""Faults that may be gone although the bytes are the same."""
-
+MENDED_ELSEWHERE = (DUPLICATE_KEY, TOO_LARGE)
+"""Faults that may be gone although the bytes are the same; what is unreadable has no digest."""
 
 OF_ANOTHER = (
     "an image of another source with this key or its id; sources with equal names belong under one "

@@ -42,7 +42,7 @@ HEADER_BYTES = RECORD_HEAD_BYTES = 64
 _HEAD_DIGEST_BYTES = HEADER_BYTES - _HEADER.size
 assert _HEADER.size == _RECORD.size
 
-MAX_READS_OF_HEADER = 100
+READS_OF_HEADER = 100
 """A reader may meet a header while it is being written; a damaged one stays as it is."""
 
 
@@ -189,17 +189,12 @@ class JournalFile:
         os.fsync(self._descriptor)
 
     def _read_header(self) -> Position:
-        """Read and check the header."""
-        before = b""
-        for _ in range(MAX_READS_OF_HEADER):
+        """Read the header, of which the digest says that it is this journal's."""
+        for _ in range(READS_OF_HEADER):
             header = os.pread(self._descriptor, HEADER_BYTES, 0)
             if len(header) == HEADER_BYTES and self._is_sound(header):
-                magic, id_, end, n_records = _HEADER.unpack_from(header)
-                if (magic, id_) == (MAGIC, self._id) and end >= HEADER_BYTES:
-                    return Position(end=end, n_records=n_records)
-            if header == before:
-                break
-            before = header
+                _, _, end, n_records = _HEADER.unpack_from(header)
+                return Position(end=end, n_records=n_records)
         raise self._damage(f"the header of journal {self._id.hex()}", "another or a damaged one")
 
     def _read_record(self, position: Position, size: int) -> Record | str:

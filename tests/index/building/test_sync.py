@@ -318,6 +318,9 @@ def test_sources_are_brought_up_to_date_one_by_one(options, folder, tmp_path):
     (other / "c" / "0.png").unlink()
     assert facts(sync(second)) == {"gone": 1, "unchanged": 2, "rejected": 1, "read": 3}
     assert facts(sync(options)) == {"unchanged": 12, "read": 12}
+    (folder / "a" / "00.png").unlink()  # and its key is free
+    assert facts(sync(options)) == {"gone": 1, "unchanged": 11, "read": 11}
+    assert facts(sync(second)) == {"new": 1, "unchanged": 2, "embedded": 1, "read": 3}
     assert verify(options.out).faults == []
 
 

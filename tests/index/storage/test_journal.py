@@ -131,6 +131,16 @@ def test_records_of_another_journal_or_place_are_refused(tmp_path, entry, journa
     assert len(content) == end.end
 
 
+def test_a_header_that_is_being_written_is_read_again(tmp_path, entry, journal, monkeypatch):
+    """Half of it is the one before."""
+    before = journal.file.read_bytes()
+    end = write(journal, b"one")
+    pread, heads = os.pread, [before[:40] + journal.file.read_bytes()[40:HEADER_BYTES]] * 3
+    monkeypatch.setattr(os, "pread", lambda *asked: heads.pop() if heads else pread(*asked))
+    assert JournalFile(tmp_path, entry).committed() == end
+    assert heads == []
+
+
 def test_a_header_of_other_records_is_refused(tmp_path, entry, journal):
     """Though its digest is right: it ends within a record, or counts more than there are."""
     end = write(journal, b"one")
