@@ -90,10 +90,7 @@ def write_collection(
     if metadata is not None:
         blocks = join_blocks(metadata, blocks)
         schema = pa.schema([*schema, *metadata.columns])
-    try:
-        names = write_segment(directory, entry, _checked(blocks), encoder.dim, schema=schema)
-    except RuntimeError as error:  # faiss's own, for a file that it cannot write
-        raise OSError(None, str(error).splitlines()[0]) from error
+    names = write_segment(directory, entry, _checked(blocks), encoder.dim, schema=schema)
     (directory / REJECTS_FILE).write_text(rejects_text(store.rejects))
     return Manifest(
         name=name,

@@ -1,5 +1,7 @@
 """Every kind of index, through the files that a segment keeps."""
 
+import resource
+
 import faiss
 import numpy as np
 import pytest
@@ -210,6 +212,20 @@ def test_a_small_file_opens_within_its_own_size(tmp_path, factory, metric):
     )  # fmt: skip
     _, rows = index.search(vectors[:50], 1, parameters={"nprobe": 200}, threads=1)
     assert (rows[:, 0] == np.arange(50)).mean() > 0.8
+
+
+@pytest.mark.parametrize("missing", [1, 20_000])
+def test_an_index_that_finds_no_room_is_not_taken_for_written(tmp_path, missing):
+    """Not even where its last byte alone does not."""
+    index, file = build_index(draw(COUNT, seed=1), "HNSW32"), tmp_path / "index.faiss"
+    write_index(index, file, "HNSW32")
+    bounds = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size - missing, bounds[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_index(index, file, "HNSW32")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, bounds)
 
 
 @pytest.mark.parametrize("factory", FACTORIES)
