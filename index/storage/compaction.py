@@ -55,16 +55,16 @@ def choose_segments(entries: Sequence[SegmentEntry], *, all: bool = False) -> li
 
 
 def choose_index(
-    count: int, merged: Sequence[SegmentEntry], others: Sequence[SegmentEntry]
+    count: int, merged: Sequence[SegmentEntry], every: Sequence[SegmentEntry]
 ) -> tuple[str, Mapping[str, int]]:
     """Give the factory and the search parameters of a merged segment.
 
     Flat where it is small, else what the largest has of the merged ones whose index was chosen,
-    or else of the others; HNSW where nobody chose any.
+    or else of every segment there is; HNSW where nobody chose any.
     """
     if count <= FLAT_MAX_COUNT:
         return FLAT, {}
-    for group in (merged, others):
+    for group in (merged, every):
         if chosen := [entry for entry in group if not _is_unchosen(entry)]:
             largest = max(chosen, key=lambda entry: entry.count)
             return _fitting(largest, count)

@@ -217,7 +217,7 @@ class JournalFile:
     def _read(self, start: int, n_bytes: int) -> bytes:
         """Read so many bytes, or up to the end of the file."""
         pieces = []
-        while n_bytes and (piece := os.pread(self._descriptor, n_bytes, start)):
+        while piece := os.pread(self._descriptor, n_bytes, start):
             pieces.append(piece)
             start, n_bytes = start + len(piece), n_bytes - len(piece)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)

@@ -56,8 +56,8 @@ def merge(store: Store, merged: Sequence[Part], *, name: str) -> NewSegment:
         name: of the new one.
     """
     entries = [part.segment.entry for part in merged]
-    others = [entry for entry in store.manifest.segments if entry not in entries]
-    factory, parameters = choose_index(sum(part.count for part in merged), entries, others)
+    count = sum(part.count for part in merged)
+    factory, parameters = choose_index(count, entries, store.manifest.segments)
     return write_parts(store, merged, name=name, factory=factory, parameters=parameters)
 
 
