@@ -145,6 +145,29 @@ def test_a_segment_that_was_merged_gives_its_room_back(writer, vectors):
     assert reader.keys() == ["b"]
 
 
+def test_a_collection_that_nobody_has_keeps_no_file_open(writer, vectors):
+    """A server follows collections for months: of a state that is gone none is left."""
+
+    def n_open():
+        gc.collect()
+        names = [os.readlink(file) for file in Path("/proc/self/fd").iterdir() if file.is_symlink()]
+        own = [name for name in names if name.startswith(f"{writer.path}/")]
+        return sum("/segments/" not in name for name in own)
+
+    reader = Collection.open(writer.path)
+    writer.add(table("a"), vectors[:1], fingerprint=FINGERPRINT)
+    reader = reader.latest()
+    n_before = n_open()
+    for n in range(1, 4):
+        writer.seal()
+        writer.add(table(str(n)), vectors[n : n + 1], fingerprint=FINGERPRINT)
+        reader = reader.latest()
+        assert n_open() == n_before
+    writer.close()
+    del reader, writer._store, writer._collection, writer._journal
+    assert n_open() == 0
+
+
 def test_a_full_disk_keeps_no_segment_that_nobody_names(writer, unit_rows, tmp_path, monkeypatch):
     """Where it cannot be opened, or its manifest finds no room, it would stay in the way."""
 
