@@ -148,6 +148,8 @@ async def _start(server: Server, stops: asyncio.Queue[str]) -> bool:
     stopping = asyncio.create_task(stops.get())
     await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
     if starting.done():
+        if stopping.done():  # both came at once; the order is obeyed as one that comes now
+            stops.put_nowait(stopping.result())
         stopping.cancel()
         await starting
         return True

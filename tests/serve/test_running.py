@@ -76,6 +76,28 @@ def test_another_signal_is_no_echo():
     asyncio.run(main())
 
 
+def test_an_order_that_comes_as_the_start_ends_is_not_lost(fake, caplog):
+    """The signal of a process manager that has changed its mind just then."""
+    caplog.set_level(logging.INFO, "horace.serve")
+    options = ServeOptions(port=0, bundle=("fake://fake",))
+
+    async def main():
+        server, orders = Server(options, open_model=lambda *_, **__: fake), Orders()
+        start = server.start
+
+        async def start_and_hear() -> None:
+            await start()
+            orders.stops.put_nowait("SIGTERM")
+
+        server.start = start_and_hear
+        serving = run_server(server, orders, drain_s=10, on_ready=lambda: None)
+        await asyncio.wait_for(serving, 60)
+
+    asyncio.run(main())
+    assert "stopping on SIGTERM" in caplog.text
+    assert fake.closed
+
+
 def test_a_server_that_reads_no_more_ends_badly(fake, monkeypatch, caplog):
     """After a drain: whoever minds the process, such as a supervisor, starts another."""
     monkeypatch.setattr(running, "LOOK_EVERY_S", 0.001)
