@@ -11,7 +11,7 @@ as a server's batcher makes them, and batches of one size alone, go to
 All have seen every size before, and take turns within every round. The least cosine is that of
 any image's vector with the CPU's. Served, `python -m serve` has closed loops from processes of
 `serve.client bench`, on the same machine. Run from the root, where there is a GPU:
-`python -m benchmarks.gpu --out benchmarks/results/gpu.json`.
+`python -m benchmarks.gpu --out benchmarks/results/encoder_gpu.json`.
 """
 
 from __future__ import annotations
@@ -197,6 +197,7 @@ def call(address: str, loop: str, seconds: float) -> dict[str, object]:
         "images_per_s": round(sum(report["images_per_s"] for report in reports), 1),
         "p50_ms": spread_of([report["p50_ms"] for report in reports], 2),
         "p99_ms": spread_of([report["p99_ms"] for report in reports], 2),
+        "failed_images": sum(report["failed_images"] for report in reports),
         "errors": sum(sum(report["errors"].values()) for report in reports),
     }
 

@@ -12,8 +12,7 @@ Rules:
     more slowly than it computes the fp32 encoder.
     CUDA's libraries may be Python packages, which no loader finds by itself: they are loaded
     before ONNX Runtime looks for them.
-    On CUDA cuDNN's heuristic plans a convolution, in the layout that tensor cores take, and
-    products are in TF32: what that does to a vector is in docs/decisions/0026-a-session-a-size.md.
+    How CUDA is used is told in `models.sized_sessions`.
 
 Source: ONNX Runtime's documentation of its CUDA and TensorRT execution providers.
 """
@@ -35,6 +34,7 @@ from typing import Literal, get_args
 
 from models.bundle import Precision
 from models.errors import EncoderError, UsageError
+from models.sized_sessions import CUDA_OPTIONS
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
 PROVIDERS: tuple[Provider, ...] = get_args(Provider)
@@ -66,11 +66,6 @@ INSTALL_AN_ENGINE = (
 
 ProviderOptions = dict[str, str]
 
-CUDA_OPTIONS: ProviderOptions = {
-    "cudnn_conv_algo_search": "HEURISTIC",
-    "prefer_nhwc": "1",
-    "arena_extend_strategy": "kSameAsRequested",  # what is held is what a batch needs
-}
 
 _OPTION = re.compile(r",(?=[a-z_]+=)")
 

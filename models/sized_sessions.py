@@ -7,6 +7,9 @@ Rules:
     A batch has zeros added up to the next size, and one beyond the largest is cut. The images
     of a batch do not mix, so that what was added changes no vector.
     The weights are on the GPU once for each size.
+    cuDNN's heuristic plans a convolution, in the layout that tensor cores take; products are in
+    TF32, as is usual for convolutions.
+    Nothing here needs the rest of Horace: `train.export.triton` copies it into repositories.
 
 Source: `docs/decisions/0026-a-session-a-size.md`.
 """
@@ -21,6 +24,13 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     import onnxruntime as ort
+
+CUDA_OPTIONS = {
+    "cudnn_conv_algo_search": "HEURISTIC",
+    "prefer_nhwc": "1",
+    "arena_extend_strategy": "kSameAsRequested",  # what is held is what a batch needs
+}
+"""Of ONNX Runtime's CUDA execution provider."""
 
 SIZES = (1, 8, 32)
 """Images of a batch. Up to eight take a GPU hardly longer than one; of ResNet-50, thirty-two

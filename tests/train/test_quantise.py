@@ -121,6 +121,20 @@ def test_fp16_halves_the_file_and_keeps_its_edges(encoder: Path, tmp_path: Path)
     assert measure_parity(run(encoder, IMAGES), run(file, IMAGES)).min_cosine > 0.999
 
 
+def test_means_stay_in_single_precision(tmp_path: Path) -> None:
+    """CUDA adds 49 values of 5,000 up before it divides: in half precision that is infinite."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    spec = PreprocessSpec(height=9, width=9, channels=3, resize=9)
+    file = tmp_path / "encoder.onnx"
+    write_onnx(EncoderGraph(network, nn.Identity(), [0.5] * 3, [0.25] * 3), spec, file)
+    write_fp16(file, tmp_path / "fp16.onnx")
+    graph = onnx.load(tmp_path / "fp16.onnx").graph
+    casts = {node.output[0]: node.attribute[0].i for node in graph.node if node.op_type == "Cast"}
+    means = [node for node in graph.node if node.op_type in ("ReduceMean", "GlobalAveragePool")]
+    assert means
+    assert all(casts[mean.input[0]] == onnx.TensorProto.FLOAT for mean in means)
+
+
 def test_another_kind_of_network_can_be_written_in_every_precision(tmp_path: Path) -> None:
     """Depthwise convolutions, hard swish and squeeze-and-excitation of torchvision's MobileNet."""
 

@@ -49,7 +49,7 @@ def test_the_int8_encoder_is_for_cpus(make_bundle: MakeBundle, tmp_path: Path) -
         output=tiny.output,
         provenance={},
     )
-    with pytest.raises(UsageError, match=r"export with --fp16 and compile encoder.fp16.onnx"):
+    with pytest.raises(UsageError, match=r"export with --fp16 and give encoder.fp16.onnx"):
         build_engine(bundle.path / int8, tmp_path / "engines")
 
 

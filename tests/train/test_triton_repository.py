@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from google.protobuf import text_format
@@ -19,6 +20,7 @@ from tritonclient.grpc import model_config_pb2 as triton
 
 from models.bundle import PRECISION_FILES, Bundle, write_bundle
 from models.errors import UsageError
+from models.sized_sessions import SIZES
 from train.errors import ExportError
 from train.export.triton import TritonOptions, check_model_target, write_model
 
@@ -145,12 +147,13 @@ def test_a_name_that_leads_elsewhere_is_refused(name: str, tmp_path: Path) -> No
         check_model_target(tmp_path, name, replace=False)
 
 
-def test_tensorrt_is_not_given_what_is_quantised_for_cpus(
-    make_bundle: MakeBundle, tmp_path: Path
+@pytest.mark.parametrize("tensorrt", [True, False])
+def test_a_gpu_is_not_given_what_is_quantised_for_cpus(
+    make_bundle: MakeBundle, tmp_path: Path, tensorrt: bool
 ) -> None:
-    """It would fail in the server, long after."""
+    """It would fail in the server, long after, or give other vectors."""
     int8 = make_bundle("cats").path / "encoder.int8.onnx"
-    options = TritonOptions(bundle=int8, out=tmp_path, device="gpu", tensorrt=True)
+    options = TritonOptions(bundle=int8, out=tmp_path, device="gpu", tensorrt=tensorrt)
     with pytest.raises(UsageError, match="expected the fp32 or the fp16 encoder, found int8"):
         write_model(options)
 
@@ -185,9 +188,11 @@ def test_an_instance_computes_on_its_own_gpu_or_not_at_all(
     triton_model: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, has_gpu: bool
 ) -> None:
     """Of two GPUs the second's takes the second; without one it fails, and takes no CPU instead."""
-    opened: list[object] = []
+    opened: list[Any] = []
 
     class Session:
+        get_inputs = get_outputs = None
+
         def __init__(self, graph: bytes, *, sess_options: object, providers: list[object]) -> None:
             opened.extend(providers)
 
@@ -206,4 +211,16 @@ def test_an_instance_computes_on_its_own_gpu_or_not_at_all(
     }
     with nullcontext() if has_gpu else pytest.raises(RuntimeError, match="cannot use the GPU"):
         triton_model.TritonPythonModel().initialize(arguments)
-    assert opened[0] == ("CUDAExecutionProvider", {"device_id": "1"})
+    name, chosen = opened[0]
+    assert (name, chosen["device_id"]) == ("CUDAExecutionProvider", "1")
+    assert opened.count((name, chosen)) == len(SIZES)
+
+
+def test_a_gpu_plans_its_convolutions_by_a_heuristic(
+    make_bundle: MakeBundle, tmp_path: Path
+) -> None:
+    """To try the plans out takes most of a second, whenever a batch has a new size."""
+    bundle = make_bundle("cats").path
+    model = write_model(TritonOptions(bundle=bundle, out=tmp_path, device="gpu"))
+    parameters = read_config(model).parameters
+    assert parameters["cudnn_conv_algo_search"].string_value == "1"

@@ -36,7 +36,7 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 from onnxruntime.quantization.shape_inference import quant_pre_process
-from onnxruntime.transformers.float16 import convert_float_to_float16
+from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
 from models.bundle import Precision
 from train.errors import ExportError
@@ -95,11 +95,17 @@ def write_int8(encoder: Path, out: Path, images_NHWC: NDArray[np.uint8]) -> None
 def write_fp16(encoder: Path, out: Path) -> None:
     """Write a float32 encoder in half precision, with the same input and output.
 
+    Means stay in float32: CUDA adds up before it divides, and half precision ends at 65,504.
+
     Raises:
         ExportError: ONNX Runtime cannot convert the graph.
     """
     with _quiet(), _translated("fp16"):  # quiet of weights below the least half, which become it
-        model = convert_float_to_float16(onnx.load(encoder), keep_io_types=True)
+        model = convert_float_to_float16(
+            onnx.load(encoder),
+            keep_io_types=True,
+            op_block_list=[*DEFAULT_OP_BLOCK_LIST, "ReduceMean", "GlobalAveragePool"],
+        )
     save_graph(model, out)
 
 

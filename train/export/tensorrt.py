@@ -171,17 +171,17 @@ def _profile(
 
 
 def refuse_int8(precision: Precision) -> None:
-    """Refuse what is quantised for CPUs: TensorRT takes symmetric ranges alone.
+    """Refuse what is quantised for CPUs; `models.providers` says why.
 
     Raises:
         UsageError: it is INT8.
     """
     if precision == "int8":
         raise UsageError(
-            "an engine of the INT8 encoder",
+            "the INT8 encoder on a GPU",
             expected="the fp32 or the fp16 encoder",
             found="int8, whose unsigned activations are for CPUs",
-            mend="export with --fp16 and compile encoder.fp16.onnx",
+            mend="export with --fp16 and give encoder.fp16.onnx",
         )
 
 

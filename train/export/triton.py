@@ -9,7 +9,7 @@ Rules:
     The configuration's parameters carry fingerprint and preprocessing, so that a client can
     refuse the vectors of another encoder and bring images to the right pixels.
     TensorRT computes in the precision whose fingerprint is given: FP16 for encoder.fp16.onnx
-    alone.
+    alone. What is quantised for CPUs is refused on a GPU.
     A model appears whole or not at all.
 
 Source: Triton's model configuration, and its onnxruntime and Python backends.
@@ -27,6 +27,7 @@ import tyro
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as triton
 
+from models import sized_sessions
 from models.bundle import Bundle, Precision, read_bundle, split_precision
 from models.command import run_command
 from models.cpu import cpu_budget
@@ -41,6 +42,10 @@ GRAPH_FILE = "model.onnx"
 MODEL_FILE = "model.py"
 SITE_PACKAGES = "site-packages"
 PYTHON_MODEL = Path(__file__).with_name("triton_model.py")
+
+HEURISTIC = "1"
+"""Of the onnxruntime backend's `cudnn_conv_algo_search`, which else tries plans out for every new
+size of a batch."""
 
 Backend = Literal["onnxruntime", "python"]
 
@@ -118,7 +123,7 @@ def write_model(options: TritonOptions) -> Path:
         RunError: the repository cannot be written.
     """
     bundle, precision = read_bundle(options.bundle), split_precision(options.bundle)[1]
-    if options.tensorrt:
+    if options.device == "gpu":
         refuse_int8(precision)
     name = options.name or bundle.name
     target = check_model_target(options.out, name, replace=options.replace)
@@ -133,6 +138,8 @@ def write_model(options: TritonOptions) -> Path:
         shutil.copyfile(bundle.path_of(precision), version / GRAPH_FILE)
         if options.backend == "python":
             shutil.copyfile(PYTHON_MODEL, version / MODEL_FILE)
+            (version / "models").mkdir()
+            shutil.copyfile(sized_sessions.__file__, version / "models/sized_sessions.py")
             if options.site_packages is not None:
                 link = version / SITE_PACKAGES
                 link.symlink_to(options.site_packages.resolve(), target_is_directory=True)
@@ -192,6 +199,8 @@ def model_config(
         "preprocessing": canonical_json(spec.to_json()).decode(),
         "intra_op_thread_count": str(options.threads or max(1, cpu_budget() // options.instances)),
     }
+    if options.device == "gpu":
+        parameters["cudnn_conv_algo_search"] = HEURISTIC
     for key, value in parameters.items():
         config.parameters[key].string_value = value
     if options.tensorrt:
