@@ -105,7 +105,7 @@ def with_index(
     store: Store, part: Part, file: Path | None, *, name: str, factory: str,
     parameters: Mapping[str, int],
 ) -> NewSegment:  # fmt: skip
-    """Write a segment with another index, and the same rows without copying them.
+    """Write a segment with another index, and the same rows, not copied where that can be.
 
     Args:
         store: the collection.
@@ -125,7 +125,7 @@ def with_index(
     folder = store.path / SEGMENTS / name
     try:
         for source in segment_files(replace(part.segment.entry, factory=FLAT)):
-            os.link(store.path / source, folder / Path(source).name)
+            _link(store.path / source, folder / Path(source).name)
         if file is not None:
             shutil.copyfile(file, folder / "index.faiss")
         for one in (*folder.iterdir(), folder, folder.parent):
@@ -135,3 +135,11 @@ def with_index(
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give a file a second name, or copy it where the file system has one name a file."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

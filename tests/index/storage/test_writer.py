@@ -1,4 +1,6 @@
+import errno
 import itertools
+import os
 from contextlib import suppress
 
 import numpy as np
@@ -331,6 +333,21 @@ def test_another_index_over_the_same_rows(writer, unit_rows, tmp_path):
     with writer.whole() as whole:
         writer.replace_index(whole, None, factory="Flat", parameters={}, tuning={})
     assert (writer.collection.factory, writer.collection.manifest.tuning) == ("Flat", {})
+    assert verify(writer.path).faults == verify(writer.path).unknown == []
+
+
+def test_another_index_where_a_file_has_one_name(writer, unit_rows, monkeypatch):
+    """As on exFAT and on many a network's file system."""
+
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr("index.storage.merging.os.link", refuse)
+    vectors = unit_rows(60, DIM)
+    writer.add(table(*map(str, range(60))), vectors, fingerprint=FINGERPRINT)
+    give_index(writer, "HNSW32")
+    assert writer.collection.factory == "HNSW32"
+    assert nearest(writer.collection, vectors[:2]) == [["0"], ["1"]]
     assert verify(writer.path).faults == verify(writer.path).unknown == []
 
 
