@@ -178,7 +178,15 @@ class NativeFront:
         self._registry.hand_over()
         self._folder = Path(tempfile.mkdtemp(prefix="horace-"))  # for this user alone
         socket = self._folder / "behind.sock"
-        self._behind.server.add_insecure_port(f"unix:{socket}")
+        try:
+            self._behind.server.add_insecure_port(f"unix:{socket}")
+        except RuntimeError as error:  # unix(7) has 108 bytes for it
+            raise StartError(
+                "--frontend native",
+                expected="a temporary directory in which a socket can be, of a short path",
+                found=str(self._folder.parent),
+                mend="name another by TMPDIR, or take --frontend grpcio",
+            ) from error
         await self._behind.start()
         self._native.set_fallback(str(socket))
         self._methods = list(self._registry.unary.items())

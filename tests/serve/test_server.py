@@ -87,6 +87,18 @@ def test_a_front_end_that_gets_no_descriptors_is_one_line(monkeypatch):
     )
 
 
+def test_a_temporary_directory_that_no_socket_fits_in_is_one_line(monkeypatch, tmp_path):
+    """What the native front end has behind it listens on one, and the system bounds its path."""
+    long = tmp_path / ("long" * 25)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    assert refusal(StartError, port=0, frontend="native") == (
+        "--frontend native: expected a temporary directory in which a socket can be, of a short "
+        f"path, found {long}; name another by TMPDIR, or take --frontend grpcio"
+    )
+    assert list(long.iterdir()) == []
+
+
 def test_sigterm_under_load_answers_every_accepted_call(start_server, make_bundle):
     """Calls are under way when the signal comes: they are answered, and the exit is clean."""
     server = start_server("--bundle", str(make_bundle().path))
