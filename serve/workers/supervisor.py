@@ -37,8 +37,8 @@ from typing import Literal
 
 from models.errors import HoraceError, UsageError, reason_of
 from serve.config import ServeOptions
-from serve.errors import StartError
-from serve.running import BETWEEN_RELOADS_S, Orders, cut_off
+from serve.errors import StartError, UnavailableError
+from serve.running import BETWEEN_RELOADS_S, Orders
 from serve.watchdog import Pulse, is_stuck
 from serve.workers.messages import Answer, Failed, Order, Ready, Report
 from serve.workers.place import WorkerPlace
@@ -127,7 +127,7 @@ class Supervisor:
 
         Raises:
             HoraceError: a worker cannot start.
-            UnavailableError: calls were cut off.
+            UnavailableError: calls were cut off; each worker's reason.
         """
         with contextlib.ExitStack() as ports:
             self._options = _with_ports(self._options, ports)
@@ -149,7 +149,7 @@ class Supervisor:
         if self._start_error is not None:
             raise self._start_error
         if self._bad_ends:
-            raise cut_off("calls", "; ".join(sorted(self._bad_ends)))
+            raise UnavailableError("; ".join(sorted(self._bad_ends)))
         log.info("stopped; every worker has drained")
 
     # Events.
@@ -233,7 +233,7 @@ class Supervisor:
         worker.is_ready, worker.last_words, worker.killed_why = False, None, ""
         if self._stops:
             if process.exitcode:
-                self._bad_ends.append(words.line if words else f"{worker} {how}")
+                self._bad_ends.append(f"{worker}: {words.line}" if words else f"{worker} {how}")
         elif not self._announced:
             self._start_error = _start_error(worker, how, words)
             self._stop("that")
