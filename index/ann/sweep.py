@@ -100,13 +100,10 @@ def exact_truth(
     for start in range(0, len(vectors_ND), BUILD_BLOCK):
         stop = min(len(vectors_ND), start + BUILD_BLOCK)
         first, last = np.searchsorted(rows_M, (start, stop))
-        if first == last:
-            continue
-        own = rows_M[first:last]
-        block_ND = vectors_ND[own]
+        block_ND = vectors_ND[rows_M[first:last]]
         release_pages(vectors_ND, start, stop)
-        scores, rows = knn_search(queries_QD, block_ND, k, metric=metric, threads=threads)
-        parts = [merge_neighbours([*parts, (scores, np.where(rows < 0, -1, own[rows]))], k)]
+        found = knn_search(queries_QD, block_ND, k, metric=metric, threads=threads)
+        parts = [merge_neighbours([*parts, found], k)]  # of scores: rows are those of a block
     return Queries(vectors_QD=queries_QD, truth_QK=parts[0][0], metric=metric)
 
 

@@ -61,8 +61,8 @@ def merge(store: Store, merged: Sequence[Part], *, name: str) -> NewSegment:
     return write_parts(store, merged, name=name, factory=factory, parameters=parameters)
 
 
-def still_alive(merged: Sequence[Part], now: Snapshot) -> NDArray[np.bool_] | None:
-    """Tell which rows of a merged segment were not killed while it was written; None where all.
+def still_alive(merged: Sequence[Part], now: Snapshot) -> NDArray[np.bool_]:
+    """Tell which rows of a merged segment were not killed while it was written.
 
     Of a part that is gone all were: nobody else merged meanwhile.
     """
@@ -74,8 +74,7 @@ def still_alive(merged: Sequence[Part], now: Snapshot) -> NDArray[np.bool_] | No
         if alive_N is None:
             alive_N = np.full(part.segment.entry.count, there is not None)
         still.append(alive_N if part.alive_N is None else alive_N[part.alive_N])
-    alive_N = np.concatenate(still)
-    return None if alive_N.all() else alive_N
+    return np.concatenate(still)
 
 
 def is_whole(parts: Sequence[Part]) -> bool:
