@@ -190,6 +190,9 @@ def test_what_does_not_fit_is_not_built(collection, capsys, monkeypatch):
     assert run(collection, "--memory", "3MB", "--dry-run", "--json", "--index", *kinds) == 0
     fits = {one["factory"]: one["fits"] for one in json.loads(capsys.readouterr().out)}
     assert fits == {kinds[0]: False, kinds[1]: True}
+    assert run(collection, "--memory", "3MB", "--json", "--recall", ".5", "--index", *kinds) == 0
+    trials = json.loads(capsys.readouterr().out)["trials"]
+    assert [trial["factory"] for trial in trials] == kinds[1:]
 
 
 def test_a_plan_of_exact_search_names_no_sizes(tmp_path, capsys, make_collection):
@@ -207,6 +210,15 @@ def test_queries_of_another_collection(collection, capsys, tmp_path, make_collec
     report = json.loads(capsys.readouterr().out)
     assert report["queries"] == str(others)
     assert report["queries_choosing"] + report["queries_confirming"] == 200
+
+
+def test_so_many_queries_are_enough(collection, capsys, tmp_path, make_collection):
+    """Ten to choose by and ten to confirm; with one less no margin means anything."""
+    for count, status in ((19, 2), (20, 0)):
+        others = make_collection(tmp_path / str(count), draw(count, seed=5))
+        args = ("--query-from", others, "--recall", ".3", "--index", KINDS[1])
+        assert run(collection, *args) == status
+    assert "queries: expected at least 20, found 19" in capsys.readouterr().err
 
 
 def test_several_segments_become_one(tmp_path, make_collection, capsys):
@@ -258,6 +270,9 @@ def test_of_too_few_images_exact_search_is_taken(tmp_path, make_collection, caps
     assert "exact search was timed with stored rows: too few to hold any back" in out
     report = read_manifest(path).tuning
     assert report["queries_choosing"] == report["queries_confirming"] == 0
+    assert run(path, "--index", "HNSW8", "Flat", "--json") == 0
+    trials = json.loads(capsys.readouterr().out)["trials"]
+    assert [trial["factory"] for trial in trials] == ["Flat"]
     assert run(path, "--index", "HNSW8") == 2
     error = capsys.readouterr().err
     assert f"vectors: expected at least 200, so that some can be held back, found {count}" in error

@@ -336,6 +336,20 @@ def test_another_index_over_the_same_rows(writer, unit_rows, tmp_path):
     assert verify(writer.path).faults == verify(writer.path).unknown == []
 
 
+def test_an_index_is_of_living_rows(writer, unit_rows):
+    """Though one segment has all of them."""
+    vectors = unit_rows(60, DIM)
+    writer.add(table(*map(str, range(60))), vectors, fingerprint=FINGERPRINT)
+    writer.seal()
+    writer.delete([id_of(str(n)) for n in range(5)])
+    with writer.whole() as whole:
+        assert whole.segment.rows["key"].to_pylist() == list(map(str, range(5, 60)))
+    give_index(writer, "HNSW32")
+    (entry,) = writer.collection.manifest.segments
+    assert (entry.count, entry.dead) == (55, 0)
+    assert nearest(writer.collection, vectors[5:7]) == [["5"], ["6"]]
+
+
 def test_another_index_where_a_file_has_one_name(writer, unit_rows, monkeypatch):
     """As on exFAT and on many a network's file system."""
 
