@@ -70,6 +70,7 @@ class Engine:
         max_held_bytes: int = 1 << 29,
         max_delay_s: float = 0.0,
         instances: int = 1,
+        name: str | None = None,
         limits: ImageLimits = DEFAULT_LIMITS,
         clock: Callable[[], float] = time.monotonic,
         on_trouble: Callable[[], None] = lambda: None,
@@ -86,6 +87,7 @@ class Engine:
             max_held_bytes: of requests that are not over.
             max_delay_s: how long an idle encoder may wait for a fuller batch.
             instances: threads that call an encoder without lanes; else there is one a lane.
+            name: as callers use it; the encoder's own where None.
             limits: what one image may cost.
             clock: monotonic seconds.
             on_trouble: called on some thread once one has died or hangs, and is replaced; and
@@ -94,6 +96,7 @@ class Engine:
             observer: hears of every request and of every batch.
         """
         self.encoder = encoder
+        self.name = name or encoder.name
         self._lanes = encoder if isinstance(encoder, LaneEncoder) and encoder.lanes > 1 else None
         self.instances = instances = self._lanes.lanes if self._lanes else instances
         self._clock = clock
@@ -123,13 +126,13 @@ class Engine:
         self._crew = Crew(
             self._work,
             size=instances,
-            name=f"infer-{encoder.name}",
+            name=f"infer-{self.name}",
             on_lost=self._lose,
             on_trouble=on_trouble,
         )
 
     def __repr__(self) -> str:
-        return f"<Engine {self.encoder.name} {self.state} {self._crew!r} {self._batcher!r}>"
+        return f"<Engine {self.name} {self.state} {self._crew!r} {self._batcher!r}>"
 
     @property
     def alive(self) -> bool:
@@ -416,7 +419,7 @@ class Engine:
         if isinstance(error, EncoderUnavailableError):
             self._note_unreachable(error, batch)
             return UnavailableError(
-                f"model {self.encoder.name}",
+                f"model {self.name}",
                 expected="servers that compute it",
                 found="none that answers",
             )
@@ -429,17 +432,17 @@ class Engine:
         """Tell once, until a batch passes again, that no server answers."""
         if self.reachable:
             self.reachable = False
-            log.warning("a batch of %d images failed: %s", batch.images, error)
+            log.warning("model %s: a batch of %d images failed: %s", self.name, batch.images, error)
             self._on_unreachable()
 
     def _explain_mismatch(self, error: FingerprintMismatchError) -> ServeError:
         """Tell that another encoder computes now, for as long as this model is not loaded again."""
         if self._told_mismatch != (text := str(error)):
             self._told_mismatch = text
-            log.error("model %s cannot be served as it was loaded: %s", self.encoder.name, text)
+            log.error("model %s cannot be served as it was loaded: %s", self.name, text)
         self._on_trouble()
         return UnavailableError(
-            f"model {self.encoder.name}",
+            f"model {self.name}",
             expected=error.expected,
             found=error.found,
             mend="call another server, or have this one read its models again",

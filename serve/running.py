@@ -132,7 +132,7 @@ def ready_line(server: Server) -> str:
     return f"horace serving on {server.address} models={models} collections={collections}{http}"
 
 
-def cut_off(calls: int | str, why: str) -> UnavailableError:
+def cut_off(calls: int, why: str) -> UnavailableError:
     """Say that the drain did not end well."""
     return UnavailableError(
         "drain",

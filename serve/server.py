@@ -481,6 +481,7 @@ class Server:
             max_held_bytes=options.max_queue_mib * MIB,
             max_delay_s=options.max_delay_ms / 1e3,
             instances=model.instances or options.instances or 1,
+            name=name,
             limits=options.image_limits,
             on_trouble=partial(self._on_trouble, encoder),
             on_unreachable=partial(self._on_unreachable, encoder),

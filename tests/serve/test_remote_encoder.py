@@ -207,7 +207,7 @@ def test_a_server_in_front_of_a_server(serving, make_bundle):
 def test_a_server_in_front_is_not_ready_until_it_has_read_what_changed_behind(
     serving, make_bundle, tmp_path, eventually
 ):
-    """Its callers are told both fingerprints; SIGHUP reads the model again and mends it."""
+    """Its callers are told both fingerprints and the name that they know; SIGHUP mends it."""
     path = tmp_path / "m"
     image = np.zeros((28, 28), np.uint8)
     one = make_bundle(path=path)
@@ -217,7 +217,7 @@ def test_a_server_in_front_is_not_ready_until_it_has_read_what_changed_behind(
 
         async with (
             serving(bundle=(f"m={path}",)) as behind,
-            serving(bundle=(f"m=horace://{behind.address}/m",)) as front,
+            serving(bundle=(f"far=horace://{behind.address}/m",)) as front,
             AsyncClient(front.address, retry=RetryPolicy(attempts=1)) as client,
         ):
             assert (await client.embed([image])).fingerprint == one.fingerprint
@@ -227,7 +227,7 @@ def test_a_server_in_front_is_not_ready_until_it_has_read_what_changed_behind(
             with pytest.raises(UnavailableError) as error:
                 await client.embed([image])
             fingerprints = f"expected encoder {one.fingerprint}, found encoder {two.fingerprint}"
-            assert f"model m: {fingerprints}" in str(error.value)
+            assert f"model far: {fingerprints}" in str(error.value)
             await eventually(lambda: not front.health.serving)
             assert await front.reloads.run() == []
             await eventually(lambda: front.health.serving)
