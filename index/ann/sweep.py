@@ -114,7 +114,7 @@ def recalls(found_QK: NDArray[np.float32], queries: Queries, k: int) -> NDArray[
     last_Q = truth_QK[np.arange(len(truth_QK)), n_true_Q - 1]
     enough_Q = last_Q - rounding(queries.vectors_QD, last_Q, queries.metric)
     n_found_Q = (found_QK[:, :k] >= enough_Q[:, None]).sum(axis=1)
-    shares_Q: NDArray[np.float64] = np.minimum(1.0, n_found_Q / n_true_Q)
+    shares_Q: NDArray[np.float64] = n_found_Q / n_true_Q
     return shares_Q
 
 

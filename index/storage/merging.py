@@ -78,8 +78,8 @@ def still_alive(merged: Sequence[Part], now: Snapshot) -> NDArray[np.bool_]:
 
 
 def is_whole(parts: Sequence[Part]) -> bool:
-    """Tell whether parts are one segment, all of whose rows are alive."""
-    return len(parts) == 1 and bool(parts[0].segment.entry.name) and not parts[0].dead
+    """Tell whether parts, of which none is the delta, are one, all of whose rows are alive."""
+    return len(parts) == 1 and not parts[0].dead
 
 
 @contextmanager

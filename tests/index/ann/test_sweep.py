@@ -61,7 +61,7 @@ def test_the_next_stronger_setting(queries):
 
 
 def test_equal_rows_count_whichever_is_found(queries):
-    """What is as near as the k-th true neighbour is one, and a share is at most all."""
+    """What is as near as the k-th true neighbour is one."""
     found = np.tile(np.float32([10, 9, 8, 1, 1, 1, 1, 1, 1, 1]), (COUNT, 1))
     assert (recalls(found, queries, 10) == 1).all()
     assert (recalls(found, queries, 5) == 0.6).all()
