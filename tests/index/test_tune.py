@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from index.ann.trials import Goal
-from index.ann.tuning import plan
+from index.ann.tuning import plan, tuning_bytes
 from index.collection import Collection, id_of
 from index.storage.manifest import read_manifest
 from index.storage.writer import CollectionWriter
 from index.tune import TuneOptions, main
 from index.verify import verify
 from models.command import run_command
+from models.errors import UsageError
 
 COUNT, DIM, K = 4000, 32, 10
 FINGERPRINT = "f" * 64
@@ -178,6 +179,16 @@ def test_a_memory_in_which_nothing_fits_is_refused(collection, capsys):
     """Before anything is built, and with the least that would do."""
     assert run(collection, "--index", KINDS[0], "--memory", "10kB") == 2
     assert "memory: expected more than the " in capsys.readouterr().err
+
+
+def test_a_memory_that_is_taken_already_is_refused(monkeypatch):
+    """By the process, and by what queries and their searches take beside an index."""
+    monkeypatch.setattr("index.ann.tuning.held_bytes", lambda: 1 << 20)
+    taken = (1 << 20) + tuning_bytes(COUNT, DIM, Goal())
+    with pytest.raises(UsageError, match=r"memory: expected more than the .* that this process"):
+        plan(COUNT, DIM, Goal(memory_bytes=taken, factories=KINDS))
+    more = Goal(memory_bytes=taken + (64 << 20), factories=KINDS)
+    assert all(candidate.fits for candidate in plan(COUNT, DIM, more))
 
 
 def test_what_does_not_fit_is_not_built(collection, capsys, monkeypatch):
