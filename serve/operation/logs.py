@@ -4,6 +4,7 @@ Rules:
     The log is stderr's and nobody else's; stdout has the line that says ready.
     A request has one line at most, where it is over: at WARNING where the server is at
     fault, at INFO where the caller is or where it was slow, at DEBUG otherwise.
+    Nobody waits for who reads it: see `log_room`.
     Under overload the log does not become the load: beyond some lines a second the rest are
     counted, and the next line says how many were left out. Lines about requests have one such
     account; each warning or error of the server, by the place that logs it, has one of its own.
@@ -27,6 +28,7 @@ from collections.abc import Callable, Hashable, Iterable
 
 import grpc
 
+from serve.operation.log_room import FIELDS, RoomFilter
 from serve.operation.observer import Call, Nobody
 from serve.operation.options import LogOptions
 from serve.security.caller import REQUEST_ID_KEY
@@ -40,9 +42,6 @@ LIBRARY_S = 60.0
 """In how many seconds a library may write as many."""
 
 SERVER_LOG = "horace.serve"
-
-FIELDS = "fields"
-"""The attribute of a log record that holds what a line of JSON has beside its text."""
 
 IN_MESSAGE = ("method", "code")
 """Fields of which the text of a line about a request is made."""
@@ -114,6 +113,7 @@ def set_up_logs(
     for handler in logging.getLogger().handlers if handlers is None else handlers:
         handler.setFormatter(formatter)
         handler.addFilter(RateFilter())
+        handler.addFilter(RoomFilter(handler))
     logging.getLogger("horace").setLevel(options.log_level.upper())
 
 

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
+import os
 
 import grpc
 import numpy as np
@@ -14,6 +16,7 @@ from protos import horace_pb2 as pb
 from protos import horace_pb2_grpc as pb_grpc
 from serve.errors import to_status
 from serve.job import Embedded
+from serve.operation.log_room import RoomFilter
 from serve.operation.logs import (
     LINES_PER_S,
     JsonFormatter,
@@ -302,4 +305,42 @@ def test_the_logs_that_are_set_up_are_bounded(lines):
     """By the handlers, which all of the server's lines come to."""
     handler = logging.StreamHandler(io.StringIO())
     set_up_logs(LogOptions(), [handler])
-    assert [type(one) for one in handler.filters] == [RateFilter]
+    assert [type(one) for one in handler.filters] == [RateFilter, RoomFilter]
+
+
+@pytest.mark.timeout(60)  # of one that waits for the reader
+def test_a_reader_that_hangs_holds_up_nobody():
+    """A pipe that is full takes no line; read again, the next says how many are missing."""
+    reading, writing = os.pipe()
+    with os.fdopen(reading) as reader, os.fdopen(writing, "w") as stream:
+        handler = logging.StreamHandler(stream)
+        set_up_logs(LogOptions(log_format="json"), [handler])
+
+        def write(text: str, **fields: object) -> None:
+            record = logging.LogRecord("horace.serve", logging.INFO, "", 1, text, None, None)
+            record.fields = fields
+            handler.handle(record)
+
+        for n in range(2000):
+            write(f"line {n} {'.' * 100}", left_out=1)  # what was left out before is, too
+        os.set_blocking(reading, False)
+        lines = reader.read().splitlines()
+        assert 100 < len(lines) < 1000
+        write("last")
+        assert json.loads(reader.readline())["left_out"] == 2 * (2000 - len(lines))
+        write("after")
+        assert "left_out" not in json.loads(reader.readline())
+
+
+def test_a_reader_that_has_gone_holds_up_nobody(monkeypatch):
+    """A write fails then, which logging keeps to itself."""
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    reading, writing = os.pipe()
+    os.close(reading)
+    stream = os.fdopen(writing, "w")
+    handler = logging.StreamHandler(stream)
+    set_up_logs(LogOptions(), [handler])
+    handler.handle(logging.LogRecord("horace.serve", logging.ERROR, "", 1, "x", None, None))
+    assert repr(handler.filters[1]) == "<RoomFilter 0 lines left out>"
+    with contextlib.suppress(BrokenPipeError):
+        stream.close()
