@@ -10,17 +10,22 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from models.cpu import CGROUP_ROOT, SELF_CGROUP, cgroup_folders
 
 MEMINFO = Path("/proc/meminfo")
 
-M_MMAP_THRESHOLD = -3
-"""From glibc's malloc.h."""
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+"""Of glibc's malloc.h: from how much free memory at its end on a heap is cut, how much a heap
+is given beyond what it needs, and from which size on a block is the system's own."""
 
 LARGE_BLOCK_BYTES = 256 << 10
 """At 1 MiB resident memory still crept up in the benchmark named below."""
+
+KEPT_BYTES, PAD_BYTES = 32 << 20, 4 << 20
+"""Of small blocks, at the end of a heap."""
 
 
 def memory_bytes(root: Path = CGROUP_ROOT, self_cgroup: Path = SELF_CGROUP) -> int:
@@ -45,24 +50,36 @@ def free_memory_bytes(
     return max(0, min([free, *left]))
 
 
-def give_back_large_blocks() -> bool:
-    """Have the allocator give every large block back to the system when it is freed.
+def settle_memory() -> bool:
+    """Have the allocator give large blocks back to the system when they are freed, and keep others.
 
     glibc does so at first, but learns from the first large block that is freed to keep those
     of its size in its heaps, where they lie between small ones that stay: a process that
     decodes now a stamp and now a poster grows by and by. With a fixed threshold a server has
     210 MB after 3,000 hostile inputs, without it 300 MB and rising (benchmarks/serve_hostile.py).
-    The price is a page fault each 4 KiB, a few microseconds in the milliseconds of decoding.
+    The price is a page fault each 4 KiB. What is smaller, such as a message, its pixels or the
+    rows of a decoder, would have that price, too, since glibc cuts a heap back whenever 128 KiB
+    are free at its end: so more is kept there.
 
     Returns:
         Whether it does: not where another allocator or the operator's own setting rules.
     """
-    if "MALLOC_MMAP_THRESHOLD_" in os.environ:
+    values = (M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES), (M_TRIM_THRESHOLD, KEPT_BYTES)
+    return set_allocator(dict([*values, (M_TOP_PAD, PAD_BYTES)]))
+
+
+def set_allocator(values: Mapping[int, int]) -> bool:
+    """Set parameters of glibc's allocator; give whether that was done.
+
+    It is not where the process has another allocator, or where the operator has set glibc's.
+    """
+    if any(name.startswith("MALLOC_") and name.endswith("_") for name in os.environ):
         return False
     try:
-        return bool(ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES))
+        mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):  # musl and others have no such thing
         return False
+    return all([mallopt(parameter, value) for parameter, value in values.items()])
 
 
 def _limits(root: Path, self_cgroup: Path) -> list[tuple[int, Path]]:

@@ -27,7 +27,7 @@ from functools import partial
 
 from models.command import let_go_of_stdout
 from models.errors import reason_of
-from models.memory import give_back_large_blocks
+from models.memory import settle_memory
 from serve.errors import InternalError, UnavailableError
 from serve.server import Server
 
@@ -100,7 +100,7 @@ async def run_server(
         UnavailableError: calls were cut off.
         InternalError: the server lived no more, by its own account.
     """
-    give_back_large_blocks()
+    settle_memory()
     if not await _start(server, orders.stops):
         return
     reloading = asyncio.create_task(_reload(server, orders.reloads))

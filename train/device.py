@@ -18,7 +18,6 @@ Shapes: N images, H x W pixels, C channels.
 
 from __future__ import annotations
 
-import ctypes
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from models.memory import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, set_allocator
 from train.data.batches import Batch
 from train.errors import TrainError
 
@@ -47,9 +47,6 @@ CUDA_BF16_CAPABILITY = 8
 """The first compute capability (Ampere) that multiplies bfloat16."""
 
 CPUINFO = Path("/proc/cpuinfo")
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Of glibc's malloc.h: how much free memory, and blocks of which size, go back to the kernel."""
 
 KEPT_BYTES = 1 << 30
 
@@ -158,10 +155,7 @@ def keep_freed_memory() -> None:
     and 4% of the CPU time of a step of the preset `fashion-mnist`. Where the library is not
     glibc nothing is changed.
     """
-    c_library = ctypes.CDLL(None)
-    if hasattr(c_library, "mallopt"):
-        for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
-            c_library.mallopt(parameter, KEPT_BYTES)
+    set_allocator({M_MMAP_THRESHOLD: KEPT_BYTES, M_TRIM_THRESHOLD: KEPT_BYTES})
 
 
 @contextmanager
