@@ -208,7 +208,7 @@ class Sweep:
         """Give settings of growing effort, for each factor of re-ranking."""
         kind = self._kind
         if kind.family == "graph":
-            efforts = [{"efSearch": e} for e in EFFORTS if e >= self._k] or [{"efSearch": self._k}]
+            efforts = [{"efSearch": effort} for effort in EFFORTS if effort >= self._k]
         else:
             probes = [e for e in EFFORTS if e < kind.lists]
             efforts = [{"nprobe": e} for e in [*probes, kind.lists]]

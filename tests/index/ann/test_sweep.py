@@ -1,5 +1,7 @@
 """Search parameters found by measuring, on an index whose recall is known beforehand."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -38,9 +40,57 @@ def test_the_least_effort_of_every_factor_is_found(queries):
     def found(nprobe, factor):
         return 10 if nprobe >= 96 / factor and factor >= 3 else 8
 
-    sweep, _ = sweep_of(found, queries, 0.9)
+    sweep, asked = sweep_of(found, queries, 0.9)
     reached = {p.parameters["k_factor"]: p.parameters["nprobe"] for p in sweep.run()}
     assert reached == {32: 3, 20: 6, 12: 8, 8: 12, 5: 24, 3: 32}
+    assert asked[0] == (6, 32)  # nearer to the cheap end
+    for larger, smaller in itertools.pairwise(sorted(reached, reverse=True)):
+        assert min(n for n, factor in asked if factor == smaller) >= reached[larger]
+
+
+def test_the_cheapest_setting_comes_first(queries, monkeypatch):
+    """By its measured time, not by its effort."""
+    monkeypatch.setattr(sweeping, "time_singles", lambda *asked: abs(asked[3]["k_factor"] - 12))
+    sweep, _ = sweep_of(lambda nprobe, factor: 10, queries, 0.9)
+    factors = [point.parameters["k_factor"] for point in sweep.run()]
+    assert (factors[0], factors[-1]) == (12, 32)
+
+
+def test_what_a_sample_may_err_by_is_asked_for_beyond_the_target(queries):
+    """Half of the queries find nine of ten: .95, and twice .05 over the root of their number."""
+    n_found = itertools.cycle([10, 9])
+
+    def search(queries_QD, k, parameters, threads):
+        scores = np.full((len(queries_QD), k), -np.inf, np.float32)
+        for row in scores:
+            n = next(n_found)
+            row[:n] = np.arange(10, 10 - n, -1)
+        return scores, np.zeros((len(queries_QD), k), np.int64)
+
+    for target, is_reached in ((0.942, True), (0.944, False)):
+        sweep = Sweep(KIND, search, queries, k=K, target=target, threads=1)
+        assert bool(sweep.run()) == is_reached
+        assert sweep.best.recall == pytest.approx(0.95)
+
+
+def test_a_graph_keeps_no_fewer_candidates_than_are_asked_for(queries):
+    """It could not find as many."""
+
+    def search(queries_QD, k, parameters, threads):
+        return queries.truth_QK[: len(queries_QD)], np.zeros((len(queries_QD), k), np.int64)
+
+    sweep = Sweep(parse_kind("HNSW32"), search, queries, k=K, target=0.9, threads=1)
+    assert [point.parameters for point in sweep.run()] == [{"efSearch": 12}]
+
+
+def test_one_half_of_the_queries_chooses_and_the_other_confirms(queries):
+    """Each with its own truth."""
+    numbered = np.arange(2 * COUNT, dtype=np.float32).reshape(COUNT, 2)
+    both = Queries(vectors_QD=numbered, truth_QK=numbered, metric="cosine")
+    for number in (0, 1):
+        half = both.half(number)
+        np.testing.assert_array_equal(half.vectors_QD, numbered[number::2])
+        np.testing.assert_array_equal(half.truth_QK, numbered[number::2])
 
 
 def test_where_the_largest_factor_does_not_do_the_others_are_not_tried(queries):
@@ -54,10 +104,13 @@ def test_where_the_largest_factor_does_not_do_the_others_are_not_tried(queries):
 
 def test_the_next_stronger_setting(queries):
     """Of the same factor; none after the last."""
-    sweep, _ = sweep_of(lambda nprobe, factor: 9, queries, 0.9)
+    sweep, _ = sweep_of(lambda nprobe, factor: 9 if nprobe == 48 else 8, queries, 0.9)
     point = sweep.measure({"nprobe": 24, "k_factor": 5})
-    assert sweep.stronger(point).parameters == {"nprobe": 32, "k_factor": 5}
-    assert sweep.stronger(sweep.measure({"nprobe": 64, "k_factor": 5})) is None
+    for nprobe in (32, 48, 64):
+        point = sweep.stronger(point)
+        assert point.parameters == {"nprobe": nprobe, "k_factor": 5}
+    assert sweep.stronger(point) is None
+    assert sweep.best.parameters == {"nprobe": 48, "k_factor": 5}
 
 
 def test_equal_rows_count_whichever_is_found(queries):
