@@ -35,7 +35,7 @@ from index.ann.trials import Goal
 from index.ann.tuning import MAX_QUERIES, Tuned, plan
 from index.building.tuned import tune_collection
 from index.collection import Collection
-from index.errors import CollectionError
+from index.errors import CollectionError, mend_of
 from index.evaluation.queries import open_queries
 from index.milvus.connection import require_directory
 from models.command import run_command
@@ -94,7 +94,7 @@ def main(options: TuneOptions) -> None:
     """Tune the collection and say what came of it.
 
     Raises:
-        CollectionError: no index reaches the recall, or the picture cannot be written.
+        CollectionError: no index reaches the recall, or the disk refuses an index or the picture.
         UsageError: nothing fits the memory, or the picture has no place.
     """
     require_directory(options.collection)
@@ -106,12 +106,20 @@ def main(options: TuneOptions) -> None:
     if options.plot is not None:
         _check_place(options.plot)
     queries_QD = None if options.query_from is None else _read_queries(options)
-    tuned = tune_collection(
-        options.collection,
-        options.goal,
-        queries_QD=queries_QD,
-        queries_from=options.query_from or "",
-    )
+    try:
+        tuned = tune_collection(
+            options.collection,
+            options.goal,
+            queries_QD=queries_QD,
+            queries_from=options.query_from or "",
+        )
+    except OSError as error:
+        raise CollectionError(
+            f"collection {options.collection}",
+            expected="one that can be written, with room for the indexes that are tried out",
+            found=reason_of(error),
+            mend=f"{mend_of(error)}; it keeps the index that it has",
+        ) from error
     print(json.dumps(report.to_json(tuned), indent=2) if options.json else report.as_text(tuned))
     if options.plot is not None:
         _draw(options.plot, tuned)

@@ -263,6 +263,14 @@ def test_what_makes_no_sense_is_refused(collection, capsys, args, message):
     assert (collection / "manifest.json").read_bytes() == before
 
 
+def test_the_bounds_of_what_is_asked_for():
+    """Those that are named are within."""
+    Goal(recall=1, k=1000, n_queries=20)
+    for beyond in ({"recall": 0}, {"recall": 1.01}, {"k": 0}, {"k": 1001}, {"n_queries": 19}):
+        with pytest.raises(UsageError, match=", found "):
+            Goal(**beyond)
+
+
 def test_few_vectors_are_searched_exactly(tmp_path, make_collection, capsys):
     """No index is worth it, and none is built."""
     path = make_collection(tmp_path / "made", draw(300, seed=1))
@@ -314,6 +322,21 @@ def test_a_picture_without_a_place_is_refused_first(collection, tmp_path, capsys
     assert f"{place}: expected a file that can be written, found {found}" in (
         capsys.readouterr().err.replace(str(tmp_path), ".")
     )
+    assert (collection / "manifest.json").read_bytes() == before
+
+
+def test_a_disk_without_room_for_what_is_tried_out_is_told(collection, capsys, monkeypatch):
+    """With the collection, which is as it was."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = (collection / "manifest.json").read_bytes()
+    monkeypatch.setattr("index.ann.trials.write_index", full)
+    assert run(collection, "--recall", ".3", "--index", "HNSW8") == 1
+    error = capsys.readouterr().err
+    assert f"collection {collection}: expected one that can be written, with room for the" in error
+    assert "found No space left on device; make room; it keeps the index that it has" in error
     assert (collection / "manifest.json").read_bytes() == before
 
 
