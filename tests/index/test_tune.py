@@ -289,6 +289,7 @@ def test_of_too_few_images_exact_search_is_taken(tmp_path, make_collection, caps
     assert "exact search was timed with stored rows: too few to hold any back" in out
     report = read_manifest(path).tuning
     assert report["queries_choosing"] == report["queries_confirming"] == 0
+    assert set(report["chosen"]["recall_at"]) == {"1", "10", *(["100"] if count > 100 else [])}
     assert run(path, "--index", "HNSW8", "Flat", "--json") == 0
     trials = json.loads(capsys.readouterr().out)["trials"]
     assert [trial["factory"] for trial in trials] == ["Flat"]
