@@ -13,13 +13,12 @@ Rules:
 
 from __future__ import annotations
 
-import asyncio
 import sys
 
 from models.command import run_command
 from serve.config import ServeOptions
 from serve.operation.logs import set_up_logs
-from serve.running import announce, orders_by_signal, ready_line, run_server
+from serve.running import announce, orders_by_signal, ready_line, run_server, run_to_the_end
 from serve.server import Server
 from serve.workers.supervisor import Supervisor
 
@@ -32,7 +31,7 @@ def main(options: ServeOptions) -> None:
         UnavailableError: calls were cut off.
     """
     set_up_logs(options.log)
-    asyncio.run(_serve(options) if options.workers == 1 else _supervise(options))
+    run_to_the_end(_serve(options) if options.workers == 1 else _supervise(options))
 
 
 async def _serve(options: ServeOptions) -> None:

@@ -11,6 +11,7 @@ Rules:
     hook that signals once a file is no load.
     A signal that comes again within a moment is its echo, not a second order: `timeout` and
     process managers signal a process and then its whole group.
+    Once the end has come no signal makes another of it.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from models.command import let_go_of_stdout
 from models.errors import reason_of
@@ -64,6 +66,19 @@ class Orders:
         """Order a reload, unless one is ordered and not begun: that will see the same files."""
         with contextlib.suppress(asyncio.QueueFull):
             self.reloads.put_nowait(name)
+
+
+def run_to_the_end(work: Coroutine[Any, Any, None]) -> None:
+    """Run `work` in the main thread, and ignore signals from then on: the process ends.
+
+    Else one more would kill it while the interpreter takes itself apart, and a drain in which
+    every call was answered would look like none.
+    """
+    try:
+        asyncio.run(work)
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def orders_by_signal(*, clock: Callable[[], float] = time.monotonic) -> Orders:

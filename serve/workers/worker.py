@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 from models.errors import HoraceError, UsageError
 from serve.config import ServeOptions
 from serve.operation.logs import set_up_logs
-from serve.running import Orders, ready_line, run_server
+from serve.running import Orders, ready_line, run_server, run_to_the_end
 from serve.server import Server
 from serve.workers.messages import Answer, Failed, Order, Ready, Report
 from serve.workers.place import WorkerPlace
@@ -45,7 +45,7 @@ def run_worker(options: ServeOptions, place: WorkerPlace, pipe: Connection) -> N
     set_up_logs(options.log, worker=place.index)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        asyncio.run(_serve(options, place, pipe))
+        run_to_the_end(_serve(options, place, pipe))
     except HoraceError as error:
         _report(pipe, Failed(line=str(error), bad_use=isinstance(error, UsageError)))
         raise SystemExit(FAILED) from error

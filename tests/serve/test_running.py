@@ -4,7 +4,10 @@ import asyncio
 import logging
 import os
 import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +16,8 @@ from serve.config import ServeOptions
 from serve.errors import InternalError
 from serve.running import ECHO_S, Orders, announce, orders_by_signal, run_server
 from serve.server import Server
+
+ROOT = Path(__file__).parents[2]
 
 
 async def hear(orders, *numbers: int) -> list[str]:
@@ -96,6 +101,21 @@ def test_an_order_that_comes_as_the_start_ends_is_not_lost(fake, caplog):
     asyncio.run(main())
     assert "stopping on SIGTERM" in caplog.text
     assert fake.closed
+
+
+def test_a_signal_after_the_end_does_not_change_it():
+    """The interpreter takes itself apart then; what was drained ends with its own status."""
+    code = (
+        "import asyncio, os, signal\n"
+        "from serve.running import orders_by_signal, run_to_the_end\n"
+        "async def work():\n"
+        "    orders_by_signal()\n"
+        "run_to_the_end(work())\n"
+        "for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):\n"
+        "    os.kill(os.getpid(), number)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, timeout=120)
+    assert done.returncode == 0
 
 
 def test_a_server_that_reads_no_more_ends_badly(fake, monkeypatch, caplog):
