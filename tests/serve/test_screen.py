@@ -108,7 +108,7 @@ class Desk:
         async def abort(*_):
             raise grpc.aio.AbortError
 
-        context = SimpleNamespace(abort=abort)
+        context = SimpleNamespace(abort=abort, time_remaining=lambda: None)
         with pytest.raises(grpc.aio.AbortError):
             await self.answering.answer(Call(method="Embed", arrived_s=0.0), work(), context)
         self.ears.calls.clear()
