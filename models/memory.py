@@ -13,19 +13,18 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from models.cpu import CGROUP_ROOT, SELF_CGROUP, cgroup_folders
+from models.cpu import CGROUP_ROOT, SELF_CGROUP, cgroup_folders, cpu_budget
 
 MEMINFO = Path("/proc/meminfo")
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
-"""Of glibc's malloc.h: from how much free memory at its end on a heap is cut, how much a heap
-is given beyond what it needs, and from which size on a block is the system's own."""
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8
+"""Of glibc's malloc.h: from how much free memory at its end on a heap is cut, how much more than
+it needs a heap has, from which size on a block is the system's own, and how many heaps there are."""
 
 LARGE_BLOCK_BYTES = 256 << 10
 """At 1 MiB resident memory still crept up in the benchmark named below."""
 
-KEPT_BYTES, PAD_BYTES = 32 << 20, 4 << 20
-"""Of small blocks, at the end of a heap."""
+PAD_BYTES = 4 << 20
 
 
 def memory_bytes(root: Path = CGROUP_ROOT, self_cgroup: Path = SELF_CGROUP) -> int:
@@ -59,13 +58,19 @@ def settle_memory() -> bool:
     210 MB after 3,000 hostile inputs, without it 300 MB and rising (benchmarks/serve_hostile.py).
     The price is a page fault each 4 KiB. What is smaller, such as a message, its pixels or the
     rows of a decoder, would have that price, too, since glibc cuts a heap back whenever 128 KiB
-    are free at its end: so more is kept there.
+    are free at its end: so more is left there, and there are as many heaps as CPUs, where glibc
+    would have eight times as many.
 
     Returns:
         Whether it does: not where another allocator or the operator's own setting rules.
     """
-    values = (M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES), (M_TRIM_THRESHOLD, KEPT_BYTES)
-    return set_allocator(dict([*values, (M_TOP_PAD, PAD_BYTES)]))
+    return set_allocator(
+        {
+            M_MMAP_THRESHOLD: LARGE_BLOCK_BYTES,
+            M_TOP_PAD: PAD_BYTES,
+            M_ARENA_MAX: max(2, cpu_budget()),
+        }
+    )
 
 
 def set_allocator(values: Mapping[int, int]) -> bool:
