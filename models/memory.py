@@ -19,12 +19,12 @@ MEMINFO = Path("/proc/meminfo")
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8
 """Of glibc's malloc.h: from how much free memory at its end on a heap is cut, how much more than
-it needs a heap has, from which size on a block is the system's own, and how many heaps there are."""
+it needs it has, from which size on a block is the system's own, and how many heaps there are."""
 
 LARGE_BLOCK_BYTES = 256 << 10
 """At 1 MiB resident memory still crept up in the benchmark named below."""
 
-PAD_BYTES = 4 << 20
+PAD_BYTES = 2 << 20
 
 
 def memory_bytes(root: Path = CGROUP_ROOT, self_cgroup: Path = SELF_CGROUP) -> int:
