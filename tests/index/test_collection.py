@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from index.ann.making import build_index as build_hnsw
-from index.collection import Collection, id_of
+from index.collection import Collection, id_of, version_text
 from index.errors import CollectionError, UnknownIdError
 from index.storage.manifest import Manifest, hash_files, read_manifest, write_manifest
 from models.errors import FingerprintMismatchError, UsageError
@@ -147,6 +147,18 @@ def test_unknown_ids_and_keys_are_named(built):
         assert collection.find_key("red/001.png") == id_of("red/001.png")
 
 
+def test_places_have_the_shape_of_the_ids(built):
+    """As neighbours come, some for each query."""
+    with Collection.open(built) as collection:
+        asked = collection.ids[[[3, 1], [0, 59]]]
+        assert collection.row_numbers(asked).tolist() == [[3, 1], [0, 59]]
+
+
+def test_a_version_is_written_as_numbers_with_a_point():
+    """Whatever else stands for one is written as it is."""
+    assert [version_text(version) for version in ((3, 17), "x", 4)] == ["3.17", "x", "4"]
+
+
 def test_ids_are_stable():
     """An id is a function of the key, the same in every version."""
     assert id_of("train/00000") == 4730330076128425568
@@ -156,7 +168,9 @@ def test_ids_are_stable():
 def test_a_closed_collection_says_so(built):
     """Using what was closed is an error, not an empty answer."""
     collection = Collection.open(built)
+    assert collection.is_current()
     collection.close()
+    assert not collection.is_current()
     with pytest.raises(CollectionError, match="expected an open one, found closed"):
         collection.search(np.ones((1, 16), np.float32), 1, fingerprint=collection.fingerprint)
 

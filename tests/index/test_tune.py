@@ -5,12 +5,13 @@ import json
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from index.ann.trials import Goal
-from index.ann.tuning import plan, tuning_bytes
+from index.ann.tuning import _not_reached, hold_back, plan, tuning_bytes
 from index.collection import Collection, id_of
 from index.storage.manifest import read_manifest
 from index.storage.writer import CollectionWriter
@@ -189,6 +190,38 @@ def test_a_memory_that_is_taken_already_is_refused(monkeypatch):
         plan(COUNT, DIM, Goal(memory_bytes=taken, factories=KINDS))
     more = Goal(memory_bytes=taken + (64 << 20), factories=KINDS)
     assert all(candidate.fits for candidate in plan(COUNT, DIM, more))
+
+
+def test_what_queries_take_grows_with_them():
+    """Never beyond the rows there are; and by the neighbours, of which a hundred are counted."""
+    least, more = tuning_bytes(100, DIM, Goal()), tuning_bytes(COUNT, DIM, Goal())
+    assert least < tuning_bytes(COUNT, DIM, Goal(n_queries=200)) < more
+    assert tuning_bytes(COUNT, DIM, Goal(k=1)) == more < tuning_bytes(COUNT, DIM, Goal(k=500))
+
+
+def test_rows_are_held_back_in_their_order():
+    """They are added so, a block at a time; each is held back once."""
+    rows = hold_back(100_000, Goal())
+    assert len(rows) == 2000
+    assert (np.diff(rows) > 0).all()
+
+
+def test_what_came_nearest_to_the_target_is_said():
+    """Of kinds, the one of the highest recall, and of its settings, too."""
+
+    def trial(factory, recall, *recalls):
+        points = [
+            SimpleNamespace(recall=one, parameters={"efSearch": n}) for n, one in enumerate(recalls)
+        ]
+        return SimpleNamespace(
+            candidate=SimpleNamespace(factory=factory),
+            figures=SimpleNamespace(recall={10: recall}),
+            points=points,
+        )
+
+    trials = [trial("HNSW4", 0.5, 0.5), trial("HNSW16", 0.8, 0.6, 0.82, 0.7), trial("HNSW8", 0.7)]
+    message = str(_not_reached(Goal(), trials))
+    assert "found 0.8000 at best, by HNSW16 with efSearch 1; ask for less" in message
 
 
 def test_what_does_not_fit_is_not_built(collection, capsys, monkeypatch):

@@ -39,6 +39,8 @@ def test_an_empty_collection_is_a_collection(writer, vectors):
     assert (collection.factory, collection.metric, collection.sources) == ("Flat", "cosine", {})
     with pytest.raises(UsageError, match="expected a column: id, key, label, source, found"):
         collection.select("size = 1")
+    with pytest.raises(UnknownIdError, match="found none such; it is empty"):
+        collection.find_key("a")
     assert verify(writer.path).faults == []
 
 
@@ -306,6 +308,10 @@ def test_what_is_deleted_is_counted_until_its_space_is_given_back(writer, vector
     assert writer.collection.deleted == {"": 2}
     writer.seal()
     assert writer.collection.deleted == {}
+    writer.add(table("a", "b"), vectors[:2], fingerprint=FINGERPRINT)
+    assert writer.collection.delta_count == 2
+    writer.seal()
+    assert writer.collection.delta_count == 0
 
 
 def test_another_index_over_the_same_rows(writer, unit_rows, tmp_path):
@@ -478,6 +484,12 @@ def test_a_few_rows_beside_an_index_of_more_lists_are_compacted(writer, unit_row
         ("RR,IVF200,RaBitQ,RFlat", 300), ("RR,IVF16,RaBitQ,RFlat", 70)
     ]  # fmt: skip
     assert nearest(writer.collection, vectors[350:352]) == [["350"], ["351"]]
+    efforts = [
+        part.segment.index.effort_parameters(200, 10, part.segment.entry.parameters)["nprobe"]
+        for part in writer.collection._snapshot.parts
+    ]
+    assert efforts[0] > efforts[1]  # and of one search the most that any wants
+    assert writer.collection.effort_parameters(200, 10)["nprobe"] == efforts[0]
 
 
 def test_a_filter_is_worked_out_once_a_part(writer, vectors, monkeypatch):
