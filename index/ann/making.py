@@ -118,6 +118,7 @@ class Builder:
         if not len(self.held_back):
             return index
         if self.kind.is_cagra:
+            del index  # its graph takes no rows, and another comes
             return _build_cagra(self.kind, self._vectors_ND, self.metric)
         self._add(index, self.held_back)
         if self.kind.family == "graph":

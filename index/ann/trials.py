@@ -198,7 +198,7 @@ class Bench:
         log.info("%s", _says(candidate, build_s, chosen, best, figures, goal))
         file = None
         if chosen is not None:
-            del index, search, sweep.search
+            del base, index, search, sweep.search
             start_s = time.monotonic()
             file = self._folder / f"{number}.faiss"
             write_index(builder.finish(), file, candidate.factory)

@@ -1,6 +1,7 @@
 """Every kind of index, through the files that a segment keeps."""
 
 import resource
+import weakref
 
 import faiss
 import numpy as np
@@ -212,6 +213,25 @@ def test_a_small_file_opens_within_its_own_size(tmp_path, factory, metric):
     )  # fmt: skip
     _, rows = index.search(vectors[:50], 1, parameters={"nprobe": 200}, threads=1)
     assert (rows[:, 0] == np.arange(50)).mean() > 0.8
+
+
+def test_one_graph_of_a_gpu_is_in_memory_at_a_time(monkeypatch):
+    """It cannot be added to: with the rows that were held back it is built anew."""
+    made = []
+
+    class Graph:
+        """What stands for one."""
+
+    def build(kind, vectors_ND, metric):
+        assert [graph() for graph in made] == [None] * len(made)
+        graph = Graph()
+        made.append(weakref.ref(graph))
+        return graph
+
+    monkeypatch.setattr("index.ann.making._build_cagra", build)
+    builder = Builder(draw(COUNT, seed=1), "CAGRA32", held_back=np.arange(5))
+    builder.start()
+    assert builder.finish() is made[1]()
 
 
 @pytest.mark.parametrize("missing", [1, 20_000])
