@@ -94,7 +94,7 @@ if sys.argv[1] == "settled":
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 before = faults()
 for _ in range(100):
-    blocks = [bytes(200_000) for _ in range(8)]
+    blocks = [bytes(200_000) for _ in range(4)]
     del blocks
 print(faults() - before)
 """
