@@ -81,7 +81,7 @@ def build(options: BuildOptions) -> BuildSummary:
     """
     work = _build if options.store is None else _build_in_milvus
     with _opened(options) as (source, encoder, key):
-        metadata = None if options.metadata is None else Metadata(options.metadata)
+        metadata = _read_metadata(options, source)
         try:
             return work(options, key, source, encoder, metadata)
         except OSError as error:
@@ -146,6 +146,7 @@ def plan(options: BuildOptions) -> BuildPlan:
         if options.restart:
             parts.forget()
         count = key.source_count
+        _read_metadata(options, source)
         _check_memory(options, key)
         fixed = options.recall is None and (options.index != "auto" or count is not None)
         return plan_build(
@@ -242,6 +243,15 @@ def _build_in_milvus(
         )
         store.discard()
     return summary
+
+
+def _read_metadata(options: BuildOptions, source: ImageSource) -> Metadata | None:
+    """Read the table that is to be joined, and see that it is of these images."""
+    if options.metadata is None:
+        return None
+    metadata = Metadata(options.metadata)
+    metadata.require_known(source)
+    return metadata
 
 
 def _check_memory(options: BuildOptions, key: RunKey) -> None:

@@ -38,6 +38,7 @@ from index.storage.segment import Block
 from models.bundle import Json
 from models.errors import UsageError
 from models.files import open_regular, sha256_file
+from models.image_source import ImageSource
 
 KEY, LABEL = "key", "label"
 RESERVED = (*(name for name in ROW_SCHEMA.names if name not in (KEY, LABEL)), DIGEST, VECTOR)
@@ -154,12 +155,32 @@ class Metadata:
             CollectionError: it is so, as where the keys were written in another way.
         """
         if len(self._keys) and not self._is_met_M.any():
-            raise CollectionError(
-                f"--metadata {self.file}",
-                expected=f"keys of images, such as {example!r}",
-                found=f"{len(self._keys)} rows of others, such as {self._keys[0].as_py()!r}",
-                mend="write the keys as the source does, paths below its root",
-            )
+            raise self._of_others(example)
+
+    def require_known(self, source: ImageSource) -> None:
+        """Refuse a table of which no row is an image of a source, before any image is read.
+
+        Of a source that only reading would list, `require_met` tells later.
+
+        Raises:
+            CollectionError: it is so.
+            SourceError: the source cannot be listed.
+        """
+        if source.count() is None or not len(self._keys):
+            return
+        keys = set(self._keys.to_pylist())
+        first = next(source.records(), None)
+        if first is not None and not any(record.key in keys for record in source.records()):
+            raise self._of_others(first.key)
+
+    def _of_others(self, example: str) -> CollectionError:
+        """Make the error for a table of which no row is an image."""
+        return CollectionError(
+            f"--metadata {self.file}",
+            expected=f"keys of images, such as {example!r}",
+            found=f"{len(self._keys)} rows of others, such as {self._keys[0].as_py()!r}",
+            mend="write the keys as the source does, paths below its root",
+        )
 
     def report(self) -> JoinReport:
         """Say how images and rows met so far."""

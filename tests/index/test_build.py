@@ -227,16 +227,33 @@ def test_metadata_stands_beside_its_own_image(tmp_path, capsys, bundle, new_fold
         np.testing.assert_array_equal(collection.vectors([id_of("red/001.png")])[0], vector)
 
 
-def test_metadata_that_names_no_image_costs_no_embedding(tmp_path, capsys, bundle, new_folder):
-    """It is an error, and the parts are kept for the mended table."""
+def test_metadata_that_names_no_image_is_refused_before_work(tmp_path, capsys, bundle, new_folder):
+    """No image is embedded for it; a dry run says so, too."""
     facts, out = tmp_path / "facts.csv", tmp_path / "c"
     facts.write_text("key,price\nred/001,9.5\n")
     args = ("--images", new_folder(), "--encoder", bundle.path, "--out", out, "--metadata", facts)
+    for further in ((), ("--dry-run",)):
+        status, _, err = run_in_process(capsys, *args, *further)
+        assert status == 1
+        assert "expected keys of images, such as 'blue/000.png', found 1 rows of others" in err
+        assert list(tmp_path.glob("c*")) == []
+
+
+def test_metadata_that_names_no_image_of_compressed_shards_costs_no_embedding(
+    tmp_path, capsys, bundle, new_folder
+):
+    """They are listed while they are read: it is an error then, and the parts are kept."""
+    facts, out, shard = tmp_path / "facts.csv", tmp_path / "c", tmp_path / "s.tar.gz"
+    with tarfile.open(shard, "w:gz") as archive:
+        for file in sorted(new_folder().rglob("*.png")):
+            archive.add(file, str(file.relative_to(tmp_path / "images")))
+    facts.write_text("key,price\nred/001,9.5\n")
+    args = ("--images", shard, "--encoder", bundle.path, "--out", out, "--metadata", facts)
     status, _, err = run_in_process(capsys, *args)
     assert status == 1
-    assert "expected keys of images, such as 'blue/000.png', found 1 rows of others" in err
+    assert "expected keys of images, such as 's.tar.gz/blue/000.png', found 1 rows of others" in err
     assert not out.exists()
-    facts.write_text("key,price\nred/001.png,9.5\n")
+    facts.write_text("key,price\ns.tar.gz/red/001.png,9.5\n")
     status, text, _ = run_in_process(capsys, *args, "--json")
     summary = json.loads(text)
     assert (status, summary["reused"], summary["metadata"]["without_row"]) == (0, 12, 11)
