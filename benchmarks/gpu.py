@@ -1,7 +1,7 @@
 """An encoder on a GPU: batches of every size under ONNX Runtime as it comes, and under Horace.
 
-ResNet-50 at 224 with random weights, on CUDA. In process, the same batches of 1 to 32 images,
-as a server's batcher makes them, and batches of one size alone, go to
+ResNet-50 at 224 with random weights, on CUDA. In process, the same batches of 1, 32, 8 and other
+numbers of images, as a server's batcher makes them, and batches of one size alone, go to
 
     onnxruntime     one session with the options that it has by itself;
     heuristic       one session whose convolutions are planned by cuDNN's heuristic;
@@ -10,7 +10,8 @@ as a server's batcher makes them, and batches of one size alone, go to
 
 All have seen every size before, and take turns within every round. The least cosine is that of
 any image's vector with the CPU's. Served, `python -m serve` has closed loops from processes of
-`serve.client bench`, on the same machine. Run from the root, where there is a GPU:
+`serve.client bench`, on the same machine; latencies are the least, median and most of processes
+and rounds. Run from the root, where there is a GPU:
 `python -m benchmarks.gpu --out benchmarks/results/encoder_gpu.json`.
 """
 
@@ -35,6 +36,7 @@ from benchmarks.peers.bundles import make_bundle
 from benchmarks.served import Served
 from models.bundle import Precision, read_bundle, write_bundle
 from models.command import progress, run_command
+from models.errors import EncoderError
 from models.providers import Placement
 from models.runtime import open_bundle
 from train.export.quantise import write_fp16
@@ -56,7 +58,7 @@ class GpuOptions:
     rounds: int = 3
     """How often each contender has its turn."""
     batches: int = 10
-    """Batches of a turn whose sizes differ."""
+    """Batches of a turn beside those of 1, 8 and 32."""
     seconds: float = 3.0
     """How long each closed loop of a server takes."""
     loops: tuple[str, ...] = ("1x1", "4x4", "8x16")
@@ -118,7 +120,7 @@ def measure_in_process(bundle: Path, options: GpuOptions) -> dict[str, object]:
     longest_ms: dict[str, list[float]] = {name: [] for name in contenders}
     alone: dict[str, dict[int, list[float]]] = {name: {n: [] for n in ALONE} for name in contenders}
     least = dict.fromkeys(contenders, 1.0)
-    sizes = rng.integers(1, LARGEST + 1, options.batches).tolist()
+    sizes = [1, LARGEST, 8, *rng.integers(1, LARGEST + 1, options.batches).tolist()]
     for encode in contenders.values():
         timed(encode, images_NHWC, sizes)  # what is planned once for all is planned
     for number in progress(range(options.rounds), what="GPU", total=options.rounds, unit="round"):
@@ -128,6 +130,8 @@ def measure_in_process(bundle: Path, options: GpuOptions) -> dict[str, object]:
             longest_ms[name].append(max(times_s) * 1e3)
             cosines = ((unit(found) * exact[: len(found)]).sum(axis=1).min() for found in vectors)
             least[name] = min(least[name], *map(float, cosines))
+            if not all(np.isfinite(found).all() for found in vectors):
+                raise EncoderError(name, expected="finite vectors", found="others")
             for size in ALONE:
                 timed(encode, images_NHWC, [size] * WARM_UP_BATCHES)
                 times_s, _ = timed(encode, images_NHWC, [size] * ALONE_BATCHES)
@@ -176,29 +180,34 @@ def measure_served(
     where = f"large={bundle},provider=cuda,precision={precision}"
     server = Served(folder, "--bundle", where)
     try:
-        return {loop: call(server.address, loop, options.seconds) for loop in options.loops}
+        return {loop: call(server.address, loop, options) for loop in options.loops}
     finally:
         server.process.terminate()
         server.process.wait()
 
 
-def call(address: str, loop: str, seconds: float) -> dict[str, object]:
-    """Run a closed loop, and add up what its processes saw."""
+def call(address: str, loop: str, options: GpuOptions) -> dict[str, object]:
+    """Run a closed loop several times, and add up what its processes saw."""
     clients, under_way = map(int, loop.split("x"))
     command = [
         sys.executable, "-m", "serve.client", "bench", "--server", address, "--json",
-        "--concurrency", str(under_way), "--seconds", str(seconds),
+        "--concurrency", str(under_way), "--seconds", str(options.seconds),
     ]  # fmt: skip
-    processes = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(clients)
-    ]
-    reports = [json.loads(process.communicate()[0]) for process in processes]
+    reports = []
+    for _ in range(options.rounds):
+        processes = [
+            subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(clients)
+        ]
+        reports.append([json.loads(process.communicate()[0]) for process in processes])
+    of_all = [report for reports_of_round in reports for report in reports_of_round]
+    if any(report["failed_images"] or report["errors"] for report in of_all):
+        raise EncoderError(f"loop {loop}", expected="a vector for every image", found="failures")
     return {
-        "images_per_s": round(sum(report["images_per_s"] for report in reports), 1),
-        "p50_ms": spread_of([report["p50_ms"] for report in reports], 2),
-        "p99_ms": spread_of([report["p99_ms"] for report in reports], 2),
-        "failed_images": sum(report["failed_images"] for report in reports),
-        "errors": sum(sum(report["errors"].values()) for report in reports),
+        "images_per_s": spread_of(
+            [sum(r["images_per_s"] for r in round_) for round_ in reports], 1
+        ),
+        "p50_ms": spread_of([report["p50_ms"] for report in of_all], 2),
+        "p99_ms": spread_of([report["p99_ms"] for report in of_all], 2),
     }
 
 

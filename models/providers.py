@@ -10,8 +10,8 @@ Rules:
     INT8 encoders are for CPUs, and refused on a GPU: their activations are unsigned, where
     TensorRT takes symmetric ranges alone, and CUDA rounds otherwise, to other vectors, and
     more slowly than it computes the fp32 encoder.
-    CUDA's libraries may be Python packages, which no loader finds by itself: they are loaded
-    before ONNX Runtime looks for them.
+    CUDA's libraries may be Python packages, which no loader finds by itself:
+    `onnxruntime.preload_dlls` loads them before they are looked for.
     How CUDA is used is told in `models.sized_sessions`.
 
 Source: ONNX Runtime's documentation of its CUDA and TensorRT execution providers.
@@ -19,14 +19,10 @@ Source: ONNX Runtime's documentation of its CUDA and TensorRT execution provider
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import io
-import logging
 import os
 import re
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,7 +30,7 @@ from typing import Literal, get_args
 
 from models.bundle import Precision
 from models.errors import EncoderError, UsageError
-from models.sized_sessions import CUDA_OPTIONS
+from models.sized_sessions import CUDA_OPTIONS, SIZES
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
 PROVIDERS: tuple[Provider, ...] = get_args(Provider)
@@ -56,8 +52,8 @@ TENSORRT_LIBRARY = "libnvinfer.so.10"
 
 INSTALL: dict[Provider, str] = {
     "cpu": "pip install -e '.[cpu]'",
-    "cuda": "pip uninstall onnxruntime faiss-cpu, then pip install -e '.[gpu]'",
-    "tensorrt": "pip uninstall onnxruntime faiss-cpu, then pip install -e '.[gpu,tensorrt]'",
+    "cuda": "pip uninstall onnxruntime, then pip install -e '.[gpu]'",
+    "tensorrt": "pip uninstall onnxruntime, then pip install -e '.[gpu,tensorrt]'",
 }
 
 INSTALL_AN_ENGINE = (
@@ -67,12 +63,10 @@ INSTALL_AN_ENGINE = (
 ProviderOptions = dict[str, str]
 
 
-_OPTION = re.compile(r",(?=[a-z_]+=)")
+_OPTIONS = re.compile(r"(.+?)((?:,[a-z_]+=[^,/]*)+)", flags=re.DOTALL)
 
-_libraries_lock = threading.Lock()
-_has_loaded_libraries = False
-
-log = logging.getLogger("horace.models")
+GPU_BATCHES = 2
+"""Batches that are with a GPU at once: one is computed while another is copied."""
 
 
 def engine_cache() -> Path:
@@ -98,6 +92,19 @@ class Placement:
 ON_CPU = Placement()
 
 
+def split_options(text: str) -> tuple[str, list[tuple[str, str]]]:
+    """Split `DIR,word=value,word=value`; what is a path as a whole, commas included, is one.
+
+    Returns:
+        The path or the URI, and the words with their values, in their order.
+    """
+    match = _OPTIONS.fullmatch(text)
+    if match is None or os.path.exists(text):
+        return text, []
+    options = [option.split("=", 1) for option in match[2].split(",")[1:]]
+    return match[1], [(word, value) for word, value in options]
+
+
 def split_placement(encoder: str) -> tuple[str, Placement | None]:
     """Tell an encoder from where it is to run, in `DIR,provider=cuda,device=1`.
 
@@ -110,38 +117,36 @@ def split_placement(encoder: str) -> tuple[str, Placement | None]:
     Raises:
         UsageError: an option or its value is not one, or a server is told where to compute.
     """
-    where, *options = _OPTION.split(encoder)
+    where, options = split_options(encoder)
     if not options:
         return where, None
-    values = dict(option.split("=", 1) for option in options)
-    provider, device = values.pop("provider", "cpu"), values.pop("device", "0")
-    is_sound = not values and provider in PROVIDERS and device.isdecimal()
+    values = dict(options)
+    provider, device = values.get("provider", "cpu"), values.get("device", "0")
+    is_sound = (
+        len(values) == len(options)
+        and values.keys() <= {"provider", "device"}
+        and provider in PROVIDERS
+        and re.fullmatch(r"[0-9]{1,6}", device)
+        and ("device" not in values or provider != "cpu")
+    )
     if not is_sound or "://" in where:
         raise UsageError(
             f"encoder {encoder}",
-            expected=f"provider={'|'.join(PROVIDERS)} and device=N after a bundle's directory",
-            found=", ".join(options),
+            expected=f"a bundle's path, provider={'|'.join(PROVIDERS)}, and device=N of a GPU",
+            found=", ".join("=".join(option) for option in options),
             mend="a server's models are placed where it is started" if "://" in where else None,
         )
     return where, Placement(provider=provider, device=int(device))  # type: ignore[arg-type]
 
 
-def load_libraries(preload: Callable[[], None]) -> None:
-    """Load the CUDA libraries that are Python packages, once in a process.
+def sizes_to_plan(provider: Provider, largest: int) -> tuple[int, ...]:
+    """Give the sizes of the batches after which a GPU has planned those of any, up to a largest.
 
-    Args:
-        preload: `onnxruntime.preload_dlls`, which prints what it cannot find; standard output
-            is the caller's, so that goes to the log.
+    TensorRT's engine is for all sizes between those that it has seen; each new extreme builds
+    another.
     """
-    global _has_loaded_libraries
-    with _libraries_lock:
-        if _has_loaded_libraries:
-            return
-        with contextlib.redirect_stdout(io.StringIO()) as said:
-            preload()
-        _has_loaded_libraries = True
-    for line in said.getvalue().splitlines():
-        log.warning("CUDA: %s", line)
+    sizes = {"cpu": (), "cuda": SIZES, "tensorrt": (1,)}[provider]
+    return (largest, *(size for size in reversed(sizes) if size < largest))
 
 
 def require_provider(what: str, provider: Provider, offered: Sequence[str]) -> None:
@@ -198,7 +203,7 @@ def refuse_precision(precision: Precision, provider: Provider) -> None:
             f"provider {provider}",
             expected="precision fp32 or fp16",
             found="int8, whose unsigned activations are for CPUs",
-            mend="export with --fp16 and ask for precision=fp16",
+            mend="export with --fp16, and take encoder.fp16.onnx or precision=fp16",
         )
 
 

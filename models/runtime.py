@@ -30,7 +30,6 @@ from models.providers import (
     ON_CPU,
     Placement,
     ProviderOptions,
-    load_libraries,
     refuse_precision,
     require_loaded,
     require_provider,
@@ -48,8 +47,8 @@ LOG_SEVERITY = 3
 """Of ONNX Runtime: errors, and not its advice."""
 
 _MISSING_GPU = re.compile(r"Invalid device ID|no CUDA-capable device")
-_NO_MEMORY = re.compile(r"bad_alloc")
-_NO_GPU_MEMORY = re.compile(r"Failed to allocate memory|out of memory")
+_NO_MEMORY = re.compile(r"bad_alloc|Failed to allocate memory|out of memory")
+_GPU_FAULT = re.compile(r"(?:CUDA failure|CUDNN|CUBLAS)[^;]*")
 
 
 class OnnxEncoder:
@@ -86,11 +85,11 @@ class OnnxEncoder:
         is_on_cpu = placement.provider == "cpu"
         self.threads = (threads or cpu_budget()) if is_on_cpu else 1
         self.placement = placement
-        require_provider(str(bundle.path), placement.provider, ort.get_available_providers())
-        providers = session_providers(placement, fingerprint=self.fingerprint)
         if not is_on_cpu:
             ort.set_default_logger_severity(LOG_SEVERITY)
-            load_libraries(ort.preload_dlls)
+            ort.preload_dlls()
+        require_provider(str(bundle.path), placement.provider, ort.get_available_providers())
+        providers = session_providers(placement, fingerprint=self.fingerprint)
         content = _read_checked(bundle, graph)
         load = partial(_load_session, graph, content, placement, providers)
         self._session: ort.InferenceSession | SizedSessions
@@ -163,12 +162,13 @@ class OnnxEncoder:
         try:
             (vectors_ND,) = session.run([self._output], {self._input: images_NHWC})
         except Exception as error:  # ONNX Runtime raises classes of its own C++ side
-            if _NO_GPU_MEMORY.search(str(error)):
+            if _NO_MEMORY.search(str(error)):
+                where, is_on_gpu = self.placement, self.placement.provider != "cpu"
                 raise EncoderError(
                     f"encoding with {self.name!r}",
-                    expected=f"memory on the GPU for {len(images_NHWC)} images",
-                    found="too little",
-                    mend="see nvidia-smi for what else is on it",
+                    expected=f"memory for {len(images_NHWC)} images",
+                    found=f"too little on GPU {where.device}" if is_on_gpu else "too little",
+                    mend="see nvidia-smi for what else is on it" if is_on_gpu else None,
                 ) from error
             raise EncoderError(f"encoding with {self.name!r} failed: {error}") from error
         return np.asarray(vectors_ND, dtype=np.float32)
@@ -209,7 +209,9 @@ def open_bundle(
     )
 
 
-def open_random_twin(path: Path, *, threads: int | None = None) -> OnnxEncoder | None:
+def open_random_twin(
+    path: Path, *, threads: int | None = None, placement: Placement = ON_CPU
+) -> OnnxEncoder | None:
     """Open the bundle's untrained twin, the random-encoder baseline; None where it has none.
 
     Its fingerprint is its own, so its vectors cannot pass for the encoder's.
@@ -217,7 +219,7 @@ def open_random_twin(path: Path, *, threads: int | None = None) -> OnnxEncoder |
     bundle = read_bundle(path, verify=False)
     if bundle.random_path is None:
         return None
-    return OnnxEncoder(bundle, graph=bundle.random_path, threads=threads)
+    return OnnxEncoder(bundle, graph=bundle.random_path, threads=threads, placement=placement)
 
 
 def _read_checked(bundle: Bundle, graph: Path) -> bytes:
@@ -258,19 +260,10 @@ def _load_session(
 def _cannot_load(graph: Path, placement: Placement, said: str) -> EncoderError:
     """Say whether the graph, the memory or the GPU is at fault."""
     found = said.splitlines()[0]
-    if _MISSING_GPU.search(said):
+    if placement.provider != "cpu" and (fault := _gpu_fault(placement, said)) is not None:
+        expected, found, mend = fault
         return EncoderError(
-            f"{graph} on {placement.provider}",
-            expected=f"GPU {placement.device}",
-            found="none of that number",
-            mend="nvidia-smi -L lists them, of which CUDA_VISIBLE_DEVICES may leave some out",
-        )
-    if _NO_GPU_MEMORY.search(said):
-        return EncoderError(
-            f"{graph} on {placement.provider}",
-            expected=f"memory on GPU {placement.device} for this graph",
-            found="too little",
-            mend="see nvidia-smi for what else is on it, or name another by device=N",
+            f"{graph} on {placement.provider}", expected=expected, found=found, mend=mend
         )
     if _NO_MEMORY.search(said):
         return EncoderError(
@@ -285,6 +278,21 @@ def _cannot_load(graph: Path, placement: Placement, said: str) -> EncoderError:
         found=found,
         mend="export the bundle again",
     )
+
+
+def _gpu_fault(placement: Placement, said: str) -> tuple[str, str, str] | None:
+    """Say what is expected of a GPU, what was found, and what mends it; None if it is sound."""
+    gpu = f"GPU {placement.device}"
+    if _MISSING_GPU.search(said):
+        lists = "nvidia-smi -L lists them, of which CUDA_VISIBLE_DEVICES may leave some out"
+        return gpu, "none of that number", lists
+    if _NO_MEMORY.search(said):
+        mend = "see nvidia-smi for what else is on it, or name another by device=N"
+        return f"memory on {gpu} for this graph", "too little", mend
+    if fault := _GPU_FAULT.search(said):
+        mend = "see nvidia-smi for the driver and what else uses it"
+        return f"{gpu}, and a driver that this ONNX Runtime can use", fault[0].strip(), mend
+    return None
 
 
 def _check_signature(session: ort.InferenceSession, bundle: Bundle, graph: Path) -> tuple[str, str]:

@@ -32,8 +32,8 @@ class ServeOptions:
     DIR is a bundle, or has bundles in 1/, 2/, ...: versions, of which the newest is
     served. Give it several times for several models; the first is the default. Options follow
     a comma: precision=fp32|int8|fp16, provider=cpu|cuda|tensorrt, device=N (the GPU),
-    instances=N (of triton:// 2 for each endpoint), threads=N, keep=N (versions served at a
-    time; 1)."""
+    instances=N (on a GPU 2, of triton:// 2 for each endpoint), threads=N, keep=N (versions served
+    at a time; 1)."""
 
     collection: UseAppendAction[tuple[str, ...]] = ()
     """[NAME=]DIR of a collection that one of the bundles made; several are possible."""

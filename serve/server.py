@@ -480,7 +480,7 @@ class Server:
             max_held_images=options.max_queue_images,
             max_held_bytes=options.max_queue_mib * MIB,
             max_delay_s=options.max_delay_ms / 1e3,
-            instances=model.instances or options.instances or 1,
+            instances=model.instances or options.instances or model.usual_instances,
             name=name,
             limits=options.image_limits,
             on_trouble=partial(self._on_trouble, encoder),

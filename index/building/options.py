@@ -12,7 +12,7 @@ from index.ann.trials import Goal
 from index.building.pipeline import REMOTE_REQUESTS
 from index.milvus.connection import MilvusAddress, read_address
 from models.errors import UsageError
-from models.providers import split_placement
+from models.providers import ON_CPU, split_placement
 
 MAX_AT_ONCE = 1024
 """Actors, processes, or requests; more is a slip of the finger."""
@@ -80,7 +80,7 @@ class BuildOptions:
         if not 1 <= self.batch_size <= 65536:
             raise UsageError("--batch-size", expected="1 to 65536", found=str(self.batch_size))
         _, placement = split_placement(self.encoder)
-        if self.engine == "ray" and placement is not None:
+        if self.engine == "ray" and placement not in (None, ON_CPU):
             raise UsageError(
                 "--engine ray",
                 expected="an encoder that its actors run on their CPUs, or one of a server",

@@ -32,7 +32,7 @@ from index.building.part_set import PartSet, RecordBatch
 from index.embed import EmbeddedBatch, embed_records
 from models.encoder import Encoder
 from models.errors import SourceError
-from models.providers import ON_CPU, split_placement
+from models.providers import GPU_BATCHES, ON_CPU, split_placement
 
 ENCODE_THREADS = 1
 """Of the encoder that `make_parts` is given: open it with `open_encoder(..., threads=1)`."""
@@ -44,9 +44,6 @@ two CPUs then peaks at .9 GiB, where batches of 64 took 1.4 (`benchmarks.build_t
 WINDOW = 2
 """Batches a worker that are begun or done before the oldest is: one that takes longer than its
 neighbours holds nobody up."""
-
-GPU_BATCHES = 2
-"""Batches that are with a GPU at once: one is computed while another is copied."""
 
 REMOTE_REQUESTS = 4
 """Batches on their way to a remote encoder: one is computed, one waits there, two travel."""

@@ -46,9 +46,10 @@ from index.evaluation.same_images import is_same_vector, sources_of, stored_dige
 from index.knn import MISSING, knn_search, weighted_knn_vote
 from index.neighbours import require_cosine
 from index.storage.ids import Places
-from models.encoder import Encoder, bundle_path
+from models.encoder import Encoder
 from models.errors import SourceError, UsageError
 from models.images import ImageSource, open_source
+from models.providers import ON_CPU, split_placement
 from models.runtime import OnnxEncoder, open_random_twin
 
 HEADLINE_K = 20
@@ -296,5 +297,5 @@ def _baseline_rows(
 
 def _open_twin(collection: Collection, options: KnnOptions) -> OnnxEncoder | None:
     """Open the untrained twin; a remote encoder shows none."""
-    bundle = bundle_path(options.encoder or collection.manifest.encoder)
-    return None if bundle is None else open_random_twin(bundle)
+    where, placement = split_placement(options.encoder or collection.manifest.encoder)
+    return None if "://" in where else open_random_twin(Path(where), placement=placement or ON_CPU)

@@ -4,7 +4,7 @@ Rules:
     Nothing is offered to callers before a real image has gone through the whole pipeline:
     what is broken is found here, while what is served goes on.
     What was opened and does not run, or not in time, is closed; so is what nobody waits for.
-    On a GPU full and ever smaller batches go through, too: CUDA plans and TensorRT builds by
+    On a GPU a full batch and smaller ones go through, too: CUDA plans and TensorRT builds by
     shape, and no caller must wait for that.
     Opening blocks and runs on a thread; the warm-up belongs to the event loop.
 """
@@ -24,7 +24,7 @@ from PIL import Image
 from models.bundle import Precision
 from models.encoder import Encoder
 from models.preprocess import PreprocessSpec
-from models.providers import ON_CPU, Placement
+from models.providers import ON_CPU, Placement, sizes_to_plan
 from serve.engine import Engine
 from serve.errors import StartError
 from serve.leases import Dispose
@@ -160,9 +160,8 @@ class Loader:
             shape = (self._largest_batch, spec.height, spec.width, spec.channels)
             images_NHWC = np.zeros(shape, np.uint8)
             try:
-                while len(images_NHWC):
-                    encoder.encode(images_NHWC)
-                    images_NHWC = images_NHWC[: len(images_NHWC) // 2]
+                for size in sizes_to_plan(options.provider, self._largest_batch):
+                    encoder.encode(images_NHWC[:size])
             except BaseException:
                 encoder.close()
                 raise

@@ -14,12 +14,9 @@ from typing import get_args
 
 from models.bundle import Precision
 from models.errors import UsageError
-from models.providers import PROVIDERS, Placement, Provider
+from models.providers import GPU_BATCHES, PROVIDERS, Placement, Provider, split_options
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
-A_GPUS_INSTANCES = 2
-"""Batches that are under way at a GPU: one is computed while another is copied."""
-
 A_FLEETS_INSTANCES = 2
 """Batches that are under way at each endpoint of a fleet, so that there is always one to take."""
 
@@ -42,8 +39,8 @@ class ModelOptions(NamedPath):
         precision: which of the bundle's encoders; the one that the path names where None.
         provider: where it computes.
         device: the number of the GPU.
-        instances: batches that run at once; the server's where None, but two on a GPU, and of a
-            fleet two for each endpoint: one computes while another is on its way.
+        instances: batches that run at once; the server's where None, but of a fleet two for each
+            endpoint: one computes while another is on its way.
         threads: CPU threads of the encoder; its share of the CPU budget where None.
         keep: how many versions are served, the newest of them by default.
     """
@@ -59,6 +56,11 @@ class ModelOptions(NamedPath):
     def placement(self) -> Placement:
         """Where it computes."""
         return Placement(provider=self.provider, device=self.device)
+
+    @property
+    def usual_instances(self) -> int:
+        """Batches that run at once where nobody has said how many."""
+        return 1 if self.provider == "cpu" else GPU_BATCHES
 
     @property
     def is_remote(self) -> bool:
@@ -84,20 +86,17 @@ def read_model_options(text: str) -> ModelOptions:
     Raises:
         UsageError: there is no path, or an option or its value is not one.
     """
-    where, *settings = re.split(r",(?=[a-z_]+=)", text)
-    named = read_named_path(where)
+    named = read_named_path(text)
+    path, settings = split_options(named.path)
     values: dict[str, object] = {}
-    for setting in settings:
-        word, _, value = setting.partition("=")
+    for word, value in settings:
         if word in values:
             raise UsageError(f"--bundle {text}", expected=f"one {word}", found="two")
         values[word] = _read_value(text, word, value)
-    if values.get("provider", "cpu") != "cpu":
-        values.setdefault("instances", A_GPUS_INSTANCES)
-    if named.path.startswith("triton://"):
-        values.setdefault("instances", A_FLEETS_INSTANCES * (1 + where.count(",")))
+    if path.startswith("triton://"):
+        values.setdefault("instances", A_FLEETS_INSTANCES * (1 + path.count(",")))
     # The words that `values` may have were checked above, each by its own type.
-    options = ModelOptions(name=named.name, path=named.path, **values)  # type: ignore[arg-type]
+    options = ModelOptions(name=named.name, path=path, **values)  # type: ignore[arg-type]
     if options.is_remote and (of_a_bundle := values.keys() - {"instances"}):
         raise UsageError(
             f"--bundle {text}",

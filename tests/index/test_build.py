@@ -730,7 +730,11 @@ def test_a_full_disk_is_one_line(tmp_path, bundle, many_images, kind):
         ({"--recall": "2"}, 2, "recall: expected above 0 and up to 1, found 2.0"),
         ({"--memory-budget": "1GB"}, 2, "--memory-budget: expected --recall beside it, found none"),
         ({"--recall": ".9", "--index": "hnsw"}, 2, "--index: expected none beside --recall, which"),
-        ({"--encoder": "b,provider=tpu"}, 2, "encoder b,provider=tpu: expected provider=cpu|cuda"),
+        (
+            {"--encoder": "b,provider=tpu"},
+            2,
+            "encoder b,provider=tpu: expected a bundle's path, provider=cpu|cuda",
+        ),
         (
             {"--encoder": "b,provider=cuda", "--engine": "ray"},
             2,

@@ -1,6 +1,7 @@
 import hashlib
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import onnxruntime
@@ -96,12 +97,80 @@ def test_batches_of_fixed_sizes_give_the_same_vectors(make_bundle, count):
     assert set().union(*seen) <= set(SIZES)
 
 
+class Watched:
+    """A session on the CPU that passes for one on CUDA, and keeps account.
+
+    Attributes:
+        made: of all sessions, in their order; `libraries` where CUDA's were loaded.
+    """
+
+    made: ClassVar[list[object]] = []
+
+    def __init__(self, content, *, sess_options, providers, enable_fallback):
+        self.given = {
+            "providers": providers,
+            "threads": sess_options.intra_op_num_threads,
+            "enable_fallback": enable_fallback,
+        }
+        self.sizes: set[int] = set()
+        self.session = SESSION(content, providers=["CPUExecutionProvider"])
+        self.get_inputs, self.get_outputs = self.session.get_inputs, self.session.get_outputs
+        self.made.append(self)
+
+    def get_providers(self):
+        """Both, as ONNX Runtime says it."""
+        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    def run(self, outputs, feed):
+        """Compute, and note how many images there were."""
+        self.sizes.update(map(len, feed.values()))
+        return self.session.run(outputs, feed)
+
+
+SESSION = onnxruntime.InferenceSession
+
+
+def test_on_cuda_there_is_a_session_for_each_size(make_bundle, monkeypatch):
+    """Each with one thread and its options, never falling back; libraries are loaded before."""
+    bundle = make_bundle()
+    monkeypatch.setattr(Watched, "made", made := [])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Watched)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: made.append("libraries"))
+    monkeypatch.setattr("models.runtime.require_provider", lambda *_: made.append("required"))
+    encoder = open_encoder(f"{bundle.path},provider=cuda,device=1", threads=4)
+    assert made[:2] == ["libraries", "required"]
+    sessions = made[2:]
+    cuda = {
+        "device_id": "1",
+        "cudnn_conv_algo_search": "HEURISTIC",
+        "prefer_nhwc": "1",
+        "arena_extend_strategy": "kSameAsRequested",
+    }
+    for session in sessions:
+        assert session.given == {
+            "providers": [("CUDAExecutionProvider", cuda), ("CPUExecutionProvider", {})],
+            "threads": 1,
+            "enable_fallback": 0,
+        }
+    images = np.random.default_rng(0).integers(0, 256, (70, 28, 28, 1), dtype=np.uint8)
+    monkeypatch.undo()
+    expected = open_encoder(bundle.path, threads=1)
+    for count in (1, 2, 8, 9, 32, 33, 70):
+        found = encoder.encode(images[:count])
+        np.testing.assert_array_equal(found, expected.encode(images[:count]))
+    assert [session.sizes for session in sessions] == [{1}, {8}, {32}]
+
+
 @pytest.mark.parametrize(
     ("said", "expected"),
     [
         ("... Invalid device ID: 7, must be between 0", "GPU 7, found none of that number"),
         ("CUDA failure 100: no CUDA-capable device is detected", "GPU 7, found none"),
         ("Failed to allocate memory for requested buffer", "memory on GPU 7 for this graph"),
+        (
+            "x.cc:1 CUDA failure 35: CUDA driver version is insufficient; GPU=0",
+            "GPU 7, and a driver that this ONNX Runtime can use, found CUDA failure 35: CUDA d",
+        ),
     ],
 )
 def test_a_gpu_at_fault_is_named_and_the_graph_is_not_blamed(
@@ -116,6 +185,18 @@ def test_a_gpu_at_fault_is_named_and_the_graph_is_not_blamed(
     monkeypatch.setattr(onnxruntime, "InferenceSession", fail)
     with pytest.raises(EncoderError, match=f"on cuda: expected {expected}"):
         open_encoder(f"{make_bundle().path},provider=cuda,device=7")
+
+
+def test_a_cpu_without_memory_is_not_told_of_gpus(make_bundle, monkeypatch):
+    """ONNX Runtime has the same words for both."""
+    encoder = open_encoder(make_bundle().path)
+
+    def fail(*_):
+        raise RuntimeError("bfc_arena.cc:360 Failed to allocate memory for requested buffer")
+
+    monkeypatch.setattr(encoder, "_session", SimpleNamespace(run=fail))
+    with pytest.raises(EncoderError, match=r"expected memory for 2 images, found too little$"):
+        encoder.encode(np.zeros((2, 28, 28, 1), np.uint8))
 
 
 def test_no_images_give_no_vectors(make_bundle):

@@ -86,17 +86,22 @@ def test_large_blocks_are_given_back_between_small_ones_that_stay():
 
 
 FAULTS = """
-import resource, sys
+import resource, sys, threading
 from models.memory import settle_memory
 
 if sys.argv[1] == "settled":
     assert settle_memory()
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-before = faults()
-for _ in range(100):
-    blocks = [bytes(200_000) for _ in range(4)]
-    del blocks
-print(faults() - before)
+def take_and_give():
+    before = faults()
+    for _ in range(100):
+        blocks = [bytes(120_000) for _ in range(8)]
+        del blocks
+    print(faults() - before)
+
+thread = threading.Thread(target=take_and_give)  # in a heap of its own, as the server's are
+thread.start()
+thread.join()
 """
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,11 @@ from models.providers import (
     Placement,
     engine_key,
     gpu_name,
-    load_libraries,
     refuse_precision,
     require_loaded,
     require_provider,
     session_providers,
+    sizes_to_plan,
     split_placement,
     tensorrt_version,
 )
@@ -39,9 +40,7 @@ def test_a_provider_that_is_not_there_is_one_clear_line(make_bundle, provider):
     assert line.startswith(f"{bundle.path} on {provider}: expected an ONNX Runtime with ")
     assert "found " in line
     assert "CPUExecutionProvider" in line
-    assert (
-        "install it with: pip uninstall onnxruntime faiss-cpu, then pip install -e '.[gpu" in line
-    )
+    assert "install it with: pip uninstall onnxruntime, then pip install -e '.[gpu" in line
     assert "\n" not in line
 
 
@@ -157,11 +156,20 @@ def test_an_encoder_may_say_where_it_runs():
 
 
 @pytest.mark.parametrize(
-    "wrong", ["provider=tpu", "device=first", "device=-1", "provider=cuda,threads=2"]
+    "wrong",
+    [
+        "provider=tpu",
+        "provider=cuda,device=first",
+        "provider=cuda,device=-1",
+        "provider=cuda,threads=2",
+        "provider=cuda,provider=cpu",
+        "device=1",
+        "provider=cpu,device=1",
+    ],
 )
 def test_a_place_that_is_none_is_one_line(wrong):
     """What may follow, and what does."""
-    with pytest.raises(UsageError, match=r"expected provider=cpu\|cuda\|tensorrt and device=N"):
+    with pytest.raises(UsageError, match=r"provider=cpu\|cuda\|tensorrt, and device=N of a GPU, "):
         open_encoder(f"bundle,{wrong}")
 
 
@@ -180,20 +188,24 @@ def test_what_a_name_says_is_asked_for(make_bundle):
         open_encoder(f"{make_bundle().path},provider=cuda")
 
 
-def test_libraries_are_loaded_once_and_what_they_say_is_logged(capfd, caplog, monkeypatch):
-    """Standard output belongs to whoever runs the command."""
-    monkeypatch.setattr("models.providers._has_loaded_libraries", False)
-    calls = []
+@pytest.mark.parametrize("path", ["a=1,b=2/bundle", "bundle,lr=0.1", "b,provider=cuda"])
+def test_a_path_may_look_like_options(make_bundle, tmp_path, path):
+    """What stands there is opened, on the CPU."""
+    shutil.copytree(make_bundle().path, tmp_path / path)
+    assert open_encoder(tmp_path / path).placement.provider == "cpu"
 
-    def preload():
-        calls.append(1)
-        print("Failed to load libcudnn.so.9")
 
-    load_libraries(preload)
-    load_libraries(preload)
-    assert len(calls) == 1
-    assert capfd.readouterr().out == ""
-    assert caplog.messages == ["CUDA: Failed to load libcudnn.so.9"]
+def test_what_lies_below_a_path_like_that_has_options_too():
+    """They are at the end, where no path goes on."""
+    assert split_placement("lr=1,b=2/b,provider=cuda") == ("lr=1,b=2/b", Placement(provider="cuda"))
+
+
+def test_what_a_gpu_plans_it_sees_while_nobody_waits():
+    """CUDA each size that there is; TensorRT the extremes, since each new one builds an engine."""
+    assert sizes_to_plan("cuda", 32) == (32, 8, 1)
+    assert sizes_to_plan("cuda", 100) == (100, 32, 8, 1)
+    assert sizes_to_plan("cuda", 4) == (4, 1)
+    assert sizes_to_plan("tensorrt", 32) == (32, 1)
 
 
 @pytest.mark.gpu

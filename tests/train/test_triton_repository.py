@@ -18,9 +18,10 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as triton
 
+from models import sized_sessions
 from models.bundle import PRECISION_FILES, Bundle, write_bundle
 from models.errors import UsageError
-from models.sized_sessions import SIZES
+from models.sized_sessions import CUDA_OPTIONS, SIZES
 from train.errors import ExportError
 from train.export.triton import TritonOptions, check_model_target, write_model
 
@@ -178,6 +179,7 @@ def triton_model(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     utils = ModuleType("triton_python_backend_utils")
     vars(utils)["TritonModelException"] = RuntimeError
     monkeypatch.setitem(sys.modules, utils.__name__, utils)
+    monkeypatch.setitem(sys.modules, "horace_sized_sessions", sized_sessions)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.delitem(sys.modules, "train.export.triton_model", raising=False)
     return importlib.import_module("train.export.triton_model")
@@ -212,7 +214,8 @@ def test_an_instance_computes_on_its_own_gpu_or_not_at_all(
     with nullcontext() if has_gpu else pytest.raises(RuntimeError, match="cannot use the GPU"):
         triton_model.TritonPythonModel().initialize(arguments)
     name, chosen = opened[0]
-    assert (name, chosen["device_id"]) == ("CUDAExecutionProvider", "1")
+    assert name == "CUDAExecutionProvider"
+    assert chosen == CUDA_OPTIONS | {"device_id": "1"}
     assert opened.count((name, chosen)) == len(SIZES)
 
 

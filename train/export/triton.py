@@ -40,6 +40,7 @@ from train.export.tensorrt import refuse_int8
 CONFIG_FILE = "config.pbtxt"
 GRAPH_FILE = "model.onnx"
 MODEL_FILE = "model.py"
+SESSIONS_FILE = "horace_sized_sessions.py"
 SITE_PACKAGES = "site-packages"
 PYTHON_MODEL = Path(__file__).with_name("triton_model.py")
 
@@ -138,8 +139,7 @@ def write_model(options: TritonOptions) -> Path:
         shutil.copyfile(bundle.path_of(precision), version / GRAPH_FILE)
         if options.backend == "python":
             shutil.copyfile(PYTHON_MODEL, version / MODEL_FILE)
-            (version / "models").mkdir()
-            shutil.copyfile(sized_sessions.__file__, version / "models/sized_sessions.py")
+            shutil.copyfile(sized_sessions.__file__, version / SESSIONS_FILE)
             if options.site_packages is not None:
                 link = version / SITE_PACKAGES
                 link.symlink_to(options.site_packages.resolve(), target_is_directory=True)

@@ -1,8 +1,8 @@
 """A Triton model that runs an encoder in ONNX Runtime: becomes `model.py` of a repository.
 
 For servers that have Triton's Python backend and not its onnxruntime backend. It is copied
-there as it is, and of Horace `models.sized_sessions` alone beside it. Triton has batched the
-requests already; they are joined, encoded once, and shared out again.
+there as it is, and for GPUs `models.sized_sessions` beside it, under a name of its own. Triton has
+batched the requests already; they are joined, encoded once, and shared out again.
 
 Tensors come and go by DLPack: a Python backend that was built before NumPy 2 takes its arrays
 for empty ones, without a word (seen in the server of nvidia-pytriton 0.7.0 with NumPy 2.4).
@@ -21,13 +21,10 @@ from functools import partial
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).with_name("site-packages")))
-sys.path.append(str(Path(__file__).parent))
 
 import numpy as np  # the path comes first
 import onnxruntime as ort
 import triton_python_backend_utils as pb_utils  # Triton's own, there alone
-
-from models.sized_sessions import CUDA_OPTIONS, SizedSessions
 
 INPUT_NAME = "images"
 OUTPUT_NAME = "embeddings"
@@ -49,16 +46,19 @@ class TritonPythonModel:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         graph = Path(args["model_repository"]) / args["model_version"] / "model.onnx"
         is_on_gpu = args["model_instance_kind"] == "GPU"
-        gpu = (CUDA, {"device_id": args["model_instance_device_id"], **CUDA_OPTIONS})
-        load = partial(
-            ort.InferenceSession,
-            graph.read_bytes(),
-            sess_options=options,
-            providers=[*([gpu] if is_on_gpu else []), "CPUExecutionProvider"],
-        )
+        load = partial(ort.InferenceSession, graph.read_bytes(), sess_options=options)
         if is_on_gpu:
+            sys.path.append(str(Path(__file__).parent))
+            from horace_sized_sessions import (  # type: ignore[import-not-found]  # beside this
+                CUDA_OPTIONS,
+                SizedSessions,
+            )
+
             ort.preload_dlls()  # of the directory beside this file
-        self._session = SizedSessions(load) if is_on_gpu else load()
+            gpu = (CUDA, {"device_id": args["model_instance_device_id"], **CUDA_OPTIONS})
+            self._session = SizedSessions(partial(load, providers=[gpu, "CPUExecutionProvider"]))
+        else:
+            self._session = load(providers=["CPUExecutionProvider"])
         if is_on_gpu and self._session.get_providers()[0] != CUDA:
             raise pb_utils.TritonModelException(
                 f"onnxruntime {ort.__version__} cannot use the GPU; give --site-packages with "

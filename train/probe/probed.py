@@ -23,9 +23,11 @@ import torch
 from numpy.typing import NDArray
 
 from models.bundle import Json
-from models.encoder import Encoder, bundle_path, open_encoder
+from models.encoder import Encoder, open_encoder
+from models.errors import UsageError
 from models.files import sha256_file
 from models.preprocess import PreprocessSpec, check_batch, preprocess
+from models.providers import ON_CPU, split_placement
 from models.runtime import open_random_twin
 from train.export.graph import EncoderGraph, run_in_batches
 from train.probe.pretrained import Pretrained, load_graph, read_pretrained, with_readout
@@ -134,9 +136,16 @@ def open_probed(
     """
     if is_run(where):
         return _open_run(RunDirectory(path=Path(where)), stages, grid, device)
-    bundle = bundle_path(where)
+    path, placement = split_placement(where)
+    if is_run(path):
+        raise UsageError(
+            "encoder", expected=f"{path} alone, and --device", found=where.removeprefix(path)
+        )
+    bundle = None if "://" in path else Path(path)
     encoder = open_encoder(where, threads=threads)
-    twin = None if bundle is None else open_random_twin(bundle, threads=threads)
+    twin = None
+    if bundle is not None:
+        twin = open_random_twin(bundle, threads=threads, placement=placement or ON_CPU)
     description: dict[str, Json] = {
         "kind": "server" if bundle is None else "bundle",
         "name": encoder.name,

@@ -8,7 +8,6 @@ import pytest
 from index.building.part_file import RunKey
 from index.building.part_set import PartSet, Share
 from index.building.pipeline import (
-    GPU_BATCHES,
     WINDOW,
     Crew,
     choose_crew,
@@ -20,6 +19,7 @@ from index.errors import CollectionError
 from models.encoder import open_encoder
 from models.errors import EncoderError, SourceError
 from models.images import ImageRecord
+from models.providers import GPU_BATCHES
 
 WAIT_S = 30
 BATCH, PART = 4, 12

@@ -95,7 +95,7 @@ def test_a_remote_model_has_its_own(load):
 def test_a_gpu_sees_batches_before_a_caller_does(load, fake):
     """What is planned by shape is planned; the last is the image that goes the callers' way."""
     load("dir,provider=cuda")
-    assert [len(batch) for batch in fake.batches] == [4, 2, 1, 1]
+    assert [len(batch) for batch in fake.batches] == [4, 1, 1]
 
 
 def test_what_fails_in_its_largest_batch_is_closed(load, fake):
