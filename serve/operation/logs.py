@@ -117,6 +117,14 @@ def set_up_logs(
     logging.getLogger("horace").setLevel(options.log_level.upper())
 
 
+def is_of_somebody(record: logging.LogRecord) -> bool:
+    """Whether a line is no traceback of a reply that could not be sent: its caller has gone.
+
+    grpcio writes one where it has not heard of that yet; no other fault has this class.
+    """
+    return not (record.exc_info and isinstance(record.exc_info[1], grpc.aio.InternalError))
+
+
 class LineBudget:
     """Gives each account `LINES_PER_S` lines in a second, or in another span.
 
@@ -163,6 +171,8 @@ class RateFilter(logging.Filter):
         """Whether this line is written; one that is says how many before it were not."""
         if record.name == log.name or record.levelno < logging.WARNING:
             return True
+        if not is_of_somebody(record):
+            return False
         is_ours = record.name == SERVER_LOG
         account = (record.pathname, record.lineno) if is_ours else (record.name, record.levelno)
         budget = self._ours if is_ours else self._of_libraries

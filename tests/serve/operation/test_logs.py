@@ -284,6 +284,19 @@ def test_a_library_that_repeats_itself_has_as_many_lines_a_minute():
     assert json.loads(stream.getvalue().splitlines()[-1])["left_out"] == 59 * LINES_PER_S
 
 
+@pytest.mark.parametrize("error", [grpc.aio.InternalError("execute_batch"), OSError("disk")])
+def test_a_caller_who_has_gone_is_no_traceback(error):
+    """Those of grpcio are left out; nobody can mend them, and nothing is lost."""
+    handler = logging.StreamHandler(stream := io.StringIO())
+    set_up_logs(LogOptions(), [handler])
+    record = logging.LogRecord(
+        "grpc._cython.cygrpc", logging.ERROR, "", 0, "raised in core by servicer method", (),
+        (type(error), error, None),
+    )  # fmt: skip
+    handler.handle(record)
+    assert bool(stream.getvalue()) == isinstance(error, OSError)
+
+
 def test_what_was_promised_is_in_the_log_however_much_there_is():
     """Every incident that a caller was told of has its line, some have a traceback."""
     stream = io.StringIO()
