@@ -13,13 +13,13 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from models.cpu import CGROUP_ROOT, SELF_CGROUP, cgroup_folders, cpu_budget
+from models.cpu import CGROUP_ROOT, SELF_CGROUP, cgroup_folders
 
 MEMINFO = Path("/proc/meminfo")
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 """Of glibc's malloc.h: from how much free memory at its end on a heap is cut, how much more than
-it needs it has, from which size on a block is the system's own, and how many heaps there are."""
+it needs it has, and from which size on a block is the system's own."""
 
 LARGE_BLOCK_BYTES = 256 << 10
 """At 1 MiB resident memory still crept up in the benchmark named below."""
@@ -59,27 +59,22 @@ def settle_memory() -> bool:
     210 MB after 3,000 hostile inputs, without it 300 MB and rising (benchmarks/serve_hostile.py).
     The price is a page fault each 4 KiB. What is smaller, such as a message, its pixels or the
     rows of a decoder, would have that price, too, since glibc cuts a heap back whenever 128 KiB
-    are free at its end: so more is left there, and there are as many heaps as CPUs, where glibc
-    would have eight times as many.
+    are free at its end: so more is left there.
 
     Returns:
         Whether it does: not where another allocator or the operator's own setting rules.
     """
-    return set_allocator(
-        {
-            M_MMAP_THRESHOLD: LARGE_BLOCK_BYTES,
-            M_TOP_PAD: PAD_BYTES,
-            M_ARENA_MAX: max(2, cpu_budget()),
-        }
-    )
+    return set_allocator({M_MMAP_THRESHOLD: LARGE_BLOCK_BYTES, M_TOP_PAD: PAD_BYTES})
 
 
 def set_allocator(values: Mapping[int, int]) -> bool:
     """Set parameters of glibc's allocator; give whether that was done.
 
-    It is not where the process has another allocator, or where the operator has set glibc's.
+    It is not where the process has another allocator, or where the operator has set sizes of
+    glibc's.
     """
-    if any(name.startswith("MALLOC_") and name.endswith("_") for name in os.environ):
+    is_set = any(name.startswith("MALLOC_") and name.endswith("_") for name in os.environ)
+    if is_set or "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", ""):
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt

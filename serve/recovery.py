@@ -47,6 +47,7 @@ class Recovery:
         self._every_s = every_s
         self._what = what
         self._troubles = self._overcome = 0
+        self._is_closed = False
         self._probing: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
@@ -60,6 +61,8 @@ class Recovery:
 
     def note_trouble(self) -> None:
         """Hear of trouble; be ready no more until a probe has passed."""
+        if self._is_closed:
+            return
         self._troubles += 1
         self._on_change()
         if self._probing is None or self._probing.done():
@@ -67,6 +70,7 @@ class Recovery:
 
     def close(self) -> None:
         """Probe no more."""
+        self._is_closed = True
         if self._probing is not None:
             self._probing.cancel()
 

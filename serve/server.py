@@ -31,6 +31,7 @@ from grpc_reflection.v1alpha import reflection
 
 from models.cpu import cpu_budget, share_cpus
 from models.encoder import Encoder, open_encoder
+from models.errors import HoraceError
 from protos import horace_pb2 as pb
 from protos import horace_pb2_grpc as pb_grpc
 from serve import health, services
@@ -387,15 +388,21 @@ class Server:
     async def _probe(self) -> None:
         """Send an image through every version that is offered, and a task through the search pool.
 
-        What was swapped out meanwhile is left out: what replaced it has computed an image.
+        What was swapped out meanwhile is left out: what replaced it has computed an image. So is
+        a model whose servers do not answer, which keeps no other from being served: `_reach`.
 
         Raises:
             StartError: a model gave no vector.
             ServeError: it takes no requests, or lost this one.
         """
         for model in self.catalog.offered:
-            if not model.hold.closed:
+            if model.hold.closed or not model.engine.reachable:
+                continue
+            try:
                 await self._ask(model)
+            except HoraceError:
+                if model.engine.reachable:
+                    raise
         await self._search_pool.run(lambda: None)
 
     def _on_unreachable(self, encoder: Encoder) -> None:

@@ -53,6 +53,10 @@ KEPT_BYTES = 1 << 30
 HIDE_GPU = "free the GPU, or hide it with CUDA_VISIBLE_DEVICES="
 """What can be done where a command takes a GPU by itself, and the GPU is full."""
 
+KERNEL_FAULTS = {700, 710, 714, 715, 716, 717, 718, 719}
+"""CUDA's numbers of what a kernel did wrong, such as an address or an assertion: nobody else's
+GPU is to blame."""
+
 SLOTS = 3
 """Batches on a GPU: the one in use, the next, and the one before, whose work may not be done."""
 
@@ -174,6 +178,8 @@ def gpu_faults(*, mend: str) -> Iterator[None]:
             "memory of the GPU", expected="room for what is computed", found=found, mend=mend
         ) from error
     except torch.AcceleratorError as error:
+        if getattr(error, "error_code", 0) in KERNEL_FAULTS:
+            raise
         raise TrainError(
             "the GPU",
             expected="one that computes, and that nobody else has for himself",

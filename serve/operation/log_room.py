@@ -3,7 +3,8 @@
 Rules:
     A pipe whose reader hangs, or a terminal that is paused, takes no more at some point, and a
     write waits, with the event loop or the supervisor in it: the server would hang for its log.
-    Half of a pipe is kept free, so that a long traceback fits in one write.
+    A pipe is pages, and a line that does not fit into the last one begins another, so that a
+    quarter of its bytes may be half of them: the other half is kept for a long traceback.
     The next line that is written says how many were not.
     A reader that has gone is no matter: a write fails at once.
 
@@ -68,4 +69,4 @@ def _has_room(handler: logging.Handler) -> bool:
         return bool(events)
     unread = array.array("i", [0])
     fcntl.ioctl(fd, termios.FIONREAD, unread)
-    return bool(events) and unread[0] <= fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ) // 2
+    return bool(events) and unread[0] <= fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ) // 4

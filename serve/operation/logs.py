@@ -171,9 +171,9 @@ class RateFilter(logging.Filter):
         """Whether this line is written; one that is says how many before it were not."""
         if record.name == log.name or record.levelno < logging.WARNING:
             return True
-        if not is_of_somebody(record):
-            return False
         is_ours = record.name == SERVER_LOG
+        if not is_ours and not is_of_somebody(record):
+            return False
         account = (record.pathname, record.lineno) if is_ours else (record.name, record.levelno)
         budget = self._ours if is_ours else self._of_libraries
         if not budget.has_room(account):

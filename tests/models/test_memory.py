@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from models.memory import free_memory_bytes, memory_bytes, settle_memory
 
 MEMINFO = "MemTotal: 4000 kB\nMemFree: 1 kB\nMemAvailable: 3000 kB\n"
@@ -115,7 +117,11 @@ def test_small_blocks_are_kept_for_those_who_need_them_next():
     assert faults("settled") < 2000 < faults("as it is")
 
 
-def test_the_operators_own_setting_of_the_allocator_stands(monkeypatch):
-    """Who has set glibc's threshold in the environment knows why."""
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "131072")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("MALLOC_MMAP_THRESHOLD_", "131072"), ("GLIBC_TUNABLES", "glibc.malloc.top_pad=131072")],
+)
+def test_the_operators_own_setting_of_the_allocator_stands(monkeypatch, name, value):
+    """Who has set glibc's sizes in the environment knows why."""
+    monkeypatch.setenv(name, value)
     assert not settle_memory()

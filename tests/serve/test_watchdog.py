@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from dataclasses import replace
 
 import pytest
 
-from models.errors import UsageError
+from models.errors import EncoderError, EncoderUnavailableError, HoraceError, UsageError
 from serve.crew import Crew
 from serve.errors import InternalError
 from serve.recovery import Recovery
@@ -206,10 +207,33 @@ def test_a_server_that_stops_probes_no_more():
             await asyncio.Event().wait()
 
         recovery = Recovery(probe, on_change=lambda: None)
-        recovery.close()
         recovery.note_trouble()
         recovery.close()
         with pytest.raises(asyncio.CancelledError):
-            await recovery._probing
+            await (last := recovery._probing)
+        recovery.note_trouble()
+        assert recovery._probing is last
+
+    asyncio.run(main())
+
+
+def test_a_model_whose_servers_are_away_keeps_no_other_from_being_served(serving, fake):
+    """After trouble with a thread the others' images go through; a dead fleet is not asked."""
+    near, far = (replace(fake, name=name, batches=[], failures=[]) for name in ("near", "far"))
+
+    async def main():
+        async with serving(near, far) as server:
+            (model,) = (model for model in server.catalog.offered if model.encoder is far)
+            model.engine.reachable = False
+            await server._probe()
+            assert len(near.batches) == 1
+            assert not far.batches
+            model.engine.reachable = True
+            far.failures.extend([EncoderUnavailableError("its servers")] * 1000)
+            await server._probe()  # it is found out now, which is the other recovery's matter
+            assert not model.engine.reachable
+            near.failures.append(EncoderError("broken"))
+            with pytest.raises(HoraceError):
+                await server._probe()
 
     asyncio.run(main())

@@ -89,6 +89,10 @@ def test_a_gpu_that_fails_is_said_in_one_line(error: RuntimeError, line: str) ->
     with pytest.raises(TrainError) as found, gpu_faults(mend="wait"):
         raise error
     assert str(found.value) == line
+    fault = torch.AcceleratorError("CUDA error: device-side assert triggered")
+    fault.error_code = 710
+    with pytest.raises(torch.AcceleratorError), gpu_faults(mend="wait"):
+        raise fault
     with pytest.raises(RuntimeError, match=r"^a bug$"), gpu_faults(mend="wait"):
         raise RuntimeError("a bug")
 

@@ -338,11 +338,25 @@ def test_a_reader_that_hangs_holds_up_nobody():
             write(f"line {n} {'.' * 100}", left_out=1)  # what was left out before is, too
         os.set_blocking(reading, False)
         lines = reader.read().splitlines()
-        assert 100 < len(lines) < 1000
+        assert 50 < len(lines) < 1000
         write("last")
         assert json.loads(reader.readline())["left_out"] == 2 * (2000 - len(lines))
         write("after")
         assert "left_out" not in json.loads(reader.readline())
+
+
+@pytest.mark.timeout(60)  # of one that waits for the reader
+def test_lines_that_waste_the_pages_of_a_pipe_leave_room_for_a_traceback():
+    """Two lines of somewhat more than half a page take a page each."""
+    reading, writing = os.pipe()
+    with os.fdopen(reading), os.fdopen(writing, "w") as stream:
+        handler = logging.StreamHandler(stream)
+        set_up_logs(LogOptions(), [handler])
+        for n in range(200):
+            text = "x" * (2060 if n % 20 else 9000)
+            record = logging.LogRecord("horace.serve", logging.INFO, "", n, text, None, None)
+            handler.handle(record)
+        assert handler.filters[1].left_out
 
 
 def test_a_reader_that_has_gone_holds_up_nobody(monkeypatch):
