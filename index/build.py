@@ -43,7 +43,7 @@ from index.building.sync_summary import SyncSummary
 from index.building.target import check_target, find_finished
 from index.building.tuned import tune_built
 from index.collection import Collection
-from index.errors import CollectionError
+from index.errors import CollectionError, mend_of
 from index.storage.manifest import MANIFEST_FILE, Manifest, write_manifest
 from index.storage.publishing import put_in_place
 from index.storage.writer import CollectionWriter
@@ -56,8 +56,6 @@ from models.files import atomic_directory
 from models.images import ImageSource, describe_ignored, open_source
 
 BATCHES_PER_PART = 16
-
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 log = logging.getLogger("horace.index")
 
@@ -95,8 +93,7 @@ def _cannot_write(options: BuildOptions, error: OSError) -> CollectionError:
         mend = "choose a shorter --out"
     else:
         expected = "a directory that can be written, with room for the collection"
-        first = "make room" if error.errno in _NO_ROOM else "mend that"
-        mend = f"{first} or choose another --out; the same command goes on from here"
+        mend = f"{mend_of(error)} or choose another --out; the same command goes on from here"
     return CollectionError(str(options.out), expected=expected, found=reason_of(error), mend=mend)
 
 

@@ -8,8 +8,7 @@ Rules:
     A TensorRT engine is a cache: its directory is named by the encoder's fingerprint, the
     GPU and TensorRT's version, so that none is ever loaded into another.
     INT8 encoders are for CPUs, and refused on a GPU: their activations are unsigned, where
-    TensorRT takes symmetric ranges alone, and CUDA rounds otherwise, to other vectors, and
-    more slowly than it computes the fp32 encoder.
+    TensorRT takes symmetric ranges alone, and CUDA rounds otherwise, to other vectors.
     CUDA's libraries may be Python packages, which no loader finds by itself:
     `onnxruntime.preload_dlls` loads them before they are looked for.
     How CUDA is used is told in `models.sized_sessions`.
@@ -136,6 +135,7 @@ def split_placement(encoder: str) -> tuple[str, Placement | None]:
             found=", ".join("=".join(option) for option in options),
             mend="a server's models are placed where it is started" if "://" in where else None,
         )
+    # The provider was looked up among those there are, which mypy does not see.
     return where, Placement(provider=provider, device=int(device))  # type: ignore[arg-type]
 
 

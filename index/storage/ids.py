@@ -55,7 +55,7 @@ class Places:
         if not len(self._ids_N):
             return np.full(ids.shape, MISSING, np.int64)
         order = np.argsort(ids, axis=None)
-        asked = ids.reshape(-1)[order]  # ascending: 2 million in a million took 0.19 s, not 1.4
+        asked = ids.reshape(-1)[order]  # ascending: the next is near in memory
         ranks = np.searchsorted(self._ids_N, asked, side="right", sorter=self._by_id) - 1
         places = self._by_id[ranks]  # of rank -1 the last, which has another id
         found = np.empty(ids.shape, np.int64)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from models.bundle import Bundle
 from train.config import NetworkOptions, PretrainOptions, ViewOptions
@@ -63,3 +64,17 @@ def bundle(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Bund
 
     out = tmp_path_factory.mktemp("bundles") / "mini"
     return export_run(RunDirectory(path=finished_run), out, name="mini")
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> list[torch.cuda.CUDAGraph]:
+    """The CUDA graphs that were replayed, one for each time."""
+    found: list[torch.cuda.CUDAGraph] = []
+    replay = torch.cuda.CUDAGraph.replay
+
+    def noted(graph: torch.cuda.CUDAGraph) -> None:
+        found.append(graph)
+        replay(graph)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", noted)
+    return found

@@ -48,20 +48,6 @@ def losses_of(run: Path) -> list[float]:
 
 
 @pytest.fixture
-def replays(monkeypatch: pytest.MonkeyPatch) -> Replays:
-    """The CUDA graphs that were replayed, one for each time."""
-    found: Replays = []
-    replay = torch.cuda.CUDAGraph.replay
-
-    def noted(graph: torch.cuda.CUDAGraph) -> None:
-        found.append(graph)
-        replay(graph)
-
-    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", noted)
-    return found
-
-
-@pytest.fixture
 def little_memory() -> Iterator[None]:
     """A GPU on which this process may have some 8 MB."""
     gc.collect()

@@ -43,20 +43,6 @@ STEPS = 4 * (64 // 16)
 Replays = list[torch.cuda.CUDAGraph]
 
 
-@pytest.fixture
-def replays(monkeypatch: pytest.MonkeyPatch) -> Replays:
-    """The CUDA graphs that were replayed, one for each time."""
-    found: Replays = []
-    replay = torch.cuda.CUDAGraph.replay
-
-    def noted(graph: torch.cuda.CUDAGraph) -> None:
-        found.append(graph)
-        replay(graph)
-
-    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", noted)
-    return found
-
-
 def trained(recipe: Recipe, precision: Precision, *, is_soft: bool) -> Classifier:
     """Train a classifier on 64 images of noise; always the same."""
     compute = Compute(device=GPU, precision=precision)
