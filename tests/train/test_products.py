@@ -1,4 +1,4 @@
-"""The matrix product of the loss against float64, fast way and plain."""
+"""The products of the loss against float64, fast way and plain."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from hypothesis import strategies as st
 
 from train.loss import barlow_twins_loss, products
 from train.loss.forms import Form
-from train.loss.products import full_precision, times_transposed
+from train.loss.products import (
+    add_times_transposed,
+    column_dots,
+    full_precision,
+    times_transposed,
+)
 
 SIZES = st.integers(1, 70)
 
@@ -28,6 +33,25 @@ def test_it_is_the_product(p: int, k: int, q: int, is_transposed: bool, seed: in
     found = times_transposed(x, w)
     assert found.dtype == torch.float32
     assert (found - exact).norm() <= 1e-6 * (1 + exact.norm())
+    wider = torch.ones(p, q + 2)
+    assert torch.equal(times_transposed(x, w, out_PQ=wider[:, 1:-1]), wider[:, 1:-1])
+    assert (wider[:, 1:-1] - exact).norm() <= 1e-6 * (1 + exact.norm())
+    wider.fill_(1)
+    add_times_transposed(wider[:, 1:-1], x, w)
+    assert (wider[:, 1:-1] - 1 - exact).norm() <= 1e-6 * (1 + exact.norm())
+    assert torch.equal(wider[:, [0, -1]], torch.ones(p, 2))
+
+
+@settings(deadline=None)
+@given(n=SIZES, d=SIZES, dtype=st.sampled_from([torch.float32, torch.float64]), seed=SIZES)
+def test_column_dots_are_sums_of_products(n: int, d: int, dtype: torch.dtype, seed: int) -> None:
+    """Of columns whose means are not zero, too."""
+    draw = torch.Generator().manual_seed(seed)
+    x, y = (1 + torch.randn(n, d, dtype=dtype, generator=draw) for _ in range(2))
+    exact = (x.double() * y.double()).sum(dim=0)
+    found = column_dots(x, y)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -39,6 +63,9 @@ def test_other_strides_and_dtypes_take_the_plain_way(
     torch.testing.assert_close(times_transposed(x[:, 2:7], x[:, 2:7]), x[:, 2:7] @ x[:, 2:7].T)
     monkeypatch.setattr(products, "ONEDNN_IS_FASTER", False)
     assert torch.equal(times_transposed(x, x), x @ x.T)
+    out = torch.ones(9, 9, dtype=dtype)
+    add_times_transposed(out, x, x)
+    torch.testing.assert_close(out, 1 + x @ x.T)
 
 
 @contextmanager

@@ -46,7 +46,7 @@ from train.loss.ablation import (
     cross_entropy_parts,
     quadratic_parts,
 )
-from train.loss.exact import Quadratic, quadratic_loss, quadratic_terms
+from train.loss.exact import Quadratic, quadratic_loss
 from train.loss.forms import Form, choose_form, device_memory_bytes, tile_rows
 
 Objective = Literal["barlow", "hsic", "cross-entropy"]
@@ -65,25 +65,46 @@ TEMPERATURE = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class LossTerms:
-    """The loss, and what it is made of: scalars, of which only `loss` carries a gradient.
+    """The loss, and what it is made of; only `loss` carries a gradient.
 
     Attributes:
         loss: the terms that were asked for, added.
         invariance: the term of the diagonal.
         redundancy: the term of the off-diagonal, weighted by lambda.
-        diagonal_mean: mean of C_ii; 1 where the views agree.
-        diagonal_error: mean of (1 - C_ii)^2, which for `barlow` is invariance / D.
-        off_diagonal_rms: root of the mean of C_ij^2 over i != j.
-        off_diagonal_floor: 1 / sqrt(N), what `off_diagonal_rms` is for independent features.
+        diagonal_D: (D,) C_ii, in float64.
+        square_sum: sum of C_ij^2, in float64.
+        n_global: N, over all ranks.
     """
 
     loss: Tensor
     invariance: Tensor
     redundancy: Tensor
-    diagonal_mean: Tensor
-    diagonal_error: Tensor
-    off_diagonal_rms: Tensor
-    off_diagonal_floor: float
+    diagonal_D: Tensor
+    square_sum: Tensor
+    n_global: int
+
+    @property
+    def diagonal_mean(self) -> Tensor:
+        """The mean of C_ii; 1 where the views agree."""
+        return self.diagonal_D.mean().to(self.loss.dtype)
+
+    @property
+    def diagonal_error(self) -> Tensor:
+        """The mean of (1 - C_ii)^2, which for `barlow` is invariance / D."""
+        return (1 - self.diagonal_D).square().mean().to(self.loss.dtype)
+
+    @property
+    def off_diagonal_rms(self) -> Tensor:
+        """The root of the mean of C_ij^2 over i != j."""
+        dim = len(self.diagonal_D)
+        off_diagonal = self.square_sum - self.diagonal_D.square().sum()
+        mean = off_diagonal.clamp(min=0) / max(1, dim * (dim - 1))  # rounding may pass below 0
+        return mean.sqrt().to(self.loss.dtype)
+
+    @property
+    def off_diagonal_floor(self) -> float:
+        """1 / sqrt(N), what `off_diagonal_rms` is for independent features."""
+        return float(self.n_global**-0.5)
 
 
 def barlow_twins_loss(
@@ -175,8 +196,14 @@ def loss_terms(
             parts = quadratic_parts(c_DD, lambd=lambd, is_hsic=quadratic.is_hsic)
         loss = {"both": parts[0] + parts[1], "invariance": parts[0], "redundancy": parts[1]}[terms]
         c_DD = c_DD.detach()
-        square_sum = c_DD.square().sum(dtype=torch.float64)
-        return _terms(loss, parts, c_DD.diagonal(), square_sum, n_global=len(z1_ND) * world)
+        return LossTerms(
+            loss=loss,
+            invariance=parts[0].detach(),
+            redundancy=parts[1].detach(),
+            diagonal_D=c_DD.diagonal().double(),
+            square_sum=c_DD.square().sum(dtype=torch.float64),
+            n_global=len(z1_ND) * world,
+        )
 
 
 def _exact_terms(
@@ -191,27 +218,16 @@ def _exact_terms(
             memory_bytes=device_memory_bytes(z1_ND.device),
         )  # fmt: skip
     rows = tile_rows(form, dim, item_bytes=item_bytes)
-    loss, c_D, square_sum, total = quadratic_loss(
+    loss, invariance, redundancy, c_D, square_sum = quadratic_loss(
         z1_ND, z2_ND, objective, tile_rows=rows, group=group
     )
-    parts = quadratic_terms(c_D, square_sum, total, objective)
-    return _terms(loss, parts, c_D, square_sum, n_global=n_global)
-
-
-def _terms(
-    loss: Tensor, parts: tuple[Tensor, Tensor], c_D: Tensor, square_sum: Tensor, *, n_global: int
-) -> LossTerms:
-    """Add what logs want, from the diagonal of C and the sum of its squares."""
-    dim, c_D = len(c_D), c_D.double()
-    off_diagonal = (square_sum - c_D.square().sum()).clamp(min=0)  # rounding may pass below 0
     return LossTerms(
         loss=loss,
-        invariance=parts[0].detach().to(loss.dtype),
-        redundancy=parts[1].detach().to(loss.dtype),
-        diagonal_mean=c_D.mean().to(loss.dtype),
-        diagonal_error=(1 - c_D).square().mean().to(loss.dtype),
-        off_diagonal_rms=(off_diagonal / max(1, dim * (dim - 1))).sqrt().to(loss.dtype),
-        off_diagonal_floor=n_global**-0.5,
+        invariance=invariance.to(loss.dtype),
+        redundancy=redundancy.to(loss.dtype),
+        diagonal_D=c_D,
+        square_sum=square_sum,
+        n_global=n_global,
     )
 
 

@@ -1,4 +1,4 @@
-"""The matrix product of the loss, by the fastest exact float32 kernel of the machine.
+"""The products of the loss, by the fastest exact float32 kernels of the machine.
 
 Rules:
     Products of float32 are float32 whatever the caller allows elsewhere, by
@@ -30,24 +30,53 @@ ONEDNN_IS_FASTER: bool = (
 )
 
 
-def times_transposed(x_PK: Tensor, w_QK: Tensor) -> Tensor:
+def times_transposed(x_PK: Tensor, w_QK: Tensor, *, out_PQ: Tensor | None = None) -> Tensor:
     """Compute x w^T, without a gradient.
 
     Args:
         x_PK: (P, K).
         w_QK: (Q, K); copied for oneDNN unless it is contiguous, or the transpose of what is: with
             other strides that takes minutes.
+        out_PQ: where to; None for new memory.
     """
-    is_fast = ONEDNN_IS_FASTER and x_PK.device.type == "cpu" and x_PK.dtype == torch.float32
     with full_precision(x_PK.device):
-        if not is_fast:
-            return x_PK @ w_QK.T
+        if not _is_for_onednn(x_PK):
+            return torch.mm(x_PK, w_QK.T, out=out_PQ)
         if not (w_QK.is_contiguous() or w_QK.T.is_contiguous()):
             w_QK = w_QK.contiguous()
         product: Tensor = torch.ops.mkldnn._linear_pointwise(
             x_PK.contiguous(), w_QK, None, "none", [], ""
         )
-        return product
+        return product if out_PQ is None else out_PQ.copy_(product)
+
+
+def add_times_transposed(out_PQ: Tensor, x_PK: Tensor, w_QK: Tensor) -> None:
+    """Add x w^T to `out`, (P, Q), in place; the rest is as with `times_transposed`."""
+    if _is_for_onednn(x_PK):
+        out_PQ += times_transposed(x_PK, w_QK)
+        return
+    with full_precision(x_PK.device):
+        out_PQ.addmm_(x_PK, w_QK.T)
+
+
+def _is_for_onednn(x: Tensor) -> bool:
+    """Say whether oneDNN is the one to multiply it."""
+    return ONEDNN_IS_FASTER and x.device.type == "cpu" and x.dtype == torch.float32
+
+
+def column_dots(x_nD: Tensor, y_nD: Tensor) -> Tensor:
+    """Compute the inner product of each column of `x` with that of `y`, without a gradient.
+
+    On a CPU in one pass and without a temporary: it is what BatchNorm's backward pass sums for its
+    weights, where the mean is 0 and the deviation 1.
+    """
+    if x_nD.device.type != "cpu":
+        return (x_nD * y_nD).sum(dim=0)
+    mean_D, scale_D = x_nD.new_zeros(x_nD.shape[1]), x_nD.new_ones(x_nD.shape[1])
+    _, dots_D, _ = torch.ops.aten.native_batch_norm_backward(
+        x_nD, y_nD, None, None, None, mean_D, scale_D, True, 0.0, [False, True, False]
+    )
+    return dots_D  # type: ignore[no-any-return]  # torch
 
 
 @contextmanager
