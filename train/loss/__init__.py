@@ -164,7 +164,7 @@ def loss_terms(
         eps: added to each variance; far below the variances of the embeddings.
 
     Returns:
-        The terms, in float32, or in float64 where a view is.
+        The terms; loss, invariance and redundancy in float32, or in float64 where a view is.
 
     Raises:
         TrainError: the shapes are not two equal (N, D), or too small; a name or a

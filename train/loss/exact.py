@@ -16,10 +16,10 @@ and the gradient asks of C only two products:
 Rules:
     The gradient is made together with the value: nothing is computed twice, nothing of the
     size of C is kept, and no collective runs in backward.
-    A gradient begins as its other terms, and the products are added to it. On one rank dL/dB of the
-    Gram form takes the place of A, so that three matrices of this size are all there is, and those
-    are of one piece, which malloc keeps where it would give as much in parts back to the system:
-    to touch a page of memory for the first time costs a CPU more than the arithmetic on it.
+    A gradient begins as its other terms, and the products are added to it. In the Gram form, on
+    one rank, the last one takes the place of a view.
+    To touch a page of memory for the first time costs a CPU more than the arithmetic on it: see
+    `KEPT_BYTES`.
     Across ranks the Gram form gathers the embeddings, and each rank multiplies its own rows;
     the tiled form sums C over the ranks, tile by tile.
     A and B are centred, hence so is dL/dA: of the two terms that standardising takes from a
@@ -41,6 +41,11 @@ from train.errors import TrainError
 from train.loss.products import add_times_transposed, column_dots, times_transposed
 
 Pair = tuple[Tensor | None, Tensor | None]
+
+KEPT_BYTES = 1 << 25
+"""Up to which matrices are made in one piece on a CPU. glibc, once it has freed a piece of this
+size or less, keeps what is freed up to twice that, where it would give as much in parts back to
+the system, to come as new pages; a larger piece it gives back itself."""
 
 STRIP_ROWS = 128
 """Of a Gram matrix that a CPU multiplies at once, from the diagonal on; the rest is its mirror."""
@@ -111,8 +116,10 @@ class _Loss(torch.autograd.Function):
         group: Group,
     ) -> tuple[Tensor, ...]:
         """Compute value and gradients."""
-        views = _Views(z1_nD, z2_nD, objective, group, is_gathered=tile_rows is None)
         wanted = ctx.needs_input_grad[:2]
+        is_gram = tile_rows is None
+        has_spare = is_gram and all(wanted) and world_size(group) == 1
+        views = _Views(z1_nD, z2_nD, objective, group, is_gathered=is_gram, has_spare=has_spare)
         if tile_rows is None:
             square_sum, gradients = _gram(views, wanted)
         else:
@@ -153,11 +160,19 @@ class _Loss(torch.autograd.Function):
 class _Views:
     """Both views standardised over the whole batch, and what the forms share.
 
-    `a` and `b` have all N rows where the embeddings were gathered, else this rank's n.
+    `a` and `b` have all N rows where the embeddings were gathered, else this rank's n; `spare`,
+    where there is one, is memory like theirs.
     """
 
     def __init__(
-        self, z1_nD: Tensor, z2_nD: Tensor, objective: Quadratic, group: Group, *, is_gathered: bool
+        self,
+        z1_nD: Tensor,
+        z2_nD: Tensor,
+        objective: Quadratic,
+        group: Group,
+        *,
+        is_gathered: bool,
+        has_spare: bool,
     ) -> None:
         n, rank = len(z1_nD), rank_in(group)
         self.objective, self.group, self.world = objective, group, world_size(group)
@@ -167,9 +182,7 @@ class _Views:
         if is_gathered:
             z1_nD, z2_nD = gather(z1_nD, group), gather(z2_nD, group)
             group = None  # the sums below are over all rows already
-        dtype = torch.promote_types(z1_nD.dtype, torch.float32)
-        shape = (3 if self.world == 1 else 2, *z1_nD.shape)
-        self.a, self.b, *spare = torch.empty(shape, dtype=dtype, device=z1_nD.device)
+        self.a, self.b, *spare = _matrices(3 if has_spare else 2, z1_nD)
         self.spare = spare[0] if spare else None
         self.a_scale_D = self._standardise(z1_nD, group, self.a)
         self.b_scale_D = self._standardise(z2_nD, group, self.b)
@@ -187,7 +200,8 @@ class _Views:
 
     def _standardise(self, z_nD: Tensor, group: Group, out_nD: Tensor) -> Tensor | None:
         """Centre and scale over the rows of `group`; give the scale, where there is one."""
-        z_nD = z_nD.to(out_nD.dtype)
+        # Of other strides than its own, native_batch_norm takes no mean where it is told where to.
+        z_nD = z_nD.to(out_nD.dtype).contiguous()
         eps = self.objective.eps
         if self.objective.is_scaled and world_size(group) == 1:
             # One fused pass; `var_mean` over the batch takes ten times as long on a CPU.
@@ -204,7 +218,7 @@ class _Views:
         return scale_D
 
     def diagonal_terms(
-        self, y_ND: Tensor, y_sums: Tensor | None, *, out_nD: Tensor | None
+        self, y_ND: Tensor, y_sums: Tensor | None, *, out_nD: Tensor | None = None
     ) -> Tensor:
         """Give the terms of the diagonal and of S in the gradient of a view.
 
@@ -228,6 +242,15 @@ class _Views:
             d_nD.mul_(self.world)
 
 
+def _matrices(count: int, z_nD: Tensor) -> list[Tensor]:
+    """Make room for as many matrices of float32, or what is better, as large as `z`."""
+    shape, dtype = tuple(z_nD.shape), torch.promote_types(z_nD.dtype, torch.float32)
+    is_kept = count * z_nD.numel() * dtype.itemsize <= KEPT_BYTES
+    if is_kept and z_nD.device.type == "cpu":
+        return list(torch.empty((count, *shape), dtype=dtype))
+    return [torch.empty(shape, dtype=dtype, device=z_nD.device) for _ in range(count)]
+
+
 def _gram(views: _Views, wanted: tuple[bool, ...]) -> tuple[Tensor, Pair]:
     """Compute F and the gradients through the N x N Gram matrices of the two views."""
     a_ND, b_ND = views.a, views.b
@@ -235,14 +258,17 @@ def _gram(views: _Views, wanted: tuple[bool, ...]) -> tuple[Tensor, Pair]:
     square_sum = (a_gram_nN * b_gram_nN).sum(dtype=torch.float64)
     square_sum = sum_in_place(square_sum, views.group) / views.n_global**2
     factor = views.weight / views.n_global
+    may_replace = views.world == 1
     da_nD: Tensor | None = None
     db_nD: Tensor | None = None
     if wanted[0]:
-        da_nD = views.diagonal_terms(b_ND, views.b_sums, out_nD=views.spare)
+        place = b_ND if may_replace and not wanted[1] else views.spare
+        da_nD = views.diagonal_terms(b_ND, views.b_sums, out_nD=place)
         add_times_transposed(da_nD, b_gram_nN.mul_(factor), a_ND.T)
         views.unstandardise(da_nD, a_ND, views.a_scale_D)
     if wanted[1]:
-        db_nD = views.diagonal_terms(a_ND, views.a_sums, out_nD=a_ND if views.world == 1 else None)
+        place = a_ND if may_replace else None
+        db_nD = views.diagonal_terms(a_ND, views.a_sums, out_nD=place)
         add_times_transposed(db_nD, a_gram_nN.mul_(factor), b_ND.T)
         views.unstandardise(db_nD, b_ND, views.b_scale_D)
     return square_sum, (da_nD, db_nD)
@@ -266,8 +292,8 @@ def _tiled(views: _Views, wanted: tuple[bool, ...], tile_rows: int) -> tuple[Ten
     """Compute F and the gradients from C itself, some rows at a time."""
     a_nD, b_nD = views.a, views.b
     square_sum = torch.zeros((), dtype=torch.float64, device=a_nD.device)
-    da_nD = views.diagonal_terms(b_nD, views.b_sums, out_nD=views.spare) if wanted[0] else None
-    db_nD = views.diagonal_terms(a_nD, views.a_sums, out_nD=None) if wanted[1] else None
+    da_nD = views.diagonal_terms(b_nD, views.b_sums) if wanted[0] else None
+    db_nD = views.diagonal_terms(a_nD, views.a_sums) if wanted[1] else None
     for first in range(0, a_nD.shape[1], tile_rows):
         rows = slice(first, first + tile_rows)
         c_WD = times_transposed(a_nD[:, rows].T, b_nD.T)

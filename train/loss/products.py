@@ -68,11 +68,12 @@ def column_dots(x_nD: Tensor, y_nD: Tensor) -> Tensor:
     """Compute the inner product of each column of `x` with that of `y`, without a gradient.
 
     On a CPU in one pass and without a temporary: it is what BatchNorm's backward pass sums for its
-    weights, where the mean is 0 and the deviation 1.
+    weights when it is told of a mean of 0 and a deviation of 1.
     """
     if x_nD.device.type != "cpu":
         return (x_nD * y_nD).sum(dim=0)
     mean_D, scale_D = x_nD.new_zeros(x_nD.shape[1]), x_nD.new_ones(x_nD.shape[1])
+    # The gradient, the input, nothing learnt or running, mean, 1 / deviation; only of the weights.
     _, dots_D, _ = torch.ops.aten.native_batch_norm_backward(
         x_nD, y_nD, None, None, None, mean_D, scale_D, True, 0.0, [False, True, False]
     )
