@@ -173,7 +173,7 @@ def test_by_distance_the_nearest_come_first(n_queries, rows):
     np.testing.assert_allclose(scores, np.take_along_axis(expected, order, 1))
 
 
-@pytest.mark.parametrize(("n_queries", "count", "dim"), [(1, 500, 16), (40, 500, 4096)])
+@pytest.mark.parametrize(("n_queries", "count", "dim"), [(1, 500, 16), (12, 300, 4096)])
 def test_distances_far_from_the_origin_are_exact(n_queries, count, dim):
     """A query alone and many: of lengths and products float32 would leave nothing there."""
     rng = np.random.default_rng(0)
