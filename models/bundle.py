@@ -19,20 +19,19 @@ Rules:
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
 
+from models.documents import Json as Json
+from models.documents import document_bytes, read_document
 from models.errors import BundleError, HoraceError, reason_of
 from models.files import (
     atomic_directory,
     atomic_file,
     canonical_json,
-    checksum_of,
-    document_bytes,
     sha256_file,
 )
 from models.preprocess import PreprocessSpec
@@ -41,9 +40,6 @@ SCHEMA_VERSION = 1
 BUNDLE_FILE = "bundle.json"
 ENCODER_FILE = "encoder.onnx"
 RANDOM_FILE = "random.onnx"
-
-MAX_DOCUMENT_BYTES = 64 << 20
-"""More is refused unread: `bundle.json` takes some kilobytes."""
 
 Precision = Literal["fp32", "int8", "fp16"]
 PRECISION_FILES: dict[Precision, str] = {
@@ -54,8 +50,6 @@ PRECISION_FILES: dict[Precision, str] = {
 
 SHIPPED_BUNDLE = Path(__file__).parent / "shipped" / "fashion-mnist"
 """The small encoder that comes with Horace, trained on Fashion-MNIST by `train.pretrain`."""
-
-Json = str | int | float | bool | None | list["Json"] | dict[str, "Json"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,43 +305,15 @@ def _read_document(path: Path) -> dict[str, Json]:
             found=found,
             mend="make one with `python -m train.export RUN --out BUNDLE`",
         )
-    if (size_bytes := file.stat().st_size) > MAX_DOCUMENT_BYTES:
-        raise BundleError(
-            str(file),
-            expected=f"at most {MAX_DOCUMENT_BYTES} bytes",
-            found=f"{size_bytes}",
-            mend="the file is damaged: copy the bundle again, or export it again",
+    with file.open("rb") as content:
+        return read_document(
+            content,
+            file,
+            schema_version=SCHEMA_VERSION,
+            error=BundleError,
+            restore="copy the bundle again",
+            again="export it again",
         )
-    try:
-        content = file.read_bytes()
-        document = json.loads(content)
-        version, checksum = document["schema_version"], checksum_of(document)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BundleError(
-            str(file),
-            expected="JSON with a schema_version, of finite numbers",
-            found="something else",
-            mend="the file is damaged or was edited: copy the bundle again, or export it again",
-        ) from error
-    if version != SCHEMA_VERSION:
-        raise BundleError(
-            str(file),
-            expected=f"schema version {SCHEMA_VERSION}",
-            found=f"version {version}",
-            mend="open it with the Horace that wrote it, or export it again",
-        )
-    recorded = document.get("checksum", "of its own")
-    mend = "the file is damaged or was edited: copy the bundle again, or export it again"
-    if checksum != recorded:
-        raise BundleError(str(file), expected=f"checksum {recorded}", found=checksum, mend=mend)
-    if document_bytes(document) != content:  # white space, or a key that is there twice
-        raise BundleError(
-            str(file),
-            expected="the bytes that were written",
-            found="others that say the same",
-            mend=mend,
-        )
-    return cast(dict[str, Json], document)
 
 
 def _check_files(bundle: Bundle, *, verify: bool) -> None:

@@ -15,7 +15,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,26 +39,6 @@ def canonical_json(value: object) -> bytes:
     """Serialise to the one JSON text that equal values share (sorted keys, no spaces)."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return text.encode()
-
-
-def document_bytes(document: Mapping[str, object]) -> bytes:
-    """Give the content of a JSON file that carries a checksum of itself.
-
-    Raises:
-        ValueError: a number is none that JSON has.
-    """
-    whole = {**document, "checksum": checksum_of(document)}
-    return (json.dumps(whole, indent=2, allow_nan=False) + "\n").encode()
-
-
-def checksum_of(document: Mapping[str, object]) -> str:
-    """Hash everything in such a document but the checksum itself.
-
-    Raises:
-        ValueError: a number is none that JSON has.
-    """
-    rest = {key: value for key, value in document.items() if key != "checksum"}
-    return hashlib.sha256(canonical_json(rest)).hexdigest()
 
 
 @contextmanager

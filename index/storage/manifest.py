@@ -14,12 +14,10 @@ Rules:
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import cast
 
 from index.errors import CollectionError, refuse_to_blame
 from index.storage.entries import SCHEMA_VERSION, manifest_from_json, manifest_to_json
@@ -27,14 +25,12 @@ from index.storage.entries import FileEntry as FileEntry
 from index.storage.entries import JournalEntry as JournalEntry
 from index.storage.entries import Manifest as Manifest
 from index.storage.entries import SegmentEntry as SegmentEntry
-from models.bundle import Json
+from models.documents import document_bytes, read_document
 from models.errors import reason_of
-from models.files import atomic_file, checksum_of, document_bytes, open_regular, sha256_file
+from models.files import atomic_file, open_regular, sha256_file
 
 MANIFEST_FILE = "manifest.json"
 REJECTS_FILE = "rejects.jsonl"
-MAX_MANIFEST_BYTES = 64 << 20
-"""More is refused unread: a manifest grows by some hundred bytes a segment."""
 
 
 class ManifestFile:
@@ -115,7 +111,18 @@ def read_manifest(directory: Path) -> Manifest:
 
 def _parse(descriptor: int, file: Path) -> Manifest:
     """Read the manifest from an open file."""
-    document = _read_document(descriptor, file)
+    try:
+        with open(descriptor, "rb", closefd=False) as content:
+            document = read_document(
+                content,
+                file,
+                schema_version=SCHEMA_VERSION,
+                error=CollectionError,
+                restore="restore it",
+                again="build the collection again",
+            )
+    except OSError as error:
+        raise unreadable(file, error) from error
     try:
         return manifest_from_json(document)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -178,48 +185,3 @@ def _open_descriptor(directory: Path) -> int:
             found=found,
             mend="make one with `python -m index.build --images SRC --encoder BUNDLE --out C`",
         ) from error
-
-
-def _read_document(descriptor: int, file: Path) -> dict[str, Json]:
-    """Parse `manifest.json` and check its schema version and its checksum."""
-    if (size_bytes := os.fstat(descriptor).st_size) > MAX_MANIFEST_BYTES:
-        raise CollectionError(
-            str(file),
-            expected=f"at most {MAX_MANIFEST_BYTES} bytes",
-            found=f"{size_bytes}",
-            mend="the file is damaged: restore it, or build the collection again",
-        )
-    try:
-        with open(descriptor, "rb", closefd=False) as content:
-            text = content.read(MAX_MANIFEST_BYTES)
-        document = json.loads(text)
-        version, checksum = document["schema_version"], checksum_of(document)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CollectionError(
-            str(file),
-            expected="JSON with a schema_version",
-            found="something else",
-            mend="the file is damaged: restore it, or build the collection again",
-        ) from error
-    if type(version) is not int or version != SCHEMA_VERSION:
-        raise CollectionError(
-            str(file),
-            expected=f"schema version {SCHEMA_VERSION}",
-            found=f"version {version}",
-            mend="open it with the Horace that wrote it, or build the collection again",
-        )
-    if checksum != document.get("checksum"):
-        raise CollectionError(
-            str(file),
-            expected=f"checksum {document.get('checksum')}",
-            found=checksum,
-            mend="the file is damaged or was edited: restore it, or build the collection again",
-        )
-    if document_bytes(document) != text:  # white space, or a key that is there twice
-        raise CollectionError(
-            str(file),
-            expected="the bytes that were written",
-            found="others that say the same",
-            mend="the file is damaged or was edited: restore it, or build the collection again",
-        )
-    return cast(dict[str, Json], document)

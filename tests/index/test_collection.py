@@ -15,8 +15,8 @@ from index.ann.making import build_index as build_hnsw
 from index.collection import Collection, id_of, version_text
 from index.errors import CollectionError, UnknownIdError
 from index.storage.manifest import Manifest, hash_files, read_manifest, write_manifest
+from models.documents import document_bytes
 from models.errors import FingerprintMismatchError, UsageError
-from models.files import document_bytes
 
 FINGERPRINT = "f" * 64
 
@@ -411,7 +411,10 @@ def test_an_edited_manifest_is_found(built, copy_collection):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("not JSON", "expected JSON with a schema_version, found something else"),
+        (
+            "not JSON",
+            "expected JSON with a schema_version, of finite numbers, found something else",
+        ),
         ("[]", "expected JSON with a schema_version"),
         ('{"schema_version": 9}', "expected schema version 2, found version 9"),
         ('{"schema_version": 1, "dim": NaN}', "expected JSON with a schema_version"),

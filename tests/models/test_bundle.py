@@ -12,8 +12,8 @@ from models.bundle import (
     split_precision,
     write_bundle,
 )
+from models.documents import document_bytes
 from models.errors import BundleError
-from models.files import document_bytes
 from models.preprocess import PreprocessSpec
 
 SPEC = PreprocessSpec(height=28, width=28, channels=1, resize=28)

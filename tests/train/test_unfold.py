@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from models.bundle import Bundle
-from models.files import document_bytes
+from models.documents import document_bytes
 from models.images import open_source
 from models.networks import Backbone, ResNet
 from models.preprocess import PreprocessSpec, preprocess
