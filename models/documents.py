@@ -20,7 +20,7 @@ from models.files import canonical_json
 Json = str | int | float | bool | None | list["Json"] | dict[str, "Json"]
 
 MAX_DOCUMENT_BYTES = 64 << 20
-"""More is refused unread: a bundle has some kilobytes, a collection some hundred bytes a segment."""
+"""More is refused unread: a bundle takes some kilobytes, a collection some bytes a segment."""
 
 
 def document_bytes(document: Mapping[str, object]) -> bytes:
