@@ -24,7 +24,7 @@ Chosen = Literal["direct", "gram", "tiled"]
 GRAM_BELOW_N_PER_D = 0.75
 """The Gram form costs up to 8 N^2 D flop forward and backward, the others 6 N D^2.
 
-`benchmarks/results/loss_intel.json` (2 threads): 1.4 times as fast as direct at N = D / 2, .4 times
+`benchmarks/results/loss_intel.json` (2 threads): 1.5 times as fast as direct at N = D / 2, .4 times
 at N = 2 D.
 """
 
