@@ -22,6 +22,9 @@ Json = str | int | float | bool | None | list["Json"] | dict[str, "Json"]
 MAX_DOCUMENT_BYTES = 64 << 20
 """More is refused unread: a bundle takes some kilobytes, a collection some bytes a segment."""
 
+MOST_SHOWN = 80
+"""Characters of what a damaged document says that an error repeats."""
+
 
 def document_bytes(document: Mapping[str, object]) -> bytes:
     """Give the content of a JSON file that carries a checksum of itself.
@@ -73,10 +76,11 @@ def read_document(
             found=f"{size_bytes}",
             mend=mend,
         )
-    text = content.read(MAX_DOCUMENT_BYTES)
+    text = content.read(size_bytes)
     try:
         document = json.loads(text)
         version, checksum = document["schema_version"], checksum_of(document)
+        written = document_bytes(document)
     except (ValueError, KeyError, TypeError, RecursionError) as fault:
         raise error(
             str(file),
@@ -88,13 +92,14 @@ def read_document(
         raise error(
             str(file),
             expected=f"schema version {schema_version}",
-            found=f"version {version}",
+            found=f"version {json.dumps(version)[:MOST_SHOWN]}",
             mend=f"open it with the Horace that wrote it, or {again}",
         )
-    recorded = document.get("checksum", "of its own")
+    recorded = document.get("checksum")
     if checksum != recorded:
-        raise error(str(file), expected=f"checksum {recorded}", found=checksum, mend=mend)
-    if document_bytes(document) != text:  # white space, or a key that is there twice
+        shown = "of its own" if recorded is None else json.dumps(recorded).strip('"')[:MOST_SHOWN]
+        raise error(str(file), expected=f"checksum {shown}", found=checksum, mend=mend)
+    if written != text:  # white space, or a key that is there twice
         raise error(
             str(file),
             expected="the bytes that were written",

@@ -243,6 +243,35 @@ def test_an_edit_that_the_fingerprint_does_not_cover_is_found(make_bundle):
         read_bundle(bundle.path)
 
 
+@pytest.mark.parametrize("key", ["schema_version", "checksum"])
+@pytest.mark.parametrize("value", ["a\nb", "\ud800", "9" * 9000, ["x"] * 9000])
+def test_what_a_damaged_description_says_is_repeated_in_one_short_line(make_bundle, key, value):
+    """It may hold line breaks, halves of characters, and any number of digits."""
+    file = make_bundle().path / "bundle.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}, indent=2))
+    with pytest.raises(BundleError) as caught:
+        read_bundle(file.parent)
+    line = str(caught.value).encode()
+    assert b"\n" not in line
+    assert len(line) < 500
+
+
+def test_nesting_at_the_edge_of_what_can_be_parsed_is_refused(make_bundle):
+    """Whichever of the steps it is too deep for."""
+    file = make_bundle().path / "bundle.json"
+    document = json.loads(file.read_text())
+    for depth in range(900, 1000):
+        nested = "[" * depth + "]" * depth
+        try:
+            content = document_bytes(document | {"nested": json.loads(nested)}).decode()
+        except RecursionError:
+            text = json.dumps(document, indent=2)
+            content = text.replace('"checksum"', f'"nested": {nested}, "checksum"', 1)
+        file.write_text(content.replace('"name"', ' "name"'))
+        with pytest.raises(BundleError):
+            read_bundle(file.parent, verify=False)
+
+
 def test_every_flipped_byte_of_the_description_is_found_at_opening(make_bundle):
     """Also in white space, and in the name of the checksum itself."""
     bundle = make_bundle()

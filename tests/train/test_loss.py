@@ -591,15 +591,29 @@ def test_strides_do_not_matter(
         assert torch.equal(found, expected)
 
 
-def test_without_gradients_nothing_is_made_for_them() -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_without_gradients_nothing_is_made_for_them(
+    form: Form, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Under no_grad the value is the same, to the bit."""
-    z1, z2 = correlated_views(16, 8, 19, torch.float32)
-    for form in FORMS:
-        expected: LossTerms = loss_terms(z1.requires_grad_(), z2, lambd=0.1, form=form)
-        with torch.no_grad():
-            found = loss_terms(z1, z2, lambd=0.1, form=form)
-        assert torch.equal(found.loss, expected.loss)
-        assert not found.loss.requires_grad
+    z1, z2 = (z.requires_grad_() for z in correlated_views(16, 8, 19, torch.float32))
+    expected: LossTerms = loss_terms(z1, z2, lambd=0.1, form=form)
+    monkeypatch.setattr("train.loss.exact.add_times_transposed", None)  # makes gradients only
+    with torch.no_grad():
+        found = loss_terms(z1, z2, lambd=0.1, form=form)
+    assert torch.equal(found.loss, expected.loss)
+    assert not found.loss.requires_grad
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_can_be_changed_in_place(form: Form) -> None:
+    """They are nobody's views, whatever memory they share."""
+    z1, z2 = (z.requires_grad_() for z in correlated_views(16, 8, 19, torch.float32))
+    loss = barlow_twins_loss(z1, z2, lambd=0.1, form=form)
+    for gradient in torch.autograd.grad(loss, (z1, z2)):
+        factor = torch.ones((), requires_grad=True)
+        gradient.detach_().mul_(factor)
+        assert gradient.requires_grad
 
 
 @pytest.mark.gpu

@@ -54,6 +54,13 @@ def test_column_dots_are_sums_of_products(n: int, d: int, dtype: torch.dtype, se
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-4)
 
 
+def test_column_dots_of_many_rows_lose_no_digits() -> None:
+    """Numbers of one sign, of which float32 added in order would lose four digits."""
+    x = torch.full((65536, 4), 1.1)
+    exact = (x.double() * x.double()).sum(dim=0)
+    torch.testing.assert_close(column_dots(x, x).double(), exact, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_other_strides_and_dtypes_take_the_plain_way(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch

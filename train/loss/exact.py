@@ -89,6 +89,8 @@ def quadratic_loss(
         whole batch, without gradient and in float64, invariance, redundancy (weighted by lambda),
         c (D,) and F.
     """
+    if not torch.is_grad_enabled():
+        z1_nD, z2_nD = z1_nD.detach(), z2_nD.detach()  # what they ask for, they would be given
     loss, invariance, redundancy, c_D, square_sum = _Loss.apply(
         z1_nD, z2_nD, objective, tile_rows, group
     )
@@ -149,9 +151,10 @@ class _Loss(torch.autograd.Function):
             )
         # On a GPU reading the factor would wait for the device: there a pass costs less.
         is_one = dloss.device.type == "cpu" and dloss.item() == 1
+        # Parts of one piece are views, which could not be changed in place: detached they can.
         # Half precision comes last: what a loss scale is there to save is below its range.
         gradients = (
-            g if g is None else (g if is_one else g * dloss).to(ctx.dtype)
+            g if g is None else (g.detach() if is_one else g * dloss).to(ctx.dtype)
             for g in ctx.saved_tensors
         )
         return (*gradients, None, None, None)
