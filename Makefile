@@ -23,7 +23,7 @@ demo: $(VENV)/.installed data ## Train, export, index, evaluate, serve and searc
 test: $(VENV)/.installed promtool ## The whole suite but what is marked slow or gpu
 	$(BIN)/pytest -m "not slow and not gpu"
 
-test-slow: $(VENV)/.installed ## What takes long, or shows again with another front end what the suite shows
+test-slow: $(VENV)/.installed ## What takes over a minute a test
 	$(BIN)/pytest -m "slow and not gpu"
 
 coverage: $(VENV)/.installed ## The suite with branch coverage

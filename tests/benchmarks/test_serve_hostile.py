@@ -17,7 +17,7 @@ from models.errors import ImageError, ImageFault
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("frontend", ["native", pytest.param("grpcio", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("frontend", ["native", "grpcio"])
 def test_a_server_lives_through_hostile_inputs_and_answers_everybody_else(frontend, tmp_path):
     """Every sound image has its vector, nothing is held or stuck, no reply tells too much."""
     out = tmp_path / "result.json"

@@ -15,7 +15,7 @@ from benchmarks.serve_soak import KINDS, PARTS
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("frontend", ["native", pytest.param("grpcio", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("frontend", ["native", "grpcio"])
 def test_mixed_requests_are_answered_and_leave_nothing(frontend, tmp_path):
     """Cancelled and late ones among them: in the end nothing is held, no thread is left over."""
     out = tmp_path / "result.json"
