@@ -72,6 +72,10 @@ class Parrot:
             case b"later":
                 times = (("grpc-retry-pushback-ms", "7"), ("retry-after-ms", "7"))
                 await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "later", times)
+            case b"late" | b"late refusal":
+                time.sleep(heard.remaining_s + 0.02)  # nothing of this loop runs meanwhile
+                if request != b"late":
+                    await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "too late")
             case b"bad reply":
                 context.set_trailing_metadata([("no name", "1")])
             case b"bad abort":
@@ -405,6 +409,63 @@ def test_a_call_that_is_gone_before_it_begins_leaves_no_trace(parrot, eventually
         asyncio.run(main())
     finally:
         gc.enable()
+
+
+def test_a_caller_whose_time_is_up_hears_it_and_holds_no_place(parrot):
+    async def main():
+        async with parrot() as (bird, _, channel):
+            say = channel.unary_unary("/Parrot/Say")
+            for request in [b"late", b"late refusal"] * 4:  # of four places
+                error = await failure(say(request, timeout=0.1))
+                assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            assert bird.heard.calls == 8
+            assert await say(b"hello", timeout=30) == b"hello"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("asked", [b"abort", b"hello"])
+@pytest.mark.parametrize("left_s", [0, 0.5, None])
+def test_grpcio_sends_a_late_caller_nothing(asked, left_s):
+    """It would keep for ever what it allocates for what cannot be sent."""
+    said = []
+
+    class Call:
+        """A call that has so much time left."""
+
+        async def abort(self, *status):
+            said.append(status)
+            raise grpc.aio.AbortError
+
+        def time_remaining(self):
+            return left_s
+
+        def cancelled(self):
+            return False
+
+    async def behaviour(request, context):
+        assert not context.cancelled()  # all else is the call's own
+        if request == b"abort":
+            await context.abort(grpc.StatusCode.NOT_FOUND, "no")
+        return request
+
+    async def find(_):
+        return grpc.unary_unary_rpc_method_handler(behaviour)
+
+    async def main():
+        handler = await grpcio.Punctual().intercept_service(find, None)
+        try:
+            said.append(await handler.unary_unary(asked, Call()))
+        except asyncio.CancelledError:
+            said.append("nothing")
+        except grpc.aio.AbortError:
+            pass
+
+    asyncio.run(main())
+    if left_s == 0:
+        assert said == ["nothing"]
+    else:
+        assert said == [b"hello" if asked == b"hello" else (grpc.StatusCode.NOT_FOUND, "no")]
 
 
 def test_a_stop_answers_what_is_under_way(parrot):
