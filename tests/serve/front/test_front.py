@@ -412,6 +412,8 @@ def test_a_call_that_is_gone_before_it_begins_leaves_no_trace(parrot, eventually
 
 
 def test_a_caller_whose_time_is_up_hears_it_and_holds_no_place(parrot):
+    """Whether the handler ends with a reply or with a refusal."""
+
     async def main():
         async with parrot() as (bird, _, channel):
             say = channel.unary_unary("/Parrot/Say")
