@@ -125,7 +125,9 @@ def leave_out(found: Neighbours, without_QW: NDArray[np.int64], k: int) -> Neigh
         without_QW: (Q, W) ids that are no answers; -1 stands for none.
         k: how many are wanted.
     """
-    is_out_QC = (found.ids[:, :, None] == without_QW[:, None, :]).any(axis=2)
+    is_out_QC = np.zeros(found.ids.shape, np.bool_)
+    for without_Q in without_QW.T:  # all at once would be (Q, k + W, W)
+        is_out_QC |= found.ids == without_Q[:, None]
     is_out_QC &= found.ids != MISSING
     n_found = found.ids.shape[1]
     width = min(k, n_found - int(is_out_QC.sum(axis=1).min(initial=n_found)))

@@ -1,9 +1,12 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 
 from index.collection import Collection
 from index.combine import Combination, combine_vectors, pad_ids
 from index.errors import UnknownIdError
+from index.neighbours import Neighbours, leave_out
 from models.errors import FingerprintMismatchError, UsageError
 from tests.combined import search_combined
 
@@ -89,3 +92,18 @@ def test_lists_of_ids_become_one_array():
     """Shorter ones are filled with -1."""
     assert pad_ids([[1, 2], [], [3]]).tolist() == [[1, 2], [-1, -1], [3, -1]]
     assert pad_ids([]).shape == (0, 0)
+
+
+def test_to_leave_many_out_takes_no_memory_for_all_of_them_at_once():
+    """As where one query of a batch has hundreds of examples."""
+    ids_QC = np.arange(100 * 400).reshape(100, 400)
+    found = Neighbours(ids=ids_QC, scores=np.zeros(ids_QC.shape, np.float32))
+    without_QW = np.full((100, 300), -1)
+    without_QW[7] = ids_QC[7, :300]
+    tracemalloc.start()
+    left = leave_out(found, without_QW, 100)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert left.ids[7].tolist() == ids_QC[7, 300:].tolist()
+    assert left.ids[8].tolist() == ids_QC[8, :100].tolist()
+    assert peak_bytes < 2 << 20  # (100, 400, 300) would be 12 MB
