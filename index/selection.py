@@ -19,6 +19,7 @@ Shapes: N rows, Q queries, K neighbours.
 from __future__ import annotations
 
 import math
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -36,6 +37,9 @@ from index.knn import COPY_MIN_QUERIES, padding
 
 MAX_KEPT_BYTES = 64 << 20
 """Of the selections of one collection that are kept."""
+
+KEPT_SELECTION_BYTES = 1 << 10
+"""What a selection weighs beside its mask and its filter's text, about."""
 
 CHANCE = 1.5
 """Deviations of the number of chosen ones among the candidates that are allowed for. With
@@ -123,9 +127,11 @@ class KeptSelections:
 
         Args:
             n_rows: of what is chosen from.
-            max_kept_bytes: of their masks; one is always kept.
+            max_kept_bytes: of their masks and filters; one is always kept.
         """
-        self._most = max(1, max_kept_bytes // max(1, n_rows))
+        self._n_rows = n_rows
+        self._max_bytes = max_kept_bytes
+        self._bytes = 0
         self._kept: OrderedDict[tuple[str, SourceNames | None], Selection] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -139,10 +145,17 @@ class KeptSelections:
                 return self._kept[key]
         selection = work_out()
         with self._lock:
+            if key not in self._kept:  # another thread may have been quicker
+                self._bytes += self._weigh(key)
             self._kept[key] = selection
-            while len(self._kept) > self._most:
-                self._kept.popitem(last=False)
+            while self._bytes > self._max_bytes and len(self._kept) > 1:
+                unused, _ = self._kept.popitem(last=False)
+                self._bytes -= self._weigh(unused)
         return selection
+
+    def _weigh(self, key: tuple[str, SourceNames | None]) -> int:
+        """Say how many bytes a selection takes; callers choose filters, and how long they are."""
+        return self._n_rows + sys.getsizeof(key[0]) + KEPT_SELECTION_BYTES
 
 
 class Selector:

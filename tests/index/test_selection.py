@@ -5,7 +5,14 @@ import pytest
 from index.ann.ann_index import AnnIndex
 from index.collection import Collection, id_of
 from index.filters import FilterError
-from index.selection import Chosen, Selector, count_candidates, is_exact_cheaper, keep_chosen
+from index.selection import (
+    KEPT_SELECTION_BYTES,
+    Chosen,
+    Selector,
+    count_candidates,
+    is_exact_cheaper,
+    keep_chosen,
+)
 from models.errors import UsageError
 
 FINGERPRINT = "f" * 64
@@ -184,7 +191,7 @@ def test_selections_are_kept_within_bounds(tmp_path, unit_rows, make_collection)
     """The one that was used longest ago goes first."""
     path = make_collection(tmp_path, unit_rows(100, 8))
     with Collection.open(path) as collection:
-        selector = Selector(collection.table(), max_kept_bytes=250)
+        selector = Selector(collection.table(), max_kept_bytes=2 * (KEPT_SELECTION_BYTES + 200))
         first = selector.select("label = '0'")
         second = selector.select("label = '1'")
         assert selector.select("label = '0'") is first
@@ -192,6 +199,9 @@ def test_selections_are_kept_within_bounds(tmp_path, unit_rows, make_collection)
         assert selector.select("label = '0'") is first
         assert selector.select("label = '1'") is not second
         assert not first.mask_N.flags.writeable
+        long = selector.select(f"label in ('0', '{'x' * 5000}')")  # counts as what it is
+        assert selector.select(long.filter) is long
+        assert selector.select("label = '0'") is not first
 
 
 def test_a_source_can_be_known_by_another_name(tmp_path, unit_rows, make_collection):
