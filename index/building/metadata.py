@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 
 from index.errors import CollectionError
 from index.filters import is_nameable
-from index.storage.incoming import VECTOR, finite_or_null
+from index.storage.incoming import VECTOR, YEARS, YEARS_MEND, finite_or_null, first_unheld
 from index.storage.rows import DIGEST, ROW_SCHEMA
 from index.storage.segment import Block
 from models.bundle import Json
@@ -118,6 +118,11 @@ class Metadata:
     def columns(self) -> pa.Schema:
         """The further columns that it gives to rows; `label` is none of them."""
         return pa.schema([one for one in self._values.schema if one.name != LABEL])
+
+    @property
+    def gives_labels(self) -> bool:
+        """Whether it has a column of labels: where that is empty, the source's own holds."""
+        return LABEL in self._values.column_names
 
     def join(self, rows: pa.Table) -> pa.Table:
         """Append its columns to rows, by their keys.
@@ -316,6 +321,10 @@ def _as_stored(file: Path, name: str, column: Column) -> Column:
             found=str(error).splitlines()[0],
             mend="write it as text, or leave it out",
         ) from error
+    if unheld := first_unheld(kept):
+        raise CollectionError(
+            f"--metadata {file}, column {name!r}", expected=YEARS, found=unheld, mend=YEARS_MEND
+        )
     return finite_or_null(kept)
 
 

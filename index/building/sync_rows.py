@@ -46,11 +46,12 @@ class RowMaker:
     ) -> pa.Table:
         """Make rows for the writer: the metadata of stored ones, where there are, as it is now."""
         table = self.table.take(pa.array(old_rows, pa.int64()))
-        before = zip(table["key"].to_pylist(), table["label"].to_pylist(), strict=True)
-        labels = [
-            label if row is None else self._label(label, *cast(tuple[str, str | None], was))
-            for row, label, was in zip(old_rows, labels, before, strict=True)
-        ]
+        if self.metadata is None or not self.metadata.gives_labels:
+            before = zip(table["key"].to_pylist(), table["label"].to_pylist(), strict=True)
+            labels = [
+                label if row is None else self._label(label, *cast(tuple[str, str | None], was))
+                for row, label, was in zip(old_rows, labels, before, strict=True)
+            ]
         columns = {"key": keys, "label": labels, "source": [self.uri] * len(keys), DIGEST: digests}
         for name, values in columns.items():
             place = table.column_names.index(name)

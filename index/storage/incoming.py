@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import date, datetime, timedelta
 from typing import Any, TypeAlias, cast
 
 import numpy as np
@@ -25,8 +26,17 @@ from models.errors import UsageError
 
 Column: TypeAlias = "pa.ChunkedArray[pa.Scalar[pa.DataType]]"
 
+YEARS, YEARS_MEND = "years from 1 to 9999, in UTC", "leave the value out where there is no date"
+
 VECTOR = "vector"
 """What vectors are called beside the columns of metadata, in exports and in Milvus."""
+
+_DAYS = tuple((day - date(1970, 1, 1)).days for day in (date.min, date.max))
+_MICROSECONDS = tuple(
+    (moment - datetime(1970, 1, 1)) // timedelta(microseconds=1)
+    for moment in (datetime.min, datetime.max)
+)
+"""The first and the last that Python can hold, as they are stored."""
 
 UNIT_TOLERANCE = 1e-4
 """Of a vector's length: float32 keeps unit vectors of thousands of dimensions within 1e-5."""
@@ -89,8 +99,8 @@ def prepare_rows(rows: pa.Table, schema: pa.Schema) -> pa.Table:
 
     Raises:
         UsageError: a column is missing, there twice, of another type, null where a value must be,
-            no Unicode, or of a name that no filter can have or vectors have; or there are more
-            columns, or a row is larger, than any file may have.
+            of a year that no date has, no Unicode, or of a name that no filter can have or vectors
+            have; or there are more columns, or a row is larger, than any file may have.
     """
     _check_table(rows, schema)
     columns = {}
@@ -111,6 +121,8 @@ def prepare_rows(rows: pa.Table, schema: pa.Schema) -> pa.Table:
         if column.type not in COLUMN_TYPES:
             known = ", ".join(map(str, COLUMN_TYPES))
             raise UsageError(f"column {name}", expected=f"one of {known}", found=str(column.type))
+        if unheld := first_unheld(column):
+            raise UsageError(f"column {name}", expected=YEARS, found=unheld, mend=YEARS_MEND)
         table = table.append_column(pa.field(name, column.type), finite_or_null(column))
     assert is_row_schema(table.schema), f"a file with {table.schema} would not open again"
     check_row_sizes(table, schema)
@@ -123,6 +135,24 @@ def finite_or_null(column: Column) -> Column:
         return column
     finite = pc.if_else(pc.is_finite(column), column, pa.scalar(None, column.type))
     return cast(Column, finite)
+
+
+def first_unheld(column: Column) -> str | None:
+    """Give a date or time of a column that is not in the years 1 to 9999; None without one.
+
+    Python's dates hold no other, nor does ISO 8601 write them.
+    """
+    numbers: Any
+    if pa.types.is_date(column.type):
+        bounds, numbers = _DAYS, column.cast(pa.int32())
+    elif pa.types.is_timestamp(column.type):
+        bounds, numbers = _MICROSECONDS, column.cast(pa.int64())
+    else:
+        return None
+    least, most = (pa.scalar(bound, numbers.type) for bound in bounds)
+    is_out: Any = pc.or_(pc.less(numbers, least), pc.greater(numbers, most))
+    unheld = column.filter(is_out)
+    return str(pc.cast(unheld[:1], pa.string())[0]) if len(unheld) else None
 
 
 def check_keys(rows: pa.Table, there: Mapping[int, str], *, replace: bool) -> None:

@@ -112,6 +112,17 @@ def test_parquet_columns_are_kept_as_what_they_mean(write):
     }  # fmt: skip
 
 
+def test_a_year_that_no_date_has_is_refused(write):
+    """Here, and not in a search that finds the row; "never" is often one, in UTC."""
+    late = write("key,until\na,\nb,9999-12-31T23:59:59-05:00\n")
+    with pytest.raises(
+        CollectionError, match="column 'until': expected years from 1 to 9999, in UTC, found 10000-"
+    ):
+        Metadata(late)
+    kept = Metadata(write("key,until\na,9999-12-31T23:59:59Z\n")).join(rows_of("a"))
+    assert kept["until"].to_pylist() == [datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)]
+
+
 def test_a_label_of_the_table_goes_before_that_of_the_source(write):
     """Where it has one."""
     metadata = Metadata(write("key,label\na,7\nb,\n"))

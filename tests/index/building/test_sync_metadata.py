@@ -108,6 +108,17 @@ def test_metadata_stays_with_its_image_and_a_new_table_has_the_last_word(options
         assert collection.select("count >= 1").count == 2
 
 
+def test_a_label_that_the_table_takes_back_is_the_sources_own(options, tmp_path):
+    """As in a collection that was built with the table as it is."""
+    table = tmp_path / "facts.csv"
+    told = dataclasses.replace(options, metadata=table)
+    for given, known in (("hand", "hand"), ("", "a"), ("hand", "hand")):
+        table.write_text(f"key,label\na/00.png,{given}\n")
+        sync(told)
+        with Collection.open(options.out) as collection:
+            assert [row.label for row in collection.rows([id_of("a/00.png")])] == [known]
+
+
 def test_images_keep_what_is_theirs_when_files_are_renamed(options, folder, bundle, tmp_path):
     """Two are exchanged, others numbered anew after one that is gone, and before a new one."""
     sync(options)

@@ -172,6 +172,31 @@ def test_what_json_cannot_carry_is_null(writer, vectors):
     assert prices == [None, None, 1.5]
 
 
+@pytest.mark.parametrize(
+    ("kind", "sound", "unsound"),
+    [
+        (pa.date32(), [-719162, 2932896], [-719163, 2932897]),
+        (
+            pa.timestamp("us"),
+            [-62135596800000000, 253402300799999999],
+            [-62135596800000001, 253402300800000000],
+        ),
+    ],
+)
+def test_dates_are_of_the_years_that_python_has(writer, vectors, kind, sound, unsound):
+    """Or a search that found such a row could not say so."""
+    whole = pa.int32() if kind == pa.date32() else pa.int64()
+    times = pa.array([*sound, None], whole).cast(kind)
+    writer.add(table("a", "b", "c", until=times), vectors[:3], fingerprint=FINGERPRINT)
+    first, last, none = writer.collection.rows([id_of(key) for key in "abc"])
+    assert (first.metadata["until"].year, last.metadata["until"].year) == (1, 9999)
+    assert none.metadata["until"] is None
+    for number in unsound:
+        rows = table("d", until=pa.array([number], whole).cast(kind))
+        with pytest.raises(UsageError, match="column until: expected years from 1 to 9999, in UTC"):
+            writer.add(rows, vectors[:1], fingerprint=FINGERPRINT)
+
+
 def test_a_key_whose_id_another_has_is_refused(writer, vectors, monkeypatch):
     """Never is one image taken for another."""
     monkeypatch.setattr("index.storage.incoming.id_of", lambda key: len(key))
