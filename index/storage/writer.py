@@ -27,7 +27,7 @@ import pyarrow as pa
 from numpy.typing import ArrayLike
 
 from index.collection import Collection
-from index.errors import CollectionError, mend_of
+from index.errors import CollectionError, first_line, mend_of
 from index.knn import COSINE
 from index.storage.compaction import choose_segments
 from index.storage.creating import create_collection
@@ -53,7 +53,9 @@ from index.storage.publishing import (
     write_parts,
 )
 from index.storage.records import DELETE, PUT, Delete, encode_delete, encode_put
+from index.storage.rows import unify
 from index.storage.segment import FLAT, Block
+from index.storage.snapshot import Part
 from index.storage.store import Store
 from models.bundle import Json
 from models.cpu import cpu_budget
@@ -221,7 +223,8 @@ class CollectionWriter:
             all: whether to merge every segment into one, without dead rows.
 
         Raises:
-            CollectionError: the disk refuses; nothing has changed then.
+            CollectionError: the disk refuses, or a column is of another type since this began;
+                nothing has changed then.
         """
         with self._compaction, _disk(self.path):
             with self._lock:
@@ -235,6 +238,7 @@ class CollectionWriter:
             merged = [part for part in parts if part.segment.entry.name in chosen]
             new = merge(self._store, merged, name=name)
             with self._lock, self._changing(), removed_unless_named(self._store, new):
+                self._require_same_types(merged)
                 new = replace(new, alive_N=still_alive(merged, self._store.snapshot))
                 tuning = self._store.manifest.tuning
                 publish(self._store, added=new, merged=chosen)
@@ -309,6 +313,7 @@ class CollectionWriter:
                     found="all of them deleted meanwhile",
                     mend="make the index again, of what is there now",
                 )
+            self._require_same_types(whole.merged)
             new = with_index(
                 self._store, whole.part, file, name=new_segment_name(self._store), factory=factory,
                 parameters=parameters,
@@ -404,6 +409,21 @@ class CollectionWriter:
     def _take_over(self) -> None:
         """Make the store's snapshot the collection."""
         self._collection = Collection(self._store, self._store.snapshot, threads=self._threads)
+
+    def _require_same_types(self, merged: Sequence[Part]) -> None:
+        """Refuse a merge that has a column which was written with another type meanwhile.
+
+        It can be so where all rows that had the column were deleted first: it was nobody's then.
+        """
+        try:
+            unify([self._store.snapshot.schema, *(part.segment.rows.schema for part in merged)])
+        except pa.ArrowException as error:
+            raise CollectionError(
+                f"collection {self.path}",
+                expected="columns of the types that they had when this began",
+                found=first_line(error),
+                mend="do it again",
+            ) from error
 
     def _require_open(self) -> None:
         """Refuse to write once others may."""

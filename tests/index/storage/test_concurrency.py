@@ -133,6 +133,40 @@ def test_writes_during_a_compaction_survive_it(path, unit_rows, monkeypatch):
     assert verify(path).faults == verify(path).unknown == []
 
 
+def test_a_merge_never_brings_back_a_column_that_is_of_another_type_by_then(
+    path, unit_rows, monkeypatch
+):
+    """All that had it was deleted, and others write it as text: the merge is of no use."""
+    vectors = unit_rows(3, DIM)
+    with CollectionWriter.open(path, threads=1) as writer:
+
+        def put(n, **columns):
+            writer.upsert(table(str(n), **columns), vectors[[n]], fingerprint=FINGERPRINT)
+            writer.seal()
+
+        put(0, price=[1])
+        put(1)
+        merge = writer_module.merge
+
+        def meanwhile(*arguments, **options):
+            made = merge(*arguments, **options)
+            writer.delete([id_of("0")])
+            writer.seal()
+            put(2, price=["dear"])
+            return made
+
+        with monkeypatch.context() as patch:
+            patch.setattr(writer_module, "merge", meanwhile)
+            with pytest.raises(
+                CollectionError, match=r"expected columns of the types .* do it again"
+            ):
+                writer.compact(all=True)
+        writer.compact(all=True)
+        rows = writer.collection.rows([id_of("1"), id_of("2")])
+        assert [row.metadata["price"] for row in rows] == [None, "dear"]
+    assert verify(path).faults == verify(path).unknown == []
+
+
 @pytest.mark.parametrize("step", [CollectionWriter.compact, CollectionWriter.close])
 def test_who_compacts_or_closes_waits_for_the_whole(path, unit_rows, step):
     """The segment that an index is made of is neither merged nor left to another writer."""
