@@ -43,7 +43,7 @@ from index.building.sync_summary import SyncSummary
 from index.building.target import check_target, find_finished
 from index.building.tuned import tune_built
 from index.collection import Collection
-from index.errors import CollectionError, mend_of
+from index.errors import CollectionError, SourceChangedError, mend_of
 from index.storage.manifest import MANIFEST_FILE, Manifest, write_manifest
 from index.storage.publishing import put_in_place
 from index.storage.writer import CollectionWriter
@@ -106,14 +106,17 @@ def sync(options: BuildOptions) -> BuildPlan | SyncSummary:
     if not (options.target / MANIFEST_FILE).is_file():
         if options.dry_run:
             return plan(options)
-        return SyncSummary.of_build(build(options), open_source(options.images).uri)
+        return SyncSummary.of_build(_build_first(options), open_source(options.images).uri)
     with ExitStack() as stack:
-        source, encoder, _ = stack.enter_context(_opened(options))
+        source, encoder, key = stack.enter_context(_opened(options))
         if options.dry_run:
             writer, collection = None, stack.enter_context(Collection.open(options.target))
         else:
             writer = stack.enter_context(CollectionWriter.open(options.target))
             collection = writer.collection
+            if find_finished(options.target) is not None:
+                with PartStore(options.target, key, restart=True):
+                    log.info("%s: what a build left that was killed is gone", options.target)
         name = collection.name
         if options.name not in (None, name):
             raise UsageError("--name", expected=f"{name}, as it is called", found=str(options.name))
@@ -130,18 +133,31 @@ def sync(options: BuildOptions) -> BuildPlan | SyncSummary:
         return sync_collection(writer, source, encoder, settings)
 
 
+def _build_first(options: BuildOptions) -> BuildSummary:
+    """Build what there is to sync, anew where the images are others since that was killed."""
+    try:
+        return build(options)
+    except SourceChangedError:
+        log.warning(
+            "%s has other images than when this build was broken off: it begins anew",
+            options.images,
+        )
+        anew = dataclasses.replace(
+            options, sync=False, checksum=False, moved_from=None, restart=True
+        )  # none of the three goes with --restart
+        return build(anew)
+
+
 def plan(options: BuildOptions) -> BuildPlan:
     """Say what `build` would do; nothing is written.
 
     Raises:
         HoraceError: as `build` would.
     """
-    check_target(options.target, replace=options.replace)
+    check_target(options.target, replace=options.replace, is_locked=False)
     refuse_foreign(parts_directory(options.target))
     with _opened(options) as (source, encoder, key):
-        parts = PartSet(parts_directory(options.target), key)
-        if options.restart:
-            parts.forget()
+        parts = PartSet(parts_directory(options.target), key, restart=options.restart)
         count = key.source_count
         _read_metadata(options, source)
         _check_memory(options, key)
@@ -183,7 +199,7 @@ def _build(
 ) -> BuildSummary:
     """Embed what is missing, write the collection, put it in its place."""
     out = options.target
-    finished = find_finished(out)
+    finished = None if options.restart else find_finished(out)
     if finished is not None and _is_same(finished, options, key, metadata):
         log.info("%s was finished by an earlier run, which was killed before it could say so", out)
         with PartStore(out, key, restart=True):
@@ -199,7 +215,7 @@ def _build(
                 directory,
                 store,
                 encoder,
-                name=options.name or out.name,
+                name=options.title,
                 uri=options.encoder,
                 factory=FLAT if options.goal else choose_factory(options.index, store.n_images),
                 metadata=metadata,
@@ -285,7 +301,7 @@ def _is_same(
     joined = cast(Mapping[str, Json] | None, manifest.build.get("metadata"))
     return (
         manifest.build.get("run") == key.to_json()
-        and manifest.name == (options.name or options.target.name)
+        and manifest.name == options.title
         and (joined and joined["sha256"]) == (metadata and metadata.sha256)
         and len(manifest.segments) == 1
         and (

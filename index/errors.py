@@ -18,6 +18,10 @@ class CollectionError(IndexingError):
     """A collection that is missing, damaged, of another schema, or not to be written."""
 
 
+class SourceChangedError(CollectionError):
+    """A source that lists other images than when an unfinished build read it."""
+
+
 class UnknownIdError(IndexingError):
     """An id or a key that a collection does not hold."""
 

@@ -75,13 +75,14 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Give a temporary directory to fill; it becomes `path` when the block ends well.
 
     Args:
-        path: the final name; its parents are made.
+        path: the final name; its parents are made. A link stays, and what it leads to is written.
         replace: whether an existing `path` is exchanged with the new one, then deleted. A
             reader that has files of the old one open keeps them.
 
     Raises:
         FileExistsError: `path` exists and `replace` is false.
     """
+    path = Path(os.path.realpath(path))
     if path.exists() and not replace:
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -67,7 +67,8 @@ class BuildOptions:
     checksum: bool = False
     """With --sync: read and hash every file, also one whose size and times are as they were."""
     moved_from: str | None = None
-    """With --sync: the source's URI in the collection, where it is at --images now."""
+    """With --sync: where the source was, as a path or as the collection's URI of it, that is at
+    --images now."""
     dry_run: bool = False
     """Say what would be done and how long it would take, and write nothing."""
     json: bool = False
@@ -153,9 +154,15 @@ class BuildOptions:
     @property
     def milvus(self) -> MilvusAddress:
         """Where in Milvus the collection is to be, with `--store`."""
-        return read_address(f"{self.store}#{self.name or self.target.name}")
+        return read_address(f"{self.store}#{self.title}")
 
     @property
     def target(self) -> Path:
-        """The collection's directory, absolute and with a name even for `--out .`."""
-        return Path(os.path.abspath(self.out))
+        """The collection's directory, absolute; where `--out` is a link, what that leads to."""
+        out = Path(os.path.abspath(self.out))
+        return Path(os.path.realpath(out)) if out.is_symlink() else out
+
+    @property
+    def title(self) -> str:
+        """The collection's name, even for `--out .`."""
+        return self.name or os.path.basename(os.path.abspath(self.out))

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from index.collection import id_of
 from index.embed import Reject
-from index.errors import CollectionError
+from index.errors import CollectionError, SourceChangedError
 from index.storage.rows import DIGEST, ROW_SCHEMA
 from models.bundle import Json
 from models.files import atomic_file, canonical_json
@@ -164,11 +164,13 @@ def _schema(columns: Sequence[str], dim: int) -> pa.Schema:
 
 def _require_own(file: Path, key: RunKey, found: Mapping[str, Json]) -> None:
     """Refuse the parts of another run, and name what differs."""
-    for name, value in key.to_json().items():
-        if found.get(name) != value:
-            raise CollectionError(
-                str(file),
-                expected=f"a part of this run, with {name} {value}",
-                found=f"one with {name} {found.get(name)}",
-                mend="finish that build with its own options, or drop its parts with --restart",
-            )
+    differing = [name for name, value in key.to_json().items() if found.get(name) != value]
+    if differing:
+        kind = SourceChangedError if differing == ["source_count"] else CollectionError
+        name = differing[0]
+        raise kind(
+            str(file),
+            expected=f"a part of this run, with {name} {key.to_json()[name]}",
+            found=f"one with {name} {found.get(name)}",
+            mend="finish that build with its own options, or drop its parts with --restart",
+        )

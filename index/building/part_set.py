@@ -36,7 +36,7 @@ from index.building.part_file import (
     write_part,
 )
 from index.embed import EmbeddedBatch, Reject
-from index.errors import CollectionError
+from index.errors import CollectionError, SourceChangedError
 from index.knn import COSINE
 from index.storage.incoming import UNIT_TOLERANCE
 from index.storage.segment import Block
@@ -81,8 +81,8 @@ class PartSet:
         n_seen: records in the source, once `missing` has come to its end.
     """
 
-    def __init__(self, directory: Path, key: RunKey) -> None:
-        """Find what is finished.
+    def __init__(self, directory: Path, key: RunKey, *, restart: bool = False) -> None:
+        """Find what is finished; with `restart` nothing is, whatever lies there.
 
         Raises:
             CollectionError: the parts are of another run.
@@ -92,7 +92,8 @@ class PartSet:
         self._parts: dict[int, Part] = {}
         self._repeats: dict[int, dict[int, str]] = {}
         """Of a part, by its start: rows whose ids earlier images have, and the keys of those."""
-        self.find()
+        if not restart:
+            self.find()
 
     def find(self) -> None:
         """Look again at what is finished; damaged parts are left out, to be made anew.
@@ -107,10 +108,6 @@ class PartSet:
                 log.warning("%s is damaged and will be embedded again", file)
             elif file == self._file(part.start) and part.start % self.key.part_size == 0:
                 self._parts[part.start] = part
-
-    def forget(self) -> None:
-        """Take no part for finished, whatever lies there."""
-        self._parts.clear()
 
     @property
     def finished(self) -> list[Part]:
@@ -150,7 +147,8 @@ class PartSet:
             share: the parts that are wanted, and held against the source; all where None.
 
         Raises:
-            CollectionError: the source lists others now, or a part was damaged.
+            SourceChangedError: the source lists others now.
+            CollectionError: a part was damaged.
         """
         share, start = share or Share(), 0
         while True:
@@ -297,7 +295,7 @@ class PartSet:
         done = sorted([*keys, *(reject.key for reject in part.rejects)])
         if sorted(found) != done:
             gone = sorted(set(done) - set(found)) or sorted(set(found) - set(done)) or done
-            raise CollectionError(
+            raise SourceChangedError(
                 self.key.source,
                 expected=f"the images that {part.file} was made of",
                 found=f"others, {gone[0]!r} among what differs",

@@ -101,7 +101,7 @@ class PartStore(PartSet):
         for entry in self.directory.iterdir():
             if entry.name.startswith(kept) or not _is_own(entry):
                 continue
-            if entry.is_dir():
+            if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
             else:
                 entry.unlink()

@@ -17,6 +17,7 @@ Rules:
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing
@@ -52,6 +53,7 @@ from index.storage.rows import DIGEST
 from index.storage.writer import CollectionWriter
 from models.command import progress
 from models.encoder import Encoder
+from models.errors import UsageError
 from models.image_folder import FolderSource
 from models.image_source import ImageRecord, ImageSource
 
@@ -131,8 +133,8 @@ class _Sync:
         self.uri = self.source.uri
         self.table = with_digest(self.collection.table())
         self.ids = self.collection.ids
-        mine = [uri for uri in (self.uri, self.settings.moved_from) if uri is not None]
-        is_own_N = pc.is_in(self.table["source"], value_set=pa.array(mine, pa.string()))
+        mine = {self.uri, *self._moved_from()}
+        is_own_N = pc.is_in(self.table["source"], value_set=pa.array(list(mine), pa.string()))
         self.own_rows = np.flatnonzero(is_own_N.to_numpy())
         self.keys = cast(list[str], self.table["key"].to_pylist())
         self.rows = RowMaker(
@@ -141,6 +143,24 @@ class _Sync:
             is_folder=isinstance(self.source, FolderSource),
             metadata=self.settings.metadata,
         )
+
+    def _moved_from(self) -> set[str]:
+        """Name the source as the collection knows it, of which a path may have been given.
+
+        Raises:
+            UsageError: the collection knows neither that nor the present source.
+        """
+        given = self.settings.moved_from
+        if given is None:
+            return set()
+        path = given.removeprefix("folder:")
+        named = {given, f"folder:{os.path.abspath(os.path.expanduser(path))}"}
+        known = cast(list[str], pc.unique(self.table["source"]).to_pylist())
+        if known and not named & set(known) and self.uri not in known:  # it may be done already
+            raise UsageError(
+                "--moved-from", expected=f"one of {', '.join(sorted(known))}", found=given
+            )
+        return named
 
     def run(self) -> SyncSummary:
         """Look, decide, write."""

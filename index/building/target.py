@@ -12,8 +12,13 @@ from index.storage.manifest import MANIFEST_FILE, Manifest, read_manifest
 from models.errors import UsageError
 
 
-def check_target(out: Path, *, replace: bool) -> None:
+def check_target(out: Path, *, replace: bool, is_locked: bool = True) -> None:
     """Leave alone what exists, unless it is a collection and may be replaced.
+
+    Args:
+        out: where the collection is to be.
+        replace: whether one may be there.
+        is_locked: whether to try that one's lock, which makes a file in it.
 
     Raises:
         UsageError: it must stay, or the name is no text.
@@ -42,6 +47,8 @@ def check_target(out: Path, *, replace: bool) -> None:
             found="a collection",
             mend="choose another name, or replace it with --replace",
         )
+    if not is_locked:
+        return
     with writer_lock(out):  # said now, not after an hour of embedding
         pass
 

@@ -112,7 +112,7 @@ class Punctual(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None or handler.request_streaming or handler.response_streaming:
             return handler
-        behaviour: Callable[..., Any] = handler.unary_unary
+        behaviour: Any = handler.unary_unary
 
         async def answer(request: Any, context: Context) -> Any:
             reply = await behaviour(request, _Waiting(context))

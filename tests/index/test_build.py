@@ -377,6 +377,21 @@ def test_what_stands_at_out_is_left_alone(tmp_path, bundle, train_folder, new_fo
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "file"]
 
 
+def test_where_out_is_a_link_what_it_leads_to_is_replaced(tmp_path, bundle, train_folder):
+    """The collection is on the disk where its owner put it, and called as he calls it."""
+    real, link = tmp_path / "disk" / "real", tmp_path / "c"
+    real.parent.mkdir()
+    link.symlink_to(real)
+    options = BuildOptions(images=str(train_folder), encoder=str(bundle.path), out=link)
+    for more in ({}, {"replace": True, "index": "hnsw"}, {"replace": True, "restart": True}):
+        build(dataclasses.replace(options, **more))
+        assert link.readlink() == real
+        assert [path.name for path in real.parent.iterdir()] == ["real"]
+        with Collection.open(link) as collection:
+            assert (collection.name, collection.count) == ("c", 60)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "disk"]
+
+
 def test_auto_takes_flat_for_the_small_and_hnsw_for_the_large():
     """Exact search is the default where it is fast."""
     assert [choose_factory("auto", n) for n in (1, 20_000, 20_001)] == ["Flat", "Flat", "HNSW32"]
@@ -635,6 +650,20 @@ def test_a_build_killed_at_its_very_end_is_found_finished(
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
     with pytest.raises(UsageError, match="found a collection"):
         build(options)
+
+
+def test_a_finished_build_is_made_again_where_that_is_asked_for(
+    tmp_path, monkeypatch, bundle, train_folder
+):
+    """With --restart, whatever was left beside it."""
+    options = BuildOptions(images=str(train_folder), encoder=str(bundle.path), out=tmp_path / "c")
+    with monkeypatch.context() as patch:
+        patch.setattr(PartStore, "discard", lambda store: None)
+        build(options)
+    before = (options.out / "manifest.json").read_bytes()
+    build(with_options(options, replace=True, restart=True))
+    assert (options.out / "manifest.json").read_bytes() != before
+    assert not parts_directory(options.out).exists()
 
 
 def test_a_finished_build_is_not_taken_for_another(

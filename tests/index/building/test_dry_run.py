@@ -50,6 +50,21 @@ def test_nothing_is_written(tmp_path, bundle, train_folder):
     assert planned.embed_s == pytest.approx(60 / planned.images_per_s)
 
 
+def test_parts_of_another_run_that_are_to_be_dropped(tmp_path, bundle, train_folder, monkeypatch):
+    """Are not looked at, and a collection that is to be replaced gets not even a lock."""
+    wanted = options(bundle, train_folder, tmp_path / "c")
+    leave_parts(monkeypatch, wanted, 2)
+    other = dataclasses.replace(wanted, batch_size=2)
+    with pytest.raises(CollectionError, match="or drop its parts with --restart"):
+        plan(other)
+    assert plan(dataclasses.replace(other, restart=True)).reused == 0
+    build(wanted)
+    (wanted.out / ".lock").unlink(missing_ok=True)
+    before = everything(tmp_path)
+    plan(dataclasses.replace(wanted, replace=True))
+    assert everything(tmp_path) == before
+
+
 def test_an_index_that_is_chosen_by_its_recall(tmp_path, bundle, train_folder, monkeypatch):
     """Is said so, with what there is to choose from within the memory."""
     monkeypatch.setattr("index.ann.candidates.INDEX_MIN_COUNT", 50)

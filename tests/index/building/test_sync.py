@@ -18,12 +18,13 @@ import pytest
 import index.building.sync as sync_module
 from index.build import BuildOptions, build, main, sync
 from index.building import part_set, sync_state, sync_writing
+from index.building.parts import PartStore, parts_directory
 from index.building.sync_state import Stamp, read_state
 from index.collection import Collection, id_of
 from index.storage.writer import CollectionWriter
 from index.verify import verify
 from models.command import run_command
-from models.errors import FingerprintMismatchError, SourceError
+from models.errors import FingerprintMismatchError, SourceError, UsageError
 from models.images import open_source
 from models.runtime import open_bundle
 from tests.index.building.conftest import check, count, facts, picture
@@ -345,6 +346,57 @@ def test_a_source_that_was_moved_keeps_its_vectors(options, folder, tmp_path):
     assert facts(sync(told)) == {"updated": 12, "read": 12}
     with Collection.open(options.out) as collection:
         assert collection.sources == {f"folder:{tmp_path / 'elsewhere'}": 12}
+
+
+def test_where_a_source_was_may_be_said_as_a_path(options, folder, tmp_path):
+    """As `--images` takes it; where nothing was, is refused; and what is done may be said again."""
+    sync(options)
+    folder.rename(tmp_path / "elsewhere")
+    moved = dataclasses.replace(options, images=str(tmp_path / "elsewhere"))
+    with pytest.raises(UsageError, match=f"--moved-from: expected one of folder:{folder}, found"):
+        sync(dataclasses.replace(moved, moved_from=str(tmp_path / "nowhere")))
+    told = dataclasses.replace(moved, moved_from=str(folder))
+    assert facts(sync(told)) == {"updated": 12, "read": 12}
+    assert facts(sync(told)) == {"unchanged": 12, "read": 12}
+
+
+def test_a_first_sync_that_was_killed_goes_on_whatever_the_folder_has_now(
+    options, folder, bundle, monkeypatch, caplog
+):
+    """One more image, one less, or one of another name: it begins anew, and says so."""
+    options = dataclasses.replace(options, batch_size=1)
+    for level in range(20):
+        picture(folder / "c" / f"{level:02}.png", 221 + level)
+    changes = [
+        lambda: picture(folder / "c" / "new.png", 251),
+        (folder / "c" / "00.png").unlink,
+        lambda: (folder / "c" / "01.png").rename(folder / "c" / "last.png"),
+    ]
+    add = part_set.PartSet.add
+    for change in changes:
+        with monkeypatch.context() as patch:
+
+            def add_one(parts, batches):
+                add(parts, batches)
+                raise KeyboardInterrupt
+
+            patch.setattr(part_set.PartSet, "add", add_one)
+            with pytest.raises(KeyboardInterrupt):
+                sync(options)
+        change()
+    assert facts(sync(options)) == {"new": 32, "embedded": 32}
+    assert caplog.text.count("has other images than when this build was broken off") == 3
+    check(options.out, folder, bundle)
+
+
+def test_what_a_first_build_left_goes_with_the_next_sync(options, monkeypatch):
+    """It was killed between its last two steps."""
+    with monkeypatch.context() as patch:
+        patch.setattr(PartStore, "discard", lambda store: None)
+        sync(options)
+    assert parts_directory(options.out).exists()
+    sync(options)
+    assert not parts_directory(options.out).exists()
 
 
 def test_another_encoder_is_refused(options, other_bundle):
