@@ -94,7 +94,7 @@ def read_inputs(request: Any, regions: OwnRegions, *, max_images: int, max_bytes
         raise RequestError(
             f"datatype of {INPUT}",
             expected="UINT8 or FP32 pixels, or BYTES of encoded images",
-            found=f"{tensor.datatype!r:.40}",
+            found=f"{tensor.datatype[:40]!r}",
         )
     return _read_pixels(request, tensor, shape, part)
 
@@ -107,7 +107,7 @@ def _only_input(request: Any) -> Any:
     """
     inputs = request.inputs
     if len(inputs) != 1 or inputs[0].name != INPUT:
-        names = ", ".join(f"{tensor.name!r:.40}" for tensor in inputs[:8])
+        names = ", ".join(f"{tensor.name[:40]!r}" for tensor in inputs[:8])
         raise RequestError("inputs", expected=f"{INPUT!r} alone", found=names or "none")
     return inputs[0]
 

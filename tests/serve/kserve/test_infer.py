@@ -16,6 +16,8 @@ from tritonclient.utils import InferenceServerException
 
 from models.encoder import open_encoder
 from protos import horace_pb2 as pb
+from serve.errors import ServeError
+from serve.kserve.parameters import read_parameters
 
 
 def pixels(images: np.ndarray, datatype: str = "UINT8") -> InferInput:
@@ -259,6 +261,14 @@ def test_an_input_that_cannot_be_meant_is_refused(serving, fake, inputs, line):
 def test_what_cannot_be_asked_for_is_refused(serving, fake, arguments, line):
     """A misspelt parameter is not an ignored one."""
     assert refused(serving, fake, pixels(stack(1)), **arguments).startswith(line)
+
+
+def test_of_a_parameters_name_the_beginning_is_repeated():
+    """A caller may send megabytes of it."""
+    for name in ("sequence_", "x"):
+        with pytest.raises(ServeError) as error:
+            read_parameters({name + "x" * 100_000: None}, dim=4)
+        assert len(str(error.value)) < 250
 
 
 def test_a_timeout_in_microseconds_is_a_deadline(serving, fake):
