@@ -50,10 +50,14 @@ def vectors_from_wire(message: pb.Vectors) -> NDArray[np.float32]:
     Raises:
         UsageError: its bytes, shape, dtype or scales do not agree.
     """
+    dtype, count = dtype_from_wire(message.dtype), len(message.scales)
+    if count != (message.rows if dtype == "int8" else 0):
+        expected = f"{message.rows}, one a row" if dtype == "int8" else "none"
+        raise UsageError(f"{dtype} scales", expected=expected, found=str(count))
     return unpack_vectors(
         PackedVectors(
             data=message.data,
-            dtype=dtype_from_wire(message.dtype),
+            dtype=dtype,
             shape=(message.rows, message.dim),
             scales=tuple(message.scales),
         )

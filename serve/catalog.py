@@ -290,7 +290,7 @@ def refuse_taken_name(option: str, name: str, taken: Mapping[str, object]) -> No
 
 def _unknown(kind: str, name: str, names: Sequence[str]) -> UnknownNameError:
     """Say which names there are."""
-    return UnknownNameError(kind, expected=_listed(names), found=repr(name))
+    return UnknownNameError(kind, expected=_listed(names), found=f"{name[:80]!r}")
 
 
 def _listed(names: Sequence[str]) -> str:

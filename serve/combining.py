@@ -4,7 +4,8 @@ Rules:
     An example that cannot be used gives its query a status that names it, such as
     `positive 2`; the other queries of the request are answered.
     Vectors of another encoder are refused with the whole request, as they are elsewhere.
-    What can be refused without the encoder is refused before images are embedded.
+    What can be refused without the encoder is refused before images are embedded, and an
+    example of several vectors before they are read: it is counted as one.
 
 How examples become one query is `index.combine`.
 """
@@ -148,10 +149,10 @@ def _read_example(
         case "id":
             return ReadExample(name=name, id=example.id)
         case "vector":
-            vectors_ND, statuses = read_query_vectors(example.vector, served)
-            if len(statuses) != 1:
-                found = f"expected one vector, found {len(statuses)}"
+            if (rows := example.vector.vectors.rows) != 1:
+                found = f"expected one vector, found {rows}"
                 return ReadExample(name=name, status=_wrong_query(found))
+            vectors_ND, statuses = read_query_vectors(example.vector, served)
             if not len(vectors_ND):
                 return ReadExample(name=name, status=statuses[0])
             return ReadExample(name=name, vector_D=vectors_ND[0])

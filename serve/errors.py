@@ -139,7 +139,8 @@ def to_status(error: BaseException) -> tuple[grpc.StatusCode, str]:
     """Give the status code and the message with which a call ends."""
     for kind in type(error).__mro__:
         if code := STATUS_CODES.get(kind):
-            return code, _cut(without_paths(str(error)))
+            # Cut first, as a caller's own text may be long; each path may grow by a few letters.
+            return code, _cut(without_paths(_cut(str(error))))
     incident = secrets.token_hex(4)
     kind_name = type(error).__name__
     log.error("incident %s: %s", incident, kind_name, exc_info=error, extra=PROMISED)
@@ -168,13 +169,16 @@ def _leave_last(path: re.Match[str]) -> str:
 
 _PATH = re.compile(
     r"""(?<![\w./:~-])
-    (?: (?:file:/{0,2})? ~? (?:/[\w.@+~=-]+){2,} /?  # from the root, or from a home
-      | (?<!['"]) ~? /[\w.@+~=-]+ /?                  # just below it
-      | [\w.@+~=-]+ (?:/[\w.@+~=-]+){2,} /?           # through a directory to another
-      | [\w.@+~=-]+ (?:/[\w.@+~=-]+)* /[\w@+~=-]*\.[A-Za-z]\w{0,7}  # to a file with a suffix
-    )(?![\w/])""",
+    (?: (?:file:/{0,2})? ~? (?:/+[\w.@+~=-]++){2,}+ /*+   # from the root, or from a home
+      | (?<!['"]) ~? /+[\w.@+~=-]++ /*+                   # just below it
+      | (?<![@+=]) [\w.@+~=-]++
+        (?: (?:/+[\w.@+~=-]++){2,}+ /*+                   # through a directory to another
+          | /+[\w@+~=-]*+\.[A-Za-z]\w{0,7} (?![\w/]) )    # to a file with a suffix
+    )""",
     re.VERBOSE,
 )
+"""What a caller wrote is searched, too, so this looks at no character more than a few times: what
+is read of a part is not given back (`++`), and where it could begin again, it asks for a slash."""
 
 
 def retry_after_ms(error: BaseException) -> int | None:
@@ -192,8 +196,8 @@ def retry_metadata(error: BaseException) -> tuple[tuple[str, str], ...]:
 
 
 def _cut(message: str) -> str:
-    """Cut a message to `MAX_MESSAGE_BYTES`."""
-    encoded = message.encode(errors="replace")
+    """Cut a message to `MAX_MESSAGE_BYTES`; what it costs has the same bound."""
+    encoded = message[: MAX_MESSAGE_BYTES + 1].encode(errors="replace")
     if len(encoded) <= MAX_MESSAGE_BYTES:
         return message
     return encoded[:MAX_MESSAGE_BYTES].decode(errors="ignore") + "..."

@@ -246,6 +246,7 @@ def read_query_vectors(
     Raises:
         FingerprintMismatchError: another encoder made them.
         RequestError: they do not say which encoder made them, or have another dimension.
+        UsageError: they contradict themselves.
     """
     fingerprint = served.collection.fingerprint
     if not FINGERPRINT.fullmatch(queries.fingerprint):
@@ -262,8 +263,15 @@ def read_query_vectors(
             found=queries.fingerprint,
             mend=f"embed the queries with model {served.model.name!r}",
         )
+    if queries.vectors.dim != served.collection.dim:
+        raise RequestError(
+            "query vectors",
+            expected=f"{served.collection.dim} dimensions, as the collection has",
+            found=f"{queries.vectors.dim}",
+            mend="embed without dims",
+        )
     vectors_QD = vectors_from_wire(queries.vectors)
-    statuses = vector_statuses(vectors_QD, served.collection.dim)
+    statuses = vector_statuses(vectors_QD)
     return vectors_QD[[status.code == pb.OK for status in statuses]], statuses
 
 
@@ -307,19 +315,8 @@ def search_ids(
     return lay_out(collection, found, statuses, query)
 
 
-def vector_statuses(vectors_QD: NDArray[np.float32], dim: int) -> list[pb.ItemStatus]:
-    """Say of each query vector whether it has a direction.
-
-    Raises:
-        RequestError: they have another dimension than the collection.
-    """
-    if vectors_QD.shape[1] != dim:
-        raise RequestError(
-            "query vectors",
-            expected=f"{dim} dimensions, as the collection has",
-            found=f"{vectors_QD.shape[1]}",
-            mend="embed without dims",
-        )
+def vector_statuses(vectors_QD: NDArray[np.float32]) -> list[pb.ItemStatus]:
+    """Say of each query vector whether it has a direction."""
     norms = np.linalg.norm(vectors_QD.astype(np.float64), axis=1)
     return [_norm_status(norm) for norm in norms.tolist()]
 

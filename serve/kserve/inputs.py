@@ -8,8 +8,9 @@ Rules:
     scaled to 0..1 or normalised, which is what most mistakes look like, would give vectors
     that nothing tells from good ones. Who resizes in floating point rounds, and knows how.
     A tensor comes in raw_input_contents, in typed contents, or in shared memory.
-    Lengths are held against shapes before any pixel is looked at, and nothing of a message
-    is listed whose length was not looked at. What concerns one image goes on in its place.
+    Lengths are held against shapes before there is room for a request, so that a shape alone
+    never takes any, and nothing of a message is listed whose length was not looked at.
+    What concerns one image goes on in its place.
     Pixels are read once there is room for them, and are views of one buffer.
 
 Shapes: N images, H x W pixels, C channels.
@@ -23,6 +24,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -46,7 +48,7 @@ class Inputs:
     """The images of one request.
 
     Attributes:
-        images: read once; raises RequestError where the tensor is not what its shape says.
+        images: read once; raises RequestError where what is read cannot be meant.
         count: how many there are.
         payload_bytes: what they take in memory, in the message and read out of it.
     """
@@ -94,7 +96,7 @@ def read_inputs(request: Any, regions: OwnRegions, *, max_images: int, max_bytes
         raise RequestError(
             f"datatype of {INPUT}",
             expected="UINT8 or FP32 pixels, or BYTES of encoded images",
-            found=f"{tensor.datatype!r:.40}",
+            found=f"{tensor.datatype[:40]!r}",
         )
     return _read_pixels(request, tensor, shape, part)
 
@@ -107,7 +109,7 @@ def _only_input(request: Any) -> Any:
     """
     inputs = request.inputs
     if len(inputs) != 1 or inputs[0].name != INPUT:
-        names = ", ".join(f"{tensor.name!r:.40}" for tensor in inputs[:8])
+        names = ", ".join(f"{tensor.name[:40]!r}" for tensor in inputs[:8])
         raise RequestError("inputs", expected=f"{INPUT!r} alone", found=names or "none")
     return inputs[0]
 
@@ -121,27 +123,30 @@ def _read_pixels(request: Any, tensor: Any, shape: tuple[int, ...], part: Slice 
             found=str(list(shape)),
         )
     expected = shape[0] * shape[1] * shape[2] * shape[3] * ITEM_BYTES[tensor.datatype]
+    payload_bytes = 2 * expected
     if part is not None:
-        _check_length(part.byte_size, expected, shape)
-        images = _iterate_pixels(part.read, tensor.datatype, shape, expected)
-        return Inputs(images=images, count=shape[0], payload_bytes=expected)
-
-    def read() -> Any:
-        if request.raw_input_contents:
-            return _only_raw(request)
-        return _typed_pixels(tensor)
-
-    images = _iterate_pixels(read, tensor.datatype, shape, expected)
-    return Inputs(images=images, count=shape[0], payload_bytes=2 * expected)
+        found, read, payload_bytes = part.byte_size, part.read, expected
+    elif request.raw_input_contents:
+        read = partial(_only_raw, request)
+        found = len(read())  # a copy, of which nothing else tells the length; it is let go of
+    else:
+        found = len(_typed_contents(tensor)) * ITEM_BYTES[tensor.datatype]
+        read = partial(_typed_pixels, tensor)
+    if found != expected:
+        raise RequestError(
+            f"contents of {INPUT} of shape {list(shape)}",
+            expected=f"{expected} bytes",
+            found=str(found),
+        )
+    images = _iterate_pixels(read, tensor.datatype, shape)
+    return Inputs(images=images, count=shape[0], payload_bytes=payload_bytes)
 
 
 def _iterate_pixels(
-    read: Callable[[], bytes], datatype: str, shape: tuple[int, ...], expected: int
+    read: Callable[[], bytes], datatype: str, shape: tuple[int, ...]
 ) -> Iterator[ImageData | ImageError]:
     """Read a tensor of pixels; give its images."""
-    data = read()
-    _check_length(len(data), expected, shape)
-    pixels_NHWC = np.frombuffer(data, PRECISION_DTYPES[datatype]).reshape(shape)
+    pixels_NHWC = np.frombuffer(read(), PRECISION_DTYPES[datatype]).reshape(shape)
     if datatype == "UINT8":
         yield from pixels_NHWC
         return
@@ -172,11 +177,11 @@ def _whole_pixels(image: Any) -> Any:
     return whole
 
 
-def _typed_pixels(tensor: Any) -> bytes:
-    """Give the pixels of typed contents as raw ones.
+def _typed_contents(tensor: Any) -> Any:
+    """Give the pixels of typed contents, none of which is looked at.
 
     Raises:
-        RequestError: some are none.
+        RequestError: they are too many.
     """
     is_float = tensor.datatype == "FP32"
     contents = tensor.contents.fp32_contents if is_float else tensor.contents.uint_contents
@@ -187,8 +192,17 @@ def _typed_pixels(tensor: Any) -> bytes:
             found=str(len(contents)),
             mend="send raw_input_contents",
         )
-    values = np.asarray(contents[:])
-    if is_float:
+    return contents
+
+
+def _typed_pixels(tensor: Any) -> bytes:
+    """Give the pixels of typed contents as raw ones.
+
+    Raises:
+        RequestError: some are none.
+    """
+    values = np.asarray(_typed_contents(tensor)[:])
+    if tensor.datatype == "FP32":
         return values.astype("<f4").tobytes()
     if values.size and values.max() > 255:
         raise RequestError(f"contents of {INPUT}", expected="0 to 255", found=str(values.max()))
@@ -266,13 +280,3 @@ def _only_raw(request: Any) -> bytes:
         raise RequestError("raw_input_contents", expected="1, as there is one input", found=found)
     raw: bytes = contents[0]
     return raw
-
-
-def _check_length(found: int, expected: int, shape: tuple[int, ...]) -> None:
-    """Refuse contents of another length than the shape says."""
-    if found != expected:
-        raise RequestError(
-            f"contents of {INPUT} of shape {list(shape)}",
-            expected=f"{expected} bytes",
-            found=str(found),
-        )

@@ -95,7 +95,7 @@ def _read_output(output: Any, asked: Asked, regions: OwnRegions) -> Wanted:
     """Read one output that is asked for."""
     name = output.name
     if name not in DATATYPES:
-        raise RequestError("outputs", expected=" or ".join(DATATYPES), found=f"{name!r:.80}")
+        raise RequestError("outputs", expected=" or ".join(DATATYPES), found=f"{name[:80]!r}")
     if output.parameters and "classification" in output.parameters:
         raise RequestError(
             f"output {name}", expected="the tensor: vectors have no classes", found="classification"

@@ -71,7 +71,7 @@ def read_parameters(parameters: Mapping[str, Any], *, dim: int) -> Asked:
             raise PreconditionError(
                 "sequence",
                 expected="requests that stand alone: an encoder keeps no state",
-                found=f"parameter {name!r}",
+                found=f"parameter {name[:80]!r}",
                 mend="leave out sequence_id, sequence_start and sequence_end",
             )
         match name:
@@ -87,7 +87,7 @@ def read_parameters(parameters: Mapping[str, Any], *, dim: int) -> Asked:
             case "dtype":
                 read["datatype"] = _read_datatype(_value(name, parameter, str))
             case _:
-                raise RequestError("parameter", expected=KNOWN, found=f"{name!r:.80}")
+                raise RequestError("parameter", expected=KNOWN, found=f"{name[:80]!r}")
     return Asked(**read)
 
 
@@ -114,6 +114,6 @@ def _read_datatype(text: str) -> str:
     """Read the datatype of vectors, in either case."""
     if text.upper() not in VECTOR_DTYPES:
         raise RequestError(
-            "parameter dtype", expected=" or ".join(VECTOR_DTYPES), found=f"{text!r:.80}"
+            "parameter dtype", expected=" or ".join(VECTOR_DTYPES), found=f"{text[:80]!r}"
         )
     return text.upper()

@@ -184,7 +184,7 @@ class Regions:
             raise UnknownNameError(
                 "shared memory region",
                 expected="one that is registered",
-                found=f"{name!r:.80}",
+                found=f"{name[:80]!r}",
                 mend="register it; of several workers only that of the connection knows it",
             )
         return self._regions[owner, name]
@@ -206,7 +206,7 @@ class Regions:
             raise RequestError(
                 f"key of shared memory region {name!r}",
                 expected="a name, such as '/images', without other slashes",
-                found=f"{key!r:.80}",
+                found=f"{key[:80]!r}",
             )
         flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:

@@ -55,7 +55,7 @@ async def load(control: Lifecycle, name: str) -> None:
         raise
     except HoraceError as error:
         raise PreconditionError(
-            f"model {name!r:.80}", expected="one that can be loaded", found="another", mend=LOOK
+            f"model {name[:80]!r}", expected="one that can be loaded", found="another", mend=LOOK
         ) from error
 
 
@@ -70,5 +70,5 @@ def check_change(repository: str, parameters: Mapping[str, Any]) -> None:
         raise RequestError(
             "load or unload of a model",
             expected="a name alone: a model is loaded from where the server was told it is",
-            found="a repository" if repository else f"parameter {foreign[0]!r:.80}",
+            found="a repository" if repository else f"parameter {foreign[0][:80]!r}",
         )

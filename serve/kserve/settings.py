@@ -47,5 +47,5 @@ def refuse_changes(what: str, settings: Mapping[str, Any]) -> None:
         raise PreconditionError(
             f"{what} settings",
             expected="to be asked for: they are changed on the server's command line alone",
-            found=f"a change of {', '.join(sorted(settings))[:200]}",
+            found=f"a change of {', '.join(name[:80] for name in sorted(settings))[:200]}",
         )

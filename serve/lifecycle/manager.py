@@ -270,7 +270,7 @@ class Lifecycle:
         """Find what may be loaded under a name."""
         if name not in self._models:
             names = " or ".join(map(repr, self._models)) or "none"
-            raise UnknownNameError("model to load", expected=names, found=repr(name))
+            raise UnknownNameError("model to load", expected=names, found=f"{name[:80]!r}")
         return self._models[name]
 
     # Loading.

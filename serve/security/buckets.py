@@ -6,6 +6,7 @@ Rules:
     through by a full one, which then owes the rest: the rate holds over time, and nothing
     is too large to be ever served.
     What is refused costs nothing, neither of its two buckets.
+    What was spent stays spent when limits change: who has them changed gets no burst by it.
     A caller that has no call under way and full buckets is forgotten: memory is for those
     that ask, however many addresses they come from.
 
@@ -49,12 +50,14 @@ class Quota:
 
 
 class Bucket:
-    """Tokens of one kind for one caller; full at first."""
+    """Tokens of one kind for one caller; full at first, but for what was spent before."""
 
-    def __init__(self, rate_per_s: float, capacity: float, now_s: float) -> None:
+    def __init__(
+        self, rate_per_s: float, capacity: float, now_s: float, level: float = math.inf
+    ) -> None:
         self._rate_per_s = rate_per_s
         self._capacity = capacity
-        self._level = capacity
+        self._level = min(level, capacity)
         self._filled_s = now_s
 
     def __repr__(self) -> str:
@@ -70,10 +73,14 @@ class Bucket:
         """Take what `wait_s` has just let through."""
         self._level -= amount
 
+    def level(self, now_s: float) -> float:
+        """Give the tokens that are left; below 0 where some are owed."""
+        self._fill(now_s)
+        return self._level
+
     def is_full(self, now_s: float) -> bool:
         """Whether it is as if it had never been used."""
-        self._fill(now_s)
-        return self._level >= self._capacity
+        return self.level(now_s) >= self._capacity
 
     def _fill(self, now_s: float) -> None:
         """Add what has come since the last look; a clock that goes back adds nothing."""
@@ -87,16 +94,18 @@ class Account:
 
     def __init__(self, quota: Quota, now_s: float) -> None:
         self.calls = 0
+        self._requests: Bucket | None = None
+        self._images: Bucket | None = None
         self.set_quota(quota, now_s)
 
     def __repr__(self) -> str:
         return f"<Account calls={self.calls} requests={self._requests} images={self._images}>"
 
     def set_quota(self, quota: Quota, now_s: float) -> None:
-        """Begin with full buckets; calls under way stay counted."""
+        """Hold to other limits; what was spent stays so, and calls under way stay counted."""
         self.quota = quota
-        self._requests = _make_bucket(quota.requests_per_s, quota.burst_s, now_s)
-        self._images = _make_bucket(quota.images_per_s, quota.burst_s, now_s)
+        self._requests = _remake(self._requests, quota.requests_per_s, quota.burst_s, now_s)
+        self._images = _remake(self._images, quota.images_per_s, quota.burst_s, now_s)
 
     def spend(self, requests: float, images: float, now_s: float) -> float:
         """Take both amounts and give 0, or take nothing and give the seconds to wait."""
@@ -122,11 +131,12 @@ class Account:
         return not self.calls and all(b is None or b.is_full(now_s) for b in buckets)
 
 
-def _make_bucket(rate_per_s: float, burst_s: float, now_s: float) -> Bucket | None:
-    """Make the bucket of a rate; none where there is no limit."""
+def _remake(old: Bucket | None, rate_per_s: float, burst_s: float, now_s: float) -> Bucket | None:
+    """Make the bucket of a rate in place of another; none where there is no limit."""
     if rate_per_s == math.inf:
         return None
-    return Bucket(rate_per_s, max(1.0, rate_per_s * burst_s), now_s)
+    level = math.inf if old is None else old.level(now_s)
+    return Bucket(rate_per_s, max(1.0, rate_per_s * burst_s), now_s, level)
 
 
 class Ledger:
@@ -171,7 +181,7 @@ class Ledger:
         return self._account(client, quota, now_s).waits_s(requests, images, now_s)
 
     def _account(self, client: str, quota: Quota, now_s: float) -> Account:
-        """Give a caller's account; a new quota begins with full buckets."""
+        """Give a caller's account, which holds to this quota from now on."""
         account = self._accounts.get(client)
         if account is None:
             self._sweep(now_s)

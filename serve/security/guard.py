@@ -4,6 +4,7 @@ Rules:
     Where there are keys, every method wants one, also a method that there is not; but for
     grpc.health.v1, so that a probe needs none, and reflection where it is left open.
     A refusal says what would do, and never what was there.
+    A stream has its key looked for again at each message: one that is taken back ends it.
     What a call costs is charged when its message has been read, and before anything is done
     for it; a refused call costs nothing.
 
@@ -91,10 +92,12 @@ class Pass:
     Attributes:
         client: who makes it.
         quota: what its caller may ask for.
+        key: what opened it; None where none was needed.
     """
 
     client: str
     quota: Quota
+    key: ApiKey | None = None
 
 
 class Guard:
@@ -147,10 +150,28 @@ class Guard:
             auth_context: what TLS found out about it.
         """
         if key is not None:
-            client, quota = key.name, key.quota(self._quota)
-        else:
-            client, quota = certificate_subject(auth_context) or host_of(peer), self._quota
-        return Pass(client=client, quota=quota)
+            return Pass(client=key.name, quota=key.quota(self._quota), key=key)
+        client = certificate_subject(auth_context) or host_of(peer)
+        return Pass(client=client, quota=self._quota)
+
+    def renew(self, entered: Pass) -> Pass:
+        """Let a stream go on, by what the keys of the moment say of the one that opened it.
+
+        Raises:
+            UnauthenticatedError: it is not among them any more.
+        """
+        ring = self._ring()
+        if entered.key is None or ring is None:
+            return entered
+        key = ring.find_digest(entered.key.digest)
+        if key is None:
+            raise UnauthenticatedError(
+                "API key of this stream",
+                expected="one that the server still knows",
+                found="one that was taken back",
+                mend="open another with another key",
+            )
+        return Pass(client=key.name, quota=key.quota(self._quota), key=key)
 
     def recognise(self, method: str, metadata: Metadata, *, peer: str) -> str | None:
         """Name the caller of a call that would be let in for nothing, over a plain connection.

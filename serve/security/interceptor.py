@@ -183,6 +183,7 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
         grpcio's own iterator would keep the last one until the next has come.
         """
         while (raw := await context.read()) is not grpc.aio.EOF:
+            entered = self._guard.renew(entered)
             requests = [parse(raw)]
             await self._wait_for_turn(entered, raw, self._count(requests[0]))
             del raw
@@ -193,11 +194,13 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
 
         Raises:
             QueueFullError: it has to wait, and there is no room for it meanwhile.
+            UnauthenticatedError: its key is taken back while it waits.
         """
         if wait_s := self._guard.wait_s(entered, images=images):
             with self.in_flight.hold(raw):
                 while wait_s:
                     await self._sleep(wait_s)
+                    entered = self._guard.renew(entered)
                     wait_s = self._guard.wait_s(entered, images=images)
 
     def _count(self, request: Any) -> int:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +142,26 @@ def test_vectors_that_contradict_themselves_are_refused(message, text):
     """Too few bytes, missing scales, and a dtype of a later version."""
     with pytest.raises(UsageError, match=text):
         vectors_from_wire(message)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "text"),
+    [
+        (pb.FP32, "fp32 scales: expected none, found 100000$"),
+        (pb.FP16, "fp16 scales: expected none, found 100000$"),
+        (pb.INT8, "int8 scales: expected 1, one a row, found 100000$"),
+    ],
+)
+def test_scales_are_counted_before_they_are_listed(dtype, text):
+    """Each would be an object of its own."""
+    message = pb.Vectors(data=bytes(4), dtype=dtype, rows=1, dim=1, scales=[1.0] * 100_000)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UsageError, match=text):
+            vectors_from_wire(message)
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_an_unspecified_dtype_is_fp32():

@@ -80,6 +80,19 @@ def test_the_default_stays_the_default():
     assert catalog.model().version == "2"
 
 
+def test_of_an_unknown_name_the_beginning_is_repeated():
+    """A caller may send megabytes of it."""
+    catalog, long = Catalog(), "x" * 100_000
+    put_model(catalog, "m", "1")
+    for find in (
+        lambda: catalog.model(long),
+        lambda: catalog.model("m", long),
+        lambda: catalog.collection(long),
+    ):
+        with pytest.raises(UnknownNameError, match=r"found 'x{80}'$"):
+            find()
+
+
 def test_a_taken_name_is_refused():
     """Two bundles of one name are a mistake, and the line says how to mend it."""
     catalog = Catalog()

@@ -22,6 +22,7 @@ from models.wire import vectors_to_wire
 from protos import horace_pb2 as pb
 from protos import horace_pb2_grpc as pb_grpc
 from serve.client import AsyncClient, Client, Combination
+from serve.combining import read_combinations
 from serve.errors import PreconditionError, RequestError
 from tests.combined import search_combined
 
@@ -207,6 +208,22 @@ def test_a_bad_example_is_named_and_the_other_queries_are_answered(place, search
             assert [len(hits) for hits in result.hits] == [0, 0, 0, 0, 0, 3]
 
     asyncio.run(main())
+
+
+def test_an_example_of_many_vectors_is_refused_unread(monkeypatch):
+    """It counts as one of a request's, and may not cost as many as fit into a message."""
+
+    def read(*_):
+        raise AssertionError("read")
+
+    monkeypatch.setattr("serve.combining.read_query_vectors", read)
+    for rows in (0, 1 << 20):
+        many = pb.VectorQueries(vectors=pb.Vectors(dtype=pb.INT8, rows=rows, dim=16))
+        query = pb.Combination(positives=[pb.Example(vector=many)])
+        (read_one,), _ = read_combinations(pb.Combined(queries=[query]), served=None)
+        (example,) = read_one.positives
+        assert example.status.code == pb.WRONG_QUERY
+        assert example.status.message == f"expected one vector, found {rows}"
 
 
 def test_what_no_client_of_ours_sends_is_a_status_or_a_refusal(place, searching):

@@ -4,6 +4,7 @@ import asyncio
 import io
 import threading
 import time
+from types import SimpleNamespace
 
 import grpc
 import numpy as np
@@ -104,6 +105,21 @@ def test_images_vectors_and_ids_find_what_the_collection_finds(place, searching)
             assert by_image.timings.inference_ms > 0
 
     asyncio.run(main())
+
+
+def test_vectors_of_another_dimension_are_refused_unread(monkeypatch):
+    """What they would take in memory is not what a collection's take."""
+
+    def read(*_):
+        raise AssertionError("read")
+
+    monkeypatch.setattr("serve.searching.vectors_from_wire", read)
+    collection = SimpleNamespace(fingerprint="a" * 64, dim=16)
+    served = SimpleNamespace(name="c", collection=collection)
+    vectors = pb.Vectors(dtype=pb.INT8, rows=1, dim=1 << 20)
+    queries = pb.VectorQueries(vectors=vectors, fingerprint="a" * 64)
+    with pytest.raises(RequestError, match=r"expected 16 dimensions.*, found 1048576; embed"):
+        serve_searching.read_query_vectors(queries, served)
 
 
 def test_lengths_count_where_distances_are_compared(place, serving):

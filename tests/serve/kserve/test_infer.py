@@ -16,6 +16,10 @@ from tritonclient.utils import InferenceServerException
 
 from models.encoder import open_encoder
 from protos import horace_pb2 as pb
+from serve.errors import RequestError, ServeError
+from serve.kserve.inputs import read_inputs
+from serve.kserve.parameters import read_parameters
+from serve.kserve.regions import OwnRegions, Regions
 
 
 def pixels(images: np.ndarray, datatype: str = "UINT8") -> InferInput:
@@ -261,6 +265,14 @@ def test_what_cannot_be_asked_for_is_refused(serving, fake, arguments, line):
     assert refused(serving, fake, pixels(stack(1)), **arguments).startswith(line)
 
 
+def test_of_a_parameters_name_the_beginning_is_repeated():
+    """A caller may send megabytes of it."""
+    for name in ("sequence_", "x"):
+        with pytest.raises(ServeError) as error:
+            read_parameters({name + "x" * 100_000: None}, dim=4)
+        assert len(str(error.value)) < 250
+
+
 def test_a_timeout_in_microseconds_is_a_deadline(serving, fake):
     """What cannot be computed by then never is; a later one changes nothing."""
 
@@ -334,6 +346,28 @@ MANY_FIELDS = "message: expected at most 4352 fields, found more; split the requ
 def test_huge_counts_are_refused_by_their_count(serving, fake, field, count, line):
     """Nothing is listed before its length is looked at."""
     assert send(serving, fake, many_of(field, count)).startswith(f"INVALID_ARGUMENT: {line}")
+
+
+@pytest.mark.parametrize(
+    ("datatype", "contents", "line"),
+    [
+        ("UINT8", {}, "expected 1000000000000 bytes, found 0"),
+        ("UINT8", {"raw": bytes(3)}, "expected 1000000000000 bytes, found 3"),
+        ("FP32", {"raw": bytes(3)}, "expected 4000000000000 bytes, found 3"),
+        ("UINT8", {"uint_contents": [5] * 3}, "expected 1000000000000 bytes, found 3"),
+        ("FP32", {"fp32_contents": [5.0] * 3}, "expected 4000000000000 bytes, found 12"),
+    ],
+)
+def test_a_shape_that_lies_is_refused_before_memory_is_asked_for(datatype, contents, line):
+    """A hundred bytes would else take the whole queue's, and others would be turned away."""
+    request = service_pb2.ModelInferRequest()
+    tensor = request.inputs.add(name="images", datatype=datatype, shape=[1, 10**6, 10**6, 1])
+    if raw := contents.pop("raw", None):
+        request.raw_input_contents.append(raw)
+    tensor.contents.MergeFrom(service_pb2.InferTensorContents(**contents))
+    none = OwnRegions(Regions(max_regions=0), lambda: "")
+    with pytest.raises(RequestError, match=f"{line}$"):
+        read_inputs(request, none, max_images=8, max_bytes=8)
 
 
 def test_typed_contents_are_read(serving, fake):

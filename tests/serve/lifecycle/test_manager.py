@@ -558,6 +558,8 @@ def test_callers_load_and_unload_where_they_may(serving, put_bundle, tmp_path):
                 UnknownNameError, match="model to load: expected 'm' or 'n', found 'x'"
             ):
                 await lifecycle.load("x")
+            with pytest.raises(UnknownNameError, match=r"found 'x{80}'$"):
+                await lifecycle.load("x" * 100_000)
             put_bundle(tmp_path / "r" / "m", 4, damaged=True)
             with pytest.raises(BundleError, match="expected SHA-256"):
                 await lifecycle.load("m")

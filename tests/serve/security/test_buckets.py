@@ -108,6 +108,30 @@ def test_a_new_quota_holds_at_once_and_keeps_the_calls():
     assert ledger.begin("a", Quota(calls=2), 0.0) is not None
 
 
+def test_a_new_quota_gives_back_nothing_that_was_spent():
+    """However often it changes, also in debt; what has come until then was of the old rate."""
+    ledger, slow, fast = Ledger(), Quota(images_per_s=1), Quota(images_per_s=10)
+
+    def wait_s(quota: Quota, now_s: float) -> float:
+        return ledger.spend("a", quota, requests=1, images=1, now_s=now_s)
+
+    assert ledger.spend("a", fast, requests=1, images=20, now_s=0.0) == 0
+    for _ in range(3):
+        assert wait_s(slow, 0.0) == pytest.approx(11)
+        assert wait_s(fast, 0.0) == pytest.approx(1.1)
+    assert wait_s(slow, 1.0) == pytest.approx(1)
+    assert wait_s(fast, 5.0) == 0
+    assert wait_s(fast, 5.0) == pytest.approx(0.1), "a lower burst was all it had"
+
+
+def test_limits_that_were_none_begin_with_full_buckets():
+    """Nobody has counted what was spent without them."""
+    ledger = Ledger()
+    for quota in (Quota(calls=1), Quota(requests_per_s=1)):
+        assert ledger.spend("a", quota, requests=1, images=0, now_s=0.0) == 0
+    assert ledger.spend("a", Quota(requests_per_s=1), requests=1, images=0, now_s=0.0) == 1
+
+
 def test_callers_that_are_idle_are_forgotten():
     """Half a million addresses, each once: memory is for those of the last moments."""
     ledger, quota = Ledger(), Quota(requests_per_s=10, burst_s=1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import time
 
 import grpc
 import pytest
@@ -12,7 +13,7 @@ import index
 import models
 import serve
 from models.errors import FingerprintMismatchError, HoraceError, ImageError, ImageFault
-from serve.errors import to_status, without_paths
+from serve.errors import MAX_MESSAGE_BYTES, UnknownNameError, to_status, without_paths
 
 PATH = "/srv/horace/models/photos/bundle.json"
 SKIPPED = ("models.networks",)  # want torch, and are never imported by a server
@@ -97,6 +98,8 @@ def test_no_other_error_tells_anything(error):
         ("file:///etc/passwd", ".../passwd"),
         ("bundle a/b/bundle: damaged", "bundle .../bundle: damaged"),
         ("/srv/my models/b/bundle.json", ".../my .../bundle.json"),
+        ("//srv/models//photos///bundle.json", ".../bundle.json"),
+        ("--bundle=/data, x=~/b", "--bundle=.../data, x=.../b"),
         ("image/jpeg or image/png", "image/jpeg or image/png"),
         ("horace://host:50051/photos", "horace://host:50051/photos"),
         ("https://example.org/a/b.html", "https://example.org/a/b.html"),
@@ -107,3 +110,25 @@ def test_no_other_error_tells_anything(error):
 def test_of_a_path_its_last_part_is_left(text, left):
     """Enough to know what it is about; addresses and kinds of content stay."""
     assert without_paths(text) == left
+
+
+@pytest.mark.parametrize("hostile", ["=a", "+/", "/a/=", "a/", "'/=", "=~", "a.", "/", "file:/="])
+@pytest.mark.parametrize("end", [" /", "//", "'/"])
+def test_a_long_text_costs_no_more_than_its_length(hostile, end):
+    """Never its square, of which this would be seconds."""
+    text = hostile * (16_000 // len(hostile)) + end
+    began_s = time.thread_time()
+    without_paths(text)
+    assert time.thread_time() - began_s < 0.5
+
+
+@pytest.mark.parametrize("made_of", ["x", "=a", " /a", "\u00e9"])
+def test_a_long_message_is_cut_before_it_is_searched(monkeypatch, made_of):
+    """However much of a caller's text an error repeats; what it grows by is cut off again."""
+    searched = []
+    monkeypatch.setattr(
+        "serve.errors.without_paths", lambda text: searched.append(text) or without_paths(text)
+    )
+    _, message = to_status(UnknownNameError("model", found=made_of * 100_000 + " /"))
+    for text in (*searched, message):
+        assert MAX_MESSAGE_BYTES - 4 < len(text.encode()) <= MAX_MESSAGE_BYTES + len("...")

@@ -16,8 +16,16 @@ from serve.operation.observer import Call
 from serve.security.buckets import Quota
 from serve.security.guard import Guard
 from serve.security.interceptor import GuardInterceptor
+from serve.security.ring import ApiKey, KeyRing, hash_token
 
 METHOD = "/a.Service/Echo"
+TOKEN = (("x-api-key", "secret"),)
+
+
+def ring_of(**limits: float) -> KeyRing:
+    """The key of `TOKEN`, with limits of its own."""
+    key = ApiKey(name="a", digest=hash_token("secret"), limits=tuple(limits.items()))
+    return KeyRing([key])
 
 
 class Message:
@@ -37,8 +45,9 @@ class Service:
         self.turn, self.gate = asyncio.Event(), asyncio.Event()
         self.gate.set()
         self.now_s = 0.0
+        self.ring: KeyRing | None = None
         self.interceptor = GuardInterceptor(
-            Guard(quota=quota, clock=lambda: self.now_s),
+            Guard(ring=lambda: self.ring, quota=quota, clock=lambda: self.now_s),
             max_in_flight_bytes=max_bytes,
             sleep=self._sleep,
         )
@@ -148,5 +157,73 @@ def test_a_message_that_would_wait_without_room_ends_its_stream(no_images, event
             assert dict(await refused.trailing_metadata())["retry-after-ms"] == "1000"
             service.turn.set()
             waiting.cancel()
+
+    asyncio.run(main())
+
+
+def test_a_key_that_is_taken_back_ends_its_stream_at_the_next_message(no_images, eventually):
+    """Which is not parsed; what was taken in before is answered."""
+
+    async def main():
+        service = Service()
+        service.ring = ring_of()
+        async with service.serve() as open_stream, asyncio.timeout(60):
+            stream = open_stream(metadata=TOKEN)
+            service.gate.clear()
+            await stream.write(bytes(1000))
+            await eventually(lambda: service.raw)
+            service.ring = KeyRing([])
+            await stream.write(bytes(2000))
+            service.gate.set()
+            assert await stream.read() == b"1000"
+            assert await stream.code() is grpc.StatusCode.UNAUTHENTICATED
+            assert await stream.details() == (
+                "API key of this stream: expected one that the server still knows, found one that "
+                "was taken back; open another with another key"
+            )
+            assert len(service.raw) == 1
+
+    asyncio.run(main())
+
+
+def test_a_key_that_is_taken_back_ends_a_stream_that_is_held_back(no_images, eventually):
+    """A message that waits for its turn is not taken in when that has come."""
+
+    async def main():
+        service = Service()
+        service.ring = ring_of(requests_per_s=1.0)
+        async with service.serve() as open_stream, asyncio.timeout(60):
+            stream = open_stream(metadata=TOKEN)
+            for size in (1000, 2000):
+                await stream.write(bytes(size))
+            assert await stream.read() == b"1000"
+            await eventually(lambda: service.interceptor.in_flight.bytes == 2000)
+            service.ring = KeyRing([])
+            service.turn.set()
+            assert await stream.code() is grpc.StatusCode.UNAUTHENTICATED
+            assert service.interceptor.in_flight.bytes == 0
+
+    asyncio.run(main())
+
+
+def test_new_limits_of_a_key_hold_in_a_stream_that_is_open(no_images, eventually):
+    """From its next message on, and for one that waits for its turn from the next look on."""
+
+    async def main():
+        service = Service()
+        service.ring = ring_of(requests_per_s=1.0)
+        async with service.serve() as open_stream, asyncio.timeout(60):
+            stream = open_stream(metadata=TOKEN)
+            for size in (1000, 2000):
+                await stream.write(bytes(size))
+            assert await stream.read() == b"1000"
+            await eventually(lambda: service.interceptor.in_flight.bytes == 2000)
+            service.ring = ring_of()
+            service.turn.set()
+            for size in (3000, 4000):
+                await stream.write(bytes(size))
+                await stream.read()
+            assert service.now_s == 1.0, "nothing else has waited"
+            stream.cancel()
 
     asyncio.run(main())
