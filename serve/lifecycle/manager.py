@@ -445,6 +445,8 @@ class Lifecycle:
 
     def _note_found(self) -> None:
         """Take note of models that have come into the repository; forget what never was one."""
+        # Not of what loads first: a request without a name would mean another model by chance.
+        self._catalog.default = self._catalog.default or next(iter(self._found), "")
         taken = set()
         for name, path in self._found.items():
             options = ModelOptions(name=name, path=str(path))

@@ -421,6 +421,33 @@ def test_a_repository_is_followed(serving, put_bundle, tmp_path, caplog):
     asyncio.run(main())
 
 
+def test_the_first_name_of_a_repository_is_the_default_loaded_or_not(serving, put_bundle, tmp_path):
+    """Whatever loads first: no request without a name lands elsewhere, before or after a start."""
+    repository = tmp_path / "r"
+    repository.mkdir()
+
+    async def main():
+        async with serving(repository=str(repository)) as server:
+            put_bundle(repository / "b", 1, damaged=True)
+            put_bundle(repository / "c", 2)
+            await server.reloads.run()
+            assert list(server.catalog.models) == ["c"]
+            with pytest.raises(UnknownNameError, match="found 'b'"):
+                server.catalog.model()
+            put_bundle(repository / "a", 3)
+            put_bundle(repository / "b", 1)
+            assert await server.reloads.run() == []
+            assert server.catalog.model().name == "b"  # and stays it until the next start
+        async with serving(repository=str(repository)) as server:
+            assert server.catalog.model().name == "a"
+            shutil.rmtree(repository / "a")
+            assert await server.reloads.run() == []
+            with pytest.raises(UnknownNameError, match="found 'a'"):
+                server.catalog.model()
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.EACCES])
 def test_a_repository_that_cannot_be_read_keeps_its_models(
     serving, put_bundle, tmp_path, caplog, no_reading, number
