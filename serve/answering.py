@@ -125,6 +125,8 @@ class Answering:
                 raise
             else:
                 call.code = grpc.StatusCode.OK
+                if is_new:
+                    self.calls.send_reply()
                 return reply
             finally:
                 work.close()

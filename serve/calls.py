@@ -2,6 +2,8 @@
 
 Rules:
     One account: the drain of a server ends when nothing that any service answers is left.
+    A call is under way until its handler returns, and sends its reply until its task ends, so
+    far as that is told: grpcio's ends when the flow control of HTTP/2 has let all of it out.
     A call is accepted once: what was begun, its body included, is answered by a drain.
     After `drain` new calls are refused as UNAVAILABLE; streams read no more, answer what
     they have read, and end so, too.
@@ -35,6 +37,7 @@ class Calls:
         self._idle.set()
         self._draining = False
         self._readers: set[asyncio.Task[Any]] = set()
+        self._senders: set[asyncio.Task[Any]] = set()
         self._counted = Bracket(self._begin, self._end)
 
     def __repr__(self) -> str:
@@ -44,6 +47,11 @@ class Calls:
     def active(self) -> int:
         """Calls that are under way."""
         return self._active
+
+    @property
+    def sending(self) -> int:
+        """Calls that send their reply."""
+        return len(self._senders)
 
     @property
     def draining(self) -> bool:
@@ -74,6 +82,13 @@ class Calls:
     async def wait_idle(self) -> None:
         """Wait until no call is under way."""
         await self._idle.wait()
+
+    def send_reply(self) -> None:
+        """Count the call that this task answers as sending until the task ends."""
+        task = asyncio.current_task()
+        assert task is not None, "every front end answers a call in a task"
+        self._senders.add(task)
+        task.add_done_callback(self._senders.discard)
 
     @contextmanager
     def accepted_early(self) -> Iterator[None]:

@@ -4,8 +4,8 @@ Rules:
     Whoever uses a model or a collection across an `await` leases it: what was swapped out
     is closed when its last lease ends, and never before.
     A model may have several versions; the newest is meant where none is named. The first
-    model is the default, and stays it: a request without a name never lands elsewhere
-    because a model was unloaded.
+    model that was asked for is the default, and stays it: a request without a name never
+    lands elsewhere because a model was unloaded, or not loaded yet.
     A collection is offered only beside the model that made its vectors: one of another
     fingerprint is refused, whatever its dimension. It holds a lease on that version of
     the model as long as it is offered, so a model may change under it and its queries are

@@ -180,7 +180,7 @@ async def _drain(server: Server, stops: asyncio.Queue[str], drain_s: float) -> N
     again = asyncio.create_task(stops.get())
     await asyncio.wait([draining, again], return_when=asyncio.FIRST_COMPLETED)
     if not draining.done():
-        calls = server.calls.active
+        calls = server.unfinished
         draining.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await draining

@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -59,6 +60,7 @@ from serve.screen import Method, Screen
 from serve.security.security import Security
 from serve.security.wire import most_fields
 from serve.services import HoraceServicer
+from serve.unsent import count_unsent
 from serve.valve import LoopLag, Valve
 from serve.watchdog import Watchdog
 from serve.workers.place import ALONE, WorkerPlace
@@ -69,10 +71,15 @@ if TYPE_CHECKING:
 log = logging.getLogger("horace.serve")
 
 LAST_CALLS_S = 0.1
-"""How long calls that are on their way are still refused one by one."""
+"""How long calls that are on their way are still refused one by one, and within which the last
+replies have come from a front end's threads to the system."""
 
 LAST_REPLIES_S = 2.0
-"""How long the last replies, and what else is open, may take to leave."""
+"""The least that replies have to leave, however late they come. Beyond that nothing else that is
+open holds a stop: not a stream that no service counts, nor a caller that answers nothing."""
+
+LOOK_EVERY_S = 0.05
+"""How often a drain looks whether they have left."""
 
 
 REACH_EVERY_S = 5.0
@@ -167,6 +174,16 @@ class Server:
         """Where it listens, as `host:port`."""
         return join_address(self._options.host, self.port)
 
+    @property
+    def unfinished(self) -> int:
+        """How many calls are under way, or have callers who have not received their replies."""
+        return self.calls.active + self._sending
+
+    @property
+    def _sending(self) -> int:
+        """How many replies are on their way, by the front end's word or by the system's."""
+        return self.calls.sending or count_unsent({self.port, self.http.port})
+
     async def start(self) -> None:
         """Take the port, open everything, serve, and say so once every model has run.
 
@@ -210,6 +227,7 @@ class Server:
     async def drain(self, *, limit_s: float) -> int:
         """Stop: not ready, no new calls, answer those under way for at most `limit_s`.
 
+        An answer is given when its caller has it; what is left of the time is for that, too.
         The port closes last, and a moment later than it could: a gRPC server that stops
         cancels the calls that it has not looked at, so they are looked at, and refused.
 
@@ -218,14 +236,18 @@ class Server:
 
         On cancellation some calls may still be under way: `kill` ends them.
         """
+        began_s = time.monotonic()
         self._end_changes()
         self.health.set_serving(False)
         self.calls.drain()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.calls.wait_idle(), limit_s)
-        cut_off = self.calls.active
-        if not cut_off:
+        if not self.calls.active:
             await asyncio.sleep(LAST_CALLS_S)
+        until_s = max(began_s + limit_s, time.monotonic() + LAST_REPLIES_S)
+        while self._sending and time.monotonic() < until_s:
+            await asyncio.sleep(LOOK_EVERY_S)
+        cut_off = self.unfinished
         self.health.close()
         await self._front.stop(None if cut_off else LAST_REPLIES_S)
         await self.http.stop(cut_off=bool(cut_off))

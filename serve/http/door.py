@@ -53,6 +53,11 @@ class HttpDoor:
         return f"<HttpDoor {self.url or 'closed'}>"
 
     @property
+    def port(self) -> int:
+        """The number of its port; 0 where there is no HTTP."""
+        return 0 if self._server is None else self._server.port
+
+    @property
     def url(self) -> str | None:
         """Where it answers; None where there is no HTTP."""
         return None if self._server is None else self._server.url

@@ -3,7 +3,8 @@
 Rules:
     The port is taken when the server's other port is, so that one in use is an error at once.
     uvicorn answers no signal here: who runs the server drains and stops it.
-    On stopping no more connections are taken; replies under way are sent.
+    On stopping no more connections are taken; replies under way have a moment. A drain has
+    waited for them by then.
 
 h11 reads the requests: it bounds the size of a request's head, which httptools does not.
 """
@@ -33,7 +34,8 @@ MAX_HEAD_BYTES = 32 << 10
 """Of request line and headers."""
 
 STOP_S = 2
-"""How long replies may take to leave once the server stops."""
+"""How long connections may take to end once the server stops. Not longer: over TLS each waits for
+its caller's answer, and one that is kept in a pool has nobody who looks."""
 
 
 class HttpServer:

@@ -66,9 +66,9 @@ class _Current(ssl.SSLContext):
 
     def wrap_bio(self, *args: Any, **options: Any) -> ssl.SSLObject:
         """Begin a connection; asyncio's are all made by this."""
-        if self._files.value is not self._certificates:
-            self._certificates = self._files.value
-            self._context = _context_of(self._certificates)
+        if (certificates := self._files.value) is not self._certificates:
+            self._context = _context_of(certificates)  # or it is tried again by the next one
+            self._certificates = certificates
         return self._context.wrap_bio(*args, **options)
 
 

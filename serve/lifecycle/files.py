@@ -4,8 +4,9 @@ Rules:
     A directory with a `bundle.json` is a bundle. One with numeric subdirectories (1, 2, ...)
     that are bundles is a model with versions. In a repository every subdirectory that is
     either is a model of that name.
-    A signature is of every file's name, inode, size and time, so that a copy that is still
-    under way looks different from the finished one; nothing is read.
+    A signature is of every file's name, inode, size, time, mode and owners, so that a copy that
+    is still under way looks different from the finished one, and so does what may be read at
+    last; nothing is read.
     Names that begin with a dot are nobody's: what is written there is not finished.
     Gone is only what the system says is not there. What cannot be read is an error, or a
     mark in a signature: a want of descriptors must not look like an empty disk.
@@ -23,7 +24,7 @@ from models.bundle import BUNDLE_FILE, split_precision
 from models.errors import SourceError, reason_of
 from serve.lifecycle.options import NAME
 
-Signature = tuple[tuple[str, int, int, int], ...]
+Signature = tuple[tuple[str, tuple[int, ...]], ...]
 
 ABSENT = (FileNotFoundError, NotADirectoryError)
 """What the system raises where nothing is."""
@@ -143,7 +144,7 @@ def _unreadable(path: Path, error: OSError) -> SourceError:
     return SourceError(str(path), expected="what can be read", found=reason_of(error))
 
 
-def _walk(path: Path, prefix: str, depth: int) -> Iterator[tuple[str, int, int, int]]:
+def _walk(path: Path, prefix: str, depth: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Describe every file below a path.
 
     What goes meanwhile is passed over; what below it cannot be read is there all the same.
@@ -152,8 +153,7 @@ def _walk(path: Path, prefix: str, depth: int) -> Iterator[tuple[str, int, int, 
         entries = list(os.scandir(path))
     except NotADirectoryError:
         entries = []
-        status = path.stat()
-        yield (prefix, status.st_ino, status.st_size, status.st_mtime_ns)
+        yield (prefix, _describe(path.stat()))
     for entry in entries:
         if entry.name.startswith("."):
             continue
@@ -163,10 +163,15 @@ def _walk(path: Path, prefix: str, depth: int) -> Iterator[tuple[str, int, int, 
                 if depth:
                     yield from _walk(path / entry.name, name, depth - 1)
                 continue
-            status = entry.stat()
+            description = _describe(entry.stat())
         except ABSENT:
             continue
         except OSError:
-            yield (name, 0, 0, 0)
-            continue
-        yield (name, status.st_ino, status.st_size, status.st_mtime_ns)
+            description = ()
+        yield (name, description)
+
+
+def _describe(status: os.stat_result) -> tuple[int, ...]:
+    """Tell a file, and who may read it, from another; a link that is made to it changes nothing."""
+    what = (status.st_ino, status.st_size, status.st_mtime_ns)
+    return (*what, status.st_mode, status.st_uid, status.st_gid)

@@ -145,10 +145,10 @@ class Lifecycle:
         self._started = True
 
     async def reload(self) -> None:
-        """Read again what has changed on the disk, and whatever runs elsewhere.
+        """Read again what has changed or was refused, and whatever runs elsewhere.
 
         Raises:
-            ReloadError: what has changed was refused; each has its line in the log.
+            ReloadError: it was refused, or is so still; each has its line in the log.
             PartialReloadError: some of it was, and the rest is served.
         """
         async with self._changing:
@@ -163,7 +163,11 @@ class Lifecycle:
                 elif not signature and isinstance(source, ModelSource) and source.in_repository:
                     self._drop(source)
                     taken.append(str(source))
-                elif not signature or self._reader.is_new(source, signature):
+                elif (
+                    not signature
+                    or source.statistics.last_refusal
+                    or self._reader.is_new(source, signature)
+                ):
                     is_taken = await self._try(source)
                     (taken if is_taken else refused).append(str(source))
         if refused and taken:
@@ -441,6 +445,8 @@ class Lifecycle:
 
     def _note_found(self) -> None:
         """Take note of models that have come into the repository; forget what never was one."""
+        # Not of what loads first: a request without a name would mean another model by chance.
+        self._catalog.default = self._catalog.default or next(iter(self._found), "")
         taken = set()
         for name, path in self._found.items():
             options = ModelOptions(name=name, path=str(path))

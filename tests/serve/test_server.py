@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import grpc
@@ -29,6 +30,8 @@ from serve.server import Server, divide_threads
 from serve.watchdog import WatchdogOptions
 
 ROOT = Path(__file__).parents[2]
+MIB = 1 << 20
+MUCH = 16 * MIB  # more than Linux holds for a connection (tcp_wmem)
 Status = health_pb2.HealthCheckResponse
 
 
@@ -275,6 +278,113 @@ def test_a_drain_that_takes_too_long_cuts_off_and_says_so(serving, fake, image, 
                 assert await server.drain(limit_s=0.1) == 1
                 with pytest.raises(grpc.aio.AioRpcError):
                     await call
+
+    asyncio.run(main())
+
+
+@asynccontextmanager
+async def reply_on_a_slow_link(server, eventually, size):
+    """A call whose reply is of some size and on its way; it comes once the event is set."""
+    flows, is_over = asyncio.Event(), asyncio.Event()
+    flows.set()
+
+    async def list_models():
+        return pb.ListModelsResponse(models=[pb.Model(preprocessing_json="x" * size)])
+
+    async def carry(reader, writer, is_held):
+        while data := await reader.read(1 << 16):
+            if is_held:
+                await flows.wait()
+            writer.write(data)
+
+    async def connect(reader, writer):
+        narrow = socket.socket()
+        narrow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)
+        narrow.connect(("127.0.0.1", server.port))
+        there, back = await asyncio.open_connection(sock=narrow)
+        ways = (carry(reader, back, False), carry(there, writer, True))
+        tasks = list(map(asyncio.ensure_future, ways))
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        back.close()
+        writer.close()
+        is_over.set()
+
+    server.services._list_models = list_models
+    async with await asyncio.start_server(connect, "127.0.0.1", 0) as link:
+        address = f"127.0.0.1:{link.sockets[0].getsockname()[1]}"
+        any_size = [("grpc.max_receive_message_length", -1)]
+        async with grpc.aio.insecure_channel(address, options=any_size) as channel:
+            await channel.channel_ready()
+            flows.clear()
+            call = pb_grpc.HoraceStub(channel).ListModels(pb.ListModelsRequest())
+            await eventually(lambda: server.calls.accepted == 1 and not server.calls.active)
+            yield call, flows
+        flows.set()
+        await is_over.wait()
+
+
+@pytest.mark.parametrize(
+    ("frontend", "size", "teller"),
+    [("grpcio", MUCH, "front end"), ("grpcio", MIB, "system"), ("native", MIB, "system")],
+)
+def test_a_drain_waits_for_replies_that_are_being_sent(
+    serving, fake, eventually, monkeypatch, size, teller
+):
+    """A handler is done with a call long before a slow link is, and so may the front end be."""
+    monkeypatch.setattr("serve.server.LAST_REPLIES_S", 0.05)
+    if teller == "front end":
+        monkeypatch.setattr("serve.server.count_unsent", lambda _: 0)
+
+    async def main():
+        async with (
+            serving(fake) as server,
+            reply_on_a_slow_link(server, eventually, size) as (call, flows),
+        ):
+            draining = asyncio.create_task(server.drain(limit_s=60))
+            await asyncio.wait([draining], timeout=0.5)
+            assert not draining.done()
+            flows.set()
+            assert len((await call).models[0].preprocessing_json) == size
+            assert await draining == 0
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("frontend", ["grpcio"])
+def test_a_reply_that_does_not_leave_in_time_is_cut_off_and_counted(
+    serving, fake, eventually, monkeypatch
+):
+    """After the limit, and after no less than the last replies always have."""
+    monkeypatch.setattr("serve.server.LAST_REPLIES_S", 0.05)
+
+    async def main():
+        async with (
+            serving(fake) as server,
+            reply_on_a_slow_link(server, eventually, MIB),
+        ):
+            assert await server.drain(limit_s=0) == 1
+
+    asyncio.run(main())
+
+
+def test_who_sends_nothing_does_not_hold_a_drain(serving, fake, monkeypatch):
+    """A stream that no service counts, and connections that say nothing."""
+    monkeypatch.setattr("serve.server.LAST_REPLIES_S", 0.05)
+
+    async def main():
+        async with (
+            serving(fake) as server,
+            grpc.aio.insecure_channel(server.address) as channel,
+        ):
+            stream = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo()
+            await stream.write(reflection_pb2.ServerReflectionRequest(list_services=""))
+            await stream.read()
+            _, silent = await asyncio.open_connection("127.0.0.1", server.port)
+            assert await asyncio.wait_for(server.drain(limit_s=60), 10) == 0
+            silent.close()
 
     asyncio.run(main())
 

@@ -1,23 +1,41 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import signal
 import socket
+import ssl
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 
 import httpx
 import pytest
+import trustme
 
 from models.errors import UsageError
+from protos import horace_pb2 as pb
 from serve.errors import StartError
 from serve.http.options import HttpOptions
 from serve.http.protocol import ACCEPTS, PatientProtocol
+from serve.security.tls import TlsOptions
+
+MUCH = 16 << 20
+"""Bytes: more than Linux holds for a connection (tcp_wmem)."""
 
 
 def files(*images):
     """Images as parts of a form."""
     return [("images", (f"{n}.png", data)) for n, data in enumerate(images)]
+
+
+def with_tls(folder):
+    """Options of a server with TLS, and what a caller trusts."""
+    authority, context = trustme.CA(), ssl.create_default_context()
+    authority.configure_trust(context)
+    pem = folder / "server.pem"
+    authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(str(pem))
+    return {"tls": TlsOptions(cert=str(pem), key=str(pem))}, context
 
 
 def test_draining_answers_what_is_under_way(http_serving, fake, png, eventually):
@@ -109,6 +127,93 @@ def test_a_request_whose_body_is_not_here_yet_is_under_way(http_serving, fake, p
 
     reply, cut_off = asyncio.run(main())
     assert (reply.status_code, cut_off) == (200, 0)
+
+
+@asynccontextmanager
+async def reply_that_nobody_reads(server, context, eventually):
+    """A caller whose reply is larger than what the system holds for it, and who reads none yet."""
+    host, port = httpx.URL(server.http.url).host, httpx.URL(server.http.url).port
+
+    async def list_models():
+        return pb.ListModelsResponse(models=[pb.Model(preprocessing_json=f'"{"x" * MUCH}"')])
+
+    server.services._list_models = list_models
+    caller = socket.socket()
+    caller.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)
+    caller.connect((host, port))
+    reader, writer = await asyncio.open_connection(
+        sock=caller, ssl=context, server_hostname=context and "localhost"
+    )
+    writer.write(b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+    await eventually(lambda: server.calls.accepted == 1 and not server.calls.active)
+    try:
+        yield reader
+    finally:
+        writer.close()
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_a_drain_waits_for_replies_that_are_being_sent(
+    http_serving, fake, eventually, monkeypatch, tls, tmp_path
+):
+    """However little of one a caller has read when its handler is done."""
+    monkeypatch.setattr("serve.http.server.STOP_S", 0.5)
+    options, context = with_tls(tmp_path) if tls else ({}, None)
+
+    async def main():
+        async with (
+            http_serving(fake, **options) as (server, _),
+            reply_that_nobody_reads(server, context, eventually) as reader,
+        ):
+            draining = asyncio.create_task(server.drain(limit_s=60))
+            await asyncio.wait([draining], timeout=1)
+            assert not draining.done()
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = int(re.search(rb"content-length: (\d+)", head)[1])
+            assert len(await reader.readexactly(length)) > MUCH
+            assert await draining == 0
+
+    asyncio.run(main())
+
+
+def test_a_reply_that_does_not_leave_in_time_is_cut_off_and_counted(
+    http_serving, fake, eventually, monkeypatch
+):
+    """Whoever stops the server is told."""
+    monkeypatch.setattr("serve.server.LAST_REPLIES_S", 0.05)
+
+    async def main():
+        async with (
+            http_serving(fake) as (server, _),
+            reply_that_nobody_reads(server, None, eventually) as reader,
+        ):
+            assert await server.drain(limit_s=0) == 1
+            with contextlib.suppress(ConnectionError):
+                assert len(await reader.read()) < MUCH
+
+    asyncio.run(main())
+
+
+def test_connections_that_say_nothing_do_not_hold_a_drain(
+    http_serving, fake, tmp_path, monkeypatch
+):
+    """Also of a caller that does not answer the end of TLS: its program does not look."""
+    monkeypatch.setattr("serve.http.server.STOP_S", 0.5)
+    options, context = with_tls(tmp_path)
+
+    def ask(url):
+        plain = socket.create_connection((httpx.URL(url).host, httpx.URL(url).port), timeout=30)
+        caller = context.wrap_socket(plain, server_hostname="localhost")
+        caller.sendall(b"GET /readyz HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        assert caller.recv(1 << 10).startswith(b"HTTP/1.1 200")
+        return caller
+
+    async def main():
+        async with http_serving(fake, **options) as (server, _):
+            with await asyncio.to_thread(ask, server.http.url):
+                assert await asyncio.wait_for(server.drain(limit_s=60), 10) == 0
+
+    asyncio.run(main())
 
 
 def test_the_process_says_where_http_is(start_server):

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import os
 import socket
 import ssl
 from pathlib import Path
@@ -11,11 +13,11 @@ import pytest
 import trustme
 from cryptography import x509
 
-from serve.http.tls import write_name
+from serve.http.tls import make_context, write_name
 from serve.security.caller import CURRENT
 from serve.security.options import CallerLimits
 from serve.security.ring import write_line
-from serve.security.tls import TlsOptions
+from serve.security.tls import Tls, TlsOptions
 
 
 def files(*images):
@@ -154,6 +156,28 @@ def test_https_has_the_certificate_of_grpc_and_changes_with_it(
                         await late.get(url)
 
     asyncio.run(main())
+
+
+def test_a_change_that_fails_once_is_made_by_the_next_handshake(tmp_path, authority, monkeypatch):
+    """OpenSSL's module reads keys from files only, and no descriptor was left for one."""
+    files = Tls(TlsOptions(**write_certificate(tmp_path, authority))).files
+    context = make_context(files)
+
+    def refuse(name):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    def shake():
+        return context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_side=True).context
+
+    old = shake()
+    assert shake() is old
+    write_certificate(tmp_path, trustme.CA())
+    files.reload()
+    with monkeypatch.context() as patch:
+        patch.setattr("os.memfd_create", refuse)
+        with pytest.raises(OSError, match="Too many open files"):
+            shake()
+    assert shake() is not old
 
 
 def test_without_a_certificate_there_is_no_handshake(

@@ -38,7 +38,7 @@ def test_a_repository_is_a_directory_of_models(make_bundle, tmp_path):
 
 
 def test_whatever_changes_looks_different(make_bundle, tmp_path):
-    """A file that grows, one that is replaced, a whole directory exchanged; nothing is read."""
+    """A file that grows, is new, or may be read by others, a whole directory; nothing is read."""
     path = make_bundle().path
     seen = [sign(path)]
     with (path / "encoder.onnx").open("ab") as file:
@@ -46,10 +46,12 @@ def test_whatever_changes_looks_different(make_bundle, tmp_path):
     seen.append(sign(path))
     (path / "notes").write_text("")
     seen.append(sign(path))
+    (path / "notes").chmod(0o600)
+    seen.append(sign(path))
     with atomic_directory(path, replace=True) as temporary:
         (temporary / "bundle.json").write_text("{}")
     seen.append(sign(path))
-    assert len(set(seen)) == 4
+    assert len(set(seen)) == 5
     assert sign(path) == seen[-1]
     assert sign(tmp_path / "none") == ()
     (path / ".tmp-half").write_text("")

@@ -257,6 +257,41 @@ def test_watching_loads_what_has_come_to_rest(serving, put_bundle, tmp_path):
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("how", ["reload", "look"])
+def test_what_was_refused_for_no_fault_of_its_files_is_tried_again(
+    serving, put_bundle, tmp_path, how
+):
+    """By every signal, which says what is refused still; by looks once its modes have changed."""
+    one = put_bundle(tmp_path / "m", 1)
+
+    async def main():
+        async with serving(bundle=(f"m={one.path}",)) as server:
+            two = put_bundle(tmp_path / "m", 2)
+            loader, counts = server.lifecycle._loader, server.lifecycle.statistics
+            load = loader.load
+
+            async def refuse(*_, **__):
+                raise BundleError("m", expected="what can be read", found="Permission denied")
+
+            loader.load = refuse
+            for refusals in (1, 2):
+                assert await server.reloads.run() == ["models and collections"]
+                assert counts()["model m"].refusals == refusals
+            loader.load = load
+            for _ in range(3):
+                await server.lifecycle.look()
+            assert version(server) == ("1", one.fingerprint)
+            if how == "reload":
+                assert await server.reloads.run() == []
+            else:
+                (two.path / BUNDLE_FILE).chmod(0o600)
+                for _ in range(2):
+                    await server.lifecycle.look()
+            assert version(server) == ("2", two.fingerprint)
+
+    asyncio.run(main())
+
+
 def test_a_bundle_that_was_moved_away_is_told_once(serving, put_bundle, tmp_path, caplog):
     """It is served on, the refusal is counted; back in its place it is loaded."""
     one = put_bundle(tmp_path / "m", 1)
@@ -382,6 +417,33 @@ def test_a_repository_is_followed(serving, put_bundle, tmp_path, caplog):
             assert await server.reloads.run() == []
             assert list(server.catalog.models) == ["bad"]
             assert [s.name for s in server.lifecycle.index()] == ["bad"]
+
+    asyncio.run(main())
+
+
+def test_the_first_name_of_a_repository_is_the_default_loaded_or_not(serving, put_bundle, tmp_path):
+    """Whatever loads first: no request without a name lands elsewhere, before or after a start."""
+    repository = tmp_path / "r"
+    repository.mkdir()
+
+    async def main():
+        async with serving(repository=str(repository)) as server:
+            put_bundle(repository / "b", 1, damaged=True)
+            put_bundle(repository / "c", 2)
+            await server.reloads.run()
+            assert list(server.catalog.models) == ["c"]
+            with pytest.raises(UnknownNameError, match="found 'b'"):
+                server.catalog.model()
+            put_bundle(repository / "a", 3)
+            put_bundle(repository / "b", 1)
+            assert await server.reloads.run() == []
+            assert server.catalog.model().name == "b"  # and stays it until the next start
+        async with serving(repository=str(repository)) as server:
+            assert server.catalog.model().name == "a"
+            shutil.rmtree(repository / "a")
+            assert await server.reloads.run() == []
+            with pytest.raises(UnknownNameError, match="found 'a'"):
+                server.catalog.model()
 
     asyncio.run(main())
 
