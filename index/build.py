@@ -22,9 +22,9 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
-from typing import cast
+from typing import TypeVar, cast
 
 from index.ann.kinds import FLAT
 from index.ann.tuning import plan as choose_kinds
@@ -51,7 +51,7 @@ from models.bundle import Json
 from models.command import run_command
 from models.cpu import cpu_budget
 from models.encoder import Encoder, open_encoder
-from models.errors import UsageError, reason_of
+from models.errors import HoraceError, UsageError, reason_of
 from models.files import atomic_directory
 from models.images import ImageSource, describe_ignored, open_source
 
@@ -105,8 +105,8 @@ def sync(options: BuildOptions) -> BuildPlan | SyncSummary:
     """
     if not (options.target / MANIFEST_FILE).is_file():
         if options.dry_run:
-            return plan(options)
-        return SyncSummary.of_build(_build_first(options), open_source(options.images).uri)
+            return _first(plan, options)
+        return SyncSummary.of_build(_first(build, options), open_source(options.images).uri)
     with ExitStack() as stack:
         source, encoder, key = stack.enter_context(_opened(options))
         if options.dry_run:
@@ -114,9 +114,7 @@ def sync(options: BuildOptions) -> BuildPlan | SyncSummary:
         else:
             writer = stack.enter_context(CollectionWriter.open(options.target))
             collection = writer.collection
-            if find_finished(options.target) is not None:
-                with PartStore(options.target, key, restart=True):
-                    log.info("%s: what a build left that was killed is gone", options.target)
+            _tidy(options, key)
         name = collection.name
         if options.name not in (None, name):
             raise UsageError("--name", expected=f"{name}, as it is called", found=str(options.name))
@@ -133,10 +131,13 @@ def sync(options: BuildOptions) -> BuildPlan | SyncSummary:
         return sync_collection(writer, source, encoder, settings)
 
 
-def _build_first(options: BuildOptions) -> BuildSummary:
+Did = TypeVar("Did", BuildPlan, BuildSummary)
+
+
+def _first(work: Callable[[BuildOptions], Did], options: BuildOptions) -> Did:
     """Build what there is to sync, anew where the images are others since that was killed."""
     try:
-        return build(options)
+        return work(options)
     except SourceChangedError:
         log.warning(
             "%s has other images than when this build was broken off: it begins anew",
@@ -145,7 +146,18 @@ def _build_first(options: BuildOptions) -> BuildSummary:
         anew = dataclasses.replace(
             options, sync=False, checksum=False, moved_from=None, restart=True
         )  # none of the three goes with --restart
-        return build(anew)
+        return work(anew)
+
+
+def _tidy(options: BuildOptions, key: RunKey) -> None:
+    """Remove the parts of a collection whose build was killed when it was in its place."""
+    if find_finished(options.target) is None:
+        return
+    try:
+        with PartStore(options.target, key, restart=True):
+            log.info("%s: what its build left beside it is gone", options.target)
+    except (OSError, HoraceError) as error:  # nothing that the sync needs
+        log.warning("%s: what its build left beside it stays: %s", options.target, error)
 
 
 def plan(options: BuildOptions) -> BuildPlan:
@@ -199,7 +211,7 @@ def _build(
 ) -> BuildSummary:
     """Embed what is missing, write the collection, put it in its place."""
     out = options.target
-    finished = None if options.restart else find_finished(out)
+    finished = None if options.restart and options.replace else find_finished(out)
     if finished is not None and _is_same(finished, options, key, metadata):
         log.info("%s was finished by an earlier run, which was killed before it could say so", out)
         with PartStore(out, key, restart=True):

@@ -370,6 +370,17 @@ def test_a_reply_that_does_not_leave_in_time_is_cut_off_and_counted(
     asyncio.run(main())
 
 
+def test_a_drain_without_a_descriptor_left_ends_all_the_same(serving, fake, out_of_descriptors):
+    """What is on its way cannot be looked for then."""
+
+    async def main():
+        async with serving(fake) as server:
+            with out_of_descriptors():
+                return await server.drain(limit_s=5)
+
+    assert asyncio.run(main()) == 0
+
+
 def test_who_sends_nothing_does_not_hold_a_drain(serving, fake, monkeypatch):
     """A stream that no service counts, and connections that say nothing."""
     monkeypatch.setattr("serve.server.LAST_REPLIES_S", 0.05)

@@ -362,9 +362,10 @@ def test_a_shape_that_lies_is_refused_before_memory_is_asked_for(datatype, conte
     """A hundred bytes would else take the whole queue's, and others would be turned away."""
     request = service_pb2.ModelInferRequest()
     tensor = request.inputs.add(name="images", datatype=datatype, shape=[1, 10**6, 10**6, 1])
-    if raw := contents.pop("raw", None):
+    typed = {name: values for name, values in contents.items() if name != "raw"}
+    if raw := contents.get("raw"):
         request.raw_input_contents.append(raw)
-    tensor.contents.MergeFrom(service_pb2.InferTensorContents(**contents))
+    tensor.contents.MergeFrom(service_pb2.InferTensorContents(**typed))
     none = OwnRegions(Regions(max_regions=0), lambda: "")
     with pytest.raises(RequestError, match=f"{line}$"):
         read_inputs(request, none, max_images=8, max_bytes=8)

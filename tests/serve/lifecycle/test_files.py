@@ -45,6 +45,7 @@ def test_whatever_changes_looks_different(make_bundle, tmp_path):
         file.write(b"more")
     seen.append(sign(path))
     (path / "notes").write_text("")
+    (path / "notes").chmod(0o644)
     seen.append(sign(path))
     (path / "notes").chmod(0o600)
     seen.append(sign(path))
