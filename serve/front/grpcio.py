@@ -100,7 +100,7 @@ class Punctual(grpc.aio.ServerInterceptor):
     """Says nothing to a caller whose time is up.
 
     His own gRPC has told him, and what grpcio 1.85 allocates for a status or a reply that cannot
-    be sent any more it never frees: some 300 bytes a call (grpc/grpc#43360).
+    be sent any more it never frees (grpc/grpc#43360).
     """
 
     async def intercept_service(

@@ -161,6 +161,16 @@ def test_a_message_that_would_wait_without_room_ends_its_stream(no_images, event
     asyncio.run(main())
 
 
+async def held_back(service, open_stream, eventually):
+    """Open a stream by a key of one request a second: its second message waits for its turn."""
+    stream = open_stream(metadata=TOKEN)
+    for size in (1000, 2000):
+        await stream.write(bytes(size))
+    assert await stream.read() == b"1000"
+    await eventually(lambda: service.interceptor.in_flight.bytes == 2000)
+    return stream
+
+
 def test_a_key_that_is_taken_back_ends_its_stream_at_the_next_message(no_images, eventually):
     """Which is not parsed; what was taken in before is answered."""
 
@@ -193,11 +203,7 @@ def test_a_key_that_is_taken_back_ends_a_stream_that_is_held_back(no_images, eve
         service = Service()
         service.ring = ring_of(requests_per_s=1.0)
         async with service.serve() as open_stream, asyncio.timeout(60):
-            stream = open_stream(metadata=TOKEN)
-            for size in (1000, 2000):
-                await stream.write(bytes(size))
-            assert await stream.read() == b"1000"
-            await eventually(lambda: service.interceptor.in_flight.bytes == 2000)
+            stream = await held_back(service, open_stream, eventually)
             service.ring = KeyRing([])
             service.turn.set()
             assert await stream.code() is grpc.StatusCode.UNAUTHENTICATED
@@ -213,11 +219,7 @@ def test_new_limits_of_a_key_hold_in_a_stream_that_is_open(no_images, eventually
         service = Service()
         service.ring = ring_of(requests_per_s=1.0)
         async with service.serve() as open_stream, asyncio.timeout(60):
-            stream = open_stream(metadata=TOKEN)
-            for size in (1000, 2000):
-                await stream.write(bytes(size))
-            assert await stream.read() == b"1000"
-            await eventually(lambda: service.interceptor.in_flight.bytes == 2000)
+            stream = await held_back(service, open_stream, eventually)
             service.ring = ring_of()
             service.turn.set()
             for size in (3000, 4000):
