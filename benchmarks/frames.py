@@ -6,9 +6,11 @@ third of that: the headers of all calls are the same bytes, what is due goes out
 reply only the frames' heads and the status are read.
 
 Rules:
-    What a caller of gRPC does is done: `grpc-timeout` goes with the call, and one that has had
-    no reply by then is reset, as DEADLINE_EXCEEDED.
-    Flow control, the largest frame and the most streams at a time are kept to.
+    What a caller of gRPC does is done: `grpc-timeout` says what is left when the call is sent, and
+    one that has had no reply by then is reset, as DEADLINE_EXCEEDED; one that is not sent by then
+    never is.
+    Flow control, the largest frame and the most streams at a time are kept to: who has as many
+    waits here for a stream.
     The peer is told to keep no table of headers, so that a status can be found in a block
     without the blocks before it. A block without one is a failure, not a guess.
 
@@ -19,11 +21,13 @@ https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md
 from __future__ import annotations
 
 import asyncio
+import math
 import struct
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import grpc
 
@@ -94,17 +98,22 @@ def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
     return head + payload
 
 
-def request_headers(authority: str, path: str, timeout_s: float) -> bytes:
-    """Lay out the headers of a call, with indices of HPACK's static table where it has them."""
+def request_headers(authority: str, path: str) -> bytes:
+    """Lay out the headers of every call, with indices of HPACK's static table where it has them."""
     fields = (
         (b"\x04", path),
         (b"\x01", authority),
         (b"\x0f\x10", "application/grpc"),  # content-type
         (b"\x00" + literal("te"), "trailers"),
-        (b"\x00" + literal("grpc-timeout"), f"{timeout_s * 1e3:.0f}m"),
     )
     post_over_http = b"\x83\x86"
     return post_over_http + b"".join(name + literal(value) for name, value in fields)
+
+
+@lru_cache(maxsize=1 << 16)
+def timeout_header(milliseconds: int) -> bytes:
+    """Lay out the header that says how long a call may take."""
+    return b"\x00" + literal("grpc-timeout") + literal(f"{milliseconds}m")
 
 
 @dataclass(eq=False, slots=True)
@@ -112,12 +121,12 @@ class _Call:
     """A call without a reply yet.
 
     Attributes:
-        sent_s: when it was made.
+        made_s: when it was made.
         window: bytes that its stream may still send.
         left: of its message, what has not been sent.
     """
 
-    sent_s: float
+    made_s: float
     window: int
     left: memoryview
 
@@ -162,7 +171,7 @@ class Frames(asyncio.Protocol):
         self.idle.clear()
         now_s = time.monotonic()
         if len(self._calls) < self._most_streams:
-            self._begin(now_s)
+            self._begin(now_s, self._timeout_s)
         else:
             self._waiting.append(now_s)
 
@@ -254,13 +263,26 @@ class Frames(asyncio.Protocol):
 
     # Calls.
 
-    def _begin(self, now_s: float) -> None:
+    def _begin(self, made_s: float, left_s: float) -> None:
         """Send a call's headers, and of its message what may be sent."""
         stream, self._next_stream = self._next_stream, self._next_stream + 2
-        call = self._calls[stream] = _Call(now_s, self._stream_window, self._message)
-        self._due.append((now_s + self._timeout_s, stream))
-        self._send(frame(HEADERS, END_HEADERS, stream, self._headers))
+        call = self._calls[stream] = _Call(made_s, self._stream_window, self._message)
+        self._due.append((made_s + self._timeout_s, stream))
+        headers = self._headers + timeout_header(math.ceil(1e3 * left_s))
+        self._send(frame(HEADERS, END_HEADERS, stream, headers))
         self._send_message(stream, call)
+
+    def _begin_next(self, now_s: float) -> None:
+        """Send of the calls that wait for a stream the next that has time."""
+        self._drop_late(now_s)
+        if self._waiting:
+            made_s = self._waiting.popleft()
+            self._begin(made_s, made_s + self._timeout_s - now_s)
+
+    def _drop_late(self, now_s: float) -> None:
+        """Give up the calls that have waited for a stream until their deadline."""
+        while self._waiting and now_s - self._waiting[0] >= self._timeout_s:
+            self._on_end("DEADLINE_EXCEEDED", now_s - self._waiting.popleft(), False)
 
     def _send_message(self, stream: int, call: _Call) -> None:
         """Send of a message what the windows have room for."""
@@ -280,9 +302,9 @@ class Frames(asyncio.Protocol):
         """Report the end of a call, if it has not ended."""
         if (call := self._calls.pop(stream, None)) is None:
             return
-        if self._waiting:
-            self._begin(self._waiting.popleft())
-        self._on_end(code, time.monotonic() - call.sent_s, told)
+        now_s = time.monotonic()
+        self._begin_next(now_s)
+        self._on_end(code, now_s - call.made_s, told)
         if not self._calls:
             self.idle.set()
 
@@ -294,6 +316,7 @@ class Frames(asyncio.Protocol):
             if stream in self._calls:
                 self._send(frame(RST_STREAM, 0, stream, struct.pack(">I", CANCEL)))
                 self._end(stream, "DEADLINE_EXCEEDED")
+        self._drop_late(now_s)
         if not self._transport.is_closing():
             self._loop.call_later(SWEEP_S, self._sweep)
 
@@ -314,7 +337,7 @@ async def connect(
 ) -> Frames:
     """Connect to a server, for calls of one method with one message."""
     host, _, port = address.rpartition(":")
-    headers = request_headers(address, path, timeout_s)
+    headers = request_headers(address, path)
     _, frames = await asyncio.get_running_loop().create_connection(
         lambda: Frames(headers, message, timeout_s, on_end), host, int(port)
     )

@@ -97,8 +97,8 @@ class Case:
         is_open: whether there are open loops, too, in the first round.
         repeats: whether it is part of every round, or of the first alone.
         patience: how much longer than others a measurement takes: a large encoder answers a
-            batch at a time, and few of them. So it has few callers, too: the rate of a server
-            that answers 16 at once is known to no better than 16 in the time.
+            batch at a time, and few of them, so that its rate is known to no better than a batch
+            in the time.
         contenders: who takes part.
     """
 
@@ -128,8 +128,8 @@ CASES = (
          contenders=(*IN_LANES, ON_HTTP)),
     Case(encoder="small", payload="tensor", images=32, concurrencies=(16,), patience=1.5),
     Case(encoder="small", payload="jpeg", images=32, concurrencies=(16,), patience=1.5),
-    Case(encoder="large", payload="tensor", images=1, concurrencies=(1, 4), repeats=True,
-         patience=4, contenders=("horace-kserve", "horace-embed", *STRONGEST)),
+    Case(encoder="large", payload="tensor", images=1, concurrencies=(1, 16), repeats=True,
+         patience=6, contenders=("horace-kserve", "horace-embed", *STRONGEST)),
     Case(encoder="large", payload="jpeg", images=1, concurrencies=(4,), patience=3,
          contenders=("horace-kserve", "triton", "mosec")),
     Case(encoder="large", payload="tensor", images=32, concurrencies=(4,), patience=6,

@@ -95,6 +95,35 @@ def test_a_call_is_given_up_at_its_deadline(server_of):
     asyncio.run(main())
 
 
+def test_who_waits_for_a_stream_says_what_is_left_of_its_time():
+    """As gRPC's own clients do; and one that has waited too long is given up."""
+    left_s, go_on = [], asyncio.Event()
+
+    async def answer(request, context):
+        left_s.append(context.time_remaining())
+        await go_on.wait()
+        return b""
+
+    async def main():
+        server = grpc.aio.server(options=[("grpc.max_concurrent_streams", 1)])
+        handler = grpc.unary_unary_rpc_method_handler(answer)
+        server.add_generic_rpc_handlers(
+            [grpc.method_handlers_generic_handler("horace.v1.Horace", {"Embed": handler})]
+        )
+        address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        await server.start()
+        asyncio.get_running_loop().call_later(0.2, go_on.set)
+        ended = await call(type("At", (), {"address": address}), 2, b"", timeout_s=30.0)
+        assert [code for code, *_ in ended] == ["OK"] * 2
+        assert left_s[1] <= left_s[0] - 0.19
+        go_on.clear()
+        late = await call(type("At", (), {"address": address}), 3, b"", timeout_s=0.05)
+        assert [code for code, *_ in late] == ["DEADLINE_EXCEEDED"] * 3
+        await server.stop(None)
+
+    asyncio.run(main())
+
+
 def test_a_status_is_read_in_either_form_and_never_guessed():
     """Coded as Rust's h2 writes it, plain as grpcio does; a block without one is an error."""
     coded = b"\x00\x88" + huffman("grpc-status") + b"\x82" + huffman("14")
