@@ -471,6 +471,46 @@ def test_grpcio_sends_a_late_caller_nothing(asked, left_s):
         assert said == [b"hello" if asked == b"hello" else (grpc.StatusCode.NOT_FOUND, "no")]
 
 
+def test_grpcio_reads_a_message_to_its_end_though_its_caller_has_gone():
+    """It would keep for ever what it allocates for a message that nobody takes."""
+    read, come = [], asyncio.Event()
+
+    class Call:
+        """A call whose message is on its way."""
+
+        async def read(self):
+            await come.wait()
+            read.append(b"hello")
+            return b"hello"
+
+    async def find(details):
+        return grpc.unary_unary_rpc_method_handler(Parrot().say)
+
+    async def main():
+        handler = await grpcio.Whole().intercept_service(find, None)
+        task = asyncio.create_task(handler.stream_unary(None, Call()))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled()
+        come.set()
+        await asyncio.sleep(0)
+        assert read == [b"hello"]
+
+    asyncio.run(main())
+
+
+def test_a_call_without_its_message_is_told_so(parrot):
+    """At once, and not when its time is up."""
+
+    async def main():
+        async with parrot() as (_, _, channel):
+            error = await failure(channel.stream_unary("/Parrot/Say")(iter(()), timeout=30))
+            assert error.code() is grpc.StatusCode.INTERNAL
+
+    asyncio.run(main())
+
+
 def test_a_stop_answers_what_is_under_way(parrot):
     """Within its grace; afterwards nobody answers."""
 
