@@ -22,6 +22,7 @@ from protos import horace_pb2 as pb
 from serve.errors import RequestError
 from serve.http.body import Body, unknown_field
 from serve.http.replies import Json
+from serve.searching import FINGERPRINT
 
 Message = TypeVar("Message", pb.EmbedRequest, pb.SearchRequest)
 
@@ -125,7 +126,7 @@ def read_search(body: Body, request_id: str) -> tuple[pb.SearchRequest, Asked]:
     if len(given) != 1:
         expected = "one of images, vectors, ids and combined"
         raise RequestError("queries", expected=expected, found=" and ".join(given) or "none")
-    fingerprint = fields.text("fingerprint")
+    fingerprint = fields.fingerprint()
     match given[0]:
         case "images":
             request.images.images.extend(fields.images(asked.refused))
@@ -167,6 +168,13 @@ class Fields:
         if not isinstance(value, str) or not _is_unicode(value):
             raise _wrong(name, "text", value)
         return value
+
+    def fingerprint(self) -> str:
+        """Give the fingerprint of vectors; empty where it is not given. Each has a copy of it."""
+        text = self.text("fingerprint")
+        if text and not FINGERPRINT.fullmatch(text):
+            raise _wrong("fingerprint", "64 hex digits", text)
+        return text
 
     def choice(self, name: str, choices: Sequence[str]) -> str:
         """Give one of some words; the first where none is given."""

@@ -97,6 +97,7 @@ SEARCH = [
     ({"combined": [{"positives": [{"image": "?"}]}]}, "positives: expected an image in base64"),
     ({"combined": [{"nonsense": 1}]}, "expected an object of positives, negatives, negative"),
     ({"ids": [1], "k": 2000}, "k: expected 1 to 1000, found 2000"),
+    ({"ids": [1], "fingerprint": "f" * 65}, "fingerprint: expected 64 hex digits, found 'fff"),
 ]
 
 
