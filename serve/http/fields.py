@@ -9,6 +9,7 @@ Rules:
 from __future__ import annotations
 
 import binascii
+import reprlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -29,6 +30,11 @@ Message = TypeVar("Message", pb.EmbedRequest, pb.SearchRequest)
 MAX_UINT32 = (1 << 32) - 1
 MAX_UINT64 = (1 << 64) - 1
 MAX_FLOAT32 = float(np.finfo(np.float32).max)
+
+SHORT = reprlib.Repr()
+"""Looks at no more of a value than it shows: a caller may send megabytes, or a thousand lists in
+one another, of which `repr` is a RecursionError."""
+SHORT.maxstring = SHORT.maxother = 60
 
 ENCODINGS = ("float", "base64")
 
@@ -332,9 +338,13 @@ def _items(name: str, value: object) -> list[object]:
 
 def _is_unicode(text: str) -> bool:
     """Whether a text can be written as UTF-8, which messages are made of."""
-    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _wrong(name: str, expected: str, value: object) -> RequestError:
     """Say what a field has to be; a value is shown in a few characters."""
-    return RequestError(name, expected=expected, found=f"{value!r:.60}")
+    return RequestError(name, expected=expected, found=f"{SHORT.repr(value):.60}")
