@@ -82,6 +82,24 @@ def test_a_connection_that_no_descriptor_is_left_for_is_tried_few_times_a_turn(
     assert asyncio.run(main()) <= ACCEPTS
 
 
+def test_a_connection_too_many_is_refused_and_no_other(http_serving, fake):
+    """Though it says nothing, those that were there before are served."""
+
+    async def main():
+        async with http_serving(fake, max_calls=2) as (server, first):
+            address, url = httpx.URL(server.http.url), server.http.url + "/readyz"
+            statuses = [(await first.get(url)).status_code]
+            async with httpx.AsyncClient() as second, httpx.AsyncClient() as third:
+                statuses.append((await second.get(url)).status_code)
+                _, silent = await asyncio.open_connection(address.host, address.port)
+                statuses.append((await third.get(url)).status_code)
+                statuses += [(await one.get(url)).status_code for one in (first, second)]
+                silent.close()
+            return statuses
+
+    assert asyncio.run(main()) == [200, 200, 503, 200, 200]
+
+
 def test_a_reply_is_sent_at_once(http_serving, fake, monkeypatch):
     """Nagle's algorithm would hold back its body until the head is acknowledged: 40 ms."""
     at_once, made = [], PatientProtocol.connection_made
