@@ -15,6 +15,7 @@ Source: https://www.w3.org/TR/trace-context/ and OpenTelemetry's conventions for
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 import time
@@ -59,6 +60,9 @@ CLOSE_TIMEOUT_S = 2.0
 
 PROPAGATED = ("traceparent", "tracestate")
 
+TRACE_STATES = "opentelemetry.trace.span"
+"""The logger whose warnings are of a tracestate that is none, with what the caller wrote in it."""
+
 SERVER_FAULTS = {
     grpc.StatusCode.INTERNAL,
     grpc.StatusCode.UNKNOWN,
@@ -88,6 +92,7 @@ class Tracer(Nobody):
             now_ns: nanoseconds since 1970.
         """
         assert options.endpoint is not None
+        logging.getLogger(TRACE_STATES).setLevel(logging.ERROR)
         self._endpoint = options.endpoint
         self._ratio = options.ratio
         self._draw = draw

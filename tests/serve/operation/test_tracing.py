@@ -159,6 +159,16 @@ def test_the_caller_decides_and_where_it_does_not_a_share_is_traced(
     assert len(collector.spans) == traced
 
 
+def test_a_tracestate_that_is_none_is_not_written_to_the_log(collector, caplog):
+    """It is a caller's own metadata; the trace goes on without it."""
+    tracer = tracer_of(collector)
+    state = ("tracestate", "INFO all is well\x9b2J")
+    tracer.answered(call(("traceparent", f"00-{TRACE}-{SPAN}-01"), state), 0.1)
+    tracer.close()
+    assert [span.trace_id.hex() for span in collector.spans] == [TRACE]
+    assert caplog.text == ""
+
+
 def test_the_environment_names_the_service(collector, monkeypatch):
     """By OpenTelemetry's own variable, for which there is no option."""
     monkeypatch.setenv("OTEL_SERVICE_NAME", "images")
