@@ -93,12 +93,12 @@ class Tracer(Nobody):
         """
         assert options.endpoint is not None
         logging.getLogger(TRACE_STATES).setLevel(logging.ERROR)
-        self._endpoint = options.endpoint
+        self._endpoint = endpoint = options.endpoint.removesuffix("/")
         self._ratio = options.ratio
         self._draw = draw
         self._now_ns = now_ns
-        secure = options.endpoint.startswith("https://")
-        exporter = OTLPSpanExporter(endpoint=options.endpoint, insecure=not secure)
+        secure = endpoint.startswith("https://")
+        exporter = OTLPSpanExporter(endpoint=endpoint, insecure=not secure)
         resource = Resource.create({"service.name": SERVICE})
         resource = resource.merge(OTELResourceDetector().detect())  # the environment's name first
         self._provider = TracerProvider(

@@ -266,6 +266,15 @@ def test_an_address_that_is_none_is_refused(endpoint):
         assert TracingOptions(endpoint=good).endpoint == good
 
 
+@pytest.mark.parametrize("form", ["{}", "{}/", "http://{}", "http://{}/"])
+def test_every_form_of_an_address_leads_to_the_collector(collector, form):
+    """As the options allow it."""
+    tracer = Tracer(TracingOptions(endpoint=form.format(collector.address), ratio=1))
+    tracer.answered(call(), 0.1)
+    tracer.close()
+    assert len(collector.spans) == 1
+
+
 def test_a_share_is_a_share():
     """Between none and all."""
     with pytest.raises(UsageError, match=r"--tracing\.ratio: expected 0 to 1, found 2"):
