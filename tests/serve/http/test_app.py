@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import logging
 import re
 
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 
 from index.build import BuildOptions, build
+from protos import horace_pb2 as pb
 from serve.client import AsyncClient
+from serve.http.replies import json_response, search_reply
 
 LITTLE_ENDIAN = {"fp32": "<f4", "fp16": "<f2", "int8": "i1"}
 
@@ -129,6 +132,27 @@ def test_search_finds_what_grpc_finds(http_serving, stored):
     assert by_image["hits"][0]["source"] == "folder:images"  # no path of the server's
     (collection,) = listed["collections"]
     assert (collection["name"], collection["count"]) == ("things", 12)
+
+
+def test_others_have_their_turn_while_a_large_reply_is_laid_out():
+    """A thousand queries may have hundreds of hits each."""
+    reply = pb.SearchResponse(results=[pb.Hits(hits=[pb.Hit(key="k")])] * 100)
+    turns = []
+
+    async def take_turns():
+        while True:
+            turns.append("mine")
+            await asyncio.sleep(0)
+
+    async def main():
+        other = asyncio.create_task(take_turns())
+        document = await search_reply(reply, {3: {"status": "unreadable"}})
+        other.cancel()
+        return document
+
+    results = json.loads(json_response(asyncio.run(main())).body)["results"]
+    assert [result["status"] for result in results] == ["ok"] * 3 + ["unreadable"] + ["ok"] * 96
+    assert len(turns) >= len(results) == 100
 
 
 def test_metadata_comes_as_an_object_where_it_is_asked_for(http_serving, stored, tmp_path):
