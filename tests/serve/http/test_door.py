@@ -212,6 +212,22 @@ def test_a_reply_that_does_not_leave_in_time_is_cut_off_and_counted(
     asyncio.run(main())
 
 
+def test_a_caller_that_reads_nothing_of_its_reply_is_cut_off(
+    http_serving, fake, eventually, monkeypatch
+):
+    """It would keep its place among the connections, and the reply in memory, for ever."""
+    monkeypatch.setattr("serve.http.server.UNREAD_S", 0.1)
+
+    async def main():
+        async with (
+            http_serving(fake) as (server, _),
+            reply_that_nobody_reads(server, None, eventually),
+        ):
+            await eventually(lambda: not server.http._server._uvicorn.server_state.connections)
+
+    asyncio.run(main())
+
+
 def test_connections_that_say_nothing_do_not_hold_a_drain(
     http_serving, fake, tmp_path, monkeypatch
 ):
