@@ -124,7 +124,7 @@ class _Routes:
     async def embed(self, request: Request) -> Response:
         """Embed images."""
 
-        def write(reply: pb.EmbedResponse, asked: Asked) -> Json:
+        async def write(reply: pb.EmbedResponse, asked: Asked) -> Json:
             return embed_reply(reply, asked.refused, as_base64=asked.as_base64)
 
         return await self._ask(request, "Embed", EMBED_FIELDS, read_embed, write)
@@ -132,8 +132,8 @@ class _Routes:
     async def search(self, request: Request) -> Response:
         """Find neighbours."""
 
-        def write(reply: pb.SearchResponse, asked: Asked) -> Json:
-            return search_reply(reply, asked.refused)
+        async def write(reply: pb.SearchResponse, asked: Asked) -> Json:
+            return await search_reply(reply, asked.refused)
 
         return await self._ask(request, "Search", SEARCH_FIELDS, read_search, write)
 
@@ -153,7 +153,7 @@ class _Routes:
         method: str,
         known: Collection[str],
         read: Callable[[Body, str], tuple[Question, Asked]],
-        write: Callable[[Any, Asked], Json],
+        write: Callable[[Any, Asked], Awaitable[Json]],
     ) -> Response:
         """Answer with what a method of the services makes of the body."""
 
@@ -166,7 +166,7 @@ class _Routes:
                 del body  # its images are in the message now
                 call = self._call(method, message, context, entered)
                 reply = await _unless_gone(request, call)
-            return json_response(write(reply, asked))
+            return json_response(await write(reply, asked))
 
         return await self._answer(request, method, work)
 

@@ -31,8 +31,11 @@ from serve.room import SHARE
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
-MAX_FIELD_BYTES = 16 << 10
-"""Of one part that is no image; a filter may be long."""
+MAX_TEXT = 1 << 16
+"""Characters of a part that is no image: those of a filter (`index.filters.MAX_CHARACTERS`)."""
+
+MAX_FIELD_BYTES = 4 * MAX_TEXT
+"""What they take in UTF-8, at most."""
 
 MAX_PART_HEADERS = 8
 

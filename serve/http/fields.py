@@ -9,6 +9,7 @@ Rules:
 from __future__ import annotations
 
 import binascii
+import reprlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -22,12 +23,18 @@ from protos import horace_pb2 as pb
 from serve.errors import RequestError
 from serve.http.body import Body, unknown_field
 from serve.http.replies import Json
+from serve.searching import FINGERPRINT
 
 Message = TypeVar("Message", pb.EmbedRequest, pb.SearchRequest)
 
 MAX_UINT32 = (1 << 32) - 1
 MAX_UINT64 = (1 << 64) - 1
 MAX_FLOAT32 = float(np.finfo(np.float32).max)
+
+SHORT = reprlib.Repr()
+"""Looks at no more of a value than it shows: a caller may send megabytes, or a thousand lists in
+one another, of which `repr` is a RecursionError."""
+SHORT.maxstring = SHORT.maxother = 60
 
 ENCODINGS = ("float", "base64")
 
@@ -125,7 +132,7 @@ def read_search(body: Body, request_id: str) -> tuple[pb.SearchRequest, Asked]:
     if len(given) != 1:
         expected = "one of images, vectors, ids and combined"
         raise RequestError("queries", expected=expected, found=" and ".join(given) or "none")
-    fingerprint = fields.text("fingerprint")
+    fingerprint = fields.fingerprint()
     match given[0]:
         case "images":
             request.images.images.extend(fields.images(asked.refused))
@@ -167,6 +174,13 @@ class Fields:
         if not isinstance(value, str) or not _is_unicode(value):
             raise _wrong(name, "text", value)
         return value
+
+    def fingerprint(self) -> str:
+        """Give the fingerprint of vectors; empty where it is not given. Each has a copy of it."""
+        text = self.text("fingerprint")
+        if text and not FINGERPRINT.fullmatch(text):
+            raise _wrong("fingerprint", "64 hex digits", text)
+        return text
 
     def choice(self, name: str, choices: Sequence[str]) -> str:
         """Give one of some words; the first where none is given."""
@@ -324,9 +338,13 @@ def _items(name: str, value: object) -> list[object]:
 
 def _is_unicode(text: str) -> bool:
     """Whether a text can be written as UTF-8, which messages are made of."""
-    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _wrong(name: str, expected: str, value: object) -> RequestError:
     """Say what a field has to be; a value is shown in a few characters."""
-    return RequestError(name, expected=expected, found=f"{value!r:.60}")
+    return RequestError(name, expected=expected, found=f"{SHORT.repr(value):.60}")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from models.wire import DTYPES
 from protos import horace_pb2 as pb
-from serve.http.body import MAX_FIELD_BYTES
+from serve.http.body import MAX_TEXT
 from serve.http.fields import ENCODINGS, MAX_UINT32
 from serve.http.replies import Json
 from serve.searching import MAX_EFFORT
@@ -136,7 +136,7 @@ def _search(limits: RequestLimits) -> Json:
         "exact": _described({"type": "boolean"}, "compare every vector, and ask no index"),
         "effort": _count("candidates that the index weighs for a query", MAX_EFFORT),
         "filter": _described(
-            {"type": "string", "maxLength": MAX_FIELD_BYTES},
+            {"type": "string", "maxLength": MAX_TEXT},
             "which images may be hits, such as: label = 'Coat'",
         ),
         "min_score": _described(

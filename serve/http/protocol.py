@@ -18,11 +18,12 @@ also where no descriptor is left, and tells of each: uvicorn's 2,048 took a thir
 
 
 class PatientProtocol(H11Protocol):
-    """uvicorn's reader of HTTP/1.1, with two things more.
+    """uvicorn's reader of HTTP/1.1, with three things more.
 
     It tells the application who showed a certificate, and closes a connection that begins a
     request and does not come to the end of its head: the application, which has deadlines for
-    all that follows, never hears of such a one.
+    all that follows, never hears of such a one. A connection above the limit is refused by
+    itself: uvicorn would refuse the requests of all others, too, while it is open.
     """
 
     head_s = HEAD_S
@@ -36,6 +37,9 @@ class PatientProtocol(H11Protocol):
         super().connection_made(transport)
         caller = describe_caller(transport.get_extra_info("ssl_object"))
         self.app_state = {**self.app_state, CALLER_STATE: caller}
+        if self.limit_concurrency is not None:
+            is_too_many = len(self.connections) > self.limit_concurrency
+            self.limit_concurrency = 0 if is_too_many else None
         self._await_head()
 
     def data_received(self, data: bytes) -> None:

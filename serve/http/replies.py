@@ -9,6 +9,7 @@ Rules:
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -30,8 +31,7 @@ def json_response(
     document: Json, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
     """Answer with a document."""
-    body = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
-    return Response(body, status, headers, media_type="application/json")
+    return Response(_write(document), status, headers, media_type="application/json")
 
 
 def embed_reply(reply: pb.EmbedResponse, refused: Mapping[int, Json], *, as_base64: bool) -> Json:
@@ -61,16 +61,18 @@ def embed_reply(reply: pb.EmbedResponse, refused: Mapping[int, Json], *, as_base
     }
 
 
-def search_reply(reply: pb.SearchResponse, refused: Mapping[int, Json]) -> Json:
-    """Lay out a reply of Search."""
+async def search_reply(reply: pb.SearchResponse, refused: Mapping[int, Json]) -> Json:
+    """Lay out a reply of Search, a query at a time: a large one takes half a second."""
+    results = []
+    for n, hits in enumerate(reply.results):
+        result = {**(refused.get(n) or status_of(hits.status)), "hits": _hits(hits)}
+        results.append(orjson.Fragment(_write(result)))
+        await asyncio.sleep(0)  # others have their turn
     return {
         "collection": reply.collection,
         "version": reply.version,
         "fingerprint": reply.fingerprint,
-        "results": [
-            {**(refused.get(n) or status_of(hits.status)), "hits": _hits(hits)}
-            for n, hits in enumerate(reply.results)
-        ],
+        "results": results,
         "timings": _timings(reply.timings),
         "request_id": reply.request_id,
     }
@@ -119,6 +121,11 @@ def status_of(status: pb.ItemStatus) -> Json:
     """Lay out what became of one image or query."""
     code = pb.ItemCode.Name(status.code).lower()
     return {"status": code, "message": status.message} if status.message else {"status": code}
+
+
+def _write(document: Json) -> bytes:
+    """Write a document down."""
+    return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def _number_rows(vectors: pb.Vectors) -> Iterator[Json]:

@@ -3,6 +3,7 @@
 Rules:
     The port is taken when the server's other port is, so that one in use is an error at once.
     uvicorn answers no signal here: who runs the server drains and stops it.
+    A caller that takes nothing of its reply is cut off by the system (tcp(7), TCP_USER_TIMEOUT).
     On stopping no more connections are taken; replies under way have a moment. A drain has
     waited for them by then.
 
@@ -32,6 +33,9 @@ IDLE_CONNECTION_S = 75
 
 MAX_HEAD_BYTES = 32 << 10
 """Of request line and headers."""
+
+UNREAD_S = 75
+"""How long a caller may take no byte of its reply."""
 
 STOP_S = 2
 """How long connections may take to end once the server stops. Not longer: over TLS each waits for
@@ -81,6 +85,8 @@ class HttpServer:
         """
         self._host = host
         self._sockets = bind_all(host, port, shared=self._reuse_port)
+        for listener in self._sockets:  # which every connection has it from
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(UNREAD_S * 1e3))
         self.port = self._sockets[0].getsockname()[1]
         return self.port
 

@@ -91,12 +91,13 @@ def describe_caller(connection: ssl.SSLObject | None) -> Mapping[str, Iterable[b
     if not certificate:
         return {}
     names = [pair for part in certificate.get("subject", ()) for pair in part]
-    other = [value.encode() for _, value in certificate.get("subjectAltName", ())]
+    others = (value for _, value in certificate.get("subjectAltName", ()))
+    texts = [value.encode() for value in others if isinstance(value, str)]  # a DirName is none
     return {
         "transport_security_type": [b"ssl"],
         "x509_subject": [write_name(names).encode()] if names else [],
         "x509_common_name": [value.encode() for name, value in names if name == "commonName"],
-        "x509_subject_alternative_name": other,
+        "x509_subject_alternative_name": texts,
     }
 
 

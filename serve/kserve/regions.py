@@ -83,13 +83,22 @@ class Region:
         """Write some bytes to it.
 
         Raises:
-            RequestError: its file has become too small.
+            RequestError: its file has become too small, or the system has no memory for it.
         """
         start = self.offset + offset
         if os.fstat(self._descriptor).st_size < start + len(data):
             raise self._cut_off()
-        if os.pwrite(self._descriptor, data, start) != len(data):
-            raise self._cut_off()
+        left = memoryview(data)
+        try:
+            while left:
+                written = os.pwrite(self._descriptor, left, start)
+                left, start = left[written:], start + written
+        except OSError as error:  # its size is no promise of memory
+            raise RequestError(
+                f"shared memory region {self.name!r}",
+                expected="memory that can be written",
+                found=reason_of(error),
+            ) from None
 
     def _cut_off(self) -> RequestError:
         """Say that the file is smaller than it was."""

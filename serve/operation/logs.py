@@ -238,13 +238,21 @@ def describe(call: Call, total_s: float) -> dict[str, object]:
 
 
 def request_id_to_log(call: Call) -> str:
-    """Give the caller's name for a request, from the message or the metadata; else make one."""
-    if call.request_id:
-        return printable(call.request_id)
-    for key, value in call.metadata() or ():
+    """Give the caller's name for a request, from the message or the metadata.
+
+    One that has none is given one, which it keeps: the log and a trace are to have the same.
+    """
+    if not call.request_id:
+        call.request_id = _id_in(call.metadata() or ()) or secrets.token_hex(8)
+    return printable(call.request_id)
+
+
+def _id_in(metadata: Iterable[tuple[str, str | bytes]]) -> str:
+    """Give the id that came with a request; empty where none did."""
+    for key, value in metadata:
         if key == REQUEST_ID_KEY and isinstance(value, str):
-            return printable(value)
-    return secrets.token_hex(8)
+            return value
+    return ""
 
 
 def printable(text: str, *, most: int = 128) -> str:

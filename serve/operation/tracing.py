@@ -15,6 +15,7 @@ Source: https://www.w3.org/TR/trace-context/ and OpenTelemetry's conventions for
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 import time
@@ -59,6 +60,9 @@ CLOSE_TIMEOUT_S = 2.0
 
 PROPAGATED = ("traceparent", "tracestate")
 
+TRACE_STATES = "opentelemetry.trace.span"
+"""The logger whose warnings are of a tracestate that is none, with what the caller wrote in it."""
+
 SERVER_FAULTS = {
     grpc.StatusCode.INTERNAL,
     grpc.StatusCode.UNKNOWN,
@@ -88,12 +92,13 @@ class Tracer(Nobody):
             now_ns: nanoseconds since 1970.
         """
         assert options.endpoint is not None
-        self._endpoint = options.endpoint
+        logging.getLogger(TRACE_STATES).setLevel(logging.ERROR)
+        self._endpoint = endpoint = options.endpoint.removesuffix("/")
         self._ratio = options.ratio
         self._draw = draw
         self._now_ns = now_ns
-        secure = options.endpoint.startswith("https://")
-        exporter = OTLPSpanExporter(endpoint=options.endpoint, insecure=not secure)
+        secure = endpoint.startswith("https://")
+        exporter = OTLPSpanExporter(endpoint=endpoint, insecure=not secure)
         resource = Resource.create({"service.name": SERVICE})
         resource = resource.merge(OTELResourceDetector().detect())  # the environment's name first
         self._provider = TracerProvider(

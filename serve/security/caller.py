@@ -24,6 +24,9 @@ from urllib.parse import unquote
 
 REQUEST_ID_KEY = "x-request-id"
 
+MAPPED = "::ffff:"
+"""How an address of IPv4 begins where it is written as one of IPv6 (RFC 4291, section 2.5.5.2)."""
+
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
 
@@ -61,12 +64,17 @@ def certificate_subject(auth_context: Mapping[str, Iterable[bytes]]) -> str:
 
 @lru_cache(maxsize=1024)  # a connection makes many calls
 def host_of(peer: str) -> str:
-    """Give the address in what gRPC calls a peer: without its kind, port and escapes."""
+    """Give the address in what gRPC calls a peer: without its kind, port and escapes.
+
+    One of IPv4 that came to a socket of IPv6, as those for every interface are, is one of IPv4:
+    grpcio calls it so, other doors do not.
+    """
     kind, _, address = peer.partition(":")
     if kind not in ("ipv4", "ipv6"):
         return kind or "unknown"
     host, _, _ = address.rpartition(":")
-    return unquote(host).removeprefix("[").removesuffix("]") or "unknown"
+    bare = unquote(host).removeprefix("[").removesuffix("]")
+    return (bare.removeprefix(MAPPED) if "." in bare else bare) or "unknown"
 
 
 def request_id_of(metadata: Sequence[tuple[str, str | bytes]]) -> str:

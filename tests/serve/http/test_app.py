@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import logging
 import re
 
@@ -9,7 +10,10 @@ import numpy as np
 import pytest
 
 from index.build import BuildOptions, build
+from index.filters import MAX_CHARACTERS
+from protos import horace_pb2 as pb
 from serve.client import AsyncClient
+from serve.http.replies import json_response, search_reply
 
 LITTLE_ENDIAN = {"fp32": "<f4", "fp16": "<f2", "int8": "i1"}
 
@@ -129,6 +133,49 @@ def test_search_finds_what_grpc_finds(http_serving, stored):
     assert by_image["hits"][0]["source"] == "folder:images"  # no path of the server's
     (collection,) = listed["collections"]
     assert (collection["name"], collection["count"]) == ("things", 12)
+
+
+def test_others_have_their_turn_while_a_large_reply_is_laid_out():
+    """A thousand queries may have hundreds of hits each."""
+    reply = pb.SearchResponse(results=[pb.Hits(hits=[pb.Hit(key="k")])] * 100)
+    turns = []
+
+    async def take_turns():
+        while True:
+            turns.append("mine")
+            await asyncio.sleep(0)
+
+    async def main():
+        other = asyncio.create_task(take_turns())
+        document = await search_reply(reply, {3: {"status": "unreadable"}})
+        other.cancel()
+        return document
+
+    results = json.loads(json_response(asyncio.run(main())).body)["results"]
+    assert [result["status"] for result in results] == ["ok"] * 3 + ["unreadable"] + ["ok"] * 96
+    assert len(turns) >= len(results) == 100
+
+
+def test_a_form_may_have_a_filter_of_any_length_that_is_read(http_serving, stored):
+    """As JSON and gRPC may; the description says which."""
+    served = {"bundle": (str(stored.bundle),), "collection": (str(stored.collection),)}
+    most = MAX_CHARACTERS - len("key != ''")
+
+    async def main():
+        async with http_serving(**served) as (_, http):
+            image = files(stored.files[0].read_bytes())
+            replies = [
+                await http.post("/v1/search", files=image, data={"filter": f"key != '{text}'"})
+                for text in ("é" * most, "é" * (most + 1))
+            ]
+            return *replies, (await http.get("/openapi.json")).json()
+
+    read, refused, described = asyncio.run(main())
+    assert (read.status_code, refused.status_code) == (200, 400)
+    assert "filter: expected at most 65536 characters, found 65537" in refused.text
+    content = described["paths"]["/v1/search"]["post"]["requestBody"]["content"]
+    for body in content.values():
+        assert body["schema"]["properties"]["filter"]["maxLength"] == MAX_CHARACTERS
 
 
 def test_metadata_comes_as_an_object_where_it_is_asked_for(http_serving, stored, tmp_path):

@@ -82,6 +82,24 @@ def test_a_connection_that_no_descriptor_is_left_for_is_tried_few_times_a_turn(
     assert asyncio.run(main()) <= ACCEPTS
 
 
+def test_a_connection_too_many_is_refused_and_no_other(http_serving, fake):
+    """Though it says nothing, those that were there before are served."""
+
+    async def main():
+        async with http_serving(fake, max_calls=2) as (server, first):
+            address, url = httpx.URL(server.http.url), server.http.url + "/readyz"
+            statuses = [(await first.get(url)).status_code]
+            async with httpx.AsyncClient() as second, httpx.AsyncClient() as third:
+                statuses.append((await second.get(url)).status_code)
+                _, silent = await asyncio.open_connection(address.host, address.port)
+                statuses.append((await third.get(url)).status_code)
+                statuses += [(await one.get(url)).status_code for one in (first, second)]
+                silent.close()
+            return statuses
+
+    assert asyncio.run(main()) == [200, 200, 503, 200, 200]
+
+
 def test_a_reply_is_sent_at_once(http_serving, fake, monkeypatch):
     """Nagle's algorithm would hold back its body until the head is acknowledged: 40 ms."""
     at_once, made = [], PatientProtocol.connection_made
@@ -190,6 +208,22 @@ def test_a_reply_that_does_not_leave_in_time_is_cut_off_and_counted(
             assert await server.drain(limit_s=0) == 1
             with contextlib.suppress(ConnectionError):
                 assert len(await reader.read()) < MUCH
+
+    asyncio.run(main())
+
+
+def test_a_caller_that_reads_nothing_of_its_reply_is_cut_off(
+    http_serving, fake, eventually, monkeypatch
+):
+    """It would keep its place among the connections, and the reply in memory, for ever."""
+    monkeypatch.setattr("serve.http.server.UNREAD_S", 0.1)
+
+    async def main():
+        async with (
+            http_serving(fake) as (server, _),
+            reply_that_nobody_reads(server, None, eventually),
+        ):
+            await eventually(lambda: not server.http._server._uvicorn.server_state.connections)
 
     asyncio.run(main())
 

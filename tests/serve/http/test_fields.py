@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import reduce
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -78,6 +80,23 @@ def test_whatever_grpc_can_be_asked_http_can(message, names):
     assert {"normalize" if name == "skip_normalize" else name for name in fields_of_grpc} <= set(
         names
     )
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        ("x" * 1000, "'xxxxxxxxxx"),
+        (["x" * 1000] * 1000, "['xxxxxxxxxx"),
+        (reduce(lambda inner, _: [inner], range(1000), []), "[[[[[[[...]]]]]]]"),
+        ({"images": {"data": None}}, "{'images': {'data': None}}"),
+    ],
+)
+def test_of_a_value_that_cannot_be_meant_the_beginning_is_shown(value, found):
+    """And looked at: a caller may send megabytes, or a thousand lists in one another."""
+    with pytest.raises(RequestError) as error:
+        read_search(Body(fields={"k": value}), "")
+    assert str(error.value).startswith(f"k: expected an integer, 1 to 4294967295, found {found}")
+    assert len(str(error.value)) < 120
 
 
 @given(st.lists(st.lists(st.integers(0, 50), max_size=4), max_size=6))

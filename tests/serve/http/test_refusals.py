@@ -97,6 +97,7 @@ SEARCH = [
     ({"combined": [{"positives": [{"image": "?"}]}]}, "positives: expected an image in base64"),
     ({"combined": [{"nonsense": 1}]}, "expected an object of positives, negatives, negative"),
     ({"ids": [1], "k": 2000}, "k: expected 1 to 1000, found 2000"),
+    ({"ids": [1], "fingerprint": "f" * 65}, "fingerprint: expected 64 hex digits, found 'fff"),
 ]
 
 
@@ -153,7 +154,7 @@ BODIES = [
     (a_body(OPEN_FORM, FORM), 400, "multipart form: expected the boundary that ends it"),
     (a_form(b"x", dims=["1", "2"]), 400, "field 'dims': expected one value, found several"),
     (a_form(b"x", model=b"\xff"), 400, "field 'model': expected UTF-8, found other bytes"),
-    (a_form(b"x", model="m" * 20000), 400, "field 'model': expected at most 16384 bytes"),
+    (a_form(b"x", model="m" * 300000), 400, "field 'model': expected at most 262144 bytes"),
     (a_form(*[b"x"] * 9), 400, "images: expected 1 to 8 a request, found more than 8"),
     (
         {"files": [("file", ("a.jpg", b"x" * 20000))]},

@@ -12,6 +12,14 @@ import httpx
 import pytest
 import trustme
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
 
 from serve.http.tls import make_context, write_name
 from serve.security.caller import CURRENT
@@ -211,6 +219,44 @@ def test_without_a_certificate_there_is_no_handshake(
     pem = caller.cert_chain_pems[0].bytes()
     assert seen == [x509.load_pem_x509_certificate(pem).subject.rfc4514_string()]
     assert "CN=Caller\\, Ltd" in seen[0]
+
+
+def issue_with_directory_name(authority, file):
+    """Have the authority vouch for a caller whose other name is a subject, and not a text."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "caller")])
+    vouching = x509.load_pem_x509_certificate(authority.cert_pem.bytes())
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(vouching.subject)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(vouching.not_valid_before_utc)
+        .not_valid_after(vouching.not_valid_after_utc)
+        .add_extension(x509.SubjectAlternativeName([x509.DirectoryName(name)]), critical=False)
+        .sign(load_pem_private_key(authority.private_key_pem.bytes(), None), hashes.SHA256())
+    )
+    pem, pkcs8 = Encoding.PEM, PrivateFormat.PKCS8
+    file.write_bytes(key.private_bytes(pem, pkcs8, NoEncryption()) + certificate.public_bytes(pem))
+
+
+def test_a_caller_may_have_another_name_that_is_no_text(http_serving, fake, tmp_path, authority):
+    """It is let in, and known by its subject."""
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    tls = TlsOptions(**write_certificate(tmp_path, authority), client_ca=str(tmp_path / "ca.pem"))
+    issue_with_directory_name(authority, tmp_path / "caller.pem")
+    context = context_for(authority)
+    context.load_cert_chain(tmp_path / "caller.pem")
+
+    async def main():
+        async with (
+            http_serving(fake, tls=tls) as (server, _),
+            httpx.AsyncClient(verify=context, timeout=5) as http,
+        ):
+            return await http.get(server.http.url + "/v1/models")
+
+    assert asyncio.run(main()).status_code == 200
 
 
 def shake_hands(url, context, session=None):

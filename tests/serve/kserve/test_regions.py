@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,6 +118,20 @@ def test_what_does_not_fit_is_not_written(regions, shm):
     with pytest.raises(RequestError, match="region 'r': expected room for 11 bytes, found 10"):
         regions.find("", "r").slice(0, 10).write(bytes(11))
     assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("offset", [20, 50])
+def test_memory_that_the_system_does_not_have_is_an_error_of_the_callers(regions, shm, offset):
+    """A file may be larger than what can be written to it, such as in a full /dev/shm."""
+    make(shm, "mine", 100)
+    regions.register("", "r", "mine", 0, 100)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, hard))
+    try:
+        with pytest.raises(RequestError, match="'r': expected memory that can be written, found F"):
+            regions.find("", "r").slice(offset, 100 - offset).write(bytes(100 - offset))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_names_are_unique_and_few(regions, shm):

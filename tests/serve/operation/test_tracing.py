@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import socket
 import subprocess
@@ -16,8 +17,9 @@ from models.errors import UsageError
 from models.wire import image_to_wire
 from protos import horace_pb2 as pb
 from protos import horace_pb2_grpc as pb_grpc
-from serve.operation.observer import Call
-from serve.operation.options import TracingOptions
+from serve.operation.logs import RequestLog
+from serve.operation.observer import Call, Observers
+from serve.operation.options import LogOptions, TracingOptions
 from serve.operation.tracing import Tracer
 
 ROOT = Path(__file__).parents[3]
@@ -159,6 +161,26 @@ def test_the_caller_decides_and_where_it_does_not_a_share_is_traced(
     assert len(collector.spans) == traced
 
 
+def test_a_tracestate_that_is_none_is_not_written_to_the_log(collector, caplog):
+    """It is a caller's own metadata; the trace goes on without it."""
+    tracer = tracer_of(collector)
+    state = ("tracestate", "INFO all is well\x9b2J")
+    tracer.answered(call(("traceparent", f"00-{TRACE}-{SPAN}-01"), state), 0.1)
+    tracer.close()
+    assert [span.trace_id.hex() for span in collector.spans] == [TRACE]
+    assert caplog.text == ""
+
+
+def test_the_log_and_the_trace_have_one_id_of_a_request_that_was_not_named(collector, caplog):
+    """Or nobody finds the one by the other."""
+    caplog.set_level(logging.INFO, "horace.request")
+    failed, tracer = call(code=grpc.StatusCode.INTERNAL), tracer_of(collector)
+    Observers([RequestLog(LogOptions()), tracer]).answered(failed, 0.1)
+    tracer.close()
+    ids = [attributes(span)["horace.request_id"] for span in collector.spans]
+    assert ids == [record.fields["request_id"] for record in caplog.records]
+
+
 def test_the_environment_names_the_service(collector, monkeypatch):
     """By OpenTelemetry's own variable, for which there is no option."""
     monkeypatch.setenv("OTEL_SERVICE_NAME", "images")
@@ -242,6 +264,15 @@ def test_an_address_that_is_none_is_refused(endpoint):
         TracingOptions(endpoint=endpoint)
     for good in ("c:4317", "http://c:4317", "https://10.0.0.1:4317/", "[::1]:4317"):
         assert TracingOptions(endpoint=good).endpoint == good
+
+
+@pytest.mark.parametrize("form", ["{}", "{}/", "http://{}", "http://{}/"])
+def test_every_form_of_an_address_leads_to_the_collector(collector, form):
+    """As the options allow it."""
+    tracer = Tracer(TracingOptions(endpoint=form.format(collector.address), ratio=1))
+    tracer.answered(call(), 0.1)
+    tracer.close()
+    assert len(collector.spans) == 1
 
 
 def test_a_share_is_a_share():
