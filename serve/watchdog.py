@@ -17,6 +17,7 @@ does the supervisor of several workers (`serve.workers`).
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -135,13 +136,14 @@ class Watchdog:
             watched: what has threads.
             limit_s: how long one piece of its work may take; as the options say where None.
         """
+        if limit_s is None:
+            limit_s = self._options.stuck_s or math.inf
         with self._lock:
-            self._watched[watched] = self._options.stuck_s if limit_s is None else limit_s
+            self._watched[watched] = limit_s
 
     def start(self) -> None:
         """Begin to look."""
-        if self._options.stuck_s:
-            self._thread.start()
+        self._thread.start()
 
     def close(self) -> None:
         """Look no more."""
