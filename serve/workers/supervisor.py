@@ -63,6 +63,7 @@ class Worker:
     """One place among the workers, and the process that has it.
 
     Attributes:
+        ready_s: since when it serves; None where it starts.
         pulse: whether the process owes an answer, and for how long it has.
         killed_why: why the supervisor has killed it; empty where it has not.
     """
@@ -70,8 +71,7 @@ class Worker:
     place: WorkerPlace
     process: SpawnProcess | None = None
     pipe: Connection | None = None
-    started_s: float = 0.0
-    is_ready: bool = False
+    ready_s: float | None = None
     pulse: Pulse = field(default_factory=Pulse)
     last_words: Failed | None = None
     killed_why: str = ""
@@ -79,6 +79,11 @@ class Worker:
 
     def __str__(self) -> str:
         return str(self.place)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it serves."""
+        return self.ready_s is not None
 
 
 Event = tuple[
@@ -191,7 +196,7 @@ class Supervisor:
             worker.pulse.beat += 1
             return
         assert isinstance(report, Ready)
-        worker.is_ready = True
+        worker.ready_s = self._clock()
         if self._announced:
             log.info("%s serves again", worker)
         elif all(other.is_ready for other in self._workers) and not self._stops:
@@ -230,7 +235,8 @@ class Supervisor:
         process.join()
         self._drop_pipe(worker)
         how, words = _how(process.exitcode, worker.killed_why), worker.last_words
-        worker.is_ready, worker.last_words, worker.killed_why = False, None, ""
+        lived_s = 0.0 if worker.ready_s is None else self._clock() - worker.ready_s
+        worker.ready_s, worker.last_words, worker.killed_why = None, None, ""
         if self._stops:
             if process.exitcode:
                 self._bad_ends.append(f"{worker}: {words.line}" if words else f"{worker} {how}")
@@ -239,7 +245,7 @@ class Supervisor:
             self._stop("that")
         else:
             why = f"{how}: {words.line}" if words else how
-            self._follow(worker, why, lived_s=self._clock() - worker.started_s)
+            self._follow(worker, why, lived_s=lived_s)
 
     def _follow(self, worker: Worker, why: str, *, lived_s: float) -> None:
         """Have another process in a worker's place, after a while."""
@@ -285,7 +291,7 @@ class Supervisor:
             with _signals_held():
                 process.start()
             undo.pop_all()
-        worker.process, worker.pipe, worker.started_s = process, ours, self._clock()
+        worker.process, worker.pipe = process, ours
         worker.pulse = Pulse()
         loop = asyncio.get_running_loop()
         loop.add_reader(ours.fileno(), self._read, worker)

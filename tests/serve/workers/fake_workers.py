@@ -26,6 +26,10 @@ def fake_worker(options, place, pipe) -> None:
         sys.exit(1)
     if behaviour == "one dies" and place.index == 1:
         sys.exit(3)
+    if behaviour == "one cannot start again" and place.index == 1:
+        if (memory / "started").exists():
+            sys.exit(3)
+        (memory / "started").write_text("")
     pipe.send(Ready(line=f"serving on port {options.port > 0}"))
     if behaviour == "one dies later" and place.index == 1:
         mark = memory / "died"

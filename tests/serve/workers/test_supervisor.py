@@ -95,6 +95,20 @@ def test_a_worker_that_dies_is_followed_by_another(supervise, caplog, eventually
     assert "worker 1 ended with status 4: a reason; another follows in 0.1 s" in caplog.text
 
 
+def test_one_that_dies_of_starting_waits_longer_each_time(supervise, caplog, eventually):
+    """However long its starts take: an hour each, by this clock."""
+    hours = itertools.count(step=3600.0)
+
+    async def script(minding, orders):
+        minding._workers[1].process.kill()
+        await eventually(lambda: "follows in 0.2 s" in caplog.text)
+        await stop(minding, orders)
+
+    supervise("one cannot start again", script, clock=lambda: next(hours), silent_s=0)
+    assert "worker 1 died of SIGKILL; another follows in 0.0 s" in caplog.text
+    assert "worker 1 ended with status 3; another follows in 0.1 s" in caplog.text
+
+
 @pytest.mark.parametrize("what", ["Pipe", "Process"])
 def test_a_process_that_cannot_be_started_is_tried_again(
     supervise, monkeypatch, caplog, eventually, what
@@ -247,11 +261,11 @@ def test_who_starts_or_drains_is_not_killed_for_silence(supervise, caplog, tmp_p
     async def script(minding, orders):
         worker = minding._workers[1]
         worker.pulse = Pulse(beat=1, seen_beat=1, seen_s=3600.0)  # owes an answer since ever
-        worker.is_ready = False
+        worker.ready_s = None
         minding._ask_all()
         await stop(minding, orders)
         await eventually((tmp_path / "told").exists)
-        worker.is_ready = True
+        worker.ready_s = 0.0
         minding._ask_all()
         await stop(minding, orders)
 
