@@ -43,11 +43,13 @@ class WatchdogOptions:
 
     opening_s: float = 900.0
     """How long opening or closing one model or collection may take before its thread is replaced,
-    so that the next can be opened; engines for GPUs are built for minutes."""
+    so that the next can be opened; engines for GPUs are built for minutes. A worker that starts
+    may not answer for as long."""
 
     silent_s: float = 60.0
-    """How long the event loop of a worker may not answer before the process is killed and replaced;
-    0: as long as it likes, as while it is looked into with a debugger. For --workers."""
+    """How long the event loop of a worker that serves may not answer before the process is killed
+    and replaced; 0: all may for as long as they like, as while one is looked into with a debugger.
+    For --workers."""
 
     def __post_init__(self) -> None:
         """Check the values.

@@ -6,10 +6,11 @@ Rules:
     the start with its own error.
     After that a worker that dies is started again, at once or after a while (`restarts`),
     and again where the system cannot start it; meanwhile the others serve.
-    A worker that is ready is asked now and again whether its event loop turns, once all have
-    been ready and until they are to stop. One that does not answer for too long is killed, and
-    followed like one that died. Only time in which the supervisor itself ran counts
-    (`serve.watchdog`): a machine that slept has no silent workers.
+    A worker is asked now and again whether its event loop turns, until all are to stop. One that
+    does not answer for too long is killed, and followed like one that died; one that starts has
+    as long as the opening of a model, since it answers nothing before its libraries are loaded.
+    Only time in which the supervisor itself ran counts (`serve.watchdog`): a machine that slept
+    has no silent workers.
     The first order to stop drains every worker, the second cuts them off; one that does not
     end then is killed. The end is good if every worker's was.
     Nothing is waited for, and least of all a worker that reads its orders no more.
@@ -145,6 +146,7 @@ class Supervisor:
             try:
                 for worker in self._workers:
                     self._start_first(worker)
+                self._ask_later()
                 while any(worker.process for worker in self._workers) or not self._stops:
                     self._handle(*await self._events.get())
             finally:
@@ -196,13 +198,12 @@ class Supervisor:
             worker.pulse.beat += 1
             return
         assert isinstance(report, Ready)
-        worker.ready_s = self._clock()
+        worker.ready_s, worker.pulse.seen_s = self._clock(), 0.0
         if self._announced:
             log.info("%s serves again", worker)
         elif all(other.is_ready for other in self._workers) and not self._stops:
             self._announced = True
             self._on_ready(report.line)
-            self._ask_later()
 
     def _ask_later(self) -> None:
         """Ask all workers whether they are there after a while, if that is wanted."""
@@ -211,14 +212,17 @@ class Supervisor:
             self._put_later(ASK_EVERY_S, "ask")
 
     def _ask_all(self) -> None:
-        """Ask those that serve whether they are there, and kill those that have not answered."""
+        """Ask all whether they are there, and kill those that have not answered."""
         elapsed_s = min(self._clock() - self._asked_s, 2 * ASK_EVERY_S)
-        limit_s = self._options.watchdog.silent_s
+        watchdog = self._options.watchdog
         if self._stops:
             return
         for worker in self._workers:
-            if not worker.is_ready or worker.killed_why:
+            if worker.process is None or worker.killed_why:
                 continue
+            limit_s = watchdog.silent_s
+            if not worker.is_ready:
+                limit_s = max(limit_s, watchdog.opening_s)
             if is_stuck(worker.pulse, elapsed_s=elapsed_s, limit_s=limit_s):
                 why = f"its event loop had not answered for {limit_s:g} s"
                 log.error("%s is killed: %s", worker, why)

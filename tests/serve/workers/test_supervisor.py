@@ -213,6 +213,7 @@ def test_a_worker_that_hangs_is_killed_and_followed_by_another(supervise, caplog
     """The log says why it was killed, not only that it died of a signal."""
 
     async def script(minding, orders):
+        orders.reloads.put_nowait("SIGHUP")
         await eventually(lambda: "worker 1 serves again" in caplog.text)
         await stop(minding, orders)
 
@@ -255,23 +256,40 @@ def test_a_worker_that_reads_no_orders_holds_up_nobody(supervise, caplog, tmp_pa
         supervise("good", script)
 
 
-def test_who_starts_or_drains_is_not_killed_for_silence(supervise, caplog, tmp_path, eventually):
-    """Both have limits of their own."""
+def test_who_drains_is_not_killed_for_silence(supervise, caplog, tmp_path, eventually):
+    """It has a limit of its own."""
 
     async def script(minding, orders):
-        worker = minding._workers[1]
-        worker.pulse = Pulse(beat=1, seen_beat=1, seen_s=3600.0)  # owes an answer since ever
-        worker.ready_s = None
-        minding._ask_all()
         await stop(minding, orders)
         await eventually((tmp_path / "told").exists)
-        worker.ready_s = 0.0
+        minding._workers[1].pulse = Pulse(beat=1, seen_beat=1, seen_s=3600.0)  # since ever
         minding._ask_all()
         await stop(minding, orders)
 
     with pytest.raises(UnavailableError, match="drain: 2 cut off"):
         supervise("stubborn", script)
     assert "is killed" not in caplog.text
+
+
+def test_who_starts_may_be_silent_for_as_long_as_a_model_may_take(
+    supervise, caplog, tmp_path, eventually
+):
+    """Then it is killed and followed, as one that serves is much sooner."""
+
+    async def script(minding, orders):
+        worker = minding._workers[1]
+        worker.process.kill()
+        await eventually((tmp_path / "start-1").exists)
+        for seen_s in (890.0, 900.0):
+            assert "is killed" not in caplog.text
+            worker.pulse = Pulse(beat=1, seen_beat=1, seen_s=seen_s)
+            minding._asked_s = minding._clock() - 1.0
+            minding._ask_all()
+        await eventually(lambda: "worker 1 serves again" in caplog.text)
+        await stop(minding, orders)
+
+    supervise("one hangs as it starts again", script)
+    assert "worker 1 is killed: its event loop had not answered for 900 s" in caplog.text
 
 
 def test_an_order_before_they_are_ready_ends_well(supervise):
