@@ -127,7 +127,11 @@ class Server:
         self._loop: asyncio.AbstractEventLoop | None = None
         self.recovery = Recovery(self._probe, on_change=self._tell_health)
         self._reaching = Recovery(
-            self._reach, on_change=lambda: None, every_s=REACH_EVERY_S, what="remote models: "
+            self._reach,
+            on_change=lambda: None,
+            every_s=REACH_EVERY_S,
+            what="remote models: ",
+            over="all that are served answer",  # or the one that did not is unloaded
         )
         self._watchdog = Watchdog(options.watchdog)
         self._closing.callback(self._watchdog.close)

@@ -232,3 +232,25 @@ def test_a_model_whose_servers_are_away_keeps_no_other_from_being_served(serving
                 await server._probe()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("frontend", ["grpcio"])  # what it does not touch
+def test_a_remote_model_that_is_unloaded_is_not_said_to_answer(
+    serving, fake, monkeypatch, caplog, eventually
+):
+    """Its servers are away; what is asked for no more keeps nobody waiting."""
+    caplog.set_level("INFO", "horace.serve")
+    monkeypatch.setattr("serve.server.REACH_EVERY_S", 0.01)
+
+    async def main():
+        async with serving(fake, replace(fake, name="far"), model_control=True) as server:
+            far = server.catalog.model("far")
+            far.encoder.failures = [EncoderUnavailableError("its servers")] * 1000
+            with pytest.raises(HoraceError):
+                await server._ask(far)
+            await eventually(lambda: "remote models: not ready yet" in caplog.text)
+            await server.lifecycle.unload("far")
+            await eventually(lambda: "remote models: all that are served answer" in caplog.text)
+            assert "ready again" not in caplog.text
+
+    asyncio.run(main())
