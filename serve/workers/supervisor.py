@@ -39,13 +39,13 @@ from typing import Literal
 from models.errors import HoraceError, UsageError, reason_of
 from serve.config import ServeOptions
 from serve.errors import StartError, UnavailableError
-from serve.running import BETWEEN_RELOADS_S, Orders
+from serve.running import BETWEEN_RELOADS_S, HELD_SIGNALS, Orders
 from serve.watchdog import Pulse, is_stuck
 from serve.workers.messages import Answer, Failed, Order, Ready, Report
 from serve.workers.place import WorkerPlace
 from serve.workers.ports import held_port
 from serve.workers.restarts import Restarts
-from serve.workers.worker import HELD_SIGNALS, run_worker
+from serve.workers.worker import run_worker
 
 log = logging.getLogger("horace.serve")
 

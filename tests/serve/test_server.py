@@ -194,8 +194,18 @@ def test_a_second_signal_cuts_off_at_once(start_server, make_bundle):
     assert server.process.wait(120) == 1
 
 
+def holds(process: subprocess.Popen[str], number: signal.Signals) -> bool:
+    """Whether a process has a signal blocked: see proc(5)."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    (blocked,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigBlk"))
+    return bool(int(blocked, 16) >> (number - 1) & 1)
+
+
 def test_a_signal_ends_a_start_that_hangs():
-    """The server of a remote model never answers: SIGTERM is heard all the same."""
+    """The server of a remote model never answers: SIGTERM is heard all the same.
+
+    And one that comes before there is who can handle it waits: SIGHUP would end the process.
+    """
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -205,6 +215,9 @@ def test_a_signal_ends_a_start_that_hangs():
         with subprocess.Popen(
             argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         ) as server:
+            while not holds(server, signal.SIGHUP):
+                assert server.poll() is None
+            server.send_signal(signal.SIGHUP)
             connection, _ = silent.accept()
             with connection:
                 server.send_signal(signal.SIGTERM)
