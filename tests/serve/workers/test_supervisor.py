@@ -19,6 +19,7 @@ from serve.errors import StartError, UnavailableError
 from serve.running import Orders
 from serve.watchdog import Pulse, WatchdogOptions
 from serve.workers import supervisor as module
+from serve.workers.messages import Order
 from serve.workers.supervisor import Supervisor
 
 FAKES = Path(__file__).with_name("fake_workers.py")
@@ -245,7 +246,8 @@ def test_a_worker_that_reads_no_orders_holds_up_nobody(supervise, caplog, tmp_pa
     async def script(minding, orders):
         os.kill(minding._workers[0].process.pid, signal.SIGSTOP)
         for _ in range(2000):
-            minding._handle("reload", None, "SIGHUP")
+            minding._tell(minding._workers[0], Order.RELOAD)
+        minding._handle("reload", None, "SIGHUP")
         await eventually((tmp_path / "reloads-1").exists)
         await stop(minding, orders)
         await stop(minding, orders)
