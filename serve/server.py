@@ -60,7 +60,7 @@ from serve.screen import Method, Screen
 from serve.security.security import Security
 from serve.security.wire import most_fields
 from serve.services import HoraceServicer
-from serve.unsent import count_unsent
+from serve.unsent import count_unsent, cut_off_unsent
 from serve.valve import LoopLag, Valve
 from serve.watchdog import Watchdog
 from serve.workers.place import ALONE, WorkerPlace
@@ -253,6 +253,8 @@ class Server:
             await asyncio.sleep(LOOK_EVERY_S)
         cut_off = self.unfinished
         self.health.close()
+        if cut_off:
+            cut_off_unsent({self.port})
         await self._front.stop(None if cut_off else LAST_REPLIES_S)
         await self.http.stop(cut_off=bool(cut_off))
         self._closing.close()
@@ -262,6 +264,7 @@ class Server:
         """Stop at once; calls under way are cut off."""
         self._end_changes()
         self.health.close()
+        cut_off_unsent({self.port})
         await self._front.stop(None)
         await self.http.stop(cut_off=True)
         self._closing.close()
