@@ -84,6 +84,8 @@ def config(fingerprint: str = "f" * 64, **changes: object) -> model_config_pb2.M
     for name, value in changes.items():
         if name in ("fingerprint", "preprocessing"):
             written.parameters[name].string_value = str(value)
+        elif name == "dim":
+            written.output[0].dims[:] = [value]
         else:
             setattr(written, name, value)
     return written
@@ -434,6 +436,10 @@ def test_nobody_there_is_an_error_at_once():
             "expected one that this version of Horace can do, found preprocessing",
         ),
         ({"max_batch_size": 0}, r"expected batches of images UINT8 \[2, 2, 1\] in, embeddings FP3"),
+        (
+            {"dim": -1},
+            r"found inputs \['images'\], outputs \['embeddings \[-1\]'\], max_batch_size 2",
+        ),
     ],
 )
 def test_a_model_that_does_not_say_what_it_is_is_refused(two, changes, line):
