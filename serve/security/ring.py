@@ -148,7 +148,7 @@ def _read_lines(text: str, where: str) -> list[ApiKey]:
     """Read every line of a key file."""
     keys = [
         replace(_read_line(line.strip(), f"{where}, line {n}"), line=n)
-        for n, line in enumerate(text.splitlines(), 1)
+        for n, line in enumerate(text.split("\n"), 1)  # as `sed` counts, which deletes by number
         if line.strip() and not line.lstrip().startswith("#")
     ]
     limits: dict[str, tuple[tuple[str, float], ...]] = {}
