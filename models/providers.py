@@ -135,8 +135,8 @@ def split_placement(encoder: str) -> tuple[str, Placement | None]:
             found=", ".join("=".join(option) for option in options),
             mend="a server's models are placed where it is started" if "://" in where else None,
         )
-    # The provider was looked up among those there are, which mypy does not see.
-    return where, Placement(provider=provider, device=int(device))  # type: ignore[arg-type]
+    known = next(each for each in PROVIDERS if each == provider)
+    return where, Placement(provider=known, device=int(device))
 
 
 def sizes_to_plan(provider: Provider, largest: int) -> tuple[int, ...]:

@@ -44,6 +44,7 @@ AWAY = frozenset(
         grpc.StatusCode.UNAVAILABLE,
         grpc.StatusCode.RESOURCE_EXHAUSTED,
         grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.CANCELLED,  # a stopping gRPC server ends so what it has not looked at
     }
 )
 """What a server says, or gRPC for it, that may answer later."""
@@ -53,7 +54,7 @@ RETRY = {
     "initialBackoff": "0.2s",
     "maxBackoff": "5s",
     "backoffMultiplier": 3,
-    "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+    "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED"],
 }
 """gRPC tries again by itself, within the deadline: a server that restarts, or has no room for
 a moment, must not end a build of hours."""

@@ -23,7 +23,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
 import grpc
 import numpy as np
@@ -168,7 +167,7 @@ class TritonEncoder:
             raise errors[0]
         first = next(iter(models.values()))
         for endpoint, model in models.items():
-            self._connections[endpoint].checked_s = self._clock()
+            self._connections[endpoint].note(model, self._clock())
             if model.fingerprint != first.fingerprint:
                 raise self._mismatch(first.fingerprint, model.fingerprint, endpoint)
         for error in errors:
@@ -179,13 +178,12 @@ class TritonEncoder:
 
     def _encode(self, images_NHWC: NDArray[np.uint8], deadline_s: float) -> NDArray[np.float32]:
         """Embed one request's worth of images, on whichever endpoint can."""
-        request = write_request(self.name, images_NHWC)
         tried: set[Endpoint] = set()
         while True:
             with self._lock:
                 endpoint = self._endpoints.take(self._clock(), tried=tried)
             try:
-                vectors_ND = self._attempt(endpoint, request, len(images_NHWC), deadline_s)
+                vectors_ND = self._attempt(endpoint, images_NHWC, deadline_s)
             except Failure as failure:
                 tried.add(endpoint)
                 all_tried = len(tried) == len(self._endpoints.all)
@@ -204,15 +202,37 @@ class TritonEncoder:
                 return vectors_ND
 
     def _attempt(
-        self, endpoint: Endpoint, request: Any, images: int, deadline_s: float
+        self, endpoint: Endpoint, images_NHWC: NDArray[np.uint8], deadline_s: float
     ) -> NDArray[np.float32]:
         """Embed on one endpoint, which is known to serve the right encoder.
+
+        One that was away on opening, or was set up anew, may take fewer images at once.
 
         Raises:
             Failure: it did not.
         """
         connection = self._connections[endpoint]
         self._check_identity(endpoint, connection, deadline_s)
+        step = connection.max_batch_size
+        parts = [
+            self._infer(endpoint, connection, images_NHWC[n : n + step], deadline_s)
+            for n in range(0, len(images_NHWC), step)
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _infer(
+        self,
+        endpoint: Endpoint,
+        connection: Connection,
+        images_NHWC: NDArray[np.uint8],
+        deadline_s: float,
+    ) -> NDArray[np.float32]:
+        """Send one request.
+
+        Raises:
+            Failure: it came to nothing, or its vectors are another encoder's.
+        """
+        request = write_request(self.name, images_NHWC)
         try:
             reply = connection.stub.ModelInfer(request, timeout=self._left_s(deadline_s))
         except (grpc.RpcError, ValueError) as error:  # ValueError: the channel is closed
@@ -223,7 +243,7 @@ class TritonEncoder:
             connection.checked_s = None
             raise Failure(self._mismatch(self.fingerprint, said, endpoint), is_lasting=True)
         try:
-            return read_reply(reply, images, self.dim, self._label(endpoint))
+            return read_reply(reply, len(images_NHWC), self.dim, self._label(endpoint))
         except EncoderError as error:
             raise Failure(error, is_lasting=True) from error
 
@@ -244,7 +264,7 @@ class TritonEncoder:
         if found.fingerprint != self.fingerprint:
             error = self._mismatch(self.fingerprint, found.fingerprint, endpoint)
             raise Failure(error, is_lasting=True)
-        connection.checked_s = now_s
+        connection.note(found, now_s)
 
     def _note(self, endpoint: Endpoint, failure: Failure, tried: set[Endpoint]) -> float:
         """Keep account of a failure; give how long to wait before the next attempt."""

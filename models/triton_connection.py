@@ -62,18 +62,28 @@ class Failure(Exception):
 
 
 class Connection:
-    """The channel to one endpoint, and when it last said what it serves."""
+    """The channel to one endpoint, and what it said last of what it serves.
+
+    Attributes:
+        checked_s: when that was; None where it is to be asked.
+        max_batch_size: images that it takes at once.
+    """
 
     def __init__(self, address: str) -> None:
         self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
         self.stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self.checked_s: float | None = None
+        self.max_batch_size = 1
 
     def ask(self, name: str, timeout_s: float) -> Any:
         """Ask for a model's configuration; gives the future of the answer."""
         return self.stub.ModelConfig.future(
             service_pb2.ModelConfigRequest(name=name), timeout=timeout_s
         )
+
+    def note(self, model: TritonModel, now_s: float) -> None:
+        """Remember what it has said."""
+        self.checked_s, self.max_batch_size = now_s, model.max_batch_size
 
     def close(self) -> None:
         """Close it; calls under way end."""

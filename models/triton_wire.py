@@ -102,12 +102,14 @@ def read_config(config: Any, label: str) -> TritonModel:
         or vector is None
         or vector.data_type != model_config_pb2.TYPE_FP32
         or len(vector.dims) != 1
+        or vector.dims[0] < 1
         or config.max_batch_size < 1
     ):
         raise EncoderError(
             f"configuration of {label}",
             expected=f"batches of {INPUT_NAME} UINT8 {pixels} in, {OUTPUT_NAME} FP32 [D] out",
-            found=f"inputs {[name for name, *_ in inputs]}, outputs {list(outputs)}, "
+            found=f"inputs {[name for name, *_ in inputs]}, outputs "
+            f"{[f'{name} {list(each.dims)}' for name, each in outputs.items()]}, "
             f"max_batch_size {config.max_batch_size}",
             mend="lay the model out with `python -m train.export.triton BUNDLE --out REPOSITORY`",
         )

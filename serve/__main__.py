@@ -4,7 +4,8 @@ Rules:
     One line on stdout says that the server is ready and where; logs go to stderr.
     SIGTERM or SIGINT drains: not ready, calls under way are answered, exit status 0. After
     `--drain-s` what is left is cut off, and the exit status is 1; a second signal cuts off
-    at once. A signal before the server is ready ends it with exit status 0.
+    at once. A signal before the server is ready ends it with exit status 0, also one that comes
+    while this is loaded, which takes a second: it waits for who can handle it.
     SIGHUP reads again what is served: bundles, collections, certificates, keys. What is
     refused is logged, and what was there stays.
     With `--workers` the same holds of all of them together: one line when all are ready, and
@@ -13,7 +14,11 @@ Rules:
 
 from __future__ import annotations
 
+import signal
 import sys
+
+if __name__ == "__main__":  # until `orders_by_signal`; also as process 1, which loses it otherwise
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 
 from models.command import run_command
 from serve.config import ServeOptions

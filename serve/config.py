@@ -168,6 +168,10 @@ class ServeOptions:
                 found=f"--workers {self.workers}",
                 mend="let them watch the disk with --watch-s, or send SIGHUP",
             )
+        most = 65536 - self.workers
+        if self.metrics.port and self.metrics.port > most:
+            expected = f"0 to {most}: worker i takes this number + i"
+            raise UsageError("--metrics.port", expected=expected, found=str(self.metrics.port))
         bundles = tuple(map(read_model_options, self.bundle))
         if not bundles and self.repository is None:
             bundles = (ModelOptions(name=None, path=str(SHIPPED_BUNDLE)),)

@@ -33,6 +33,7 @@ class Recovery:
         on_change: Callable[[], None],
         every_s: float = 1.0,
         what: str = "",
+        over: str = "ready again: an image went through every model",
     ) -> None:
         """Have no trouble yet.
 
@@ -41,11 +42,12 @@ class Recovery:
             on_change: told when `in_trouble` has changed.
             every_s: how long to wait after a probe that failed.
             what: begins the lines of the log.
+            over: what the log says when it is over.
         """
         self._probe = probe
         self._on_change = on_change
         self._every_s = every_s
-        self._what = what
+        self._what, self._over = what, over
         self._troubles = self._overcome = 0
         self._is_closed = False
         self._probing: asyncio.Task[None] | None = None
@@ -87,5 +89,5 @@ class Recovery:
                 await asyncio.sleep(self._every_s)
             else:
                 self._overcome = seen
-        log.info("%sready again: an image went through every model", self._what)
+        log.info("%s%s", self._what, self._over)
         self._on_change()

@@ -36,6 +36,10 @@ from serve.server import Server
 log = logging.getLogger("horace.serve")
 
 
+HELD_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+"""What a process is started with blocked, or blocks first of all, and lets through once it can
+handle it."""
+
 ECHO_S = 0.25
 """The longest between a signal and its echo; nobody presses Ctrl-C twice so fast."""
 
@@ -77,7 +81,7 @@ def run_to_the_end(work: Coroutine[Any, Any, None]) -> None:
     try:
         asyncio.run(work)
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in HELD_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
 
@@ -96,6 +100,7 @@ def orders_by_signal(*, clock: Callable[[], float] = time.monotonic) -> Orders:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop, number.name)
     loop.add_signal_handler(signal.SIGHUP, orders.reload, signal.SIGHUP.name)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_SIGNALS)
     return orders
 
 

@@ -60,7 +60,7 @@ from serve.screen import Method, Screen
 from serve.security.security import Security
 from serve.security.wire import most_fields
 from serve.services import HoraceServicer
-from serve.unsent import count_unsent
+from serve.unsent import count_unsent, cut_off_unsent
 from serve.valve import LoopLag, Valve
 from serve.watchdog import Watchdog
 from serve.workers.place import ALONE, WorkerPlace
@@ -127,7 +127,11 @@ class Server:
         self._loop: asyncio.AbstractEventLoop | None = None
         self.recovery = Recovery(self._probe, on_change=self._tell_health)
         self._reaching = Recovery(
-            self._reach, on_change=lambda: None, every_s=REACH_EVERY_S, what="remote models: "
+            self._reach,
+            on_change=lambda: None,
+            every_s=REACH_EVERY_S,
+            what="remote models: ",
+            over="all that are served answer",  # or the one that did not is unloaded
         )
         self._watchdog = Watchdog(options.watchdog)
         self._closing.callback(self._watchdog.close)
@@ -249,6 +253,8 @@ class Server:
             await asyncio.sleep(LOOK_EVERY_S)
         cut_off = self.unfinished
         self.health.close()
+        if cut_off:
+            cut_off_unsent({self.port})
         await self._front.stop(None if cut_off else LAST_REPLIES_S)
         await self.http.stop(cut_off=bool(cut_off))
         self._closing.close()
@@ -258,6 +264,7 @@ class Server:
         """Stop at once; calls under way are cut off."""
         self._end_changes()
         self.health.close()
+        cut_off_unsent({self.port})
         await self._front.stop(None)
         await self.http.stop(cut_off=True)
         self._closing.close()

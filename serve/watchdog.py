@@ -17,6 +17,7 @@ does the supervisor of several workers (`serve.workers`).
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -42,11 +43,13 @@ class WatchdogOptions:
 
     opening_s: float = 900.0
     """How long opening or closing one model or collection may take before its thread is replaced,
-    so that the next can be opened; engines for GPUs are built for minutes."""
+    so that the next can be opened; engines for GPUs are built for minutes. A worker that starts
+    may not answer for as long."""
 
     silent_s: float = 60.0
-    """How long the event loop of a worker may not answer before the process is killed and replaced;
-    0: as long as it likes, as while it is looked into with a debugger. For --workers."""
+    """How long the event loop of a worker that serves may not answer before the process is killed
+    and replaced; 0: all may for as long as they like, as while one is looked into with a debugger.
+    For --workers."""
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -135,13 +138,14 @@ class Watchdog:
             watched: what has threads.
             limit_s: how long one piece of its work may take; as the options say where None.
         """
+        if limit_s is None:
+            limit_s = self._options.stuck_s or math.inf
         with self._lock:
-            self._watched[watched] = self._options.stuck_s if limit_s is None else limit_s
+            self._watched[watched] = limit_s
 
     def start(self) -> None:
         """Begin to look."""
-        if self._options.stuck_s:
-            self._thread.start()
+        self._thread.start()
 
     def close(self) -> None:
         """Look no more."""

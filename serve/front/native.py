@@ -202,9 +202,10 @@ class NativeFront:
         self._receiver.start()
 
     async def stop(self, grace_s: float | None) -> None:
-        """Take no more calls; cut off after `grace_s` those under way."""
-        if self._stopping:
-            return
+        """Take no more calls; cut off after `grace_s` those under way.
+
+        Also where an earlier stop was given up: what that had begun is done again.
+        """
         self._stopping = True
         behind = asyncio.ensure_future(self._behind.stop(grace_s))
         tasks = [call.task for call in self._calls.values() if call.task is not None]

@@ -128,7 +128,8 @@ class Loader:
             HoraceError: it cannot be opened, or does not run.
         """
         opening = partial(self._open, options, path)
-        encoder = await open_on(self._pool, opening, self.dispose)
+        what = f"model {name or options.path}"
+        encoder = await open_on(self._pool, opening, self.dispose, what=what)
         name = name or encoder.name
         try:
             engine = self._make_engine(encoder, options, name=name, version=version)

@@ -395,7 +395,7 @@ class Lifecycle:
             return
         opening = partial(self._open_collection, source.options.path)
         collection = await self._reader.read(
-            source, partial(open_on, self._pool, opening, self._catalog.dispose)
+            source, partial(open_on, self._pool, opening, self._catalog.dispose, what=str(source))
         )
         name = source.name or collection.name
         source.waits_for_model = False

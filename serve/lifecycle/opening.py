@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol, TypeVar
 
+from serve.errors import InternalError, StartError
 from serve.leases import Dispose
 from serve.pool import ThreadPool
 
@@ -21,7 +22,9 @@ class Closable(Protocol):
 Thing = TypeVar("Thing", bound=Closable)
 
 
-async def open_on(pool: ThreadPool, opening: Callable[[], Thing], dispose: Dispose) -> Thing:
+async def open_on(
+    pool: ThreadPool, opening: Callable[[], Thing], dispose: Dispose, *, what: str
+) -> Thing:
     """Open something on a thread.
 
     On cancellation before its turn it is never opened; after that it is closed once it is open.
@@ -30,9 +33,10 @@ async def open_on(pool: ThreadPool, opening: Callable[[], Thing], dispose: Dispo
         pool: has the thread.
         opening: opens it; may block.
         dispose: runs what closes it; see `serve.leases`.
+        what: its name in an error.
 
     Raises:
-        InternalError: the thread died, or hangs.
+        StartError: the thread died, or hangs.
     """
     is_wanted = True
     work = asyncio.ensure_future(pool.run(lambda: opening() if is_wanted else None))
@@ -42,6 +46,13 @@ async def open_on(pool: ThreadPool, opening: Callable[[], Thing], dispose: Dispo
         is_wanted = False
         work.add_done_callback(partial(_close, dispose))
         raise
+    except InternalError as error:
+        raise StartError(
+            what,
+            expected="one that is opened within --watchdog.opening-s",
+            found="a thread that hangs, or has died",
+            mend="see what it waits for, or allow more time",
+        ) from error
     assert opened is not None, "it was wanted"
     return opened
 

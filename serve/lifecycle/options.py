@@ -95,8 +95,11 @@ def read_model_options(text: str) -> ModelOptions:
         values[word] = _read_value(text, word, value)
     if path.startswith("triton://"):
         values.setdefault("instances", A_FLEETS_INSTANCES * (1 + path.count(",")))
-    # The words that `values` may have were checked above, each by its own type.
-    options = ModelOptions(name=named.name, path=path, **values)  # type: ignore[arg-type]
+    options = ModelOptions(
+        name=named.name,
+        path=path,
+        **values,  # type: ignore[arg-type]  # of each word its value has the type: `_read_value`
+    )
     if options.is_remote and (of_a_bundle := values.keys() - {"instances"}):
         raise UsageError(
             f"--bundle {text}",

@@ -34,24 +34,32 @@ LOOK_EVERY_S = 0.5
 """Seconds between two looks; a change is taken after one to two of them."""
 
 
+MAX_FILE_BYTES = 16 << 20
+"""Of a file, unless it has a bound of its own: what was put in its place by mistake is not read."""
+
+
 class UnreadableError(StartError):
     """A file that the system does not give now; another time it may."""
 
 
-def read_file(what: str, path: str | Path, *, mend: str | None = None) -> bytes:
+def read_file(
+    what: str, path: str | Path, *, max_bytes: int = MAX_FILE_BYTES, mend: str | None = None
+) -> bytes:
     """Read a file whole; of a link, the one that it leads to.
 
     Args:
         what: its name in an error.
         path: where it is.
+        max_bytes: that it may have.
         mend: what to do where there is none.
 
     Raises:
         UnreadableError: there is none, it is no regular file, or the system does not give it.
+        StartError: it is larger.
     """
     try:
         with os.fdopen(open_regular(Path(path), os.O_RDONLY), "rb") as file:
-            return file.read()
+            content = file.read(max_bytes + 1)
     except OSError as error:
         raise UnreadableError(
             what,
@@ -59,6 +67,9 @@ def read_file(what: str, path: str | Path, *, mend: str | None = None) -> bytes:
             found=reason_of(error),
             mend=mend if isinstance(error, FileNotFoundError) else None,
         ) from error
+    if len(content) > max_bytes:
+        raise StartError(what, expected=f"at most {max_bytes} bytes", found="more")
+    return content
 
 
 class Reloadable(Generic[Value]):

@@ -3,15 +3,18 @@
 Rules:
     The key is printed and kept nowhere; the file gets its hash.
     The file is replaced whole, with the owner and modes it had: a server that reads it finds
-    the old one or the new one. A link stays, and what it leads to is replaced.
+    the old one or the new one. A link stays, and what it leads to is replaced. Of several that
+    add keys at once, each waits for the one before.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -85,27 +88,48 @@ def list_keys(options: ListOptions) -> None:
 def _add_line(path: Path, line: str) -> None:
     """Put a line at a key file's end; the file is replaced whole."""
     target = Path(os.path.realpath(path))
-    before, old = "", None
-    if target.exists():
-        read_ring(path)
-        before, old = target.read_text(), target.stat()
-    if before and not before.endswith("\n"):
-        before += "\n"
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        new = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(new, "w") as file:
-            if old is not None:
-                _give_to_owner_of(old, new)
-            file.write(f"{before}{line}\n")
-        temporary.replace(target)
+        with _alone_in(target.parent):
+            _replace(path, target, line)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UsageError(
             f"--file {path}",
             expected="a file that can be written",
             found=reason_of(error),
         ) from error
+
+
+@contextmanager
+def _alone_in(directory: Path) -> Iterator[None]:
+    """Wait until nobody else adds a key in a directory, where its file system has locks."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _replace(path: Path, target: Path, line: str) -> None:
+    """Write a key file anew, with one line more; what is in it already stays to the byte."""
+    before, old = b"", None
+    if target.exists():
+        read_ring(path)
+        before, old = target.read_bytes(), target.stat()
+    if before and not before.endswith(b"\n"):
+        before += b"\n"
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        new = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(new, "wb") as file:
+            if old is not None:
+                _give_to_owner_of(old, new)
+            file.write(before + f"{line}\n".encode())
+        temporary.replace(target)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _give_to_owner_of(old: os.stat_result, descriptor: int) -> None:

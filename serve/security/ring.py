@@ -131,14 +131,9 @@ def read_ring(path: str | Path, *, may_be_blank: bool = True) -> KeyRing:
     data = read_file(
         f"key file {path}",
         path,
+        max_bytes=MAX_FILE_BYTES,
         mend="make one with python -m serve.security.keys new NAME --file FILE",
     )
-    if len(data) > MAX_FILE_BYTES:
-        raise StartError(
-            f"key file {path}",
-            expected=f"at most {MAX_FILE_BYTES} bytes",
-            found=f"{len(data)}",
-        )
     if not (may_be_blank or data.strip()):
         raise StartError(
             f"key file {path}",
@@ -153,7 +148,7 @@ def _read_lines(text: str, where: str) -> list[ApiKey]:
     """Read every line of a key file."""
     keys = [
         replace(_read_line(line.strip(), f"{where}, line {n}"), line=n)
-        for n, line in enumerate(text.splitlines(), 1)
+        for n, line in enumerate(text.split("\n"), 1)  # as `sed` counts, which deletes by number
         if line.strip() and not line.lstrip().startswith("#")
     ]
     limits: dict[str, tuple[tuple[str, float], ...]] = {}

@@ -6,10 +6,11 @@ Rules:
     the start with its own error.
     After that a worker that dies is started again, at once or after a while (`restarts`),
     and again where the system cannot start it; meanwhile the others serve.
-    A worker that is ready is asked now and again whether its event loop turns, once all have
-    been ready and until they are to stop. One that does not answer for too long is killed, and
-    followed like one that died. Only time in which the supervisor itself ran counts
-    (`serve.watchdog`): a machine that slept has no silent workers.
+    A worker is asked now and again whether its event loop turns, until all are to stop. One that
+    does not answer for too long is killed, and followed like one that died; one that starts has
+    as long as the opening of a model, since it answers nothing before its libraries are loaded.
+    Only time in which the supervisor itself ran counts (`serve.watchdog`): a machine that slept
+    has no silent workers.
     The first order to stop drains every worker, the second cuts them off; one that does not
     end then is killed. The end is good if every worker's was.
     Nothing is waited for, and least of all a worker that reads its orders no more.
@@ -38,13 +39,13 @@ from typing import Literal
 from models.errors import HoraceError, UsageError, reason_of
 from serve.config import ServeOptions
 from serve.errors import StartError, UnavailableError
-from serve.running import BETWEEN_RELOADS_S, Orders
+from serve.running import BETWEEN_RELOADS_S, HELD_SIGNALS, Orders
 from serve.watchdog import Pulse, is_stuck
 from serve.workers.messages import Answer, Failed, Order, Ready, Report
 from serve.workers.place import WorkerPlace
 from serve.workers.ports import held_port
 from serve.workers.restarts import Restarts
-from serve.workers.worker import HELD_SIGNALS, run_worker
+from serve.workers.worker import run_worker
 
 log = logging.getLogger("horace.serve")
 
@@ -63,6 +64,7 @@ class Worker:
     """One place among the workers, and the process that has it.
 
     Attributes:
+        ready_s: since when it serves; None where it starts.
         pulse: whether the process owes an answer, and for how long it has.
         killed_why: why the supervisor has killed it; empty where it has not.
     """
@@ -70,8 +72,7 @@ class Worker:
     place: WorkerPlace
     process: SpawnProcess | None = None
     pipe: Connection | None = None
-    started_s: float = 0.0
-    is_ready: bool = False
+    ready_s: float | None = None
     pulse: Pulse = field(default_factory=Pulse)
     last_words: Failed | None = None
     killed_why: str = ""
@@ -79,6 +80,11 @@ class Worker:
 
     def __str__(self) -> str:
         return str(self.place)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it serves."""
+        return self.ready_s is not None
 
 
 Event = tuple[
@@ -140,6 +146,7 @@ class Supervisor:
             try:
                 for worker in self._workers:
                     self._start_first(worker)
+                self._ask_later()
                 while any(worker.process for worker in self._workers) or not self._stops:
                     self._handle(*await self._events.get())
             finally:
@@ -191,13 +198,12 @@ class Supervisor:
             worker.pulse.beat += 1
             return
         assert isinstance(report, Ready)
-        worker.is_ready = True
+        worker.ready_s, worker.pulse.seen_s = self._clock(), 0.0
         if self._announced:
             log.info("%s serves again", worker)
         elif all(other.is_ready for other in self._workers) and not self._stops:
             self._announced = True
             self._on_ready(report.line)
-            self._ask_later()
 
     def _ask_later(self) -> None:
         """Ask all workers whether they are there after a while, if that is wanted."""
@@ -206,14 +212,17 @@ class Supervisor:
             self._put_later(ASK_EVERY_S, "ask")
 
     def _ask_all(self) -> None:
-        """Ask those that serve whether they are there, and kill those that have not answered."""
+        """Ask all whether they are there, and kill those that have not answered."""
         elapsed_s = min(self._clock() - self._asked_s, 2 * ASK_EVERY_S)
-        limit_s = self._options.watchdog.silent_s
+        watchdog = self._options.watchdog
         if self._stops:
             return
         for worker in self._workers:
-            if not worker.is_ready or worker.killed_why:
+            if worker.process is None or worker.killed_why:
                 continue
+            limit_s = watchdog.silent_s
+            if not worker.is_ready:
+                limit_s = max(limit_s, watchdog.opening_s)
             if is_stuck(worker.pulse, elapsed_s=elapsed_s, limit_s=limit_s):
                 why = f"its event loop had not answered for {limit_s:g} s"
                 log.error("%s is killed: %s", worker, why)
@@ -230,7 +239,8 @@ class Supervisor:
         process.join()
         self._drop_pipe(worker)
         how, words = _how(process.exitcode, worker.killed_why), worker.last_words
-        worker.is_ready, worker.last_words, worker.killed_why = False, None, ""
+        lived_s = 0.0 if worker.ready_s is None else self._clock() - worker.ready_s
+        worker.ready_s, worker.last_words, worker.killed_why = None, None, ""
         if self._stops:
             if process.exitcode:
                 self._bad_ends.append(f"{worker}: {words.line}" if words else f"{worker} {how}")
@@ -239,7 +249,7 @@ class Supervisor:
             self._stop("that")
         else:
             why = f"{how}: {words.line}" if words else how
-            self._follow(worker, why, lived_s=self._clock() - worker.started_s)
+            self._follow(worker, why, lived_s=lived_s)
 
     def _follow(self, worker: Worker, why: str, *, lived_s: float) -> None:
         """Have another process in a worker's place, after a while."""
@@ -285,7 +295,7 @@ class Supervisor:
             with _signals_held():
                 process.start()
             undo.pop_all()
-        worker.process, worker.pipe, worker.started_s = process, ours, self._clock()
+        worker.process, worker.pipe = process, ours
         worker.pulse = Pulse()
         loop = asyncio.get_running_loop()
         loop.add_reader(ours.fileno(), self._read, worker)

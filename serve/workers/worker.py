@@ -19,15 +19,12 @@ from multiprocessing.connection import Connection
 from models.errors import HoraceError, UsageError
 from serve.config import ServeOptions
 from serve.operation.logs import set_up_logs
-from serve.running import Orders, ready_line, run_server, run_to_the_end
+from serve.running import HELD_SIGNALS, Orders, ready_line, run_server, run_to_the_end
 from serve.server import Server
 from serve.workers.messages import Answer, Failed, Order, Ready, Report
 from serve.workers.place import WorkerPlace
 
 log = logging.getLogger("horace.serve")
-
-HELD_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
-"""What a worker is started with blocked, and lets through once it can handle it."""
 
 FAILED = 1
 """Exit status of a worker that has told its supervisor why."""

@@ -84,6 +84,8 @@ def config(fingerprint: str = "f" * 64, **changes: object) -> model_config_pb2.M
     for name, value in changes.items():
         if name in ("fingerprint", "preprocessing"):
             written.parameters[name].string_value = str(value)
+        elif name == "dim":
+            written.output[0].dims[:] = [value]
         else:
             setattr(written, name, value)
     return written
@@ -127,6 +129,8 @@ class Fake(service_pb2_grpc.GRPCInferenceServiceServicer):
         if fault := (self.faults.pop(0) if self.faults else self.always):
             context.abort(fault, "as the test wants it")
         shape = tuple(request.inputs[0].shape)
+        if shape[0] > (most := self.config.max_batch_size):
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"batch-size must be <= {most}")
         images = np.frombuffer(request.raw_input_contents[0], np.uint8).reshape(shape)
         sums = images.sum(axis=(1, 2, 3), dtype=np.float32)[:, None]
         reply = service_pb2.ModelInferResponse(raw_output_contents=[sums.tobytes()])
@@ -400,6 +404,20 @@ def test_an_endpoint_that_is_down_at_the_start_joins_later(two):
                 encoder.encode(IMAGES[:1])
 
 
+def test_an_endpoint_that_comes_later_is_sent_no_more_than_it_takes():
+    """It could not be asked on opening, and would refuse as wrong what the other takes."""
+    clock = Clock()
+    late = Fake()
+    late.address, late.config = f"127.0.0.1:{free_port()}", config(max_batch_size=1)
+    port = int(late.address.rpartition(":")[2])
+    with serve(Fake()) as early, opened(late, early, clock=clock) as encoder, serve(late, port):
+        deadline_s = time.monotonic() + 60
+        while not late.requests:
+            assert time.monotonic() < deadline_s, encoder
+            clock.now_s += 60
+            assert encoder.encode(IMAGES).tolist() == SUMS.tolist()
+
+
 def test_nobody_there_is_an_error_at_once():
     """With the address and what to do."""
     address = f"127.0.0.1:{free_port()}"
@@ -418,6 +436,10 @@ def test_nobody_there_is_an_error_at_once():
             "expected one that this version of Horace can do, found preprocessing",
         ),
         ({"max_batch_size": 0}, r"expected batches of images UINT8 \[2, 2, 1\] in, embeddings FP3"),
+        (
+            {"dim": -1},
+            r"found inputs \['images'\], outputs \['embeddings \[-1\]'\], max_batch_size 2",
+        ),
     ],
 )
 def test_a_model_that_does_not_say_what_it_is_is_refused(two, changes, line):

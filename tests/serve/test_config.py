@@ -6,6 +6,7 @@ from models.bundle import SHIPPED_BUNDLE
 from models.errors import UsageError
 from serve.config import ServeOptions
 from serve.lifecycle.options import ModelOptions, NamedPath, read_named_path
+from serve.operation.options import MetricsOptions
 
 
 @pytest.mark.parametrize(
@@ -54,6 +55,14 @@ def test_callers_load_models_into_one_worker_alone_or_not_at_all():
     """A call reaches one worker; the line says what reaches all."""
     with pytest.raises(UsageError, match=r"--model-control: expected one worker: .*--watch-s"):
         ServeOptions(model_control=True, workers=2)
+
+
+def test_every_worker_has_a_metrics_port_that_there_is():
+    """Of a larger number the system takes the low bits: any port, where nobody looks for it."""
+    with pytest.raises(UsageError, match=r"^--metrics.port: expected 0 to 65534: .* found 65535$"):
+        ServeOptions(metrics=MetricsOptions(port=65535), workers=2)
+    for port, workers in ((65534, 2), (65535, 1), (0, 100), (None, 2)):
+        ServeOptions(metrics=MetricsOptions(port=port), workers=workers)
 
 
 def test_a_repository_stands_in_for_the_shipped_bundle(tmp_path):

@@ -148,6 +148,7 @@ def answering(servicer, **options):
         (grpc.StatusCode.UNAVAILABLE, EncoderUnavailableError),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, EncoderUnavailableError),
         (grpc.StatusCode.DEADLINE_EXCEEDED, EncoderUnavailableError),
+        (grpc.StatusCode.CANCELLED, EncoderUnavailableError),
         (grpc.StatusCode.INTERNAL, EncoderError),
     ],
 )
@@ -157,6 +158,23 @@ def test_a_server_that_is_away_or_full_is_told_from_one_that_fails(code, error):
         with pytest.raises(EncoderError, match=r"as the test wants it|Deadline") as raised:
             encoder.encode(np.zeros((1, 8, 8, 1), np.uint8))
         assert type(raised.value) is error
+
+
+class Restarting(Answers):
+    """One whose first answer is the code, and no other."""
+
+    def Embed(self, request, context):
+        """Answer as asked, and well from then on."""
+        try:
+            return super().Embed(request, context)
+        finally:
+            self.code = None
+
+
+def test_what_a_stopping_server_has_not_looked_at_is_asked_again():
+    """It ends as CANCELLED on grpcio, and a build of hours must not end with it."""
+    with answering(Restarting(grpc.StatusCode.CANCELLED)) as encoder:
+        assert encoder.encode(np.zeros((1, 8, 8, 1), np.uint8)).tolist() == [[1]]
 
 
 def test_a_batch_of_many_requests_has_one_deadline():

@@ -194,8 +194,18 @@ def test_a_second_signal_cuts_off_at_once(start_server, make_bundle):
     assert server.process.wait(120) == 1
 
 
+def holds(process: subprocess.Popen[str], number: signal.Signals) -> bool:
+    """Whether a process has a signal blocked: see proc(5)."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    (blocked,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigBlk"))
+    return bool(int(blocked, 16) >> (number - 1) & 1)
+
+
 def test_a_signal_ends_a_start_that_hangs():
-    """The server of a remote model never answers: SIGTERM is heard all the same."""
+    """The server of a remote model never answers: SIGTERM is heard all the same.
+
+    And one that comes before there is who can handle it waits: SIGHUP would end the process.
+    """
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -205,6 +215,9 @@ def test_a_signal_ends_a_start_that_hangs():
         with subprocess.Popen(
             argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         ) as server:
+            while not holds(server, signal.SIGHUP):
+                assert server.poll() is None
+            server.send_signal(signal.SIGHUP)
             connection, _ = silent.accept()
             with connection:
                 server.send_signal(signal.SIGTERM)
@@ -354,18 +367,22 @@ def test_a_drain_waits_for_replies_that_are_being_sent(
 
 
 @pytest.mark.parametrize("frontend", ["grpcio"])
+@pytest.mark.parametrize("size", [MIB, MUCH])
 def test_a_reply_that_does_not_leave_in_time_is_cut_off_and_counted(
-    serving, fake, eventually, monkeypatch
+    serving, fake, eventually, monkeypatch, size
 ):
-    """After the limit, and after no less than the last replies always have."""
+    """After the limit, and after no less than the last replies always have.
+
+    One that is stuck in gRPC holds the stop no longer than one that the system has.
+    """
     monkeypatch.setattr("serve.server.LAST_REPLIES_S", 0.05)
 
     async def main():
         async with (
             serving(fake) as server,
-            reply_on_a_slow_link(server, eventually, MIB),
+            reply_on_a_slow_link(server, eventually, size),
         ):
-            assert await server.drain(limit_s=0) == 1
+            assert await asyncio.wait_for(server.drain(limit_s=0), 10) == 1
 
     asyncio.run(main())
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from dataclasses import replace
 
@@ -63,9 +64,10 @@ def test_a_process_that_was_stopped_has_no_stuck_threads_for_it():
 
 @pytest.mark.usefixtures("vigilant")
 @pytest.mark.parametrize("frontend", ["grpcio"])  # what it does not touch
-def test_a_load_or_a_close_that_hangs_keeps_nothing_else_from_being_opened(serving, fake):
+@pytest.mark.parametrize("stuck_s", [60, 0])
+def test_a_load_or_a_close_that_hangs_keeps_nothing_else_from_being_opened(serving, fake, stuck_s):
     """Its thread is replaced after a time of its own, which is longer than that of a batch."""
-    options = WatchdogOptions(opening_s=0.2)
+    options = WatchdogOptions(stuck_s=stuck_s, opening_s=0.2)
     gate = threading.Event()
 
     async def main():
@@ -84,9 +86,10 @@ def test_a_load_or_a_close_that_hangs_keeps_nothing_else_from_being_opened(servi
         gate.set()
 
 
-def test_what_has_a_limit_of_its_own_is_held_to_that():
-    """All else to the limit of the options."""
-    watchdog = Watchdog(WatchdogOptions(stuck_s=60))
+@pytest.mark.parametrize(("stuck_s", "limit_s"), [(60, 60), (0, math.inf)])
+def test_what_has_a_limit_of_its_own_is_held_to_that(stuck_s, limit_s):
+    """All else to the limit of the options, of which 0 is none."""
+    watchdog = Watchdog(WatchdogOptions(stuck_s=stuck_s))
     limits = []
 
     class Limited(Seen):
@@ -97,7 +100,7 @@ def test_what_has_a_limit_of_its_own_is_held_to_that():
     watchdog.watch(patient, limit_s=900)
     watchdog.watch(other)
     watchdog.look()
-    assert sorted(limits) == [60, 900]
+    assert sorted(limits) == sorted([limit_s, 900])
 
 
 def test_what_fails_to_be_looked_at_hides_nothing_else(caplog):
@@ -125,14 +128,6 @@ def test_it_looks_at_intervals_until_it_is_closed():
     watchdog.watch(seen := Seen())
     watchdog.start()
     assert seen.enough.wait(30)
-    watchdog.close()
-    assert "not running" in repr(watchdog)
-
-
-def test_without_a_limit_nobody_looks():
-    """`--watchdog.stuck-s 0` is off."""
-    watchdog = Watchdog(WatchdogOptions(stuck_s=0))
-    watchdog.start()
     watchdog.close()
     assert "not running" in repr(watchdog)
 
@@ -235,5 +230,27 @@ def test_a_model_whose_servers_are_away_keeps_no_other_from_being_served(serving
             near.failures.append(EncoderError("broken"))
             with pytest.raises(HoraceError):
                 await server._probe()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("frontend", ["grpcio"])  # what it does not touch
+def test_a_remote_model_that_is_unloaded_is_not_said_to_answer(
+    serving, fake, monkeypatch, caplog, eventually
+):
+    """Its servers are away; what is asked for no more keeps nobody waiting."""
+    caplog.set_level("INFO", "horace.serve")
+    monkeypatch.setattr("serve.server.REACH_EVERY_S", 0.01)
+
+    async def main():
+        async with serving(fake, replace(fake, name="far"), model_control=True) as server:
+            far = server.catalog.model("far")
+            far.encoder.failures = [EncoderUnavailableError("its servers")] * 1000
+            with pytest.raises(HoraceError):
+                await server._ask(far)
+            await eventually(lambda: "remote models: not ready yet" in caplog.text)
+            await server.lifecycle.unload("far")
+            await eventually(lambda: "remote models: all that are served answer" in caplog.text)
+            assert "ready again" not in caplog.text
 
     asyncio.run(main())

@@ -546,6 +546,26 @@ def test_a_stop_without_grace_cuts_off(parrot):
     asyncio.run(main())
 
 
+def test_a_stop_that_is_given_up_is_ended_by_another(parrot):
+    """A second order to stop: what the first waits for is cut off, and nothing is left behind."""
+
+    async def main():
+        async with parrot() as (bird, front, channel):
+            waiting = asyncio.ensure_future(channel.unary_unary("/Parrot/Say")(b"wait"))
+            await bird.heard.entered.wait()
+            stopping = asyncio.ensure_future(front.stop(30))
+            await asyncio.wait([stopping], timeout=0.05)
+            stopping.cancel()
+            await asyncio.wait_for(front.stop(None), 10)
+            error = await failure(waiting)
+            assert error.code() in (grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE)
+            with pytest.raises(ConnectionRefusedError):
+                await asyncio.open_connection("127.0.0.1", bird.port)
+            assert not Path(getattr(front, "_folder", "none")).exists()
+
+    asyncio.run(main())
+
+
 def test_every_reply_that_was_given_leaves_before_the_port_closes(parrot, eventually):
     """Calls are answered and the server stops in the same breath: nothing is lost."""
 

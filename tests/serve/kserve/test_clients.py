@@ -125,7 +125,7 @@ def test_a_model_whose_servers_do_not_answer_is_not_ready_until_they_do(
             assert not await client.is_model_ready("remote")
             assert await client.is_model_ready("fake")
             assert await client.is_server_ready()
-            again = "remote models: ready again"
+            again = "remote models: all that are served answer"
             await eventually(lambda: "remote models: not ready yet" in caplog.text)
             assert not await client.is_model_ready("remote")
             away.clear()

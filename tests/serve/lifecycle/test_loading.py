@@ -12,6 +12,7 @@ from serve.engine import Engine
 from serve.errors import StartError
 from serve.leases import at_once
 from serve.lifecycle.loading import Loader
+from serve.lifecycle.opening import open_on
 from serve.lifecycle.options import read_model_options
 from serve.pool import ThreadPool
 
@@ -184,3 +185,21 @@ def test_nonsense_is_not_served(load, fake):
     with pytest.raises(StartError, match="expected a vector of finite numbers"):
         load("dir")
     assert fake.closed
+
+
+def test_an_opening_that_hangs_is_named_with_what_to_do(pool):
+    """At a start it is all that a person is told."""
+    gate = threading.Event()
+
+    async def main():
+        opening = asyncio.ensure_future(open_on(pool, gate.wait, at_once, what="model m"))
+        while not opening.done():
+            pool.look(elapsed_s=1.0, limit_s=0.5)
+            await asyncio.sleep(0)
+        await opening
+
+    try:
+        with pytest.raises(StartError, match=r"^model m: .*--watchdog\.opening-s, .* more time$"):
+            asyncio.run(main())
+    finally:
+        gate.set()

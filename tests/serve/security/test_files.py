@@ -9,7 +9,7 @@ import pytest
 
 from serve.errors import StartError
 from serve.reloading import Reloads
-from serve.security.files import Reloadable, RereadThread, UnreadableError
+from serve.security.files import Reloadable, RereadThread, UnreadableError, read_file
 from serve.security.ring import new_token, read_ring, write_line
 
 
@@ -241,3 +241,12 @@ def test_a_pipe_in_the_place_of_a_file_keeps_nobody_waiting(tmp_path):
     ring.look()
     ring.look()
     assert ring.value.names == ["new"]
+
+
+def test_what_is_too_large_to_be_meant_is_not_read(tmp_path):
+    """Such as a disk image in the place of a certificate: 64 GB, of which none are written."""
+    file = tmp_path / "large"
+    with file.open("wb") as made:
+        made.truncate(1 << 36)
+    with pytest.raises(StartError, match=r"^large: expected at most 16777216 bytes, found more$"):
+        read_file("large", file)

@@ -3,10 +3,12 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import threading
 
 import pytest
 
-from serve.security.keys import run
+from serve.security import keys
+from serve.security.keys import NewOptions, make_key, run
 from serve.security.ring import read_ring
 
 by_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
@@ -36,6 +38,35 @@ def test_keys_are_added_to_those_there_are(tmp_path, capsys):
     assert run(["list", "--file", str(file)]) == 0
     assert capsys.readouterr().out == "line 2: one\nline 3: two images=5\nline 4: one\n"
     assert [path.name for path in tmp_path.iterdir()] == ["keys"]
+
+
+def test_keys_that_are_added_at_once_are_all_there(tmp_path, capsys, monkeypatch):
+    """A second one comes while the first has read the file and not written it yet."""
+    file = tmp_path / "keys"
+    run(["new", "zero", "--file", str(file)])
+    options = NewOptions(name="two", file=str(file))
+    second = threading.Thread(target=make_key, args=(options,))
+
+    def give_slowly(*found):
+        monkeypatch.undo()
+        second.start()
+        second.join(0.2)
+        keys._give_to_owner_of(*found)
+
+    monkeypatch.setattr(keys, "_give_to_owner_of", give_slowly)
+    assert run(["new", "one", "--file", str(file)]) == 0
+    second.join()
+    assert read_ring(file).names == ["one", "two", "zero"]
+
+
+def test_what_stands_in_a_key_file_stays_to_the_byte(tmp_path, capsys):
+    """Comments may be in any encoding, and lines may end as Windows ends them."""
+    file = tmp_path / "keys"
+    run(["new", "one", "--file", str(file)])
+    before = b"# f\xfcr B\xfccher\r\n" + file.read_bytes()
+    file.write_bytes(before)
+    assert run(["new", "two", "--file", str(file)]) == 0
+    assert file.read_bytes().startswith(before + b"two:")
 
 
 def test_without_a_file_the_line_is_shown_beside_the_key(capsys):

@@ -116,6 +116,13 @@ def test_a_file_that_is_none_or_has_two_kinds_of_limits_is_refused(tmp_path):
         read_ring(file)
 
 
+def test_lines_end_where_those_who_edit_the_file_see_them_end(tmp_path):
+    """`list` says which to delete; a page break is none, nor what Unicode has of separators."""
+    file = tmp_path / "keys"
+    file.write_text(f"# one\f\n# two\u2028and more\x85\r\napp:{DIGEST}\r\n\f\nother:{DIGEST}\n")
+    assert [(key.name, key.line) for key in read_ring(file).keys] == [("app", 3), ("other", 5)]
+
+
 def test_a_ring_shows_names_and_nothing_else(tmp_path):
     """What gets into a log is whose keys there are."""
     file = tmp_path / "keys"

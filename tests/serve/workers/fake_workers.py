@@ -26,17 +26,26 @@ def fake_worker(options, place, pipe) -> None:
         sys.exit(1)
     if behaviour == "one dies" and place.index == 1:
         sys.exit(3)
+    if place.index == 1 and behaviour in ("one cannot start again", "one hangs as it starts again"):
+        starts = len(list(memory.glob("start-*")))
+        (memory / f"start-{starts}").write_text("")
+        if starts and behaviour == "one cannot start again":
+            sys.exit(3)
+        if starts == 1:
+            signal.sigwait({signal.SIGUSR2})
     pipe.send(Ready(line=f"serving on port {options.port > 0}"))
     if behaviour == "one dies later" and place.index == 1:
         mark = memory / "died"
         if not mark.exists():
             mark.write_text("")
-            while pipe.recv() is Order.ANSWER:  # the test says when: all are ready then
-                pass
+            while pipe.recv() is Order.ANSWER:  # until the test says when: all are ready then
+                pipe.send(Answer())
             pipe.send(Failed(line="a reason", bad_use=False))
             sys.exit(4)
     if behaviour == "one hangs" and place.index == 1 and not (memory / "hung").exists():
         (memory / "hung").write_text("")
+        while pipe.recv() is Order.ANSWER:  # until the test says when: all are ready then
+            pipe.send(Answer())
         signal.sigwait({signal.SIGUSR2})
     obey(behaviour, pipe, memory / f"reloads-{place.index}")
 

@@ -19,6 +19,7 @@ from serve.errors import StartError, UnavailableError
 from serve.running import Orders
 from serve.watchdog import Pulse, WatchdogOptions
 from serve.workers import supervisor as module
+from serve.workers.messages import Order
 from serve.workers.supervisor import Supervisor
 
 FAKES = Path(__file__).with_name("fake_workers.py")
@@ -93,6 +94,20 @@ def test_a_worker_that_dies_is_followed_by_another(supervise, caplog, eventually
     lines, _ = supervise("one dies later", script)
     assert len(lines) == 1
     assert "worker 1 ended with status 4: a reason; another follows in 0.1 s" in caplog.text
+
+
+def test_one_that_dies_of_starting_waits_longer_each_time(supervise, caplog, eventually):
+    """However long its starts take: an hour each, by this clock."""
+    hours = itertools.count(step=3600.0)
+
+    async def script(minding, orders):
+        minding._workers[1].process.kill()
+        await eventually(lambda: "follows in 0.2 s" in caplog.text)
+        await stop(minding, orders)
+
+    supervise("one cannot start again", script, clock=lambda: next(hours), silent_s=0)
+    assert "worker 1 died of SIGKILL; another follows in 0.0 s" in caplog.text
+    assert "worker 1 ended with status 3; another follows in 0.1 s" in caplog.text
 
 
 @pytest.mark.parametrize("what", ["Pipe", "Process"])
@@ -199,6 +214,7 @@ def test_a_worker_that_hangs_is_killed_and_followed_by_another(supervise, caplog
     """The log says why it was killed, not only that it died of a signal."""
 
     async def script(minding, orders):
+        orders.reloads.put_nowait("SIGHUP")
         await eventually(lambda: "worker 1 serves again" in caplog.text)
         await stop(minding, orders)
 
@@ -230,7 +246,8 @@ def test_a_worker_that_reads_no_orders_holds_up_nobody(supervise, caplog, tmp_pa
     async def script(minding, orders):
         os.kill(minding._workers[0].process.pid, signal.SIGSTOP)
         for _ in range(2000):
-            minding._handle("reload", None, "SIGHUP")
+            minding._tell(minding._workers[0], Order.RELOAD)
+        minding._handle("reload", None, "SIGHUP")
         await eventually((tmp_path / "reloads-1").exists)
         await stop(minding, orders)
         await stop(minding, orders)
@@ -241,23 +258,40 @@ def test_a_worker_that_reads_no_orders_holds_up_nobody(supervise, caplog, tmp_pa
         supervise("good", script)
 
 
-def test_who_starts_or_drains_is_not_killed_for_silence(supervise, caplog, tmp_path, eventually):
-    """Both have limits of their own."""
+def test_who_drains_is_not_killed_for_silence(supervise, caplog, tmp_path, eventually):
+    """It has a limit of its own."""
 
     async def script(minding, orders):
-        worker = minding._workers[1]
-        worker.pulse = Pulse(beat=1, seen_beat=1, seen_s=3600.0)  # owes an answer since ever
-        worker.is_ready = False
-        minding._ask_all()
         await stop(minding, orders)
         await eventually((tmp_path / "told").exists)
-        worker.is_ready = True
+        minding._workers[1].pulse = Pulse(beat=1, seen_beat=1, seen_s=3600.0)  # since ever
         minding._ask_all()
         await stop(minding, orders)
 
     with pytest.raises(UnavailableError, match="drain: 2 cut off"):
         supervise("stubborn", script)
     assert "is killed" not in caplog.text
+
+
+def test_who_starts_may_be_silent_for_as_long_as_a_model_may_take(
+    supervise, caplog, tmp_path, eventually
+):
+    """Then it is killed and followed, as one that serves is much sooner."""
+
+    async def script(minding, orders):
+        worker = minding._workers[1]
+        worker.process.kill()
+        await eventually((tmp_path / "start-1").exists)
+        for seen_s in (890.0, 900.0):
+            assert "is killed" not in caplog.text
+            worker.pulse = Pulse(beat=1, seen_beat=1, seen_s=seen_s)
+            minding._asked_s = minding._clock() - 1.0
+            minding._ask_all()
+        await eventually(lambda: "worker 1 serves again" in caplog.text)
+        await stop(minding, orders)
+
+    supervise("one hangs as it starts again", script)
+    assert "worker 1 is killed: its event loop had not answered for 900 s" in caplog.text
 
 
 def test_an_order_before_they_are_ready_ends_well(supervise):
