@@ -4,7 +4,7 @@ Rules:
     Every image has a line, in order: its row, or why it has none.
     With `--out NAME.npy` the rows are there and the lines in NAME.jsonl beside it; otherwise a
     line carries its vector itself. Files are whole or absent.
-    An image that fails stops nothing; the exit status is 1 at the end.
+    An image that fails, or that is not there, stops nothing; the exit status is 1 at the end.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TypeAlias
 
@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 from tyro.conf import Positional
 
 from models.command import progress
-from models.errors import HoraceError, ImageError, UsageError, reason_of
+from models.errors import HoraceError, UsageError, reason_of
 from models.files import atomic_file
 from models.image_source import ImageData
 from serve.client.commands.connecting import ServerOptions
-from serve.client.commands.files import read_files, require_parent
+from serve.client.commands.files import ImageFile, read_files, require_parent
 from serve.client.requests import EmbedOptions
 from serve.errors import FailedItemsError
 
@@ -109,11 +109,11 @@ def main(options: EmbedCommand) -> None:
 
 def _embed(options: EmbedCommand) -> Iterator[tuple[Line, NDArray[np.float32] | None]]:
     """Embed every image; give its line and its vector, in order."""
-    read: deque[tuple[str, ImageError | None]] = deque()
+    read: deque[ImageFile] = deque()
 
     def images() -> Iterator[ImageData]:
         for file in read_files(options.images):
-            read.append((file.name, file.error))
+            read.append(replace(file, data=None))
             yield b"" if file.data is None else file.data
 
     with options.connect() as client:
@@ -127,12 +127,12 @@ def _embed(options: EmbedCommand) -> Iterator[tuple[Line, NDArray[np.float32] | 
             images_per_request=options.images_per_request,
         )
         for item in items:
-            name, error = read.popleft()
-            if error is not None:
-                code, message = error.fault.value, str(error)
+            file = read.popleft()
+            if file.error is not None:
+                code, message = file.error.fault.value, file.reason
             else:
                 code, message = item.status.code, item.status.message
-            line: Line = {"file": name, "status": code}
+            line: Line = {"file": file.name, "status": code}
             yield (line | {"message": message} if message else line), item.vector
 
 

@@ -219,7 +219,7 @@ def _search_files(client: Client, options: SearchCommand) -> list[Found]:
         found = _join([Found(query=file.name, image=file.data) for file in readable], result)
     answered = iter(found)
     return [
-        next(answered) if file.error is None else Found(query=file.name, error=str(file.error))
+        next(answered) if file.error is None else Found(query=file.name, error=file.reason)
         for file in files
     ]
 

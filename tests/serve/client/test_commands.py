@@ -15,7 +15,6 @@ import pytest
 from serve.client import Client, ClientTls
 from serve.client.__main__ import run
 from serve.client.commands.connecting import KEY_VARIABLE, ServerOptions
-from serve.client.commands.files import read_files
 from serve.security.options import KeyOptions
 from serve.security.ring import hash_token
 
@@ -88,6 +87,37 @@ def test_embed_writes_an_array(command, serving, stored, tmp_path):
     assert (array.shape, array.dtype) == ((12, 4), np.float32)
     assert [line["row"] for line in lines] == list(range(12))
     assert "vector" not in lines[0]
+
+
+def test_what_cannot_be_read_loses_nothing_else(command, serving, fake, stored, tmp_path):
+    """A file that is not there, a name that is none, a folder without images: each has a line."""
+    nowhere, nameless = tmp_path / "nowhere.png", tmp_path / ("n" * 300)
+    empty, odd = tmp_path / "empty", tmp_path / "odd\udcff.png"
+    empty.mkdir()
+    odd.write_bytes(stored.files[0].read_bytes())
+    out = tmp_path / "vectors.npy"
+    files = (nowhere, stored.files[0], nameless, empty, odd)
+
+    async def main():
+        async with command(serving(fake)) as (_, call):
+            return await call("embed", *files, "--out", out)
+
+    status, _, error = asyncio.run(main())
+    lines = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
+    assert status == 1
+    assert "3 of 5 images: expected a vector for each, found 3 unreadable, as " in error
+    assert [line["status"] for line in lines] == [
+        "unreadable", "ok", "unreadable", "unreadable", "ok",
+    ]  # fmt: skip
+    assert [line.get("row") for line in lines] == [None, 0, None, None, 1]
+    assert lines[4]["file"] == f"{tmp_path}/odd\\xff.png"
+    messages = [line["message"] for line in lines if line["status"] != "ok"]
+    what = "expected a readable file, found "
+    mend = "; check the path and its permissions"
+    assert messages[:2] == [
+        f"{what}No such file or directory{mend}", f"{what}File name too long{mend}",
+    ]  # fmt: skip
+    assert messages[2].startswith(f"image folder {empty}: expected images ")
 
 
 @pytest.mark.parametrize(
@@ -267,13 +297,12 @@ def test_search_takes_several_examples_as_one_query(command, serving, stored, tm
 
 def test_search_answers_the_good_queries(command, serving, stored, tmp_path):
     """Each bad one has a line, and the status is 1."""
-    bad, empty = tmp_path / "bad.png", tmp_path / "empty.png"
+    bad, nowhere = tmp_path / "bad.png", tmp_path / "nowhere.png"
     bad.write_bytes(b"no image")
-    empty.touch()
 
     async def main():
         async with command(serving(**of(stored))) as (_, call):
-            return await call("search", bad, stored.files[0], empty)
+            return await call("search", bad, stored.files[0], nowhere)
 
     status, out, error = asyncio.run(main())
     assert status == 1
@@ -458,9 +487,3 @@ def test_help_is_on_stdout(capsys):
     out = capsys.readouterr().out
     for name in ("embed", "search", "bench", "models", "health"):
         assert re.search(rf"^  {name} ", out, re.MULTILINE)
-
-
-def test_a_path_with_nothing_is_seen_before_anything_is_read(tmp_path):
-    """Whatever comes before it."""
-    with pytest.raises(Exception, match=r"missing: expected an image file or a folder, found noth"):
-        read_files([tmp_path, tmp_path / "missing"])
