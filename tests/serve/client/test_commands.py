@@ -14,6 +14,7 @@ import pytest
 
 from serve.client import Client, ClientTls
 from serve.client.__main__ import run
+from serve.client.commands.bench import PAUSE_S, BenchCommand, measure
 from serve.client.commands.connecting import KEY_VARIABLE, ServerOptions
 from serve.security.options import KeyOptions
 from serve.security.ring import hash_token
@@ -352,10 +353,14 @@ def test_bench_counts_what_was_answered(command, serving, fake, stored, mode):
         async with command(serving(fake)) as (_, call):
             _, out, _ = await call("bench", *mode, *timing, "--json", "--images-per-request", 2)
             files = (stored.files[0], bad)
-            _, text, _ = await call("bench", *files, *mode, *timing)
-            return json.loads(out), text
+            status, text, error = await call("bench", *files, *mode, *timing)
+            return json.loads(out), status, text, error
 
-    report, text = asyncio.run(main())
+    report, status, text, error = asyncio.run(main())
+    assert status == 1
+    assert re.search(
+        r"expected a vector for .*, found \d+ requests answered, \d+ images unsu", error
+    )
     assert report["model"] == "fake"
     assert report["requests"] > 0
     assert report["images_per_s"] == pytest.approx(2 * report["requests_per_s"], rel=0.05)
@@ -367,7 +372,7 @@ def test_bench_counts_what_was_answered(command, serving, fake, stored, mode):
 
 @pytest.mark.parametrize("frontend", ["grpcio"])
 def test_bench_counts_errors_by_code_and_hides_none(command, serving, fake):
-    """Without a retry; where nothing was answered the status is 1."""
+    """Without a retry, but with a pause after each; the status is 1."""
 
     def fail(images_NHWC):
         raise RuntimeError
@@ -379,11 +384,71 @@ def test_bench_counts_errors_by_code_and_hides_none(command, serving, fake):
             return await call("bench", "--json", "--concurrency", 4, *timing)
 
     status, out, error = asyncio.run(main())
-    errors = json.loads(out)["errors"]
+    report = json.loads(out)
+    errors = report["errors"]
     assert status == 1
     assert set(errors) <= {"INTERNAL", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}
-    assert sum(errors.values()) > 0
-    assert "expected answers, found " in error
+    assert 0 < sum(errors.values()) <= 4 * (1 + report["seconds"] / PAUSE_S)
+    assert "expected a vector for every image, found 0 requests answered, " in error
+
+
+@pytest.mark.parametrize("frontend", ["grpcio"])
+def test_bench_fails_where_one_request_did(command, serving, fake):
+    """Whatever was answered besides."""
+    timing = ("--seconds", 0.3, "--warm-up-s", 0)
+
+    async def main():
+        async with command(serving(fake)) as (_, call):
+            fake.failures.append(RuntimeError("once"))
+            return await call("bench", "--concurrency", 1, *timing)
+
+    status, out, error = asyncio.run(main())
+    assert status == 1
+    assert "  INTERNAL: 1 requests\n" in out
+    assert re.search(r"found \d+ requests answered, 1 requests INTERNAL$", error)
+
+
+@pytest.mark.parametrize("frontend", ["grpcio"])
+def test_bench_waits_for_no_request_that_is_due_after_the_end(command, serving, fake):
+    """However few there are a second."""
+    timing = ("--seconds", 0.1, "--warm-up-s", 0)
+
+    async def main():
+        async with command(serving(fake)) as (_, call):
+            return await asyncio.wait_for(call("bench", "--rate", 0.02, *timing), 30)
+
+    _, out, _ = asyncio.run(main())
+    assert "open loop, 0.02 requests a second" in out
+
+
+def test_bench_that_is_interrupted_waits_for_no_reply(serving, fake, eventually):
+    """A server that hangs keeps nobody at the terminal."""
+
+    async def main():
+        async with serving(fake) as server:
+            fake.gate.clear()
+            task = asyncio.create_task(measure(BenchCommand(server=server.address)))
+            await eventually(fake.entered.is_set)
+            task.cancel()  # as Ctrl-C does
+            done, _ = await asyncio.wait([task], timeout=30)
+            return [one.cancelled() for one in done]
+
+    assert asyncio.run(main()) == [True]
+
+
+def test_bench_without_a_model_says_so(command, serving, make_bundle):
+    """There may be none, and there may be others."""
+    options = {"bundle": (str(make_bundle().path),), "model_control": True}
+
+    async def main():
+        async with command(serving(**options)) as (server, call):
+            _, _, other = await call("bench", "--model", "cat")
+            await server.lifecycle.unload("tiny")
+            return other, (await call("bench"))[2]
+
+    other, none = asyncio.run(main())
+    assert other.endswith(": --model: expected 'tiny', found 'cat'; choose one that is served")
+    assert none.endswith("expected a server that has one, found none; have the server load one")
 
 
 def test_the_key_comes_from_a_file_or_the_environment(
