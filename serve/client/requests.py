@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from models.errors import UsageError
 from models.image_source import ImageData
-from models.wire import DTYPES, image_to_wire, mend_image, vectors_to_wire
+from models.wire import DTYPES, check_image, image_to_wire, mend_image, vectors_to_wire
 from protos import horace_pb2 as pb
 from serve.client.arguments import (
     MAX_UINT64,
@@ -253,7 +253,7 @@ def check_images(images: Images) -> Sequence[ImageData]:
     """Refuse one image in the place of several: it would be read as its bytes or rows.
 
     Raises:
-        UsageError: it is not a sequence of images, or an empty one.
+        UsageError: it is not a sequence of images, or an empty one, or one of it is no image.
     """
     several = isinstance(images, Sequence) and not isinstance(images, ONE_IMAGE)
     if isinstance(images, np.ndarray):
@@ -267,7 +267,10 @@ def check_images(images: Images) -> Sequence[ImageData]:
         )
     if not len(images):
         raise UsageError("images", expected="at least one", found="none")
-    return list(images)
+    checked = list(images)
+    for image in checked:
+        check_image(image)
+    return checked
 
 
 def check_iterable(images: object) -> None:

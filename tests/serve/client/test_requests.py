@@ -129,8 +129,11 @@ def test_arguments_that_cannot_be_meant_are_refused_before_a_call():
             client.search(vectors=ones[0], fingerprint="f")
         with pytest.raises(UsageError, match=r"ids: expected an integer, 0 to .*, found -1"):
             client.search(ids=[-1])
-        with pytest.raises(UsageError, match="image array: expected"):
-            list(group_images([ones], RequestSize(images=1, request_bytes=10_000)))
+        for ask in (client.embed, client.search):
+            with pytest.raises(UsageError, match="image array: expected"):
+                ask([b"1", ones])
+            with pytest.raises(UsageError, match=r"found str 'a.jpg'; read the file with"):
+                ask([b"1", "a.jpg"])
 
 
 def test_many_query_vectors_and_ids_go_in_several_requests():
@@ -267,6 +270,21 @@ def test_what_is_no_example_is_told_what_one_is(example, found):
         client.search(combined=[Combination(positives=[example])])
 
 
+@pytest.mark.parametrize(
+    ("combined", "found"),
+    [
+        (Combination(positives=[1]), "one; put it into a list"),
+        ((one for one in [Combination(positives=[1])]), "<generator .*>; make a list of them"),
+        (5, "5; make a list of them"),
+    ],
+)
+def test_combinations_come_in_a_sequence(combined, found):
+    """They are gone through more than once."""
+    expected = f"^combined: expected a sequence of Combination, found {found}$"
+    with Client("localhost:1") as client, pytest.raises(UsageError, match=expected):
+        client.search(combined=combined)
+
+
 @pytest.mark.parametrize("weight", ["x", "0.5", None, float("nan"), 11, -1, [1]])
 def test_a_weight_is_a_number(weight):
     """Within its bounds."""
@@ -292,8 +310,6 @@ def test_wrong_arguments_of_an_iterable_are_one_line(serving, fake):
             for name in ("images_per_request", "in_flight"):
                 with pytest.raises(UsageError, match=f"{name}: expected an integer, 1 to .* 0$"):
                     next(client.embed_iter([b"1"], **{name: 0}))
-            with pytest.raises(UsageError, match=r"found str 'a.jpg'; read the file with"):
-                client.embed(["a.jpg"])
 
     async def main():
         async with serving(fake) as server:
