@@ -323,15 +323,17 @@ def _read_vectors(path: Path) -> NDArray[np.float32]:
     """
     expected = "a .npy file of (N, D) numbers"
     try:
-        vectors = np.load(path, allow_pickle=False)
-        if vectors.ndim != 2 or not vectors.size:
-            raise UsageError(f"--vectors {path}", expected=expected, found=f"{vectors.shape}")
-        return np.asarray(vectors, np.float32)
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            shape, vectors = loaded.shape, np.asarray(loaded, np.float32)
     except OSError as error:
         found = reason_of(error)
         raise UsageError(f"--vectors {path}", expected=expected, found=found) from error
-    except (ValueError, TypeError, AttributeError) as error:
+    except Exception as error:  # NumPy raises whatever the bytes of a file lead it to
         raise UsageError(f"--vectors {path}", expected=expected, found="another") from error
+    if len(shape) != 2 or not vectors.size:
+        raise UsageError(f"--vectors {path}", expected=expected, found=f"{shape}")
+    return vectors
 
 
 def _as_text(options: SearchCommand, found: Sequence[Found]) -> str:

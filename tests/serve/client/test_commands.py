@@ -525,6 +525,18 @@ def test_bad_use_is_one_line_and_status_2(argv, message, capsys, monkeypatch, tm
     assert len(error.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b"no array", b"PK\x03\x04 no archive", b"\x93NUMPY\x01\x00\x02\x00(("]
+)
+def test_what_is_no_array_is_bad_use(content, capsys, tmp_path):
+    """Whatever NumPy makes of its bytes."""
+    path = tmp_path / "v.npy"
+    path.write_bytes(content)
+    assert run(["search", "--vectors", str(path), "--fingerprint", "f"]) == 2
+    expected = f"--vectors {path}: expected a .npy file of (N, D) numbers, found another\n"
+    assert capsys.readouterr().err == f"python -m serve.client search: {expected}"
+
+
 def test_no_server_is_one_line_and_status_1():
     """In a process of its own, as people run it."""
     with socket.socket() as free:
