@@ -391,7 +391,7 @@ def _check_ids(ids: Sequence[int] | NDArray[np.int64]) -> list[int]:
 
 def _size_of(image: ImageData) -> int:
     """Give what an image takes in a request, in bytes."""
-    payload = image.nbytes if isinstance(image, np.ndarray) else len(image)
+    payload = len(image) if isinstance(image, bytes | bytearray) else image.nbytes
     return payload + IMAGE_OVERHEAD_BYTES
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from array import array
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,13 @@ def test_groups_keep_every_image_in_order_within_the_servers_limits(sizes, most)
     assert sent == [image if len(image) + 64 <= 2000 else b"" for image in images]
     refused = [n in g.refused for g in groups for n in range(len(g.images))]
     assert refused == [len(image) + 64 > 2000 for image in images]
+
+
+def test_a_view_counts_by_its_bytes():
+    """Of items of four bytes it has fewer."""
+    size = RequestSize(images=9, request_bytes=4096 + 2000)
+    (group,) = group_images([memoryview(array("I", [0] * 500))], size)
+    assert list(group.refused) == [0]
 
 
 @pytest.mark.parametrize(
