@@ -98,8 +98,10 @@ def main(options: EmbedCommand) -> None:
         if is_array and options.out is not None:
             with atomic_file(options.out) as temporary, temporary.open("wb") as file:
                 np.save(file, np.stack(rows) if rows else np.empty((0, 0), np.float32))
+    if failures.total() == 1:
+        raise FailedItemsError(*examples.values())
     if failures:
-        found = "; ".join(
+        found = ", and ".join(
             f"{n} {cause}, as {examples[cause]}" for cause, n in failures.most_common()
         )
         raise FailedItemsError(

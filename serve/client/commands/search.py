@@ -159,10 +159,10 @@ def main(options: SearchCommand) -> None:
     if options.grid is not None:
         _draw(options.grid, options.pictures or "", found)
     errors = [f"{one.query}: {one.error}" for one in found if one.error]
+    if len(errors) == 1:
+        raise FailedItemsError(errors[0])
     if errors:
-        raise FailedItemsError(
-            f"{len(errors)} of {len(found)} queries", expected="neighbours", found=errors[0]
-        )
+        raise FailedItemsError(f"{len(errors)} bad queries of {len(found)}, the first {errors[0]}")
 
 
 def _search_each(
@@ -270,7 +270,12 @@ def _look_up(client: Client, options: SearchCommand, keys: Sequence[str]) -> dic
 
 def _unknown_key(key: str) -> UnknownNameError:
     """Make the error for a key that no image has."""
-    return UnknownNameError(f"key {key!r}", expected="a key of the collection", found="none such")
+    return UnknownNameError(
+        f"key {key!r}",
+        expected="a key of the collection",
+        found="none such",
+        mend="take keys from a search of it",
+    )
 
 
 def _data(file: ImageFile) -> ImageData:

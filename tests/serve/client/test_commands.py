@@ -68,7 +68,7 @@ def test_embed_writes_a_line_an_image(command, serving, stored):
     assert np.linalg.norm(lines[0]["vector"]) == pytest.approx(1, abs=1e-6)
     assert status == 1
     found = error.partition("2 of 15 images: expected a vector for each, found ")[2]
-    one, other = sorted(found.split("; "))
+    one, other = sorted(found.split(", and "))
     assert one.startswith(f"1 empty, as {empty}: ")
     assert other.startswith(f"1 unsupported_format, as {bad}: ")
 
@@ -169,17 +169,18 @@ def test_search_takes_keys_of_stored_images(command, serving, stored, monkeypatc
     (expected,) = json.loads(by_id[1])["queries"]
     known, unknown = json.loads(by_key[1])["queries"]
     assert known == expected | {"query": key}
-    message = """key "it's": expected a key of the collection, found none such"""
+    mend = "take keys from a search of it"
+    message = f"""key "it's": expected a key of the collection, found none such; {mend}"""
     assert (unknown["query"], unknown["error"], unknown["hits"]) == ("it's", message, [])
     assert by_key[0] == 1
-    assert by_key[2].endswith(f"1 of 2 queries: expected neighbours, found it's: {message}")
+    assert by_key[2] == f"python -m serve.client search: it's: {message}"
     (combined,), (combined_by_id,) = (
         json.loads(out)["queries"] for _, out, _ in (unlike, unlike_id)
     )
     assert combined == combined_by_id | {"query": f"{key}, not {other}"}
     assert missing[0] == 1
     assert missing[2].endswith(
-        "search: key 'none': expected a key of the collection, found none such"
+        f"search: key 'none': expected a key of the collection, found none such; {mend}"
     )
 
 
@@ -308,7 +309,21 @@ def test_search_answers_the_good_queries(command, serving, stored, tmp_path):
     status, out, error = asyncio.run(main())
     assert status == 1
     assert "class-0/00.png" in out
-    assert f"2 of 3 queries: expected neighbours, found {bad}: " in error
+    assert f"search: 2 bad queries of 3, the first {bad}: image: expected JPEG, " in error
+
+
+def test_one_failure_is_told_as_itself(command, serving, stored, tmp_path):
+    """And not counted."""
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no image")
+
+    async def main():
+        async with command(serving(**of(stored))) as (_, call):
+            return [await call(name, bad, stored.files[0]) for name in ("embed", "search")]
+
+    for name, (status, _, error) in zip(("embed", "search"), asyncio.run(main()), strict=True):
+        assert status == 1
+        assert error.startswith(f"python -m serve.client {name}: {bad}: image: expected JPEG, ")
 
 
 def test_models_and_health_say_what_is_served(command, serving, stored):
