@@ -136,7 +136,12 @@ class Catalog:
         if name in self.collections:
             return self.collections[name]
         if not name and self.collections:
-            raise RequestError("collection", expected=_listed(list(self.collections)), found="none")
+            raise RequestError(
+                "collection",
+                expected=_listed(list(self.collections)),
+                found="none",
+                mend="name one of them",
+            )
         raise _unknown("collection", name, list(self.collections))
 
     def put_model(
@@ -290,7 +295,8 @@ def refuse_taken_name(option: str, name: str, taken: Mapping[str, object]) -> No
 
 def _unknown(kind: str, name: str, names: Sequence[str]) -> UnknownNameError:
     """Say which names there are."""
-    return UnknownNameError(kind, expected=_listed(names), found=f"{name[:80]!r}")
+    mend = "name one that is there, or have it served" if names else "have it serve one"
+    return UnknownNameError(kind, expected=_listed(names), found=f"{name[:80]!r}", mend=mend)
 
 
 def _listed(names: Sequence[str]) -> str:
