@@ -14,6 +14,7 @@ class Thing:
     """Stands for an encoder, its engine, or a collection: only its fingerprint is looked at."""
 
     fingerprint: str = "a" * 64
+    encoder: str = "bundle"
     alive: bool = True
     closed: bool = False
 
