@@ -55,7 +55,7 @@ from serve.client.results import (
     read_timings,
 )
 from serve.client.retry import RetryBudget, RetryPolicy
-from serve.client.unreachable import REFUSED, handshake_mend
+from serve.client.unreachable import REFUSED, handshake_mend, why
 from serve.errors import (
     STOPPING,
     DeadlineError,
@@ -284,7 +284,7 @@ class Planner:
                 return UnavailableError(
                     f"server {self.target}",
                     expected="a Horace server that answers",
-                    found=failure.details or failure.code.name,
+                    found=why(failure.details) or failure.code.name,
                     mend=self._handshake_mend(failure)
                     or "start it with `python -m serve`, or check host and port",
                 )

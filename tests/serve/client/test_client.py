@@ -407,6 +407,41 @@ def test_a_result_can_be_read_by_image_and_insists_on_request():
     )
 
 
+NOBODY = "start it with `python -m serve`, or check host and port"
+
+
+@pytest.mark.parametrize(
+    ("target", "found"),
+    [
+        ("127.0.0.1:{port}", "127.0.0.1:{port}: Connection refused"),
+        ("a..b:1", "address lookup failed for a..b:1: Misformatted domain name"),
+    ],
+)
+def test_why_there_is_no_connection_is_told_for_people(target, found):
+    """Without the codes and escapes that gRPC has for itself."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        target, found = target.format(port=port), found.format(port=port)
+        once = RetryPolicy(attempts=1)
+        with Client(target, retry=once) as client, pytest.raises(UnavailableError) as error:
+            client.health()
+    assert str(error.value) == (
+        f"server {target}: expected a Horace server that answers, found {found}; {NOBODY}"
+    )
+
+
+def test_an_address_is_told_as_it_is_written():
+    """Also one of IPv6, whose brackets gRPC escapes."""
+    details = (
+        "connections to all backends failing; last error: UNKNOWN: ipv6:%5B::1%5D:1: "
+        "Failed to connect to remote host: Connection refused"
+    )
+    drive = Drive(Failure(grpc.StatusCode.UNAVAILABLE, details), attempts=1)
+    with pytest.raises(UnavailableError, match=r"found \[::1\]:1: Connection refused; start it"):
+        drive.run(drive.planner.list_models(60))
+
+
 def test_no_server_is_one_line():
     """The line names the address and how to start one."""
     with socket.socket() as free:
@@ -416,7 +451,7 @@ def test_no_server_is_one_line():
         with Client(target, retry=retry) as client, pytest.raises(UnavailableError) as error:
             client.embed([b"1"])
     assert str(error.value).startswith(f"server {target}: expected a Horace server that answers")
-    assert str(error.value).endswith("start it with `python -m serve`, or check host and port")
+    assert str(error.value).endswith(NOBODY)
 
 
 def test_a_deadline_that_passes_is_one_line(serving, fake, image):
