@@ -5,6 +5,8 @@ Rules:
     With `--out NAME.npy` the rows are there and the lines in NAME.jsonl beside it; otherwise a
     line carries its vector itself. Files are whole or absent.
     An image that fails, or that is not there, stops nothing; the exit status is 1 at the end.
+    All vectors are of one encoder, or there is no file: where the server changes its model
+    meanwhile, that is an error.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from models.image_source import ImageData
 from serve.client.commands.connecting import ServerOptions
 from serve.client.commands.files import ImageFile, read_files, require_parent
 from serve.client.requests import EmbedOptions
-from serve.errors import FailedItemsError
+from serve.errors import FailedItemsError, PreconditionError
 
 Line: TypeAlias = dict[str, str | int | NDArray[np.float32]]
 
@@ -110,7 +112,11 @@ def main(options: EmbedCommand) -> None:
 
 
 def _embed(options: EmbedCommand) -> Iterator[tuple[Line, NDArray[np.float32] | None]]:
-    """Embed every image; give its line and its vector, in order."""
+    """Embed every image; give its line and its vector, in order.
+
+    Raises:
+        PreconditionError: the server has changed its model.
+    """
     read: deque[ImageFile] = deque()
 
     def images() -> Iterator[ImageData]:
@@ -128,8 +134,17 @@ def _embed(options: EmbedCommand) -> Iterator[tuple[Line, NDArray[np.float32] | 
             in_flight=options.in_flight,
             images_per_request=options.images_per_request,
         )
+        encoder = ""
         for item in items:
             file = read.popleft()
+            encoder = encoder or item.fingerprint
+            if item.fingerprint not in ("", encoder):
+                raise PreconditionError(
+                    f"server {options.server}",
+                    expected=f"one encoder for all images, {encoder}",
+                    found=f"another from {file.name} on, {item.fingerprint}",
+                    mend="the server has changed its model: embed again",
+                )
             if file.error is not None:
                 code, message = file.error.fault.value, file.reason
             else:

@@ -90,6 +90,32 @@ def test_embed_writes_an_array(command, serving, stored, tmp_path):
     assert "vector" not in lines[0]
 
 
+def test_an_array_is_of_one_encoder(command, serving, fake, stored, tmp_path):
+    """A server that changes its model meanwhile is an error, and nothing is written."""
+    out, encode = tmp_path / "vectors.npy", fake.encode
+
+    def change(images_NHWC):
+        if fake.batches:
+            fake.fingerprint = "e" * 64
+        return encode(images_NHWC)
+
+    async def main():
+        async with command(serving(fake)) as (_, call):
+            fake.encode = change
+            one_by_one = ("--images-per-request", 1, "--in-flight", 1)
+            return await call("embed", stored.folder, "--out", out, *one_by_one)
+
+    status, _, error = asyncio.run(main())
+    assert status == 1
+    assert re.search(
+        rf"expected one encoder for all images, f{{64}}, found another from {stored.files[1]} on, "
+        r"e{64}; the server has changed its model: embed again$",
+        error,
+    )
+    assert not out.exists()
+    assert not out.with_suffix(".jsonl").exists()
+
+
 def test_what_cannot_be_read_loses_nothing_else(command, serving, fake, stored, tmp_path):
     """A file that is not there, a name that is none, a folder without images: each has a line."""
     nowhere, nameless = tmp_path / "nowhere.png", tmp_path / ("n" * 300)
