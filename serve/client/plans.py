@@ -41,6 +41,7 @@ from serve.client.requests import (
     check_images,
     embed_request,
     group_images,
+    split,
 )
 from serve.client.results import (
     CollectionInfo,
@@ -202,13 +203,41 @@ class Planner:
     def embed_group(
         self, group: Group, options: EmbedOptions, timeout_s: float | None
     ) -> Plan[list[EmbeddedItem]]:
-        """Embed some images of an iterable, in one request; one that fails has items, too."""
+        """Embed some images of an iterable, in one request; one that fails has items, too.
+
+        If the server takes less by now, in several.
+        """
         deadline = self._deadline(timeout_s)
-        request = embed_request(group, options)
         try:
-            answer = yield from self._call("Embed", request, deadline, options.request_id)
+            return (yield from self._embed_group(group, options, deadline))
+        except RequestError as error:
+            parts = yield from self._split(group, deadline)
+            if len(parts) == 1 and parts[0].refused == group.refused:
+                return failed_items(group, error)
         except ServeError as error:
             return failed_items(group, error)
+        items = []
+        for part in parts:
+            try:
+                items += yield from self._embed_group(part, options, deadline)
+            except ServeError as error:
+                items += failed_items(part, error)
+        return items
+
+    def _split(self, group: Group, deadline: Deadline) -> Plan[list[Group]]:
+        """Cut a group to what the server takes now; it stays whole where that cannot be known."""
+        try:
+            size = yield from self._ask_size(deadline)
+        except ServeError:
+            return [group]
+        return list(split(group, size))
+
+    def _embed_group(
+        self, group: Group, options: EmbedOptions, deadline: Deadline
+    ) -> Plan[list[EmbeddedItem]]:
+        """Embed some images of an iterable in one request."""
+        request = embed_request(group, options)
+        answer = yield from self._call("Embed", request, deadline, options.request_id)
         reply = cast(pb.EmbedResponse, answer)
         return items_of(group, read_embedded([reply], read_statuses(reply.statuses, group)))
 

@@ -313,10 +313,10 @@ def group_images(
 class Grouper:
     """Fills requests with images, one after the other."""
 
-    def __init__(self, size: RequestSize) -> None:
-        """Start with an empty group."""
+    def __init__(self, size: RequestSize, *, first: int = 0) -> None:
+        """Start with an empty group, whose first image has this place."""
         self._size = size
-        self._group = Group()
+        self._group = Group(first=first)
 
     def add(self, image: ImageData) -> Iterator[Group]:
         """Take an image in; give the groups that are full now.
@@ -324,9 +324,12 @@ class Grouper:
         Raises:
             UsageError: it is no image.
         """
-        wire, image_bytes = image_to_wire(image), _size_of(image)
+        yield from self.add_wire(image_to_wire(image), _size_of(image))
+
+    def add_wire(self, wire: pb.Image, image_bytes: int) -> Iterator[Group]:
+        """Take in an image as it is sent; give the groups that are full now."""
         if REQUEST_OVERHEAD_BYTES + image_bytes > self._size.request_bytes:
-            yield from self._refuse(_too_large(image_bytes, self._size))
+            yield from self.refuse(_too_large(image_bytes, self._size))
         else:
             yield from self._add(wire, image_bytes)
 
@@ -335,9 +338,9 @@ class Grouper:
         try:
             yield from self.add(image)
         except UsageError as error:
-            yield from self._refuse(ItemStatus(NOT_AN_IMAGE, str(error)))
+            yield from self.refuse(ItemStatus(NOT_AN_IMAGE, str(error)))
 
-    def _refuse(self, status: ItemStatus) -> Iterator[Group]:
+    def refuse(self, status: ItemStatus) -> Iterator[Group]:
         """Count an image that is not sent; give the groups that are full now."""
         yield from self._add(pb.Image(), IMAGE_OVERHEAD_BYTES, status)
 
@@ -359,6 +362,17 @@ class Grouper:
         if (group := self._group).images:
             self._group = Group(first=group.first + len(group.images))
             yield group
+
+
+def split(group: Group, size: RequestSize) -> Iterator[Group]:
+    """Cut a group anew, for a server that takes less than when it was made."""
+    grouper = Grouper(size, first=group.first)
+    for n, wire in enumerate(group.images):
+        if refused := group.refused.get(n):
+            yield from grouper.refuse(refused)
+        else:
+            yield from grouper.add_wire(wire, wire.ByteSize() + IMAGE_OVERHEAD_BYTES)
+    yield from grouper.end()
 
 
 def embed_request(group: Group, options: EmbedOptions) -> pb.EmbedRequest:

@@ -11,7 +11,13 @@ import pytest
 from protos import horace_pb2 as pb
 from serve.client import AsyncClient, Client, RetryPolicy
 from serve.client.plans import UNSAID, Call, Failure, Pause, Planner
-from serve.client.requests import EmbedOptions, SearchOptions, make_queries
+from serve.client.requests import (
+    EmbedOptions,
+    RequestSize,
+    SearchOptions,
+    group_images,
+    make_queries,
+)
 from serve.client.results import EmbedResult, ItemStatus, Timings
 from serve.config import ServeOptions
 from serve.errors import (
@@ -66,6 +72,8 @@ class Drive:
                 continue
             self.now_s += self.call_s
             answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+            if callable(answer):
+                answer = answer(step)
 
     @property
     def pauses(self):
@@ -226,6 +234,33 @@ def test_a_server_that_takes_less_than_before_gets_less(refusal):
     assert [call.method for call in drive.calls] == [
         "ListModels", "Embed", "Embed", "ListModels", "Embed", "Embed",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("takes", "codes", "requests"),
+    [
+        ({"images": 2}, ["ok", "ok", "ok"], [2, 1]),
+        ({"request_bytes": 5000}, ["ok", "too_many_bytes", "ok"], [3]),
+        ({"images": 9}, ["request_failed"] * 3, []),
+    ],
+)
+def test_a_group_is_cut_anew_for_a_server_that_takes_less(takes, codes, requests):
+    """An iterable goes on; what the limits are not to blame for is told."""
+    size = RequestSize(images=9, request_bytes=1 << 20)
+    (group,) = group_images([b"1", b"2" * 2000, b"3"], size)
+    group.first = 7
+
+    def answer(call):
+        n = len(call.request.images)
+        vectors = pb.Vectors(data=b"\0" * 4 * n, rows=n, dim=1)
+        return pb.EmbedResponse(vectors=vectors, statuses=[pb.ItemStatus()] * n)
+
+    refusal = Failure(grpc.StatusCode.INVALID_ARGUMENT, "images: expected 1 to 2 a request")
+    drive = Drive(refusal, models_reply(**takes), answer)
+    items = drive.run(drive.planner.embed_group(group, EmbedOptions(), 60))
+    assert [item.index for item in items] == [7, 8, 9]
+    assert [item.status.code for item in items] == codes
+    assert [len(call.request.images) for call in drive.calls[2:]] == requests
 
 
 def test_requests_fit_the_longest_vectors_of_any_collection():
