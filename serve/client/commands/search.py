@@ -25,13 +25,13 @@ from serve.client.commands.connecting import ServerOptions
 from serve.client.commands.files import ImageFile, read_files, require_parent
 from serve.client.requests import SearchOptions
 from serve.client.results import Hit, SearchResult
-from serve.errors import FailedItemsError, UnknownNameError
+from serve.errors import FailedItemsError, RequestError, UnknownNameError
 
 if TYPE_CHECKING:
     from index.evaluation.plots import Tile
 
 KEYS_AT_ONCE = 100
-"""Of which the ids are asked for in one request; no server allows fewer neighbours by default."""
+"""Of which the ids are asked for in one request, where the server allows so many neighbours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,18 +253,26 @@ def _look_up(client: Client, options: SearchCommand, keys: Sequence[str]) -> dic
     )
     literals = ["'" + key.replace("'", "''") + "'" for key in dict.fromkeys(keys)]
     ids: dict[str, int] = {}
-    for first in range(0, len(literals), KEYS_AT_ONCE):
-        asked = literals[first : first + KEYS_AT_ONCE]
-        result = client.search(
-            vectors=np.eye(1, dim, dtype=np.float32),
-            fingerprint=fingerprint,
-            collection=options.collection,
-            k=len(asked),
-            filter=f"key in ({', '.join(asked)})",
-            exact=True,
-        )
+    at_once = KEYS_AT_ONCE
+    while literals:
+        asked = literals[:at_once]
+        try:
+            result = client.search(
+                vectors=np.eye(1, dim, dtype=np.float32),
+                fingerprint=fingerprint,
+                collection=options.collection,
+                k=len(asked),
+                filter=f"key in ({', '.join(asked)})",
+                exact=True,
+            )
+        except RequestError:
+            if len(asked) <= options.k:
+                raise
+            at_once = options.k  # the search that is to follow asks for no fewer
+            continue
         (hits,) = result.raise_for_status().hits
         ids |= {hit.key: hit.id for hit in hits}
+        literals = literals[at_once:]
     return ids
 
 

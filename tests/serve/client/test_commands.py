@@ -210,6 +210,19 @@ def test_search_takes_keys_of_stored_images(command, serving, stored, monkeypatc
     )
 
 
+def test_keys_are_looked_up_by_as_many_as_the_server_allows(command, serving, stored):
+    """Which may be no more than the search itself asks for."""
+    keys = [path.relative_to(stored.folder).as_posix() for path in stored.files]
+
+    async def main():
+        async with command(serving(max_neighbours=2, **of(stored))) as (_, call):
+            return await call("search", "--key", *keys, "--k", 2, "--json")
+
+    status, out, _ = asyncio.run(main())
+    assert status == 0
+    assert [len(query["hits"]) for query in json.loads(out)["queries"]] == [2] * 12
+
+
 @pytest.mark.parametrize("collection", [[], ["--collection", "other"]])
 def test_keys_of_a_collection_that_is_not_there(command, serving, fake, collection):
     """The server says which there are."""
