@@ -28,7 +28,7 @@ from grpc_health.v1 import health_pb2
 from models.image_source import ImageData
 from models.wire import vectors_from_wire
 from protos import horace_pb2 as pb
-from serve.client.arguments import check_integer, check_timeout
+from serve.client.arguments import check_integer, check_text, check_timeout
 from serve.client.connection import Metadata
 from serve.client.items import EmbeddedItem, failed_items, items_of
 from serve.client.requests import (
@@ -279,6 +279,7 @@ class Planner:
 
     def health(self, service: str, timeout_s: float | None) -> Plan[bool]:
         """Ask whether a service serves; all of them where the name is empty."""
+        check_text("service", service)
         deadline = self._deadline(timeout_s)
         request = health_pb2.HealthCheckRequest(service=service)
         answer = yield from self._call("Check", request, deadline)

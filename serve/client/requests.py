@@ -74,7 +74,7 @@ class EmbedOptions:
         check_integer("priority", self.priority, 0, LOWEST_PRIORITY)
         if self.dims is not None:
             check_integer("dims", self.dims, 1)
-        if self.dtype not in DTYPES:
+        if self.dtype not in [*DTYPES]:  # as a list, which cannot be looked up in a dict
             raise UsageError("dtype", expected=" or ".join(DTYPES), found=repr(self.dtype))
 
 

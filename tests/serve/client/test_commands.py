@@ -551,6 +551,7 @@ def test_options_of_tls_make_a_client_of_tls(monkeypatch):
             "expected HOST:PORT, such as localhost:50051, found nothing",
         ),
         (["health", "--server", "localhost"], "--server: expected HOST:PORT"),
+        (["health", "--service", "\udcff"], "service: expected text that UTF-8 can write"),
         (["embed", "x", "--api-key-file", "no"], "--api-key-file no: expected a file with a key"),
         (["embed", "x", "--tls-ca", "no.pem"], "ca no.pem: expected a PEM file"),
         (["search"], "queries: expected image files, --key, --id or --vectors, found none of them"),

@@ -210,6 +210,12 @@ def test_files_that_are_no_certificates_are_refused_at_once(
     assert found in str(error.value)
 
 
+def test_what_is_no_tls_is_refused():
+    """Such as the flag of a command."""
+    with pytest.raises(UsageError, match=r"^tls: expected a ClientTls, or None, found True$"):
+        Client("localhost:1", tls=True)
+
+
 def test_key_and_request_id_go_with_every_call():
     """As the headers that the server reads; the key is in no repr."""
     servicer = Servicer()

@@ -179,6 +179,7 @@ def test_queries_whose_hits_would_be_too_large_go_in_several_requests():
         ({"timeout_s": "1s"}, "timeout_s: expected a positive number of seconds, .*, found '1s'"),
         ({"timeout_s": float("inf")}, "timeout_s: expected a positive number .*, found inf"),
         ({"timeout_s": 10**400}, "timeout_s: expected a positive number .*, found 10000.*"),
+        ({"dtype": ["fp32"]}, r"dtype: expected fp32 or fp16 or int8, found \['fp32'\]"),
         ({"model": 5}, "model: expected text, found 5"),
         ({"model": "a\udcff"}, r"model: expected text that UTF-8 can write, found 'a\\udcff'"),
         ({"images": None}, "images: expected a sequence of images, found NoneType"),
