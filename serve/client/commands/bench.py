@@ -7,7 +7,9 @@ Rules:
     were never sent (coordinated omission).
     A request is made once: what it fails with is counted, and not hidden by a retry. A closed
     loop makes its next one as long after as the server asks, and not at once.
-    What is under way at the end is awaited, but by no Ctrl-C; warm-up is not counted.
+    A request counts with those of the time in which it was due: what is under way at the end is
+    awaited, but by no Ctrl-C, and warm-up is not counted. Throughput is what was answered in the
+    time that is measured.
     The status is 1 where anything has failed, in an overload, too: the report says what.
 
 Client and server share the machine where they run on one: the client costs what it costs.
@@ -98,17 +100,19 @@ class BenchCommand(ServerOptions):
 
 @dataclass
 class Measured:
-    """What was seen in the time that counts.
+    """What was seen of the time that counts.
 
     Attributes:
-        latencies_s: of requests that were answered.
-        images: of those, with a vector.
-        faults: of those, why some have none.
-        errors: requests that were not answered, by gRPC's code.
+        latencies_s: of requests that were due in it, and were answered at some time.
+        faults: of those, why some images have no vector.
+        errors: requests that were due in it and were not answered, by gRPC's code.
         not_sent: requests of an open loop for which there was no room here.
+        answered: requests that were answered in it, whenever they were due.
+        images: of those, with a vector.
     """
 
     latencies_s: list[float] = field(default_factory=list)
+    answered: int = 0
     images: int = 0
     faults: Counter[str] = field(default_factory=Counter)
     errors: Counter[str] = field(default_factory=Counter)
@@ -168,8 +172,7 @@ async def measure(options: BenchCommand) -> Report:
             load.measured, started_s = Measured(), time.monotonic()
             await asyncio.sleep(options.seconds)
             measured, elapsed_s = load.measured, time.monotonic() - started_s
-            measured.latencies_s = list(measured.latencies_s)
-            load.measured = Measured()  # what ends from now on does not count
+            load.measured = Measured()  # of what is answered from now on
     return _report(options, model.name, measured, elapsed_s)
 
 
@@ -231,6 +234,7 @@ class _Load:
     async def _request(self, due_s: float) -> float:
         """Make one request, with its latency counted from `due_s`; give the pause after it."""
         images = list(islice(self._images, self._options.images_per_request))
+        measured = self.measured
         try:
             result = await self._client.embed(
                 images,
@@ -239,11 +243,12 @@ class _Load:
                 priority=self._options.priority,
             )
         except ServeError as error:
-            self.measured.errors[_code_of(error)] += 1
+            measured.errors[_code_of(error)] += 1
             return max(PAUSE_S, error.retry_after_s or 0.0)
-        self.measured.latencies_s.append(time.monotonic() - due_s)
+        measured.latencies_s.append(time.monotonic() - due_s)
+        measured.faults.update(s.code for s in result.statuses if not s.ok)
+        self.measured.answered += 1
         self.measured.images += len(result.vectors)
-        self.measured.faults.update(s.code for s in result.statuses if not s.ok)
         return 0.0
 
 
@@ -312,7 +317,7 @@ def _report(options: BenchCommand, model: str, measured: Measured, elapsed_s: fl
         images_per_request=options.images_per_request,
         seconds=round(elapsed_s, 3),
         requests=len(latencies_s),
-        requests_per_s=round(len(latencies_s) / elapsed_s, 1),
+        requests_per_s=round(measured.answered / elapsed_s, 1),
         images_per_s=round(measured.images / elapsed_s, 1),
         p50_ms=quantile_ms(0.5),
         p90_ms=quantile_ms(0.9),

@@ -475,6 +475,26 @@ def test_bench_waits_for_no_request_that_is_due_after_the_end(command, serving, 
     assert "open loop, 0.02 requests a second" in out
 
 
+@pytest.mark.parametrize("frontend", ["grpcio"])
+def test_bench_counts_what_a_server_that_stalls_answers_late(serving, fake, eventually):
+    """By when it was due; to throughput it adds nothing."""
+
+    async def main():
+        async with serving(fake) as server:
+            fake.gate.clear()
+            options = BenchCommand(server=server.address, rate=50, seconds=0.2, warm_up_s=0)
+            task = asyncio.create_task(measure(options))
+            await eventually(fake.entered.is_set)
+            await asyncio.wait([task], timeout=0.5)  # and the time that is measured is over
+            fake.gate.set()
+            return await task
+
+    report = asyncio.run(main())
+    assert report.requests > 0
+    assert report.p50_ms > 200
+    assert report.requests_per_s == report.images_per_s == 0
+
+
 def test_bench_that_is_interrupted_waits_for_no_reply(serving, fake, eventually):
     """A server that hangs keeps nobody at the terminal."""
 
