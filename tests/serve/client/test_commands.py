@@ -392,7 +392,10 @@ def test_a_server_that_does_not_serve_is_status_1(command, serving, fake):
 
     status, out, error = asyncio.run(main())
     assert (status, out) == (1, "")
-    assert re.search(r"expected one that serves, found one that does not now$", error)
+    assert error.endswith(
+        ": expected one that serves, found one that does not now; "
+        "wait until it is ready; its log says why it is not"
+    )
 
 
 @pytest.mark.parametrize("frontend", ["grpcio"])  # what is measured, and not how
