@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from models.cpu import cpu_budget, share_cpus
 from models.encoder import Encoder, open_encoder
-from models.errors import BundleError, ImageError, SourceError
+from models.errors import BundleError, FingerprintMismatchError, ImageError, SourceError
 from models.image_source import ImageRecord, digest_of, storage_fault
 from models.vectors import finish_vectors
 
@@ -136,11 +136,14 @@ def open_collection_encoder(collection: AnyCollection, encoder: str | None) -> E
             mend="say where it is now with --encoder",
         )
     opened = open_encoder(uri)
-    try:
-        collection.require(opened.fingerprint)
-    except Exception:
+    if opened.fingerprint != collection.fingerprint:
         opened.close()
-        raise
+        raise FingerprintMismatchError(
+            f"collection {collection.name}",
+            expected=f"{collection.fingerprint} ({collection.encoder})",
+            found=f"{opened.fingerprint} ({uri})",
+            mend="query it with the encoder that built it, or build it again with this one",
+        )
     return opened
 
 

@@ -70,8 +70,23 @@ def image_to_wire(image: bytes | NDArray[np.uint8]) -> pb.Image:
     Raises:
         UsageError: something else, or an array of another dtype or rank.
     """
-    if isinstance(image, bytes | bytearray | memoryview):
+    check_image(image)
+    if not isinstance(image, np.ndarray):
         return pb.Image(encoded=bytes(image))
+    height, width = image.shape[:2]
+    channels = 1 if image.ndim == 2 else image.shape[2]
+    raw = pb.RawImage(pixels=image.tobytes(), height=height, width=width, channels=channels)
+    return pb.Image(raw=raw)
+
+
+def check_image(image: object) -> None:
+    """Refuse what `image_to_wire` cannot wrap; nothing is copied.
+
+    Raises:
+        UsageError: it is neither bytes nor an array, or an array of another dtype or rank.
+    """
+    if isinstance(image, bytes | bytearray | memoryview):
+        return
     if not isinstance(image, np.ndarray):
         shown = " ".join(repr(image).split())  # a tensor's has several lines
         raise UsageError(
@@ -86,10 +101,6 @@ def image_to_wire(image: bytes | NDArray[np.uint8]) -> pb.Image:
             expected="(H, W) or (H, W, C) uint8",
             found=f"{image.shape} {image.dtype}",
         )
-    height, width = image.shape[:2]
-    channels = 1 if image.ndim == 2 else image.shape[2]
-    raw = pb.RawImage(pixels=image.tobytes(), height=height, width=width, channels=channels)
-    return pb.Image(raw=raw)
 
 
 def mend_image(image: object) -> str | None:

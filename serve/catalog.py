@@ -136,7 +136,12 @@ class Catalog:
         if name in self.collections:
             return self.collections[name]
         if not name and self.collections:
-            raise RequestError("collection", expected=_listed(list(self.collections)), found="none")
+            raise RequestError(
+                "collection",
+                expected=_listed(list(self.collections)),
+                found="none",
+                mend="name one of them",
+            )
         raise _unknown("collection", name, list(self.collections))
 
     def put_model(
@@ -183,7 +188,7 @@ class Catalog:
             FingerprintMismatchError: none of the models made its vectors; what was offered
                 is offered still.
         """
-        model = self._maker_of(name, collection.fingerprint)
+        model = self._maker_of(name, collection)
         following = Following(name, collection)
 
         def close_all() -> None:
@@ -221,7 +226,7 @@ class Catalog:
         """Whether every version that callers reach can serve."""
         return all(model.engine.alive for model in self.running)
 
-    def _maker_of(self, name: str, fingerprint: str) -> ServedModel:
+    def _maker_of(self, name: str, collection: Collection) -> ServedModel:
         """Find the newest version that made a collection's vectors.
 
         The one that the collection of this name is bound to counts, too, offered or not.
@@ -230,12 +235,12 @@ class Catalog:
         if name in self.collections:
             offered.append(self.collections[name].model)
         for model in offered:
-            if model.encoder.fingerprint == fingerprint:
+            if model.encoder.fingerprint == collection.fingerprint:
                 return model
         raise FingerprintMismatchError(
             f"--collection {name}",
             expected=" or ".join(f"{m.encoder.fingerprint} ({m.name})" for m in offered),
-            found=fingerprint,
+            found=f"{collection.fingerprint} ({collection.encoder})",
             mend="serve the bundle that made it, or build it again with `python -m index.build`",
         )
 
@@ -261,7 +266,7 @@ class Catalog:
     def _rebind_collections(self) -> None:
         """Give every collection the newest version that made its vectors."""
         for name, served in list(self.collections.items()):
-            model = self._maker_of(name, served.collection.fingerprint)
+            model = self._maker_of(name, served.collection)
             if model is not served.model:
                 self._bind(name, served.following, model, served.files)
                 served.hold.retire()
@@ -290,7 +295,8 @@ def refuse_taken_name(option: str, name: str, taken: Mapping[str, object]) -> No
 
 def _unknown(kind: str, name: str, names: Sequence[str]) -> UnknownNameError:
     """Say which names there are."""
-    return UnknownNameError(kind, expected=_listed(names), found=f"{name[:80]!r}")
+    mend = "name one that is there, or have it served" if names else "have it serve one"
+    return UnknownNameError(kind, expected=_listed(names), found=f"{name[:80]!r}", mend=mend)
 
 
 def _listed(names: Sequence[str]) -> str:

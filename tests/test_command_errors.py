@@ -109,7 +109,8 @@ CASES = [
     (
         "index.search {collection} {image} --encoder {other}",
         1,
-        "expected encoder {sound_fingerprint}, found encoder {other_fingerprint}; ",
+        r"expected encoder {sound_fingerprint} \({sound}\), "
+        r"found encoder {other_fingerprint} \({other}\); ",
     ),
     ("index.describe {nothing}", 1, "expected a collection directory, found no such directory; "),
     ("index.describe {sound}", 1, r"expected a collection directory, found no manifest\.json"),

@@ -64,11 +64,15 @@ def check_combined(combined: Sequence[Combination], fingerprint: str) -> list[pb
     """Write combined queries.
 
     Raises:
-        UsageError: there are none, or something else stands among them.
+        UsageError: they are no sequence, there are none, or something else stands among them.
     """
-    if isinstance(combined, Combination):
+    if not isinstance(combined, Sequence):
+        is_one = isinstance(combined, Combination)
         raise UsageError(
-            "combined", expected="a sequence of Combination", found="one", mend="put it into a list"
+            "combined",
+            expected="a sequence of Combination",
+            found="one" if is_one else describe(combined),
+            mend="put it into a list" if is_one else "make a list of them",
         )
     if not combined:
         raise UsageError("combined", expected="at least one", found="none")

@@ -21,7 +21,7 @@ from typing import TypeAlias
 import grpc
 
 from models.errors import UsageError, reason_of
-from serve.client.arguments import check_target, check_text
+from serve.client.arguments import check_target, check_text, describe
 
 Metadata: TypeAlias = tuple[tuple[str, str], ...]
 File: TypeAlias = str | PathLike[str]
@@ -107,12 +107,14 @@ class Connection:
     api_key: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        """Refuse a target that names no port, and a key that no header can carry.
+        """Refuse a target that names no port, what is no `ClientTls`, and a key for no header.
 
         Raises:
-            UsageError: it is neither; the key itself is not shown.
+            UsageError: it is one of them; the key itself is not shown.
         """
         check_target("target", self.target)
+        if self.tls is not None and not isinstance(self.tls, ClientTls):
+            raise UsageError("tls", expected="a ClientTls, or None", found=describe(self.tls))
         key = self.api_key
         if key is not None and not (isinstance(key, str) and VISIBLE_ASCII.fullmatch(key)):
             raise UsageError(

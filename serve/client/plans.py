@@ -28,7 +28,7 @@ from grpc_health.v1 import health_pb2
 from models.image_source import ImageData
 from models.wire import vectors_from_wire
 from protos import horace_pb2 as pb
-from serve.client.arguments import check_integer, check_timeout
+from serve.client.arguments import check_integer, check_text, check_timeout
 from serve.client.connection import Metadata
 from serve.client.items import EmbeddedItem, failed_items, items_of
 from serve.client.requests import (
@@ -41,6 +41,7 @@ from serve.client.requests import (
     check_images,
     embed_request,
     group_images,
+    split,
 )
 from serve.client.results import (
     CollectionInfo,
@@ -55,7 +56,7 @@ from serve.client.results import (
     read_timings,
 )
 from serve.client.retry import RetryBudget, RetryPolicy
-from serve.client.unreachable import REFUSED, handshake_mend
+from serve.client.unreachable import REFUSED, handshake_mend, why
 from serve.errors import (
     STOPPING,
     DeadlineError,
@@ -202,13 +203,41 @@ class Planner:
     def embed_group(
         self, group: Group, options: EmbedOptions, timeout_s: float | None
     ) -> Plan[list[EmbeddedItem]]:
-        """Embed some images of an iterable, in one request; one that fails has items, too."""
+        """Embed some images of an iterable, in one request; one that fails has items, too.
+
+        If the server takes less by now, in several.
+        """
         deadline = self._deadline(timeout_s)
-        request = embed_request(group, options)
         try:
-            answer = yield from self._call("Embed", request, deadline, options.request_id)
+            return (yield from self._embed_group(group, options, deadline))
+        except RequestError as error:
+            parts = yield from self._split(group, deadline)
+            if len(parts) == 1 and parts[0].refused == group.refused:
+                return failed_items(group, error)
         except ServeError as error:
             return failed_items(group, error)
+        items = []
+        for part in parts:
+            try:
+                items += yield from self._embed_group(part, options, deadline)
+            except ServeError as error:
+                items += failed_items(part, error)
+        return items
+
+    def _split(self, group: Group, deadline: Deadline) -> Plan[list[Group]]:
+        """Cut a group to what the server takes now; it stays whole where that cannot be known."""
+        try:
+            size = yield from self._ask_size(deadline)
+        except ServeError:
+            return [group]
+        return list(split(group, size))
+
+    def _embed_group(
+        self, group: Group, options: EmbedOptions, deadline: Deadline
+    ) -> Plan[list[EmbeddedItem]]:
+        """Embed some images of an iterable in one request."""
+        request = embed_request(group, options)
+        answer = yield from self._call("Embed", request, deadline, options.request_id)
         reply = cast(pb.EmbedResponse, answer)
         return items_of(group, read_embedded([reply], read_statuses(reply.statuses, group)))
 
@@ -250,6 +279,7 @@ class Planner:
 
     def health(self, service: str, timeout_s: float | None) -> Plan[bool]:
         """Ask whether a service serves; all of them where the name is empty."""
+        check_text("service", service)
         deadline = self._deadline(timeout_s)
         request = health_pb2.HealthCheckRequest(service=service)
         answer = yield from self._call("Check", request, deadline)
@@ -284,7 +314,7 @@ class Planner:
                 return UnavailableError(
                     f"server {self.target}",
                     expected="a Horace server that answers",
-                    found=failure.details or failure.code.name,
+                    found=why(failure.details) or failure.code.name,
                     mend=self._handshake_mend(failure)
                     or "start it with `python -m serve`, or check host and port",
                 )

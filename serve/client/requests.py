@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from models.errors import UsageError
 from models.image_source import ImageData
-from models.wire import DTYPES, image_to_wire, mend_image, vectors_to_wire
+from models.wire import DTYPES, check_image, image_to_wire, mend_image, vectors_to_wire
 from protos import horace_pb2 as pb
 from serve.client.arguments import (
     MAX_UINT64,
@@ -74,7 +74,7 @@ class EmbedOptions:
         check_integer("priority", self.priority, 0, LOWEST_PRIORITY)
         if self.dims is not None:
             check_integer("dims", self.dims, 1)
-        if self.dtype not in DTYPES:
+        if self.dtype not in [*DTYPES]:  # as a list, which cannot be looked up in a dict
             raise UsageError("dtype", expected=" or ".join(DTYPES), found=repr(self.dtype))
 
 
@@ -253,7 +253,7 @@ def check_images(images: Images) -> Sequence[ImageData]:
     """Refuse one image in the place of several: it would be read as its bytes or rows.
 
     Raises:
-        UsageError: it is not a sequence of images, or an empty one.
+        UsageError: it is not a sequence of images, or an empty one, or one of it is no image.
     """
     several = isinstance(images, Sequence) and not isinstance(images, ONE_IMAGE)
     if isinstance(images, np.ndarray):
@@ -267,7 +267,10 @@ def check_images(images: Images) -> Sequence[ImageData]:
         )
     if not len(images):
         raise UsageError("images", expected="at least one", found="none")
-    return list(images)
+    checked = list(images)
+    for image in checked:
+        check_image(image)
+    return checked
 
 
 def check_iterable(images: object) -> None:
@@ -310,10 +313,10 @@ def group_images(
 class Grouper:
     """Fills requests with images, one after the other."""
 
-    def __init__(self, size: RequestSize) -> None:
-        """Start with an empty group."""
+    def __init__(self, size: RequestSize, *, first: int = 0) -> None:
+        """Start with an empty group, whose first image has this place."""
         self._size = size
-        self._group = Group()
+        self._group = Group(first=first)
 
     def add(self, image: ImageData) -> Iterator[Group]:
         """Take an image in; give the groups that are full now.
@@ -321,9 +324,12 @@ class Grouper:
         Raises:
             UsageError: it is no image.
         """
-        wire, image_bytes = image_to_wire(image), _size_of(image)
+        yield from self.add_wire(image_to_wire(image), _size_of(image))
+
+    def add_wire(self, wire: pb.Image, image_bytes: int) -> Iterator[Group]:
+        """Take in an image as it is sent; give the groups that are full now."""
         if REQUEST_OVERHEAD_BYTES + image_bytes > self._size.request_bytes:
-            yield from self._refuse(_too_large(image_bytes, self._size))
+            yield from self.refuse(_too_large(image_bytes, self._size))
         else:
             yield from self._add(wire, image_bytes)
 
@@ -332,9 +338,9 @@ class Grouper:
         try:
             yield from self.add(image)
         except UsageError as error:
-            yield from self._refuse(ItemStatus(NOT_AN_IMAGE, str(error)))
+            yield from self.refuse(ItemStatus(NOT_AN_IMAGE, str(error)))
 
-    def _refuse(self, status: ItemStatus) -> Iterator[Group]:
+    def refuse(self, status: ItemStatus) -> Iterator[Group]:
         """Count an image that is not sent; give the groups that are full now."""
         yield from self._add(pb.Image(), IMAGE_OVERHEAD_BYTES, status)
 
@@ -356,6 +362,17 @@ class Grouper:
         if (group := self._group).images:
             self._group = Group(first=group.first + len(group.images))
             yield group
+
+
+def split(group: Group, size: RequestSize) -> Iterator[Group]:
+    """Cut a group anew, for a server that takes less than when it was made."""
+    grouper = Grouper(size, first=group.first)
+    for n, wire in enumerate(group.images):
+        if refused := group.refused.get(n):
+            yield from grouper.refuse(refused)
+        else:
+            yield from grouper.add_wire(wire, wire.ByteSize() + IMAGE_OVERHEAD_BYTES)
+    yield from grouper.end()
 
 
 def embed_request(group: Group, options: EmbedOptions) -> pb.EmbedRequest:
@@ -388,7 +405,7 @@ def _check_ids(ids: Sequence[int] | NDArray[np.int64]) -> list[int]:
 
 def _size_of(image: ImageData) -> int:
     """Give what an image takes in a request, in bytes."""
-    payload = image.nbytes if isinstance(image, np.ndarray) else len(image)
+    payload = len(image) if isinstance(image, bytes | bytearray) else image.nbytes
     return payload + IMAGE_OVERHEAD_BYTES
 
 

@@ -1,4 +1,4 @@
-"""Says how to mend a connection that did not come about, by what gRPC says of it.
+"""Says why a connection did not come about, and how to mend it, by what gRPC says of it.
 
 Rules:
     Only what ends a handshake is known here: of a port that refuses nothing more is said than
@@ -14,12 +14,21 @@ that for a server that does not answer.
 
 from __future__ import annotations
 
+import re
+from urllib.parse import unquote
+
 REFUSED = "Connection refused"
 
 NO_CONNECTION = "last error: "
 """What gRPC says before the reason why no connection came about."""
 
-TLS_CAUSES = (
+ON_THE_WAY = re.compile("(?:[A-Z_]+: )?(?:ipv[46]:)?(.*)", re.DOTALL)
+"""A reason, behind the code and the kind of address that gRPC puts before it."""
+
+NO_ADDRESS = re.compile(r"errors resolving .*\[field:hostname lookup error:(.*)\]", re.DOTALL)
+"""What gRPC says of a name that nobody knows."""
+
+CAUSES = (
     (
         "CERTIFICATE_VERIFY_FAILED",
         "its certificate is not trusted: --tls-ca FILE, in Python ClientTls(ca=FILE)",
@@ -29,11 +38,25 @@ TLS_CAUSES = (
         "its certificate is for another name: --tls-name, in Python ClientTls(server_name=NAME)",
     ),
     ("WRONG_VERSION_NUMBER", "the server may speak no TLS: connect without"),
+    ("http1.x server", "that is a port of HTTP: call the one of gRPC, 50051 by default"),
 )
 
 CLOSED = ("Socket closed", "Connection reset by peer")
 WANTS_TLS = "the server may want TLS: --tls or --tls-ca FILE, in Python tls=ClientTls(ca=FILE)"
 WANTS_CERTIFICATE = "the server may want a certificate of yours: --tls-cert FILE and --tls-key FILE"
+
+
+def why(details: str) -> str:
+    """Give the reason out of what gRPC says of a call without a connection, for people.
+
+    The text itself where it says nothing of one.
+    """
+    if unknown := NO_ADDRESS.fullmatch(details):
+        return unknown[1]
+    _, found, reason = details.partition(NO_CONNECTION)
+    if not found or not (told := ON_THE_WAY.fullmatch(reason)):
+        return details
+    return unquote(told[1]).replace("Failed to connect to remote host: ", "")
 
 
 def handshake_mend(details: str, *, by_tls: bool, has_replied: bool) -> str | None:
@@ -47,7 +70,7 @@ def handshake_mend(details: str, *, by_tls: bool, has_replied: bool) -> str | No
     _, found, reason = details.partition(NO_CONNECTION)
     if not found:
         return None
-    for sign, mend in TLS_CAUSES:
+    for sign, mend in CAUSES:
         if sign in reason:
             return mend
     if not has_replied and any(sign in reason for sign in CLOSED):

@@ -297,13 +297,13 @@ def test_by_distances_an_image_is_searched_with_as_the_encoder_gives_it(
 
 
 def test_another_encoder_is_refused(search, built, bundle, other_bundle, test_folder):
-    """The line names both fingerprints."""
+    """The line names both, by fingerprint and bundle."""
     status, _, err = search(built, test_folder / "red/000.png", "--encoder", other_bundle.path)
     assert status == 1
     assert err == (
-        f"python -m index.search: collection colours: expected encoder {bundle.fingerprint}, "
-        f"found encoder {other_bundle.fingerprint}; query it with the encoder that built it, or "
-        "build it again with this one\n"
+        f"python -m index.search: collection colours: expected encoder {bundle.fingerprint} "
+        f"({bundle.path}), found encoder {other_bundle.fingerprint} ({other_bundle.path}); "
+        "query it with the encoder that built it, or build it again with this one\n"
     )
 
 

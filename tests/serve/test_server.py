@@ -600,7 +600,7 @@ def test_a_damaged_bundle_is_one_line(make_bundle):
 
 
 def test_a_collection_of_another_encoder_is_one_line(make_bundle, tmp_path):
-    """Equal dimension or not: the line names both fingerprints."""
+    """Equal dimension or not: the line names both encoders."""
     from index.build import BuildOptions, build
 
     made_by, served = make_bundle("one", seed=1), make_bundle("two", seed=2)
@@ -611,8 +611,8 @@ def test_a_collection_of_another_encoder_is_one_line(make_bundle, tmp_path):
     line = refusal(port=0, bundle=(str(served.path),), collection=(f"things={tmp_path / 'c'}",))
     assert line == (
         f"--collection things: expected encoder {served.fingerprint} (two), "
-        f"found encoder {made_by.fingerprint}; serve the bundle that made it, or build it again "
-        "with `python -m index.build`"
+        f"found encoder {made_by.fingerprint} ({made_by.path}); serve the bundle that made it, or "
+        "build it again with `python -m index.build`"
     )
 
 

@@ -140,7 +140,7 @@ def test_two_models_answer_by_name_and_the_first_by_default(serving, make_bundle
             ]
             assert models[0].preprocessing == one.preprocessing
             with pytest.raises(
-                Exception, match=r"^model: expected 'one' or 'second', found 'two'$"
+                Exception, match=r"^model: expected 'one' or 'second', found 'two';"
             ):
                 await client.embed(file, model="two")
 
@@ -169,12 +169,12 @@ def test_two_models_answer_by_name_and_the_first_by_default(serving, make_bundle
         (
             pb.EmbedRequest(images=[pb.Image()], model="cat"),
             "NOT_FOUND",
-            "model: expected 'fake', found 'cat'",
+            "model: expected 'fake', found 'cat'; name one that is there, or have it served",
         ),
         (
             pb.SearchRequest(ids=pb.IdQueries(ids=[1])),
             "NOT_FOUND",
-            "collection: expected none: this server has none, found ''",
+            "collection: expected none: this server has none, found ''; have it serve one",
         ),
     ],
 )

@@ -35,7 +35,9 @@ def test_a_stream_answers_in_order_and_survives_a_bad_request(serving, fake, ima
     replies = asyncio.run(main())
     assert [reply.request_id for reply in replies] == [str(n) for n in range(40)]
     assert replies[7].error.code == grpc.StatusCode.NOT_FOUND.value[0]
-    assert replies[7].error.message == "model: expected 'fake', found 'nobody'"
+    assert replies[7].error.message == (
+        "model: expected 'fake', found 'nobody'; name one that is there, or have it served"
+    )
     values = [vectors_from_wire(r.vectors)[0, 0] for n, r in enumerate(replies) if n != 7]
     assert values == [n for n in range(40) if n != 7]
 

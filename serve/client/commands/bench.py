@@ -5,8 +5,12 @@ Rules:
     at their times whatever becomes of the others, and counts a latency from the time at which
     its request was due, so that a server that stalls is not measured by the requests that
     were never sent (coordinated omission).
-    A request is made once: what it fails with is counted, and not hidden by a retry.
-    What is under way at the end is awaited; warm-up is not counted.
+    A request is made once: what it fails with is counted, and not hidden by a retry. A closed
+    loop makes its next one as long after as the server asks, and not at once.
+    A request counts with those of the time in which it was due: what is under way at the end is
+    awaited, but by no Ctrl-C, and warm-up is not counted. Throughput is what was answered in the
+    time that is measured.
+    The status is 1 where anything has failed, in an overload, too: the report says what.
 
 Client and server share the machine where they run on one: the client costs what it costs.
 """
@@ -18,7 +22,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import cycle, islice
 from pathlib import Path
@@ -43,6 +47,10 @@ MAX_FILES = 1000
 """Images that are read into memory and sent in turn."""
 
 SYNTHETIC_IMAGES = 64
+
+PAUSE_S = 0.1
+"""Of a closed loop after a request that failed, at least: a refusal comes in no time, and who is
+refused in real life does not come back so soon either."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,17 +100,19 @@ class BenchCommand(ServerOptions):
 
 @dataclass
 class Measured:
-    """What was seen in the time that counts.
+    """What was seen of the time that counts.
 
     Attributes:
-        latencies_s: of requests that were answered.
-        images: of those, with a vector.
-        faults: of those, why some have none.
-        errors: requests that were not answered, by gRPC's code.
+        latencies_s: of requests that were due in it, and were answered at some time.
+        faults: of those, why some images have no vector.
+        errors: requests that were due in it and were not answered, by gRPC's code.
         not_sent: requests of an open loop for which there was no room here.
+        answered: requests that were answered in it, whenever they were due.
+        images: of those, with a vector.
     """
 
     latencies_s: list[float] = field(default_factory=list)
+    answered: int = 0
     images: int = 0
     faults: Counter[str] = field(default_factory=Counter)
     errors: Counter[str] = field(default_factory=Counter)
@@ -135,17 +145,24 @@ def main(options: BenchCommand) -> None:
     """Measure, and print what was measured.
 
     Raises:
-        HoraceError: the server cannot be had, or no request was answered.
+        HoraceError: the server cannot be had, or, after the report, something has failed, or
+            nothing was answered.
     """
-    report = asyncio.run(_bench(options))
+    report = asyncio.run(measure(options))
     print(json.dumps(asdict(report), indent=2) if options.json else _as_text(report))
-    if not report.requests:
-        errors = ", ".join(f"{count} {code}" for code, count in report.errors.items())
-        what = f"bench of {options.server}"
-        raise FailedItemsError(what, expected="answers", found=errors or "none")
+    failed = [f"{count} requests {code}" for code, count in report.errors.items()]
+    failed += [f"{count} images {fault}" for fault, count in report.faults.items()]
+    failed += [f"{report.not_sent} requests not sent"] if report.not_sent else []
+    if failed or not report.requests:
+        raise FailedItemsError(
+            f"bench of {options.server}",
+            expected="a vector for every image",
+            found=", ".join([f"{report.requests} requests answered", *failed]),
+            mend=None if failed else "measure longer with --seconds",
+        )
 
 
-async def _bench(options: BenchCommand) -> Report:
+async def measure(options: BenchCommand) -> Report:
     """Connect, warm up, measure."""
     async with options.connect_async(retry=RetryPolicy(attempts=1)) as client:
         model = await _find_model(client, options.model)
@@ -155,8 +172,7 @@ async def _bench(options: BenchCommand) -> Report:
             load.measured, started_s = Measured(), time.monotonic()
             await asyncio.sleep(options.seconds)
             measured, elapsed_s = load.measured, time.monotonic() - started_s
-            measured.latencies_s = list(measured.latencies_s)
-            load.measured = Measured()  # what ends from now on does not count
+            load.measured = Measured()  # of what is answered from now on
     return _report(options, model.name, measured, elapsed_s)
 
 
@@ -167,12 +183,16 @@ class _Load:
         self, client: AsyncClient, options: BenchCommand, model: str, images: Sequence[ImageData]
     ) -> None:
         self.measured = Measured()
-        self.is_over = False
+        self._is_over = asyncio.Event()
         self._client = client
         self._options = options
         self._model = model
         self._images = cycle(images)
-        self._outstanding: set[asyncio.Task[None]] = set()
+        self._outstanding: set[asyncio.Task[float]] = set()
+
+    def end(self) -> None:
+        """Have no more requests made."""
+        self._is_over.set()
 
     async def run(self) -> None:
         """Make requests, one loop or the other."""
@@ -183,15 +203,19 @@ class _Load:
 
     async def _close_loop(self) -> None:
         """Make one request after the other."""
-        while not self.is_over:
-            await self._request(time.monotonic())
+        while not self._is_over.is_set():
+            pause_s = await self._request(time.monotonic())
+            if pause_s:
+                await self._wait_until(time.monotonic() + pause_s)
 
     async def _open_loop(self, rate: float) -> None:
         """Make requests when they are due."""
         begun_s, number = time.monotonic(), 0
-        while not self.is_over:
+        while True:
             due_s = begun_s + number / rate
-            await asyncio.sleep(max(0.0, due_s - time.monotonic()))
+            await self._wait_until(due_s)
+            if self._is_over.is_set():
+                break
             number += 1
             if len(self._outstanding) >= MAX_OUTSTANDING:
                 self.measured.not_sent += 1
@@ -201,9 +225,16 @@ class _Load:
             task.add_done_callback(self._outstanding.discard)
         await asyncio.gather(*self._outstanding)
 
-    async def _request(self, due_s: float) -> None:
-        """Make one request; its latency is counted from `due_s`."""
+    async def _wait_until(self, due_s: float) -> None:
+        """Wait, but no longer than until the end."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(due_s - time.monotonic()):
+                await self._is_over.wait()
+
+    async def _request(self, due_s: float) -> float:
+        """Make one request, with its latency counted from `due_s`; give the pause after it."""
         images = list(islice(self._images, self._options.images_per_request))
+        measured = self.measured
         try:
             result = await self._client.embed(
                 images,
@@ -212,22 +243,25 @@ class _Load:
                 priority=self._options.priority,
             )
         except ServeError as error:
-            self.measured.errors[_code_of(error)] += 1
-            return
-        self.measured.latencies_s.append(time.monotonic() - due_s)
+            measured.errors[_code_of(error)] += 1
+            return max(PAUSE_S, error.retry_after_s or 0.0)
+        measured.latencies_s.append(time.monotonic() - due_s)
+        measured.faults.update(s.code for s in result.statuses if not s.ok)
+        self.measured.answered += 1
         self.measured.images += len(result.vectors)
-        self.measured.faults.update(s.code for s in result.statuses if not s.ok)
+        return 0.0
 
 
 @asynccontextmanager
 async def _running(load: _Load) -> AsyncIterator[None]:
-    """Keep a load running; what is under way at the end is awaited."""
+    """Keep a load running; what is under way at the end is awaited, unless it is an error."""
     task = asyncio.create_task(load.run())
     try:
         yield
-    finally:
-        load.is_over = True
+        load.end()
         await task
+    finally:
+        task.cancel()
 
 
 async def _find_model(client: AsyncClient, name: str | None) -> ModelInfo:
@@ -240,8 +274,12 @@ async def _find_model(client: AsyncClient, name: str | None) -> ModelInfo:
     for model in models:
         if model.name == name or (name is None and model.is_default):
             return model
-    known = " or ".join(repr(model.name) for model in models)
-    raise UnknownNameError("--model", expected=known, found=repr(name))
+    raise UnknownNameError(
+        "--model",
+        expected=" or ".join(repr(model.name) for model in models) or "a server that has one",
+        found="none" if name is None else repr(name),
+        mend="choose one that is served" if models else "have the server load one",
+    )
 
 
 def _images(options: BenchCommand, model: ModelInfo) -> list[ImageData]:
@@ -279,7 +317,7 @@ def _report(options: BenchCommand, model: str, measured: Measured, elapsed_s: fl
         images_per_request=options.images_per_request,
         seconds=round(elapsed_s, 3),
         requests=len(latencies_s),
-        requests_per_s=round(len(latencies_s) / elapsed_s, 1),
+        requests_per_s=round(measured.answered / elapsed_s, 1),
         images_per_s=round(measured.images / elapsed_s, 1),
         p50_ms=quantile_ms(0.5),
         p90_ms=quantile_ms(0.9),

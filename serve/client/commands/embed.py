@@ -4,7 +4,9 @@ Rules:
     Every image has a line, in order: its row, or why it has none.
     With `--out NAME.npy` the rows are there and the lines in NAME.jsonl beside it; otherwise a
     line carries its vector itself. Files are whole or absent.
-    An image that fails stops nothing; the exit status is 1 at the end.
+    An image that fails, or that is not there, stops nothing; the exit status is 1 at the end.
+    All vectors are of one encoder, or there is no file: where the server changes its model
+    meanwhile, that is an error.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import sys
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TypeAlias
 
@@ -23,13 +25,13 @@ from numpy.typing import NDArray
 from tyro.conf import Positional
 
 from models.command import progress
-from models.errors import HoraceError, ImageError, UsageError, reason_of
+from models.errors import HoraceError, UsageError, reason_of
 from models.files import atomic_file
 from models.image_source import ImageData
 from serve.client.commands.connecting import ServerOptions
-from serve.client.commands.files import read_files, require_parent
+from serve.client.commands.files import ImageFile, read_files, require_parent
 from serve.client.requests import EmbedOptions
-from serve.errors import FailedItemsError
+from serve.errors import FailedItemsError, PreconditionError
 
 Line: TypeAlias = dict[str, str | int | NDArray[np.float32]]
 
@@ -98,8 +100,10 @@ def main(options: EmbedCommand) -> None:
         if is_array and options.out is not None:
             with atomic_file(options.out) as temporary, temporary.open("wb") as file:
                 np.save(file, np.stack(rows) if rows else np.empty((0, 0), np.float32))
+    if failures.total() == 1:
+        raise FailedItemsError(*examples.values())
     if failures:
-        found = "; ".join(
+        found = ", and ".join(
             f"{n} {cause}, as {examples[cause]}" for cause, n in failures.most_common()
         )
         raise FailedItemsError(
@@ -108,12 +112,16 @@ def main(options: EmbedCommand) -> None:
 
 
 def _embed(options: EmbedCommand) -> Iterator[tuple[Line, NDArray[np.float32] | None]]:
-    """Embed every image; give its line and its vector, in order."""
-    read: deque[tuple[str, ImageError | None]] = deque()
+    """Embed every image; give its line and its vector, in order.
+
+    Raises:
+        PreconditionError: the server has changed its model.
+    """
+    read: deque[ImageFile] = deque()
 
     def images() -> Iterator[ImageData]:
         for file in read_files(options.images):
-            read.append((file.name, file.error))
+            read.append(replace(file, data=None))
             yield b"" if file.data is None else file.data
 
     with options.connect() as client:
@@ -126,13 +134,22 @@ def _embed(options: EmbedCommand) -> Iterator[tuple[Line, NDArray[np.float32] | 
             in_flight=options.in_flight,
             images_per_request=options.images_per_request,
         )
+        encoder = ""
         for item in items:
-            name, error = read.popleft()
-            if error is not None:
-                code, message = error.fault.value, str(error)
+            file = read.popleft()
+            encoder = encoder or item.fingerprint
+            if item.fingerprint not in ("", encoder):
+                raise PreconditionError(
+                    f"server {options.server}",
+                    expected=f"one encoder for all images, {encoder}",
+                    found=f"another from {file.name} on, {item.fingerprint}",
+                    mend="the server has changed its model: embed again",
+                )
+            if file.error is not None:
+                code, message = file.error.fault.value, file.reason
             else:
                 code, message = item.status.code, item.status.message
-            line: Line = {"file": name, "status": code}
+            line: Line = {"file": file.name, "status": code}
             yield (line | {"message": message} if message else line), item.vector
 
 

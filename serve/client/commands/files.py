@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from models.errors import HoraceError, ImageError, UsageError
+from models.errors import HoraceError, ImageError, ImageFault, SourceError
 from models.image_folder import FolderSource
 from models.image_source import ImageData, read_image_file
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFile:
-    """One image of the command line.
+    r"""One image of the command line.
 
     Attributes:
-        name: its path.
+        name: its path; bytes of it that are no UTF-8 stand as `\xNN`.
         data: its content; None where it cannot be read.
         error: why.
     """
@@ -25,39 +27,49 @@ class ImageFile:
     data: ImageData | None = None
     error: ImageError | None = None
 
+    @property
+    def reason(self) -> str:
+        """Why it cannot be read, without its name, which stands beside it; empty where it can."""
+        if self.error is None:
+            return ""
+        names_it = self.name.endswith(self.error.what)  # of a folder's it is the end of its path
+        return str(self.error).removeprefix(f"{self.error.what}: " if names_it else "")
+
 
 def read_files(paths: Sequence[Path]) -> Iterator[ImageFile]:
     """Read files, and folders in the order of their keys, one image at a time.
 
-    Raises:
-        UsageError: there is nothing at a path, which is seen before anything is read.
+    A file that cannot be read has an error in its place, and so has a folder without images.
     """
     for path in paths:
-        if not path.exists():
-            raise UsageError(str(path), expected="an image file or a folder", found="nothing")
-    return _read_files(paths)
-
-
-def _read_files(paths: Sequence[Path]) -> Iterator[ImageFile]:
-    """See `read_files`."""
-    for path in paths:
-        if not path.is_dir():
-            yield _read(path, str(path))
+        name = os.fsencode(path).decode("utf-8", "backslashreplace")
+        if not os.path.isdir(path):
+            yield _read(partial(read_image_file, path, name), name)
             continue
-        for record in FolderSource(path).records():
-            name = str(path / record.key)
-            try:
-                yield ImageFile(name=name, data=record.read())
-            except ImageError as error:
-                yield ImageFile(name=name, error=error)
+        try:
+            for record in FolderSource(path).records():
+                yield _read(record.read, str(Path(name) / record.key))
+        except SourceError as error:
+            yield ImageFile(name=name, error=_unreadable(error))
 
 
-def _read(path: Path, name: str) -> ImageFile:
+def _read(read: Callable[[], ImageData], name: str) -> ImageFile:
     """Read one file."""
     try:
-        return ImageFile(name=name, data=read_image_file(path, name))
+        return ImageFile(name=name, data=read())
     except ImageError as error:
         return ImageFile(name=name, error=error)
+
+
+def _unreadable(error: SourceError) -> ImageError:
+    """Say of one argument what is wrong with the folder that it names."""
+    return ImageError(
+        ImageFault.UNREADABLE,
+        error.what,
+        expected=error.expected,
+        found=error.found,
+        mend=error.mend,
+    )
 
 
 def require_parent(option: str, path: Path) -> None:

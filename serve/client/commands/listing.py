@@ -65,7 +65,12 @@ def check_health(options: HealthCommand) -> None:
         is_serving = client.health(options.service)
     if not is_serving:
         what = f"server {options.server}"
-        raise UnavailableError(what, expected="one that serves", found="one that does not now")
+        raise UnavailableError(
+            what,
+            expected="one that serves",
+            found="one that does not now",
+            mend="wait until it is ready; its log says why it is not",
+        )
     print("serving")
 
 

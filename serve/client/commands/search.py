@@ -25,13 +25,13 @@ from serve.client.commands.connecting import ServerOptions
 from serve.client.commands.files import ImageFile, read_files, require_parent
 from serve.client.requests import SearchOptions
 from serve.client.results import Hit, SearchResult
-from serve.errors import FailedItemsError, UnknownNameError
+from serve.errors import FailedItemsError, RequestError, UnknownNameError
 
 if TYPE_CHECKING:
     from index.evaluation.plots import Tile
 
 KEYS_AT_ONCE = 100
-"""Of which the ids are asked for in one request; no server allows fewer neighbours by default."""
+"""Of which the ids are asked for in one request, where the server allows so many neighbours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,10 +159,10 @@ def main(options: SearchCommand) -> None:
     if options.grid is not None:
         _draw(options.grid, options.pictures or "", found)
     errors = [f"{one.query}: {one.error}" for one in found if one.error]
+    if len(errors) == 1:
+        raise FailedItemsError(errors[0])
     if errors:
-        raise FailedItemsError(
-            f"{len(errors)} of {len(found)} queries", expected="neighbours", found=errors[0]
-        )
+        raise FailedItemsError(f"{len(errors)} bad queries of {len(found)}, the first {errors[0]}")
 
 
 def _search_each(
@@ -219,7 +219,7 @@ def _search_files(client: Client, options: SearchCommand) -> list[Found]:
         found = _join([Found(query=file.name, image=file.data) for file in readable], result)
     answered = iter(found)
     return [
-        next(answered) if file.error is None else Found(query=file.name, error=str(file.error))
+        next(answered) if file.error is None else Found(query=file.name, error=file.reason)
         for file in files
     ]
 
@@ -253,24 +253,37 @@ def _look_up(client: Client, options: SearchCommand, keys: Sequence[str]) -> dic
     )
     literals = ["'" + key.replace("'", "''") + "'" for key in dict.fromkeys(keys)]
     ids: dict[str, int] = {}
-    for first in range(0, len(literals), KEYS_AT_ONCE):
-        asked = literals[first : first + KEYS_AT_ONCE]
-        result = client.search(
-            vectors=np.eye(1, dim, dtype=np.float32),
-            fingerprint=fingerprint,
-            collection=options.collection,
-            k=len(asked),
-            filter=f"key in ({', '.join(asked)})",
-            exact=True,
-        )
+    at_once = KEYS_AT_ONCE
+    while literals:
+        asked = literals[:at_once]
+        try:
+            result = client.search(
+                vectors=np.eye(1, dim, dtype=np.float32),
+                fingerprint=fingerprint,
+                collection=options.collection,
+                k=len(asked),
+                filter=f"key in ({', '.join(asked)})",
+                exact=True,
+            )
+        except RequestError:
+            if len(asked) <= options.k:
+                raise
+            at_once = options.k  # the search that is to follow asks for no fewer
+            continue
         (hits,) = result.raise_for_status().hits
         ids |= {hit.key: hit.id for hit in hits}
+        literals = literals[at_once:]
     return ids
 
 
 def _unknown_key(key: str) -> UnknownNameError:
     """Make the error for a key that no image has."""
-    return UnknownNameError(f"key {key!r}", expected="a key of the collection", found="none such")
+    return UnknownNameError(
+        f"key {key!r}",
+        expected="a key of the collection",
+        found="none such",
+        mend="take keys from a search of it",
+    )
 
 
 def _data(file: ImageFile) -> ImageData:
@@ -323,15 +336,17 @@ def _read_vectors(path: Path) -> NDArray[np.float32]:
     """
     expected = "a .npy file of (N, D) numbers"
     try:
-        vectors = np.load(path, allow_pickle=False)
-        if vectors.ndim != 2 or not vectors.size:
-            raise UsageError(f"--vectors {path}", expected=expected, found=f"{vectors.shape}")
-        return np.asarray(vectors, np.float32)
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            shape, vectors = loaded.shape, np.asarray(loaded, np.float32)
     except OSError as error:
         found = reason_of(error)
         raise UsageError(f"--vectors {path}", expected=expected, found=found) from error
-    except (ValueError, TypeError, AttributeError) as error:
+    except Exception as error:  # NumPy raises whatever the bytes of a file lead it to
         raise UsageError(f"--vectors {path}", expected=expected, found="another") from error
+    if len(shape) != 2 or not vectors.size:
+        raise UsageError(f"--vectors {path}", expected=expected, found=f"{shape}")
+    return vectors
 
 
 def _as_text(options: SearchCommand, found: Sequence[Found]) -> str:

@@ -11,7 +11,13 @@ import pytest
 from protos import horace_pb2 as pb
 from serve.client import AsyncClient, Client, RetryPolicy
 from serve.client.plans import UNSAID, Call, Failure, Pause, Planner
-from serve.client.requests import EmbedOptions, SearchOptions, make_queries
+from serve.client.requests import (
+    EmbedOptions,
+    RequestSize,
+    SearchOptions,
+    group_images,
+    make_queries,
+)
 from serve.client.results import EmbedResult, ItemStatus, Timings
 from serve.config import ServeOptions
 from serve.errors import (
@@ -66,6 +72,8 @@ class Drive:
                 continue
             self.now_s += self.call_s
             answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+            if callable(answer):
+                answer = answer(step)
 
     @property
     def pauses(self):
@@ -226,6 +234,33 @@ def test_a_server_that_takes_less_than_before_gets_less(refusal):
     assert [call.method for call in drive.calls] == [
         "ListModels", "Embed", "Embed", "ListModels", "Embed", "Embed",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("takes", "codes", "requests"),
+    [
+        ({"images": 2}, ["ok", "ok", "ok"], [2, 1]),
+        ({"request_bytes": 5000}, ["ok", "too_many_bytes", "ok"], [3]),
+        ({"images": 9}, ["request_failed"] * 3, []),
+    ],
+)
+def test_a_group_is_cut_anew_for_a_server_that_takes_less(takes, codes, requests):
+    """An iterable goes on; what the limits are not to blame for is told."""
+    size = RequestSize(images=9, request_bytes=1 << 20)
+    (group,) = group_images([b"1", b"2" * 2000, b"3"], size)
+    group.first = 7
+
+    def answer(call):
+        n = len(call.request.images)
+        vectors = pb.Vectors(data=b"\0" * 4 * n, rows=n, dim=1)
+        return pb.EmbedResponse(vectors=vectors, statuses=[pb.ItemStatus()] * n)
+
+    refusal = Failure(grpc.StatusCode.INVALID_ARGUMENT, "images: expected 1 to 2 a request")
+    drive = Drive(refusal, models_reply(**takes), answer)
+    items = drive.run(drive.planner.embed_group(group, EmbedOptions(), 60))
+    assert [item.index for item in items] == [7, 8, 9]
+    assert [item.status.code for item in items] == codes
+    assert [len(call.request.images) for call in drive.calls[2:]] == requests
 
 
 def test_requests_fit_the_longest_vectors_of_any_collection():
@@ -407,6 +442,41 @@ def test_a_result_can_be_read_by_image_and_insists_on_request():
     )
 
 
+NOBODY = "start it with `python -m serve`, or check host and port"
+
+
+@pytest.mark.parametrize(
+    ("target", "found"),
+    [
+        ("127.0.0.1:{port}", "127.0.0.1:{port}: Connection refused"),
+        ("a..b:1", "address lookup failed for a..b:1: Misformatted domain name"),
+    ],
+)
+def test_why_there_is_no_connection_is_told_for_people(target, found):
+    """Without the codes and escapes that gRPC has for itself."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        target, found = target.format(port=port), found.format(port=port)
+        once = RetryPolicy(attempts=1)
+        with Client(target, retry=once) as client, pytest.raises(UnavailableError) as error:
+            client.health()
+    assert str(error.value) == (
+        f"server {target}: expected a Horace server that answers, found {found}; {NOBODY}"
+    )
+
+
+def test_an_address_is_told_as_it_is_written():
+    """Also one of IPv6, whose brackets gRPC escapes."""
+    details = (
+        "connections to all backends failing; last error: UNKNOWN: ipv6:%5B::1%5D:1: "
+        "Failed to connect to remote host: Connection refused"
+    )
+    drive = Drive(Failure(grpc.StatusCode.UNAVAILABLE, details), attempts=1)
+    with pytest.raises(UnavailableError, match=r"found \[::1\]:1: Connection refused; start it"):
+        drive.run(drive.planner.list_models(60))
+
+
 def test_no_server_is_one_line():
     """The line names the address and how to start one."""
     with socket.socket() as free:
@@ -416,7 +486,7 @@ def test_no_server_is_one_line():
         with Client(target, retry=retry) as client, pytest.raises(UnavailableError) as error:
             client.embed([b"1"])
     assert str(error.value).startswith(f"server {target}: expected a Horace server that answers")
-    assert str(error.value).endswith("start it with `python -m serve`, or check host and port")
+    assert str(error.value).endswith(NOBODY)
 
 
 def test_a_deadline_that_passes_is_one_line(serving, fake, image):

@@ -14,8 +14,8 @@ import pytest
 
 from serve.client import Client, ClientTls
 from serve.client.__main__ import run
+from serve.client.commands.bench import PAUSE_S, BenchCommand, measure
 from serve.client.commands.connecting import KEY_VARIABLE, ServerOptions
-from serve.client.commands.files import read_files
 from serve.security.options import KeyOptions
 from serve.security.ring import hash_token
 
@@ -68,7 +68,7 @@ def test_embed_writes_a_line_an_image(command, serving, stored):
     assert np.linalg.norm(lines[0]["vector"]) == pytest.approx(1, abs=1e-6)
     assert status == 1
     found = error.partition("2 of 15 images: expected a vector for each, found ")[2]
-    one, other = sorted(found.split("; "))
+    one, other = sorted(found.split(", and "))
     assert one.startswith(f"1 empty, as {empty}: ")
     assert other.startswith(f"1 unsupported_format, as {bad}: ")
 
@@ -88,6 +88,63 @@ def test_embed_writes_an_array(command, serving, stored, tmp_path):
     assert (array.shape, array.dtype) == ((12, 4), np.float32)
     assert [line["row"] for line in lines] == list(range(12))
     assert "vector" not in lines[0]
+
+
+def test_an_array_is_of_one_encoder(command, serving, fake, stored, tmp_path):
+    """A server that changes its model meanwhile is an error, and nothing is written."""
+    out, encode = tmp_path / "vectors.npy", fake.encode
+
+    def change(images_NHWC):
+        if fake.batches:
+            fake.fingerprint = "e" * 64
+        return encode(images_NHWC)
+
+    async def main():
+        async with command(serving(fake)) as (_, call):
+            fake.encode = change
+            one_by_one = ("--images-per-request", 1, "--in-flight", 1)
+            return await call("embed", stored.folder, "--out", out, *one_by_one)
+
+    status, _, error = asyncio.run(main())
+    assert status == 1
+    assert re.search(
+        rf"expected one encoder for all images, f{{64}}, found another from {stored.files[1]} on, "
+        r"e{64}; the server has changed its model: embed again$",
+        error,
+    )
+    assert not out.exists()
+    assert not out.with_suffix(".jsonl").exists()
+
+
+def test_what_cannot_be_read_loses_nothing_else(command, serving, fake, stored, tmp_path):
+    """A file that is not there, a name that is none, a folder without images: each has a line."""
+    nowhere, nameless = tmp_path / "nowhere.png", tmp_path / ("n" * 300)
+    empty, odd = tmp_path / "empty", tmp_path / "odd\udcff.png"
+    empty.mkdir()
+    odd.write_bytes(stored.files[0].read_bytes())
+    out = tmp_path / "vectors.npy"
+    files = (nowhere, stored.files[0], nameless, empty, odd)
+
+    async def main():
+        async with command(serving(fake)) as (_, call):
+            return await call("embed", *files, "--out", out)
+
+    status, _, error = asyncio.run(main())
+    lines = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
+    assert status == 1
+    assert "3 of 5 images: expected a vector for each, found 3 unreadable, as " in error
+    assert [line["status"] for line in lines] == [
+        "unreadable", "ok", "unreadable", "unreadable", "ok",
+    ]  # fmt: skip
+    assert [line.get("row") for line in lines] == [None, 0, None, None, 1]
+    assert lines[4]["file"] == f"{tmp_path}/odd\\xff.png"
+    messages = [line["message"] for line in lines if line["status"] != "ok"]
+    what = "expected a readable file, found "
+    mend = "; check the path and its permissions"
+    assert messages[:2] == [
+        f"{what}No such file or directory{mend}", f"{what}File name too long{mend}",
+    ]  # fmt: skip
+    assert messages[2].startswith(f"image folder {empty}: expected images ")
 
 
 @pytest.mark.parametrize(
@@ -138,18 +195,32 @@ def test_search_takes_keys_of_stored_images(command, serving, stored, monkeypatc
     (expected,) = json.loads(by_id[1])["queries"]
     known, unknown = json.loads(by_key[1])["queries"]
     assert known == expected | {"query": key}
-    message = """key "it's": expected a key of the collection, found none such"""
+    mend = "take keys from a search of it"
+    message = f"""key "it's": expected a key of the collection, found none such; {mend}"""
     assert (unknown["query"], unknown["error"], unknown["hits"]) == ("it's", message, [])
     assert by_key[0] == 1
-    assert by_key[2].endswith(f"1 of 2 queries: expected neighbours, found it's: {message}")
+    assert by_key[2] == f"python -m serve.client search: it's: {message}"
     (combined,), (combined_by_id,) = (
         json.loads(out)["queries"] for _, out, _ in (unlike, unlike_id)
     )
     assert combined == combined_by_id | {"query": f"{key}, not {other}"}
     assert missing[0] == 1
     assert missing[2].endswith(
-        "search: key 'none': expected a key of the collection, found none such"
+        f"search: key 'none': expected a key of the collection, found none such; {mend}"
     )
+
+
+def test_keys_are_looked_up_by_as_many_as_the_server_allows(command, serving, stored):
+    """Which may be no more than the search itself asks for."""
+    keys = [path.relative_to(stored.folder).as_posix() for path in stored.files]
+
+    async def main():
+        async with command(serving(max_neighbours=2, **of(stored))) as (_, call):
+            return await call("search", "--key", *keys, "--k", 2, "--json")
+
+    status, out, _ = asyncio.run(main())
+    assert status == 0
+    assert [len(query["hits"]) for query in json.loads(out)["queries"]] == [2] * 12
 
 
 @pytest.mark.parametrize("collection", [[], ["--collection", "other"]])
@@ -267,18 +338,31 @@ def test_search_takes_several_examples_as_one_query(command, serving, stored, tm
 
 def test_search_answers_the_good_queries(command, serving, stored, tmp_path):
     """Each bad one has a line, and the status is 1."""
-    bad, empty = tmp_path / "bad.png", tmp_path / "empty.png"
+    bad, nowhere = tmp_path / "bad.png", tmp_path / "nowhere.png"
     bad.write_bytes(b"no image")
-    empty.touch()
 
     async def main():
         async with command(serving(**of(stored))) as (_, call):
-            return await call("search", bad, stored.files[0], empty)
+            return await call("search", bad, stored.files[0], nowhere)
 
     status, out, error = asyncio.run(main())
     assert status == 1
     assert "class-0/00.png" in out
-    assert f"2 of 3 queries: expected neighbours, found {bad}: " in error
+    assert f"search: 2 bad queries of 3, the first {bad}: image: expected JPEG, " in error
+
+
+def test_one_failure_is_told_as_itself(command, serving, stored, tmp_path):
+    """And not counted."""
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no image")
+
+    async def main():
+        async with command(serving(**of(stored))) as (_, call):
+            return [await call(name, bad, stored.files[0]) for name in ("embed", "search")]
+
+    for name, (status, _, error) in zip(("embed", "search"), asyncio.run(main()), strict=True):
+        assert status == 1
+        assert error.startswith(f"python -m serve.client {name}: {bad}: image: expected JPEG, ")
 
 
 def test_models_and_health_say_what_is_served(command, serving, stored):
@@ -308,7 +392,10 @@ def test_a_server_that_does_not_serve_is_status_1(command, serving, fake):
 
     status, out, error = asyncio.run(main())
     assert (status, out) == (1, "")
-    assert re.search(r"expected one that serves, found one that does not now$", error)
+    assert error.endswith(
+        ": expected one that serves, found one that does not now; "
+        "wait until it is ready; its log says why it is not"
+    )
 
 
 @pytest.mark.parametrize("frontend", ["grpcio"])  # what is measured, and not how
@@ -323,10 +410,14 @@ def test_bench_counts_what_was_answered(command, serving, fake, stored, mode):
         async with command(serving(fake)) as (_, call):
             _, out, _ = await call("bench", *mode, *timing, "--json", "--images-per-request", 2)
             files = (stored.files[0], bad)
-            _, text, _ = await call("bench", *files, *mode, *timing)
-            return json.loads(out), text
+            status, text, error = await call("bench", *files, *mode, *timing)
+            return json.loads(out), status, text, error
 
-    report, text = asyncio.run(main())
+    report, status, text, error = asyncio.run(main())
+    assert status == 1
+    assert re.search(
+        r"expected a vector for .*, found \d+ requests answered, \d+ images unsu", error
+    )
     assert report["model"] == "fake"
     assert report["requests"] > 0
     assert report["images_per_s"] == pytest.approx(2 * report["requests_per_s"], rel=0.05)
@@ -338,7 +429,7 @@ def test_bench_counts_what_was_answered(command, serving, fake, stored, mode):
 
 @pytest.mark.parametrize("frontend", ["grpcio"])
 def test_bench_counts_errors_by_code_and_hides_none(command, serving, fake):
-    """Without a retry; where nothing was answered the status is 1."""
+    """Without a retry, but with a pause after each; the status is 1."""
 
     def fail(images_NHWC):
         raise RuntimeError
@@ -350,11 +441,91 @@ def test_bench_counts_errors_by_code_and_hides_none(command, serving, fake):
             return await call("bench", "--json", "--concurrency", 4, *timing)
 
     status, out, error = asyncio.run(main())
-    errors = json.loads(out)["errors"]
+    report = json.loads(out)
+    errors = report["errors"]
     assert status == 1
     assert set(errors) <= {"INTERNAL", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}
-    assert sum(errors.values()) > 0
-    assert "expected answers, found " in error
+    assert 0 < sum(errors.values()) <= 4 * (1 + report["seconds"] / PAUSE_S)
+    assert "expected a vector for every image, found 0 requests answered, " in error
+
+
+@pytest.mark.parametrize("frontend", ["grpcio"])
+def test_bench_fails_where_one_request_did(command, serving, fake):
+    """Whatever was answered besides."""
+    timing = ("--seconds", 0.3, "--warm-up-s", 0)
+
+    async def main():
+        async with command(serving(fake)) as (_, call):
+            fake.failures.append(RuntimeError("once"))
+            return await call("bench", "--concurrency", 1, *timing)
+
+    status, out, error = asyncio.run(main())
+    assert status == 1
+    assert "  INTERNAL: 1 requests\n" in out
+    assert re.search(r"found \d+ requests answered, 1 requests INTERNAL$", error)
+
+
+@pytest.mark.parametrize("frontend", ["grpcio"])
+def test_bench_waits_for_no_request_that_is_due_after_the_end(command, serving, fake):
+    """However few there are a second."""
+    timing = ("--seconds", 0.1, "--warm-up-s", 0)
+
+    async def main():
+        async with command(serving(fake)) as (_, call):
+            return await asyncio.wait_for(call("bench", "--rate", 0.02, *timing), 30)
+
+    _, out, _ = asyncio.run(main())
+    assert "open loop, 0.02 requests a second" in out
+
+
+@pytest.mark.parametrize("frontend", ["grpcio"])
+def test_bench_counts_what_a_server_that_stalls_answers_late(serving, fake, eventually):
+    """By when it was due; to throughput it adds nothing."""
+
+    async def main():
+        async with serving(fake) as server:
+            fake.gate.clear()
+            options = BenchCommand(server=server.address, rate=50, seconds=0.2, warm_up_s=0)
+            task = asyncio.create_task(measure(options))
+            await eventually(fake.entered.is_set)
+            await asyncio.wait([task], timeout=0.5)  # and the time that is measured is over
+            fake.gate.set()
+            return await task
+
+    report = asyncio.run(main())
+    assert report.requests > 0
+    assert report.p50_ms > 200
+    assert report.requests_per_s == report.images_per_s == 0
+
+
+def test_bench_that_is_interrupted_waits_for_no_reply(serving, fake, eventually):
+    """A server that hangs keeps nobody at the terminal."""
+
+    async def main():
+        async with serving(fake) as server:
+            fake.gate.clear()
+            task = asyncio.create_task(measure(BenchCommand(server=server.address)))
+            await eventually(fake.entered.is_set)
+            task.cancel()  # as Ctrl-C does
+            done, _ = await asyncio.wait([task], timeout=30)
+            return [one.cancelled() for one in done]
+
+    assert asyncio.run(main()) == [True]
+
+
+def test_bench_without_a_model_says_so(command, serving, make_bundle):
+    """There may be none, and there may be others."""
+    options = {"bundle": (str(make_bundle().path),), "model_control": True}
+
+    async def main():
+        async with command(serving(**options)) as (server, call):
+            _, _, other = await call("bench", "--model", "cat")
+            await server.lifecycle.unload("tiny")
+            return other, (await call("bench"))[2]
+
+    other, none = asyncio.run(main())
+    assert other.endswith(": --model: expected 'tiny', found 'cat'; choose one that is served")
+    assert none.endswith("expected a server that has one, found none; have the server load one")
 
 
 def test_the_key_comes_from_a_file_or_the_environment(
@@ -403,6 +574,7 @@ def test_options_of_tls_make_a_client_of_tls(monkeypatch):
             "expected HOST:PORT, such as localhost:50051, found nothing",
         ),
         (["health", "--server", "localhost"], "--server: expected HOST:PORT"),
+        (["health", "--service", "\udcff"], "service: expected text that UTF-8 can write"),
         (["embed", "x", "--api-key-file", "no"], "--api-key-file no: expected a file with a key"),
         (["embed", "x", "--tls-ca", "no.pem"], "ca no.pem: expected a PEM file"),
         (["search"], "queries: expected image files, --key, --id or --vectors, found none of them"),
@@ -429,6 +601,18 @@ def test_bad_use_is_one_line_and_status_2(argv, message, capsys, monkeypatch, tm
     error = capsys.readouterr().err
     assert message in error
     assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no array", b"PK\x03\x04 no archive", b"\x93NUMPY\x01\x00\x02\x00(("]
+)
+def test_what_is_no_array_is_bad_use(content, capsys, tmp_path):
+    """Whatever NumPy makes of its bytes."""
+    path = tmp_path / "v.npy"
+    path.write_bytes(content)
+    assert run(["search", "--vectors", str(path), "--fingerprint", "f"]) == 2
+    expected = f"--vectors {path}: expected a .npy file of (N, D) numbers, found another\n"
+    assert capsys.readouterr().err == f"python -m serve.client search: {expected}"
 
 
 def test_no_server_is_one_line_and_status_1():
@@ -458,9 +642,3 @@ def test_help_is_on_stdout(capsys):
     out = capsys.readouterr().out
     for name in ("embed", "search", "bench", "models", "health"):
         assert re.search(rf"^  {name} ", out, re.MULTILINE)
-
-
-def test_a_path_with_nothing_is_seen_before_anything_is_read(tmp_path):
-    """Whatever comes before it."""
-    with pytest.raises(Exception, match=r"missing: expected an image file or a folder, found noth"):
-        read_files([tmp_path, tmp_path / "missing"])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 
@@ -134,6 +135,25 @@ def test_a_handshake_that_fails_says_what_would_do(authority, monkeypatch, serve
         connected.list_collections()
 
 
+def test_a_port_of_http_is_told_from_a_server_that_is_down():
+    """It answers, and not in gRPC."""
+
+    def answer(web):
+        connection, _ = web.accept()
+        with connection:
+            connection.sendall(b"HTTP/1.1 404 Not Found\r\n\r\n")
+            connection.recv(1 << 16)
+
+    once = RetryPolicy(attempts=1)
+    with socket.create_server(("127.0.0.1", 0)) as web, ThreadPoolExecutor(1) as pool:
+        pool.submit(answer, web)
+        with (
+            Client(f"127.0.0.1:{web.getsockname()[1]}", retry=once) as client,
+            pytest.raises(UnavailableError, match="that is a port of HTTP: call the one of gRPC"),
+        ):
+            client.list_collections()
+
+
 @pytest.mark.parametrize("blocking", [True, False])
 def test_calls_go_to_every_server_of_a_target(blocking):
     """In turns, as behind a headless Service; one that stops is left to the others."""
@@ -188,6 +208,12 @@ def test_files_that_are_no_certificates_are_refused_at_once(
         Client("localhost:1", tls=ClientTls(**given))
     assert expected in str(error.value)
     assert found in str(error.value)
+
+
+def test_what_is_no_tls_is_refused():
+    """Such as the flag of a command."""
+    with pytest.raises(UsageError, match=r"^tls: expected a ClientTls, or None, found True$"):
+        Client("localhost:1", tls=True)
 
 
 def test_key_and_request_id_go_with_every_call():

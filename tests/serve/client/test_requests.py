@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from array import array
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,13 @@ def test_groups_keep_every_image_in_order_within_the_servers_limits(sizes, most)
     assert sent == [image if len(image) + 64 <= 2000 else b"" for image in images]
     refused = [n in g.refused for g in groups for n in range(len(g.images))]
     assert refused == [len(image) + 64 > 2000 for image in images]
+
+
+def test_a_view_counts_by_its_bytes():
+    """Of items of four bytes it has fewer."""
+    size = RequestSize(images=9, request_bytes=4096 + 2000)
+    (group,) = group_images([memoryview(array("I", [0] * 500))], size)
+    assert list(group.refused) == [0]
 
 
 @pytest.mark.parametrize(
@@ -129,8 +137,11 @@ def test_arguments_that_cannot_be_meant_are_refused_before_a_call():
             client.search(vectors=ones[0], fingerprint="f")
         with pytest.raises(UsageError, match=r"ids: expected an integer, 0 to .*, found -1"):
             client.search(ids=[-1])
-        with pytest.raises(UsageError, match="image array: expected"):
-            list(group_images([ones], RequestSize(images=1, request_bytes=10_000)))
+        for ask in (client.embed, client.search):
+            with pytest.raises(UsageError, match="image array: expected"):
+                ask([b"1", ones])
+            with pytest.raises(UsageError, match=r"found str 'a.jpg'; read the file with"):
+                ask([b"1", "a.jpg"])
 
 
 def test_many_query_vectors_and_ids_go_in_several_requests():
@@ -168,6 +179,7 @@ def test_queries_whose_hits_would_be_too_large_go_in_several_requests():
         ({"timeout_s": "1s"}, "timeout_s: expected a positive number of seconds, .*, found '1s'"),
         ({"timeout_s": float("inf")}, "timeout_s: expected a positive number .*, found inf"),
         ({"timeout_s": 10**400}, "timeout_s: expected a positive number .*, found 10000.*"),
+        ({"dtype": ["fp32"]}, r"dtype: expected fp32 or fp16 or int8, found \['fp32'\]"),
         ({"model": 5}, "model: expected text, found 5"),
         ({"model": "a\udcff"}, r"model: expected text that UTF-8 can write, found 'a\\udcff'"),
         ({"images": None}, "images: expected a sequence of images, found NoneType"),
@@ -267,6 +279,21 @@ def test_what_is_no_example_is_told_what_one_is(example, found):
         client.search(combined=[Combination(positives=[example])])
 
 
+@pytest.mark.parametrize(
+    ("combined", "found"),
+    [
+        (Combination(positives=[1]), "one; put it into a list"),
+        ((one for one in [Combination(positives=[1])]), "<generator .*>; make a list of them"),
+        (5, "5; make a list of them"),
+    ],
+)
+def test_combinations_come_in_a_sequence(combined, found):
+    """They are gone through more than once."""
+    expected = f"^combined: expected a sequence of Combination, found {found}$"
+    with Client("localhost:1") as client, pytest.raises(UsageError, match=expected):
+        client.search(combined=combined)
+
+
 @pytest.mark.parametrize("weight", ["x", "0.5", None, float("nan"), 11, -1, [1]])
 def test_a_weight_is_a_number(weight):
     """Within its bounds."""
@@ -292,8 +319,6 @@ def test_wrong_arguments_of_an_iterable_are_one_line(serving, fake):
             for name in ("images_per_request", "in_flight"):
                 with pytest.raises(UsageError, match=f"{name}: expected an integer, 1 to .* 0$"):
                     next(client.embed_iter([b"1"], **{name: 0}))
-            with pytest.raises(UsageError, match=r"found str 'a.jpg'; read the file with"):
-                client.embed(["a.jpg"])
 
     async def main():
         async with serving(fake) as server:
