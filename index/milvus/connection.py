@@ -127,11 +127,13 @@ def milvus_errors(what: str, *, mend: str | None = None) -> Iterator[None]:
     Raises:
         CollectionError: the Milvus refused, or does not answer.
     """
-    from pymilvus.exceptions import MilvusException
+    from pymilvus.exceptions import ErrorCode, MilvusException
 
     try:
         yield
     except MilvusException as error:
+        if mend is None and error.code == ErrorCode.COLLECTION_NOT_FOUND:
+            mend = "open it again: another build may have taken its name"
         lines = (error.message or str(error)).splitlines() or ["no reason"]
         raise CollectionError(
             what, expected="an answer of Milvus", found=lines[0], mend=mend

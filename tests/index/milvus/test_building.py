@@ -151,6 +151,21 @@ def test_a_name_that_is_taken_is_kept_or_replaced(options: BuildOptions, milvus:
     assert len(mine) == 1
 
 
+def test_who_has_it_open_is_not_shown_another_encoders_vectors(
+    options: BuildOptions, tmp_path: Path
+) -> None:
+    """A build that takes the name has the same ids; `latest` gives it, with its fingerprint."""
+    other = make_bundle(tmp_path / "other", seed=9)
+    with closing(open_collection(build(options).collection)) as stored:
+        ids = stored.ids
+        build(dataclasses.replace(options, encoder=str(other.path), replace=True))
+        with pytest.raises(CollectionError, match="open it again: another build may have taken"):
+            stored.vectors(ids)
+        latest = stored.latest()
+        assert (latest.fingerprint, latest.count) == (other.fingerprint, 12)
+        assert latest.vectors(ids).shape == (12, 16)
+
+
 def test_a_build_goes_on_after_milvus_refused(
     options: BuildOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
