@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -24,9 +25,15 @@ from numpy.typing import ArrayLike, NDArray
 
 from index.ann.ann_index import GRAPH_SLACK
 from index.ann.kinds import EF_SEARCH, NEIGHBOURS
-from index.errors import UnknownIdError, unknown_id
+from index.errors import CollectionError, UnknownIdError, unknown_id
 from index.filters import parse_filter_as
-from index.milvus.connection import MilvusAddress, connect, milvus_errors, read_address
+from index.milvus.connection import (
+    MilvusAddress,
+    connect,
+    is_file,
+    milvus_errors,
+    read_address,
+)
 from index.milvus.description import VECTOR, Description, read_description
 from index.milvus.filters import MilvusDialect
 from index.milvus.reading import MilvusReader
@@ -114,6 +121,10 @@ class MilvusCollection:
             CollectionError: nothing answers, or there is no such collection of Horace's.
         """
         read = read_address(address)
+        if is_file(read.uri) and not Path(read.uri).exists():  # it would be made
+            raise CollectionError(
+                str(read), expected="a file of Milvus Lite", found="none", mend="check the path"
+            )
         client = connect(read.uri)
         with milvus_errors(str(read), mend="make it with `python -m index.build --store`"):
             described = client.describe_collection(read.name)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import importlib
 import json
 import subprocess
@@ -78,6 +79,24 @@ def test_a_local_file_is_built_without_tracebacks(options: BuildOptions, tmp_pat
     assert "12 images" in done.stdout
     assert "ERROR" not in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_local_file_that_is_none_or_that_is_open_elsewhere_is_said_in_a_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And none is made by looking for it."""
+    file = tmp_path / "local.db"
+    with pytest.raises(
+        CollectionError, match="#photos: expected a file of Milvus Lite, found none"
+    ):
+        open_collection(f"milvus:{file}#photos")
+    assert not file.exists()
+    file.mkdir()
+    with (file / "LOCK").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(CollectionError, match="and that no other process has the file open"):
+            open_collection(f"milvus:{file}#photos")
+    assert caplog.text == ""
 
 
 def test_people_search_it_by_its_address(
@@ -297,6 +316,12 @@ def test_bad_options_are_said_before_anything_is_opened(options: BuildOptions) -
     """An address that is none, a name that Milvus does not take, and --sync."""
     with pytest.raises(UsageError, match="expected milvus:URI#NAME"):
         BuildOptions(**{**vars(options), "store": "http://localhost:19530"})
+    for port in ("abc", "99999"):
+        with pytest.raises(UsageError, match="expected milvus:URI#NAME"):
+            BuildOptions(**{**vars(options), "store": f"milvus:http://localhost:{port}"})
+    with pytest.raises(UsageError, match="no user or password in it") as refused:
+        BuildOptions(**{**vars(options), "store": "milvus:http://me:secret@localhost:19530"})
+    assert "secret" not in str(refused.value)
     with pytest.raises(UsageError, match="expected letters, digits and _"):
         BuildOptions(**{**vars(options), "name": "my photos"})
     with pytest.raises(UsageError, match="--sync: expected a collection on disk, found --store"):
