@@ -38,7 +38,7 @@ def read_labels(file: Path, collection: Collection) -> dict[int, str | None]:
             labels[id_] = label or None
         else:
             unknown += 1
-    if unknown and not labels:
+    if unknown and not labels and known:
         raise UsageError(
             f"--labels {file}",
             expected=f"keys of collection {collection.name}, such as {collection.keys()[0]!r}",
