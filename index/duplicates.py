@@ -22,7 +22,7 @@ from index.collection import Collection, Row
 from index.curation.near import Group, find_groups
 from index.curation.page import caption, figure, page
 from index.curation.report import report_directory, require_place, write_csv
-from index.curation.stored_images import load_images
+from index.curation.stored_images import StoredImages, load_images
 from models.bundle import Json
 from models.command import run_command
 from models.errors import UsageError
@@ -192,7 +192,8 @@ def _page(collection: Collection, options: DuplicateOptions, groups: Sequence[Du
     title = f"Near-duplicates in {collection.name}"
     count = sum(len(group.others) for group in groups)
     shown = groups[: options.max_groups]
-    sections = [_section(n, group) for n, group in enumerate(shown, start=1)]
+    stored = StoredImages()
+    sections = [_section(n, group, stored) for n, group in enumerate(shown, start=1)]
     left = len(groups) - len(shown)
     return page(
         title,
@@ -208,10 +209,10 @@ def _page(collection: Collection, options: DuplicateOptions, groups: Sequence[Du
     )
 
 
-def _section(number: int, group: Duplicates) -> Html:
+def _section(number: int, group: Duplicates, stored: StoredImages) -> Html:
     """Show one group."""
     rows = [group.kept, *group.others[: MAX_SHOWN - 1]]
-    images = load_images(rows)
+    images = load_images(rows, stored)
     captions = ["kept", *(f"{score:.4f}" for score in group.scores)]
     figures = [
         figure(

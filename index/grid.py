@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from index.curation.stored_images import load_images
+from index.curation.stored_images import StoredImages, load_images
 from index.evaluation.plots import MAX_GRID_ROWS, Tile, draw_grid
 from index.found import Found
 from index.interface import AnyCollection
@@ -35,7 +35,8 @@ def draw(path: Path, collection: AnyCollection, found: Sequence[Found]) -> None:
         log.warning("%s shows the first %d of %d neighbours", path, MAX_GRID_COLUMNS, most)
     found = [replace(one, hits=one.hits[:MAX_GRID_COLUMNS]) for one in found[:MAX_GRID_ROWS]]
     stored = [row for one in found for row in (one.row, *(hit.row for hit in one.hits)) if row]
-    pictures = dict(zip((row.id for row in stored), load_images(stored), strict=True))
+    images = load_images(stored, StoredImages())
+    pictures = dict(zip((row.id for row in stored), images, strict=True))
     title = f"{collection.name}: nearest of {collection.count:,} images by cosine"
     draw_grid(path, lay_out(found, pictures), title=title)
 

@@ -34,7 +34,7 @@ from index.curation.outlying import (
 )
 from index.curation.page import caption, figure, page
 from index.curation.report import report_directory, require_place, write_csv
-from index.curation.stored_images import load_images
+from index.curation.stored_images import StoredImages, load_images
 from models.bundle import Json
 from models.command import run_command
 from models.errors import UsageError
@@ -241,10 +241,10 @@ def _page(collection: Collection, options: OutlierOptions, found: Findings) -> s
     title = f"What does not belong in {collection.name}"
     shown = found.order_N[: options.count]
     suspects = found.suspects[: options.count]
-    rows = _rows(collection, found, shown)
+    rows, stored = _rows(collection, found, shown), StoredImages()
     figures = [
         _figure(row, image, f"{found.scores_N[place]:.4f}")
-        for place, row, image in zip(shown, rows, load_images(rows), strict=True)
+        for place, row, image in zip(shown, rows, load_images(rows, stored), strict=True)
     ]
     parts = [
         tag("h1", title),
@@ -270,7 +270,7 @@ def _page(collection: Collection, options: OutlierOptions, found: Findings) -> s
                 "The image, what it is called and what its neighbours say instead, and the "
                 f"nearest {SHOWN_NEIGHBOURS} of them. {SUSPECTS_FILE} lists all.",
             ),
-            *(_section(collection, found, suspect) for suspect in suspects),
+            *(_section(collection, found, suspect, stored) for suspect in suspects),
         ]
     return page(title, *parts)
 
@@ -282,11 +282,13 @@ _EXPLAINED = {
 }
 
 
-def _section(collection: Collection, found: Findings, suspect: Suspect) -> Html:
+def _section(
+    collection: Collection, found: Findings, suspect: Suspect, stored: StoredImages
+) -> Html:
     """Show a doubtful label with the images that contradict it."""
     near = found.around.places_NK[suspect.place, :SHOWN_NEIGHBOURS]
     rows = _rows(collection, found, [suspect.place, *near[near >= 0].tolist()])
-    images = load_images(rows)
+    images = load_images(rows, stored)
     scores = found.around.scores_NK[suspect.place]
     figures = [_figure(rows[0], images[0], "in doubt", class_="doubt")]
     figures += [

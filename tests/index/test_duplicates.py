@@ -160,6 +160,14 @@ def test_a_list_for_people_and_a_report(duplicates, with_copies, tmp_path):
     assert sorted(path.name for path in report.parent.glob("*report*")) == ["report"]
 
 
+def test_a_source_that_is_away_is_said_once(duplicates, with_copies, tmp_path, caplog):
+    """However many groups a page has."""
+    out, folder = with_copies
+    folder.rename(tmp_path / "away")
+    assert duplicates(out, "--threshold", 0.9999, "--out", tmp_path / "report")[0] == 0
+    assert caplog.text.count(f"image folder {folder}: expected a folder, found nothing") == 1
+
+
 def test_few_groups_are_shown_of_many(duplicates, with_copies):
     """And the rest is counted; a filter leaves others out."""
     out, _ = with_copies
