@@ -102,7 +102,7 @@ def check_images(store: PartStore) -> None:
             store.key.source,
             expected="at least one image that can be used",
             found=f"{len(rejects)} rejected{first}",
-            mend="check the images; the parts are dropped by --restart",
+            mend="check the images",
         )
 
 
@@ -113,4 +113,4 @@ def resumable(store: PartStore) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         kept = f"{store.n_images} images are embedded and kept; the same command goes on from there"
-        raise KeyboardInterrupt(*([kept] if store.finished else [])) from None
+        raise KeyboardInterrupt(*([kept] if store.n_images else [])) from None

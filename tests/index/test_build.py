@@ -171,15 +171,16 @@ def test_bad_images_are_rejected_counted_and_logged(tmp_path, capsys, bundle, ne
 
 
 def test_a_source_without_one_good_image_is_an_error(tmp_path, capsys, bundle):
-    """An empty collection is nobody's wish."""
+    """An empty collection is nobody's wish; nothing is kept, and once it is mended it is built."""
     (tmp_path / "images").mkdir()
     (tmp_path / "images/a.jpg").write_text("no image")
-    status, _, err = run_in_process(
-        capsys, "--images", tmp_path / "images", "--encoder", bundle.path, "--out", tmp_path / "c"
-    )
+    args = ("--images", tmp_path / "images", "--encoder", bundle.path, "--out", tmp_path / "c")
+    status, _, err = run_in_process(capsys, *args)
     assert status == 1
     assert "expected at least one image that can be used, found 1 rejected, the first: a.jpg" in err
-    assert not (tmp_path / "c").exists()
+    assert not list(tmp_path.glob("c*"))
+    Image.new("RGB", (9, 9)).save(tmp_path / "images/a.jpg")
+    assert run_in_process(capsys, *args)[0] == 0
 
 
 def test_the_summary_as_json(tmp_path, capsys, bundle, train_folder):
