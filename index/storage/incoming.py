@@ -142,6 +142,23 @@ def first_unheld(column: Column) -> str | None:
 
     Python's dates hold no other, nor does ISO 8601 write them.
     """
+    is_unheld = _is_unheld(column)
+    if is_unheld is None:
+        return None
+    unheld = column.filter(is_unheld)
+    return str(pc.cast(unheld[:1], pa.string())[0]) if len(unheld) else None
+
+
+def held_or_null(column: Column) -> Column:
+    """Give a column with null for such dates and times, which older collections may have."""
+    is_unheld = _is_unheld(column)
+    if is_unheld is None:
+        return column
+    return cast(Column, pc.if_else(is_unheld, pa.scalar(None, column.type), column))
+
+
+def _is_unheld(column: Column) -> Any:
+    """Tell of every date or time whether it is not in the years 1 to 9999; None of other types."""
     numbers: Any
     if pa.types.is_date(column.type):
         bounds, numbers = _DAYS, column.cast(pa.int32())
@@ -150,9 +167,7 @@ def first_unheld(column: Column) -> str | None:
     else:
         return None
     least, most = (pa.scalar(bound, numbers.type) for bound in bounds)
-    is_out: Any = pc.or_(pc.less(numbers, least), pc.greater(numbers, most))
-    unheld = column.filter(is_out)
-    return str(pc.cast(unheld[:1], pa.string())[0]) if len(unheld) else None
+    return pc.fill_null(pc.or_(pc.less(numbers, least), pc.greater(numbers, most)), False)
 
 
 def check_keys(rows: pa.Table, there: Mapping[int, str], *, replace: bool) -> None:
