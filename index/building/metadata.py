@@ -32,8 +32,8 @@ import pyarrow.parquet as pq
 
 from index.errors import CollectionError
 from index.filters import is_nameable
-from index.storage.incoming import VECTOR, YEARS, YEARS_MEND, finite_or_null, first_unheld
-from index.storage.rows import DIGEST, ROW_SCHEMA
+from index.storage.incoming import VECTOR, YEARS, YEARS_MEND, finite_or_null
+from index.storage.rows import DIGEST, ROW_SCHEMA, first_unheld
 from index.storage.segment import Block
 from models.bundle import Json
 from models.errors import UsageError

@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 
 from index.building.metadata import Column, Metadata
 from index.building.sync_plan import Seen
-from index.storage.incoming import held_or_null
-from index.storage.rows import DIGEST
+from index.storage.rows import DIGEST, held_or_null
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,6 +77,17 @@ def test_a_row_carries_what_its_table_has():
     assert len({first, second, plain}) == 3  # a row can be a member of a set
 
 
+def test_a_date_that_python_cannot_hold_is_none():
+    """As older collections have, of years beyond 9999: their other values are there."""
+    later = pa.array([3_000_000], pa.int32()).cast(pa.date32())
+    rows = rows_of(["a"])
+    for name in ("day", "taken"):
+        place = rows.column_names.index(name)
+        rows = rows.set_column(place, name, later.cast(FURTHER[name]))
+    (row,) = read_rows(rows)
+    assert row.metadata == {"price": 1.5, "count": 3, "sold": True, "day": None, "taken": None}
+
+
 @pytest.mark.parametrize(
     ("fields", "sound"),
     [
