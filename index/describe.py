@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
@@ -177,7 +178,8 @@ def _sizes(path: Path, manifest: Manifest) -> dict[str, int]:
         sizes[kind] = sizes.get(kind, 0) + entry.size_bytes
     names = [MANIFEST_FILE] if manifest.journal is None else [MANIFEST_FILE, manifest.journal.name]
     for name in names:
-        sizes[PurePosixPath(name).stem.partition("-")[0]] = (path / name).stat().st_size
+        with suppress(FileNotFoundError):  # a writer has replaced the journal meanwhile
+            sizes[PurePosixPath(name).stem.partition("-")[0]] = (path / name).stat().st_size
     return {**dict(sorted(sizes.items())), "total": sum(sizes.values())}
 
 
