@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from tyro.conf import Positional
 
-from index.errors import CollectionError
+from index.errors import CollectionError, mend_of
 from index.filters import parse_filter
 from index.interface import AnyCollection, open_collection
 from index.storage.incoming import VECTOR
@@ -156,7 +156,7 @@ def export(collection: AnyCollection, options: ExportOptions) -> Exported:
             f"--out {options.out}",
             expected="a place that can be written to",
             found=reason_of(error),
-            mend="choose another one",
+            mend=f"{mend_of(error)}, or choose another place",
         ) from error
     return exported
 

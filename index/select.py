@@ -32,7 +32,7 @@ from index.curation.labels_file import read_labels
 from index.curation.outlying import find_surroundings
 from index.curation.report import write_csv
 from index.curation.smoothing import neighbours_for, rounds_for, smooth
-from index.errors import CollectionError
+from index.errors import CollectionError, mend_of
 from index.knn import MISSING
 from models.bundle import Json
 from models.command import run_command
@@ -192,7 +192,7 @@ def _write(out: Path, collection: Collection, options: SelectOptions, choice: Ch
             f"--out {out}",
             expected="a file that can be written",
             found=reason_of(error),
-            mend="choose another name",
+            mend=f"{mend_of(error)}, or choose another place",
         ) from error
 
 

@@ -1,6 +1,8 @@
 import csv
+import errno
 import html.parser
 import json
+import os
 
 import numpy as np
 import pytest
@@ -178,6 +180,19 @@ def test_few_groups_are_shown_of_many(duplicates, with_copies):
     assert text.startswith("1 near-duplicate in 1 group, of 5 images\n")
     _, text, _ = duplicates(out, "--threshold", 1, "--filter", "label = 'none'")
     assert text == "0 near-duplicates in 0 groups, of 0 images\n"
+
+
+def test_a_full_disk_is_said_with_what_helps(duplicates, with_copies, tmp_path, monkeypatch):
+    """Another name on the same disk would not."""
+
+    def no_room(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("index.duplicates.write_csv", no_room)
+    status, _, err = duplicates(with_copies[0], "--out", tmp_path / "report")
+    assert status == 1
+    assert err.endswith("found No space left on device; make room, or choose another place\n")
+    assert not list(tmp_path.glob("*report*"))
 
 
 @pytest.mark.parametrize(

@@ -354,7 +354,7 @@ def test_a_result_that_cannot_be_recorded_is_one_line(tmp_path, mini, bundle, ca
     assert captured.out.startswith("kNN: ")
     assert captured.err.splitlines()[-1] == (
         f"python -m index.evaluate knn: --record: expected a bundle at {own} that can be written, "
-        "found File too large; choose another place"
+        "found File too large; make room, or choose another place"
     )
 
 
