@@ -38,12 +38,13 @@ from index.evaluation.knn_scores import (
     Accuracy,
     class_scores,
     confusion_matrix,
+    vote,
 )
 from index.evaluation.knn_task import Task, make_task
 from index.evaluation.output import hand_over, record, versions
 from index.evaluation.recall_scores import recall_by_score, worst_mean
 from index.evaluation.same_images import is_same_vector, sources_of, stored_digests
-from index.knn import MISSING, knn_search, weighted_knn_vote
+from index.knn import MISSING, knn_search
 from index.neighbours import require_cosine
 from index.storage.ids import Places
 from models.encoder import Encoder
@@ -158,14 +159,19 @@ def _report(
     places = Places(collection.ids)
     rows_QK = places.of(exact.ids)
     by_k = task.score(exact.scores, rows_QK)
-    votes_QC = weighted_knn_vote(
+    blocks = vote(
         exact.scores,
         task.labels_of(rows_QK),
         k=HEADLINE_K,
         temperature=task.temperature,
         n_classes=len(task.classes),
     )
-    predicted_Q = np.where(votes_QC.max(axis=1) > 0, votes_QC.argmax(axis=1), MISSING)
+    predicted_Q = np.concatenate(
+        [
+            np.where(votes_BC.max(axis=1) > 0, votes_BC.argmax(axis=1), MISSING)
+            for _, votes_BC in blocks
+        ]
+    )
     confusion_CC = confusion_matrix(task.truth_Q, predicted_Q, len(task.classes))
     counts_C = np.bincount(task.truth_Q[task.truth_Q >= 0], minlength=len(task.classes))
     if n_voteless := int((predicted_Q == MISSING).sum()):
