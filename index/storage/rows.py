@@ -133,6 +133,27 @@ def read_rows(table: pa.Table) -> list[Row]:
     ]
 
 
+def take_rows(table: pa.Table, rows_M: NDArray[np.int64]) -> pa.Table:
+    """Take rows of a table, of which no chunk is looked at but those that they are in.
+
+    `Table.take` puts all chunks of texts together first, whatever it takes of them.
+    """
+    if not len(rows_M):
+        return table.slice(0, 0)
+    batches = table.to_batches()
+    starts = np.cumsum([0, *map(len, batches)])
+    owners_M = np.searchsorted(starts, rows_M, side="right") - 1
+    order_M = np.argsort(owners_M, kind="stable")
+    owners, firsts = np.unique(owners_M[order_M], return_index=True)
+    pieces = [
+        batches[owner].take(rows_M[mine] - starts[owner])
+        for owner, mine in zip(owners, np.split(order_M, firsts[1:]), strict=True)
+    ]
+    places_M = np.empty(len(rows_M), np.int64)
+    places_M[order_M] = np.arange(len(rows_M))
+    return pa.Table.from_batches(pieces, table.schema).take(places_M)
+
+
 def first_unheld(column: Column) -> str | None:
     """Give a date or time of a column that is not in the years 1 to 9999; None without one.
 
