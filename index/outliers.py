@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -48,6 +48,8 @@ SHOWN_NEIGHBOURS = 5
 """Pictures beside a doubtful label."""
 
 TERMINAL_ROWS = 20
+BLOCK_ROWS = 8192
+"""Rows of a list that are in memory at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +187,14 @@ def _rows(
     return collection.rows(found.around.ids[np.asarray(places, np.int64)])
 
 
+def _in_blocks(
+    collection: Collection, found: Findings, places: Sequence[int] | NDArray[np.int64]
+) -> Iterator[Row]:
+    """Give the same one after the other: there may be as many as images."""
+    for start in range(0, len(places), BLOCK_ROWS):
+        yield from _rows(collection, found, places[start : start + BLOCK_ROWS])
+
+
 def _as_text(collection: Collection, found: Findings) -> str:
     """Lay the oddest out for people."""
     order = found.order_N[:TERMINAL_ROWS]
@@ -214,7 +224,7 @@ def _write(
     """Write the report's directory, whole or not at all."""
     with report_directory(out) as directory:
         (directory / DOCUMENT_FILE).write_text(json.dumps(document, indent=2) + "\n")
-        rows = _rows(collection, found, found.order_N)
+        rows = _in_blocks(collection, found, found.order_N)
         write_csv(
             directory / OUTLIERS_FILE,
             ["key", "source", "id", "label", "score"],
@@ -223,7 +233,7 @@ def _write(
                 for row, place in zip(rows, found.order_N, strict=True)
             ),
         )
-        rows = _rows(collection, found, [suspect.place for suspect in found.suspects])
+        rows = _in_blocks(collection, found, [suspect.place for suspect in found.suspects])
         header = ["suggested", "margin", "given_share", "suggested_share"]
         write_csv(
             directory / SUSPECTS_FILE,
