@@ -27,7 +27,7 @@ from index.collection import Collection, version_text
 from index.storage.manifest import MANIFEST_FILE, Manifest
 from index.storage.rows import metadata_columns
 from models.bundle import Json
-from models.command import run_command
+from models.command import counted, run_command
 
 MIB = 1 << 20
 
@@ -186,7 +186,7 @@ def _sizes(path: Path, manifest: Manifest) -> dict[str, int]:
 def _as_lines(described: Description) -> Iterator[str]:
     """Lay it out for people."""
     d = described
-    yield f"{d.name}: {d.count} images of {d.dim} dimensions, {d.metric}, {d.index}"
+    yield f"{d.name}: {counted(d.count, 'image')} of {d.dim} dimensions, {d.metric}, {d.index}"
     yield f"  images       {d.count} live, {d.delta} of them in the delta; {d.deleted} deleted"
     yield f"  version      {d.version}"
     yield f"  encoder      {d.encoder}"
@@ -198,8 +198,8 @@ def _as_lines(described: Description) -> Iterator[str]:
     for one in d.segments:
         settings = " ".join(f"{name}={value}" for name, value in one.parameters.items())
         yield (
-            f"  segment      {one.name}: {one.count} vectors, {one.deleted} deleted, {one.index}"
-            f"{f' {settings}' if settings else ''}, {_mib(one.size_bytes)}"
+            f"  segment      {one.name}: {counted(one.count, 'vector')}, {one.deleted} deleted, "
+            f"{one.index}{f' {settings}' if settings else ''}, {_mib(one.size_bytes)}"
         )
     parts = ", ".join(f"{k} {_mib(v)}" for k, v in d.size_bytes.items() if k != "total")
     yield f"  size         {_mib(d.size_bytes['total'])}: {parts}"

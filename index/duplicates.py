@@ -24,7 +24,7 @@ from index.curation.page import caption, figure, page
 from index.curation.report import report_directory, require_place, write_csv
 from index.curation.stored_images import StoredImages, load_images
 from models.bundle import Json
-from models.command import run_command
+from models.command import counted, run_command
 from models.errors import UsageError
 from models.html import Html, tag
 
@@ -143,8 +143,8 @@ def _as_text(groups: Sequence[Duplicates], looked_at: int, *, max_groups: int) -
     """Lay the groups out for people, the first of them by their images."""
     count = sum(len(group.others) for group in groups)
     lines = [
-        f"{_counted(count, 'near-duplicate')} in {_counted(len(groups), 'group')}, "
-        f"of {_counted(looked_at, 'image')}"
+        f"{counted(count, 'near-duplicate')} in {counted(len(groups), 'group')}, "
+        f"of {counted(looked_at, 'image')}"
     ]
     for group in groups[:max_groups]:
         differ = f"  labels differ: {', '.join(group.labels)}" if len(group.labels) > 1 else ""
@@ -154,13 +154,8 @@ def _as_text(groups: Sequence[Duplicates], looked_at: int, *, max_groups: int) -
             for score, row in zip(group.scores, group.others, strict=True)
         ]
     if len(groups) > max_groups:
-        lines.append(f"... and {_counted(len(groups) - max_groups, 'group')} more")
+        lines.append(f"... and {counted(len(groups) - max_groups, 'group')} more")
     return "\n".join(lines)
-
-
-def _counted(count: int, what: str) -> str:
-    """Count things in words."""
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _write(
@@ -200,12 +195,12 @@ def _page(collection: Collection, options: DuplicateOptions, groups: Sequence[Du
         tag("h1", title),
         tag(
             "p",
-            f"{_counted(count, 'near-duplicate')} in {_counted(len(groups), 'group')}: a cosine of "
+            f"{counted(count, 'near-duplicate')} in {counted(len(groups), 'group')}: a cosine of "
             f"{options.threshold:g} or more with an image that is kept (green). "
             f"{DELETE_FILE} lists what may go.",
         ),
         *sections,
-        *([tag("p", f"{_counted(left, 'group')} more in {GROUPS_FILE}.")] if left else []),
+        *([tag("p", f"{counted(left, 'group')} more in {GROUPS_FILE}.")] if left else []),
     )
 
 

@@ -36,7 +36,7 @@ from index.curation.page import caption, figure, page
 from index.curation.report import report_directory, require_place, write_csv
 from index.curation.stored_images import StoredImages, load_images
 from models.bundle import Json
-from models.command import run_command
+from models.command import counted, run_command
 from models.errors import UsageError
 from models.html import Html, tag
 from models.image_source import ImageData
@@ -199,13 +199,13 @@ def _as_text(collection: Collection, found: Findings) -> str:
     """Lay the oddest out for people."""
     order = found.order_N[:TERMINAL_ROWS]
     lines = [
-        f"the {len(order)} oddest of {len(found.order_N)} images "
+        f"the {len(order)} oddest of {counted(len(found.order_N), 'image')} "
         f"(median score {np.median(found.scores_N):.4f})"
     ]
     for place, row in zip(order, _rows(collection, found, order), strict=True):
         lines.append(f"  {found.scores_N[place]:.4f}  {row.key}  {row.label or ''}".rstrip())
     suspects = found.suspects[:TERMINAL_ROWS]
-    lines += ["", f"{len(found.suspects)} doubtful labels"]
+    lines += ["", counted(len(found.suspects), "doubtful label")]
     rows = _rows(collection, found, [suspect.place for suspect in suspects])
     lines += [
         f"  {suspect.margin:.4f}  {row.key}  {suspect.given}, its neighbours {suspect.suggested}"
@@ -271,7 +271,7 @@ def _page(collection: Collection, options: OutlierOptions, found: Findings) -> s
         ),
     ]
     if suspects:
-        heading = f"{len(found.suspects)} doubtful labels"
+        heading = counted(len(found.suspects), "doubtful label")
         more = f", the {len(suspects)} most doubtful" if len(found.suspects) > len(suspects) else ""
         parts += [
             tag("h2", f"{heading}{more}"),

@@ -35,7 +35,7 @@ from index.curation.smoothing import neighbours_for, rounds_for, smooth
 from index.errors import CollectionError, mend_of
 from index.knn import MISSING
 from models.bundle import Json
-from models.command import run_command
+from models.command import counted, run_command
 from models.errors import UsageError, reason_of
 from models.files import atomic_file
 
@@ -220,13 +220,18 @@ def _document(
 
 def _as_text(document: dict[str, Json], options: SelectOptions) -> str:
     """Say what was done, and what comes next."""
-    chosen = document["chosen"]
+    chosen, free = document["chosen"], document["free"]
+    labelled, classes = document["labelled"], document["classes"]
     assert isinstance(chosen, list)
+    assert isinstance(free, int)
+    assert isinstance(labelled, int)
+    assert isinstance(classes, int)
     lists = " ".join(map(str, (*options.labels, options.out)))
     ignoring = " --ignore-labels" if options.ignore_labels else ""
     return (
-        f"{len(chosen)} of {document['free']} images chosen by {options.method}, beside "
-        f"{document['labelled']} labels of {document['classes']} classes: {options.out}\n"
+        f"{len(chosen)} of {counted(free, 'image')} chosen by {options.method}, beside "
+        f"{counted(labelled, 'label')} of {counted(classes, 'class', plural='classes')}: "
+        f"{options.out}\n"
         f"fill in its column label, then: --labels {lists}{ignoring}"
     )
 

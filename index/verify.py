@@ -54,7 +54,7 @@ from index.storage.records import Delete, decode
 from index.storage.segment import Segment, open_segment, segment_files
 from index.storage.store import Contents, read_alive
 from models.bundle import BUNDLE_FILE, read_bundle
-from models.command import run_command
+from models.command import counted, run_command
 from models.errors import BundleError, HoraceError
 
 BLOCK_ROWS = 16384
@@ -109,7 +109,7 @@ def main(options: VerifyOptions) -> None:
             print(f"{options.path / name}: no part of it; {fate}")
         if not found.faults:
             print(
-                f"{options.path}: {found.content} in {found.files} files, "
+                f"{options.path}: {found.content} in {counted(found.files, 'file')}, "
                 f"{found.size_bytes} bytes: sound"
             )
         elif len(found.faults) > 1:
@@ -152,7 +152,7 @@ def _verify_collection(path: Path, manifest: Manifest) -> Verification:
     faults += _check_sync_files(path)
     count = contents.snapshot(0).count if is_readable else manifest.count
     return Verification(
-        content=f"{count} images",
+        content=counted(count, "image"),
         files=len(manifest.files) + len(journal) + 1,
         size_bytes=content_bytes(path, manifest),
         faults=faults,

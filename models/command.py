@@ -108,6 +108,11 @@ def let_go_of_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def counted(count: int, what: str, *, plural: str = "") -> str:
+    """Count things in words: `1 image`, `2 images`; `plural` where it is not made by an s."""
+    return f"{count} {what if count == 1 else plural or f'{what}s'}"
+
+
 def progress(
     items: Iterable[Item],
     *,

@@ -16,7 +16,7 @@ from index.building.processes import make_parts_in_processes
 from index.building.ray_engine import make_parts_on_ray
 from index.building.worker import Job
 from index.errors import CollectionError
-from models.command import progress
+from models.command import counted, progress
 from models.encoder import Encoder
 from models.images import ImageSource
 
@@ -60,8 +60,8 @@ def fill_store(
     kept = [part.start for part in store.finished]
     if kept:
         log.info(
-            "reusing %d images in %d finished parts of %s",
-            store.n_images, len(kept), store.out,
+            "reusing %s in %s of %s",
+            counted(store.n_images, "image"), counted(len(kept), "finished part"), store.out,
         )  # fmt: skip
     key, start_s = store.key, time.monotonic()
     total = None if key.source_count is None else key.source_count - store.n_records

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from index.collection import Collection, id_of
 from index.errors import CollectionError
+from models.command import counted
 from models.errors import UsageError
 
 log = logging.getLogger("horace.index")
@@ -46,7 +47,7 @@ def read_labels(file: Path, collection: Collection) -> dict[int, str | None]:
             mend="give labels of this collection's images",
         )
     if unknown:
-        log.warning("%s: %d images are not in collection %s", file, unknown, collection.name)
+        log.warning("%s: %s not in collection %s", file, counted(unknown, "image"), collection.name)
     return labels
 
 

@@ -25,6 +25,7 @@ from index.embed import rejects_text
 from index.milvus.connection import MilvusAddress, connect, milvus_errors
 from index.milvus.description import Description, read_description
 from index.milvus.writer import MilvusWriter
+from models.command import counted
 from models.encoder import Encoder, absolute_uri
 from models.errors import UsageError
 from models.files import atomic_file
@@ -123,7 +124,8 @@ def publish(
         columns=PART_ROW_SCHEMA,
         index="flat" if index == "flat" else "hnsw",
     )
-    log.info("giving %d vectors to %s, index %s", store.n_images, address, description.index)
+    vectors = counted(store.n_images, "vector")
+    log.info("giving %s to %s, index %s", vectors, address, description.index)
     drop_unnamed(address, store.run_id)  # it may be of another index, or have other columns
     own = _own(address, store.run_id)
     with closing(_open(own, description)) as writer:

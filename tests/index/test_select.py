@@ -123,8 +123,12 @@ def test_labels_by_id_and_of_images_that_are_gone(select, built, tmp_path, caplo
     labels.write_text(f"\ufeffid,label\n{ids[0]},red\n{ids[1]},\n17,red\n", encoding="utf-8")
     args = ("--labels", labels, "--ignore-labels", "--method", "random", "--budget", 99)
     status, text, _ = select(built, "--out", tmp_path / "b.csv", *args)
-    assert (status, "58 of 58 images chosen" in text, "beside 1 labels" in text) == (0, True, True)
-    assert "labels.csv: 1 images are not in collection" in caplog.text
+    assert (status, "58 of 58 images chosen" in text, "beside 1 label of 1 class:" in text) == (
+        0,
+        True,
+        True,
+    )
+    assert "labels.csv: 1 image not in collection" in caplog.text
 
 
 @pytest.mark.parametrize(
