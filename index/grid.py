@@ -14,6 +14,7 @@ from index.curation.stored_images import StoredImages, load_images
 from index.evaluation.plots import MAX_GRID_ROWS, Tile, draw_grid
 from index.found import Found
 from index.interface import AnyCollection
+from index.knn import COSINE
 from models.image_source import ImageData
 
 MAX_GRID_COLUMNS = 24
@@ -37,7 +38,8 @@ def draw(path: Path, collection: AnyCollection, found: Sequence[Found]) -> None:
     stored = [row for one in found for row in (one.row, *(hit.row for hit in one.hits)) if row]
     images = load_images(stored, StoredImages())
     pictures = dict(zip((row.id for row in stored), images, strict=True))
-    title = f"{collection.name}: nearest of {collection.count:,} images by cosine"
+    by = COSINE if collection.metric == COSINE else "distance"
+    title = f"{collection.name}: nearest of {collection.count:,} images by {by}"
     draw_grid(path, lay_out(found, pictures), title=title)
 
 
