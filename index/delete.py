@@ -29,7 +29,7 @@ from index.collection import Collection
 from index.errors import CollectionError
 from index.milvus.connection import require_directory
 from index.storage.writer import CollectionWriter
-from models.command import counted, run_command
+from models.command import counted, run_command, shown
 from models.errors import UsageError
 
 SHOWN_KEYS = 10
@@ -154,7 +154,7 @@ def _tell_dry_run(collection: Collection, options: DeleteOptions, ids: NDArray[n
         return
     print(f"{options.collection}: would delete {counted(len(ids), 'image')}, {left} would be left")
     for row in collection.rows(ids[:SHOWN_KEYS]):
-        print(f"  {row.key}")
+        print(f"  {shown(row.key)}")
     if len(ids) > SHOWN_KEYS:
         print(f"  ... and {len(ids) - SHOWN_KEYS} more")
 

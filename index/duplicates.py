@@ -24,7 +24,7 @@ from index.curation.page import caption, figure, page
 from index.curation.report import report_directory, require_place, write_csv
 from index.curation.stored_images import StoredImages, load_images
 from models.bundle import Json
-from models.command import counted, run_command
+from models.command import counted, run_command, shown
 from models.errors import UsageError
 from models.html import Html, tag
 
@@ -148,9 +148,9 @@ def _as_text(groups: Sequence[Duplicates], looked_at: int, *, max_groups: int) -
     ]
     for group in groups[:max_groups]:
         differ = f"  labels differ: {', '.join(group.labels)}" if len(group.labels) > 1 else ""
-        lines += ["", f"{group.kept.key}  ({len(group.others)} more){differ}"]
+        lines += ["", shown(f"{group.kept.key}  ({len(group.others)} more){differ}")]
         lines += [
-            f"  {score:.4f}  {row.key}"
+            f"  {score:.4f}  {shown(row.key)}"
             for score, row in zip(group.scores, group.others, strict=True)
         ]
     if len(groups) > max_groups:

@@ -36,7 +36,7 @@ from index.curation.page import caption, figure, page
 from index.curation.report import report_directory, require_place, write_csv
 from index.curation.stored_images import StoredImages, load_images
 from models.bundle import Json
-from models.command import counted, run_command
+from models.command import counted, run_command, shown
 from models.errors import UsageError
 from models.html import Html, tag
 from models.image_source import ImageData
@@ -203,12 +203,14 @@ def _as_text(collection: Collection, found: Findings) -> str:
         f"(median score {np.median(found.scores_N):.4f})"
     ]
     for place, row in zip(order, _rows(collection, found, order), strict=True):
-        lines.append(f"  {found.scores_N[place]:.4f}  {row.key}  {row.label or ''}".rstrip())
+        name = shown(f"{row.key}  {row.label or ''}")
+        lines.append(f"  {found.scores_N[place]:.4f}  {name}".rstrip())
     suspects = found.suspects[:TERMINAL_ROWS]
     lines += ["", counted(len(found.suspects), "doubtful label")]
     rows = _rows(collection, found, [suspect.place for suspect in suspects])
     lines += [
-        f"  {suspect.margin:.4f}  {row.key}  {suspect.given}, its neighbours {suspect.suggested}"
+        f"  {suspect.margin:.4f}  "
+        + shown(f"{row.key}  {suspect.given}, its neighbours {suspect.suggested}")
         for suspect, row in zip(suspects, rows, strict=True)
     ]
     return "\n".join(lines)

@@ -170,6 +170,17 @@ def test_a_source_that_is_away_is_said_once(duplicates, with_copies, tmp_path, c
     assert caplog.text.count(f"image folder {folder}: expected a folder, found nothing") == 1
 
 
+def test_a_name_forges_no_line(duplicates, bundle, new_folder, tmp_path):
+    """Nor does it reach the terminal."""
+    folder = new_folder(per_class=1)
+    picture = Image.open(folder / "red/000.png")
+    picture.save(folder / "red/001\n  1.0000  forged\x1b[2J.png")
+    out = tmp_path / "things"
+    build(BuildOptions(images=str(folder), encoder=str(bundle.path), out=out))
+    _, text, _ = duplicates(out, "--threshold", 0.9999)
+    assert text.splitlines()[3:] == ["  1.0000  red/001\\n  1.0000  forged\\x1b[2J.png"]
+
+
 def test_few_groups_are_shown_of_many(duplicates, with_copies):
     """And the rest is counted; a filter leaves others out."""
     out, _ = with_copies
