@@ -29,6 +29,7 @@ from index.errors import EvaluationError
 from index.evaluation import baselines
 from index.evaluation.baselines import Seen, see_images
 from index.evaluation.knn_report import (
+    MAX_CONFUSION_CLASSES,
     BaselineRow,
     IndexDelta,
     KnnReport,
@@ -96,6 +97,8 @@ def main(options: KnnOptions) -> None:
     def draw(out: Path) -> None:
         from index.evaluation.plots import draw_confusion
 
+        if not report.confusion:
+            return
         headline = report.encoder_by_k[report.headline_k]
         draw_confusion(
             out / "confusion.png",
@@ -178,6 +181,9 @@ def _report(
         notes.append(
             f"{n_voteless} queries have no labelled neighbour among {HEADLINE_K} and count as wrong"
         )
+    is_kept = len(task.classes) <= MAX_CONFUSION_CLASSES
+    if not is_kept:
+        notes.append(f"the confusion matrix is left out: there are {len(task.classes):,} classes")
     rows, digests = [], stored_digests(collection)
     if options.baselines:
         bank = _see_bank(collection, bank_sources, encoder, twin)
@@ -204,7 +210,7 @@ def _report(
         if in_bank is None
         else sum(digest in in_bank for digest in queries.digests),
         per_class=class_scores(confusion_CC, task.classes, counts_C),
-        confusion=confusion_CC.tolist(),
+        confusion=confusion_CC.tolist() if is_kept else [],
         notes=notes,
         versions=versions(),
     )
