@@ -35,7 +35,7 @@ from index.building.metadata import Metadata
 from index.building.options import BuildOptions as BuildOptions
 from index.building.part_file import RunKey
 from index.building.part_set import PartSet
-from index.building.parts import PartStore, parts_directory, refuse_foreign
+from index.building.parts import PartStore, parts_directory, read_run_id, refuse_foreign
 from index.building.pipeline import ENCODE_THREADS, Crew, choose_crew
 from index.building.summary import BuildSummary, summarise
 from index.building.sync import SyncSettings, plan_collection, sync_collection
@@ -251,10 +251,13 @@ def _build_in_milvus(
     metadata: Metadata | None,
 ) -> BuildSummary:
     """Embed what is missing, and have Milvus keep it."""
-    from index.milvus.building import check_place, publish
+    from index.milvus.building import check_place, drop_unnamed, publish
 
-    check_place(options.milvus, replace=options.replace)
+    earlier = read_run_id(options.target)
+    check_place(options.milvus, None if options.restart else earlier, replace=options.replace)
     with PartStore(options.target, key, restart=options.restart) as store, resumable(store):
+        if options.restart and earlier is not None:
+            drop_unnamed(options.milvus, earlier)
         reused, embed_s = fill_store(store, source, encoder, _filling(options))
         summary = publish(
             options.milvus,
@@ -265,6 +268,7 @@ def _build_in_milvus(
             metadata=metadata,
             reused=reused,
             embed_s=embed_s,
+            replace=options.replace,
         )
         store.discard()
     return summary

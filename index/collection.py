@@ -35,7 +35,7 @@ from index.storage.ids import as_ids
 from index.storage.ids import id_of as id_of
 from index.storage.publishing import count_sources
 from index.storage.rows import Row as Row
-from index.storage.rows import in_schema, read_rows
+from index.storage.rows import in_schema, read_rows, take_rows
 from index.storage.segment import FLAT
 from index.storage.snapshot import Snapshot
 from index.storage.store import Store
@@ -304,7 +304,7 @@ class Collection:
         for number, part in enumerate(snapshot.parts):
             here = np.flatnonzero(parts == number)
             if here.size:
-                taken = in_schema(part.segment.rows.take(part_rows[here]), snapshot.schema)
+                taken = in_schema(take_rows(part.segment.rows, part_rows[here]), snapshot.schema)
                 for place, row in zip(here.tolist(), read_rows(taken), strict=True):
                     rows[place] = row
         return cast(list[Row], rows)

@@ -23,7 +23,7 @@ from tyro.conf import Positional
 from index.milvus.connection import require_directory
 from index.storage.manifest import content_bytes
 from index.storage.writer import CollectionWriter
-from models.command import run_command
+from models.command import counted, run_command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +62,9 @@ def main(options: CompactOptions) -> None:
         print(json.dumps({**done, "seconds": time.monotonic() - started_s}, indent=2))
         return
     print(
-        f"{options.collection}: {done['count']} images, {done['segments_before']} -> "
-        f"{done['segments']} segments, {done['bytes_before']} -> {done['bytes']} bytes"
+        f"{options.collection}: {counted(after.count, 'image')}, {done['segments_before']} -> "
+        f"{counted(len(after.manifest.segments), 'segment')}, {done['bytes_before']} -> "
+        f"{done['bytes']} bytes"
     )
 
 

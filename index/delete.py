@@ -29,7 +29,7 @@ from index.collection import Collection
 from index.errors import CollectionError
 from index.milvus.connection import require_directory
 from index.storage.writer import CollectionWriter
-from models.command import run_command
+from models.command import counted, run_command, shown
 from models.errors import UsageError
 
 SHOWN_KEYS = 10
@@ -87,7 +87,7 @@ def main(options: DeleteOptions) -> None:
     if options.json:
         print(json.dumps({"deleted": deleted, "count": left}, indent=2))
     else:
-        print(f"{options.collection}: deleted {_images(deleted)}, {left} are left")
+        print(f"{options.collection}: deleted {counted(deleted, 'image')}, {left} are left")
 
 
 def choose(collection: Collection, options: DeleteOptions) -> NDArray[np.int64]:
@@ -152,16 +152,11 @@ def _tell_dry_run(collection: Collection, options: DeleteOptions, ids: NDArray[n
         found = {"would_delete": len(ids), "count": left, "ids": texts, "keys": keys}
         print(json.dumps(found, indent=2))
         return
-    print(f"{options.collection}: would delete {_images(len(ids))}, {left} would be left")
+    print(f"{options.collection}: would delete {counted(len(ids), 'image')}, {left} would be left")
     for row in collection.rows(ids[:SHOWN_KEYS]):
-        print(f"  {row.key}")
+        print(f"  {shown(row.key)}")
     if len(ids) > SHOWN_KEYS:
         print(f"  ... and {len(ids) - SHOWN_KEYS} more")
-
-
-def _images(count: int) -> str:
-    """Count images in words."""
-    return "1 image" if count == 1 else f"{count} images"
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
@@ -26,7 +27,7 @@ from index.collection import Collection, version_text
 from index.storage.manifest import MANIFEST_FILE, Manifest
 from index.storage.rows import metadata_columns
 from models.bundle import Json
-from models.command import run_command
+from models.command import counted, run_command
 
 MIB = 1 << 20
 
@@ -177,14 +178,15 @@ def _sizes(path: Path, manifest: Manifest) -> dict[str, int]:
         sizes[kind] = sizes.get(kind, 0) + entry.size_bytes
     names = [MANIFEST_FILE] if manifest.journal is None else [MANIFEST_FILE, manifest.journal.name]
     for name in names:
-        sizes[PurePosixPath(name).stem.partition("-")[0]] = (path / name).stat().st_size
+        with suppress(FileNotFoundError):  # a writer has replaced the journal meanwhile
+            sizes[PurePosixPath(name).stem.partition("-")[0]] = (path / name).stat().st_size
     return {**dict(sorted(sizes.items())), "total": sum(sizes.values())}
 
 
 def _as_lines(described: Description) -> Iterator[str]:
     """Lay it out for people."""
     d = described
-    yield f"{d.name}: {d.count} images of {d.dim} dimensions, {d.metric}, {d.index}"
+    yield f"{d.name}: {counted(d.count, 'image')} of {d.dim} dimensions, {d.metric}, {d.index}"
     yield f"  images       {d.count} live, {d.delta} of them in the delta; {d.deleted} deleted"
     yield f"  version      {d.version}"
     yield f"  encoder      {d.encoder}"
@@ -196,8 +198,8 @@ def _as_lines(described: Description) -> Iterator[str]:
     for one in d.segments:
         settings = " ".join(f"{name}={value}" for name, value in one.parameters.items())
         yield (
-            f"  segment      {one.name}: {one.count} vectors, {one.deleted} deleted, {one.index}"
-            f"{f' {settings}' if settings else ''}, {_mib(one.size_bytes)}"
+            f"  segment      {one.name}: {counted(one.count, 'vector')}, {one.deleted} deleted, "
+            f"{one.index}{f' {settings}' if settings else ''}, {_mib(one.size_bytes)}"
         )
     parts = ", ".join(f"{k} {_mib(v)}" for k, v in d.size_bytes.items() if k != "total")
     yield f"  size         {_mib(d.size_bytes['total'])}: {parts}"

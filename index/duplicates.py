@@ -22,9 +22,9 @@ from index.collection import Collection, Row
 from index.curation.near import Group, find_groups
 from index.curation.page import caption, figure, page
 from index.curation.report import report_directory, require_place, write_csv
-from index.curation.stored_images import load_images
+from index.curation.stored_images import StoredImages, load_images
 from models.bundle import Json
-from models.command import run_command
+from models.command import counted, run_command, shown
 from models.errors import UsageError
 from models.html import Html, tag
 
@@ -143,24 +143,19 @@ def _as_text(groups: Sequence[Duplicates], looked_at: int, *, max_groups: int) -
     """Lay the groups out for people, the first of them by their images."""
     count = sum(len(group.others) for group in groups)
     lines = [
-        f"{_counted(count, 'near-duplicate')} in {_counted(len(groups), 'group')}, "
-        f"of {_counted(looked_at, 'image')}"
+        f"{counted(count, 'near-duplicate')} in {counted(len(groups), 'group')}, "
+        f"of {counted(looked_at, 'image')}"
     ]
     for group in groups[:max_groups]:
         differ = f"  labels differ: {', '.join(group.labels)}" if len(group.labels) > 1 else ""
-        lines += ["", f"{group.kept.key}  ({len(group.others)} more){differ}"]
+        lines += ["", shown(f"{group.kept.key}  ({len(group.others)} more){differ}")]
         lines += [
-            f"  {score:.4f}  {row.key}"
+            f"  {score:.4f}  {shown(row.key)}"
             for score, row in zip(group.scores, group.others, strict=True)
         ]
     if len(groups) > max_groups:
-        lines.append(f"... and {_counted(len(groups) - max_groups, 'group')} more")
+        lines.append(f"... and {counted(len(groups) - max_groups, 'group')} more")
     return "\n".join(lines)
-
-
-def _counted(count: int, what: str) -> str:
-    """Count things in words."""
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _write(
@@ -192,26 +187,27 @@ def _page(collection: Collection, options: DuplicateOptions, groups: Sequence[Du
     title = f"Near-duplicates in {collection.name}"
     count = sum(len(group.others) for group in groups)
     shown = groups[: options.max_groups]
-    sections = [_section(n, group) for n, group in enumerate(shown, start=1)]
+    stored = StoredImages()
+    sections = [_section(n, group, stored) for n, group in enumerate(shown, start=1)]
     left = len(groups) - len(shown)
     return page(
         title,
         tag("h1", title),
         tag(
             "p",
-            f"{_counted(count, 'near-duplicate')} in {_counted(len(groups), 'group')}: a cosine of "
+            f"{counted(count, 'near-duplicate')} in {counted(len(groups), 'group')}: a cosine of "
             f"{options.threshold:g} or more with an image that is kept (green). "
             f"{DELETE_FILE} lists what may go.",
         ),
         *sections,
-        *([tag("p", f"{_counted(left, 'group')} more in {GROUPS_FILE}.")] if left else []),
+        *([tag("p", f"{counted(left, 'group')} more in {GROUPS_FILE}.")] if left else []),
     )
 
 
-def _section(number: int, group: Duplicates) -> Html:
+def _section(number: int, group: Duplicates, stored: StoredImages) -> Html:
     """Show one group."""
     rows = [group.kept, *group.others[: MAX_SHOWN - 1]]
-    images = load_images(rows)
+    images = load_images(rows, stored)
     captions = ["kept", *(f"{score:.4f}" for score in group.scores)]
     figures = [
         figure(

@@ -31,12 +31,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from tyro.conf import Positional
 
-from index.errors import CollectionError
+from index.errors import CollectionError, mend_of
 from index.filters import parse_filter
 from index.interface import AnyCollection, open_collection
 from index.storage.incoming import VECTOR
 from models.bundle import Json
-from models.command import progress, run_command
+from models.command import counted, progress, run_command
 from models.errors import UsageError, reason_of
 from models.files import atomic_directory, atomic_file
 
@@ -120,7 +120,7 @@ def main(options: ExportOptions) -> None:
     if options.json:
         print(json.dumps({"out": str(options.out), **dataclasses.asdict(exported)}, indent=2))
     else:
-        print(f"{options.out}: {exported.count} images of {exported.dim} dimensions")
+        print(f"{options.out}: {counted(exported.count, 'image')} of {exported.dim} dimensions")
 
 
 def export(collection: AnyCollection, options: ExportOptions) -> Exported:
@@ -156,7 +156,7 @@ def export(collection: AnyCollection, options: ExportOptions) -> Exported:
             f"--out {options.out}",
             expected="a place that can be written to",
             found=reason_of(error),
-            mend="choose another one",
+            mend=f"{mend_of(error)}, or choose another place",
         ) from error
     return exported
 

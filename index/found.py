@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from index.interface import AnyCollection
 from index.neighbours import Neighbours
 from index.storage.rows import Row, metadata_to_json
+from models.command import shown
 from models.errors import HoraceError
 
 
@@ -65,18 +66,18 @@ def as_text(found: Sequence[Found], *, nothing: str) -> str:
     lines = []
     for one in found:
         if one.error is not None:
-            lines += [str(one.error), ""]
+            lines += [shown(str(one.error)), ""]
             continue
-        lines.append(f"{one.query}" + (f"  ({one.label})" if one.label is not None else ""))
+        lines.append(shown(one.query + (f"  ({one.label})" if one.label is not None else "")))
         if not one.hits:
             lines += [f"  {nothing}", ""]
             continue
-        labels = [hit.row.label or "-" for hit in one.hits]
+        labels = [shown(hit.row.label or "-") for hit in one.hits]
         width = max([5, *map(len, labels)])
         lines.append(f"  {'score':>7}  {'label':<{width}}  key")
         for hit, label in zip(one.hits, labels, strict=True):
             known = metadata_to_json(hit.row.metadata).items()
             further = "".join(f"  {name}={value}" for name, value in known if value is not None)
-            lines.append(f"  {hit.score:7.4f}  {label:<{width}}  {hit.row.key}{further}")
+            lines.append(f"  {hit.score:7.4f}  {label:<{width}}  {shown(hit.row.key + further)}")
         lines.append("")
     return "\n".join(lines).rstrip()

@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from index.curation.stored_images import load_images
+from index.curation.stored_images import StoredImages, load_images
 from index.evaluation.plots import MAX_GRID_ROWS, Tile, draw_grid
 from index.found import Found
 from index.interface import AnyCollection
+from index.knn import COSINE
 from models.image_source import ImageData
 
 MAX_GRID_COLUMNS = 24
@@ -35,8 +36,10 @@ def draw(path: Path, collection: AnyCollection, found: Sequence[Found]) -> None:
         log.warning("%s shows the first %d of %d neighbours", path, MAX_GRID_COLUMNS, most)
     found = [replace(one, hits=one.hits[:MAX_GRID_COLUMNS]) for one in found[:MAX_GRID_ROWS]]
     stored = [row for one in found for row in (one.row, *(hit.row for hit in one.hits)) if row]
-    pictures = dict(zip((row.id for row in stored), load_images(stored), strict=True))
-    title = f"{collection.name}: nearest of {collection.count:,} images by cosine"
+    images = load_images(stored, StoredImages())
+    pictures = dict(zip((row.id for row in stored), images, strict=True))
+    by = COSINE if collection.metric == COSINE else "distance"
+    title = f"{collection.name}: nearest of {collection.count:,} images by {by}"
     draw_grid(path, lay_out(found, pictures), title=title)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -34,9 +34,9 @@ from index.curation.outlying import (
 )
 from index.curation.page import caption, figure, page
 from index.curation.report import report_directory, require_place, write_csv
-from index.curation.stored_images import load_images
+from index.curation.stored_images import StoredImages, load_images
 from models.bundle import Json
-from models.command import run_command
+from models.command import counted, run_command, shown
 from models.errors import UsageError
 from models.html import Html, tag
 from models.image_source import ImageData
@@ -48,6 +48,8 @@ SHOWN_NEIGHBOURS = 5
 """Pictures beside a doubtful label."""
 
 TERMINAL_ROWS = 20
+BLOCK_ROWS = 8192
+"""Rows of a list that are in memory at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,20 +187,30 @@ def _rows(
     return collection.rows(found.around.ids[np.asarray(places, np.int64)])
 
 
+def _in_blocks(
+    collection: Collection, found: Findings, places: Sequence[int] | NDArray[np.int64]
+) -> Iterator[Row]:
+    """Give the same one after the other: there may be as many as images."""
+    for start in range(0, len(places), BLOCK_ROWS):
+        yield from _rows(collection, found, places[start : start + BLOCK_ROWS])
+
+
 def _as_text(collection: Collection, found: Findings) -> str:
     """Lay the oddest out for people."""
     order = found.order_N[:TERMINAL_ROWS]
     lines = [
-        f"the {len(order)} oddest of {len(found.order_N)} images "
+        f"the {len(order)} oddest of {counted(len(found.order_N), 'image')} "
         f"(median score {np.median(found.scores_N):.4f})"
     ]
     for place, row in zip(order, _rows(collection, found, order), strict=True):
-        lines.append(f"  {found.scores_N[place]:.4f}  {row.key}  {row.label or ''}".rstrip())
+        name = shown(f"{row.key}  {row.label or ''}")
+        lines.append(f"  {found.scores_N[place]:.4f}  {name}".rstrip())
     suspects = found.suspects[:TERMINAL_ROWS]
-    lines += ["", f"{len(found.suspects)} doubtful labels"]
+    lines += ["", counted(len(found.suspects), "doubtful label")]
     rows = _rows(collection, found, [suspect.place for suspect in suspects])
     lines += [
-        f"  {suspect.margin:.4f}  {row.key}  {suspect.given}, its neighbours {suspect.suggested}"
+        f"  {suspect.margin:.4f}  "
+        + shown(f"{row.key}  {suspect.given}, its neighbours {suspect.suggested}")
         for suspect, row in zip(suspects, rows, strict=True)
     ]
     return "\n".join(lines)
@@ -214,7 +226,7 @@ def _write(
     """Write the report's directory, whole or not at all."""
     with report_directory(out) as directory:
         (directory / DOCUMENT_FILE).write_text(json.dumps(document, indent=2) + "\n")
-        rows = _rows(collection, found, found.order_N)
+        rows = _in_blocks(collection, found, found.order_N)
         write_csv(
             directory / OUTLIERS_FILE,
             ["key", "source", "id", "label", "score"],
@@ -223,7 +235,7 @@ def _write(
                 for row, place in zip(rows, found.order_N, strict=True)
             ),
         )
-        rows = _rows(collection, found, [suspect.place for suspect in found.suspects])
+        rows = _in_blocks(collection, found, [suspect.place for suspect in found.suspects])
         header = ["suggested", "margin", "given_share", "suggested_share"]
         write_csv(
             directory / SUSPECTS_FILE,
@@ -241,10 +253,10 @@ def _page(collection: Collection, options: OutlierOptions, found: Findings) -> s
     title = f"What does not belong in {collection.name}"
     shown = found.order_N[: options.count]
     suspects = found.suspects[: options.count]
-    rows = _rows(collection, found, shown)
+    rows, stored = _rows(collection, found, shown), StoredImages()
     figures = [
         _figure(row, image, f"{found.scores_N[place]:.4f}")
-        for place, row, image in zip(shown, rows, load_images(rows), strict=True)
+        for place, row, image in zip(shown, rows, load_images(rows, stored), strict=True)
     ]
     parts = [
         tag("h1", title),
@@ -261,7 +273,7 @@ def _page(collection: Collection, options: OutlierOptions, found: Findings) -> s
         ),
     ]
     if suspects:
-        heading = f"{len(found.suspects)} doubtful labels"
+        heading = counted(len(found.suspects), "doubtful label")
         more = f", the {len(suspects)} most doubtful" if len(found.suspects) > len(suspects) else ""
         parts += [
             tag("h2", f"{heading}{more}"),
@@ -270,7 +282,7 @@ def _page(collection: Collection, options: OutlierOptions, found: Findings) -> s
                 "The image, what it is called and what its neighbours say instead, and the "
                 f"nearest {SHOWN_NEIGHBOURS} of them. {SUSPECTS_FILE} lists all.",
             ),
-            *(_section(collection, found, suspect) for suspect in suspects),
+            *(_section(collection, found, suspect, stored) for suspect in suspects),
         ]
     return page(title, *parts)
 
@@ -282,11 +294,13 @@ _EXPLAINED = {
 }
 
 
-def _section(collection: Collection, found: Findings, suspect: Suspect) -> Html:
+def _section(
+    collection: Collection, found: Findings, suspect: Suspect, stored: StoredImages
+) -> Html:
     """Show a doubtful label with the images that contradict it."""
     near = found.around.places_NK[suspect.place, :SHOWN_NEIGHBOURS]
     rows = _rows(collection, found, [suspect.place, *near[near >= 0].tolist()])
-    images = load_images(rows)
+    images = load_images(rows, stored)
     scores = found.around.scores_NK[suspect.place]
     figures = [_figure(rows[0], images[0], "in doubt", class_="doubt")]
     figures += [

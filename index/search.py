@@ -38,7 +38,7 @@ from index.combine import (
     query_vector,
 )
 from index.embed import open_collection_encoder
-from index.errors import CollectionError, QueryError, UnknownIdError
+from index.errors import CollectionError, QueryError, UnknownIdError, mend_of
 from index.found import Found, as_text, look_up_hits
 from index.interface import AnyCollection, open_collection
 from index.knn import COSINE
@@ -150,7 +150,7 @@ def main(options: SearchOptions) -> None:
         HoraceError: nothing can be searched, or, after the rest is shown, a query was bad.
     """
     if options.grid is not None and not options.grid.parent.is_dir():
-        raise _unwritable(options.grid, f"no directory {options.grid.parent}")
+        raise _unwritable(options.grid, f"no directory {options.grid.parent}", "make it")
     with closing(open_collection(options.collection)) as collection:
         if options.filter is not None:
             collection.select(options.filter)  # a bad one is said before anything is opened
@@ -353,17 +353,16 @@ def _draw(path: Path, collection: AnyCollection, found: Sequence[Found]) -> None
     try:
         draw(path, collection, found)
     except OSError as error:
-        found_ = reason_of(error)
-        raise _unwritable(path, found_) from error
+        raise _unwritable(path, reason_of(error), mend_of(error)) from error
 
 
-def _unwritable(grid: Path, found: str) -> CollectionError:
+def _unwritable(grid: Path, found: str, mend: str) -> CollectionError:
     """Make the error for a picture that has no place."""
     return CollectionError(
         f"--grid {grid}",
         expected="a file that can be written",
         found=found,
-        mend="choose another name",
+        mend=f"{mend}, or choose another place",
     )
 
 

@@ -32,10 +32,10 @@ from index.curation.labels_file import read_labels
 from index.curation.outlying import find_surroundings
 from index.curation.report import write_csv
 from index.curation.smoothing import neighbours_for, rounds_for, smooth
-from index.errors import CollectionError
+from index.errors import CollectionError, mend_of
 from index.knn import MISSING
 from models.bundle import Json
-from models.command import run_command
+from models.command import counted, run_command
 from models.errors import UsageError, reason_of
 from models.files import atomic_file
 
@@ -105,18 +105,18 @@ def main(options: SelectOptions) -> None:
     with Collection.open(options.collection) as collection:
         pool = make_pool(collection, options)
         if not pool.free.size:
-            raise nothing_to_choose(collection.name, options)
+            raise nothing_to_choose(collection, options)
         choice = METHODS[options.method](pool, options.budget, options.seed)
         _write(options.out, collection, options, choice)
         document = _document(collection, options, pool, choice)
     print(json.dumps(document, indent=2) if options.json else _as_text(document, options))
 
 
-def nothing_to_choose(name: str, options: SelectOptions) -> UsageError:
+def nothing_to_choose(collection: Collection, options: SelectOptions) -> UsageError:
     """Make the error for a collection without an image to choose, by what was left out of it."""
-    is_labelled = not options.ignore_labels
+    is_labelled = not options.ignore_labels and any(one is not None for one in collection.labels())
     return UsageError(
-        f"images of collection {name}" + (" without a label" if is_labelled else ""),
+        f"images of collection {collection.name}" + (" without a label" if is_labelled else ""),
         expected="at least 1" + ("" if options.filter is None else " that passes the filter"),
         found="none",
         mend="labels of the source count: --ignore-labels does as if there were none"
@@ -192,7 +192,7 @@ def _write(out: Path, collection: Collection, options: SelectOptions, choice: Ch
             f"--out {out}",
             expected="a file that can be written",
             found=reason_of(error),
-            mend="choose another name",
+            mend=f"{mend_of(error)}, or choose another place",
         ) from error
 
 
@@ -220,13 +220,18 @@ def _document(
 
 def _as_text(document: dict[str, Json], options: SelectOptions) -> str:
     """Say what was done, and what comes next."""
-    chosen = document["chosen"]
+    chosen, free = document["chosen"], document["free"]
+    labelled, classes = document["labelled"], document["classes"]
     assert isinstance(chosen, list)
+    assert isinstance(free, int)
+    assert isinstance(labelled, int)
+    assert isinstance(classes, int)
     lists = " ".join(map(str, (*options.labels, options.out)))
     ignoring = " --ignore-labels" if options.ignore_labels else ""
     return (
-        f"{len(chosen)} of {document['free']} images chosen by {options.method}, beside "
-        f"{document['labelled']} labels of {document['classes']} classes: {options.out}\n"
+        f"{len(chosen)} of {counted(free, 'image')} chosen by {options.method}, beside "
+        f"{counted(labelled, 'label')} of {counted(classes, 'class', plural='classes')}: "
+        f"{options.out}\n"
         f"fill in its column label, then: --labels {lists}{ignoring}"
     )
 

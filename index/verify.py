@@ -10,7 +10,8 @@ Rules:
     Every fault of a collection is found in one run, and each names its file; status 1 where
     there is one.
     Nothing is changed. Memory holds a block of vectors and the index, whatever a header says.
-    What the manifest does not name is not part of the collection: it is mentioned, no fault.
+    What the manifest does not name is not part of the collection: it is mentioned, with what
+    becomes of it, and no fault.
     Of the journal that is what was acknowledged; a torn write behind it never was.
     A collection may be written meanwhile: where its manifest was replaced, all begins again.
 """
@@ -48,14 +49,18 @@ from index.storage.manifest import (
     manifest_bytes,
     unreadable,
 )
+from index.storage.publishing import written_names
 from index.storage.records import Delete, decode
 from index.storage.segment import Segment, open_segment, segment_files
 from index.storage.store import Contents, read_alive
 from models.bundle import BUNDLE_FILE, read_bundle
-from models.command import run_command
+from models.command import counted, run_command
 from models.errors import BundleError, HoraceError
 
 BLOCK_ROWS = 16384
+
+MINE = "Horace neither reads nor deletes it"
+"""What becomes of a file that is nobody's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,11 +103,13 @@ def main(options: VerifyOptions) -> None:
     if options.json:
         print(json.dumps(asdict(found), indent=2))
     else:
+        swept = written_names(options.path)
         for name in found.unknown:
-            print(f"{options.path / name}: no part of it")
+            fate = "the next writer, such as `index.compact`, deletes it" if name in swept else MINE
+            print(f"{options.path / name}: no part of it; {fate}")
         if not found.faults:
             print(
-                f"{options.path}: {found.content} in {found.files} files, "
+                f"{options.path}: {found.content} in {counted(found.files, 'file')}, "
                 f"{found.size_bytes} bytes: sound"
             )
         elif len(found.faults) > 1:
@@ -145,7 +152,7 @@ def _verify_collection(path: Path, manifest: Manifest) -> Verification:
     faults += _check_sync_files(path)
     count = contents.snapshot(0).count if is_readable else manifest.count
     return Verification(
-        content=f"{count} images",
+        content=counted(count, "image"),
         files=len(manifest.files) + len(journal) + 1,
         size_bytes=content_bytes(path, manifest),
         faults=faults,

@@ -17,6 +17,7 @@ import logging
 import os
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
@@ -30,6 +31,9 @@ Options = TypeVar("Options")
 
 LOG_EVERY_S = 10.0
 """Seconds between two progress lines where there is no terminal."""
+
+_CONTROLS = ("Cc", "Zl", "Zp")
+"""Categories of what moves a terminal's cursor or ends a line; a narrow blank does not."""
 
 log = logging.getLogger("horace")
 
@@ -106,6 +110,21 @@ def let_go_of_stdout() -> None:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def shown(text: str) -> str:
+    """Write out line breaks and other control characters, which names of files may have."""
+    if text.isprintable():
+        return text
+    return "".join(
+        c.encode("unicode_escape").decode() if unicodedata.category(c) in _CONTROLS else c
+        for c in text
+    )
+
+
+def counted(count: int, what: str, *, plural: str = "") -> str:
+    """Count things in words: `1 image`, `2 images`; `plural` where it is not made by an s."""
+    return f"{count} {what if count == 1 else plural or f'{what}s'}"
 
 
 def progress(

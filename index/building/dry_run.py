@@ -23,6 +23,7 @@ from index.ann.trials import Goal
 from index.ann.tuning import plan as choose_kinds
 from index.building.part_set import PartSet, RecordBatch
 from index.building.pipeline import Crew, embed_batches
+from models.command import counted
 from models.encoder import Encoder
 
 SAMPLE_ROUNDS = 4
@@ -75,12 +76,13 @@ class BuildPlan:
     embed_s: float | None
 
     def __str__(self) -> str:
-        count = "images" if self.images is None else f"{self.images} images"
+        count = "images" if self.images is None else counted(self.images, "image")
         lines = [
             f"would build {count} of {self.source} with encoder {self.encoder} "
             f"{self.fingerprint[:12]} ({self.dim} dimensions), index "
             f"{self._index_text}",
-            f"reuses {self.reused} images in {self.reused_parts} finished parts",
+            f"reuses {counted(self.reused, 'image')} in "
+            f"{counted(self.reused_parts, 'finished part')}",
         ]
         if self.collection_bytes is not None and self.parts_bytes is not None:
             lines.append(
@@ -90,7 +92,7 @@ class BuildPlan:
         if self.images_per_s is None:
             lines.append("nothing is left to embed")
         else:
-            rate = f"{self.images_per_s:.0f}/s, as {self.sampled} images took"
+            rate = f"{self.images_per_s:.0f}/s, as {counted(self.sampled, 'image')} took"
             takes = "" if self.embed_s is None else f"embedding takes about {self.embed_s:.0f} s: "
             lines.append(f"{takes}{rate}; the index comes after that")
         return "\n".join(lines)

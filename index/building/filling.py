@@ -16,7 +16,7 @@ from index.building.processes import make_parts_in_processes
 from index.building.ray_engine import make_parts_on_ray
 from index.building.worker import Job
 from index.errors import CollectionError
-from models.command import progress
+from models.command import counted, progress
 from models.encoder import Encoder
 from models.images import ImageSource
 
@@ -60,8 +60,8 @@ def fill_store(
     kept = [part.start for part in store.finished]
     if kept:
         log.info(
-            "reusing %d images in %d finished parts of %s",
-            store.n_images, len(kept), store.out,
+            "reusing %s in %s of %s",
+            counted(store.n_images, "image"), counted(len(kept), "finished part"), store.out,
         )  # fmt: skip
     key, start_s = store.key, time.monotonic()
     total = None if key.source_count is None else key.source_count - store.n_records
@@ -102,7 +102,7 @@ def check_images(store: PartStore) -> None:
             store.key.source,
             expected="at least one image that can be used",
             found=f"{len(rejects)} rejected{first}",
-            mend="check the images; the parts are dropped by --restart",
+            mend="check the images",
         )
 
 
@@ -113,4 +113,4 @@ def resumable(store: PartStore) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         kept = f"{store.n_images} images are embedded and kept; the same command goes on from there"
-        raise KeyboardInterrupt(*([kept] if store.finished else [])) from None
+        raise KeyboardInterrupt(*([kept] if store.n_images else [])) from None

@@ -32,10 +32,11 @@ import pyarrow.parquet as pq
 
 from index.errors import CollectionError
 from index.filters import is_nameable
-from index.storage.incoming import VECTOR, YEARS, YEARS_MEND, finite_or_null, first_unheld
-from index.storage.rows import DIGEST, ROW_SCHEMA
+from index.storage.incoming import VECTOR, YEARS, YEARS_MEND, finite_or_null
+from index.storage.rows import DIGEST, ROW_SCHEMA, first_unheld
 from index.storage.segment import Block
 from models.bundle import Json
+from models.command import counted
 from models.errors import UsageError
 from models.files import open_regular, sha256_file
 from models.image_source import ImageSource
@@ -82,11 +83,11 @@ class JoinReport:
 
     def __str__(self) -> str:
         columns = ", ".join(f"{name} ({kind})" for name, kind in self.columns.items())
-        lines = f"metadata of {self.rows} rows: {columns or 'no column of its own'}"
+        lines = f"metadata of {counted(self.rows, 'row')}: {columns or 'no column of its own'}"
         if self.without_image:
-            lines += f"; {self.without_image} rows name no image"
+            lines += f"; {counted(self.without_image, 'row')} without an image"
         if self.without_row:
-            lines += f"; {self.without_row} images have no row"
+            lines += f"; {counted(self.without_row, 'image')} without a row"
         return lines
 
 
@@ -183,7 +184,7 @@ class Metadata:
         return CollectionError(
             f"--metadata {self.file}",
             expected=f"keys of images, such as {example!r}",
-            found=f"{len(self._keys)} rows of others, such as {self._keys[0].as_py()!r}",
+            found=f"{counted(len(self._keys), 'row')} of others, such as {self._keys[0].as_py()!r}",
             mend="write the keys as the source does, paths below its root",
         )
 

@@ -80,8 +80,8 @@ class PartStore(PartSet):
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Unlock; the parts stay for the next run."""
-        if not self.finished:
+        """Unlock; the parts stay for the next run, if there is an image in them."""
+        if not self.n_images:
             self.discard()
         os.close(self.lock)
 

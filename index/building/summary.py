@@ -10,6 +10,7 @@ from typing import Any, cast
 from index.building.metadata import JoinReport
 from index.storage.manifest import REJECTS_FILE, Manifest
 from models.bundle import Json
+from models.command import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class BuildSummary:
         embedded = self.images - self.reused
         rate = f" ({embedded / self.embed_s:.0f}/s)" if embedded and self.embed_s > 0 else ""
         lines = [
-            f"{self.collection}: {self.images} images, {self.index}, "
+            f"{self.collection}: {counted(self.images, 'image')}, {self.index}, "
             f"encoder {self.fingerprint[:12]}",
             f"embedded {embedded} in {self.embed_s:.1f} s{rate}, reused {self.reused}, "
             f"rejected {self.rejects}; collection and index written in {self.index_s:.1f} s",

@@ -1,7 +1,8 @@
 """The rows that a sync writes: stored metadata under a key, label and digest of now.
 
 Rules:
-    Metadata stays with its image; a table that is given again has the last word.
+    Metadata stays with its image; a table that is given again has the last word. A date that may
+    not come in any more, as older collections have, is null from then on.
     Rows of which nothing is another are not written.
 """
 
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from index.building.metadata import Column, Metadata
 from index.building.sync_plan import Seen
-from index.storage.rows import DIGEST
+from index.storage.rows import DIGEST, held_or_null
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,8 @@ class RowMaker:
             place = table.column_names.index(name)
             table = table.set_column(place, name, pa.array(values, pa.string()))
         table = table.drop_columns(["id"])
+        for place, name in enumerate(table.column_names):
+            table = table.set_column(place, name, held_or_null(table[name]))
         return table if self.metadata is None else self.metadata.join(table)
 
     def find_updated(self, seen: Sequence[Seen], rows: Sequence[int]) -> tuple[pa.Table, list[int]]:

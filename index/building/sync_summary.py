@@ -10,6 +10,7 @@ from index.building.metadata import JoinReport
 from index.building.summary import BuildSummary
 from index.storage.manifest import REJECTS_FILE
 from models.bundle import Json
+from models.command import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,7 @@ class SyncSummary:
             facts += f", {self.unreadable} that cannot be read now and stay"
         did = "to embed" if self.dry_run else "embedded"
         lines = (
-            f"{self.source}: {facts}\n{self.collection}: {self.images} images; "
+            f"{self.source}: {facts}\n{self.collection}: {counted(self.images, 'image')}; "
             f"read {self.read} in {self.scan_s:.1f} s, {did} {self.embedded}"
         )
         if self.dry_run:

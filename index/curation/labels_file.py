@@ -18,6 +18,7 @@ from pathlib import Path
 
 from index.collection import Collection, id_of
 from index.errors import CollectionError
+from models.command import counted
 from models.errors import UsageError
 
 log = logging.getLogger("horace.index")
@@ -38,7 +39,7 @@ def read_labels(file: Path, collection: Collection) -> dict[int, str | None]:
             labels[id_] = label or None
         else:
             unknown += 1
-    if unknown and not labels:
+    if unknown and not labels and known:
         raise UsageError(
             f"--labels {file}",
             expected=f"keys of collection {collection.name}, such as {collection.keys()[0]!r}",
@@ -46,7 +47,7 @@ def read_labels(file: Path, collection: Collection) -> dict[int, str | None]:
             mend="give labels of this collection's images",
         )
     if unknown:
-        log.warning("%s: %d images are not in collection %s", file, unknown, collection.name)
+        log.warning("%s: %s not in collection %s", file, counted(unknown, "image"), collection.name)
     return labels
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from index.errors import CollectionError
+from index.errors import CollectionError, mend_of
 from models.errors import UsageError, reason_of
 from models.files import atomic_directory
 
@@ -52,7 +52,7 @@ def report_directory(out: Path) -> Iterator[Path]:
             f"--out {out}",
             expected="a directory that can be written",
             found=reason_of(error),
-            mend="choose another name",
+            mend=f"{mend_of(error)}, or choose another place",
         ) from error
 
 

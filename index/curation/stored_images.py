@@ -41,9 +41,8 @@ class StoredImages:
         return None if source is None else source.load(row.key)
 
 
-def load_images(rows: Sequence[Row]) -> list[ImageData | None]:
+def load_images(rows: Sequence[Row], stored: StoredImages) -> list[ImageData | None]:
     """Read images; None for what cannot be read now, which the log says."""
-    stored = StoredImages()
     images: list[ImageData | None] = []
     for row in rows:
         try:

@@ -18,6 +18,7 @@ import numpy as np
 from index.collection import Collection
 from index.errors import EvaluationError
 from index.storage.writer import CollectionWriter
+from models.errors import reason_of
 
 ADD_ROWS = 4096
 """Images that are added back in one write."""
@@ -44,11 +45,11 @@ def churned(
         copy = Path(folder) / "collection"
         try:
             shutil.copytree(collection.path, copy)
-        except (OSError, shutil.Error) as error:
+        except OSError as error:
             raise EvaluationError(
                 f"copy of collection {collection.name}",
                 expected=f"room for it in {folder}",
-                found=str(error).splitlines()[0],
+                found=_first_reason(error),
                 mend="name a larger place with --scratch, or leave it out with --churn 0",
             ) from error
         rng = np.random.default_rng(seed)
@@ -67,3 +68,11 @@ def churned(
                     fingerprint=collection.fingerprint,
                 )
             yield "and added back", writer.collection
+
+
+def _first_reason(error: OSError) -> str:
+    """Say why a copy failed; `shutil` lists every file that it could not copy."""
+    if not isinstance(error, shutil.Error):
+        return reason_of(error)
+    _, _, reason = error.args[0][0]
+    return str(reason)

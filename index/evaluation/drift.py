@@ -70,9 +70,11 @@ class PairMoments:
         It is biased upwards where there are few images for the dimensions. None where a space
         does not vary.
         """
+        if not self._vary():
+            return None
         gram_DD, gram_EE, cross_DE = self._centred()
         scale = np.linalg.norm(gram_DD) * np.linalg.norm(gram_EE)
-        return float(np.square(cross_DE).sum() / scale) if scale > 0 else None
+        return float(np.square(cross_DE).sum() / scale)
 
     def procrustes_residual(self) -> float | None:
         """Give the share of variance that no turning and scaling explains: 0 alike, 1 unrelated.
@@ -81,12 +83,18 @@ class PairMoments:
         singular values; the shorter vectors count as padded with zeros. None where a space does
         not vary.
         """
+        if not self._vary():
+            return None
         gram_DD, gram_EE, cross_DE = self._centred()
         scale = float(np.trace(gram_DD) * np.trace(gram_EE))
-        if scale <= 0:
-            return None
         nuclear = float(np.linalg.svd(cross_DE, compute_uv=False).sum())
         return min(1.0, max(0.0, 1 - nuclear**2 / scale))
+
+    def _vary(self) -> bool:
+        """Tell whether both spaces vary by more than the sums round."""
+        grams = zip(self._centred()[:2], (self.gram_DD, self.gram_EE), strict=True)
+        noise = self.n * np.finfo(np.float64).eps
+        return all(np.trace(centred) > noise * np.trace(whole) for centred, whole in grams)
 
     def _centred(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
         """Take the means out of the sums."""

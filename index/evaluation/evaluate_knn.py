@@ -29,6 +29,7 @@ from index.errors import EvaluationError
 from index.evaluation import baselines
 from index.evaluation.baselines import Seen, see_images
 from index.evaluation.knn_report import (
+    MAX_CONFUSION_CLASSES,
     BaselineRow,
     IndexDelta,
     KnnReport,
@@ -38,12 +39,13 @@ from index.evaluation.knn_scores import (
     Accuracy,
     class_scores,
     confusion_matrix,
+    vote,
 )
 from index.evaluation.knn_task import Task, make_task
 from index.evaluation.output import hand_over, record, versions
 from index.evaluation.recall_scores import recall_by_score, worst_mean
 from index.evaluation.same_images import is_same_vector, sources_of, stored_digests
-from index.knn import MISSING, knn_search, weighted_knn_vote
+from index.knn import MISSING, knn_search
 from index.neighbours import require_cosine
 from index.storage.ids import Places
 from models.encoder import Encoder
@@ -95,6 +97,8 @@ def main(options: KnnOptions) -> None:
     def draw(out: Path) -> None:
         from index.evaluation.plots import draw_confusion
 
+        if not report.confusion:
+            return
         headline = report.encoder_by_k[report.headline_k]
         draw_confusion(
             out / "confusion.png",
@@ -158,20 +162,28 @@ def _report(
     places = Places(collection.ids)
     rows_QK = places.of(exact.ids)
     by_k = task.score(exact.scores, rows_QK)
-    votes_QC = weighted_knn_vote(
+    blocks = vote(
         exact.scores,
         task.labels_of(rows_QK),
         k=HEADLINE_K,
         temperature=task.temperature,
         n_classes=len(task.classes),
     )
-    predicted_Q = np.where(votes_QC.max(axis=1) > 0, votes_QC.argmax(axis=1), MISSING)
+    predicted_Q = np.concatenate(
+        [
+            np.where(votes_BC.max(axis=1) > 0, votes_BC.argmax(axis=1), MISSING)
+            for _, votes_BC in blocks
+        ]
+    )
     confusion_CC = confusion_matrix(task.truth_Q, predicted_Q, len(task.classes))
     counts_C = np.bincount(task.truth_Q[task.truth_Q >= 0], minlength=len(task.classes))
     if n_voteless := int((predicted_Q == MISSING).sum()):
         notes.append(
             f"{n_voteless} queries have no labelled neighbour among {HEADLINE_K} and count as wrong"
         )
+    is_kept = len(task.classes) <= MAX_CONFUSION_CLASSES
+    if not is_kept:
+        notes.append(f"the confusion matrix is left out: there are {len(task.classes):,} classes")
     rows, digests = [], stored_digests(collection)
     if options.baselines:
         bank = _see_bank(collection, bank_sources, encoder, twin)
@@ -198,7 +210,7 @@ def _report(
         if in_bank is None
         else sum(digest in in_bank for digest in queries.digests),
         per_class=class_scores(confusion_CC, task.classes, counts_C),
-        confusion=confusion_CC.tolist(),
+        confusion=confusion_CC.tolist() if is_kept else [],
         notes=notes,
         versions=versions(),
     )

@@ -10,6 +10,9 @@ from index.evaluation.knn_scores import Accuracy, ClassScore
 MAX_PRINTED_CLASSES = 20
 """A wider confusion matrix fits no terminal; the picture and the JSON have all of it."""
 
+MAX_CONFUSION_CLASSES = 1000
+"""A wider one is in no report: as JSON it would be read by nobody, and take gigabytes to write."""
+
 FEW_KNOWN = 0.01
 """Queries that the collection has itself, up to which the accuracy is hardly theirs."""
 
@@ -71,7 +74,7 @@ class KnnReport:
         duplicates: queries whose very content is in the collection; None if not looked for.
         per_class: at the headline's k.
         confusion: counts at the headline's k; rows are true classes, and lack the queries that
-            no neighbour voted for.
+            no neighbour voted for. Empty of more than `MAX_CONFUSION_CLASSES`.
         notes: what was left out or cannot be right.
         centring: of the vectors before comparison: none.
         metric: `cosine`.
@@ -111,7 +114,7 @@ def as_text(report: KnnReport) -> str:
         _remarks(report),
         _class_table(report),
     ]
-    if len(report.classes) <= MAX_PRINTED_CLASSES:
+    if 0 < len(report.confusion) <= MAX_PRINTED_CLASSES:
         sections.append(_confusion_table(report))
     return "\n\n".join(sections)
 

@@ -10,13 +10,16 @@ Shapes: Q queries, K neighbours, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from index.knn import weighted_knn_vote
+
+BLOCK_BYTES = 64 << 20
+"""Of the votes for every class of as many queries as are counted at once."""
 
 UNKNOWN = -1
 """Class number of what has no label, or a label that the collection does not have."""
@@ -72,6 +75,24 @@ def truth_ranks(scores_QC: NDArray[np.float32], truth_Q: NDArray[np.int64]) -> N
     return ranks
 
 
+def vote(
+    similarities_QK: NDArray[np.float32],
+    labels_QK: NDArray[np.int64],
+    *,
+    k: int,
+    temperature: float,
+    n_classes: int,
+) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+    """Give the weighted votes, (B, C), of a block of queries at a time: Q x C need not fit."""
+    step = max(1, BLOCK_BYTES // (8 * n_classes))
+    for start in range(0, len(labels_QK), step):
+        rows = slice(start, start + step)
+        yield rows, weighted_knn_vote(
+            similarities_QK[rows], labels_QK[rows], k=k, temperature=temperature,
+            n_classes=n_classes,
+        )  # fmt: skip
+
+
 def accuracies(
     similarities_QK: NDArray[np.float32],
     labels_QK: NDArray[np.int64],
@@ -84,10 +105,10 @@ def accuracies(
     """Score the weighted vote for each k."""
     found = {}
     for k in ks:
-        votes_QC = weighted_knn_vote(
-            similarities_QK, labels_QK, k=k, temperature=temperature, n_classes=n_classes
+        blocks = vote(similarities_QK, labels_QK, k=k, temperature=temperature, n_classes=n_classes)
+        ranks_Q = np.concatenate(
+            [truth_ranks(votes_BC, truth_Q[rows]) for rows, votes_BC in blocks]
         )
-        ranks_Q = truth_ranks(votes_QC, truth_Q)
         found[k] = Accuracy(
             top1=float(((ranks_Q < 1) & (ranks_Q < n_classes)).mean()),
             top5=float(((ranks_Q < 5) & (ranks_Q < n_classes)).mean()),

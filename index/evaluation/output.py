@@ -22,7 +22,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 
-from index.errors import EvaluationError
+from index.errors import EvaluationError, mend_of
 from index.interface import open_collection
 from models.bundle import record_evaluation
 from models.encoder import bundle_path
@@ -106,5 +106,5 @@ def versions() -> dict[str, str]:
 
 def unwritable(what: str, expected: str, error: OSError) -> EvaluationError:
     """Make the error for a result that has no place."""
-    found = reason_of(error)
-    return EvaluationError(what, expected=expected, found=found, mend="choose another place")
+    mend = f"{mend_of(error)}, or choose another place"
+    return EvaluationError(what, expected=expected, found=reason_of(error), mend=mend)

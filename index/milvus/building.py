@@ -4,7 +4,9 @@ Rows go to a collection of a name of its own; when all are there, the name that 
 alias, is set to it in one step. What it stood for is dropped where it is replaced.
 
 Rules:
-    A build that was killed goes on: its rows are put where they are again, and no row is twice.
+    A build that was killed goes on: what it wrote is dropped, and written again; where it had the
+    name already, its rows are put where they are, and what had the name before is dropped.
+    What `--restart` gives up is dropped, too.
     A collection that is no alias was not made here, and is left alone.
 """
 
@@ -23,6 +25,7 @@ from index.embed import rejects_text
 from index.milvus.connection import MilvusAddress, connect, milvus_errors
 from index.milvus.description import Description, read_description
 from index.milvus.writer import MilvusWriter
+from models.command import counted
 from models.encoder import Encoder, absolute_uri
 from models.errors import UsageError
 from models.files import atomic_file
@@ -33,11 +36,19 @@ if TYPE_CHECKING:
 RUN_CHARACTERS = 12
 """Of a build's name that tell it from the others."""
 
+REPLACES = "horace.replaces"
+"""Property of a collection: which one had its name before, and is to be dropped."""
+
 log = logging.getLogger("horace.index")
 
 
-def check_place(address: MilvusAddress, *, replace: bool) -> None:
+def check_place(address: MilvusAddress, run_id: str | None, *, replace: bool) -> None:
     """Leave alone what stands at an address, unless it is Horace's and may be replaced.
+
+    Args:
+        address: where people will find the build.
+        run_id: the name of the run that goes on, which may have been killed when it was done.
+        replace: whether another build may be there.
 
     Raises:
         UsageError: it must stay.
@@ -48,20 +59,28 @@ def check_place(address: MilvusAddress, *, replace: bool) -> None:
             return
         described = client.describe_collection(address.name)
     read_description(address, described)
-    if described["collection_name"] == address.name:
+    standing = described["collection_name"]
+    if standing == address.name:
         raise UsageError(
             str(address),
             expected="a new name, or one that index.build made",
             found="another",
             mend="choose another name",
         )
-    if not replace:
-        raise UsageError(
-            str(address),
-            expected="a new name",
-            found="a collection",
-            mend="choose another name, or replace it with --replace",
-        )
+    if not replace and (run_id is None or standing != _own(address, run_id).name):
+        raise _taken(address)
+
+
+def drop_unnamed(address: MilvusAddress, run_id: str) -> None:
+    """Drop what a run that was killed has written, unless people find it at the address.
+
+    Raises:
+        CollectionError: Milvus does not answer.
+    """
+    own = _own(address, run_id).name
+    with closing(connect(address.uri)) as client, milvus_errors(str(address)):
+        if _standing(client, address.name) != own and client.has_collection(own):
+            client.drop_collection(own)
 
 
 def publish(
@@ -74,6 +93,7 @@ def publish(
     metadata: Metadata | None,
     reused: int,
     embed_s: float,
+    replace: bool,
 ) -> BuildSummary:
     """Give all rows of a build to Milvus, and then the address.
 
@@ -86,9 +106,11 @@ def publish(
         metadata: what is joined to the rows.
         reused: images whose vectors an earlier run had made.
         embed_s: seconds for embedding the others.
+        replace: whether another build may have the address.
 
     Raises:
         CollectionError: Milvus does not answer, or refuses; the same build goes on.
+        UsageError: another build has come first.
     """
     start_s = time.monotonic()
     blocks = store.blocks() if metadata is None else join_blocks(metadata, store.blocks())
@@ -102,8 +124,10 @@ def publish(
         columns=PART_ROW_SCHEMA,
         index="flat" if index == "flat" else "hnsw",
     )
-    log.info("giving %d vectors to %s, index %s", store.n_images, address, description.index)
-    own = MilvusAddress(uri=address.uri, name=f"{address.name}_{store.run_id[:RUN_CHARACTERS]}")
+    vectors = counted(store.n_images, "vector")
+    log.info("giving %s to %s, index %s", vectors, address, description.index)
+    drop_unnamed(address, store.run_id)  # it may be of another index, or have other columns
+    own = _own(address, store.run_id)
     with closing(_open(own, description)) as writer:
         for block in blocks:
             writer.upsert(block.rows, block.vectors_ND, fingerprint=description.fingerprint)
@@ -122,8 +146,24 @@ def publish(
             log=_write_rejects(store),
         )
     with closing(connect(address.uri)) as client, milvus_errors(str(address)):
-        _give_name(client, address.name, own.name)
+        _give_name(client, address, own.name, replace=replace)
     return summary
+
+
+def _own(address: MilvusAddress, run_id: str) -> MilvusAddress:
+    """Say where a run writes to."""
+    name = f"{address.name}_{run_id[:RUN_CHARACTERS]}"
+    return MilvusAddress(uri=address.uri, name=name)
+
+
+def _taken(address: MilvusAddress) -> UsageError:
+    """Make the error for an address that another build has."""
+    return UsageError(
+        str(address),
+        expected="a new name",
+        found="a collection",
+        mend="choose another name, or replace it with --replace",
+    )
 
 
 def _write_rejects(store: PartStore) -> str:
@@ -135,7 +175,7 @@ def _write_rejects(store: PartStore) -> str:
 
 
 def _open(address: MilvusAddress, description: Description) -> MilvusWriter:
-    """Make the collection, or open what an earlier run has made."""
+    """Make the collection, or open that of a run that was killed when it was done."""
     with closing(connect(address.uri)) as client, milvus_errors(str(address)):
         is_there = client.has_collection(address.name)
     if is_there:
@@ -143,12 +183,36 @@ def _open(address: MilvusAddress, description: Description) -> MilvusWriter:
     return MilvusWriter.create(str(address), description)
 
 
-def _give_name(client: MilvusClient, alias: str, name: str) -> None:
-    """Set an alias, and drop the collection that had it."""
+def _give_name(client: MilvusClient, address: MilvusAddress, name: str, *, replace: bool) -> None:
+    """Set an alias, and drop the collection that had it.
+
+    Which one that is stands in a property before, so that it also goes where a build is killed
+    between the two.
+    """
+    before = _standing(client, address.name)
+    if before is None:
+        client.create_alias(name, address.name)
+    elif before != name:
+        if not replace:
+            raise _taken(address)
+        client.alter_collection_properties(name, {REPLACES: before})
+        client.alter_alias(name, address.name)
+    left, old = [], _replaced(client, name)
+    while old is not None and client.has_collection(old):
+        left.append(old)
+        old = _replaced(client, old)
+    for old in reversed(left):  # the one that names another goes after it
+        client.drop_collection(old)
+
+
+def _standing(client: MilvusClient, alias: str) -> str | None:
+    """Name the collection that an alias stands for; None where it is none."""
     if not client.has_collection(alias):
-        client.create_alias(name, alias)
-        return
-    before = cast(str, client.describe_collection(alias)["collection_name"])
-    if before != name:
-        client.alter_alias(name, alias)
-        client.drop_collection(before)
+        return None
+    return cast(str, client.describe_collection(alias)["collection_name"])
+
+
+def _replaced(client: MilvusClient, name: str) -> str | None:
+    """Name the collection that had the alias of this one before; None where there was none."""
+    properties = client.describe_collection(name).get("properties") or {}
+    return cast("str | None", properties.get(REPLACES))

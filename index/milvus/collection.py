@@ -4,7 +4,8 @@ Rules:
     Ids, keys, fingerprints, filters and scores are those of a collection on disk: the same
     tests hold for both.
     It is no snapshot: every call sees what was written before it, by anybody. Columns are
-    those of the time when it was opened.
+    those of the time when it was opened. Where another build has taken the name meanwhile there
+    is nothing more to see, but through `latest`: its encoder may be another.
     An exact search reads every vector over the wire, whatever the index.
 
 Shapes: Q queries, N rows, D dimensions, K neighbours.
@@ -15,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -23,9 +25,15 @@ from numpy.typing import ArrayLike, NDArray
 
 from index.ann.ann_index import GRAPH_SLACK
 from index.ann.kinds import EF_SEARCH, NEIGHBOURS
-from index.errors import UnknownIdError, unknown_id
+from index.errors import CollectionError, UnknownIdError, unknown_id
 from index.filters import parse_filter_as
-from index.milvus.connection import MilvusAddress, connect, milvus_errors, read_address
+from index.milvus.connection import (
+    MilvusAddress,
+    connect,
+    is_file,
+    milvus_errors,
+    read_address,
+)
 from index.milvus.description import VECTOR, Description, read_description
 from index.milvus.filters import MilvusDialect
 from index.milvus.reading import MilvusReader
@@ -84,14 +92,25 @@ class MilvusCollection:
         address: MilvusAddress,
         description: Description,
         *,
+        own_name: str,
         threads: int | None = None,
     ) -> None:
-        """Take over a client that is connected."""
+        """Take over a client that is connected.
+
+        Args:
+            client: closed with this.
+            address: by which it was opened.
+            description: what it holds.
+            own_name: of the collection, for which the address may be an alias.
+            threads: CPU threads of an exact search; the CPU budget where None.
+        """
         self.address = address
         self.description = description
+        self.own_address = MilvusAddress(uri=address.uri, name=own_name)
+        """Of the collection itself, whatever becomes of its alias."""
         self._client = client
         self._threads = threads or cpu_budget()
-        self._reader = MilvusReader(client, address)
+        self._reader = MilvusReader(client, self.own_address)
 
     @classmethod
     def open(cls, address: str, *, threads: int | None = None) -> MilvusCollection:
@@ -102,11 +121,17 @@ class MilvusCollection:
             CollectionError: nothing answers, or there is no such collection of Horace's.
         """
         read = read_address(address)
+        if is_file(read.uri) and not Path(read.uri).exists():  # it would be made
+            raise CollectionError(
+                str(read), expected="a file of Milvus Lite", found="none", mend="check the path"
+            )
         client = connect(read.uri)
         with milvus_errors(str(read), mend="make it with `python -m index.build --store`"):
             described = client.describe_collection(read.name)
             client.load_collection(read.name)
-        return cls(client, read, read_description(read, described), threads=threads)
+        description = read_description(read, described)
+        own_name = described["collection_name"]
+        return cls(client, read, description, own_name=own_name, threads=threads)
 
     def __repr__(self) -> str:
         return f"<MilvusCollection {self.address} fingerprint={self.fingerprint[:12]}>"
@@ -177,7 +202,10 @@ class MilvusCollection:
         with milvus_errors(str(self.address)):
             described = self._client.describe_collection(self.address.name)
         description = read_description(self.address, described)
-        return MilvusCollection(self._client, self.address, description, threads=self._threads)
+        return MilvusCollection(
+            self._client, self.address, description, own_name=described["collection_name"],
+            threads=self._threads,
+        )  # fmt: skip
 
     def require(self, fingerprint: str) -> None:
         """Refuse another encoder's vectors.

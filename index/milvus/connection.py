@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from index.errors import CollectionError
 from models.errors import UsageError
@@ -71,10 +72,17 @@ def read_address(address: str) -> MilvusAddress:
     """Take an address apart.
 
     Raises:
-        UsageError: it is none, or its name is none that Milvus takes.
+        UsageError: it is none, or has a password, or its name is none that Milvus takes.
     """
     uri, _, name = address.removeprefix(SCHEME).rpartition("#")
-    if not is_milvus(address) or not uri:
+    if "@" in uri.partition("://")[2].partition("/")[0]:
+        raise UsageError(
+            "address of a Milvus",
+            expected="no user or password in it, since it is printed",
+            found="one",
+            mend=f"give user:password by {TOKEN_VARIABLE}",
+        )
+    if not is_milvus(address) or not uri or not _is_uri(uri):
         raise UsageError(
             f"address {address!r}",
             expected="milvus:URI#NAME, such as milvus:http://localhost:19530#photos",
@@ -82,6 +90,20 @@ def read_address(address: str) -> MilvusAddress:
         )
     check_name(name)
     return MilvusAddress(uri=uri, name=name)
+
+
+def is_file(uri: str) -> bool:
+    """Tell whether it is the path of a file of Milvus Lite."""
+    return "://" not in uri and not uri.startswith("unix:")
+
+
+def _is_uri(uri: str) -> bool:
+    """Tell whether a host, where there is one, and its port are such."""
+    try:
+        urlsplit(uri).port  # noqa: B018  # checks itself
+    except ValueError:
+        return False
+    return True
 
 
 def check_name(name: str) -> None:
@@ -114,9 +136,12 @@ def connect(uri: str) -> MilvusClient:
             mend="pip install 'pymilvus>=3.0', the extra milvus",
         ) from error
     logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # what fails is raised and said once
-    if "://" not in uri:  # Milvus Lite serves from this process, and logs what it does not know
-        logging.getLogger("grpc._server").setLevel(logging.CRITICAL)
-    with milvus_errors(f"store {SCHEME}{uri}", mend="check that Milvus runs there"):
+    mend = "check that Milvus runs there"
+    if is_file(uri):  # Milvus Lite serves from this process, and logs what it does not know
+        for name in ("grpc._server", "milvus_lite"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        mend = "check the path, and that no other process has the file open"
+    with milvus_errors(f"store {SCHEME}{uri}", mend=mend):
         return MilvusClient(uri=uri, token=os.environ.get(TOKEN_VARIABLE, ""), timeout=TIMEOUT_S)
 
 
@@ -127,11 +152,13 @@ def milvus_errors(what: str, *, mend: str | None = None) -> Iterator[None]:
     Raises:
         CollectionError: the Milvus refused, or does not answer.
     """
-    from pymilvus.exceptions import MilvusException
+    from pymilvus.exceptions import ErrorCode, MilvusException
 
     try:
         yield
     except MilvusException as error:
+        if mend is None and error.code == ErrorCode.COLLECTION_NOT_FOUND:
+            mend = "open it again: another build may have taken its name"
         lines = (error.message or str(error)).splitlines() or ["no reason"]
         raise CollectionError(
             what, expected="an answer of Milvus", found=lines[0], mend=mend

@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 
 from index.filter_dialects import ArrowDialect, Field, Value
 from index.filters import FilterError
+from index.storage.rows import ROW_SCHEMA
 
 _PATTERNS = {"startswith": "{}%", "endswith": "%{}", "contains": "%{}%"}
 
@@ -97,8 +98,8 @@ class MilvusDialect:
 
 
 def column(name: str) -> str:
-    """Write the name of a column; one that is no word, as the key of a JSON object."""
-    return name if name.isascii() and name.isidentifier() else f"$meta[{json.dumps(name)}]"
+    """Write the name of a column; of metadata as a key of JSON: it may be a word of Milvus."""
+    return name if name in ROW_SCHEMA.names else f"$meta[{json.dumps(name, ensure_ascii=False)}]"
 
 
 def literal(value: object) -> str:

@@ -58,7 +58,7 @@ class MilvusWriter:
                 properties=to_properties(description),
                 consistency_level="Strong",
             )
-        return cls(MilvusCollection(client, read, description))
+        return cls(MilvusCollection(client, read, description, own_name=read.name))
 
     @classmethod
     def open(cls, address: str) -> MilvusWriter:
@@ -109,7 +109,7 @@ class MilvusWriter:
         """
         asked: list[int] = np.unique(as_ids(ids)).tolist()
         there = list(self.collection.keys_of(asked))
-        address = self.collection.address
+        address = self.collection.own_address
         with milvus_errors(str(address)):
             for start in range(0, len(there), PAGE_ROWS):
                 self._client.delete(address.name, ids=there[start : start + PAGE_ROWS])
@@ -117,13 +117,13 @@ class MilvusWriter:
 
     def seal(self) -> None:
         """Have Milvus make segments, with an index, of what was written."""
-        address = self.collection.address
+        address = self.collection.own_address
         with milvus_errors(str(address)):
             self._client.flush(address.name)
 
     def describe(self, description: Description) -> None:
         """Change what the collection says of itself."""
-        address = self.collection.address
+        address = self.collection.own_address
         with milvus_errors(str(address)):
             self._client.alter_collection_properties(
                 address.name, properties=to_properties(description)
@@ -149,5 +149,5 @@ class MilvusWriter:
             entities = to_entities(
                 table.slice(start, step), vectors[start : start + step], description.columns.names
             )
-            with milvus_errors(str(collection.address)):
-                self._client.upsert(collection.address.name, data=entities)
+            with milvus_errors(str(collection.own_address)):
+                self._client.upsert(collection.own_address.name, data=entities)

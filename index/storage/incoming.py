@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import date, datetime, timedelta
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -19,24 +18,17 @@ from index.storage.rows import (
     COLUMN_TYPES,
     DIGEST,
     ROW_SCHEMA,
+    Column,
     check_row_sizes,
+    first_unheld,
     is_row_schema,
 )
 from models.errors import UsageError
-
-Column: TypeAlias = "pa.ChunkedArray[pa.Scalar[pa.DataType]]"
 
 YEARS, YEARS_MEND = "years from 1 to 9999, in UTC", "leave the value out where there is no date"
 
 VECTOR = "vector"
 """What vectors are called beside the columns of metadata, in exports and in Milvus."""
-
-_DAYS = tuple((day - date(1970, 1, 1)).days for day in (date.min, date.max))
-_MICROSECONDS = tuple(
-    (moment - datetime(1970, 1, 1)) // timedelta(microseconds=1)
-    for moment in (datetime.min, datetime.max)
-)
-"""The first and the last that Python can hold, as they are stored."""
 
 UNIT_TOLERANCE = 1e-4
 """Of a vector's length: float32 keeps unit vectors of thousands of dimensions within 1e-5."""
@@ -135,24 +127,6 @@ def finite_or_null(column: Column) -> Column:
         return column
     finite = pc.if_else(pc.is_finite(column), column, pa.scalar(None, column.type))
     return cast(Column, finite)
-
-
-def first_unheld(column: Column) -> str | None:
-    """Give a date or time of a column that is not in the years 1 to 9999; None without one.
-
-    Python's dates hold no other, nor does ISO 8601 write them.
-    """
-    numbers: Any
-    if pa.types.is_date(column.type):
-        bounds, numbers = _DAYS, column.cast(pa.int32())
-    elif pa.types.is_timestamp(column.type):
-        bounds, numbers = _MICROSECONDS, column.cast(pa.int64())
-    else:
-        return None
-    least, most = (pa.scalar(bound, numbers.type) for bound in bounds)
-    is_out: Any = pc.or_(pc.less(numbers, least), pc.greater(numbers, most))
-    unheld = column.filter(is_out)
-    return str(pc.cast(unheld[:1], pa.string())[0]) if len(unheld) else None
 
 
 def check_keys(rows: pa.Table, there: Mapping[int, str], *, replace: bool) -> None:

@@ -262,17 +262,21 @@ def new_segment_name(store: Store) -> str:
 
 def sweep(directory: Path, manifest: Manifest) -> None:
     """Delete what a writer that was killed has left, indexes that were being tried out, too."""
+    _remove(directory, written_names(directory), manifest)
+    for folder in (directory / SEGMENTS).glob("*"):
+        with suppress(OSError):  # not empty, as a rule
+            folder.rmdir()
+
+
+def written_names(directory: Path) -> set[str]:
+    """Name the files that writers write, whether a manifest names them or nobody does."""
     found = [
         *(directory / SEGMENTS).glob("*/*"),
         *directory.glob(f"{JOURNAL_PREFIX}*"),
         *directory.glob(f"{TEMPORARY_PREFIX}{MANIFEST_FILE}.*"),
         *directory.glob(f"sync/{TEMPORARY_PREFIX}*"),
     ]
-    names = {file.relative_to(directory).as_posix() for file in found}
-    _remove(directory, names, manifest)
-    for folder in (directory / SEGMENTS).glob("*"):
-        with suppress(OSError):  # not empty, as a rule
-            folder.rmdir()
+    return {file.relative_to(directory).as_posix() for file in found}
 
 
 def count_sources(parts: Iterable[Part], *, with_delta: bool = True) -> dict[str, int]:

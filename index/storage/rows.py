@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import date
-from typing import Any, cast
+from datetime import date, datetime, timedelta
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,8 @@ from numpy.typing import NDArray
 
 from models.bundle import Json
 from models.errors import UsageError
+
+Column: TypeAlias = "pa.ChunkedArray[pa.Scalar[pa.DataType]]"
 
 _FIELDS: dict[str, pa.DataType] = {
     "id": pa.int64(),
@@ -46,6 +48,13 @@ COLUMN_TYPES: tuple[pa.DataType, ...] = (
     pa.timestamp("us"),
     pa.timestamp("us", "UTC"),
 )
+
+_DAYS = tuple((day - date(1970, 1, 1)).days for day in (date.min, date.max))
+_MICROSECONDS = tuple(
+    (moment - datetime(1970, 1, 1)) // timedelta(microseconds=1)
+    for moment in (datetime.min, datetime.max)
+)
+"""The first and the last that Python can hold, as they are stored."""
 
 MAX_ROW_BYTES = 64 << 10
 """Of one row in memory: its texts, and `VALUE_BYTES` a column. Keys are paths, of at most 4 kB."""
@@ -105,9 +114,9 @@ def metadata_to_json(metadata: Mapping[str, object]) -> dict[str, Json]:
 
 
 def read_rows(table: pa.Table) -> list[Row]:
-    """Turn a table of metadata into rows."""
+    """Turn a table of metadata into rows; what Python cannot hold is None."""
     names = metadata_columns(table.schema)
-    columns = [table[name].to_pylist() for name in names]
+    columns = [cast(Any, held_or_null(table[name])).to_pylist() for name in names]
     core = [table[name].to_pylist() for name in ROW_SCHEMA.names]
     digests = table[DIGEST].to_pylist() if DIGEST in table.column_names else [None] * len(table)
     further = zip(*columns, strict=True) if columns else (() for _ in range(len(table)))
@@ -122,6 +131,60 @@ def read_rows(table: pa.Table) -> list[Row]:
         )
         for id_, key, label, source, digest, values in zip(*core, digests, further, strict=True)
     ]
+
+
+def take_rows(table: pa.Table, rows_M: NDArray[np.int64]) -> pa.Table:
+    """Take rows of a table, of which no chunk is looked at but those that they are in.
+
+    `Table.take` puts all chunks of texts together first, whatever it takes of them.
+    """
+    if not len(rows_M):
+        return table.slice(0, 0)
+    batches = table.to_batches()
+    starts = np.cumsum([0, *map(len, batches)])
+    owners_M = np.searchsorted(starts, rows_M, side="right") - 1
+    order_M = np.argsort(owners_M, kind="stable")
+    owners, firsts = np.unique(owners_M[order_M], return_index=True)
+    pieces = [
+        batches[owner].take(rows_M[mine] - starts[owner])
+        for owner, mine in zip(owners, np.split(order_M, firsts[1:]), strict=True)
+    ]
+    places_M = np.empty(len(rows_M), np.int64)
+    places_M[order_M] = np.arange(len(rows_M))
+    return pa.Table.from_batches(pieces, table.schema).take(places_M)
+
+
+def first_unheld(column: Column) -> str | None:
+    """Give a date or time of a column that is not in the years 1 to 9999; None without one.
+
+    Python's dates hold no other, nor does ISO 8601 write them.
+    """
+    is_unheld = _is_unheld(column)
+    if is_unheld is None:
+        return None
+    unheld = column.filter(is_unheld)
+    return str(pc.cast(unheld[:1], pa.string())[0]) if len(unheld) else None
+
+
+def held_or_null(column: Column) -> Column:
+    """Give a column with null for such dates and times, which older collections may have."""
+    is_unheld = _is_unheld(column)
+    if is_unheld is None:
+        return column
+    return cast(Column, pc.if_else(is_unheld, pa.scalar(None, column.type), column))
+
+
+def _is_unheld(column: Column) -> Any:
+    """Tell of every date or time whether it is not in the years 1 to 9999; None of other types."""
+    numbers: Any
+    if pa.types.is_date(column.type):
+        bounds, numbers = _DAYS, column.cast(pa.int32())
+    elif pa.types.is_timestamp(column.type):
+        bounds, numbers = _MICROSECONDS, column.cast(pa.int64())
+    else:
+        return None
+    least, most = (pa.scalar(bound, numbers.type) for bound in bounds)
+    return pc.fill_null(pc.or_(pc.less(numbers, least), pc.greater(numbers, most)), False)
 
 
 def metadata_columns(schema: pa.Schema) -> list[str]:

@@ -35,7 +35,7 @@ from index.selection import (
     keep_chosen,
 )
 from index.storage.manifest import Manifest
-from index.storage.rows import ROW_SCHEMA, in_schema, unify
+from index.storage.rows import ROW_SCHEMA, in_schema, take_rows, unify
 from index.storage.segment import FLAT, Segment, check_parameters
 
 SPARE = 4
@@ -206,7 +206,7 @@ class Snapshot:
         keys: dict[int, str] = {}
         for number, part in enumerate(self.parts):
             here = np.flatnonzero(parts == number)
-            found = part.segment.rows["key"].take(rows[here]).to_pylist()
+            found = take_rows(part.segment.rows.select(["key"]), rows[here])["key"].to_pylist()
             keys |= zip(ids[here].tolist(), cast(list[str], found), strict=True)
         return keys
 

@@ -171,15 +171,16 @@ def test_bad_images_are_rejected_counted_and_logged(tmp_path, capsys, bundle, ne
 
 
 def test_a_source_without_one_good_image_is_an_error(tmp_path, capsys, bundle):
-    """An empty collection is nobody's wish."""
+    """An empty collection is nobody's wish; nothing is kept, and once it is mended it is built."""
     (tmp_path / "images").mkdir()
     (tmp_path / "images/a.jpg").write_text("no image")
-    status, _, err = run_in_process(
-        capsys, "--images", tmp_path / "images", "--encoder", bundle.path, "--out", tmp_path / "c"
-    )
+    args = ("--images", tmp_path / "images", "--encoder", bundle.path, "--out", tmp_path / "c")
+    status, _, err = run_in_process(capsys, *args)
     assert status == 1
     assert "expected at least one image that can be used, found 1 rejected, the first: a.jpg" in err
-    assert not (tmp_path / "c").exists()
+    assert not list(tmp_path.glob("c*"))
+    Image.new("RGB", (9, 9)).save(tmp_path / "images/a.jpg")
+    assert run_in_process(capsys, *args)[0] == 0
 
 
 def test_the_summary_as_json(tmp_path, capsys, bundle, train_folder):
@@ -213,8 +214,8 @@ def test_metadata_stands_beside_its_own_image(tmp_path, capsys, bundle, new_fold
     args = ("--images", new_folder(), "--encoder", bundle.path, "--out", out, "--metadata", facts)
     status, text, _ = run_in_process(capsys, *args)
     assert status == 0
-    assert "metadata of 3 rows: price (double), taken (date32[day]); 1 rows name no image" in text
-    assert "; 10 images have no row" in text
+    assert "metadata of 3 rows: price (double), taken (date32[day]); 1 row without an image" in text
+    assert "; 10 images without a row" in text
     with Collection.open(out) as collection, closing(open_bundle(bundle.path)) as encoder:
         rows = {row.key: row for row in collection.rows(collection.ids)}
         assert rows["red/001.png"].metadata == {"price": 9.5, "taken": date(2024, 5, 1)}
@@ -235,7 +236,7 @@ def test_metadata_that_names_no_image_is_refused_before_work(tmp_path, capsys, b
     for further in ((), ("--dry-run",)):
         status, _, err = run_in_process(capsys, *args, *further)
         assert status == 1
-        assert "expected keys of images, such as 'blue/000.png', found 1 rows of others" in err
+        assert "expected keys of images, such as 'blue/000.png', found 1 row of others" in err
         assert list(tmp_path.glob("c*")) == []
 
 
@@ -251,7 +252,7 @@ def test_metadata_that_names_no_image_of_compressed_shards_costs_no_embedding(
     args = ("--images", shard, "--encoder", bundle.path, "--out", out, "--metadata", facts)
     status, _, err = run_in_process(capsys, *args)
     assert status == 1
-    assert "expected keys of images, such as 's.tar.gz/blue/000.png', found 1 rows of others" in err
+    assert "expected keys of images, such as 's.tar.gz/blue/000.png', found 1 row of others" in err
     assert not out.exists()
     facts.write_text("key,price\ns.tar.gz/red/001.png,9.5\n")
     status, text, _ = run_in_process(capsys, *args, "--json")

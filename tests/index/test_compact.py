@@ -56,7 +56,7 @@ def test_content_stays_and_space_comes_back(run, built, copy_collection):
     with Collection.open(path) as collection:
         size = describe(collection).size_bytes["total"]
     assert found.size_bytes == done["bytes"] == size
-    assert run(path) == (0, f"{path}: 45 images, 1 -> 1 segments, {size} -> {size} bytes\n", "")
+    assert run(path) == (0, f"{path}: 45 images, 1 -> 1 segment, {size} -> {size} bytes\n", "")
 
 
 def test_a_measured_index_that_goes_is_said(run, tmp_path, unit_rows, make_collection, caplog):

@@ -130,6 +130,8 @@ def table(numbers: range, **columns: Any) -> pa.Table:
             [datetime(2024, 1, 1, n % 24, tzinfo=UTC) for n in numbers], pa.timestamp("us", "UTC")
         ),
         "shot by": pa.array([None if n % 5 else "Ann" for n in numbers], pa.string()),
+        "like": pa.array([None if n % 7 else n for n in numbers], pa.int64()),
+        "größe": pa.array([float(n) for n in numbers], pa.float64()),
     }
     return pa.table(
         {
@@ -271,6 +273,8 @@ def test_no_more_are_asked_for_than_there_are(make: Make) -> None:
         ("`shot by` = 'Ann'", lambda n: n % 5 == 0),
         ("`shot by` in ('Bob', 'Ann') and number < 20", lambda n: n % 5 == 0 and n < 20),
         ("not `shot by` startswith 'A'", lambda n: n % 5),
+        ("like in (7, 8, 14) or like is null and number < 3", lambda n: n in (1, 2, 7, 14)),
+        ("größe < 3", lambda n: n < 3),
         ("key endswith '7'", lambda n: n % 10 == 7),
         ("key contains '00' and not source contains '/b'", lambda n: "00" in f"{n:04}" and n < 300),
         ("number in (-1)", lambda n: False),
@@ -324,6 +328,8 @@ def test_stored_rows_come_back(writer: AnyWriter, vectors_ND: NDArray[np.float32
         "day": date(2024, 1, 6),
         "taken": datetime(2024, 1, 1, 5, tzinfo=UTC),
         "shot by": "Ann",
+        "like": None,
+        "größe": 5.0,
     }
     np.testing.assert_allclose(writer.collection.vectors(ids_of(9, 1)), vectors_ND[[9, 1]])
     with pytest.raises(UnknownIdError, match="id 5: expected an id of the 600"):

@@ -95,22 +95,40 @@ def test_columns_of_the_users_own_are_shown_with_their_types(run, built, copy_co
     assert json.loads(out)["column_types"] == {"price": "double"}
 
 
-def test_what_was_written_since(run, built, copy_collection):
-    """Deleted images still take space, and new ones wait in the delta."""
+@pytest.fixture
+def written(built, copy_collection):
+    """60 images, 7 of them deleted, and 2 written again."""
     path = copy_collection(built)
     with CollectionWriter.open(path) as writer:
         before = writer.collection
         rows, vectors = before.table(), before.vectors(before.ids)
         writer.delete(before.ids[:7])
         writer.upsert(rows.slice(7, 2), vectors[7:9], fingerprint=before.fingerprint)
-    status, out, _ = run(path, "--json")
+    return path
+
+
+def test_what_was_written_since(run, written, built):
+    """Deleted images still take space, and new ones wait in the delta."""
+    status, out, _ = run(written, "--json")
     found = json.loads(out)
     assert status == 0
     assert (found["count"], found["deleted"], found["delta"]) == (53, 9, 2)
     assert found["segments"][0]["deleted"] == 9
-    assert found["version"] != before.version
+    assert found["version"] != json.loads(run(built, "--json")[1])["version"]
     total = sum(
-        file.stat().st_size for file in path.rglob("*") if file.is_file() and file.name != ".lock"
+        file.stat().st_size
+        for file in written.rglob("*")
+        if file.is_file() and file.name != ".lock"
     )
     assert found["size_bytes"]["total"] == total
     assert found["size_bytes"]["journal"] > 0
+
+
+def test_what_is_replaced_meanwhile_is_described_as_it_was(written):
+    """The snapshot's journal may be gone: its bytes are not counted, and the rest is said."""
+    with Collection.open(written) as collection:
+        with CollectionWriter.open(written) as writer:
+            writer.compact(all=True)
+        described = describe(collection)
+    assert (described.count, described.delta) == (53, 2)
+    assert "journal" not in described.size_bytes

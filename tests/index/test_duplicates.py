@@ -1,6 +1,8 @@
 import csv
+import errno
 import html.parser
 import json
+import os
 
 import numpy as np
 import pytest
@@ -160,6 +162,25 @@ def test_a_list_for_people_and_a_report(duplicates, with_copies, tmp_path):
     assert sorted(path.name for path in report.parent.glob("*report*")) == ["report"]
 
 
+def test_a_source_that_is_away_is_said_once(duplicates, with_copies, tmp_path, caplog):
+    """However many groups a page has."""
+    out, folder = with_copies
+    folder.rename(tmp_path / "away")
+    assert duplicates(out, "--threshold", 0.9999, "--out", tmp_path / "report")[0] == 0
+    assert caplog.text.count(f"image folder {folder}: expected a folder, found nothing") == 1
+
+
+def test_a_name_forges_no_line(duplicates, bundle, new_folder, tmp_path):
+    """Nor does it reach the terminal."""
+    folder = new_folder(per_class=1)
+    picture = Image.open(folder / "red/000.png")
+    picture.save(folder / "red/001\n  1.0000  forged\x1b[2J.png")
+    out = tmp_path / "things"
+    build(BuildOptions(images=str(folder), encoder=str(bundle.path), out=out))
+    _, text, _ = duplicates(out, "--threshold", 0.9999)
+    assert text.splitlines()[3:] == ["  1.0000  red/001\\n  1.0000  forged\\x1b[2J.png"]
+
+
 def test_few_groups_are_shown_of_many(duplicates, with_copies):
     """And the rest is counted; a filter leaves others out."""
     out, _ = with_copies
@@ -170,6 +191,19 @@ def test_few_groups_are_shown_of_many(duplicates, with_copies):
     assert text.startswith("1 near-duplicate in 1 group, of 5 images\n")
     _, text, _ = duplicates(out, "--threshold", 1, "--filter", "label = 'none'")
     assert text == "0 near-duplicates in 0 groups, of 0 images\n"
+
+
+def test_a_full_disk_is_said_with_what_helps(duplicates, with_copies, tmp_path, monkeypatch):
+    """Another name on the same disk would not."""
+
+    def no_room(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("index.duplicates.write_csv", no_room)
+    status, _, err = duplicates(with_copies[0], "--out", tmp_path / "report")
+    assert status == 1
+    assert err.endswith("found No space left on device; make room, or choose another place\n")
+    assert not list(tmp_path.glob("*report*"))
 
 
 @pytest.mark.parametrize(

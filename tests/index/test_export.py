@@ -116,7 +116,10 @@ def test_an_export_is_whole_or_not_there(run, written, tmp_path, monkeypatch, na
     read = export._read
     monkeypatch.setattr(export, "_read", fail)
     status, _, err = run(written, "--out", out, "--replace")
-    assert (status, "found No space left on device; choose another one" in err) == (1, True)
+    assert (status, "found No space left on device; make room, or choose another place" in err) == (
+        1,
+        True,
+    )
     after = {file: file.read_bytes() for file in out.parent.rglob("*") if file.is_file()}
     assert before == after
 

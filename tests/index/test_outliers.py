@@ -71,6 +71,14 @@ def test_a_report_of_both(outliers, with_stranger, tmp_path):
     assert "no picture" in (report / "index.html").read_text()
 
 
+def test_a_source_that_is_away_is_said_once(outliers, with_stranger, tmp_path, caplog):
+    """However many doubtful labels a page has."""
+    out, folder = with_stranger
+    folder.rename(tmp_path / "away")
+    assert outliers(out, "--out", tmp_path / "report")[0] == 0
+    assert caplog.text.count(f"image folder {folder}: expected a folder, found nothing") == 1
+
+
 def test_few_are_shown_of_many(outliers, built, tmp_path):
     """The lists have all."""
     status, _, _ = outliers(

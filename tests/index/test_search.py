@@ -267,6 +267,14 @@ def test_a_grid_of_pictures(search, built, test_folder, tmp_path):
         assert picture.width > picture.height > 300
 
 
+def test_a_grid_says_what_neighbours_are_near_by(search, built_euclidean, tmp_path, monkeypatch):
+    """Distances are no cosines."""
+    titles = []
+    monkeypatch.setattr("index.grid.draw_grid", lambda *_, title: titles.append(title))
+    search(built_euclidean, "--key", "red/001.png", "--grid", tmp_path / "grid.png")
+    assert titles == ["far: nearest of 60 images by distance"]
+
+
 def test_a_grid_shows_what_is_left_of_its_source(search, bundle, new_folder, tmp_path, caplog):
     """Pictures that are gone are said to be so; the search is still good."""
     folder = new_folder(per_class=2)

@@ -4,6 +4,7 @@ import json
 import pytest
 
 from index.select import SelectOptions, main
+from index.storage.writer import CollectionWriter
 from models.command import run_command
 
 
@@ -95,6 +96,23 @@ def test_labels_of_the_source_count(select, built, tmp_path):
     assert len(read(tmp_path / "x.csv")) == 5
 
 
+def test_where_nothing_is_labelled_labels_are_not_blamed(select, built, copy_collection, tmp_path):
+    """Of an empty collection, also where a list of labels is given, and of images without any."""
+    path = copy_collection(built)
+    labels = tmp_path / "labels.csv"
+    labels.write_text("key,label\nx,red\n")
+    with CollectionWriter.open(path) as writer:
+        before = writer.collection
+        rows, vectors = before.table().take([0]), before.vectors(before.ids[:1])
+        writer.delete(before.ids)
+        status, _, err = select(path, "--out", tmp_path / "x.csv", "--labels", labels)
+        assert (status, err.endswith("colours: expected at least 1, found none\n")) == (2, True)
+        writer.add(rows.drop_columns(["label"]), vectors, fingerprint=before.fingerprint)
+    status, _, err = select(path, "--out", tmp_path / "x.csv", "--filter", "key = 'x'")
+    assert status == 2
+    assert err.endswith("colours: expected at least 1 that passes the filter, found none\n")
+
+
 def test_labels_by_id_and_of_images_that_are_gone(select, built, tmp_path, caplog):
     """Some unknown ones are counted; a spreadsheet's byte order mark is no part of a name."""
     select(
@@ -105,8 +123,12 @@ def test_labels_by_id_and_of_images_that_are_gone(select, built, tmp_path, caplo
     labels.write_text(f"\ufeffid,label\n{ids[0]},red\n{ids[1]},\n17,red\n", encoding="utf-8")
     args = ("--labels", labels, "--ignore-labels", "--method", "random", "--budget", 99)
     status, text, _ = select(built, "--out", tmp_path / "b.csv", *args)
-    assert (status, "58 of 58 images chosen" in text, "beside 1 labels" in text) == (0, True, True)
-    assert "labels.csv: 1 images are not in collection" in caplog.text
+    assert (status, "58 of 58 images chosen" in text, "beside 1 label of 1 class:" in text) == (
+        0,
+        True,
+        True,
+    )
+    assert "labels.csv: 1 image not in collection" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,21 @@ def test_one_flipped_byte_in_a_bundle_is_found(run, new_bundle, name):
         assert (status, str(file) in err or "bundle.json" in err) == (1, True), f"byte {at}"
 
 
+def test_what_a_killed_writer_left_is_said_to_be_harmless(run, written):
+    """And who deletes it, who then does."""
+    left = [written / "journal-000099", written / "segments/000099/vectors.npy"]
+    left[1].parent.mkdir()
+    for file in left:
+        file.touch()
+    fate = "no part of it; the next writer, such as `index.compact`, deletes it"
+    status, out, _ = run(written)
+    assert status == 0
+    assert out.splitlines()[:2] == [f"{file}: {fate}" for file in left]
+    CollectionWriter.open(written).close()
+    assert not any(file.exists() for file in left)
+    assert run(written)[1].count("\n") == 1
+
+
 def test_every_fault_is_told_at_once(run, with_rejects):
     """A line each, and how many at the end; what is no part of it is mentioned."""
     (with_rejects / "segments/000000/ids.npy").unlink()
@@ -196,7 +211,10 @@ def test_every_fault_is_told_at_once(run, with_rejects):
     status, out, err = run(with_rejects)
     lines = out.splitlines()
     assert status == 1
-    assert lines[0] == f"{with_rejects / 'notes.txt'}: no part of it"
+    assert (
+        lines[0]
+        == f"{with_rejects / 'notes.txt'}: no part of it; Horace neither reads nor deletes it"
+    )
     assert "ids.npy: expected a file that manifest.json lists, found none" in lines[1]
     assert "index.faiss: expected " in lines[2]
     assert err.startswith("python -m index.verify: 2 faults, the first: ")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from models import command
-from models.command import progress, run_command
+from models.command import counted, progress, run_command, shown
 from models.errors import HoraceError, UsageError
 
 
@@ -163,6 +163,19 @@ def test_help_names_debug(capsys):
     text = capsys.readouterr().out
     assert "How far." in text
     assert "--debug" in text
+
+
+def test_a_name_is_shown_on_its_line():
+    """What would end it, or moves the cursor, is written out; every other sign stays."""
+    assert shown("a\nb\x1b[31m\u2028c\x9b") == "a\\nb\\x1b[31m\\u2028c\\x9b"
+    for name in ("größe 画像.png", "at 3.04\u202fPM.png", "👩\u200d🔬.png"):
+        assert shown(name) == name
+
+
+def test_one_is_counted_in_the_singular():
+    """And no other number; a plural may be told."""
+    assert [counted(n, "image") for n in (0, 1, 2)] == ["0 images", "1 image", "2 images"]
+    assert counted(2, "class", plural="classes") == "2 classes"
 
 
 def test_progress_off_a_terminal_logs_lines(monkeypatch, caplog):

@@ -69,7 +69,7 @@ def test_a_csv_gives_typed_columns_by_key(write):
     assert (report.rows, report.without_image, report.without_row) == (3, 1, 1)
     assert str(report) == (
         "metadata of 3 rows: price (double), when (date32[day]), sold (bool), name (string), "
-        "seen (timestamp[us, tz=UTC]), none (string); 1 rows name no image; 1 images have no row"
+        "seen (timestamp[us, tz=UTC]), none (string); 1 row without an image; 1 image without a row"
     )
     assert report.to_json()["columns"]["none"] == "string"
 
@@ -183,6 +183,6 @@ def test_a_table_of_other_keys_is_an_error(write):
     with pytest.raises(CollectionError) as error:
         metadata.require_met("cats/1.jpg")
     assert (
-        "expected keys of images, such as 'cats/1.jpg', found 1 rows of others, such as 'cats/1'"
+        "expected keys of images, such as 'cats/1.jpg', found 1 row of others, such as 'cats/1'"
         in str(error.value)
     )

@@ -8,10 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from index.build import BuildOptions, main, sync
-from index.building import sync_writing
+from index.building import metadata, sync_writing
 from index.building.sync_state import read_state
 from index.collection import Collection, id_of
-from index.storage import rows
+from index.storage import incoming, rows
 from index.verify import verify
 from models.command import run_command
 from tests.index.building.conftest import check, facts, picture
@@ -46,6 +46,29 @@ def test_a_row_of_more_text_than_may_come_in_stays_as_it_is(options, folder, tmp
         notes = {row.key: row.metadata["note"] for row in collection.rows(collection.ids)}
         assert notes == dict.fromkeys(notes) | {"a/00.png": long, "a/06.png": "short"}
     assert verify(options.out).faults == []
+
+
+def test_a_date_that_may_not_come_in_any_more_is_null_once_its_row_is_written(
+    options, folder, tmp_path, monkeypatch
+):
+    """As older collections have: it ends no sync; a row that stays as it is keeps it."""
+    table = tmp_path / "facts.parquet"
+    days = pa.array([3_000_000, 0, 3_000_000], pa.int32()).cast(pa.date32())
+    keys = ["a/00.png", "a/02.png", "a/04.png"]
+    pq.write_table(
+        pa.table({"key": keys, "day": days, "seen": days.cast(pa.timestamp("us"))}), table
+    )
+    with monkeypatch.context() as patch:
+        for module in (incoming, metadata):
+            patch.setattr(module, "first_unheld", lambda column: None)
+        sync(dataclasses.replace(options, metadata=table))
+    for name in ("00", "02"):
+        picture(folder / "a" / f"{name}.png", 251)
+    assert facts(sync(options)) == {"changed": 2, "unchanged": 10, "embedded": 2, "read": 12}
+    with Collection.open(options.out) as collection:
+        kept = collection.table(["key", "day"])
+    is_day = dict(zip(kept["key"].to_pylist(), kept["day"].is_valid().to_pylist(), strict=True))
+    assert [is_day[key] for key in keys] == [False, True, True]
 
 
 def test_a_row_of_as_much_text_as_may_come_in_is_written(options, folder, tmp_path):

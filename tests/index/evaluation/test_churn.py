@@ -60,10 +60,17 @@ def test_what_is_deleted_is_the_seeds(tmp_path, make_collection, unit_rows):
 
 
 def test_a_copy_that_has_no_room_is_said(tmp_path, make_collection, unit_rows):
-    """With the way out; here a file of the collection is gone before it is copied."""
+    """With the way out, and of one file; here two are gone before the collection is copied."""
     path = make_collection(tmp_path / "c", unit_rows(40, 8))
     with Collection.open(path) as collection:
         (path / "segments/000000/ids.npy").unlink()
         (path / "segments/000000/ids.npy").symlink_to(tmp_path / "nowhere")
-        with pytest.raises(EvaluationError, match=r"copy of collection made: .*with --churn 0"):
+        (path / "segments/000000/rows.parquet").unlink()
+        (path / "segments/000000/rows.parquet").symlink_to(tmp_path / "nowhere")
+        with pytest.raises(
+            EvaluationError, match=r"copy of collection made: .*with --churn 0"
+        ) as said:
             next(churned(collection, 0.5, seed=0, scratch=None, threads=1))
+        assert said.value.found is not None
+        assert said.value.found.startswith("[Errno 2] No such file or directory: ")
+        assert said.value.found.count("segments/000000/") == 1

@@ -19,6 +19,7 @@ from index.collection import Collection
 from index.embed import embed
 from index.errors import EvaluationError
 from index.evaluate import run
+from index.evaluation import evaluate_knn
 from index.evaluation.evaluate_knn import KnnOptions, evaluate
 from index.storage.manifest import read_manifest, write_manifest
 from index.storage.writer import CollectionWriter
@@ -220,6 +221,19 @@ def test_the_report_in_every_form(built_hnsw, test_folder, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["headline_k"] == 20
 
 
+def test_the_confusion_of_many_classes_is_left_out(built, test_folder, tmp_path, monkeypatch):
+    """Of ten thousand it would be gigabytes of JSON; what each is confused with is there."""
+    monkeypatch.setattr(evaluate_knn, "MAX_CONFUSION_CLASSES", 2)
+    out = tmp_path / "report"
+    args = ("--images", str(test_folder), "--no-baselines", "--out", str(out))
+    assert run(["knn", "--collection", str(built), *args]) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert report["confusion"] == []
+    assert report["notes"][-1] == "the confusion matrix is left out: there are 3 classes"
+    assert [one["n"] for one in report["per_class"]] == [5, 5, 5]
+    assert sorted(file.name for file in out.iterdir()) == ["report.json", "report.txt"]
+
+
 def test_labels_that_differ_are_noted(tmp_path, bundle, built, new_folder, capsys):
     """Unseen classes are wrong, absent ones are named, unlabelled and bad images left out."""
     folder = new_folder()
@@ -354,7 +368,7 @@ def test_a_result_that_cannot_be_recorded_is_one_line(tmp_path, mini, bundle, ca
     assert captured.out.startswith("kNN: ")
     assert captured.err.splitlines()[-1] == (
         f"python -m index.evaluate knn: --record: expected a bundle at {own} that can be written, "
-        "found File too large; choose another place"
+        "found File too large; make room, or choose another place"
     )
 
 

@@ -1,7 +1,11 @@
+import tracemalloc
+
 import numpy as np
 
+from index.evaluation import knn_scores
 from index.evaluation.knn_scores import (
     ClassScore,
+    accuracies,
     class_scores,
     confusion_matrix,
     number_labels,
@@ -31,3 +35,25 @@ def test_confusion_and_its_reading():
         ClassScore(label="b", n=2, accuracy=0.5, confused_with=None, n_confused=0),
         ClassScore(label="c", n=0, accuracy=None, confused_with=None, n_confused=0),
     ]
+
+
+def test_votes_of_many_queries_and_classes_take_no_product_of_memory(monkeypatch):
+    """They are counted a block of queries at a time, to the same accuracies."""
+    rng = np.random.default_rng(0)
+    labels, truth = rng.integers(-1, 2000, (500, 8)), rng.integers(0, 2000, 500)
+    truth[::3] = labels[::3, 3]
+    similarities = -np.sort(rng.random((500, 8), np.float32), axis=1)
+
+    def measure():
+        tracemalloc.start()
+        found = accuracies(similarities, labels, truth, ks=(1, 8), temperature=0.07, n_classes=2000)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return found, peak_bytes
+
+    whole, whole_bytes = measure()
+    monkeypatch.setattr(knn_scores, "BLOCK_BYTES", 8 * 2000 * 30)
+    found, peak_bytes = measure()
+    assert found == whole
+    assert found[8].top5 > found[1].top5
+    assert peak_bytes < whole_bytes / 8

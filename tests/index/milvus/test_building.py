@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import importlib
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from PIL import Image
 from pymilvus import MilvusClient
 
 from index.build import BuildOptions, build
+from index.building.parts import PartStore
 from index.collection import Collection
 from index.errors import CollectionError
 from index.export import ExportOptions
@@ -76,6 +79,24 @@ def test_a_local_file_is_built_without_tracebacks(options: BuildOptions, tmp_pat
     assert "12 images" in done.stdout
     assert "ERROR" not in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_local_file_that_is_none_or_that_is_open_elsewhere_is_said_in_a_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And none is made by looking for it."""
+    file = tmp_path / "local.db"
+    with pytest.raises(
+        CollectionError, match="#photos: expected a file of Milvus Lite, found none"
+    ):
+        open_collection(f"milvus:{file}#photos")
+    assert not file.exists()
+    file.mkdir()
+    with (file / "LOCK").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(CollectionError, match="and that no other process has the file open"):
+            open_collection(f"milvus:{file}#photos")
+    assert caplog.text == ""
 
 
 def test_people_search_it_by_its_address(
@@ -149,12 +170,27 @@ def test_a_name_that_is_taken_is_kept_or_replaced(options: BuildOptions, milvus:
     assert len(mine) == 1
 
 
+def test_who_has_it_open_is_not_shown_another_encoders_vectors(
+    options: BuildOptions, tmp_path: Path
+) -> None:
+    """A build that takes the name has the same ids; `latest` gives it, with its fingerprint."""
+    other = make_bundle(tmp_path / "other", seed=9)
+    with closing(open_collection(build(options).collection)) as stored:
+        ids = stored.ids
+        build(dataclasses.replace(options, encoder=str(other.path), replace=True))
+        with pytest.raises(CollectionError, match="open it again: another build may have taken"):
+            stored.vectors(ids)
+        latest = stored.latest()
+        assert (latest.fingerprint, latest.count) == (other.fingerprint, 12)
+        assert latest.vectors(ids).shape == (12, 16)
+
+
 def test_a_build_goes_on_after_milvus_refused(
     options: BuildOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was embedded is kept; the next run embeds nothing, and no row is twice."""
 
-    def refuse(client: MilvusClient, alias: str, name: str) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise CollectionError("milvus", expected="an answer of Milvus", found="none")
 
     with monkeypatch.context() as patch:
@@ -164,6 +200,103 @@ def test_a_build_goes_on_after_milvus_refused(
     summary = build(options)
     assert (summary.images, summary.reused) == (12, 12)
     with closing(open_collection(summary.collection)) as stored:
+        assert stored.count == 12
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of ours catches it."""
+
+
+@pytest.fixture
+def kill(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Give a function that builds, and ends the build right after a call of the client."""
+
+    def run(call: str, options: BuildOptions) -> None:
+        real = getattr(MilvusClient, call)
+
+        def dying(*args: object, **kwargs: object) -> None:
+            real(*args, **kwargs)
+            raise Killed
+
+        with monkeypatch.context() as patch:
+            patch.setattr(MilvusClient, call, dying)
+            with pytest.raises(Killed):
+                build(options)
+
+    return run
+
+
+@pytest.fixture
+def named(options: BuildOptions, milvus: str) -> Callable[[], list[str]]:
+    """Give a function that lists what stands in Milvus of this test."""
+
+    def collections() -> list[str]:
+        with closing(MilvusClient(uri=milvus)) as client:
+            return [one for one in client.list_collections() if options.target.name in one]
+
+    return collections
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_what_a_killed_build_wrote_does_not_stay(
+    options: BuildOptions,
+    kill: Callable[..., None],
+    named: Callable[[], list[str]],
+    restart: bool,
+) -> None:
+    """Whether it goes on, with another index at that, or begins anew."""
+    kill("upsert", options)
+    assert len(named()) == 1
+    summary = build(dataclasses.replace(options, restart=restart, index="flat"))
+    assert (summary.images, summary.index, summary.reused) == (12, "Flat", 0 if restart else 12)
+    assert len(named()) == 1
+
+
+def test_a_build_that_was_killed_when_it_had_the_name_is_finished(
+    options: BuildOptions, kill: Callable[..., None], named: Callable[[], list[str]]
+) -> None:
+    """By the same command, which needs no --replace for it, and drops what had the name before."""
+    kill("create_alias", options)
+    summary = build(options)
+    assert (summary.images, summary.reused) == (12, 12)
+    assert not options.target.with_name(f"{options.target.name}.parts").exists()
+    before = named()
+    again = dataclasses.replace(options, replace=True)
+    kill("alter_alias", again)
+    assert len(named()) == 2
+    assert build(again).reused == 12
+    assert len(named()) == 1
+    assert named() != before
+
+
+def test_a_build_that_is_given_up_when_it_had_the_name_takes_along_what_had_it_before(
+    options: BuildOptions, kill: Callable[..., None], named: Callable[[], list[str]]
+) -> None:
+    """It is replaced like any other, and with it goes what it could not drop."""
+    build(options)
+    again = dataclasses.replace(options, replace=True)
+    kill("alter_alias", again)
+    anew = dataclasses.replace(again, restart=True)
+    assert (build(anew).images, len(named())) == (12, 1)
+
+
+def test_of_two_builds_of_a_new_name_the_later_replaces_nothing(
+    options: BuildOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without --replace, also where the name was free when both began."""
+    name = options.target.name
+    other = dataclasses.replace(options, out=tmp_path / "other", name=name)
+    real = building._write_rejects
+
+    def build_the_other(store: PartStore) -> str:
+        monkeypatch.setattr(building, "_write_rejects", real)
+        build(other)
+        return real(store)
+
+    monkeypatch.setattr(building, "_write_rejects", build_the_other)
+    with pytest.raises(UsageError, match="expected a new name, found a collection"):
+        build(options)
+    with closing(open_collection(str(other.milvus))) as stored:
         assert stored.count == 12
 
 
@@ -183,6 +316,12 @@ def test_bad_options_are_said_before_anything_is_opened(options: BuildOptions) -
     """An address that is none, a name that Milvus does not take, and --sync."""
     with pytest.raises(UsageError, match="expected milvus:URI#NAME"):
         BuildOptions(**{**vars(options), "store": "http://localhost:19530"})
+    for port in ("abc", "99999"):
+        with pytest.raises(UsageError, match="expected milvus:URI#NAME"):
+            BuildOptions(**{**vars(options), "store": f"milvus:http://localhost:{port}"})
+    with pytest.raises(UsageError, match="no user or password in it") as refused:
+        BuildOptions(**{**vars(options), "store": "milvus:http://me:secret@localhost:19530"})
+    assert "secret" not in str(refused.value)
     with pytest.raises(UsageError, match="expected letters, digits and _"):
         BuildOptions(**{**vars(options), "name": "my photos"})
     with pytest.raises(UsageError, match="--sync: expected a collection on disk, found --store"):

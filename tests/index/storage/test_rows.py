@@ -6,6 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from index.collection import Collection, id_of
 from index.errors import CollectionError
@@ -24,6 +26,7 @@ from index.storage.rows import (
     Row,
     is_row_schema,
     read_rows,
+    take_rows,
 )
 from index.storage.segment import Block, write_segment
 from index.storage.writer import CollectionWriter
@@ -75,6 +78,42 @@ def test_a_row_carries_what_its_table_has():
     (plain,) = read_rows(rows_of(["a"], further={}))
     assert (plain.digest, plain.metadata) == (None, {})
     assert len({first, second, plain}) == 3  # a row can be a member of a set
+
+
+@given(st.lists(st.integers(0, 9), max_size=20))
+def test_rows_are_taken_as_asked_for(numbers):
+    """In any order, each as often as it is asked for; some chunks are empty."""
+    rows = rows_of([*"abcdefghij"])
+    chunks = [rows.slice(0, 3), rows.slice(3, 0), rows.slice(3, 6), rows.slice(9, 1)]
+    asked = np.array(numbers, np.int64)
+    taken = take_rows(pa.concat_tables(chunks), asked)
+    assert taken.to_pylist() == rows.take(pa.array(asked)).to_pylist()
+    assert taken.schema == rows.schema
+
+
+def test_to_take_some_rows_no_other_chunk_is_copied():
+    """A search looks up ten of a million."""
+    chunk = pa.table({"key": ["x" * 100] * 1000})
+    rows = pa.concat_tables([chunk] * 100)
+    default = pa.default_memory_pool()
+    pool = pa.proxy_memory_pool(default)
+    pa.set_memory_pool(pool)
+    try:
+        assert len(take_rows(rows, np.array([70_000, 5]))) == 2
+    finally:
+        pa.set_memory_pool(default)
+    assert 0 < pool.max_memory() < chunk.nbytes / 10
+
+
+def test_a_date_that_python_cannot_hold_is_none():
+    """As older collections have, of years beyond 9999: their other values are there."""
+    later = pa.array([3_000_000], pa.int32()).cast(pa.date32())
+    rows = rows_of(["a"])
+    for name in ("day", "taken"):
+        place = rows.column_names.index(name)
+        rows = rows.set_column(place, name, later.cast(FURTHER[name]))
+    (row,) = read_rows(rows)
+    assert row.metadata == {"price": 1.5, "count": 3, "sold": True, "day": None, "taken": None}
 
 
 @pytest.mark.parametrize(
