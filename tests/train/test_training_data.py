@@ -161,6 +161,13 @@ def test_half_of_a_source_may_be_damaged_and_no_more(tmp_path: Path, data_in: st
         opened(write_photographs(tmp_path / "more", broken=31), **unlabelled)
 
 
+def test_damage_in_one_place_is_judged_by_the_whole_source(tmp_path: Path) -> None:
+    """An export reads a stream in chunks: one may be of a damaged folder, or of one image."""
+    data = opened(write_photographs(tmp_path, broken=20), data_in="stream", val_images=0)
+    assert len(data.read(np.arange(15), SPEC)) == 5, "the first ten cats are damaged"
+    assert data.read(np.arange(1), SPEC).shape == (0, 12, 12, 3)
+
+
 def test_one_image_is_no_data_set(tmp_path: Path) -> None:
     """There would be nothing to tell apart."""
     with pytest.raises(TrainError, match="expected at least 2 images, found 1; check the path"):
