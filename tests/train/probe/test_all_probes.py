@@ -146,9 +146,9 @@ def test_a_readout_that_nothing_has_is_refused(
             "--recipe.epochs: expected at least 1, found (0,)",
         ),
         (
-            "finetune {run} --images a --test b --recipe.weight-decay -1",
+            "finetune {run} --images a --test b --recipe.weight-decay inf",
             2,
-            "--recipe.weight-decay: expected at least 0, found -1",
+            "--recipe.weight-decay: expected finite, at least 0, found inf",
         ),
     ],
 )
