@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from models.image_folder import FolderSource
 from models.images import ImageSource, open_source
 from models.preprocess import PreprocessSpec
 from train.data import memory
@@ -170,6 +171,21 @@ def test_a_sample_comes_from_all_of_a_sorted_source(mini_source: str, tmp_path: 
     assert rows[-1] > 200
     folder = make_folder(tmp_path / "pets", broken=40)
     assert len(sample_images(open_source(f"folder:{folder}"), SPEC, 6)) == 6
+
+
+def test_a_sample_of_what_is_no_picture_goes_through_the_source_a_few_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not once for every handful of its images, which a large folder would take hours for."""
+    for i in range(100):
+        (tmp_path / f"{i}.jpg").touch()
+    walks, records = [], FolderSource.records
+    monkeypatch.setattr(
+        FolderSource, "records", lambda source: walks.append(source) or records(source)
+    )
+    with pytest.raises(TrainError, match="expected at least 2 images that can be decoded, found 0"):
+        sample_images(open_source(f"folder:{tmp_path}"), SPEC, 4)
+    assert len(walks) == 1 + 5, "to count, and for 4, 8, 16, 32 and the rest"
 
 
 @pytest.mark.parametrize(

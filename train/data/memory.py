@@ -142,17 +142,19 @@ def sample_images(
     drawn = np.random.default_rng(0).permutation(count_records(source, limit=limit))
     images: list[NDArray[np.uint8]] = []
     rejects: list[Reject] = []
-    for start in range(0, len(drawn), n):
-        for record in pick_records(source, drawn[start : start + n]):
+    start, size = 0, n
+    while start < len(drawn) and len(images) < n:
+        for record in pick_records(source, drawn[start : start + size]):
             outcome = fit_record(record, spec)
             if isinstance(outcome, Reject):
                 rejects.append(outcome)
             else:
                 images.append(outcome)
-        if len(images) >= n:
-            break
+                if len(images) == n:
+                    break
+        start, size = start + size, 2 * size  # each time the whole source is gone through
     _report(source.uri, len(images), rejects)
-    return np.stack(images[:n])
+    return np.stack(images)
 
 
 def count_records(source: ImageSource, *, limit: int | None = None) -> int:
