@@ -283,10 +283,11 @@ def _watch(
     rows = np.concatenate([split.val, split.bank])
     images_NHWC, used = read_rows(catalogue, rows, spec, rejects)
     n_val = int((used < len(split.val)).sum())
+    has_bank = n_val < len(used)
     return WatchedImages(
         images_NHWC=images_NHWC,
         labels_N=catalogue.labels_N[rows[used]],
-        val=np.arange(n_val),
+        val=np.arange(n_val if has_bank else 0),
         bank=np.arange(n_val, len(used)),
     )
 
