@@ -41,6 +41,9 @@ from train.errors import TrainError
 CHUNK_IMAGES = 1024
 """Images that are decoded between two looks at the memory limit."""
 
+CHUNK_BYTES = 512 << 20
+"""Encoded, of these images: those of a compressed shard carry them. Two chunks are held at once."""
+
 MEMORY_SHARE = 0.4
 """Of the free memory that a data set may take: chunks and the whole exist side by side."""
 
@@ -242,8 +245,16 @@ def fit_record(record: ImageRecord, spec: PreprocessSpec) -> NDArray[np.uint8] |
 
 
 def _chunked(records: Iterator[ImageRecord]) -> Iterator[list[ImageRecord]]:
-    """Cut the records into lists of `CHUNK_IMAGES`."""
-    while chunk := list(islice(records, CHUNK_IMAGES)):
+    """Cut the records into lists of `CHUNK_IMAGES`, or of fewer that make `CHUNK_BYTES`."""
+    chunk: list[ImageRecord] = []
+    n_bytes = 0
+    for record in records:
+        chunk.append(record)
+        n_bytes += record.size_bytes or 0
+        if len(chunk) == CHUNK_IMAGES or n_bytes >= CHUNK_BYTES:
+            yield chunk
+            chunk, n_bytes = [], 0
+    if chunk:
         yield chunk
 
 
