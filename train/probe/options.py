@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 import tyro
 
 from models.errors import UsageError
+from train.config import MAX_SEED
 from train.option_groups import require
 
 
@@ -130,6 +131,7 @@ class LinearOptions(CommonOptions):
         require(sound, "--c", "finite numbers above 0", self.c)
         require(0 < self.val_share < 1, "--val-share", "between 0 and 1", self.val_share)
         require(self.seed >= 0, "--seed", "at least 0", self.seed)
+        require(self.seed <= MAX_SEED, "--seed", f"at most {MAX_SEED}", self.seed)
         if self.augment and self.solver == "lbfgs":
             raise UsageError(
                 "--augment", expected="--solver sgd", found="lbfgs, which needs fixed features"
@@ -331,6 +333,7 @@ class FewLabelsOptions(CommonOptions):
             bool(self.seeds) and min(self.seeds) >= 0 and len(set(self.seeds)) == len(self.seeds)
         )
         require(sound, "--seeds", "different numbers of at least 0", self.seeds)
+        require(max(self.seeds) <= MAX_SEED, "--seeds", f"at most {MAX_SEED}", self.seeds)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -140,6 +140,7 @@ def test_a_readout_that_nothing_has_is_refused(
             "--distil.temperature: expected a finite number above 0, found inf",
         ),
         ("finetune {run} --images a --test b --seeds 1 1", 2, "--seeds: expected different num"),
+        (f"finetune {{run}} --images a --test b --seeds {2**64}", 2, "--seeds: expected at most"),
         (
             "finetune {run} --images a --test b --recipe.epochs 0",
             2,
