@@ -151,6 +151,7 @@ def sniff(data: bytes) -> str:
         "image",
         expected=f"JPEG, {', '.join(_PLUGINS)}",
         found=_describe(data),
+        mend="give a picture in one of these formats",
     )
 
 
@@ -232,6 +233,7 @@ def _check_mode(image: ImageFile.ImageFile, kind: str) -> None:
             f"{kind} image",
             expected="8 or 16 bits a channel, grey, RGB, CMYK or a palette",
             found=found,
+            mend="save it with 8 bits a channel, in grey or RGB",
         )
 
 

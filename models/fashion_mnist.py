@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import http.client
 import logging
 import os
 import urllib.request
@@ -137,8 +138,11 @@ def _download(url: str, target: Path, sha256: str) -> None:
         OSError: it cannot be fetched or written, or is not the file it should be.
     """
     log.info("downloading %s to %s", url, target.parent)
-    with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT_S) as reply:
-        data = reply.read(MAX_FILE_BYTES)
+    try:
+        with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT_S) as reply:
+            data = reply.read(MAX_FILE_BYTES)
+    except http.client.HTTPException as error:
+        raise OSError(f"{url} is answered by no whole HTTP ({error!r})") from error
     try:
         inflater = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
         found = hashlib.sha256(inflater.decompress(data, MAX_FILE_BYTES)).hexdigest()

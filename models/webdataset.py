@@ -54,9 +54,10 @@ MAX_LABEL_BYTES = 1 << 20
 """A larger `.cls` or `.json` is no label and is passed over."""
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-# The last two are what tarfile's arithmetic makes of mutated headers.
+# The last three are what tarfile makes of mutated headers, and of thousands of long names in a row.
 _FAULTS = (
-    tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError, ValueError, OverflowError
+    tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError, ValueError, OverflowError,
+    RecursionError,
 )  # fmt: skip
 _LABELS = frozenset({".cls", ".json"})
 

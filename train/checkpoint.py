@@ -240,5 +240,5 @@ def _unusable(path: Path, found: str) -> RunError:
         found=found,
         mend="delete the file to go on from the one before it"
         if is_one_of_many
-        else "start the run again in another directory",
+        else "bring it back from a copy, or export with --no-random-twin",
     )

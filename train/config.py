@@ -11,6 +11,7 @@ Rules:
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +49,9 @@ FREE_OPTIONS = (
 
 UNKEPT_OPTIONS = ("out", "resume", "show_views")
 """Options that say where and how to run, not what: `config.json` leaves them out."""
+
+MAX_SEED = 2**64 - 1
+"""Of torch's generators."""
 
 BARLOW_LAMBD = 5e-3
 """Weight of the redundancy term in the paper, section 2.2; its code has .0051."""
@@ -188,16 +192,18 @@ class PretrainOptions:
             "weight_decay": 0,
         }  # fmt: skip
         for name, bound in least.items():
-            value = getattr(self, name)
-            require(value >= bound, f"--{name.replace('_', '-')}", f"at least {bound}", value)
+            value, option = getattr(self, name), f"--{name.replace('_', '-')}"
+            require(value >= bound, option, f"at least {bound}", value)
+            require(value < math.inf, option, "a finite number", value)
         for name in ("lr_peak", "lr_biases", "lars_eta"):
             value = getattr(self, name)
-            sound = value is None or value > 0
-            require(sound, f"--{name.replace('_', '-')}", "more than 0", value)
+            sound = value is None or 0 < value < math.inf
+            require(sound, f"--{name.replace('_', '-')}", "a finite number above 0", value)
         for name in ("limit_images", "threads", "workers"):
             value = getattr(self, name)
             option = f"--{name.replace('_', '-')}"
             require(value is None or value >= 1, option, "at least 1", value)
+        require(self.seed <= MAX_SEED, "--seed", f"at most {MAX_SEED}", self.seed)
 
     @property
     def lambd(self) -> float:

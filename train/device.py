@@ -53,6 +53,9 @@ KEPT_BYTES = 1 << 30
 HIDE_GPU = "free the GPU, or hide it with CUDA_VISIBLE_DEVICES="
 """What can be done where a command takes a GPU by itself, and the GPU is full."""
 
+CPU_FULL = "DefaultCPUAllocator: "
+"""What torch says before that the kernel gives no more memory; its class is of any fault."""
+
 KERNEL_FAULTS = {700, 710, 714, 715, 716, 717, 718, 719}
 """CUDA's numbers of what a kernel did wrong, such as an address or an assertion: nobody else's
 GPU is to blame."""
@@ -164,7 +167,7 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def gpu_faults(*, mend: str) -> Iterator[None]:
-    """Say in one line that a GPU has no memory left, or that it cannot be used.
+    """Say in one line that a GPU has no memory left, or the machine, or that a GPU cannot be used.
 
     Raises:
         TrainError: in place of what torch raises.
@@ -185,6 +188,16 @@ def gpu_faults(*, mend: str) -> Iterator[None]:
             expected="one that computes, and that nobody else has for himself",
             found=(str(error).splitlines() or [type(error).__name__])[0],
             mend=f"nvidia-smi shows how it is and who has it; {mend}",
+        ) from error
+    except RuntimeError as error:
+        _, is_full, found = str(error).partition(CPU_FULL)
+        if not is_full:
+            raise
+        raise TrainError(
+            "memory of this machine",
+            expected="room for what is computed",
+            found=found.splitlines()[0],
+            mend="free memory, or begin with a smaller network, image or batch",
         ) from error
 
 

@@ -10,6 +10,7 @@ Rules:
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -118,9 +119,10 @@ class LossOptions:
     """Let view 2's embedding have no gradient, an ablation."""
 
     def __post_init__(self) -> None:
-        is_weight = self.lambd is None or self.lambd >= 0
-        require(is_weight, "--loss.lambd", "at least 0", self.lambd)
-        require(self.temperature > 0, "--loss.temperature", "more than 0", self.temperature)
+        is_weight = self.lambd is None or 0 <= self.lambd < math.inf
+        require(is_weight, "--loss.lambd", "finite, at least 0", self.lambd)
+        sound = 0 < self.temperature < math.inf
+        require(sound, "--loss.temperature", "a finite number above 0", self.temperature)
         is_ablation = self.objective == "cross-entropy" or self.normalise == "features"
         require(
             not is_ablation or self.form in ("auto", "direct"), "--loss.form",
@@ -176,7 +178,8 @@ class ViewOptions:
         low, high = self.crop_area
         require(0 < low <= high <= 1, "--views.crop-area", "0 < low <= high <= 1", self.crop_area)
         low, high = self.blur_sigma_px
-        require(0 < low <= high, "--views.blur-sigma-px", "0 < low <= high", self.blur_sigma_px)
+        sound = 0 < low <= high < math.inf
+        require(sound, "--views.blur-sigma-px", "0 < low <= high, finite", self.blur_sigma_px)
         require(0 <= self.hue <= 0.5, "--views.hue", "0 to .5", self.hue)
         for name in ("flip", "jitter", "grey", "blur", "solarise"):
             value = getattr(self, f"{name}_probability")

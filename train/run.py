@@ -168,11 +168,15 @@ class RunDirectory:
             os.close(lock)
 
     def _clean(self) -> None:
-        """Delete what a killed process had half-written."""
+        """Delete what a killed process had half-written.
+
+        A directory is none of a training's: an export into the run may be at work on it.
+        """
         with self.writing():
             for folder in (self.path, self.checkpoints):
                 for left_over in folder.glob(f"{TEMPORARY_PREFIX}*"):
-                    left_over.unlink()
+                    if not left_over.is_dir():
+                        left_over.unlink(missing_ok=True)
 
     def writing(self) -> AbstractContextManager[None]:
         """Give a context in which an OSError becomes a `RunError` of this directory."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import shutil
+import socket
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -124,6 +125,28 @@ def test_where_all_fails_one_line_says_how_to_get_it(tmp_path: Path) -> None:
         " refused>; run `apt-get install dataset-fashion-mnist`,"
         f" or put the four files in {tmp_path}"
     )
+
+
+@pytest.mark.parametrize(
+    "reply", [b"garbage\r\n", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nabc"]
+)
+def test_a_server_that_speaks_no_http_or_hangs_up_is_one_line(tmp_path: Path, reply: bytes) -> None:
+    """As something in between does that wants to be asked first."""
+
+    def answer() -> None:
+        """Say it to the first who asks, whatever they ask."""
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(1 << 16)
+            connection.sendall(reply)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        answering = threading.Thread(target=answer)
+        answering.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(SourceError, match=r"is answered by no whole HTTP \(.*; run"):
+            open_fashion_mnist("train", folders=[tmp_path], url=url)
+        answering.join()
 
 
 def test_a_split_that_is_none_is_refused() -> None:

@@ -99,13 +99,17 @@ BAD = {
     "empty.jpg": (ImageFault.EMPTY, "image: expected an image, found no bytes"),
     "text.jpg": (
         ImageFault.UNSUPPORTED_FORMAT,
-        "image: expected JPEG, PNG, WebP, GIF, BMP, TIFF, found text",
+        "image: expected JPEG, PNG, WebP, GIF, BMP, TIFF, found text; "
+        "give a picture in one of these formats",
     ),
     "drawing.svg": (ImageFault.UNSUPPORTED_FORMAT, "found SVG"),
     "page.html": (ImageFault.UNSUPPORTED_FORMAT, "found HTML"),
     "photo.heic": (ImageFault.UNSUPPORTED_FORMAT, "found HEIC"),
     "float.tiff": (ImageFault.UNSUPPORTED_FORMAT, "TIFF image: expected 8 or 16 bits a channel"),
-    "grey-12bit.tiff": (ImageFault.UNSUPPORTED_FORMAT, "found 12 bits"),
+    "grey-12bit.tiff": (
+        ImageFault.UNSUPPORTED_FORMAT,
+        "found 12 bits; save it with 8 bits a channel, in grey or RGB",
+    ),
     "grey-16bit-white-is-zero.tiff": (
         ImageFault.UNSUPPORTED_FORMAT,
         "found 16 bits of which 0 is white",

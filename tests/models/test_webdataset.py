@@ -188,6 +188,16 @@ def test_an_end_that_tarfile_would_accept_is_damage(tmp_path: Path, end: str) ->
         listed(shard)
 
 
+def test_long_names_without_end_are_damage(tmp_path: Path) -> None:
+    """Each is a header of its own for the one that follows, which tarfile reads by recursion."""
+    long_name = tarfile.TarInfo("././@LongLink")
+    long_name.type, long_name.size = tarfile.GNUTYPE_LONGNAME, 6
+    block = long_name.tobuf(tarfile.GNU_FORMAT) + b"1.jpg".ljust(tarfile.BLOCKSIZE, b"\0")
+    (tmp_path / "s.tar").write_bytes(2000 * block)
+    with pytest.raises(SourceError, match=r"expected a whole tar file, found maximum recursion"):
+        listed(tmp_path / "s.tar")
+
+
 def test_a_file_that_is_no_tar_is_an_error(tmp_path: Path) -> None:
     """Whatever its name says."""
     for name in ("s.tar", "s.tar.gz", "s.tar.zst"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 
 from models.images import open_source
+from train.data import reading
 from train.data.catalogue import Catalogue, list_images
 from train.errors import TrainError
 
@@ -72,6 +75,28 @@ def test_the_hash_knows_names_labels_and_sizes(tmp_path: Path) -> None:
     assert hashes[0] == hashes[1]
     assert len(set(hashes)) == 4
     assert listed(first, limit=5).sha256 != hashes[0]
+
+
+def test_storage_that_fails_for_a_moment_is_no_other_data_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run whose images were listed meanwhile could not be resumed."""
+    expected = listed(write_folder(tmp_path)).sha256
+    stat, failing = os.stat, [True, True, False]
+
+    def failing_stat(path: Path | str | int, **how: bool) -> os.stat_result:
+        """Fail twice for one file: when it is listed, and when it is read for that."""
+        if str(path).endswith("3.jpg") and failing and failing.pop(0):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return stat(path, **how)
+
+    monkeypatch.setattr(reading, "WAITS_S", (0.0,))
+    source = open_source(f"folder:{tmp_path}")
+    monkeypatch.setattr(os, "stat", failing_stat)
+    assert list_images(source).sha256 == expected
+    failing[:] = [True] * 9
+    with pytest.raises(TrainError, match=r"reading cat/3\.jpg: expected storage that works"):
+        list_images(source)
 
 
 def test_compressed_shards_are_refused(tmp_path: Path) -> None:

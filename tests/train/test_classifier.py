@@ -218,3 +218,16 @@ def test_a_recipe_that_diverges_is_not_chosen() -> None:
     assert tried[0] == -1 < tried[1]
     with pytest.raises(TrainError, match="recipes of arm: expected one that trains, found finite"):
         choose_recipe(replace(arm, recipes=(wild, wild)), a_budget(), CPU)
+
+
+def test_too_few_images_are_refused() -> None:
+    """As where those that were drawn turn out to be damaged: nothing can be made of them."""
+    arm = Arm(name="arm", make=classifier_of, recipes=(RECIPE, RECIPE), note="")
+    with pytest.raises(TrainError) as error:
+        choose_recipe(arm, replace(a_budget(), held_out=some_images(0)), CPU)
+    assert str(error.value) == (
+        "labelled images to choose settings on: expected at least 1 that can be used, found 0 of "
+        "those that were drawn; replace the damaged ones, or give more --labels"
+    )
+    with pytest.raises(TrainError, match=r"of seed 0 to train on: expected at least 2 .* found 1"):
+        choose_recipe(arm, replace(a_budget(), fitted=some_images(1)), CPU)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -81,11 +82,14 @@ def test_a_presets_lambda_is_for_its_own_objective(preset: PresetName) -> None:
     [
         ({"epochs": 0}, "--epochs: expected at least 1, found 0"),
         ({"batch_size": 1}, "--batch-size: expected at least 2, found 1"),
-        ({"lr_peak": 0.0}, "--lr-peak: expected more than 0, found 0.0"),
-        ({"lr_biases": -1.0}, "--lr-biases: expected more than 0, found -1.0"),
-        ({"lars_eta": 0.0}, "--lars-eta: expected more than 0, found 0.0"),
+        ({"lr_peak": 0.0}, "--lr-peak: expected a finite number above 0, found 0.0"),
+        ({"lr_biases": -1.0}, "--lr-biases: expected a finite number above 0, found -1.0"),
+        ({"lars_eta": 0.0}, "--lars-eta: expected a finite number above 0, found 0.0"),
         ({"threads": 0}, "--threads: expected at least 1, found 0"),
         ({"workers": 0}, "--workers: expected at least 1, found 0"),
+        ({"lr_peak": math.inf}, "--lr-peak: expected a finite number above 0, found inf"),
+        ({"warmup_epochs": math.inf}, "--warmup-epochs: expected a finite number, found inf"),
+        ({"seed": 2**64}, f"--seed: expected at most {2**64 - 1}, found {2**64}"),
     ],
 )
 def test_a_senseless_value_is_named(changes: dict[str, float], message: str) -> None:
@@ -102,6 +106,7 @@ def test_a_senseless_value_is_named(changes: dict[str, float], message: str) -> 
         ({"hue": 0.6}, "--views.hue: expected 0 to .5, found 0.6"),
         ({"blur_probability": (0.1, 1.1)}, "--views.blur-probability: expected 0 to 1, found"),
         ({"contrast": -0.1}, "--views.contrast: expected 0 to 1, found -0.1"),
+        ({"blur_sigma_px": (0.1, math.inf)}, "--views.blur-sigma-px: expected 0 < low <= high, "),
     ],
 )
 def test_a_senseless_view_is_named(changes: dict[str, object], message: str) -> None:
@@ -142,8 +147,9 @@ def test_a_misspelt_library_is_guessed() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lambd": -1.0}, "--loss.lambd: expected at least 0, found -1.0"),
-        ({"temperature": 0.0}, "--loss.temperature: expected more than 0, found 0.0"),
+        ({"lambd": -1.0}, "--loss.lambd: expected finite, at least 0, found -1.0"),
+        ({"lambd": math.inf}, "--loss.lambd: expected finite, at least 0, found inf"),
+        ({"temperature": 0.0}, "--loss.temperature: expected a finite number above 0, found 0.0"),
         (
             {"objective": "cross-entropy", "form": "gram"},
             "--loss.form: expected auto or direct for cross-entropy with normalise batch, "

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from models.image_folder import FolderSource
 from models.images import ImageSource, open_source
 from models.preprocess import PreprocessSpec
 from train.data import memory
@@ -172,6 +173,21 @@ def test_a_sample_comes_from_all_of_a_sorted_source(mini_source: str, tmp_path: 
     assert len(sample_images(open_source(f"folder:{folder}"), SPEC, 6)) == 6
 
 
+def test_a_sample_of_what_is_no_picture_goes_through_the_source_a_few_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not once for every handful of its images, which a large folder would take hours for."""
+    for i in range(100):
+        (tmp_path / f"{i}.jpg").touch()
+    walks, records = [], FolderSource.records
+    monkeypatch.setattr(
+        FolderSource, "records", lambda source: walks.append(source) or records(source)
+    )
+    with pytest.raises(TrainError, match="expected at least 2 images that can be decoded, found 0"):
+        sample_images(open_source(f"folder:{tmp_path}"), SPEC, 4)
+    assert len(walks) == 1 + 5, "to count, and for 4, 8, 16, 32 and the rest"
+
+
 @pytest.mark.parametrize(
     "draw",
     [
@@ -184,20 +200,40 @@ def test_a_sample_of_a_compressed_shard_leaves_the_rest_on_disk(
     draw: Callable[[ImageSource], np.ndarray], tmp_path: Path
 ) -> None:
     """Its records carry their bytes, so only those that are drawn are kept."""
+    source, n_bytes = write_compressed(tmp_path)
+    assert len(draw(source)) == 4  # what is loaded late is loaded
+    assert peak_bytes(lambda: draw(source)) < n_bytes / 3
+
+
+def test_a_compressed_shard_is_read_some_bytes_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thousand of its photographs would be gigabytes."""
+    source, n_bytes = write_compressed(tmp_path)
+    whole = load_images(source, SPEC)
+    monkeypatch.setattr(memory, "CHUNK_BYTES", n_bytes // 10)
+    assert peak_bytes(lambda: load_images(source, SPEC)) < n_bytes / 2
+    assert load_images(source, SPEC).sha256 == whole.sha256
+
+
+def write_compressed(folder: Path) -> tuple[ImageSource, int]:
+    """Write 60 photographs as a compressed shard; give it, and how many bytes they have."""
     rng = np.random.default_rng(0)
     n_bytes = 0
-    with tarfile.open(tmp_path / "shard.tar.gz", "w:gz") as shard:
+    with tarfile.open(folder / "shard.tar.gz", "w:gz") as shard:
         for i in range(60):
-            path = tmp_path / f"{i:02d}.png"
+            path = folder / f"{i:02d}.png"
             Image.fromarray(rng.integers(0, 256, (160, 160, 3), dtype=np.uint8)).save(path)
             shard.add(path, path.name)
             n_bytes += path.stat().st_size
-    source = open_source(f"wds:{tmp_path / 'shard.tar.gz'}")
-    assert len(draw(source)) == 4  # what is loaded late is loaded
+    return open_source(f"wds:{folder / 'shard.tar.gz'}"), n_bytes
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """Give the most memory that Python had while it did something."""
     tracemalloc.start()
     try:
-        draw(source)
-        _, peak_bytes = tracemalloc.get_traced_memory()
+        work()
+        return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak_bytes < n_bytes / 3

@@ -97,6 +97,19 @@ def test_a_gpu_that_fails_is_said_in_one_line(error: RuntimeError, line: str) ->
         raise RuntimeError("a bug")
 
 
+def test_memory_that_no_machine_has_is_said_in_one_line() -> None:
+    """As of a projector of some million dimensions."""
+    with pytest.raises(TrainError) as found, gpu_faults(mend="wait"):
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert str(found.value).startswith(
+        "memory of this machine: expected room for what is computed, found can't allocate memory: "
+        "you tried to allocate 1152921504606846976 bytes."
+    )
+    assert str(found.value).endswith(
+        "; free memory, or begin with a smaller network, image or batch"
+    )
+
+
 @pytest.mark.parametrize(
     ("precision", "dtype"),
     [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)],

@@ -233,7 +233,9 @@ def test_a_damaged_twin_or_target_ends_the_export_early(finished_run: Path, tmp_
     content = bytearray((damaged / "initial.pt").read_bytes())
     content[len(content) // 2] ^= 1
     (damaged / "initial.pt").write_bytes(content)
-    with pytest.raises(RunError, match=r"initial\.pt: .* does not match its SHA-256; start the"):
+    with pytest.raises(
+        RunError, match=r"initial\.pt: .* does not match .*; bring it back .*--no-random-twin$"
+    ):
         export_run(RunDirectory(path=damaged), tmp_path / "bundle", name="x")
     out = damaged / "initial.pt" / "bundle"
     with pytest.raises(RunError, match=r"room for what comes, found .*; make room, in "):

@@ -44,6 +44,20 @@ def test_a_set_smaller_than_the_neighbourhood_is_compared_whole() -> None:
     assert measure_parity(vectors(0)[:4], vectors(1)[:4]).overlap == 1
 
 
+def test_one_image_has_no_neighbours() -> None:
+    """As of a stream of two whose other one is damaged."""
+    require_parity(measure_parity(vectors(0)[:1], vectors(0)[:1]))
+
+
+def test_vectors_of_zeros_are_equal() -> None:
+    """They have no angle: a dead network's graph is the network all the same."""
+    dead = vectors(0)
+    dead[3] = 0
+    assert measure_parity(dead, dead).min_cosine == pytest.approx(1)
+    require_parity(measure_parity(0 * dead, 0 * dead))
+    assert measure_parity(dead, vectors(0)).min_cosine == 0
+
+
 def test_images_that_are_alike_have_no_order() -> None:
     """Equal images, such as blank ones, tie: which ten of 400 come first says nothing."""
     rng = np.random.default_rng(0)

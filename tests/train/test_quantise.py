@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections import Counter
 from pathlib import Path
 
@@ -177,6 +178,17 @@ def test_a_graph_that_cannot_be_quantised_is_one_line(tmp_path: Path) -> None:
         write_int8(file, tmp_path / "int8.onnx", IMAGES)
     with pytest.raises(ExportError, match=r"the FP16 graph: expected .*; export without --fp16"):
         write_fp16(file, tmp_path / "fp16.onnx")
+
+
+def test_a_disk_that_is_full_is_no_fault_of_the_graph(encoder: Path, tmp_path: Path) -> None:
+    """It is left to the export, which says where room is needed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (encoder.stat().st_size // 2, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_int8(encoder, tmp_path / "int8.onnx", IMAGES)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_precision_is_warned_of_where_chance_does_not_explain_its_loss(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -193,7 +194,11 @@ def test_options_of_a_whitening_that_there_is_not_are_refused(fields: dict[str, 
         ({"grid": ()}, "--readout.grid: expected numbers of at least 1, found none"),
         ({"dim": -1}, "--readout.dim: expected at least 0, found -1"),
         ({"fit_images": 1}, "--readout.fit-images: expected at least 2, found 1"),
-        ({"shrinkage": 0.0}, "--readout.shrinkage: expected more than 0, found 0.0"),
+        ({"shrinkage": 0.0}, "--readout.shrinkage: expected a finite number above 0, found 0.0"),
+        (
+            {"shrinkage": math.inf},
+            "--readout.shrinkage: expected a finite number above 0, found inf",
+        ),
     ],
 )
 def test_values_that_cannot_be_meant_are_refused(fields: dict[str, object], message: str) -> None:

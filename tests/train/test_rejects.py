@@ -31,8 +31,6 @@ def test_an_image_is_counted_once_by_many_threads(caplog: pytest.LogCaptureFixtu
     assert repr(rejects) == "Rejects('folder:/x', 3 of 10)"
     assert [found.key for found in rejects.all()] == ["0.jpg", "1.jpg", "2.jpg"]
     assert rejects.faults() == {"corrupt": 3}
-    assert "1.jpg" in rejects
-    assert "7.jpg" not in rejects
     assert len(caplog.records) == 1
 
 

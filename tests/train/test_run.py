@@ -283,6 +283,17 @@ def test_what_an_early_end_leaves_is_no_hindrance(tmp_path: Path, run_options: R
     assert (out / "config.json").is_file()
 
 
+def test_an_export_into_a_run_is_no_hindrance(tmp_path: Path) -> None:
+    """Killed, or at work, it has a directory there; what a training half-wrote goes."""
+    run = RunDirectory(path=tmp_path)
+    (tmp_path / "config.json").touch()
+    (tmp_path / ".tmp-log.jsonl.x").touch()
+    (tmp_path / ".tmp-bundle.x").mkdir()
+    with run.held(resume=True):
+        left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"config.json", ".lock", ".tmp-bundle.x"}
+
+
 def test_two_processes_do_not_share_a_run(tmp_path: Path, run_options: RunOptions) -> None:
     """While one holds the directory a second is refused, and leaves the first one's lock."""
     run = RunDirectory(path=tmp_path / "run")

@@ -8,6 +8,7 @@ import tarfile
 import threading
 from collections.abc import Iterable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -161,6 +162,16 @@ def test_the_next_usable_image_stands_in_for_a_damaged_one() -> None:
         doubles = batch.views[1][np.array(rows_of(batch)) == 7]
         assert len(doubles) == 2
         assert not np.array_equal(*doubles)
+
+
+def test_a_sound_image_outlives_a_damaged_one_of_its_name() -> None:
+    """A shard may name two alike: what a batch holds depends on no other that was read before."""
+    catalogue = numbered(40, broken=(5,))
+    records = [replace(record, key="same") for record in catalogue.records]
+    alike = replace(catalogue, records=records)
+    whole = streamed(alike)
+    for first_step in (3, 11):
+        assert same(streamed(alike, first_step=first_step), whole[first_step:])
 
 
 def test_a_stream_of_mostly_damaged_images_is_refused() -> None:

@@ -17,6 +17,8 @@ from models.preprocess import PreprocessSpec, preprocess
 from train.config import PretrainOptions
 from train.data import memory, training_data
 from train.data.batches import Pixels
+from train.data.catalogue import list_images
+from train.data.memory import split_rows
 from train.data.training_data import (
     TrainingData,
     choose_data_in,
@@ -159,6 +161,23 @@ def test_half_of_a_source_may_be_damaged_and_no_more(tmp_path: Path, data_in: st
         TrainError, match="at least half of its images to be usable, found 31 of 60 that are not"
     ):
         opened(write_photographs(tmp_path / "more", broken=31), **unlabelled)
+
+
+def test_without_a_bank_nothing_is_watched(tmp_path: Path) -> None:
+    """Where the images that held-out ones are compared with are all damaged."""
+    catalogue = list_images(open_source(f"folder:{write_photographs(tmp_path)}"))
+    split = split_rows(catalogue.labels_N, val_images=5, bank_images=1, seed=1)
+    (in_bank,) = split.bank
+    (tmp_path / catalogue.records[in_bank].key).write_bytes(b"damaged")
+    watched = opened(tmp_path, data_in="stream", bank_images=1).watched
+    assert (len(watched.val), len(watched.bank)) == (0, 0)
+
+
+def test_damage_in_one_place_is_judged_by_the_whole_source(tmp_path: Path) -> None:
+    """An export reads a stream in chunks: one may be of a damaged folder, or of one image."""
+    data = opened(write_photographs(tmp_path, broken=20), data_in="stream", val_images=0)
+    assert len(data.read(np.arange(15), SPEC)) == 5, "the first ten cats are damaged"
+    assert data.read(np.arange(1), SPEC).shape == (0, 12, 12, 3)
 
 
 def test_one_image_is_no_data_set(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """The rows of a source that is read in any order: where each image lies, and its label.
 
 Rules:
-    Listing opens no image. Of a tar only the headers and labels are read, once, front to
-    back; from then on an image is one seek away.
+    Listing opens no image whose size the source knows. Of a tar only the headers and labels are
+    read, once, front to back; from then on an image is one seek away.
     Only plain tars can be read in any order. A compressed shard is refused: pictures do not
     compress, and reading such shards in their order through a buffer would neither shuffle
     as well nor find its place again on resume without reading all that comes before.
@@ -24,9 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.command import progress
+from models.errors import ImageError
 from models.images import ImageRecord, ImageSource
 from models.webdataset import TarSource
 from train.data.memory import class_numbers
+from train.data.reading import read_image
 from train.errors import TrainError
 
 
@@ -56,7 +58,7 @@ def list_images(source: ImageSource, *, limit: int | None = None) -> Catalogue:
 
     Raises:
         SourceError: the source is missing or damaged.
-        TrainError: its images cannot be read in any order.
+        TrainError: its images cannot be read in any order, or the storage fails.
     """
     if isinstance(source, TarSource):
         _refuse_compressed(source)
@@ -64,12 +66,29 @@ def list_images(source: ImageSource, *, limit: int | None = None) -> Catalogue:
     records: list[ImageRecord] = []
     listed = islice(source.records(), limit)
     for record in progress(listed, what="listing", total=None):
-        digest.update(f"{record.key}\0{record.label}\0{record.size_bytes}\n".encode())
+        size_bytes = _size_of(record) if record.size_bytes is None else record.size_bytes
+        digest.update(f"{record.key}\0{record.label}\0{size_bytes}\n".encode())
         records.append(record)
     labels_N, class_names = class_numbers([record.label for record in records])
     return Catalogue(
         records=records, labels_N=labels_N, class_names=class_names, sha256=digest.hexdigest()
     )
+
+
+def _size_of(record: ImageRecord) -> int | None:
+    """Read what has no size: where its storage fails for a moment, its size belongs to the hash.
+
+    Returns:
+        None where the file itself is to blame.
+
+    Raises:
+        TrainError: the storage goes on failing.
+    """
+    try:
+        data = read_image(record)
+    except ImageError:
+        return None
+    return len(data) if isinstance(data, bytes) else data.nbytes
 
 
 def _refuse_compressed(source: TarSource) -> None:

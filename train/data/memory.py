@@ -41,6 +41,9 @@ from train.errors import TrainError
 CHUNK_IMAGES = 1024
 """Images that are decoded between two looks at the memory limit."""
 
+CHUNK_BYTES = 512 << 20
+"""Encoded, of these images: those of a compressed shard carry them. Two chunks are held at once."""
+
 MEMORY_SHARE = 0.4
 """Of the free memory that a data set may take: chunks and the whole exist side by side."""
 
@@ -142,17 +145,19 @@ def sample_images(
     drawn = np.random.default_rng(0).permutation(count_records(source, limit=limit))
     images: list[NDArray[np.uint8]] = []
     rejects: list[Reject] = []
-    for start in range(0, len(drawn), n):
-        for record in pick_records(source, drawn[start : start + n]):
+    start, size = 0, n
+    while start < len(drawn) and len(images) < n:
+        for record in pick_records(source, drawn[start : start + size]):
             outcome = fit_record(record, spec)
             if isinstance(outcome, Reject):
                 rejects.append(outcome)
             else:
                 images.append(outcome)
-        if len(images) >= n:
-            break
+                if len(images) == n:
+                    break
+        start, size = start + size, 2 * size  # each time the whole source is gone through
     _report(source.uri, len(images), rejects)
-    return np.stack(images[:n])
+    return np.stack(images)
 
 
 def count_records(source: ImageSource, *, limit: int | None = None) -> int:
@@ -240,8 +245,16 @@ def fit_record(record: ImageRecord, spec: PreprocessSpec) -> NDArray[np.uint8] |
 
 
 def _chunked(records: Iterator[ImageRecord]) -> Iterator[list[ImageRecord]]:
-    """Cut the records into lists of `CHUNK_IMAGES`."""
-    while chunk := list(islice(records, CHUNK_IMAGES)):
+    """Cut the records into lists of `CHUNK_IMAGES`, or of fewer that make `CHUNK_BYTES`."""
+    chunk: list[ImageRecord] = []
+    n_bytes = 0
+    for record in records:
+        chunk.append(record)
+        n_bytes += record.size_bytes or 0
+        if len(chunk) == CHUNK_IMAGES or n_bytes >= CHUNK_BYTES:
+            yield chunk
+            chunk, n_bytes = [], 0
+    if chunk:
         yield chunk
 
 

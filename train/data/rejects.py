@@ -42,9 +42,6 @@ class Rejects:
         self._lock = threading.Lock()
         self._by_key = {reject.key: reject for reject in known}
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._by_key
-
     def __len__(self) -> int:
         return len(self._by_key)
 

@@ -62,6 +62,7 @@ class StreamSource:
         self.steps_per_epoch = plan.steps_per_epoch
         self._catalogue, self._plan = catalogue, plan
         self._make_views, self._rejects = make_views, rejects
+        self._damaged_rows: set[int] = set()  # not keys: a shard may name two images alike
         self._pool = single_threads(workers, "decode")
 
     def batches(self, first_step: int, total_steps: int) -> Iterator[Batch]:
@@ -90,14 +91,15 @@ class StreamSource:
         place = int(np.searchsorted(rows, wanted_row))
         for offset in range(len(rows)):
             row = int(rows[(place + offset) % len(rows)])
-            record = self._catalogue.records[row]
-            if record.key in self._rejects:
+            if row in self._damaged_rows:
                 continue
+            record = self._catalogue.records[row]
             # By the row that is wanted: one that stands in, too, has views of its own.
             generator = np.random.default_rng((self._plan.seed, step, wanted_row))
             try:
                 return self._make_views(read_image(record), generator)
             except ImageError as error:
+                self._damaged_rows.add(row)
                 self._rejects.add(reject_of(record, error))
         raise AssertionError("`Rejects` refuses a source of which half is unusable")
 

@@ -110,10 +110,10 @@ class TrainingData:
         In a stream those that cannot be used are left out.
 
         Raises:
-            TrainError: more than half cannot be used.
+            TrainError: more than half of all that there are cannot be used.
         """
         if isinstance(self._images, Catalogue):
-            return read_rows(self._images, rows, spec, self.rejects)[0]
+            return read_rows(self._images, rows, spec, self.rejects, are_sample=False)[0]
         return self._images[rows]
 
     def batch_source(
@@ -283,10 +283,11 @@ def _watch(
     rows = np.concatenate([split.val, split.bank])
     images_NHWC, used = read_rows(catalogue, rows, spec, rejects)
     n_val = int((used < len(split.val)).sum())
+    has_bank = n_val < len(used)
     return WatchedImages(
         images_NHWC=images_NHWC,
         labels_N=catalogue.labels_N[rows[used]],
-        val=np.arange(n_val),
+        val=np.arange(n_val if has_bank else 0),
         bank=np.arange(n_val, len(used)),
     )
 
@@ -296,14 +297,23 @@ def read_rows(
     rows: NDArray[np.int64],
     spec: PreprocessSpec,
     rejects: Rejects,
+    *,
+    are_sample: bool = True,
 ) -> tuple[Pixels, NDArray[np.int64]]:
     """Read some images as they will be served, leaving out what cannot be used.
+
+    Args:
+        catalogue: where they are.
+        rows: which of its images.
+        spec: the size and channels to bring them to.
+        rejects: counts those that cannot be used.
+        are_sample: whether they are from all over, so that the source is judged by them, too.
 
     Returns:
         (n, H, W, C) uint8, and (n,) which of `rows` they are.
 
     Raises:
-        TrainError: more than half cannot be used.
+        TrainError: more than half of all, or of a sample, cannot be used.
     """
     records = [catalogue.records[row] for row in rows]
     images_NHWC = np.empty((len(rows), spec.height, spec.width, spec.channels), np.uint8)
@@ -313,7 +323,8 @@ def read_rows(
         for i, outcome in enumerate(progress(outcomes, what="sampling", total=len(rows))):
             if isinstance(outcome, Reject):
                 rejects.add(outcome)
-                refuse_mostly_broken(rejects.uri, i + 1 - len(used), len(rows), last=outcome)
+                if are_sample:
+                    refuse_mostly_broken(rejects.uri, i + 1 - len(used), len(rows), last=outcome)
             else:
                 images_NHWC[len(used)] = outcome
                 used.append(i)

@@ -6,6 +6,7 @@ No torch: `--help` answers at once.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,9 +99,9 @@ class ReadoutOptions:
         if self.grid is not None and (not self.grid or min(self.grid) < 1):
             found = " ".join(map(str, self.grid)) or "none"
             raise UsageError("--readout.grid", expected="numbers of at least 1", found=found)
-        if self.shrinkage is not None and not self.shrinkage > 0:
+        if self.shrinkage is not None and not 0 < self.shrinkage < math.inf:
             raise UsageError(
-                "--readout.shrinkage", expected="more than 0", found=str(self.shrinkage)
+                "--readout.shrinkage", expected="a finite number above 0", found=str(self.shrinkage)
             )
 
     def resolve(self, options: Mapping[str, Json]) -> Readout:

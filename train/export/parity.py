@@ -64,7 +64,8 @@ class Parity:
 def measure_parity(reference_ND: NDArray[np.float32], found_ND: NDArray[np.float32]) -> Parity:
     """Compare two encoders' vectors of the same images."""
     reference_ND, found_ND = finish_vectors(reference_ND), finish_vectors(found_ND)
-    cosines_N = (reference_ND.astype(np.float64) * found_ND).sum(axis=1)
+    are_zero_N = ~(reference_ND.any(axis=1) | found_ND.any(axis=1))  # they agree, without an angle
+    cosines_N = (reference_ND.astype(np.float64) * found_ND).sum(axis=1) + are_zero_N
     return Parity(
         images=len(reference_ND),
         min_cosine=float(cosines_N.min()),
@@ -76,12 +77,15 @@ def measure_parity(reference_ND: NDArray[np.float32], found_ND: NDArray[np.float
 def neighbour_overlap(reference_ND: NDArray[np.float32], found_ND: NDArray[np.float32]) -> float:
     """Give the mean share of neighbours by one encoder that are neighbours by the other.
 
-    One that ties with the last counts: of images that are alike none is the nearest.
+    One that ties with the last counts: of images that are alike none is the nearest. It is 1
+    where there is but one image.
 
     Args:
         reference_ND: unit vectors, which decide what is a neighbour.
         found_ND: unit vectors of the same images.
     """
+    if len(reference_ND) < 2:
+        return 1.0
 
     def cosines(rows_NK: NDArray[np.int64]) -> NDArray[np.float32]:
         cosines_NK: NDArray[np.float32] = np.einsum(

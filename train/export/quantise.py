@@ -131,6 +131,8 @@ def _translated(precision: Precision) -> Iterator[None]:
     """Turn what ONNX, its runtime and protobuf raise, which are classes of their own."""
     try:
         yield
+    except OSError:  # a full disk, which is no fault of the graph
+        raise
     except Exception as error:
         raise ExportError(
             f"the {precision.upper()} graph",

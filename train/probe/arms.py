@@ -117,7 +117,7 @@ def train_arm(arm: Arm, budget: LabelBudget, compute: Compute) -> TrainedArm:
     """Choose a recipe where there are several, and train with it on every seed's labels.
 
     Raises:
-        TrainError: no recipe gave finite outputs.
+        TrainError: no recipe gave finite outputs, or too few of the images could be used.
     """
     tried = choose_recipe(arm, budget, compute) if len(arm.recipes) > 1 else ()
     chosen = arm.recipes[int(np.argmax(tried))] if tried else arm.recipes[0]
@@ -131,8 +131,9 @@ def choose_recipe(arm: Arm, budget: LabelBudget, compute: Compute) -> tuple[floa
     """Give the held-out accuracy of every recipe; -1 for one that diverged.
 
     Raises:
-        TrainError: all of them did.
+        TrainError: all of them did, or too few of the images could be used.
     """
+    _require_images(budget.held_out, "to choose settings on", least=1)
     found = []
     what = f"choosing for {arm.name}"
     for recipe in progress(arm.recipes, what=what, total=len(arm.recipes), unit="recipe"):
@@ -197,11 +198,27 @@ def _train(
     arm: Arm, recipe: Recipe, seed: int, labelled: LabelledImages, compute: Compute
 ) -> Classifier:
     """Train one classifier."""
+    _require_images(labelled, f"of seed {seed} to train on", least=2)
     classifier = arm.make(seed)
     train_classifier(
         classifier, labelled.images_NHWC, labelled.labels_N, recipe, seed=seed, compute=compute
     )
     return classifier
+
+
+def _require_images(images: LabelledImages, what: str, *, least: int) -> None:
+    """Refuse what damage has left too little of.
+
+    Raises:
+        TrainError: there are fewer than `least`.
+    """
+    if len(images) < least:
+        raise TrainError(
+            f"labelled images {what}",
+            expected=f"at least {least} that can be used",
+            found=f"{len(images)} of those that were drawn",
+            mend="replace the damaged ones, or give more --labels",
+        )
 
 
 def _describe(trained: TrainedArm) -> dict[str, Json]:

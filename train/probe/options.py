@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 import tyro
 
 from models.errors import UsageError
+from train.config import MAX_SEED
 from train.option_groups import require
 
 
@@ -83,9 +84,10 @@ class SgdOptions:
 
     def __post_init__(self) -> None:
         require(self.epochs >= 1, "--sgd.epochs", "at least 1", self.epochs)
-        require(self.lr > 0, "--sgd.lr", "more than 0", self.lr)
+        require(0 < self.lr < math.inf, "--sgd.lr", "a finite number above 0", self.lr)
         require(self.batch_size >= 1, "--sgd.batch-size", "at least 1", self.batch_size)
-        require(self.weight_decay >= 0, "--sgd.weight-decay", "at least 0", self.weight_decay)
+        sound = 0 <= self.weight_decay < math.inf
+        require(sound, "--sgd.weight-decay", "finite, at least 0", self.weight_decay)
 
 
 DEFAULT_C = (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
@@ -129,6 +131,7 @@ class LinearOptions(CommonOptions):
         require(sound, "--c", "finite numbers above 0", self.c)
         require(0 < self.val_share < 1, "--val-share", "between 0 and 1", self.val_share)
         require(self.seed >= 0, "--seed", "at least 0", self.seed)
+        require(self.seed <= MAX_SEED, "--seed", f"at most {MAX_SEED}", self.seed)
         if self.augment and self.solver == "lbfgs":
             raise UsageError(
                 "--augment", expected="--solver sgd", found="lbfgs, which needs fixed features"
@@ -197,7 +200,8 @@ class RecipeOptions:
         for name in ("epochs", "scratch_epochs"):
             _require_all(name, getattr(self, name), lambda value: value >= 1, "at least 1")
         for name in ("lr_head", "lr_backbone", "scratch_lr", "head_c"):
-            _require_all(name, getattr(self, name), lambda value: value >= 0, "at least 0")
+            values = getattr(self, name)
+            _require_all(name, values, lambda x: 0 <= x < math.inf, "finite, at least 0")
         crops = self.smallest_crop
         _require_all("smallest_crop", crops, lambda x: 0 < x <= 1, "more than 0, at most 1")
         for name in ("warmup_share", "label_smoothing", "flip_probability"):
@@ -205,7 +209,8 @@ class RecipeOptions:
             _require_all(name, None if value is None else (value,), lambda x: 0 <= x <= 1, "0 to 1")
         size, decay = self.batch_size, self.weight_decay
         require(size is None or size >= 2, "--recipe.batch-size", "at least 2", size)
-        require(decay is None or decay >= 0, "--recipe.weight-decay", "at least 0", decay)
+        sound = decay is None or 0 <= decay < math.inf
+        require(sound, "--recipe.weight-decay", "finite, at least 0", decay)
 
 
 RECIPES: dict[str, RecipeOptions] = {
@@ -328,6 +333,7 @@ class FewLabelsOptions(CommonOptions):
             bool(self.seeds) and min(self.seeds) >= 0 and len(set(self.seeds)) == len(self.seeds)
         )
         require(sound, "--seeds", "different numbers of at least 0", self.seeds)
+        require(max(self.seeds) <= MAX_SEED, "--seeds", f"at most {MAX_SEED}", self.seeds)
 
 
 @dataclass(frozen=True, kw_only=True)

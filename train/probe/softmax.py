@@ -29,6 +29,7 @@ Shapes: N images, D dimensions, C classes.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -200,6 +201,7 @@ def fit_softmax(
     start: SoftmaxModel | None = None,
     statistics: Statistics | None = None,
     tolerance: float = GRADIENT_TOLERANCE,
+    after_step: Callable[[], None] = lambda: None,
 ) -> SoftmaxModel:
     """Fit by L-BFGS.
 
@@ -211,6 +213,7 @@ def fit_softmax(
         start: a model of the same rows to start from.
         statistics: of the same rows, where they are known already.
         tolerance: the largest entry of the gradient over V that is good enough.
+        after_step: called after each pass over the rows, of which a fit takes hundreds.
 
     Raises:
         TrainError: features are not finite.
@@ -235,6 +238,7 @@ def fit_softmax(
         value, gradient = gradient_at(solution_of(free))
         inner = torch.linalg.solve_triangular(lower_DD, gradient[:-1], upper=False)
         free.grad = torch.cat([inner, gradient[-1:]])
+        after_step()
         return value
 
     optimizer = torch.optim.LBFGS(
@@ -273,6 +277,23 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def counted(what: str, *, unit: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+    """Show the progress of what is no loop: gives a function that counts so many units as done.
+
+    It is called with 0, too, so that a unit that takes long is seen to be at work.
+    """
+    counts: deque[int | None] = deque()
+    shown = progress(iter(counts.popleft, None), what=what, total=total, unit=unit, size=int)
+
+    def count(n: int | None) -> None:
+        counts.append(n)
+        next(shown, None)
+
+    yield count
+    count(None)
 
 
 def loss_and_gradient(
@@ -324,25 +345,27 @@ def choose_c(
     model: SoftmaxModel | None = None
     tried: list[tuple[float, float]] = []
     least_loss, n_vain = math.inf, 0
-    of_grid = progress(sorted(grid), what=f"choosing C for {what}", total=len(grid), unit="value")
-    for c in of_grid:
-        model = fit_softmax(
-            features_ND,
-            labels_N,
-            n_classes=n_classes,
-            c=c,
-            start=model,
-            statistics=statistics,
-            tolerance=CHOICE_TOLERANCE,
-        )
-        scores_NC = model.scores(held_features_ND)
-        top1 = float((scores_NC.argmax(dim=1) == held_labels_N).double().mean())
-        tried.append((c, top1))
-        loss = float(nn.functional.cross_entropy(scores_NC, held_labels_N))
-        n_vain = 0 if loss < (1 - LEAST_FALL) * least_loss else n_vain + 1
-        least_loss = min(loss, least_loss)
-        if n_vain == PATIENCE:
-            break
+    with counted(f"choosing C for {what}", unit="value", total=len(grid)) as count:
+        for c in sorted(grid):
+            model = fit_softmax(
+                features_ND,
+                labels_N,
+                n_classes=n_classes,
+                c=c,
+                start=model,
+                statistics=statistics,
+                tolerance=CHOICE_TOLERANCE,
+                after_step=lambda: count(0),
+            )
+            scores_NC = model.scores(held_features_ND)
+            top1 = float((scores_NC.argmax(dim=1) == held_labels_N).double().mean())
+            tried.append((c, top1))
+            count(1)
+            loss = float(nn.functional.cross_entropy(scores_NC, held_labels_N))
+            n_vain = 0 if loss < (1 - LEAST_FALL) * least_loss else n_vain + 1
+            least_loss = min(loss, least_loss)
+            if n_vain == PATIENCE:
+                break
     best_c, best_top1 = max(tried, key=lambda one: one[1])  # of equals the first
     return CChoice(c=best_c, top1=best_top1, tried=tuple(tried))
 

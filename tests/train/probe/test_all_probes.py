@@ -140,15 +140,16 @@ def test_a_readout_that_nothing_has_is_refused(
             "--distil.temperature: expected a finite number above 0, found inf",
         ),
         ("finetune {run} --images a --test b --seeds 1 1", 2, "--seeds: expected different num"),
+        (f"finetune {{run}} --images a --test b --seeds {2**64}", 2, "--seeds: expected at most"),
         (
             "finetune {run} --images a --test b --recipe.epochs 0",
             2,
             "--recipe.epochs: expected at least 1, found (0,)",
         ),
         (
-            "finetune {run} --images a --test b --recipe.weight-decay -1",
+            "finetune {run} --images a --test b --recipe.weight-decay inf",
             2,
-            "--recipe.weight-decay: expected at least 0, found -1",
+            "--recipe.weight-decay: expected finite, at least 0, found inf",
         ),
     ],
 )
