@@ -29,9 +29,9 @@ from typing import TYPE_CHECKING
 from models.errors import FingerprintMismatchError, HoraceError, SourceError
 from serve.catalog import Catalog, refuse_taken_name
 from serve.errors import PROMISED, PreconditionError, ServeError, UnknownNameError
-from serve.lifecycle.files import Signature, find_models, find_signed_versions
+from serve.lifecycle.files import Signature, find_signed_versions
 from serve.lifecycle.loading import Loaded, Loader
-from serve.lifecycle.opening import open_on
+from serve.lifecycle.opening import naming, open_on
 from serve.lifecycle.options import ModelOptions, NamedPath
 from serve.lifecycle.reading import Reader
 from serve.lifecycle.sources import (
@@ -132,8 +132,7 @@ class Lifecycle:
         """
         async with self._changing:
             if self._repository is not None:  # each has its share of the CPUs, also the first
-                path = Path(self._repository.options.path)
-                self._found = await self._pool.run(partial(find_models, path))
+                self._found = await self._reader.list_models(self._repository)
             for options in self._named_models:
                 await self._load_model(ModelSource(name=options.name, options=options))
             self._note_found()
@@ -338,7 +337,9 @@ class Lifecycle:
         found: dict[str, str] = {"": options.path}
         signatures: dict[str, Signature] = {}
         if not options.is_remote:
-            found, signatures = await self._pool.run(partial(find_signed_versions, options.path))
+            finding = partial(find_signed_versions, options.path)
+            with naming(str(source)):
+                found, signatures = await self._pool.run(finding)
         served = self._catalog.versions.get(source.name or "", {})
         plan = plan_versions(
             found,
@@ -423,7 +424,8 @@ class Lifecycle:
         """
         following = self._catalog.collection(source.name or "").following
         try:
-            await self._reader.read(source, partial(following.catch_up, self._pool.run))
+            with naming(str(source)):
+                await self._reader.read(source, partial(following.catch_up, self._pool.run))
         except FingerprintMismatchError:
             return False
         current = following.current

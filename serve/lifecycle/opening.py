@@ -1,9 +1,13 @@
-"""Opens a thing on a thread for who waits for it, and closes what nobody waits for any more."""
+"""Opens a thing on a thread for who waits for it, and closes what nobody waits for any more.
+
+And says of a thread that is lost what it was at.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Protocol, TypeVar
 
@@ -41,11 +45,25 @@ async def open_on(
     is_wanted = True
     work = asyncio.ensure_future(pool.run(lambda: opening() if is_wanted else None))
     try:
-        opened = await asyncio.shield(work)
+        with naming(what):
+            opened = await asyncio.shield(work)
     except asyncio.CancelledError:
         is_wanted = False
         work.add_done_callback(partial(_close, dispose))
         raise
+    assert opened is not None, "it was wanted"
+    return opened
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Wait for a thread that looks at something or opens it.
+
+    Raises:
+        StartError: the thread died, or hangs.
+    """
+    try:
+        yield
     except InternalError as error:
         raise StartError(
             what,
@@ -53,8 +71,6 @@ async def open_on(
             found="a thread that hangs, or has died",
             mend="see what it waits for, or allow more time",
         ) from error
-    assert opened is not None, "it was wanted"
-    return opened
 
 
 def _close(dispose: Dispose, work: asyncio.Future[Thing | None]) -> None:

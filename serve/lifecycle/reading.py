@@ -3,7 +3,8 @@
 Rules:
     What changes on the disk while it is read is read again.
     What is cancelled was not tried: the next signal or look reads it.
-    What cannot be looked at is told once until it can be, or until it is to be told again.
+    What cannot be looked at, or does not answer, as a file server that is away, is told once
+    until it can be, or until it is to be told again; the others are looked at all the same.
 
 It loads nothing itself; see `manager`. What a look means is decided in `watching`.
 """
@@ -17,7 +18,9 @@ from typing import TypeVar
 
 from models.bundle import split_precision
 from models.errors import HoraceError, SourceError
+from serve.errors import StartError
 from serve.lifecycle.files import Signature, find_models, sign
+from serve.lifecycle.opening import naming
 from serve.lifecycle.options import ModelOptions
 from serve.lifecycle.sources import RepositorySource, Source
 from serve.lifecycle.watching import Changes, Watcher
@@ -49,8 +52,17 @@ class Reader:
 
     async def find(self, repository: RepositorySource) -> dict[str, Path] | None:
         """List the models of a repository; None where it cannot be read, which is told."""
-        path = Path(repository.options.path)
-        return await self._told(repository, self._pool.run(partial(find_models, path)))
+        return await self._told(repository, self.list_models(repository))
+
+    async def list_models(self, repository: RepositorySource) -> dict[str, Path]:
+        """List the models of a repository.
+
+        Raises:
+            SourceError: it cannot be read.
+            StartError: it does not answer.
+        """
+        with naming(str(repository)):
+            return await self._pool.run(partial(find_models, Path(repository.options.path)))
 
     async def see(self, source: Source) -> Signature | None:
         """Sign a source; None where it cannot be read, which is told."""
@@ -60,7 +72,7 @@ class Reader:
         """Give what was read; None where it was refused, which is told once."""
         try:
             read = await reading
-        except SourceError as error:
+        except (SourceError, StartError) as error:
             if self._unread.get(source.key) != str(error):
                 self._on_unread(source, error)
             self._unread[source.key] = str(error)
@@ -78,7 +90,8 @@ class Reader:
         if isinstance(options, ModelOptions) and options.is_remote:
             return ()
         directory, _ = split_precision(Path(options.path))
-        return await self._pool.run(partial(sign, directory))
+        with naming(str(source)):
+            return await self._pool.run(partial(sign, directory))
 
     async def look(self, sources: Iterable[Source]) -> Changes:
         """Look at all sources once; what is found is their keys."""
@@ -90,7 +103,7 @@ class Reader:
         for attempts_left in reversed(range(READS)):
             try:
                 signature = await self._sign(source)
-            except SourceError as error:
+            except (SourceError, StartError) as error:
                 self._unread[source.key] = str(error)  # whoever reads tells it
                 raise
             try:

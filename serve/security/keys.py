@@ -14,7 +14,7 @@ import os
 import stat
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -101,14 +101,16 @@ def _add_line(path: Path, line: str) -> None:
 
 @contextmanager
 def _alone_in(directory: Path) -> Iterator[None]:
-    """Wait until nobody else adds a key in a directory, where its file system has locks."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
+    """Wait until nobody else adds a key in a directory.
+
+    Where that has no locks nobody waits: a file system without, a directory that may not be listed.
+    """
+    with ExitStack() as undo:
         with suppress(OSError):
+            descriptor = os.open(directory, os.O_RDONLY)
+            undo.callback(os.close, descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _replace(path: Path, target: Path, line: str) -> None:

@@ -13,7 +13,9 @@ from serve.errors import StartError
 from serve.leases import at_once
 from serve.lifecycle.loading import Loader
 from serve.lifecycle.opening import open_on
-from serve.lifecycle.options import read_model_options
+from serve.lifecycle.options import NamedPath, read_model_options
+from serve.lifecycle.reading import Reader
+from serve.lifecycle.sources import CollectionSource
 from serve.pool import ThreadPool
 
 
@@ -203,3 +205,55 @@ def test_an_opening_that_hangs_is_named_with_what_to_do(pool):
             asyncio.run(main())
     finally:
         gate.set()
+
+
+@pytest.fixture
+def away(pool, monkeypatch):
+    """A coroutine function: wait for what looks at a path called `away`, which hangs."""
+    begun, gate = threading.Event(), threading.Event()
+
+    def sign_or_hang(directory):
+        if directory.name == "away":
+            begun.set()
+            gate.wait()
+        return ()
+
+    async def run(work):
+        looking = asyncio.ensure_future(work)
+        while not begun.is_set():
+            await asyncio.sleep(0)
+        for _ in range(2):  # the first notes what its thread is at
+            pool.look(elapsed_s=1.0, limit_s=0.5)
+        return await looking
+
+    monkeypatch.setattr("serve.lifecycle.reading.sign", sign_or_hang)
+    yield run
+    gate.set()
+
+
+def collection(name: str) -> CollectionSource:
+    """One that is not there."""
+    return CollectionSource(name=name, options=NamedPath(name=name, path=name))
+
+
+def test_what_hangs_before_it_is_opened_is_named_too(pool, away):
+    """As a file server that is away: what is on it is looked at first."""
+
+    async def main():
+        reader = Reader(pool, lambda source, error: None)
+        await away(reader.read(collection("away"), asyncio.Event().wait))
+
+    with pytest.raises(StartError, match=r"^collection away: .*--watchdog\.opening-s, "):
+        asyncio.run(main())
+
+
+def test_what_hangs_in_a_look_is_told_and_the_others_are_looked_at(pool, away):
+    """It was an error of our own code, and ended the look."""
+    told = []
+
+    async def main():
+        reader = Reader(pool, lambda source, error: told.append((str(source), type(error))))
+        await away(reader.look([collection("away"), collection("there")]))
+
+    asyncio.run(main())
+    assert told == [("collection away", StartError)]

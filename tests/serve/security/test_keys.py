@@ -59,6 +59,19 @@ def test_keys_that_are_added_at_once_are_all_there(tmp_path, capsys, monkeypatch
     assert read_ring(file).names == ["one", "two", "zero"]
 
 
+def test_a_key_is_added_in_a_directory_that_may_not_be_listed(tmp_path, capsys, monkeypatch):
+    """Who may write there needs no more; root is let in everywhere, so the refusal is played."""
+
+    def open_files(path, *more, opening=os.open):
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return opening(path, *more)
+
+    monkeypatch.setattr(os, "open", open_files)
+    assert run(["new", "one", "--file", str(tmp_path / "keys")]) == 0
+    assert read_ring(tmp_path / "keys").names == ["one"]
+
+
 def test_what_stands_in_a_key_file_stays_to_the_byte(tmp_path, capsys):
     """Comments may be in any encoding, and lines may end as Windows ends them."""
     file = tmp_path / "keys"
