@@ -205,7 +205,10 @@ class Frames(asyncio.Protocol):
         self._in = data[at:]
 
     def connection_lost(self, error: Exception | None) -> None:
-        """End the calls that have no reply."""
+        """End the calls that have no reply, first those that would take their place."""
+        now_s = time.monotonic()
+        while self._waiting:
+            self._on_end("UNAVAILABLE", now_s - self._waiting.popleft(), False)
         for stream in list(self._calls):
             self._end(stream, "UNAVAILABLE")
         self.idle.set()

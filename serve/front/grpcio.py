@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn
 
 import grpc
 
 from serve.front.limit import PROBES, CallLimit, Handler, OnTurnedAway
+from serve.front.message import Context, read_message
 from serve.port import check_address, join_address, refuse_address
-
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 MIN_CLIENT_PING_MS = 10_000
 """A client may ask this often whether we live; gRPC's default calls 5 minutes too often."""
@@ -97,12 +96,7 @@ class GrpcioFront:
 
 
 class Whole(grpc.aio.ServerInterceptor):
-    """Reads the message of a unary call to its end, whatever becomes of the caller meanwhile.
-
-    Of a message whose call is over before grpcio 1.85 has handed it on, it never frees what it
-    allocated (grpc/grpc#43360). So it is read here, as a stream of one message, beside the task
-    that is ended.
-    """
+    """Has the message of a unary call read to its end, whatever becomes of the caller meanwhile."""
 
     async def intercept_service(
         self,
@@ -116,22 +110,11 @@ class Whole(grpc.aio.ServerInterceptor):
         behaviour: Any = handler.unary_unary
 
         async def answer(_: Any, context: Context) -> Any:
-            reading = asyncio.ensure_future(context.read())
-            reading.add_done_callback(_hear)
-            request = await asyncio.shield(reading)
-            if request is grpc.aio.EOF:
-                await context.abort(grpc.StatusCode.INTERNAL, "expected a message, found none")
-            return await behaviour(request, context)
+            return await behaviour(await read_message(context), context)
 
         return grpc.stream_unary_rpc_method_handler(
             answer, handler.request_deserializer, handler.response_serializer
         )
-
-
-def _hear(reading: asyncio.Future[Any]) -> None:
-    """Ask how a read ended, that asyncio does not complain where nobody else does."""
-    if not reading.cancelled():
-        reading.exception()
 
 
 class Punctual(grpc.aio.ServerInterceptor):

@@ -21,6 +21,7 @@ from typing import Any, NoReturn, TypeAlias
 import grpc
 
 from serve.errors import RETRY_AFTER_S, QueueFullError, retry_metadata, to_status
+from serve.front.message import Context, read_message
 from serve.security.guard import HEALTH
 
 TOO_MANY = "Concurrent RPC limit exceeded!"
@@ -104,24 +105,37 @@ class CallLimit(grpc.aio.ServerInterceptor):
         name = "unary_stream" if handler.response_streaming else "unary_unary"
         behaviour: Callable[..., Any] = getattr(handler, name)
 
-        async def answer(request: Any, context: Any) -> Any:
-            self._silent.pop(task, None)
-            return await behaviour(request, context)
+        async def answer(_: Any, context: Context) -> Any:
+            return await behaviour(await self._hear(task, context), context)
 
-        async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
-            self._silent.pop(task, None)
-            async with aclosing(behaviour(request, context)) as replies:
+        async def stream(_: Any, context: Context) -> AsyncIterator[Any]:
+            message = await self._hear(task, context)
+            async with aclosing(behaviour(message, context)) as replies:
                 async for reply in replies:
                     yield reply
 
         is_generator = inspect.isasyncgenfunction(behaviour)  # as grpc.aio tells them apart
-        make = getattr(grpc, f"{name}_rpc_method_handler")
+        make = getattr(grpc, f"stream_{name.removeprefix('unary_')}_rpc_method_handler")
         listening: Handler = make(
             stream if is_generator else answer,
             handler.request_deserializer,
             handler.response_serializer,
         )
         return listening
+
+    async def _hear(self, task: asyncio.Task[Any], context: Context) -> Any:
+        """Read the message of a probe; one that gives way is refused meanwhile.
+
+        To end its task alone would not do: grpcio counts the call until it has a status.
+        """
+        try:
+            message = await read_message(context)
+        except asyncio.CancelledError:
+            if task in self._silent:  # its caller has gone
+                raise
+            await self._refuse(None, context)
+        self._silent.pop(task, None)
+        return message
 
     def _leave_call(self, _: object) -> None:
         """Give a place back."""
@@ -132,7 +146,7 @@ class CallLimit(grpc.aio.ServerInterceptor):
         self._silent.pop(task, None)
         self._places[True] += 1
 
-    async def _refuse(self, _: object, context: grpc.aio.ServicerContext[Any, Any]) -> NoReturn:
+    async def _refuse(self, _: object, context: Context) -> NoReturn:
         """End a call for which there is no place."""
         error = too_many_calls()
         code, message = to_status(error)

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 
 import grpc
 import pytest
 
-from benchmarks.frames import connect, huffman, read_status
+from benchmarks.frames import (
+    MAX_CONCURRENT_STREAMS,
+    SETTINGS,
+    connect,
+    frame,
+    huffman,
+    read_status,
+)
 from protos import horace_pb2 as pb
 
 EMBED = "/horace.v1.Horace/Embed"
@@ -120,6 +128,23 @@ def test_who_waits_for_a_stream_says_what_is_left_of_its_time():
         late = await call(type("At", (), {"address": address}), 3, b"", timeout_s=0.05)
         assert [code for code, *_ in late] == ["DEADLINE_EXCEEDED"] * 3
         await server.stop(None)
+
+    asyncio.run(main())
+
+
+def test_a_lost_connection_ends_every_call():
+    """Those that wait for a stream, too: none is begun on it, and none is forgotten."""
+
+    async def hang_up(reader, writer):
+        writer.write(frame(SETTINGS, 0, 0, struct.pack(">HI", MAX_CONCURRENT_STREAMS, 1)))
+        await reader.readuntil(b"grpc-timeout")
+        writer.close()
+
+    async def main():
+        async with await asyncio.start_server(hang_up, "127.0.0.1", 0) as server:
+            address = "127.0.0.1:{1}".format(*server.sockets[0].getsockname())
+            ended = await call(type("At", (), {"address": address}), 3, b"")
+        assert [code for code, *_ in ended] == ["UNAVAILABLE"] * 3
 
     asyncio.run(main())
 

@@ -349,3 +349,27 @@ def test_probes_that_never_ask_keep_no_place_from_those_that_do(
                 call.cancel()
 
     asyncio.run(main())
+
+
+@FRONTENDS
+def test_probes_that_never_ask_keep_no_place_of_grpcio_either(serving, fake, eventually, frontend):
+    """It counts calls that have no status yet, and refuses all others above a number of its own."""
+
+    async def main():
+        async with (
+            serving(fake, frontend=frontend, max_calls=4) as server,
+            grpc.aio.insecure_channel(server.address) as silence,
+            grpc.aio.insecure_channel(server.address, options=OWN_CONNECTION) as channel,
+        ):
+            watch = silence.stream_stream("/grpc.health.v1.Health/Watch")
+            silent = []
+            for _ in range(4):
+                silent.extend(watch() for _ in range(PROBES))
+                await eventually(lambda: sum(not call.done() for call in silent) <= PROBES)
+            health = health_pb2_grpc.HealthStub(channel)
+            assert (await health.Watch(health_pb2.HealthCheckRequest()).read()).status
+            await pb_grpc.HoraceStub(channel).ListModels(pb.ListModelsRequest(), timeout=20)
+            for call in silent:
+                call.cancel()
+
+    asyncio.run(main())

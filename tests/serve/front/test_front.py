@@ -500,6 +500,35 @@ def test_grpcio_reads_a_message_to_its_end_though_its_caller_has_gone():
     asyncio.run(main())
 
 
+def test_grpcio_sends_nothing_to_a_caller_who_has_gone_without_a_message():
+    """That none comes may be known before that nobody is there: what is sent then is kept."""
+    sent = []
+
+    class Call:
+        """A call that is over."""
+
+        async def read(self):
+            return grpc.aio.EOF
+
+        async def abort(self, *status):
+            sent.append(status)
+
+    async def find(details):
+        return grpc.unary_unary_rpc_method_handler(Parrot().say)
+
+    async def main():
+        handler = await grpcio.Whole().intercept_service(find, None)
+        task = asyncio.create_task(handler.stream_unary(None, Call()))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled()
+        assert sent == []
+
+    asyncio.run(main())
+
+
 def test_a_call_without_its_message_is_told_so(parrot):
     """At once, and not when its time is up."""
 
