@@ -32,7 +32,10 @@ CONNECTION_CALLS = 50
 UNDER_WAY = "under way"
 """What a process prints after its first reply."""
 
-NOT_CONNECTED = "connections to all backends failing"
+NOT_CONNECTED = re.compile(r"found \S+:N: ")
+"""The address at which no connection came about, as the client says it; of a call that had one it
+says none."""
+
 K = 5
 
 
@@ -82,7 +85,7 @@ class Seen:
         line = re.sub(r"\d+", "N", str(error).splitlines()[0])[:200]
         if STOPPING in line or isinstance(error, QueueFullError):
             self.refused += 1
-        elif isinstance(error, UnavailableError) and NOT_CONNECTED in line:
+        elif isinstance(error, UnavailableError) and NOT_CONNECTED.search(line):
             self.unheard += 1
         else:
             self.failed[f"{type(error).__name__}: {line}"] += 1

@@ -205,41 +205,36 @@ class Planner:
     ) -> Plan[list[EmbeddedItem]]:
         """Embed some images of an iterable, in one request; one that fails has items, too.
 
-        If the server takes less by now, in several.
+        In several where the server takes less than when they were put together.
         """
         deadline = self._deadline(timeout_s)
         try:
-            return (yield from self._embed_group(group, options, deadline))
-        except RequestError as error:
-            parts = yield from self._split(group, deadline)
-            if len(parts) == 1 and parts[0].refused == group.refused:
-                return failed_items(group, error)
+            plan = partial(self._embed_group, group, options, deadline)
+            return (yield from self._fit(plan, deadline))
         except ServeError as error:
             return failed_items(group, error)
-        items = []
-        for part in parts:
-            try:
-                items += yield from self._embed_group(part, options, deadline)
-            except ServeError as error:
-                items += failed_items(part, error)
-        return items
-
-    def _split(self, group: Group, deadline: Deadline) -> Plan[list[Group]]:
-        """Cut a group to what the server takes now; it stays whole where that cannot be known."""
-        try:
-            size = yield from self._ask_size(deadline)
-        except ServeError:
-            return [group]
-        return list(split(group, size))
 
     def _embed_group(
-        self, group: Group, options: EmbedOptions, deadline: Deadline
+        self, group: Group, options: EmbedOptions, deadline: Deadline, size: RequestSize
     ) -> Plan[list[EmbeddedItem]]:
-        """Embed some images of an iterable in one request."""
-        request = embed_request(group, options)
-        answer = yield from self._call("Embed", request, deadline, options.request_id)
-        reply = cast(pb.EmbedResponse, answer)
-        return items_of(group, read_embedded([reply], read_statuses(reply.statuses, group)))
+        """Embed some images of an iterable in requests of at most `size`.
+
+        Raises:
+            RequestError: the server takes less, or not what is asked of every image.
+        """
+        items = []
+        for part in split(group, size):
+            request = embed_request(part, options)
+            try:
+                answer = yield from self._call("Embed", request, deadline, options.request_id)
+            except RequestError:
+                raise
+            except ServeError as error:
+                items += failed_items(part, error)
+                continue
+            reply = cast(pb.EmbedResponse, answer)
+            items += items_of(part, read_embedded([reply], read_statuses(reply.statuses, part)))
+        return items
 
     def search(
         self, queries: Queries, options: SearchOptions, timeout_s: float | None

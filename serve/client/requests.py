@@ -365,13 +365,17 @@ class Grouper:
 
 
 def split(group: Group, size: RequestSize) -> Iterator[Group]:
-    """Cut a group anew, for a server that takes less than when it was made."""
+    """Cut a group anew, for a server that takes less than when it was made; else it stays."""
+    if len(group.images) <= size.images and group.size_bytes <= size.request_bytes:
+        yield group
+        return
     grouper = Grouper(size, first=group.first)
     for n, wire in enumerate(group.images):
         if refused := group.refused.get(n):
             yield from grouper.refuse(refused)
         else:
-            yield from grouper.add_wire(wire, wire.ByteSize() + IMAGE_OVERHEAD_BYTES)
+            payload = len(wire.encoded) + len(wire.raw.pixels)  # one of them is empty
+            yield from grouper.add_wire(wire, payload + IMAGE_OVERHEAD_BYTES)
     yield from grouper.end()
 
 

@@ -22,8 +22,8 @@ REFUSED = "Connection refused"
 NO_CONNECTION = "last error: "
 """What gRPC says before the reason why no connection came about."""
 
-ON_THE_WAY = re.compile("(?:[A-Z_]+: )?(?:ipv[46]:)?(.*)", re.DOTALL)
-"""A reason, behind the code and the kind of address that gRPC puts before it."""
+BEFORE_IT = re.compile("^(?:[A-Z_]+: )?(?:ipv[46]:)?")
+"""The code and the kind of address that gRPC puts before a reason."""
 
 NO_ADDRESS = re.compile(r"errors resolving .*\[field:hostname lookup error:(.*)\]", re.DOTALL)
 """What gRPC says of a name that nobody knows."""
@@ -54,9 +54,10 @@ def why(details: str) -> str:
     if unknown := NO_ADDRESS.fullmatch(details):
         return unknown[1]
     _, found, reason = details.partition(NO_CONNECTION)
-    if not found or not (told := ON_THE_WAY.fullmatch(reason)):
+    if not found:
         return details
-    return unquote(told[1]).replace("Failed to connect to remote host: ", "")
+    reason = BEFORE_IT.sub("", reason).replace("Failed to connect to remote host: ", "")
+    return unquote(reason)
 
 
 def handshake_mend(details: str, *, by_tls: bool, has_replied: bool) -> str | None:

@@ -50,7 +50,7 @@ def read_files(paths: Sequence[Path]) -> Iterator[ImageFile]:
             for record in FolderSource(path).records():
                 yield _read(record.read, str(Path(name) / record.key))
         except SourceError as error:
-            yield ImageFile(name=name, error=_unreadable(error))
+            yield ImageFile(name=name, error=_unreadable(error, name))
 
 
 def _read(read: Callable[[], ImageData], name: str) -> ImageFile:
@@ -61,14 +61,14 @@ def _read(read: Callable[[], ImageData], name: str) -> ImageFile:
         return ImageFile(name=name, error=error)
 
 
-def _unreadable(error: SourceError) -> ImageError:
+def _unreadable(error: SourceError, name: str) -> ImageError:
     """Say of one argument what is wrong with the folder that it names."""
     return ImageError(
         ImageFault.UNREADABLE,
-        error.what,
+        name,
         expected=error.expected,
         found=error.found,
-        mend=error.mend,
+        mend="check the path and its permissions",  # shards, which it may name, are not read here
     )
 
 

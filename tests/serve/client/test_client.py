@@ -98,6 +98,13 @@ def models_reply(images=1000, request_bytes=1 << 20):
     return pb.ListModelsResponse(models=[model])
 
 
+def embedded(call):
+    """Answer a request of images with a vector for each."""
+    n = len(call.request.images)
+    vectors = pb.Vectors(data=b"\0" * 4 * n, rows=n, dim=1)
+    return pb.EmbedResponse(vectors=vectors, statuses=[pb.ItemStatus()] * n)
+
+
 def test_a_server_that_comes_back_is_noticed_by_nobody():
     """Two failures, growing pauses, then the reply."""
     drive = Drive(UNAVAILABLE, BUSY, models_reply())
@@ -237,30 +244,36 @@ def test_a_server_that_takes_less_than_before_gets_less(refusal):
 
 
 @pytest.mark.parametrize(
-    ("takes", "codes", "requests"),
+    ("takes", "codes", "requests", "later"),
     [
-        ({"images": 2}, ["ok", "ok", "ok"], [2, 1]),
-        ({"request_bytes": 5000}, ["ok", "too_many_bytes", "ok"], [3]),
-        ({"images": 9}, ["request_failed"] * 3, []),
+        ({"images": 2}, ["ok", "ok", "ok"], [2, 1], [2, 1]),
+        ({"request_bytes": 5000}, ["ok", "too_many_bytes", "ok"], [3], [3]),
+        ({"images": 9}, ["request_failed"] * 3, [], [3]),
     ],
 )
-def test_a_group_is_cut_anew_for_a_server_that_takes_less(takes, codes, requests):
-    """An iterable goes on; what the limits are not to blame for is told."""
-    size = RequestSize(images=9, request_bytes=1 << 20)
+def test_a_group_is_cut_anew_for_a_server_that_takes_less(takes, codes, requests, later):
+    """An iterable goes on, and no further group is refused; what limits do not mend is told."""
+    refusal = Failure(grpc.StatusCode.INVALID_ARGUMENT, "images: expected 1 to 2 a request")
+    drive = Drive(models_reply(images=9), refusal, models_reply(**takes), embedded)
+    size = drive.run(drive.planner.request_size(9, 60))
     (group,) = group_images([b"1", b"2" * 2000, b"3"], size)
     group.first = 7
-
-    def answer(call):
-        n = len(call.request.images)
-        vectors = pb.Vectors(data=b"\0" * 4 * n, rows=n, dim=1)
-        return pb.EmbedResponse(vectors=vectors, statuses=[pb.ItemStatus()] * n)
-
-    refusal = Failure(grpc.StatusCode.INVALID_ARGUMENT, "images: expected 1 to 2 a request")
-    drive = Drive(refusal, models_reply(**takes), answer)
     items = drive.run(drive.planner.embed_group(group, EmbedOptions(), 60))
     assert [item.index for item in items] == [7, 8, 9]
     assert [item.status.code for item in items] == codes
-    assert [len(call.request.images) for call in drive.calls[2:]] == requests
+    assert [len(call.request.images) for call in drive.calls[3:]] == requests
+    drive.run(drive.planner.embed_group(group, EmbedOptions(), 60))
+    assert [len(call.request.images) for call in drive.calls[3 + len(requests) :]] == later
+
+
+def test_of_a_group_that_is_cut_anew_a_part_may_fail():
+    """And the others have their vectors."""
+    failure = Failure(grpc.StatusCode.INTERNAL, "internal error")
+    drive = Drive(models_reply(images=1), embedded, failure, embedded)
+    drive.run(drive.planner.request_size(9, 60))
+    (group,) = group_images([b"1", b"2", b"3"], RequestSize(images=9, request_bytes=1 << 20))
+    items = drive.run(drive.planner.embed_group(group, EmbedOptions(), 60))
+    assert [item.status.code for item in items] == ["ok", "request_failed", "ok"]
 
 
 def test_requests_fit_the_longest_vectors_of_any_collection():

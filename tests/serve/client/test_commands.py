@@ -119,8 +119,9 @@ def test_an_array_is_of_one_encoder(command, serving, fake, stored, tmp_path):
 def test_what_cannot_be_read_loses_nothing_else(command, serving, fake, stored, tmp_path):
     """A file that is not there, a name that is none, a folder without images: each has a line."""
     nowhere, nameless = tmp_path / "nowhere.png", tmp_path / ("n" * 300)
-    empty, odd = tmp_path / "empty", tmp_path / "odd\udcff.png"
+    empty, odd = tmp_path / "empty\udcff", tmp_path / "odd\udcff.png"
     empty.mkdir()
+    (empty / "a.tar").touch()
     odd.write_bytes(stored.files[0].read_bytes())
     out = tmp_path / "vectors.npy"
     files = (nowhere, stored.files[0], nameless, empty, odd)
@@ -144,7 +145,9 @@ def test_what_cannot_be_read_loses_nothing_else(command, serving, fake, stored, 
     assert messages[:2] == [
         f"{what}No such file or directory{mend}", f"{what}File name too long{mend}",
     ]  # fmt: skip
-    assert messages[2].startswith(f"image folder {empty}: expected images ")
+    assert lines[3]["file"] == f"{tmp_path}/empty\\xff"
+    assert messages[2].startswith("expected images (")
+    assert messages[2].endswith(f", found 1 other files: 1 .tar{mend}")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,13 @@ from PIL import Image
 from models.errors import UsageError
 from protos import horace_pb2 as pb
 from serve.client import AsyncClient, Client, Combination, EmbedResult
-from serve.client.requests import RequestSize, SearchOptions, group_images, make_queries
+from serve.client.requests import (
+    RequestSize,
+    SearchOptions,
+    group_images,
+    make_queries,
+    split,
+)
 from serve.client.results import OK_STATUS, Timings
 
 
@@ -31,6 +37,16 @@ def test_groups_keep_every_image_in_order_within_the_servers_limits(sizes, most)
     assert sent == [image if len(image) + 64 <= 2000 else b"" for image in images]
     refused = [n in g.refused for g in groups for n in range(len(g.images))]
     assert refused == [len(image) + 64 > 2000 for image in images]
+
+
+@pytest.mark.parametrize("image", [b"1" * 1000, np.zeros((20, 50), np.uint8)])
+def test_a_group_is_cut_anew_as_it_was_cut(image):
+    """To the byte: an image that just goes into a request does so then, too."""
+    (group,) = group_images([image] * 2, RequestSize(images=9, request_bytes=1 << 20))
+    parts = list(split(group, RequestSize(images=9, request_bytes=4096 + 64 + 1000)))
+    assert [(part.first, len(part.images), part.refused) for part in parts] == [
+        (0, 1, {}), (1, 1, {}),
+    ]  # fmt: skip
 
 
 def test_a_view_counts_by_its_bytes():
