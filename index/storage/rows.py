@@ -115,8 +115,8 @@ def metadata_to_json(metadata: Mapping[str, object]) -> dict[str, Json]:
 
 def read_rows(table: pa.Table) -> list[Row]:
     """Turn a table of metadata into rows; what Python cannot hold is None."""
-    names = metadata_columns(table.schema)
-    columns = [cast(Any, held_or_null(table[name])).to_pylist() for name in names]
+    table, names = held_or_null(table), metadata_columns(table.schema)
+    columns = [table[name].to_pylist() for name in names]
     core = [table[name].to_pylist() for name in ROW_SCHEMA.names]
     digests = table[DIGEST].to_pylist() if DIGEST in table.column_names else [None] * len(table)
     further = zip(*columns, strict=True) if columns else (() for _ in range(len(table)))
@@ -166,12 +166,14 @@ def first_unheld(column: Column) -> str | None:
     return str(pc.cast(unheld[:1], pa.string())[0]) if len(unheld) else None
 
 
-def held_or_null(column: Column) -> Column:
-    """Give a column with null for such dates and times, which older collections may have."""
-    is_unheld = _is_unheld(column)
-    if is_unheld is None:
-        return column
-    return cast(Column, pc.if_else(is_unheld, pa.scalar(None, column.type), column))
+def held_or_null(table: pa.Table) -> pa.Table:
+    """Give a table with null for such dates and times, which older collections may have."""
+    for place, column in enumerate(table.columns):
+        is_unheld = _is_unheld(column)
+        if is_unheld is not None:
+            held: Any = pc.if_else(is_unheld, pa.scalar(None, column.type), column)
+            table = table.set_column(place, table.field(place), held)
+    return table
 
 
 def _is_unheld(column: Column) -> Any:
