@@ -149,9 +149,7 @@ def take_rows(table: pa.Table, rows_M: NDArray[np.int64]) -> pa.Table:
         batches[owner].take(rows_M[mine] - starts[owner])
         for owner, mine in zip(owners, np.split(order_M, firsts[1:]), strict=True)
     ]
-    places_M = np.empty(len(rows_M), np.int64)
-    places_M[order_M] = np.arange(len(rows_M))
-    return pa.Table.from_batches(pieces, table.schema).take(places_M)
+    return pa.Table.from_batches(pieces, table.schema).take(np.argsort(order_M))
 
 
 def first_unheld(column: Column) -> str | None:
