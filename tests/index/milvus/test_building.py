@@ -90,6 +90,10 @@ def test_a_local_file_that_is_none_or_that_is_open_elsewhere_is_said_in_a_line(
         CollectionError, match="#photos: expected a file of Milvus Lite, found none"
     ):
         open_collection(f"milvus:{file}#photos")
+    with pytest.raises(
+        CollectionError, match=r"localhost:19530 is illegal, needs start with .*http"
+    ):
+        open_collection("milvus:localhost:19530#photos")
     assert not file.exists()
     file.mkdir()
     with (file / "LOCK").open("w") as lock:
