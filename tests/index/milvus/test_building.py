@@ -284,6 +284,19 @@ def test_a_build_that_is_given_up_when_it_had_the_name_takes_along_what_had_it_b
     assert (build(anew).images, len(named())) == (12, 1)
 
 
+def test_a_build_goes_on_after_another_replaced_it(
+    options: BuildOptions, kill: Callable[..., None], named: Callable[[], list[str]]
+) -> None:
+    """Each of the two has replaced the other: the one that has the name stays."""
+    kill("create_alias", options)
+    out = options.target.with_name("other")
+    build(dataclasses.replace(options, out=out, name=options.target.name, replace=True))
+    summary = build(dataclasses.replace(options, replace=True))
+    assert (summary.images, len(named())) == (12, 1)
+    with closing(open_collection(summary.collection)) as stored:
+        assert stored.count == 12
+
+
 def test_of_two_builds_of_a_new_name_the_later_replaces_nothing(
     options: BuildOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
