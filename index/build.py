@@ -48,7 +48,7 @@ from index.storage.manifest import MANIFEST_FILE, Manifest, write_manifest
 from index.storage.publishing import put_in_place
 from index.storage.writer import CollectionWriter
 from models.bundle import Json
-from models.command import run_command
+from models.command import run_command, shown
 from models.cpu import cpu_budget
 from models.encoder import Encoder, open_encoder
 from models.errors import HoraceError, UsageError, reason_of
@@ -190,7 +190,7 @@ def _opened(options: BuildOptions) -> Iterator[tuple[ImageSource, Encoder, RunKe
     source = open_source(options.images)
     with closing(open_encoder(options.encoder, threads=ENCODE_THREADS)) as encoder:
         if ignored := describe_ignored(source):
-            log.info("%s: %s", source.uri, ignored)
+            log.info("%s: %s", source.uri, shown(ignored))
         key = RunKey(
             source=source.uri,
             source_count=source.count(),

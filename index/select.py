@@ -105,22 +105,24 @@ def main(options: SelectOptions) -> None:
     with Collection.open(options.collection) as collection:
         pool = make_pool(collection, options)
         if not pool.free.size:
-            raise nothing_to_choose(collection, options)
+            raise nothing_to_choose(collection, options, is_labelled=bool(pool.is_taken_N.any()))
         choice = METHODS[options.method](pool, options.budget, options.seed)
         _write(options.out, collection, options, choice)
         document = _document(collection, options, pool, choice)
     print(json.dumps(document, indent=2) if options.json else _as_text(document, options))
 
 
-def nothing_to_choose(collection: Collection, options: SelectOptions) -> UsageError:
+def nothing_to_choose(
+    collection: Collection, options: SelectOptions, *, is_labelled: bool
+) -> UsageError:
     """Make the error for a collection without an image to choose, by what was left out of it."""
-    is_labelled = not options.ignore_labels and any(one is not None for one in collection.labels())
+    by_source = not options.ignore_labels and any(one is not None for one in collection.labels())
     return UsageError(
         f"images of collection {collection.name}" + (" without a label" if is_labelled else ""),
         expected="at least 1" + ("" if options.filter is None else " that passes the filter"),
         found="none",
         mend="labels of the source count: --ignore-labels does as if there were none"
-        if is_labelled
+        if by_source
         else None,
     )
 

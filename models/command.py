@@ -32,8 +32,9 @@ Options = TypeVar("Options")
 LOG_EVERY_S = 10.0
 """Seconds between two progress lines where there is no terminal."""
 
-_CONTROLS = ("Cc", "Zl", "Zp")
-"""Categories of what moves a terminal's cursor or ends a line; a narrow blank does not."""
+_CONTROLS = ("Cc", "Cs", "Zl", "Zp")
+"""Categories of what moves a terminal's cursor, ends a line, or is a byte that is no text; a narrow
+blank is none of it."""
 
 log = logging.getLogger("horace")
 
@@ -79,7 +80,7 @@ def run_command(
         if debug:
             raise
         let_go_of_stdout()
-        print(f"{prog}: {_one_line(str(error))}", file=sys.stderr)
+        print(f"{prog}: {shown(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt as interrupt:
         let_go_of_stdout()
@@ -92,14 +93,9 @@ def run_command(
             raise
         let_go_of_stdout()
         name = "" if error.filename is None else f"{error.filename}: "
-        print(f"{prog}: {_one_line(f'{name}{reason_of(error)}')}", file=sys.stderr)
+        print(f"{prog}: {shown(f'{name}{reason_of(error)}')}", file=sys.stderr)
         return 1
     return 0
-
-
-def _one_line(text: str) -> str:
-    """Write out the line breaks and other control characters of names in a text."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def let_go_of_stdout() -> None:
@@ -114,8 +110,6 @@ def let_go_of_stdout() -> None:
 
 def shown(text: str) -> str:
     """Write out line breaks and other control characters, which names of files may have."""
-    if text.isprintable():
-        return text
     return "".join(
         c.encode("unicode_escape").decode() if unicodedata.category(c) in _CONTROLS else c
         for c in text

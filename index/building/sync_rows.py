@@ -1,9 +1,9 @@
 """The rows that a sync writes: stored metadata under a key, label and digest of now.
 
 Rules:
-    Metadata stays with its image; a table that is given again has the last word. A date that may
-    not come in any more, as older collections have, is null from then on.
-    Rows of which nothing is another are not written.
+    Metadata stays with its image; a table that is given again has the last word.
+    Rows of which nothing is another are not written. A date that may not come in any more, as
+    older collections have, is null once its row is.
 """
 
 from __future__ import annotations
@@ -57,9 +57,7 @@ class RowMaker:
         for name, values in columns.items():
             place = table.column_names.index(name)
             table = table.set_column(place, name, pa.array(values, pa.string()))
-        table = table.drop_columns(["id"])
-        for place, name in enumerate(table.column_names):
-            table = table.set_column(place, name, held_or_null(table[name]))
+        table = held_or_null(table.drop_columns(["id"]))
         return table if self.metadata is None else self.metadata.join(table)
 
     def find_updated(self, seen: Sequence[Seen], rows: Sequence[int]) -> tuple[pa.Table, list[int]]:
@@ -75,7 +73,7 @@ class RowMaker:
             [one.label for one in seen],
             [one.digest for one in seen],
         )
-        old = self.table.take(pa.array(rows, pa.int64()))
+        old = held_or_null(self.table.take(pa.array(rows, pa.int64())))
         is_other_N = np.zeros(len(rows), np.bool_)
         for name in new.column_names:
             is_other_N |= _differs(new[name], old[name] if name in old.column_names else None)

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Sequence
 
 from index.collection import Row
+from models.command import shown
 from models.errors import ImageError, SourceError
 from models.image_source import ImageData, ImageSource
 from models.images import open_source
@@ -35,7 +36,7 @@ class StoredImages:
             try:
                 self._sources[row.source] = open_source(row.source)
             except SourceError as error:
-                log.warning("%s", error)
+                log.warning("%s", shown(str(error)))
                 self._sources[row.source] = None
         source = self._sources[row.source]
         return None if source is None else source.load(row.key)
@@ -48,6 +49,6 @@ def load_images(rows: Sequence[Row], stored: StoredImages) -> list[ImageData | N
         try:
             images.append(stored.load(row))
         except (ImageError, SourceError) as error:
-            log.warning("%s", error)
+            log.warning("%s", shown(str(error)))
             images.append(None)
     return images

@@ -175,14 +175,14 @@ def _report(
             for _, votes_BC in blocks
         ]
     )
-    confusion_CC = confusion_matrix(task.truth_Q, predicted_Q, len(task.classes))
-    counts_C = np.bincount(task.truth_Q[task.truth_Q >= 0], minlength=len(task.classes))
     if n_voteless := int((predicted_Q == MISSING).sum()):
         notes.append(
             f"{n_voteless} queries have no labelled neighbour among {HEADLINE_K} and count as wrong"
         )
-    is_kept = len(task.classes) <= MAX_CONFUSION_CLASSES
-    if not is_kept:
+    confusion = []
+    if len(task.classes) <= MAX_CONFUSION_CLASSES:
+        confusion = confusion_matrix(task.truth_Q, predicted_Q, len(task.classes)).tolist()
+    else:
         notes.append(f"the confusion matrix is left out: there are {len(task.classes):,} classes")
     rows, digests = [], stored_digests(collection)
     if options.baselines:
@@ -209,8 +209,8 @@ def _report(
         duplicates=None
         if in_bank is None
         else sum(digest in in_bank for digest in queries.digests),
-        per_class=class_scores(confusion_CC, task.classes, counts_C),
-        confusion=confusion_CC.tolist() if is_kept else [],
+        per_class=class_scores(task.truth_Q, predicted_Q, task.classes),
+        confusion=confusion,
         notes=notes,
         versions=versions(),
     )

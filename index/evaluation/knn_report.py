@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from index.evaluation.knn_scores import Accuracy, ClassScore
+from models.command import shown
 
 MAX_PRINTED_CLASSES = 20
 """A wider confusion matrix fits no terminal; the picture and the JSON have all of it."""
@@ -198,26 +199,28 @@ def _remarks(report: KnnReport) -> str:
 
 def _class_table(report: KnnReport) -> str:
     """Lay out the classes, the worst first."""
-    width = max(5, *(len(label) for label in report.classes))
+    width = max(5, *(len(shown(label)) for label in report.classes))
     lines = [f"  {'class':<{width}}{'n':>7}{'top-1 %':>9}  most confused with"]
     order = sorted(report.per_class, key=lambda one: (one.accuracy is None, one.accuracy))
     for one in order:
         accuracy = "-" if one.accuracy is None else f"{100 * one.accuracy:.2f}"
         confused = "" if one.confused_with is None else f"{one.confused_with} ({one.n_confused})"
-        lines.append(f"  {one.label:<{width}}{one.n:>7}{accuracy:>9}  {confused}".rstrip())
+        line = f"  {shown(one.label):<{width}}{one.n:>7}{accuracy:>9}  {shown(confused)}"
+        lines.append(line.rstrip())
     return "\n".join(lines)
 
 
 def _confusion_table(report: KnnReport) -> str:
     """Lay out the confusion matrix, columns numbered as its rows are, which have the names."""
-    width = max(6, *(len(label) for label in report.classes))
+    labels = [shown(label) for label in report.classes]
+    width = max(6, *map(len, labels))
     cell = max(6, *(len(str(count)) + 2 for row in report.confusion for count in row))
     columns = "".join(f"{n:>{cell}}" for n in range(len(report.classes)))
     lines = [
         "  rows are true classes, columns predicted ones, by the numbers of the rows",
         f"  {'':<{width + 4}}{columns}",
     ]
-    for n, (label, row) in enumerate(zip(report.classes, report.confusion, strict=True)):
+    for n, (label, row) in enumerate(zip(labels, report.confusion, strict=True)):
         counts = "".join(f"{count or '.':>{cell}}" for count in row)
         lines.append(f"  {n:>2}  {label:<{width}}{counts}")
     return "\n".join(line.rstrip() for line in lines)

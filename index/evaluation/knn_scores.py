@@ -129,29 +129,36 @@ def confusion_matrix(
 
 
 def class_scores(
-    confusion_CC: NDArray[np.int64], classes: Sequence[str], counts_C: NDArray[np.int64]
+    truth_Q: NDArray[np.int64], predicted_Q: NDArray[np.int64], classes: Sequence[str]
 ) -> list[ClassScore]:
-    """Read each class's accuracy and worst confusion off the confusion matrix.
+    """Give each class's accuracy and worst confusion, the first of those that are as bad.
 
     Args:
-        confusion_CC: of `confusion_matrix`.
-        classes: their labels.
-        counts_C: queries of each class; one without a prediction is in no cell, and wrong.
+        truth_Q: class number of each query; below 0 for those of no class, which are left out.
+        predicted_Q: what was predicted; below 0 for nothing, which is wrong.
+        classes: labels, by their numbers.
     """
+    n_classes = len(classes)
+    is_right_Q = truth_Q == predicted_Q
+    counts_C = np.bincount(truth_Q[truth_Q >= 0], minlength=n_classes)
+    right_C = np.bincount(truth_Q[is_right_Q & (truth_Q >= 0)], minlength=n_classes)
+    is_confused_Q = ~is_right_Q & (truth_Q >= 0) & (predicted_Q >= 0)
+    cells = truth_Q[is_confused_Q] * n_classes + predicted_Q[is_confused_Q]
+    worst: dict[int, tuple[int, str | None]] = {}
+    for cell, n_confused in zip(*np.unique(cells, return_counts=True), strict=True):
+        true, predicted = divmod(int(cell), n_classes)
+        if n_confused > worst.get(true, (0, None))[0]:
+            worst[true] = int(n_confused), classes[predicted]
     scores = []
     for number, label in enumerate(classes):
-        row = confusion_CC[number]
-        n = int(counts_C[number])
-        others = row.copy()
-        others[number] = 0
-        worst = int(others.argmax())
+        n, (n_confused, confused_with) = int(counts_C[number]), worst.get(number, (0, None))
         scores.append(
             ClassScore(
                 label=label,
                 n=n,
-                accuracy=float(row[number] / n) if n else None,
-                confused_with=classes[worst] if others[worst] else None,
-                n_confused=int(others[worst]),
+                accuracy=float(right_C[number] / n) if n else None,
+                confused_with=confused_with,
+                n_confused=n_confused,
             )
         )
     return scores

@@ -18,6 +18,7 @@ from index.errors import EvaluationError
 from index.evaluation.baselines import Seen
 from index.evaluation.knn_scores import Accuracy, accuracies, number_labels
 from index.knn import MISSING
+from models.command import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +120,7 @@ def _label_notes(
     if queries.rejects:
         first = queries.rejects[0]
         notes.append(
-            f"{len(queries.rejects)} queries could not be read, the first {first.key}: "
+            f"{len(queries.rejects)} queries could not be read, the first {shown(first.key)}: "
             f"{first.message}"
         )
     if not labelled_Q.all():
@@ -148,4 +149,4 @@ def _require_labels(what: str, labels: list[str], mend: str) -> None:
 def _some(labels: list[str]) -> str:
     """List the first few labels."""
     more = f" and {len(labels) - 5} more" if len(labels) > 5 else ""
-    return ", ".join(labels[:5]) + more
+    return shown(", ".join(labels[:5])) + more

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from index.evaluation.retrieval_scores import MAP_AT_R, MEASURES
+from models.command import shown
 
 CLASS_COLUMNS = ("P@1", MAP_AT_R, "R-precision", "nDCG@10")
 """What the table of classes shows; the JSON has every measure."""
@@ -160,7 +161,7 @@ def _remarks(report: RetrievalReport) -> str:
     """Say what is suspicious, and what was left out."""
     found = report.duplicates
     lines = [
-        f"worst class: {report.worst_class}",
+        f"worst class: {shown(report.worst_class)}",
         f"{found.same_vector} queries ({found.same_vector / report.n_queries:.2%}) have a "
         "neighbour of the same vector",
     ]
@@ -179,7 +180,7 @@ def _remarks(report: RetrievalReport) -> str:
 
 def _class_table(report: RetrievalReport) -> str:
     """Lay out the classes, the worst first."""
-    width = max(5, *(len(one.label) for one in report.per_class))
+    width = max(5, *(len(shown(one.label)) for one in report.per_class))
     heads = "".join(f"{name + ' %':>15}" for name in CLASS_COLUMNS)
     lines = [f"  {'class':<{width}}{'queries':>9}{'images':>9}{heads}"]
     for one in sorted(report.per_class, key=_from_worst):
@@ -187,7 +188,7 @@ def _class_table(report: RetrievalReport) -> str:
             "-" if one.means is None else f"{100 * one.means[name]:.2f}" for name in CLASS_COLUMNS
         ]
         lines.append(
-            f"  {one.label:<{width}}{one.n_queries:>9,}{one.n_images:>9,}"
+            f"  {shown(one.label):<{width}}{one.n_queries:>9,}{one.n_images:>9,}"
             + "".join(f"{cell:>15}" for cell in cells)
         )
     return "\n".join(lines)

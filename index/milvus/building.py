@@ -197,8 +197,10 @@ def _give_name(client: MilvusClient, address: MilvusAddress, name: str, *, repla
             raise _taken(address)
         client.alter_collection_properties(name, {REPLACES: before})
         client.alter_alias(name, address.name)
-    left, old = [], _replaced(client, name)
-    while old is not None and client.has_collection(old):
+    left: list[str] = []
+    old = _replaced(client, name)
+    # A run that goes on after another replaced it has replaced that one, and been replaced by it.
+    while old is not None and old not in (name, *left) and client.has_collection(old):
         left.append(old)
         old = _replaced(client, old)
     for old in reversed(left):  # the one that names another goes after it

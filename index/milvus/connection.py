@@ -93,8 +93,8 @@ def read_address(address: str) -> MilvusAddress:
 
 
 def is_file(uri: str) -> bool:
-    """Tell whether it is the path of a file of Milvus Lite."""
-    return "://" not in uri and not uri.startswith("unix:")
+    """Tell whether it is the path of a file of Milvus Lite, as pymilvus does."""
+    return uri.endswith(".db")
 
 
 def _is_uri(uri: str) -> bool:

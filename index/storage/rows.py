@@ -115,8 +115,8 @@ def metadata_to_json(metadata: Mapping[str, object]) -> dict[str, Json]:
 
 def read_rows(table: pa.Table) -> list[Row]:
     """Turn a table of metadata into rows; what Python cannot hold is None."""
-    names = metadata_columns(table.schema)
-    columns = [cast(Any, held_or_null(table[name])).to_pylist() for name in names]
+    table, names = held_or_null(table), metadata_columns(table.schema)
+    columns = [table[name].to_pylist() for name in names]
     core = [table[name].to_pylist() for name in ROW_SCHEMA.names]
     digests = table[DIGEST].to_pylist() if DIGEST in table.column_names else [None] * len(table)
     further = zip(*columns, strict=True) if columns else (() for _ in range(len(table)))
@@ -149,9 +149,7 @@ def take_rows(table: pa.Table, rows_M: NDArray[np.int64]) -> pa.Table:
         batches[owner].take(rows_M[mine] - starts[owner])
         for owner, mine in zip(owners, np.split(order_M, firsts[1:]), strict=True)
     ]
-    places_M = np.empty(len(rows_M), np.int64)
-    places_M[order_M] = np.arange(len(rows_M))
-    return pa.Table.from_batches(pieces, table.schema).take(places_M)
+    return pa.Table.from_batches(pieces, table.schema).take(np.argsort(order_M))
 
 
 def first_unheld(column: Column) -> str | None:
@@ -166,12 +164,14 @@ def first_unheld(column: Column) -> str | None:
     return str(pc.cast(unheld[:1], pa.string())[0]) if len(unheld) else None
 
 
-def held_or_null(column: Column) -> Column:
-    """Give a column with null for such dates and times, which older collections may have."""
-    is_unheld = _is_unheld(column)
-    if is_unheld is None:
-        return column
-    return cast(Column, pc.if_else(is_unheld, pa.scalar(None, column.type), column))
+def held_or_null(table: pa.Table) -> pa.Table:
+    """Give a table with null for such dates and times, which older collections may have."""
+    for place, column in enumerate(table.columns):
+        is_unheld = _is_unheld(column)
+        if is_unheld is not None:
+            held: Any = pc.if_else(is_unheld, pa.scalar(None, column.type), column)
+            table = table.set_column(place, table.field(place), held)
+    return table
 
 
 def _is_unheld(column: Column) -> Any:

@@ -3,6 +3,7 @@ import errno
 import html.parser
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -170,8 +171,8 @@ def test_a_source_that_is_away_is_said_once(duplicates, with_copies, tmp_path, c
     assert caplog.text.count(f"image folder {folder}: expected a folder, found nothing") == 1
 
 
-def test_a_name_forges_no_line(duplicates, bundle, new_folder, tmp_path):
-    """Nor does it reach the terminal."""
+def test_a_name_forges_no_line(duplicates, bundle, new_folder, tmp_path, caplog):
+    """Nor does it reach the terminal, of an image that cannot be read any more either."""
     folder = new_folder(per_class=1)
     picture = Image.open(folder / "red/000.png")
     picture.save(folder / "red/001\n  1.0000  forged\x1b[2J.png")
@@ -179,6 +180,10 @@ def test_a_name_forges_no_line(duplicates, bundle, new_folder, tmp_path):
     build(BuildOptions(images=str(folder), encoder=str(bundle.path), out=out))
     _, text, _ = duplicates(out, "--threshold", 0.9999)
     assert text.splitlines()[3:] == ["  1.0000  red/001\\n  1.0000  forged\\x1b[2J.png"]
+    shutil.rmtree(folder / "red")
+    duplicates(out, "--threshold", 0.9999, "--out", tmp_path / "report")
+    assert "red/001\\n  1.0000  forged\\x1b[2J.png: expected" in caplog.text
+    assert "\x1b" not in caplog.text
 
 
 def test_few_groups_are_shown_of_many(duplicates, with_copies):

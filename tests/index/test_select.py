@@ -113,6 +113,17 @@ def test_where_nothing_is_labelled_labels_are_not_blamed(select, built, copy_col
     assert err.endswith("colours: expected at least 1 that passes the filter, found none\n")
 
 
+def test_where_all_is_labelled_by_a_list_it_is_said(select, built, tmp_path):
+    """And no labels of the source are blamed: there are none that count."""
+    assert select(built, "--out", tmp_path / "a.csv", "--ignore-labels", "--budget", 60)[0] == 0
+    args = ("--labels", tmp_path / "a.csv", "--ignore-labels")
+    status, _, err = select(built, "--out", tmp_path / "b.csv", *args)
+    assert status == 2
+    assert err.endswith(
+        "images of collection colours without a label: expected at least 1, found none\n"
+    )
+
+
 def test_labels_by_id_and_of_images_that_are_gone(select, built, tmp_path, caplog):
     """Some unknown ones are counted; a spreadsheet's byte order mark is no part of a name."""
     select(

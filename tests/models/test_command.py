@@ -167,7 +167,7 @@ def test_help_names_debug(capsys):
 
 def test_a_name_is_shown_on_its_line():
     """What would end it, or moves the cursor, is written out; every other sign stays."""
-    assert shown("a\nb\x1b[31m\u2028c\x9b") == "a\\nb\\x1b[31m\\u2028c\\x9b"
+    assert shown("a\nb\x1b[31m\u2028c\x9b\udc9b") == "a\\nb\\x1b[31m\\u2028c\\x9b\\udc9b"
     for name in ("größe 画像.png", "at 3.04\u202fPM.png", "👩\u200d🔬.png"):
         assert shown(name) == name
 

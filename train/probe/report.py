@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from index.evaluation.knn_scores import ClassScore, class_scores, confusion_matrix
+from index.evaluation.knn_scores import ClassScore, class_scores
 from models.bundle import Json
 from models.errors import reason_of
 from models.files import atomic_file
@@ -143,9 +143,7 @@ def score_classes(
     An image with a score that is not a number is taken for no class, and is wrong.
     """
     predicted_N = np.where(np.isnan(scores_NC).any(axis=1), -1, scores_NC.argmax(axis=1))
-    confusion_CC = confusion_matrix(truth_N, predicted_N, len(class_names))
-    counts_C = np.bincount(truth_N[truth_N >= 0], minlength=len(class_names))
-    return class_scores(confusion_CC, class_names, counts_C)
+    return class_scores(truth_N, predicted_N, class_names)
 
 
 def as_text(report: ProbeReport) -> str:

@@ -65,6 +65,8 @@ def test_a_date_that_may_not_come_in_any_more_is_null_once_its_row_is_written(
     for name in ("00", "02"):
         picture(folder / "a" / f"{name}.png", 251)
     assert facts(sync(options)) == {"changed": 2, "unchanged": 10, "embedded": 2, "read": 12}
+    pq.write_table(pa.table({"key": keys[1:2], "note": ["new"]}), table)
+    assert facts(sync(dataclasses.replace(options, metadata=table)))["updated"] == 1
     with Collection.open(options.out) as collection:
         kept = collection.table(["key", "day"])
     is_day = dict(zip(kept["key"].to_pylist(), kept["day"].is_valid().to_pylist(), strict=True))

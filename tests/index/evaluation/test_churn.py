@@ -1,11 +1,14 @@
 from contextlib import closing
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from index.collection import Collection
 from index.errors import EvaluationError
 from index.evaluation.churn import churned
+from index.storage import incoming
+from index.storage.writer import CollectionWriter
 
 
 def contents(collection):
@@ -43,6 +46,21 @@ def test_images_go_and_come_back(tmp_path, make_collection, unit_rows):
         assert next(steps, None) is None
     assert list(scratch.iterdir()) == []
     assert files(path) == before
+
+
+def test_images_come_back_without_dates_that_may_not_come_in_any_more(
+    tmp_path, make_collection, unit_rows, monkeypatch
+):
+    """As older collections have, of years beyond 9999: what is measured are vectors."""
+    path = make_collection(tmp_path / "c", unit_rows(3, 8))
+    days = pa.array([3_000_000], pa.int32()).cast(pa.date32())
+    rows = pa.table({"key": ["x"], "source": ["s"], "label": ["a"], "day": days})
+    with CollectionWriter.open(path) as writer, monkeypatch.context() as patch:
+        patch.setattr(incoming, "first_unheld", lambda _: None)
+        writer.add(rows, unit_rows(1, 8), fingerprint=writer.collection.fingerprint)
+    with Collection.open(path) as collection:
+        _, (_, copy) = churned(collection, 0.99, seed=0, scratch=None, threads=1)
+        assert copy.count == 4
 
 
 def test_what_is_deleted_is_the_seeds(tmp_path, make_collection, unit_rows):

@@ -251,6 +251,19 @@ def test_labels_that_differ_are_noted(tmp_path, bundle, built, new_folder, capsy
     assert "no query is of 1 classes: red" in notes
 
 
+def test_a_label_forges_no_line(tmp_path, bundle, new_folder, capsys):
+    """Of the tables of classes; folders' names are labels."""
+    folder, out = new_folder(), tmp_path / "c"
+    (folder / "red").rename(folder / "red\n  blue  \x1b[2J")
+    build(BuildOptions(images=str(folder), encoder=str(bundle.path), out=out))
+    images = ("--images", str(folder), "--no-baselines")
+    for command, times in ((("knn", *images), 2), (("retrieval",), 1)):
+        assert run([command[0], "--collection", str(out), *command[1:]]) == 0
+        text = capsys.readouterr().out
+        assert text.count("red\\n  blue  \\x1b[2J  ") == times
+        assert "\x1b" not in text
+
+
 def test_queries_that_nobody_votes_for_are_wrong(tmp_path, bundle, new_folder, test_folder):
     """In the table of classes as in the headline: the neighbours of the blue ones have no label."""
     folder = new_folder(per_class=25)

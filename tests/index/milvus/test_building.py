@@ -90,6 +90,10 @@ def test_a_local_file_that_is_none_or_that_is_open_elsewhere_is_said_in_a_line(
         CollectionError, match="#photos: expected a file of Milvus Lite, found none"
     ):
         open_collection(f"milvus:{file}#photos")
+    with pytest.raises(
+        CollectionError, match=r"localhost:19530 is illegal, needs start with .*http"
+    ):
+        open_collection("milvus:localhost:19530#photos")
     assert not file.exists()
     file.mkdir()
     with (file / "LOCK").open("w") as lock:
@@ -278,6 +282,19 @@ def test_a_build_that_is_given_up_when_it_had_the_name_takes_along_what_had_it_b
     kill("alter_alias", again)
     anew = dataclasses.replace(again, restart=True)
     assert (build(anew).images, len(named())) == (12, 1)
+
+
+def test_a_build_goes_on_after_another_replaced_it(
+    options: BuildOptions, kill: Callable[..., None], named: Callable[[], list[str]]
+) -> None:
+    """Each of the two has replaced the other: the one that has the name stays."""
+    kill("create_alias", options)
+    out = options.target.with_name("other")
+    build(dataclasses.replace(options, out=out, name=options.target.name, replace=True))
+    summary = build(dataclasses.replace(options, replace=True))
+    assert (summary.images, len(named())) == (12, 1)
+    with closing(open_collection(summary.collection)) as stored:
+        assert stored.count == 12
 
 
 def test_of_two_builds_of_a_new_name_the_later_replaces_nothing(
