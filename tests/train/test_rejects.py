@@ -27,20 +27,22 @@ def test_an_image_is_counted_once_by_many_threads(caplog: pytest.LogCaptureFixtu
         caplog.at_level(logging.WARNING, logger="horace"),
         ThreadPoolExecutor(4) as pool,
     ):
-        list(pool.map(lambda i: rejects.add(reject(f"{i % 3}.jpg")), range(60)))
+        list(pool.map(lambda i: rejects.add(i % 3, reject(f"{i % 3}.jpg")), range(60)))
     assert repr(rejects) == "Rejects('folder:/x', 3 of 10)"
     assert [found.key for found in rejects.all()] == ["0.jpg", "1.jpg", "2.jpg"]
     assert rejects.faults() == {"corrupt": 3}
+    assert 1 in rejects
+    assert 7 not in rejects
     assert len(caplog.records) == 1
 
 
 def test_half_may_be_broken_and_no_more() -> None:
     """Beyond that it is the source that is wrong, and the error shows one of the faults."""
     rejects = Rejects("folder:/x", 4)
-    rejects.add(reject("a"))
-    rejects.add(reject("b"))
+    rejects.add(0, reject("a"))
+    rejects.add(1, reject("b"))
     with pytest.raises(TrainError) as error:
-        rejects.add(reject("c"))
+        rejects.add(2, reject("c"))
     assert str(error.value) == (
         "folder:/x: expected at least half of its images to be usable, found 3 of 4 that are "
         "not; the last: c: c is damaged; check that the path names whole images"

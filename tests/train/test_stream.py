@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from index.embed import Reject
 from models.errors import ImageError, ImageFault
 from models.images import ImageData, ImageRecord, open_source
 from train.data import reading
@@ -166,12 +167,31 @@ def test_the_next_usable_image_stands_in_for_a_damaged_one() -> None:
 
 def test_a_sound_image_outlives_a_damaged_one_of_its_name() -> None:
     """A shard may name two alike: what a batch holds depends on no other that was read before."""
-    catalogue = numbered(40, broken=(5,))
-    records = [replace(record, key="same") for record in catalogue.records]
-    alike = replace(catalogue, records=records)
+    alike = of_one_name(numbered(40, broken=(5,)))
     whole = streamed(alike)
     for first_step in (3, 11):
         assert same(streamed(alike, first_step=first_step), whole[first_step:])
+
+
+def of_one_name(catalogue: Catalogue) -> Catalogue:
+    """Call all images alike."""
+    records = [replace(record, key="same") for record in catalogue.records]
+    return replace(catalogue, records=records)
+
+
+def test_damaged_images_of_one_name_are_counted_each() -> None:
+    """Else a source of which most are damaged would not be refused, as it is in memory."""
+    with pytest.raises(TrainError, match="found 21 of 40 that are not; the last: same"):
+        streamed(of_one_name(numbered(40, range(21))))
+
+
+def test_what_was_found_damaged_before_is_not_read_again() -> None:
+    """As by a stream's first sample, which reads images as they will be served."""
+    rejects = Rejects("x", 40)
+    rejects.add(5, Reject(key="005", fault="corrupt", message="damaged"))
+    (batch, *_) = streamed(numbered(40), rejects=rejects, batch_size=40)
+    assert 5 not in rows_of(batch)
+    assert len(rejects) == 1
 
 
 def test_a_stream_of_mostly_damaged_images_is_refused() -> None:

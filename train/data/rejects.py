@@ -1,7 +1,8 @@
 """The images that were skipped while training: each counted once, kept in a file, and bounded.
 
 Rules:
-    An image is counted once, whichever thread and epoch meets it.
+    An image is counted once, whichever thread and epoch meets it: by its row, as a shard may name
+    two alike.
     Where more than half of the images cannot be used, the source is wrong, not an image, and
     the run ends, streamed or in memory. A source with fewer faults is never fatal.
     The file is written whole; what it held before is kept.
@@ -29,37 +30,40 @@ log = logging.getLogger("horace")
 
 
 class Rejects:
-    """The skipped images of one source, by key; safe to use from any thread.
+    """The skipped images of one source, by row; safe to use from any thread.
 
     Args:
         uri: of the source.
         images: how many images it has.
-        known: those that were found before there was anything to refuse.
+        known: those of a source in memory, whose rows are of its other images: it adds no more.
     """
 
     def __init__(self, uri: str, images: int, known: Iterable[Reject] = ()) -> None:
         self.uri, self._images = uri, images
         self._lock = threading.Lock()
-        self._by_key = {reject.key: reject for reject in known}
+        self._by_row = dict(enumerate(known))
+
+    def __contains__(self, row: int) -> bool:
+        return row in self._by_row
 
     def __len__(self) -> int:
-        return len(self._by_key)
+        return len(self._by_row)
 
     def __repr__(self) -> str:
         """Show how many there are, of how many."""
         return f"Rejects({self.uri!r}, {len(self)} of {self._images})"
 
-    def add(self, reject: Reject) -> None:
-        """Count an image as unusable, and log the first of them.
+    def add(self, row: int, reject: Reject) -> None:
+        """Count the image of a row as unusable, and log the first of them.
 
         Raises:
             TrainError: more than half of the images are unusable.
         """
         with self._lock:
-            if reject.key in self._by_key:
+            if row in self._by_row:
                 return
-            self._by_key[reject.key] = reject
-            count = len(self._by_key)
+            self._by_row[row] = reject
+            count = len(self._by_row)
         if count == 1:
             log.warning("%s: skipping %s: %s", self.uri, reject.key, reject.message)
         refuse_mostly_broken(self.uri, count, self._images, last=reject)
@@ -67,7 +71,7 @@ class Rejects:
     def all(self) -> tuple[Reject, ...]:
         """Give those found so far, sorted by key."""
         with self._lock:
-            return tuple(self._by_key[key] for key in sorted(self._by_key))
+            return tuple(sorted(self._by_row.values(), key=lambda reject: reject.key))
 
     def faults(self) -> dict[str, int]:
         """Count them by fault."""

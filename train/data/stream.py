@@ -62,7 +62,6 @@ class StreamSource:
         self.steps_per_epoch = plan.steps_per_epoch
         self._catalogue, self._plan = catalogue, plan
         self._make_views, self._rejects = make_views, rejects
-        self._damaged_rows: set[int] = set()  # not keys: a shard may name two images alike
         self._pool = single_threads(workers, "decode")
 
     def batches(self, first_step: int, total_steps: int) -> Iterator[Batch]:
@@ -91,7 +90,7 @@ class StreamSource:
         place = int(np.searchsorted(rows, wanted_row))
         for offset in range(len(rows)):
             row = int(rows[(place + offset) % len(rows)])
-            if row in self._damaged_rows:
+            if row in self._rejects:
                 continue
             record = self._catalogue.records[row]
             # By the row that is wanted: one that stands in, too, has views of its own.
@@ -99,8 +98,7 @@ class StreamSource:
             try:
                 return self._make_views(read_image(record), generator)
             except ImageError as error:
-                self._damaged_rows.add(row)
-                self._rejects.add(reject_of(record, error))
+                self._rejects.add(row, reject_of(record, error))
         raise AssertionError("`Rejects` refuses a source of which half is unusable")
 
 

@@ -322,7 +322,7 @@ def read_rows(
         outcomes = pool.map(lambda record: fit_record(record, spec), records)
         for i, outcome in enumerate(progress(outcomes, what="sampling", total=len(rows))):
             if isinstance(outcome, Reject):
-                rejects.add(outcome)
+                rejects.add(int(rows[i]), outcome)
                 if are_sample:
                     refuse_mostly_broken(rejects.uri, i + 1 - len(used), len(rows), last=outcome)
             else:

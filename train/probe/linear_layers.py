@@ -39,7 +39,7 @@ from train.probe.labelled import (
 from train.probe.options import LinearOptions
 from train.probe.probed import Probed, RunEncoder
 from train.probe.report import ProbeRow, Spread, score
-from train.probe.softmax import CChoice, SoftmaxModel, choose_c, counted, fit_softmax
+from train.probe.softmax import CChoice, SoftmaxModel, choose_c, counting, fit_softmax
 from train.probe.softmax_sgd import fit_sgd
 
 RANDOM_ROW = "random encoder"
@@ -279,7 +279,7 @@ def fit(
                 what=candidate.name,
             )
         log.info("fitting a layer on %s with C %g", candidate.name, choice.c)
-        with counted(f"fitting a layer on {candidate.name}", unit="step") as count:
+        with counting(f"fitting a layer on {candidate.name}", unit="step") as count:
             model = fit_softmax(
                 features_ND, labels_N, n_classes=n_classes, c=choice.c, after_step=lambda: count(1)
             )

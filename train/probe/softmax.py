@@ -280,7 +280,7 @@ def one_thread() -> Iterator[None]:
 
 
 @contextmanager
-def counted(what: str, *, unit: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+def counting(what: str, *, unit: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
     """Show the progress of what is no loop: gives a function that counts so many units as done.
 
     It is called with 0, too, so that a unit that takes long is seen to be at work.
@@ -345,7 +345,7 @@ def choose_c(
     model: SoftmaxModel | None = None
     tried: list[tuple[float, float]] = []
     least_loss, n_vain = math.inf, 0
-    with counted(f"choosing C for {what}", unit="value", total=len(grid)) as count:
+    with counting(f"choosing C for {what}", unit="value", total=len(grid)) as count:
         for c in sorted(grid):
             model = fit_softmax(
                 features_ND,
