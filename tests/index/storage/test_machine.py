@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from index.collection import Collection, id_of
 from index.storage.writer import CollectionWriter
 from index.verify import verify
+from models.command import counted
 
 FINGERPRINT, DIM = "f" * 64, 4
 KEYS = st.lists(st.integers(0, 11).map(str), min_size=1, max_size=4, unique=True)
@@ -96,7 +97,7 @@ class Machine(RuleBasedStateMachine):
         """The files are sound, nothing lies about, and old snapshots are as they were."""
         found = verify(self.directory / "c")
         assert (found.faults, found.unknown) == ([], [])
-        assert found.content == f"{len(self.model)} images"
+        assert found.content == counted(len(self.model), "image")
         for old, model in self.old:
             self.check(old, model)
 
