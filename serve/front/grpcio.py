@@ -95,54 +95,54 @@ class GrpcioFront:
         await self._server.stop(grace_s)
 
 
-class Whole(grpc.aio.ServerInterceptor):
-    """Has the message of a unary call read to its end, whatever becomes of the caller meanwhile."""
+class _OfUnary(grpc.aio.ServerInterceptor):
+    """Changes how unary calls are answered, and lets others pass."""
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler | None:
-        """Have a unary call answered as a stream of one message; on the wire they are the same."""
+        """Give the handler of a call; of streams each message would have to be looked at."""
         handler = await continuation(handler_call_details)
         if handler is None or handler.request_streaming or handler.response_streaming:
             return handler
-        behaviour: Any = handler.unary_unary
+        make, answer = self._change(handler.unary_unary)
+        return make(answer, handler.request_deserializer, handler.response_serializer)
+
+    def _change(self, behaviour: Any) -> tuple[Callable[..., Handler], Any]:
+        """Give what makes the handler, and what it is to do with a call."""
+        raise NotImplementedError
+
+
+class Whole(_OfUnary):
+    """Has the message of a call read to its end, whatever becomes of the caller meanwhile."""
+
+    def _change(self, behaviour: Any) -> tuple[Callable[..., Handler], Any]:
+        """Answer it as a stream of one message; on the wire they are the same."""
 
         async def answer(_: Any, context: Context) -> Any:
             return await behaviour(await read_message(context), context)
 
-        return grpc.stream_unary_rpc_method_handler(
-            answer, handler.request_deserializer, handler.response_serializer
-        )
+        return grpc.stream_unary_rpc_method_handler, answer
 
 
-class Punctual(grpc.aio.ServerInterceptor):
+class Punctual(_OfUnary):
     """Says nothing to a caller whose time is up.
 
     His own gRPC has told him, and what grpcio 1.85 allocates for a status or a reply that cannot
     be sent any more it never frees (grpc/grpc#43360).
     """
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Handler | None:
-        """Let a call pass; of streams each message would have to be looked at."""
-        handler = await continuation(handler_call_details)
-        if handler is None or handler.request_streaming or handler.response_streaming:
-            return handler
-        behaviour: Any = handler.unary_unary
+    def _change(self, behaviour: Any) -> tuple[Callable[..., Handler], Any]:
+        """Answer who still waits."""
 
         async def answer(request: Any, context: Context) -> Any:
             reply = await behaviour(request, _Waiting(context))
             _leave_late(context)
             return reply
 
-        return grpc.unary_unary_rpc_method_handler(
-            answer, handler.request_deserializer, handler.response_serializer
-        )
+        return grpc.unary_unary_rpc_method_handler, answer
 
 
 class _Waiting:
