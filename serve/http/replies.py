@@ -62,7 +62,7 @@ def embed_reply(reply: pb.EmbedResponse, refused: Mapping[int, Json], *, as_base
 
 
 async def search_reply(reply: pb.SearchResponse, refused: Mapping[int, Json]) -> Json:
-    """Lay out a reply of Search, a query at a time: a large one takes half a second."""
+    """Lay out a reply of Search, a query at a time: a large one takes long."""
     results = []
     for n, hits in enumerate(reply.results):
         result = {**(refused.get(n) or status_of(hits.status)), "hits": _hits(hits)}
