@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS ?= cpu,train,test
+WORKERS ?= 2
 DEMO := artifacts/demo
 DEMO_EPOCHS ?= 2
 RESULTS := benchmarks/results
@@ -21,7 +22,7 @@ demo: $(VENV)/.installed data ## Train, export, index, evaluate, serve and searc
 	@BIN=$(BIN) OUT=$(DEMO) EPOCHS=$(DEMO_EPOCHS) bash examples/demo.sh
 
 test: $(VENV)/.installed promtool ## The whole suite but what is marked slow or gpu
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu"
 
 test-slow: $(VENV)/.installed ## What takes over a minute a test
 	$(BIN)/pytest -m "slow and not gpu"
