@@ -92,11 +92,11 @@ def kill_after(options: PretrainOptions, text: str, delay_s: float) -> bool:
 def test_two_kills_change_no_bit(tmp_path: Path, run_options: RunOptions) -> None:
     """SIGKILL in mid-run, twice, then --resume: weights and moments of an undisturbed run."""
     draw = random.Random(0)
-    killed = run_options(tmp_path / "killed", epochs=20)
+    killed = run_options(tmp_path / "killed", epochs=12)
     assert kill_after(killed, "epoch 1: kNN", draw.uniform(0.0, 0.2))
     assert kill_after(killed, IN_TRAINING, draw.uniform(0.0, 0.3))
     assert "resuming" in finish(command_line(killed, "--resume", launch=PRETRAIN))
-    pretrain(run_options(tmp_path / "undisturbed", epochs=20))
+    pretrain(run_options(tmp_path / "undisturbed", epochs=12))
     assert final_state(killed.run_path) == final_state(tmp_path / "undisturbed")
     assert read_steps(killed.run_path) == read_steps(tmp_path / "undisturbed")
 

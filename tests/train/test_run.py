@@ -46,7 +46,7 @@ def arguments(options: PretrainOptions, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-LONG_RUN = {"epochs": 8}
+LONG_RUN = {"epochs": 5}
 """A run that is still at work when a test has read of its first epoch."""
 
 
