@@ -21,7 +21,7 @@ help: ## Show this list
 demo: $(VENV)/.installed data ## Train, export, index, evaluate, serve and search Fashion-MNIST
 	@BIN=$(BIN) OUT=$(DEMO) EPOCHS=$(DEMO_EPOCHS) bash examples/demo.sh
 
-test: $(VENV)/.installed promtool ## The whole suite but what is marked slow or gpu
+test: $(VENV)/.installed promtool ## The whole suite but what is marked slow or gpu, on WORKERS=2 processes
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu"
 
 test-slow: $(VENV)/.installed ## What takes over a minute a test
