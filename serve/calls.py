@@ -118,10 +118,12 @@ class Calls:
 
     @contextmanager
     def reading(self, cut_short: Callable[[], None]) -> Iterator[None]:
-        """Have a stream cut short when the server drains, or drains already."""
+        """Accept a stream, and have it cut short when the server drains, or drains already."""
         self._streams.add(cut_short)
         if self._draining:
             cut_short()
+        else:
+            self._accepted += 1
         try:
             yield
         finally:

@@ -194,6 +194,7 @@ def test_draining_ends_a_stream_after_what_was_read(serving, fake, image):
                 assert await draining == 0
         assert error.value.code() is grpc.StatusCode.UNAVAILABLE
         assert "has not read the rest of this stream" in error.value.details()
+        assert server.calls.accepted == 1
 
     asyncio.run(main())
 
