@@ -5,6 +5,9 @@ Rules:
     Whatever becomes of a request, the observer hears of it once.
     A stream answers in the order of its requests, with a bounded number under way. Where a
     request has to wait for room, nothing more is read: that is what holds a caller back.
+    Who takes no reply meanwhile is not held back for ever. What is not read any more, for this
+    or for a drain, is passed over: the native front end does not see that a caller has gone
+    while it can hand on neither what he sends nor what he is sent.
 
 It uses plain servicer features only, so that another server than grpcio's can run it.
 """
@@ -15,14 +18,22 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 import grpc
 
-from serve.calls import AcceptedEarly, Calls, reader_error
-from serve.errors import DeadlineError, QueueFullError, retry_metadata, to_status
+from serve.calls import AcceptedEarly, Calls
+from serve.errors import (
+    STOPPING,
+    DeadlineError,
+    QueueFullError,
+    ServeError,
+    UnavailableError,
+    retry_metadata,
+    to_status,
+)
 from serve.operation.observer import NO_OBSERVER, Call, Observer
 from serve.security.caller import caller_of
 
@@ -43,6 +54,10 @@ side where the machine is busy, and nobody can tell from here for how long."""
 LATE_SHARE = 0.02
 """Who goes in so much of its time that is left has run out of time: grpcio writes the time down in
 three digits and rounds up, so that callers give up to a hundredth before it is over here."""
+
+
+UNREAD_S = 300.0
+"""How long the caller of a stream may not take the next reply before it is read no further."""
 
 
 def time_to_answer(left_s: float | None) -> float:
@@ -189,10 +204,16 @@ class Answering:
         room = asyncio.Semaphore(window)
         replies: asyncio.Queue[asyncio.Task[Reply] | None] = asyncio.Queue()
         started: set[asyncio.Task[Reply]] = set()
+        admitted = asyncio.Event()
+        is_cut_short = False
 
         async def read() -> None:
+            nonlocal admitted
             await room.acquire()
             async for request in requests:
+                if is_cut_short:
+                    del request  # as below
+                    break
                 admitted = asyncio.Event()
                 task = asyncio.create_task(answer(request, admitted.set))
                 task.add_done_callback(partial(_set, admitted))  # or refused
@@ -201,22 +222,65 @@ class Answering:
                 del request, task  # or this frame keeps them while it waits for the next
                 await admitted.wait()
                 await room.acquire()
+            if is_cut_short:
+                await _pass_over(context)
+
+        def end(reader: asyncio.Task[None]) -> None:
+            replies.put_nowait(None)
+            if not reader.cancelled():
+                reader.exception()  # asked for here, since nobody else may
+
+        def cut_short() -> None:
+            nonlocal is_cut_short
+            if not reader.done():
+                is_cut_short = True
+                admitted.set()
+                room.release()
+                replies.put_nowait(None)
 
         with self.calls.counted():
             reader = asyncio.create_task(read())
-            reader.add_done_callback(lambda _: replies.put_nowait(None))
+            reader.add_done_callback(end)
             try:
-                with self.calls.reading(reader):
+                with self.calls.reading(cut_short):
                     while (task := await replies.get()) is not None:
-                        await context.write(await task)
+                        await _write(context, await task, cut_short)
                         started.discard(task)
                         del task
                         room.release()
-                if error := reader_error(reader):
+                error = self._why_cut_short() if is_cut_short else reader.exception()
+                if error is not None:
                     await context.abort(*to_status(error), retry_metadata(error))
             finally:
                 for unfinished in (reader, *started):
                     unfinished.cancel()
+
+    def _why_cut_short(self) -> ServeError:
+        """Say why a stream was not read to its end."""
+        if self.calls.draining:
+            return UnavailableError(f"{STOPPING}, and has not read the rest of this stream")
+        return QueueFullError(
+            "replies of a stream",
+            expected=f"a caller who takes the next within {UNREAD_S:g} s",
+            found="one who did not",
+            mend="read replies while requests are sent; the rest of these was not read",
+        )
+
+
+async def _write(context: Context, reply: object, cut_short: Callable[[], None]) -> None:
+    """Write a reply of a stream, and cut that short where the reply is not taken in time."""
+    unread = asyncio.get_running_loop().call_later(UNREAD_S, cut_short)
+    try:
+        await context.write(reply)
+    finally:
+        unread.cancel()
+
+
+async def _pass_over(context: Context) -> None:
+    """Read what is left of a stream, and keep nothing."""
+    with suppress(grpc.aio.BaseError):  # it is over
+        while await context.read() is not grpc.aio.EOF:
+            pass
 
 
 def _set(event: asyncio.Event, _: object) -> None:

@@ -170,6 +170,11 @@ class Batcher(Generic[TicketT]):
             self._backlog.add(ticket, -images)
         return self._release_if_over(ticket) and not ticket.gone
 
+    def expire(self, ticket: TicketT) -> None:
+        """Let a ticket whose deadline has passed out of the line, if it is there."""
+        if self._room.leave_line(ticket):
+            self._expired += 1
+
     def cancel(self, ticket: TicketT, *, unprepared: bool = False) -> None:
         """Forget a ticket whose caller has gone; what runs of it runs on unseen.
 

@@ -14,7 +14,7 @@ Belongs to one event loop.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -36,7 +36,7 @@ class Calls:
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
-        self._readers: set[asyncio.Task[Any]] = set()
+        self._streams: set[Callable[[], None]] = set()
         self._senders: set[asyncio.Task[Any]] = set()
         self._counted = Bracket(self._begin, self._end)
 
@@ -76,8 +76,8 @@ class Calls:
     def drain(self) -> None:
         """Refuse new calls and end streams; calls that are under way are answered."""
         self._draining = True
-        for reader in self._readers:
-            reader.cancel()
+        for cut_short in tuple(self._streams):
+            cut_short()
 
     async def wait_idle(self) -> None:
         """Wait until no call is under way."""
@@ -117,19 +117,14 @@ class Calls:
             self._idle.set()
 
     @contextmanager
-    def reading(self, reader: asyncio.Task[Any]) -> Iterator[None]:
-        """Have a stream's reader cancelled when the server drains, or drains already."""
-        self._readers.add(reader)
+    def reading(self, cut_short: Callable[[], None]) -> Iterator[None]:
+        """Accept a stream, and have it cut short when the server drains, or drains already."""
+        self._streams.add(cut_short)
         if self._draining:
-            reader.cancel()
+            cut_short()
+        else:
+            self._accepted += 1
         try:
             yield
         finally:
-            self._readers.discard(reader)
-
-
-def reader_error(reader: asyncio.Task[Any]) -> BaseException | None:
-    """Say why a stream's reader ended before the stream did; None where it did not."""
-    if reader.cancelled():
-        return UnavailableError(f"{STOPPING}, and has not read the rest of this stream")
-    return reader.exception()
+            self._streams.discard(cut_short)

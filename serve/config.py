@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from tyro.conf import OmitArgPrefixes, UseAppendAction
@@ -14,7 +15,7 @@ from serve.http.options import HttpOptions
 from serve.kserve.options import KserveOptions
 from serve.lifecycle.options import ModelOptions, NamedPath, read_model_options, read_named_path
 from serve.operation.options import LogOptions, MetricsOptions, TracingOptions
-from serve.security.options import CallerLimits, KeyOptions
+from serve.security.options import MAX_COUNT, CallerLimits, KeyOptions
 from serve.security.tls import TlsOptions
 from serve.services import RequestLimits
 from serve.watchdog import WatchdogOptions
@@ -153,9 +154,11 @@ class ServeOptions:
             raise UsageError("--port", expected="0 to 65535", found=str(self.port))
         for name in POSITIVE:
             value = getattr(self, name)
-            if value is not None and value < 1:
+            most = MOST.get(name, math.inf)
+            if value is not None and not 1 <= value <= most:
                 option = "--" + name.replace("_", "-")
-                raise UsageError(option, expected="at least 1", found=str(value))
+                expected = "at least 1" if value < 1 else f"at most {most}"
+                raise UsageError(option, expected=expected, found=str(value))
         for name, most in (("max_delay_ms", 1000), ("drain_s", 3600), ("watch_s", 3600)):
             value = getattr(self, name)
             if not 0 <= value <= most:
@@ -211,3 +214,11 @@ POSITIVE = (
     "cpu_budget",
 )
 """Options that count something."""
+
+MOST = {
+    "max_batch_images": MAX_COUNT,
+    "max_images_per_request": MAX_COUNT,
+    "max_message_mib": MAX_COUNT // MIB,
+    "max_calls": MAX_COUNT // 2,  # with the places of probes
+}
+"""Of these, those that gRPC takes or a message tells."""

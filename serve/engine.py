@@ -312,7 +312,24 @@ class Engine:
             except DeadlineError:
                 self._replies.measure(job.loop)
                 raise
-        await job.admitted
+        if job.admitted.done() or job.deadline_s == math.inf:
+            await job.admitted
+        else:
+            await self._wait_in_line(job)
+
+    async def _wait_in_line(self, job: Job) -> None:
+        """Wait for room, as long as anybody waits for the job.
+
+        Raises:
+            DeadlineError: nobody does any more.
+        """
+        try:
+            async with asyncio.timeout(job.deadline_s - self._clock()):
+                await job.admitted
+        except TimeoutError:
+            with self._changing:
+                self._batcher.expire(job)
+            raise DeadlineError("the deadline passed while the request waited for room") from None
 
     # The threads' side.
 

@@ -364,6 +364,7 @@ def lay_out(
     ids_QK = found.ids
     unique = np.unique(ids_QK[ids_QK >= 0])
     rows = {row.id: row for row in collection.rows(unique)} if unique.size else {}
+    vectors_ND = collection.vectors(unique) if query.include_vectors else None
     texts = _metadata_texts(ids_QK, rows, query.max_metadata_bytes)
     neighbours = zip(ids_QK, found.scores, strict=True)
     results = []
@@ -372,10 +373,12 @@ def lay_out(
         if status.code == pb.OK:
             ids_K, scores_K = next(neighbours)
             is_hit = ids_K >= 0
-            pairs = zip(ids_K[is_hit].tolist(), scores_K[is_hit].tolist(), strict=True)
+            ids_K, scores_K = ids_K[is_hit], scores_K[is_hit]
+            pairs = zip(ids_K.tolist(), scores_K.tolist(), strict=True)
             hits.hits.extend(_hit(rows[id_], score, texts.get(id_, "")) for id_, score in pairs)
-            if query.include_vectors:
-                hits.vectors.CopyFrom(vectors_to_wire(collection.vectors(ids_K[is_hit])))
+            if vectors_ND is not None:
+                own_ND = vectors_ND[np.searchsorted(unique, ids_K)]
+                hits.vectors.CopyFrom(vectors_to_wire(own_ND))
         results.append(hits)
     return results
 

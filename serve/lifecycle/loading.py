@@ -23,6 +23,7 @@ from PIL import Image
 
 from models.bundle import Precision
 from models.encoder import Encoder
+from models.errors import ImageFault
 from models.preprocess import PreprocessSpec
 from models.providers import ON_CPU, Placement, sizes_to_plan
 from serve.engine import Engine
@@ -37,6 +38,12 @@ WARM_UP_S = 600.0
 
 CLOSE_TIMEOUT_S = 2.0
 """How long a thread may take to end once nobody waits for it."""
+
+TOO_LOW = {
+    ImageFault.TOO_MANY_BYTES: "--max-image-bytes",
+    ImageFault.TOO_MANY_PIXELS: "--max-image-pixels",
+}
+"""The options that leave an image of the encoder's own size out, by its fault."""
 
 
 class OpenModel(Protocol):
@@ -188,12 +195,14 @@ async def warm_up(engine: Engine, name: str) -> None:
             found="none",
             mend="see what its runtime waits for, or export the bundle again",
         ) from error
-    if embedded.errors[0] is not None or not np.isfinite(embedded.vectors_ND).all():
+    bad = embedded.errors[0]
+    if bad is not None or not np.isfinite(embedded.vectors_ND).all():
+        option = None if bad is None else TOO_LOW.get(bad.fault)
         raise StartError(
             f"model {name}",
             expected="a vector of finite numbers for a grey image",
-            found=str(embedded.errors[0] or "others"),
-            mend="export the bundle again",
+            found=str(bad or "others"),
+            mend="export the bundle again" if option is None else f"allow more with {option}",
         )
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 import weakref
 from contextlib import asynccontextmanager
 
@@ -477,6 +478,30 @@ def test_who_asks_for_it_waits_for_room(fake, image):
             fake.gate.set()
             await asyncio.gather(held, *waiting)
             assert fake.computed == [0, 1, 2]
+
+    asyncio.run(main())
+
+
+def test_who_waits_for_room_is_told_once_the_time_is_up(fake, image):
+    """It leaves the line then, and not when there is room; nothing of it is read."""
+
+    async def main():
+        async with running(fake, max_held_images=1) as engine:
+            held = await hold(engine, fake, image)
+            late = embed(
+                engine,
+                [image(1)],
+                deadline_s=time.monotonic() + 0.01,
+                on_admitted=lambda: pytest.fail("there was no room"),
+            )
+            with pytest.raises(DeadlineError, match="passed while the request waited for room"):
+                await asyncio.wait_for(late, 60)
+            statistics = engine.statistics()
+            assert (statistics.lined_up_requests, statistics.lined_up_bytes) == (0, 0)
+            assert (statistics.expired_requests, statistics.cancelled_requests) == (1, 0)
+            fake.gate.set()
+            await held
+            assert fake.computed == [0]
 
     asyncio.run(main())
 

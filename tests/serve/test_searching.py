@@ -18,7 +18,7 @@ from index.ranking import Ranking
 from index.storage.writer import CollectionWriter
 from models.encoder import open_encoder
 from models.vectors import finish_vectors
-from models.wire import vectors_to_wire
+from models.wire import vectors_from_wire, vectors_to_wire
 from protos import horace_pb2 as pb
 from protos import horace_pb2_grpc as pb_grpc
 from serve import searching as serve_searching
@@ -168,6 +168,34 @@ def test_stored_vectors_come_where_asked_for(place, searching):
             assert plain[0].vector is None
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("filter", ["", "label = 'nobody'"])
+def test_stored_vectors_are_read_once_for_all_queries(place, monkeypatch, filter):
+    """Each hit has its own, whatever the other queries have found, and if they found nothing."""
+    with Collection.open(place[2]) as collection:
+        vectors = collection.vectors(collection.ids[:20])
+        query = Query(
+            k=5,
+            exact=True,
+            include_vectors=True,
+            ranking=Ranking(),
+            selection=select(collection, filter) if filter else None,
+        )
+        reads = []
+
+        def read(ids, stored=collection.vectors):
+            reads.append(ids)
+            return stored(ids)
+
+        monkeypatch.setattr(collection, "vectors", read)
+        ok = [pb.ItemStatus()] * 20
+        results = serve_searching.search_vectors(collection, vectors, ok, query, lambda: None)
+        assert len(reads) == 1
+        for hits in results:
+            ids = [hit.id for hit in hits.hits]
+            assert len(ids) == (0 if filter else 5)
+            np.testing.assert_array_equal(vectors_from_wire(hits.vectors), read(ids))
 
 
 def test_a_bad_query_has_a_status_and_the_others_their_hits(place, searching):

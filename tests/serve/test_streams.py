@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import asynccontextmanager
 
 import grpc
 import pytest
@@ -9,7 +10,10 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from models.wire import image_to_wire, vectors_from_wire
 from protos import horace_pb2 as pb
 from protos import horace_pb2_grpc as pb_grpc
+from serve import answering
 from serve.operation.options import MetricsOptions
+
+MIB = 1 << 20
 
 
 def stub_of(server):
@@ -190,5 +194,86 @@ def test_draining_ends_a_stream_after_what_was_read(serving, fake, image):
                 assert await draining == 0
         assert error.value.code() is grpc.StatusCode.UNAVAILABLE
         assert "has not read the rest of this stream" in error.value.details()
+        assert server.calls.accepted == 1
+
+    asyncio.run(main())
+
+
+@asynccontextmanager
+async def unread_stream(server, image, eventually):
+    """A stream of large replies whose caller takes none, and sends for as long as that is read."""
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        stream = pb_grpc.HoraceStub(channel).EmbedStream()
+        request = pb.EmbedRequest(images=[image_to_wire(image(1))], request_id="x" * MIB)
+
+        async def send():
+            for _ in range(64):
+                await stream.write(request)
+            await stream.done_writing()
+
+        sending = asyncio.create_task(send())
+        counts = [-1] * 50
+        engine = server.catalog.model("").engine
+
+        def is_held_back():
+            counts.append(engine.statistics().admitted_requests)
+            return counts[-1] == counts[-50]
+
+        await eventually(is_held_back)
+        yield stream, sending
+        sending.cancel()
+
+
+def test_a_caller_who_goes_while_nothing_moves_holds_up_no_drain(serving, fake, image, eventually):
+    """It has taken no reply, so that nothing more was read of it."""
+
+    async def main():
+        async with serving(fake) as server, unread_stream(server, image, eventually) as (stream, _):
+            stream.cancel()
+            assert await asyncio.wait_for(server.drain(limit_s=60), 30) == 0
+
+    asyncio.run(main())
+
+
+def test_a_caller_who_goes_while_nothing_moves_keeps_its_place_for_a_while_at_most(
+    serving, fake, image, eventually, monkeypatch
+):
+    """It is noticed once what it has sent is passed over."""
+    monkeypatch.setattr(answering, "UNREAD_S", 0.5)
+
+    async def main():
+        async with serving(fake) as server, unread_stream(server, image, eventually) as (stream, _):
+            stream.cancel()
+            await eventually(lambda: not server.calls.active)
+
+    asyncio.run(main())
+
+
+def test_a_stream_whose_replies_are_not_taken_is_read_no_further(
+    serving, fake, image, eventually, monkeypatch
+):
+    """What was read is answered, and then its caller is told."""
+    monkeypatch.setattr(answering, "UNREAD_S", 0.5)
+
+    async def main():
+        async with (
+            serving(fake) as server,
+            unread_stream(server, image, eventually) as (stream, sending),
+        ):
+            await asyncio.wait_for(sending, 60)
+            replies = []
+
+            async def take_all():
+                while True:
+                    replies.append(await stream.read())
+
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await take_all()
+            assert len(replies) == len(fake.computed) < 64
+        assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert error.value.details() == (
+            "replies of a stream: expected a caller who takes the next within 0.5 s, found one "
+            "who did not; read replies while requests are sent; the rest of these was not read"
+        )
 
     asyncio.run(main())

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from models.errors import EncoderError
+from models.preprocess import ImageLimits
 from serve.engine import Engine
 from serve.errors import StartError
 from serve.leases import at_once
-from serve.lifecycle.loading import Loader
+from serve.lifecycle.loading import Loader, warm_up
 from serve.lifecycle.opening import open_on
 from serve.lifecycle.options import NamedPath, read_model_options
 from serve.lifecycle.reading import Reader
@@ -187,6 +188,21 @@ def test_nonsense_is_not_served(load, fake):
     with pytest.raises(StartError, match="expected a vector of finite numbers"):
         load("dir")
     assert fake.closed
+
+
+@pytest.mark.parametrize(
+    ("limits", "line"),
+    [
+        (ImageLimits(max_pixels=63), "found 8 x 8 = 64; allow more with --max-image-pixels"),
+        (ImageLimits(max_image_bytes=20), "found .* bytes; allow more with --max-image-bytes"),
+    ],
+)
+def test_limits_that_leave_the_encoders_own_size_out_are_named(fake, pool, limits, line):
+    """No other export would mend that."""
+    engine = Engine(fake, decode_pool=pool, limits=limits)
+    with pytest.raises(StartError, match=f"{line}$"):
+        asyncio.run(warm_up(engine, "m"))
+    engine.close()
 
 
 def test_an_opening_that_hangs_is_named_with_what_to_do(pool):
