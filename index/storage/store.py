@@ -44,6 +44,8 @@ class Contents:
         self.manifest = manifest
         self._segments = segments
         self._alive = alive
+        self._is_own = [False] * len(alive)
+        """Whether each was copied since the last snapshot, so that none has it."""
         self._counts = [entry.count - entry.dead for entry in manifest.segments]
         self.delta = Delta(manifest.dim, manifest.metric)
 
@@ -62,10 +64,7 @@ class Contents:
             if alive_N is not None:
                 rows_N = rows_N[alive_N[rows_N]]
             if rows_N.size:
-                alive_N = np.ones(segment.entry.count, np.bool_) if alive_N is None else alive_N
-                alive_N = alive_N.copy()  # older snapshots have the one that was
-                alive_N[rows_N] = False
-                self._alive[number] = alive_N
+                self._own_mask(number)[rows_N] = False
                 self._counts[number] -= len(rows_N)
                 killed += len(rows_N)
         return killed
@@ -81,8 +80,21 @@ class Contents:
         if self.delta.n_rows:
             segment, alive_N = self.delta.view()
             parts.append(Part(segment=segment, alive_N=alive_N, count=self.delta.n_alive))
+        self._is_own = [False] * len(self._alive)
         version = (self.manifest.generation, n_records)
         return Snapshot(manifest=self.manifest, version=version, parts=tuple(parts))
+
+    def _own_mask(self, number: int) -> NDArray[np.bool_]:
+        """Give the mask of a segment to write to: older snapshots have the one that was.
+
+        It is copied once a snapshot, and not once a record: a journal has many thousands.
+        """
+        alive_N = self._alive[number]
+        if alive_N is None or not self._is_own[number]:
+            count = self._segments[number].entry.count
+            alive_N = np.ones(count, np.bool_) if alive_N is None else alive_N.copy()
+            self._alive[number], self._is_own[number] = alive_N, True
+        return alive_N
 
 
 class Store:

@@ -12,6 +12,7 @@ from index.storage.manifest import hash_files, read_manifest, write_manifest
 from index.storage.rows import ROW_SCHEMA
 from index.storage.segment import Block
 from index.storage.snapshot import SPARE, spare_rows
+from index.storage.store import Store
 from index.storage.writer import CollectionWriter
 from models.errors import UsageError
 
@@ -108,6 +109,21 @@ def test_a_view_of_the_delta_never_changes(unit_rows):
             np.testing.assert_array_equal(alive, alive_before)
     segment, alive = delta.view()
     assert alive.sum() == delta.n_alive == n - len({row // 2 for row in range(3, n, 3)})
+
+
+def test_a_mask_is_copied_once_a_snapshot(tmp_path, unit_rows, make_collection):
+    """Not once for each record of a journal; snapshots that were taken keep theirs."""
+    path = make_collection(tmp_path / "c", unit_rows(40, DIM))
+    contents = Store(path, verify=False).contents
+    masks, snapshots = [], []
+    for rows in ([3], [4, 5], [6]):
+        for row in rows:
+            assert contents.kill(np.array([id_of(f"{row:04}")])) == 1
+            masks.append(contents._alive[0])
+        snapshots.append(contents.snapshot(0).parts[0])
+    assert [mask is masks[1] for mask in masks] == [False, True, True, False]
+    assert [part.count for part in snapshots] == [39, 37, 36]
+    assert [int(part.alive_N.sum()) for part in snapshots] == [39, 37, 36]
 
 
 @pytest.mark.parametrize(("dead", "most"), [(0, 0), (1, 1), (100, SPARE + 2), (5000, 30)])

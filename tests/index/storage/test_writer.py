@@ -549,6 +549,19 @@ def test_a_delta_of_many_bytes_becomes_a_segment(writer, vectors, monkeypatch):
     assert writer.collection.version == collection.version
 
 
+def test_a_journal_of_many_records_is_sealed(writer, vectors, monkeypatch):
+    """Deletions fill no delta and few bytes, and whoever opens the collection reads each again."""
+    writer.add(table(*map(str, range(9))), vectors[:9], fingerprint=FINGERPRINT)
+    writer.seal()
+    monkeypatch.setattr(writer, "_seal_rows", 3)
+    for n in range(3):
+        assert writer.collection.manifest.segments[0].dead == 0
+        writer.delete([id_of(str(n))])
+    assert writer.collection.manifest.segments[0].dead == 3
+    assert writer.collection.version[1] == 0
+    assert Collection.open(writer.path).keys() == list("345678")
+
+
 def test_what_cannot_be_created(writer, tmp_path):
     """A collection over another, of no dimension, of an unknown metric."""
     good = {"name": "made", "fingerprint": FINGERPRINT, "dim": DIM}
