@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -211,7 +210,7 @@ class Store:
             if segment is None or kept != files:
                 segment = open_segment(self.path, manifest, entry, verify=self._verify)
             if segment.entry != entry:
-                segment = replace(segment, entry=entry)
+                segment = segment.renewed(entry)
             opened[entry.name] = (files, segment)
             self._segments[entry.name] = opened[entry.name]  # also where a later one fails
         alive = [
