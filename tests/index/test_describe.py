@@ -95,6 +95,18 @@ def test_columns_of_the_users_own_are_shown_with_their_types(run, built, copy_co
     assert json.loads(out)["column_types"] == {"price": "double"}
 
 
+def test_names_are_no_more_than_names(run, built, copy_collection):
+    """A source or a column that is called so forges no line, and moves no cursor."""
+    path = copy_collection(built)
+    with CollectionWriter.open(path) as writer:
+        rows = pa.table({"key": ["x"], "source": ["folder:/a\n  images  0 live"], "b\x1b[2J": [1]})
+        vectors = writer.collection.vectors(writer.collection.ids[:1])
+        writer.add(rows, vectors, fingerprint=writer.collection.fingerprint)
+    _, out, _ = run(path)
+    assert "  source       folder:/a\\n  images  0 live: 1" in out.splitlines()
+    assert "digest, b\\x1b[2J (int64)" in out
+
+
 @pytest.fixture
 def written(built, copy_collection):
     """60 images, 7 of them deleted, and 2 written again."""
