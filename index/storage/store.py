@@ -6,6 +6,7 @@ Rules:
     A file that is gone, or is another, because the collection was written meanwhile, is no
     fault: the manifest has changed as well, and reading begins again with the new one.
     Any number of threads may ask for the latest snapshot; one of them looks at the files.
+    What could not be read is read again by whoever asks next: until all is, nothing is the latest.
 """
 
 from __future__ import annotations
@@ -157,7 +158,7 @@ class Store:
         if self.is_written_here or snapshot is not self.snapshot:
             return snapshot is self.snapshot
         is_whole = self.journal is None or self.journal.size_bytes() == self.position.end
-        return is_whole and self.is_current()
+        return self._is_published and is_whole and self.is_current()
 
     def load(self) -> None:
         """Read the manifest and everything that it names, but segments that are open."""
@@ -175,8 +176,8 @@ class Store:
                 break
         self._file, self.contents, self.journal = file, contents, journal
         self.manifest = file.manifest
-        self.position = Position()
-        self._replay(is_new=True)
+        self.position, self._is_published = Position(), False
+        self._replay()
 
     def keep(self, segment: Segment, manifest: Manifest) -> None:
         """Have an open segment ready for the manifest that will name it with these files."""
@@ -189,7 +190,7 @@ class Store:
 
     def apply(self, change: Block | Delete, position: Position) -> int:
         """Take over what was written to the journal; give how many rows it killed."""
-        killed = 0
+        killed, self._is_published = 0, False
         if isinstance(change, Delete):
             killed = self.contents.kill(change.ids)
         else:
@@ -200,6 +201,7 @@ class Store:
     def publish(self) -> None:
         """Make what was applied the latest snapshot."""
         self.snapshot = self.contents.snapshot(self.position.n_records)
+        self._is_published = True
 
     def _open(self, manifest: Manifest) -> tuple[Contents, JournalFile | None]:
         """Open what a manifest names and is not open."""
@@ -228,14 +230,16 @@ class Store:
         """Tell whether the journal still has everything that was read of it."""
         return self.journal is None or self.journal.size_bytes() >= self.position.end
 
-    def _replay(self, *, is_new: bool = False) -> None:
+    def _replay(self) -> None:
         """Take over what the journal has beyond what was read of it."""
         if self.journal is not None:
-            for record in self.journal.read(self.position):
-                change = decode(record, self.manifest.dim, str(self.journal.file))
-                self.apply(change, record.position)
-                is_new = True
-        if is_new:
+            try:
+                for record in self.journal.read(self.position):
+                    change = decode(record, self.manifest.dim, str(self.journal.file))
+                    self.apply(change, record.position)
+            except OSError as error:
+                raise unreadable(self.journal.file, error) from error
+        if not self._is_published:
             self.publish()
 
 
