@@ -214,8 +214,9 @@ def _check_content(path: Path, manifest: Manifest) -> tuple[Contents, list[str]]
         segments.append(segment)
         folder = path / Path(segment_files(entry)[0]).parent
         faults += _check_vectors(folder / "vectors.npy", segment.vectors_ND, manifest.metric)
-        if segment.index is not None and (fault := index_fault(segment.index)) is not None:
-            faults.append(f"{folder / 'index.faiss'}: {fault}")
+        if segment.index is not None:
+            fault = index_fault(segment.index, entry.parameters)
+            faults += [f"{folder / 'index.faiss'}: {fault}"] if fault else []
         faults += _check_ids(folder / "rows.parquet", segment.rows)
     faults += _check_whole(path, manifest, segments, alive)
     return Contents(replace(manifest, segments=tuple(entries)), segments, alive), faults
