@@ -126,7 +126,7 @@ def main(options: DescribeOptions) -> None:
 
 def describe(collection: Collection) -> Description:
     """Say what a snapshot of a collection is."""
-    manifest, schema = collection.manifest, collection.table().schema
+    manifest, schema = collection.manifest, collection.schema
     return Description(
         name=collection.name,
         version=version_text(collection.version),

@@ -556,6 +556,25 @@ def test_a_seal_keeps_what_was_worked_out_of_other_segments(writer, vectors):
     assert after.selector(schema, 0) is before.selector(schema, 0)
 
 
+def test_keys_and_labels_are_given_without_copying_other_columns(writer, vectors):
+    """Where a row is dead the living ones are copied, which may have 60 KiB of text each."""
+    rows = table(*map(str, range(40)), text=["x" * 10_000] * 40)
+    writer.add(rows, vectors, fingerprint=FINGERPRINT)
+    writer.delete([id_of("0")])
+    default = pa.default_memory_pool()
+    pool = pa.proxy_memory_pool(default)
+    pa.set_memory_pool(pool)
+    try:
+        collection = writer.collection
+        assert len(collection.keys()) == len(collection.labels()) == 39
+        assert collection.schema.names == [*ROW_SCHEMA.names, "text"]
+        with pytest.raises(UnknownIdError, match="keys here look like '1'"):
+            collection.find_key("a")
+    finally:
+        pa.set_memory_pool(default)
+    assert 0 < pool.max_memory() < rows.nbytes / 10
+
+
 def test_a_delta_of_many_bytes_becomes_a_segment(writer, vectors, monkeypatch):
     """However few its rows are; where there is nothing to seal, there is no other state."""
     monkeypatch.setattr(writer, "_seal_bytes", 300)
