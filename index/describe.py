@@ -174,7 +174,7 @@ def _sizes(path: Path, manifest: Manifest) -> dict[str, int]:
     """Add up the bytes of files by what they are called: vectors, ids, rows, index and others."""
     sizes: dict[str, int] = {}
     for name, entry in manifest.files.items():
-        kind = PurePosixPath(name).stem
+        kind = PurePosixPath(name).stem.partition("-")[0]  # generations stand behind it
         sizes[kind] = sizes.get(kind, 0) + entry.size_bytes
     names = [MANIFEST_FILE] if manifest.journal is None else [MANIFEST_FILE, manifest.journal.name]
     for name in names:

@@ -136,6 +136,20 @@ def test_what_was_written_since(run, written, built):
     assert found["size_bytes"]["journal"] > 0
 
 
+def test_tombstones_are_one_kind_of_file(written):
+    """Whatever generations they are of."""
+    with CollectionWriter.open(written) as writer:
+        writer.seal()
+        writer.delete(writer.collection.ids[-1:])
+        writer.seal()
+        described = describe(writer.collection)
+    files = written.rglob("tombstones-*.npy")
+    assert described.size_bytes["tombstones"] == sum(file.stat().st_size for file in files)
+    assert set(described.size_bytes) == {
+        "ids", "journal", "manifest", "rejects", "rows", "tombstones", "total", "vectors"
+    }  # fmt: skip
+
+
 def test_what_is_replaced_meanwhile_is_described_as_it_was(written):
     """The snapshot's journal may be gone: its bytes are not counted, and the rest is said."""
     with Collection.open(written) as collection:
