@@ -280,6 +280,7 @@ def test_several_segments_become_one(tmp_path, make_collection, capsys):
         (["--recall", "1.5"], "recall: expected above 0 and up to 1, found 1.5"),
         (["--k", "0"], "k: expected 1 to 1000, found 0"),
         (["--memory", "much"], "memory: expected a size such as 500MB"),
+        (["--threads", "0"], "threads: expected at least 1, found 0"),
         (["--queries", "3"], "queries: expected at least 20, found 3"),
         (["--index", "NSG32"], "index: expected Flat, HNSW32"),
         (["--index", "HNSW1"], "other numbers: HNSW of 2 to 256 links, IVF of 1 to 1048576 lists"),
