@@ -36,7 +36,7 @@ from index.filters import parse_filter
 from index.knn import COPY_MIN_QUERIES, padding
 
 MAX_KEPT_BYTES = 64 << 20
-"""Of the selections of one collection that are kept."""
+"""Of the selections of one collection that are kept; and as much of those of its segments."""
 
 KEPT_SELECTION_BYTES = 1 << 10
 """What a selection weighs beside its mask and its filter's text, about."""

@@ -234,7 +234,8 @@ class Snapshot:
     @cached_property
     def _kept(self) -> KeptSelections:
         """The selections that were worked out before."""
-        return KeptSelections(2 * self.count)  # a mask, and the numbers of few rows
+        n_rows = sum(len(part.segment.ids_N) for part in self.parts)
+        return KeptSelections(3 * n_rows)  # masks of all and of the living, and few rows' numbers
 
     def _work_out(self, filter: str, source_names: SourceNames | None) -> Selection:
         """Choose in every part."""
