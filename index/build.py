@@ -118,7 +118,7 @@ def sync(options: BuildOptions) -> BuildPlan | SyncSummary:
         name = collection.name
         if options.name not in (None, name):
             raise UsageError("--name", expected=f"{name}, as it is called", found=str(options.name))
-        schema = collection.table().schema
+        schema = collection.schema
         settings = SyncSettings(
             batch_size=options.batch_size,
             crew=_crew(options),

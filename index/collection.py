@@ -149,6 +149,11 @@ class Collection:
         return self._snapshot.ids
 
     @property
+    def schema(self) -> pa.Schema:
+        """The columns of the metadata; see `index.storage.rows`."""
+        return self._snapshot.schema
+
+    @property
     def max_neighbours(self) -> None:
         """The most neighbours that a search gives: any number."""
         return None
@@ -315,8 +320,8 @@ class Collection:
         Args:
             columns: which; all that there are where None, see `index.storage.rows`.
         """
-        rows = self._snapshot.rows
-        return rows if columns is None else rows.select(list(columns))
+        snapshot = self._snapshot
+        return snapshot.rows if columns is None else snapshot.columns(columns)
 
     def row_numbers(self, ids: ArrayLike) -> NDArray[np.int64]:
         """Give the places of ids within `self.ids`.
@@ -347,11 +352,11 @@ class Collection:
 
     def labels(self) -> list[str | None]:
         """Give the label of every image, in the order of `self.ids`."""
-        return cast(list[str | None], self._snapshot.rows["label"].to_pylist())
+        return cast(list[str | None], self.table(["label"])["label"].to_pylist())
 
     def keys(self) -> list[str]:
         """Give the key of every image, in the order of `self.ids`."""
-        return cast(list[str], self._snapshot.rows["key"].to_pylist())
+        return cast(list[str], self.table(["key"])["key"].to_pylist())
 
     @property
     def _snapshot(self) -> Snapshot:
@@ -375,8 +380,8 @@ class Collection:
 
     def _shown_key(self) -> str:
         """Show what keys look like here."""
-        rows = self._snapshot.rows
-        return f"keys here look like {rows['key'][0].as_py()!r}" if len(rows) else "it is empty"
+        keys = self.table(["key"])["key"]
+        return f"keys here look like {keys[0].as_py()!r}" if len(keys) else "it is empty"
 
 
 def version_text(version: Hashable) -> str:

@@ -27,7 +27,7 @@ from index.collection import Collection, version_text
 from index.storage.manifest import MANIFEST_FILE, Manifest
 from index.storage.rows import metadata_columns
 from models.bundle import Json
-from models.command import counted, run_command
+from models.command import counted, run_command, shown
 
 MIB = 1 << 20
 
@@ -80,7 +80,7 @@ class Description:
         encoder: where that was.
         preprocessing: of that encoder.
         segments: in the order of their rows.
-        sources: images of each source when it was built.
+        sources: living images of each source.
         columns: of the metadata.
         column_types: of those that are the user's own.
         size_bytes: by kind of file, `total` among them.
@@ -121,12 +121,12 @@ def main(options: DescribeOptions) -> None:
     if options.json:
         print(json.dumps(asdict(described), indent=2))
     else:
-        print("\n".join(_as_lines(described)))
+        print("\n".join(map(shown, _as_lines(described))))
 
 
 def describe(collection: Collection) -> Description:
     """Say what a snapshot of a collection is."""
-    manifest, schema = collection.manifest, collection.table().schema
+    manifest, schema = collection.manifest, collection.schema
     return Description(
         name=collection.name,
         version=version_text(collection.version),
@@ -174,7 +174,7 @@ def _sizes(path: Path, manifest: Manifest) -> dict[str, int]:
     """Add up the bytes of files by what they are called: vectors, ids, rows, index and others."""
     sizes: dict[str, int] = {}
     for name, entry in manifest.files.items():
-        kind = PurePosixPath(name).stem
+        kind = PurePosixPath(name).stem.partition("-")[0]  # generations stand behind it
         sizes[kind] = sizes.get(kind, 0) + entry.size_bytes
     names = [MANIFEST_FILE] if manifest.journal is None else [MANIFEST_FILE, manifest.journal.name]
     for name in names:

@@ -44,6 +44,8 @@ BLOCK_ROWS = 16384
 PARQUET = ".parquet"
 VECTORS_FILE, IDS_FILE, ROWS_FILE = "vectors.npy", "ids.npy", "rows.parquet"
 EXPORT_FILE = "export.json"
+FACTS = b"horace"
+"""Of a table's metadata: what it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +84,7 @@ class ExportOptions:
     @property
     def _is_export(self) -> bool:
         """Whether what stands there is of the kind that would be written."""
-        return self.out.is_file() if self.is_table else (self.out / EXPORT_FILE).is_file()
+        return _is_our_table(self.out) if self.is_table else (self.out / EXPORT_FILE).is_file()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +108,14 @@ class Exported:
     count: int
     filter: str | None
     columns: list[str]
+
+
+def _is_our_table(file: Path) -> bool:
+    """Tell whether a file is a table that an export wrote, by what such a one says of itself."""
+    try:
+        return file.is_file() and FACTS in (pq.read_schema(file).metadata or {})
+    except (pa.ArrowException, OSError):
+        return False
 
 
 def main(options: ExportOptions) -> None:
@@ -178,7 +188,7 @@ def _write_table(
 ) -> None:
     """Write one table, the vectors as its last column."""
     vectors = pa.field(VECTOR, pa.list_(pa.float32(), exported.dim), nullable=False)
-    facts = {b"horace": json.dumps(_facts(exported)).encode()}
+    facts = {FACTS: json.dumps(_facts(exported)).encode()}
     whole = schema.append(vectors).with_metadata(facts)
     with pq.ParquetWriter(file, whole, compression="zstd") as writer:
         for rows, vectors_ND in blocks:

@@ -327,15 +327,13 @@ def _settle_ties(
 ) -> None:
     """Redo, in place, the queries whose last place may be tied: faiss keeps any of the equals."""
     k = scores_QK.shape[1]
-    step = max(1, BLOCK_BYTES // (4 * len(bank_ND)))
+    step = max(1, BLOCK_BYTES // (4 * len(bank_ND if rows_M is None else rows_M)))
     for start in range(0, len(tied), step):
         block = tied[start : start + step]
-        about_BN = _all_scores(queries_QD[block], bank_ND, metric)
-        for query, about_N in zip(block, about_BN, strict=True):
-            if rows_M is not None:
-                about_N = about_N[rows_M]
-            query_D, last = queries_QD[query : query + 1], np.partition(about_N, -k)[-k]
-            places = np.flatnonzero(about_N >= last - _slack(query_D, last[None], metric))
+        about_BM = _all_scores(queries_QD[block], bank_ND, rows_M, metric)
+        for query, about_M in zip(block, about_BM, strict=True):
+            query_D, last = queries_QD[query : query + 1], np.partition(about_M, -k)[-k]
+            places = np.flatnonzero(about_M >= last - _slack(query_D, last[None], metric))
             chosen = places if rows_M is None else rows_M[places]
             found = _score_each(query_D, bank_ND, chosen[None], metric)[0]
             order = np.lexsort((chosen, -found))[:k]
@@ -343,13 +341,24 @@ def _settle_ties(
 
 
 def _all_scores(
-    queries_QD: NDArray[np.float32], bank_ND: NDArray[np.float32], metric: str
+    queries_QD: NDArray[np.float32],
+    bank_ND: NDArray[np.float32],
+    rows_M: NDArray[np.int64] | None,
+    metric: str,
 ) -> NDArray[np.float32]:
-    """Score every row, (Q, N); inner products to the rounding of a product of matrices."""
-    if metric == COSINE:
+    """Score every row that may be found, (Q, M); no other is read.
+
+    Inner products are made to the rounding of a product of matrices.
+    """
+    if metric == COSINE and rows_M is None:
         return queries_QD @ bank_ND.T
-    all_QN = np.broadcast_to(np.arange(len(bank_ND)), (len(queries_QD), len(bank_ND)))
-    return _score_each(queries_QD, bank_ND, all_QN, metric)
+    rows_M = np.arange(len(bank_ND)) if rows_M is None else rows_M
+    if metric == EUCLIDEAN or len(queries_QD) < COPY_MIN_QUERIES:
+        all_QM = np.broadcast_to(rows_M, (len(queries_QD), len(rows_M)))
+        return _score_each(queries_QD, bank_ND, all_QM, metric)
+    step = max(1, BLOCK_BYTES // (4 * bank_ND.shape[1]))
+    blocks = (rows_M[start : start + step] for start in range(0, len(rows_M), step))
+    return np.concatenate([queries_QD @ bank_ND[block_M].T for block_M in blocks], axis=1)
 
 
 def _score_each(

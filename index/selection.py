@@ -36,7 +36,7 @@ from index.filters import parse_filter
 from index.knn import COPY_MIN_QUERIES, padding
 
 MAX_KEPT_BYTES = 64 << 20
-"""Of the selections of one collection that are kept."""
+"""Of the selections of one collection that are kept; and as much of those of its segments."""
 
 KEPT_SELECTION_BYTES = 1 << 10
 """What a selection weighs beside its mask and its filter's text, about."""
@@ -184,15 +184,14 @@ class Selector:
         return self._kept.get((filter, source_names), lambda: self._work_out(filter, source_names))
 
     def _work_out(self, filter: str, source_names: SourceNames | None) -> Selection:
-        """Try every row."""
+        """Try every row; `Table.filter` would copy all metadata of those that are chosen."""
+        from pyarrow.dataset import dataset  # brings pandas where that is installed: half a second
+
         condition = parse_filter(filter, self._rows.schema)
         rows = self._rows if source_names is None else _rename_sources(self._rows, source_names)
-        numbers = pa.array(np.arange(len(rows)))
-        chosen = rows.append_column("", numbers).filter(condition).columns[-1]
-        mask_N = np.zeros(len(rows), np.bool_)
-        mask_N[chosen.to_numpy()] = True
+        mask_N = dataset(rows).to_table(columns={"chosen": condition})["chosen"].to_numpy()
         mask_N.flags.writeable = False
-        return Selection(filter=filter, mask_N=mask_N, count=len(chosen))
+        return Selection(filter=filter, mask_N=mask_N, count=int(np.count_nonzero(mask_N)))
 
 
 def _rename_sources(rows: pa.Table, source_names: SourceNames) -> pa.Table:

@@ -59,8 +59,8 @@ class TuneOptions:
     """Kinds to try instead of those that suit: Flat, HNSW32, HNSW32,SQ8,RFlat,
     HNSW32,SQfp16,RFlat, IVF256,PQ64x4fs,RFlat, RR,IVF256,RaBitQfs,RFlat, CAGRA64 and their like."""
     queries: int | None = None
-    """Images that are held back to ask with; a tenth of all, up to 2,000, where none is given. Of
-    fewer than 200 images none can be, and exact search is taken, which needs none."""
+    """Images that are held back to ask with, at most a tenth of all; up to 2,000 where none is
+    given. Of fewer than 200 images none can be, and exact search is taken, which needs none."""
     query_from: str | None = None
     """Ask with these instead: a collection of the same encoder, or a source as for
     `index.build`."""

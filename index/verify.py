@@ -54,7 +54,7 @@ from index.storage.records import Delete, decode
 from index.storage.segment import Segment, open_segment, segment_files
 from index.storage.store import Contents, read_alive
 from models.bundle import BUNDLE_FILE, read_bundle
-from models.command import counted, run_command
+from models.command import counted, run_command, shown
 from models.errors import BundleError, HoraceError
 
 BLOCK_ROWS = 16384
@@ -106,7 +106,7 @@ def main(options: VerifyOptions) -> None:
         swept = written_names(options.path)
         for name in found.unknown:
             fate = "the next writer, such as `index.compact`, deletes it" if name in swept else MINE
-            print(f"{options.path / name}: no part of it; {fate}")
+            print(f"{shown(str(options.path / name))}: no part of it; {fate}")
         if not found.faults:
             print(
                 f"{options.path}: {found.content} in {counted(found.files, 'file')}, "
@@ -214,8 +214,9 @@ def _check_content(path: Path, manifest: Manifest) -> tuple[Contents, list[str]]
         segments.append(segment)
         folder = path / Path(segment_files(entry)[0]).parent
         faults += _check_vectors(folder / "vectors.npy", segment.vectors_ND, manifest.metric)
-        if segment.index is not None and (fault := index_fault(segment.index)) is not None:
-            faults.append(f"{folder / 'index.faiss'}: {fault}")
+        if segment.index is not None:
+            fault = index_fault(segment.index, entry.parameters)
+            faults += [f"{folder / 'index.faiss'}: {fault}"] if fault else []
         faults += _check_ids(folder / "rows.parquet", segment.rows)
     faults += _check_whole(path, manifest, segments, alive)
     return Contents(replace(manifest, segments=tuple(entries)), segments, alive), faults

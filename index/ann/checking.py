@@ -4,25 +4,29 @@ Rules:
     What an index keeps of a vector is made again from `vectors.npy` by the index's own codec. A
     sum that BLAS rounds otherwise may change a byte of it, another vector changes most.
     A graph whose nodes are the rows of `vectors.npy` keeps nothing of them, and RaBitQ's scanned
-    codes are not to be had again: there some rows are searched for, and most must be found.
+    codes are not to be had again: there some rows are searched for, and most must be found, by the
+    parameters that the collection is searched by.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import faiss
 import numpy as np
 from numpy.typing import NDArray
 
 from index.ann.ann_index import AnnIndex
-from index.ann.kinds import lists_of
+from index.ann.kinds import EF_SEARCH, K_FACTOR, NEIGHBOURS, lists_of
 from index.ann.memory import BUILD_BLOCK, release_pages
 from index.knn import knn_search
 
 PROBES = 64
 MIN_FOUND = 0.5
 """Of the probes: an index of these vectors finds nearly all of them, one of others hardly any."""
+
+MAX_RANKED = 1 / 8
+"""Of all rows: with more, an index of other vectors would find them, too."""
 
 MAX_CHANGED = 0.25
 """Of the bytes of a code."""
@@ -35,11 +39,16 @@ CodesOf = Callable[[NDArray[np.float32], int], tuple[Codes, Codes]]
 """Gives the stored and the remade codes, (n, bytes) each, of n vectors from a row on."""
 
 
-def index_fault(index: AnnIndex) -> str | None:
-    """Say in what an index differs from the vectors that it should be of, if in anything."""
+def index_fault(index: AnnIndex, parameters: Mapping[str, int]) -> str | None:
+    """Say in what an index differs from the vectors that it should be of, if in anything.
+
+    Args:
+        index: the opened index.
+        parameters: by which it is searched for ten.
+    """
     codes_of = _choose(index)
     if codes_of is None:
-        return _find_self(index)
+        return _find_self(index, parameters)
     for start in range(0, index.count, BUILD_BLOCK):
         stop = min(index.count, start + BUILD_BLOCK)
         stored, made = codes_of(np.ascontiguousarray(index.vectors_ND[start:stop]), start)
@@ -157,11 +166,21 @@ def _unpack(invlists: faiss.BlockInvertedLists, number: int, size: int, code_siz
     return codes[:size]
 
 
-def _find_self(index: AnnIndex) -> str | None:
-    """Search for some of the rows: what is found is as near to them as they are themselves."""
+def _find_self(index: AnnIndex, parameters: Mapping[str, int]) -> str | None:
+    """Search for some of the rows: what is found is as near to them as they are themselves.
+
+    Short codes of vectors that lie close together tell them apart no better than the recall needs
+    that they were chosen for: as many are ranked again as for that, but for `MAX_RANKED`.
+    """
     rows = np.unique(np.linspace(0, index.count - 1, PROBES).astype(np.int64))
     queries_QD = np.ascontiguousarray(index.vectors_ND[rows])
-    scores, _ = index.search(queries_QD, 1, parameters={}, threads=1)
+    effort = index.scale(parameters, NEIGHBOURS, 1)
+    if index.kind.family == "graph":
+        effort["efSearch"] = max(EF_SEARCH, effort["efSearch"])
+    else:
+        most = max(K_FACTOR, int(MAX_RANKED * index.count))
+        effort["k_factor"] = min(most, effort["k_factor"])
+    scores, _ = index.search(queries_QD, 1, parameters=effort, threads=1)
     own, _ = knn_search(queries_QD, queries_QD, 1, metric=index.metric, threads=1)
     found = float(np.mean(scores[:, 0] >= own[:, 0] - 1e-4 * np.abs(own[:, 0])))
     if found >= MIN_FOUND:

@@ -52,7 +52,7 @@ Family = Literal["graph", "lists"]
 
 _GRAPH = re.compile(r"HNSW(\d{1,3})(?:,Flat|,(SQ8|SQfp16),RFlat)?")
 _CAGRA = re.compile(r"CAGRA(\d{1,3})")
-_PQ = re.compile(r"(?:PCAR(\d{1,4}),)?IVF(\d{1,7}),PQ(\d{1,4})x4fs,RFlat")
+_PQ = re.compile(r"(?:PCAR([1-9]\d{0,3}),)?IVF(\d{1,7}),PQ(\d{1,4})x4fs,RFlat")
 _RABITQ = re.compile(r"RR,IVF(\d{1,7}),RaBitQ(fs)?([1-8])?,RFlat")
 
 
@@ -107,6 +107,11 @@ class Kind:
         # A graph over codes is searched by distances that are nearly right: a few more do.
         factor = K_FACTOR if self.family == "lists" else 2
         return first | ({"k_factor": factor} if self.refines else {})
+
+    @property
+    def least_count(self) -> int:
+        """The fewest vectors that it can be learnt from: of a code of 4 bits 16 for its centres."""
+        return max(self.lists, self.reduced, 16 if self.codec == "PQ" else 1)
 
     def code_bytes(self, dim: int) -> int:
         """Give the bytes of one vector's code."""

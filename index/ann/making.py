@@ -93,11 +93,11 @@ class Builder:
         A graph's n-th node is the n-th of `rows_M`, and keeps its own copy of the vectors.
         """
         vectors_ND, kind = self._vectors_ND, self.kind
-        if kind.lists > len(self.rows_M):
+        if kind.least_count > len(self.rows_M):
             raise UsageError(
                 f"index {kind.factory}",
-                expected=f"at most as many lists as there are vectors, {len(self.rows_M)}",
-                found=str(kind.lists),
+                expected=f"at least {kind.least_count} vectors to learn from",
+                found=str(len(self.rows_M)),
             )
         if kind.is_cagra:
             self._index = _build_cagra(kind, vectors_ND[self.rows_M], self.metric)

@@ -60,7 +60,7 @@ class Goal:
         recall: mean share of the k nearest that are found, above 0 and up to 1.
         k: neighbours.
         memory_bytes: most that this process may hold, mapped files aside; unbounded where None.
-        n_queries: rows to hold back; a tenth of all, up to 2,000, where None.
+        n_queries: rows to hold back, at most a tenth of all; up to 2,000 where None.
         factories: kinds to try, by name; those of the rule where empty.
         threads: CPU threads of builds and batches.
     """
@@ -82,6 +82,8 @@ class Goal:
             raise UsageError(
                 "queries", expected=f"at least {MIN_QUERIES}", found=str(self.n_queries)
             )
+        if self.threads is not None and self.threads < 1:
+            raise UsageError("threads", expected="at least 1", found=str(self.threads))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import tokenize
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -88,6 +88,16 @@ class Segment:
     rows: pa.Table
     index: AnnIndex | None
     metric: str = COSINE
+
+    def renewed(self, entry: SegmentEntry) -> Segment:
+        """Give the same rows as a later manifest has them, such as with more of them dead.
+
+        What was worked out of the rows stays: of millions to sort the ids takes seconds.
+        """
+        other = replace(self, entry=entry)
+        kept = ("_places", "_selector", "ids_or_missing")
+        vars(other).update({name: vars(self)[name] for name in kept if name in vars(self)})
+        return other
 
     @cached_property
     def _places(self) -> Places:

@@ -118,7 +118,7 @@ class Part:
         return ids_N if self.alive_N is None else ids_N[self.alive_N]
 
     def rows(self, schema: pa.Schema) -> pa.Table:
-        """Give the metadata of living rows, with all columns of a schema."""
+        """Give the metadata of living rows, with the columns of a schema."""
         rows = in_schema(self.segment.rows, schema)
         return rows if self.alive_N is None else rows.filter(pa.array(self.alive_N))
 
@@ -174,8 +174,13 @@ class Snapshot:
     @cached_property
     def rows(self) -> pa.Table:
         """The metadata of every living row."""
-        tables = [part.rows(self.schema) for part in self.parts]
-        return pa.concat_tables([self.schema.empty_table(), *tables])
+        return self.columns(self.schema.names)
+
+    def columns(self, names: Sequence[str]) -> pa.Table:
+        """Give some columns of every living row; of the others nothing is copied."""
+        schema = pa.schema([self.schema.field(name) for name in names])
+        tables = [part.rows(schema) for part in self.parts]
+        return pa.concat_tables([schema.empty_table(), *tables])
 
     def own_parameters(self, parameters: Mapping[str, int]) -> list[dict[str, int]]:
         """Give each part those search parameters that its index has.
@@ -229,7 +234,8 @@ class Snapshot:
     @cached_property
     def _kept(self) -> KeptSelections:
         """The selections that were worked out before."""
-        return KeptSelections(2 * self.count)  # a mask, and the numbers of few rows
+        n_rows = sum(len(part.segment.ids_N) for part in self.parts)
+        return KeptSelections(3 * n_rows)  # masks of all and of the living, and few rows' numbers
 
     def _work_out(self, filter: str, source_names: SourceNames | None) -> Selection:
         """Choose in every part."""

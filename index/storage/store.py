@@ -6,13 +6,13 @@ Rules:
     A file that is gone, or is another, because the collection was written meanwhile, is no
     fault: the manifest has changed as well, and reading begins again with the new one.
     Any number of threads may ask for the latest snapshot; one of them looks at the files.
+    What could not be read is read again by whoever asks next: until all is, nothing is the latest.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +44,8 @@ class Contents:
         self.manifest = manifest
         self._segments = segments
         self._alive = alive
+        self._is_own = [False] * len(alive)
+        """Whether each was copied since the last snapshot, so that none has it."""
         self._counts = [entry.count - entry.dead for entry in manifest.segments]
         self.delta = Delta(manifest.dim, manifest.metric)
 
@@ -62,10 +64,7 @@ class Contents:
             if alive_N is not None:
                 rows_N = rows_N[alive_N[rows_N]]
             if rows_N.size:
-                alive_N = np.ones(segment.entry.count, np.bool_) if alive_N is None else alive_N
-                alive_N = alive_N.copy()  # older snapshots have the one that was
-                alive_N[rows_N] = False
-                self._alive[number] = alive_N
+                self._own_mask(number)[rows_N] = False
                 self._counts[number] -= len(rows_N)
                 killed += len(rows_N)
         return killed
@@ -81,8 +80,21 @@ class Contents:
         if self.delta.n_rows:
             segment, alive_N = self.delta.view()
             parts.append(Part(segment=segment, alive_N=alive_N, count=self.delta.n_alive))
+        self._is_own = [False] * len(self._alive)
         version = (self.manifest.generation, n_records)
         return Snapshot(manifest=self.manifest, version=version, parts=tuple(parts))
+
+    def _own_mask(self, number: int) -> NDArray[np.bool_]:
+        """Give the mask of a segment to write to: older snapshots have the one that was.
+
+        It is copied once a snapshot, and not once a record: a journal has many thousands.
+        """
+        alive_N = self._alive[number]
+        if alive_N is None or not self._is_own[number]:
+            count = self._segments[number].entry.count
+            alive_N = np.ones(count, np.bool_) if alive_N is None else alive_N.copy()
+            self._alive[number], self._is_own[number] = alive_N, True
+        return alive_N
 
 
 class Store:
@@ -146,7 +158,7 @@ class Store:
         if self.is_written_here or snapshot is not self.snapshot:
             return snapshot is self.snapshot
         is_whole = self.journal is None or self.journal.size_bytes() == self.position.end
-        return is_whole and self.is_current()
+        return self._is_published and is_whole and self.is_current()
 
     def load(self) -> None:
         """Read the manifest and everything that it names, but segments that are open."""
@@ -164,8 +176,8 @@ class Store:
                 break
         self._file, self.contents, self.journal = file, contents, journal
         self.manifest = file.manifest
-        self.position = Position()
-        self._replay(is_new=True)
+        self.position, self._is_published = Position(), False
+        self._replay()
 
     def keep(self, segment: Segment, manifest: Manifest) -> None:
         """Have an open segment ready for the manifest that will name it with these files."""
@@ -178,7 +190,7 @@ class Store:
 
     def apply(self, change: Block | Delete, position: Position) -> int:
         """Take over what was written to the journal; give how many rows it killed."""
-        killed = 0
+        killed, self._is_published = 0, False
         if isinstance(change, Delete):
             killed = self.contents.kill(change.ids)
         else:
@@ -189,6 +201,7 @@ class Store:
     def publish(self) -> None:
         """Make what was applied the latest snapshot."""
         self.snapshot = self.contents.snapshot(self.position.n_records)
+        self._is_published = True
 
     def _open(self, manifest: Manifest) -> tuple[Contents, JournalFile | None]:
         """Open what a manifest names and is not open."""
@@ -199,7 +212,7 @@ class Store:
             if segment is None or kept != files:
                 segment = open_segment(self.path, manifest, entry, verify=self._verify)
             if segment.entry != entry:
-                segment = replace(segment, entry=entry)
+                segment = segment.renewed(entry)
             opened[entry.name] = (files, segment)
             self._segments[entry.name] = opened[entry.name]  # also where a later one fails
         alive = [
@@ -217,14 +230,16 @@ class Store:
         """Tell whether the journal still has everything that was read of it."""
         return self.journal is None or self.journal.size_bytes() >= self.position.end
 
-    def _replay(self, *, is_new: bool = False) -> None:
+    def _replay(self) -> None:
         """Take over what the journal has beyond what was read of it."""
         if self.journal is not None:
-            for record in self.journal.read(self.position):
-                change = decode(record, self.manifest.dim, str(self.journal.file))
-                self.apply(change, record.position)
-                is_new = True
-        if is_new:
+            try:
+                for record in self.journal.read(self.position):
+                    change = decode(record, self.manifest.dim, str(self.journal.file))
+                    self.apply(change, record.position)
+            except OSError as error:
+                raise unreadable(self.journal.file, error) from error
+        if not self._is_published:
             self.publish()
 
 

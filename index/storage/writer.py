@@ -62,8 +62,8 @@ from models.cpu import cpu_budget
 from models.errors import HoraceError, UsageError, reason_of
 
 SEAL_ROWS, SEAL_BYTES = 16_384, 64 << 20
-"""Rows of the delta, or bytes of the journal, from which the delta becomes a segment: beyond,
-searching it takes milliseconds, and opening the collection a moment."""
+"""Rows of the delta, or records or bytes of the journal, from which the delta becomes a segment:
+beyond, searching it takes milliseconds, and opening the collection a moment."""
 
 log = logging.getLogger("horace.index")
 
@@ -351,8 +351,8 @@ class CollectionWriter:
             self._store.apply(change, position)
             self._store.publish()
             self._take_over()
-        delta = self._store.contents.delta
-        if delta.n_rows >= self._seal_rows or position.end >= self._seal_bytes:
+        written = max(self._store.contents.delta.n_rows, position.n_records)
+        if written >= self._seal_rows or position.end >= self._seal_bytes:
             self._seal_when_large()
 
     def _seal_when_large(self) -> None:

@@ -95,6 +95,15 @@ def test_what_duplicates_lists_is_deleted(run, path, tmp_path, capsys):
     assert (status, json.loads(out)) == (0, {"deleted": len(lines) - 1, "count": 61 - len(lines)})
 
 
+def test_a_list_may_begin_with_the_mark_of_a_spreadsheet(run, path, tmp_path):
+    """Which is no part of the first column's name."""
+    (key, *_) = keys_of(path)
+    file = tmp_path / "list.csv"
+    file.write_text(f"id,why\n{id_of(key)},blurred\n", encoding="utf-8-sig")
+    assert run(path, "--list", file)[0] == 0
+    assert key not in keys_of(path)
+
+
 @pytest.mark.parametrize(
     ("content", "line"),
     [

@@ -95,6 +95,18 @@ def test_columns_of_the_users_own_are_shown_with_their_types(run, built, copy_co
     assert json.loads(out)["column_types"] == {"price": "double"}
 
 
+def test_names_are_no_more_than_names(run, built, copy_collection):
+    """A source or a column that is called so forges no line, and moves no cursor."""
+    path = copy_collection(built)
+    with CollectionWriter.open(path) as writer:
+        rows = pa.table({"key": ["x"], "source": ["folder:/a\n  images  0 live"], "b\x1b[2J": [1]})
+        vectors = writer.collection.vectors(writer.collection.ids[:1])
+        writer.add(rows, vectors, fingerprint=writer.collection.fingerprint)
+    _, out, _ = run(path)
+    assert "  source       folder:/a\\n  images  0 live: 1" in out.splitlines()
+    assert "digest, b\\x1b[2J (int64)" in out
+
+
 @pytest.fixture
 def written(built, copy_collection):
     """60 images, 7 of them deleted, and 2 written again."""
@@ -122,6 +134,20 @@ def test_what_was_written_since(run, written, built):
     )
     assert found["size_bytes"]["total"] == total
     assert found["size_bytes"]["journal"] > 0
+
+
+def test_tombstones_are_one_kind_of_file(written):
+    """Whatever generations they are of."""
+    with CollectionWriter.open(written) as writer:
+        writer.seal()
+        writer.delete(writer.collection.ids[-1:])
+        writer.seal()
+        described = describe(writer.collection)
+    files = written.rglob("tombstones-*.npy")
+    assert described.size_bytes["tombstones"] == sum(file.stat().st_size for file in files)
+    assert set(described.size_bytes) == {
+        "ids", "journal", "manifest", "rejects", "rows", "tombstones", "total", "vectors"
+    }  # fmt: skip
 
 
 def test_what_is_replaced_meanwhile_is_described_as_it_was(written):

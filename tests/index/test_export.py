@@ -102,6 +102,19 @@ def test_only_an_export_is_replaced(run, written, tmp_path):
     assert [file.name for file in other.iterdir()] == ["me.jpg"]
 
 
+def test_only_a_table_of_an_export_is_replaced(run, written, tmp_path):
+    """Not the facts of the images, which are parquet as well."""
+    out = tmp_path / "x.parquet"
+    assert run(written, "--out", out)[0] == run(written, "--out", out, "--replace")[0] == 0
+    pq.write_table(pa.table({"key": ["a"]}), tmp_path / "facts.parquet")
+    (tmp_path / "damaged.parquet").write_bytes(b"PAR1")
+    for name in ("facts.parquet", "damaged.parquet"):
+        before = (tmp_path / name).read_bytes()
+        status, _, err = run(written, "--out", tmp_path / name, "--replace")
+        assert (status, "expected a new name, or an earlier export" in err) == (2, True)
+        assert (tmp_path / name).read_bytes() == before
+
+
 @pytest.mark.parametrize("name", ["x", "x.parquet"])
 def test_an_export_is_whole_or_not_there(run, written, tmp_path, monkeypatch, name):
     """Where it fails on the way nothing is left, and what stood there stands there still."""

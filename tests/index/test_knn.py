@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from index import knn
 from index.knn import knn_search, merge_neighbours, weighted_knn_vote
 from models.errors import UsageError
 
@@ -138,6 +139,29 @@ def test_some_rows_of_a_bank_alone_with_ties_by_row(n_queries, monkeypatch):
     _, few = knn_search(queries, bank, 12, rows_M=rows[:5])
     assert (few[:, 5:] == -1).all()
     assert (np.sort(few[:, :5]) == rows[:5]).all()
+
+
+@pytest.mark.parametrize("n_queries", [1, 40])
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_of_some_rows_that_tie_no_other_row_is_scored(n_queries, metric, monkeypatch):
+    """As of copies of an image under a filter: the bank may be of any size."""
+    widths, all_scores = [], knn._all_scores
+
+    def spy(*arguments):
+        scores = all_scores(*arguments)
+        widths.append(scores.shape[1])
+        return scores
+
+    monkeypatch.setattr(knn, "_all_scores", spy)
+    monkeypatch.setattr(knn, "BLOCK_BYTES", 4 * 8 * 20)
+    rng = np.random.default_rng(0)
+    rows = np.sort(rng.choice(3000, 70, replace=False))
+    bank = rng.standard_normal((3000, 8)).astype(np.float32)
+    bank[rows] = np.eye(8, dtype=np.float32)[np.arange(70) % 8]
+    queries = bank[rows[:1]] + rng.uniform(0, 0.1, (n_queries, 8)).astype(np.float32)
+    _, found = knn_search(queries, bank, 5, rows_M=rows, metric=metric)
+    assert (found == rows[:40:8]).all()
+    assert set(widths) == {70}
 
 
 @pytest.mark.parametrize("n_queries", [1, 64, 300])

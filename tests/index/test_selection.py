@@ -187,6 +187,16 @@ def test_a_column_without_a_name_is_in_no_filters_way():
     assert Selector(rows).select("key > 'a'").mask_N.tolist() == [False, True, True]
 
 
+def test_metadata_is_not_copied_to_choose_by_it():
+    """Rows may have 60 KiB of text each, and a filter leave all: here 300 MB of one text."""
+    chunk = pa.table({"label": ["a"] * 10, "text": ["x" * 30_000] * 10})
+    selector = Selector(pa.concat_tables([chunk] * 1000))
+    pool = pa.default_memory_pool()
+    before = pool.max_memory()
+    assert selector.select("label = 'a'").mask_N.all()
+    assert pool.max_memory() - before < 30_000_000
+
+
 def test_selections_are_kept_within_bounds(tmp_path, unit_rows, make_collection):
     """The one that was used longest ago goes first."""
     path = make_collection(tmp_path, unit_rows(100, 8))

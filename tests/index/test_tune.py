@@ -280,10 +280,12 @@ def test_several_segments_become_one(tmp_path, make_collection, capsys):
         (["--recall", "1.5"], "recall: expected above 0 and up to 1, found 1.5"),
         (["--k", "0"], "k: expected 1 to 1000, found 0"),
         (["--memory", "much"], "memory: expected a size such as 500MB"),
+        (["--threads", "0"], "threads: expected at least 1, found 0"),
         (["--queries", "3"], "queries: expected at least 20, found 3"),
         (["--index", "NSG32"], "index: expected Flat, HNSW32"),
         (["--index", "HNSW1"], "other numbers: HNSW of 2 to 256 links, IVF of 1 to 1048576 lists"),
         (["--index", "IVF0,PQ16x4fs,RFlat"], "PQ of 1 sub-vector or more, RaBitQ of 1 to 8 bits"),
+        (["--index", "PCAR0,IVF32,PQ16x4fs,RFlat"], "index: expected Flat, HNSW32"),
         (["--index", "IVF32,PQ15x4fs,RFlat"], "a number of sub-vectors that divides 32"),
         (["--index", "CAGRA64"], "expected an NVIDIA GPU and faiss-gpu-cuvs"),
     ],
@@ -294,6 +296,30 @@ def test_what_makes_no_sense_is_refused(collection, capsys, args, message):
     assert run(collection, *args) == 2
     assert message in capsys.readouterr().err
     assert (collection / "manifest.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("factory", "least"),
+    [
+        ("IVF30,PQ8x4fs,RFlat", 30),
+        ("PCAR32,IVF4,PQ8x4fs,RFlat", 32),
+        ("IVF4,PQ8x4fs,RFlat", 16),
+    ],
+)
+def test_what_cannot_be_learnt_from_so_few_is_refused(
+    tmp_path, make_collection, capsys, factory, least
+):
+    """Lists, directions of a PCA, and centres of a code: of each vector comes one at most."""
+    others = make_collection(tmp_path / "others", draw(20, seed=5))
+    for count, status in ((least - 1, 2), (least, 0)):
+        path = make_collection(tmp_path / str(count), draw(count, seed=1))
+        args = ("--query-from", others, "--recall", ".1", "--index", factory)
+        assert run(path, *args) == status
+    error = capsys.readouterr().err
+    assert (
+        f"index {factory}: expected at least {least} vectors to learn from, found {least - 1}"
+        in (error)
+    )
 
 
 def test_the_bounds_of_what_is_asked_for():

@@ -202,6 +202,14 @@ def test_what_a_killed_writer_left_is_said_to_be_harmless(run, written):
     assert run(written)[1].count("\n") == 1
 
 
+def test_a_file_of_any_name_is_mentioned(run, written):
+    """Also one that is no text, or would be more than a name on a terminal."""
+    (written / os.fsdecode(b"a\xff\x1b[31m\n")).touch()
+    status, out, _ = run(written)
+    assert (status, out.count("\n")) == (0, 2)
+    assert f"{written}/a\\udcff\\x1b[31m\\n: no part of it; Horace neither" in out
+
+
 def test_every_fault_is_told_at_once(run, with_rejects):
     """A line each, and how many at the end; what is no part of it is mentioned."""
     (with_rejects / "segments/000000/ids.npy").unlink()

@@ -152,13 +152,29 @@ def test_more_than_there_are_are_padded(make_index, factory):
 def test_an_index_is_that_of_its_vectors(make_index, factory):
     """What it keeps of them is made again and compared; other vectors are told."""
     index = make_index(factory)
-    assert index_fault(index) is None
+    assert index_fault(index, {}) is None
     index.vectors_ND = draw(COUNT, seed=9)
     if index.kind.family == "graph" and not index.kind.refines:
         index._top.storage = other = faiss.IndexFlatIP(DIM)
         other.add(draw(COUNT, seed=9))
         index.kept = other
-    assert "expected the vectors of vectors.npy, found" in str(index_fault(index))
+    assert "expected the vectors of vectors.npy, found" in str(index_fault(index, {}))
+
+
+@pytest.mark.parametrize("factory", ["PCAR16,IVF16,PQ16x4fs,RFlat", "RR,IVF16,RaBitQfs,RFlat"])
+def test_an_index_of_groups_of_near_copies_is_no_fault(tmp_path, factory):
+    """Short codes do not tell a group's vectors apart: as many are ranked as a search ranks."""
+    rng = np.random.default_rng(0)
+    vectors = np.repeat(rng.standard_normal((20, DIM)), COUNT // 20, axis=0)
+    vectors = (vectors + 1e-3 * rng.standard_normal((COUNT, DIM))).astype(np.float32)
+    file = tmp_path / "index.faiss"
+    write_index(build_index(vectors, factory, metric="euclidean"), file, factory)
+    index = open_index(
+        file, factory=factory, count=COUNT, dim=DIM, metric="euclidean", vectors_ND=vectors
+    )
+    assert index_fault(index, {"nprobe": 2, "k_factor": 10}) is None
+    index.vectors_ND = draw(COUNT, seed=9, metric="euclidean")
+    assert "found " in str(index_fault(index, {"nprobe": 2, "k_factor": 10}))
 
 
 @pytest.mark.parametrize("factory", FACTORIES)
@@ -198,7 +214,7 @@ def test_rows_that_are_held_back_come_at_the_end(make_index, tmp_path, factory, 
     )
     _, rows = whole.search(queries, 1, parameters={}, threads=1)
     assert (rows[:, 0] == held_back).mean() > 0.9
-    assert index_fault(whole) is None
+    assert index_fault(whole, {}) is None
 
 
 @pytest.mark.parametrize("factory", ["IVF200,PQ16x4fs,RFlat", "RR,IVF200,RaBitQfs,RFlat", "HNSW2"])

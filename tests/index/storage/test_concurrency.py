@@ -294,6 +294,28 @@ def test_a_directory_that_is_exchanged_while_it_is_opened(
     np.testing.assert_array_equal(collection.vectors(collection.ids), vectors)
 
 
+def test_what_could_not_be_read_is_read_again(path, unit_rows, monkeypatch):
+    """Storage that fails for a moment keeps nobody at what was there before a seal."""
+    reader = Collection.open(path)
+    read = JournalFile.read
+    fails = iter([True])
+
+    def read_later(journal, position):
+        if next(fails, False):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(journal, position)
+
+    with CollectionWriter.open(path) as writer:
+        writer.add(table("a"), unit_rows(1, DIM), fingerprint=FINGERPRINT)
+        writer.seal()
+    monkeypatch.setattr(JournalFile, "read", read_later)
+    with pytest.raises(CollectionError, match=r"journal-000002: .* found Input/output error"):
+        reader.latest()
+    assert not reader.is_current()
+    assert reader.latest().keys() == ["a"]
+    assert reader.latest().is_current()
+
+
 WRITES = """
 import json, random, sys
 import numpy as np, pyarrow as pa

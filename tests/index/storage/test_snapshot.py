@@ -12,6 +12,7 @@ from index.storage.manifest import hash_files, read_manifest, write_manifest
 from index.storage.rows import ROW_SCHEMA
 from index.storage.segment import Block
 from index.storage.snapshot import SPARE, spare_rows
+from index.storage.store import Store
 from index.storage.writer import CollectionWriter
 from models.errors import UsageError
 
@@ -70,6 +71,19 @@ def test_a_selection_over_dead_rows_and_a_delta(tmp_path, unit_rows, make_collec
         collection.search(vectors[3:4], 5, fingerprint=FINGERPRINT, filter=by_hand)
 
 
+def test_a_selection_weighs_what_it_holds(tmp_path, unit_rows, make_collection):
+    """Over dead rows it has masks of its own, and the numbers of few rows."""
+    path = make_collection(tmp_path / "c", unit_rows(4000, DIM))
+    with CollectionWriter.open(path, threads=1) as writer:
+        writer.delete([id_of("3999")])
+        chosen = writer.collection.select("key < '0490'")
+        weighed = writer.collection._snapshot._kept._weigh((chosen.filter, None))
+    (rows,) = chosen.chosen
+    held = chosen.mask_N.nbytes + rows.mask_N.nbytes + rows.rows().nbytes
+    assert rows.rows() is rows.rows()
+    assert held <= weighed < held + 2000
+
+
 @pytest.mark.parametrize("dead", [[3, 3], [5, 3], [-1, 4], [4, 40]])
 def test_tombstones_of_no_rows_are_refused(tmp_path, unit_rows, make_collection, dead):
     """Though every checksum agrees."""
@@ -108,6 +122,21 @@ def test_a_view_of_the_delta_never_changes(unit_rows):
             np.testing.assert_array_equal(alive, alive_before)
     segment, alive = delta.view()
     assert alive.sum() == delta.n_alive == n - len({row // 2 for row in range(3, n, 3)})
+
+
+def test_a_mask_is_copied_once_a_snapshot(tmp_path, unit_rows, make_collection):
+    """Not once for each record of a journal; snapshots that were taken keep theirs."""
+    path = make_collection(tmp_path / "c", unit_rows(40, DIM))
+    contents = Store(path, verify=False).contents
+    masks, snapshots = [], []
+    for rows in ([3], [4, 5], [6]):
+        for row in rows:
+            assert contents.kill(np.array([id_of(f"{row:04}")])) == 1
+            masks.append(contents._alive[0])
+        snapshots.append(contents.snapshot(0).parts[0])
+    assert [mask is masks[1] for mask in masks] == [False, True, True, False]
+    assert [part.count for part in snapshots] == [39, 37, 36]
+    assert [int(part.alive_N.sum()) for part in snapshots] == [39, 37, 36]
 
 
 @pytest.mark.parametrize(("dead", "most"), [(0, 0), (1, 1), (100, SPARE + 2), (5000, 30)])

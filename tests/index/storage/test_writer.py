@@ -539,6 +539,42 @@ def test_a_filter_is_worked_out_once_a_part(writer, vectors, monkeypatch):
     assert n_worked_out == [30, 2, 3]
 
 
+def test_a_seal_keeps_what_was_worked_out_of_other_segments(writer, vectors):
+    """Though a tombstone more is named: to sort the ids of millions takes seconds."""
+    writer.add(table(*map(str, range(30))), vectors[:30], fingerprint=FINGERPRINT)
+    writer.seal()
+    reader = Collection.open(writer.path)
+    chosen = reader.select("key > '2'")
+    assert reader.row_numbers(chosen.parts[0].segment.ids_N[:1]) == [0]
+    before = reader._snapshot.parts[0].segment
+    writer.delete([id_of("7")])
+    writer.seal()
+    after = reader.latest()._snapshot.parts[0].segment
+    assert (before.entry.dead, after.entry.dead) == (0, 1)
+    assert after._places is before._places
+    schema = reader._snapshot.schema
+    assert after.selector(schema, 0) is before.selector(schema, 0)
+
+
+def test_keys_and_labels_are_given_without_copying_other_columns(writer, vectors):
+    """Where a row is dead the living ones are copied, which may have 60 KiB of text each."""
+    rows = table(*map(str, range(40)), text=["x" * 10_000] * 40)
+    writer.add(rows, vectors, fingerprint=FINGERPRINT)
+    writer.delete([id_of("0")])
+    default = pa.default_memory_pool()
+    pool = pa.proxy_memory_pool(default)
+    pa.set_memory_pool(pool)
+    try:
+        collection = writer.collection
+        assert len(collection.keys()) == len(collection.labels()) == 39
+        assert collection.schema.names == [*ROW_SCHEMA.names, "text"]
+        with pytest.raises(UnknownIdError, match="keys here look like '1'"):
+            collection.find_key("a")
+    finally:
+        pa.set_memory_pool(default)
+    assert 0 < pool.max_memory() < rows.nbytes / 10
+
+
 def test_a_delta_of_many_bytes_becomes_a_segment(writer, vectors, monkeypatch):
     """However few its rows are; where there is nothing to seal, there is no other state."""
     monkeypatch.setattr(writer, "_seal_bytes", 300)
@@ -547,6 +583,19 @@ def test_a_delta_of_many_bytes_becomes_a_segment(writer, vectors, monkeypatch):
     assert [segment.count for segment in collection.manifest.segments] == [1]
     writer.seal()
     assert writer.collection.version == collection.version
+
+
+def test_a_journal_of_many_records_is_sealed(writer, vectors, monkeypatch):
+    """Deletions fill no delta and few bytes, and whoever opens the collection reads each again."""
+    writer.add(table(*map(str, range(9))), vectors[:9], fingerprint=FINGERPRINT)
+    writer.seal()
+    monkeypatch.setattr(writer, "_seal_rows", 3)
+    for n in range(3):
+        assert writer.collection.manifest.segments[0].dead == 0
+        writer.delete([id_of(str(n))])
+    assert writer.collection.manifest.segments[0].dead == 3
+    assert writer.collection.version[1] == 0
+    assert Collection.open(writer.path).keys() == list("345678")
 
 
 def test_what_cannot_be_created(writer, tmp_path):
