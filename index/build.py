@@ -22,6 +22,7 @@ import json
 import logging
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from typing import TypeVar, cast
@@ -188,6 +189,7 @@ def plan(options: BuildOptions) -> BuildPlan:
 def _opened(options: BuildOptions) -> Iterator[tuple[ImageSource, Encoder, RunKey]]:
     """Open the source and the encoder, and say what decides the parts."""
     source = open_source(options.images)
+    _require_text(source.uri)
     with closing(open_encoder(options.encoder, threads=ENCODE_THREADS)) as encoder:
         if ignored := describe_ignored(source):
             log.info("%s: %s", source.uri, shown(ignored))
@@ -200,6 +202,21 @@ def _opened(options: BuildOptions) -> Iterator[tuple[ImageSource, Encoder, RunKe
             part_size=options.batch_size * BATCHES_PER_PART,
         )
         yield source, encoder, key
+
+
+def _require_text(uri: str) -> None:
+    """Refuse a source whose rows could not say where they are from: parquet holds text.
+
+    Raises:
+        UsageError: its name is no UTF-8.
+    """
+    if any(unicodedata.category(c) == "Cs" for c in uri):
+        raise UsageError(
+            f"--images {uri!r}",
+            expected="a name in UTF-8",
+            found="another",
+            mend="rename it, or name it by a link",
+        )
 
 
 def _build(

@@ -10,6 +10,7 @@ from typing import Literal
 from index.ann.memory import parse_size
 from index.ann.trials import Goal
 from index.building.pipeline import REMOTE_REQUESTS
+from index.building.target import check_name
 from index.milvus.connection import MilvusAddress, read_address
 from models.errors import UsageError
 from models.providers import ON_CPU, split_placement
@@ -78,6 +79,7 @@ class BuildOptions:
         """Check what can be checked without opening anything."""
         if not self.target.name:
             raise UsageError("--out", expected="a directory with a name", found=str(self.out))
+        check_name("--name", self.name or "")
         if not 1 <= self.batch_size <= 65536:
             raise UsageError("--batch-size", expected="1 to 65536", found=str(self.batch_size))
         _, placement = split_placement(self.encoder)
