@@ -88,7 +88,8 @@ def make_task(
     labels = sorted({label for label in queries.labels if label is not None})
     _require_labels(f"collection {collection.name}", classes, "build it of labelled images")
     _require_labels(f"--images {images}", labels, "name a labelled source")
-    unseen = [label for label in labels if label not in set(classes)]
+    known = set(classes)
+    unseen = [label for label in labels if label not in known]
     if len(unseen) == len(labels):
         raise EvaluationError(
             f"labels of --images {images}",
@@ -132,7 +133,8 @@ def _label_notes(
             f"{int((truth_Q < 0).sum())} queries are of classes that the collection lacks "
             f"({_some(unseen)}) and count as wrong"
         )
-    missing = [label for n, label in enumerate(classes) if not (truth_Q == n).any()]
+    asked = set(truth_Q.tolist())
+    missing = [label for n, label in enumerate(classes) if n not in asked]
     if missing:
         notes.append(f"no query is of {len(missing)} classes: {_some(missing)}")
     if len(classes) <= 5:

@@ -20,7 +20,9 @@ from index.embed import embed
 from index.errors import EvaluationError
 from index.evaluate import run
 from index.evaluation import evaluate_knn
+from index.evaluation.baselines import Seen
 from index.evaluation.evaluate_knn import KnnOptions, evaluate
+from index.evaluation.knn_task import make_task
 from index.storage.manifest import read_manifest, write_manifest
 from index.storage.writer import CollectionWriter
 from models.bundle import read_bundle
@@ -249,6 +251,30 @@ def test_labels_that_differ_are_noted(tmp_path, bundle, built, new_folder, capsy
     assert "1 queries have no label and are left out" in notes
     assert "4 queries are of classes that the collection lacks (purple) and count as wrong" in notes
     assert "no query is of 1 classes: red" in notes
+
+
+def test_of_many_classes_each_is_looked_at_once(tmp_path, make_collection, unit_rows):
+    """Or a hundred thousand would take hours."""
+
+    class Label(str):
+        looks = 0
+
+        def __hash__(self):
+            Label.looks += 1
+            return super().__hash__()
+
+    class Labelled(Collection):
+        def labels(self):
+            return [Label(f"{n:03}") for n in range(self.count)]
+
+    path = make_collection(tmp_path, unit_rows(300, 16))
+    with Labelled.open(path) as collection:
+        queries = Seen(
+            keys=[""] * 300, labels=collection.labels(), rejects=[], digests=[""] * 300,
+            vectors_ND=[], pixels_NP=None,
+        )  # fmt: skip
+        make_task(collection, queries, images="images", ks=(20,), temperature=0.07)
+    assert Label.looks < 10 * 300
 
 
 def test_a_label_forges_no_line(tmp_path, bundle, new_folder, capsys):
