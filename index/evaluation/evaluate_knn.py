@@ -15,6 +15,7 @@ vote and its k and T.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -85,8 +86,10 @@ class KnnOptions:
         """Check what can be checked without opening anything."""
         if not self.k or min(self.k) < 1:
             raise UsageError("--k", expected="numbers of at least 1", found=str(self.k))
-        if not self.temperature > 0:
-            raise UsageError("--temperature", expected="above 0", found=str(self.temperature))
+        if not 0 < self.temperature < math.inf:
+            raise UsageError(
+                "--temperature", expected="above 0, and finite", found=str(self.temperature)
+            )
 
 
 def main(options: KnnOptions) -> None:

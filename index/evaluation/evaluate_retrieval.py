@@ -47,7 +47,7 @@ from index.evaluation.same_images import collection_digests, is_same_vector
 from index.interface import AnyCollection, open_collection
 from index.knn import MISSING
 from index.storage.ids import Places
-from models.command import progress
+from models.command import progress, shown
 from models.errors import UsageError
 
 BLOCK_BYTES = 64 << 20
@@ -205,7 +205,7 @@ def _choose(
     if queries.rejects:
         first = queries.rejects[0]
         notes.append(
-            f"{len(queries.rejects)} queries could not be read, the first {first.key}: "
+            f"{len(queries.rejects)} queries could not be read, the first {shown(first.key)}: "
             f"{first.message}"
         )
     unlabelled = sum(label is None for label in queries.labels)

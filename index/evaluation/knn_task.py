@@ -81,8 +81,17 @@ def make_task(
         The task, the queries that count, and notes for people.
 
     Raises:
-        EvaluationError: there are no labels, or none in common.
+        EvaluationError: no query can be read, there are no labels, or none in common.
     """
+    if not queries.keys:
+        rejects = queries.rejects
+        first = f", the first {rejects[0].key}: {rejects[0].message}" if rejects else ""
+        raise EvaluationError(
+            f"--images {images}",
+            expected="images that can be read",
+            found=f"none, and {len(rejects)} that cannot{first}",
+            mend="check the images",
+        )
     bank_labels = collection.labels()
     classes = sorted({label for label in bank_labels if label is not None})
     labels = sorted({label for label in queries.labels if label is not None})
