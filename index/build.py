@@ -25,6 +25,7 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from typing import TypeVar, cast
 
 from index.ann.kinds import FLAT
@@ -270,11 +271,13 @@ def _build_in_milvus(
     """Embed what is missing, and have Milvus keep it."""
     from index.milvus.building import check_place, drop_unnamed, publish
 
-    earlier = read_run_id(options.target)
-    check_place(options.milvus, None if options.restart else earlier, replace=options.replace)
-    with PartStore(options.target, key, restart=options.restart) as store, resumable(store):
-        if options.restart and earlier is not None:
-            drop_unnamed(options.milvus, earlier)
+    run_id = None if options.restart else read_run_id(options.target)
+    check_place(options.milvus, run_id, index=options.index, replace=options.replace)
+    give_up = partial(drop_unnamed, options.milvus)
+    with (
+        PartStore(options.target, key, restart=options.restart, give_up=give_up) as store,
+        resumable(store),
+    ):
         reused, embed_s = fill_store(store, source, encoder, _filling(options))
         summary = publish(
             options.milvus,
