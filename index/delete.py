@@ -118,7 +118,7 @@ def _read_list(file: Path) -> Iterator[int]:
             the line.
     """
     try:
-        with file.open(newline="", encoding="utf-8") as lines:
+        with file.open(newline="", encoding="utf-8-sig") as lines:  # spreadsheets write a mark
             reader = csv.DictReader(lines)
             if ID_COLUMN not in (reader.fieldnames or ()):
                 found = ", ".join(reader.fieldnames or ()) or "nothing"

@@ -95,6 +95,16 @@ def test_what_duplicates_lists_is_deleted(run, path, tmp_path, capsys):
     assert (status, json.loads(out)) == (0, {"deleted": len(lines) - 1, "count": 61 - len(lines)})
 
 
+def test_a_list_may_begin_with_the_mark_of_spreadsheets(run, path, tmp_path):
+    """Who looks through a list saves it so."""
+    with Collection.open(path) as collection:
+        first = collection.ids[0]
+    file = tmp_path / "list.csv"
+    file.write_text(f"id,key\n{first},0000\n", encoding="utf-8-sig")
+    status, out, _ = run(path, "--list", file, "--json")
+    assert (status, json.loads(out)["deleted"]) == (0, 1)
+
+
 @pytest.mark.parametrize(
     ("content", "line"),
     [
