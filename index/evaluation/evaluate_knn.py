@@ -49,6 +49,7 @@ from index.evaluation.same_images import is_same_vector, sources_of, stored_dige
 from index.knn import MISSING, knn_search
 from index.neighbours import require_cosine
 from index.storage.ids import Places
+from models.command import counted
 from models.encoder import Encoder
 from models.errors import SourceError, UsageError
 from models.images import ImageSource, open_source
@@ -179,9 +180,9 @@ def _report(
         ]
     )
     if n_voteless := int((predicted_Q == MISSING).sum()):
-        notes.append(
-            f"{n_voteless} queries have no labelled neighbour among {HEADLINE_K} and count as wrong"
-        )
+        lacks = f"no labelled neighbour among {HEADLINE_K} and"
+        one, many = f"query has {lacks} counts as wrong", f"queries have {lacks} count as wrong"
+        notes.append(counted(n_voteless, one, plural=many))
     confusion = []
     if len(task.classes) <= MAX_CONFUSION_CLASSES:
         confusion = confusion_matrix(task.truth_Q, predicted_Q, len(task.classes)).tolist()

@@ -247,10 +247,10 @@ def test_labels_that_differ_are_noted(tmp_path, bundle, built, new_folder, capsy
     assert report.encoder_by_k[1].top1 == pytest.approx(8 / 12)
     assert report.duplicates == 0
     notes = "\n".join(report.notes)
-    assert re.search(r"1 queries could not be read, the first blue/bad.png: image: exp", notes)
-    assert "1 queries have no label and are left out" in notes
+    assert re.search(r"1 query could not be read, the first blue/bad.png: image: exp", notes)
+    assert "1 query has no label and is left out" in notes
     assert "4 queries are of classes that the collection lacks (purple) and count as wrong" in notes
-    assert "no query is of 1 classes: red" in notes
+    assert "no query is of 1 class: red" in notes
 
 
 def test_of_many_classes_each_is_looked_at_once(tmp_path, make_collection, unit_rows):
