@@ -22,8 +22,10 @@ import json
 import logging
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from typing import TypeVar, cast
 
 from index.ann.kinds import FLAT
@@ -188,6 +190,7 @@ def plan(options: BuildOptions) -> BuildPlan:
 def _opened(options: BuildOptions) -> Iterator[tuple[ImageSource, Encoder, RunKey]]:
     """Open the source and the encoder, and say what decides the parts."""
     source = open_source(options.images)
+    _require_text(source.uri)
     with closing(open_encoder(options.encoder, threads=ENCODE_THREADS)) as encoder:
         if ignored := describe_ignored(source):
             log.info("%s: %s", source.uri, shown(ignored))
@@ -200,6 +203,21 @@ def _opened(options: BuildOptions) -> Iterator[tuple[ImageSource, Encoder, RunKe
             part_size=options.batch_size * BATCHES_PER_PART,
         )
         yield source, encoder, key
+
+
+def _require_text(uri: str) -> None:
+    """Refuse a source whose rows could not say where they are from: parquet holds text.
+
+    Raises:
+        UsageError: its name is no UTF-8.
+    """
+    if any(unicodedata.category(c) == "Cs" for c in uri):
+        raise UsageError(
+            f"--images {uri!r}",
+            expected="a name in UTF-8",
+            found="another",
+            mend="rename it, or name it by a link",
+        )
 
 
 def _build(
@@ -253,11 +271,13 @@ def _build_in_milvus(
     """Embed what is missing, and have Milvus keep it."""
     from index.milvus.building import check_place, drop_unnamed, publish
 
-    earlier = read_run_id(options.target)
-    check_place(options.milvus, None if options.restart else earlier, replace=options.replace)
-    with PartStore(options.target, key, restart=options.restart) as store, resumable(store):
-        if options.restart and earlier is not None:
-            drop_unnamed(options.milvus, earlier)
+    run_id = None if options.restart else read_run_id(options.target)
+    check_place(options.milvus, run_id, index=options.index, replace=options.replace)
+    give_up = partial(drop_unnamed, options.milvus)
+    with (
+        PartStore(options.target, key, restart=options.restart, give_up=give_up) as store,
+        resumable(store),
+    ):
         reused, embed_s = fill_store(store, source, encoder, _filling(options))
         summary = publish(
             options.milvus,

@@ -121,6 +121,11 @@ def counted(count: int, what: str, *, plural: str = "") -> str:
     return f"{count} {what if count == 1 else plural or f'{what}s'}"
 
 
+def per_second(rate: float) -> str:
+    """Say how fast: `1600/s`, and of what is slow `0.42/s`."""
+    return f"{rate:.0f}/s" if rate >= 10 else f"{rate:.2g}/s"
+
+
 def progress(
     items: Iterable[Item],
     *,
@@ -159,8 +164,7 @@ def _progress_line(what: str, done: int, total: int | None, unit: str, elapsed_s
     """Say `embedding 512/60000 images, 4000/s, 15 s left`."""
     rate = done / elapsed_s if elapsed_s > 0 else 0.0
     of_total = "" if total is None else f"/{total}"
-    speed = f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"
-    line = f"{what} {done}{of_total} {unit}s, {speed}/s"
+    line = f"{what} {done}{of_total} {unit}s, {per_second(rate)}"
     if total is not None and 0 < done < total:
         line += f", {(total - done) / rate:.0f} s left"
     return line

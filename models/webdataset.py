@@ -110,7 +110,7 @@ class TarSource:
         self._pattern = os.path.abspath(pattern)
         self.shards = expand_shards(self._pattern)
         folder = Path(os.path.commonpath([shard.parent for shard in self.shards]))
-        self._shard_of = {shard.relative_to(folder).as_posix(): shard for shard in self.shards}
+        self._shard_of = {_text(str(shard.relative_to(folder))): shard for shard in self.shards}
 
     def __repr__(self) -> str:
         """Show the source as it is opened, and how many shards it has."""
@@ -249,7 +249,7 @@ def _label(sample: Sequence[_Member]) -> str | None:
         if _extension(member.name) in _LABELS and member.data is not None
     }
     if ".cls" in texts:
-        return texts[".cls"].decode("utf-8", "replace").strip() or None
+        return texts[".cls"].decode("utf-8-sig", "replace").strip() or None  # editors write a mark
     if ".json" in texts:
         try:
             facts = json.loads(texts[".json"])
@@ -374,8 +374,13 @@ def _member(archive: tarfile.TarFile, header: tarfile.TarInfo, shard: _FileId | 
         shard is None and not is_label and 0 < size <= MAX_READ_BYTES
     ):
         data = cast(IO[bytes], archive.extractfile(header)).read()
-    name = header.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return _Member(name.removeprefix("./"), header.offset_data, size, data, shard)
+    name = _text(header.name).removeprefix("./")
+    return _Member(name, header.offset_data, size, data, shard)
+
+
+def _text(name: str) -> str:
+    """Turn a name of a shard or in one into text that UTF-8 can carry."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _open_stream(shard: Path) -> BinaryIO:

@@ -23,7 +23,7 @@ from index.ann.trials import Goal
 from index.ann.tuning import plan as choose_kinds
 from index.building.part_set import PartSet, RecordBatch
 from index.building.pipeline import Crew, embed_batches
-from models.command import counted
+from models.command import counted, per_second
 from models.encoder import Encoder
 
 SAMPLE_ROUNDS = 4
@@ -92,7 +92,8 @@ class BuildPlan:
         if self.images_per_s is None:
             lines.append("nothing is left to embed")
         else:
-            rate = f"{self.images_per_s:.0f}/s, as {counted(self.sampled, 'image')} took"
+            took = counted(self.sampled, "image")
+            rate = f"{per_second(self.images_per_s)}, as {took} took"
             takes = "" if self.embed_s is None else f"embedding takes about {self.embed_s:.0f} s: "
             lines.append(f"{takes}{rate}; the index comes after that")
         return "\n".join(lines)

@@ -110,7 +110,8 @@ class Metadata:
         table = _with_stored_types(file, _read(file, schema))
         _check_keys(file, table[KEY])
         self.sha256 = sha256_file(file)
-        self._keys = cast("pa.Array[pa.StringScalar]", table[KEY].combine_chunks())
+        keys = cast(list[str], table[KEY].to_pylist())
+        self._rows = {key: row for row, key in enumerate(keys)}
         self._values = _in_types_of(file, table.drop_columns([KEY]), schema)
         self._is_met_M = np.zeros(len(table), np.bool_)
         self._n_without_row = 0
@@ -132,8 +133,8 @@ class Metadata:
             rows: with the columns of `ROW_SCHEMA`; those of the same name as one of the table's
                 are replaced, also by null.
         """
-        places = pc.index_in(rows[KEY].combine_chunks(), value_set=self._keys)
-        values = self._values.take(places)
+        places = [self._rows.get(key) for key in cast(list[str], rows[KEY].to_pylist())]
+        values = self._values.take(pa.array(places, pa.int64()))
         for name in values.column_names:
             column = values[name]
             if name == LABEL:
@@ -146,8 +147,7 @@ class Metadata:
 
     def meet(self, keys: Sequence[str]) -> None:
         """Take note of which rows these images are."""
-        places = pc.index_in(pa.array(keys, pa.string()), value_set=self._keys)
-        met = places.drop_null().to_numpy()
+        met = [row for row in map(self._rows.get, keys) if row is not None]
         self._is_met_M[met] = True
         self._n_without_row += len(keys) - len(met)
 
@@ -160,7 +160,7 @@ class Metadata:
         Raises:
             CollectionError: it is so, as where the keys were written in another way.
         """
-        if len(self._keys) and not self._is_met_M.any():
+        if self._rows and not self._is_met_M.any():
             raise self._of_others(example)
 
     def require_known(self, source: ImageSource) -> None:
@@ -172,19 +172,19 @@ class Metadata:
             CollectionError: it is so.
             SourceError: the source cannot be listed.
         """
-        if source.count() is None or not len(self._keys):
+        if source.count() is None or not self._rows:
             return
-        keys = set(self._keys.to_pylist())
         first = next(source.records(), None)
-        if first is not None and not any(record.key in keys for record in source.records()):
+        if first is not None and not any(record.key in self._rows for record in source.records()):
             raise self._of_others(first.key)
 
     def _of_others(self, example: str) -> CollectionError:
         """Make the error for a table of which no row is an image."""
+        first = next(iter(self._rows))
         return CollectionError(
             f"--metadata {self.file}",
             expected=f"keys of images, such as {example!r}",
-            found=f"{counted(len(self._keys), 'row')} of others, such as {self._keys[0].as_py()!r}",
+            found=f"{counted(len(self._rows), 'row')} of others, such as {first!r}",
             mend="write the keys as the source does, paths below its root",
         )
 
@@ -195,8 +195,8 @@ class Metadata:
             file=str(self.file),
             sha256=self.sha256,
             columns={one.name: str(one.type) for one in self._values.schema},
-            rows=len(self._keys),
-            without_image=len(self._keys) - n_met,
+            rows=len(self._rows),
+            without_image=len(self._rows) - n_met,
             without_row=self._n_without_row,
         )
 

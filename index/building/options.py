@@ -10,6 +10,7 @@ from typing import Literal
 from index.ann.memory import parse_size
 from index.ann.trials import Goal
 from index.building.pipeline import REMOTE_REQUESTS
+from index.building.target import check_name
 from index.milvus.connection import MilvusAddress, read_address
 from models.errors import UsageError
 from models.providers import ON_CPU, split_placement
@@ -78,15 +79,10 @@ class BuildOptions:
         """Check what can be checked without opening anything."""
         if not self.target.name:
             raise UsageError("--out", expected="a directory with a name", found=str(self.out))
+        check_name("--name", self.name or "")
         if not 1 <= self.batch_size <= 65536:
             raise UsageError("--batch-size", expected="1 to 65536", found=str(self.batch_size))
-        _, placement = split_placement(self.encoder)
-        if self.engine == "ray" and placement not in (None, ON_CPU):
-            raise UsageError(
-                "--engine ray",
-                expected="an encoder that its actors run on their CPUs, or one of a server",
-                found=self.encoder,
-            )
+        self._check_engine()
         self._check_sync()
         self._check_recall()
         if self.store is not None:
@@ -99,6 +95,27 @@ class BuildOptions:
         for name, value in at_once.items():
             if not 1 <= value <= MAX_AT_ONCE:
                 raise UsageError(name, expected=f"1 to {MAX_AT_ONCE}", found=str(value))
+
+    def _check_engine(self) -> None:
+        """Refuse an encoder that Ray cannot run, and numbers that the engine does not ask for."""
+        _, placement = split_placement(self.encoder)
+        if self.engine == "ray" and placement not in (None, ON_CPU):
+            raise UsageError(
+                "--engine ray",
+                expected="an encoder that its actors run on their CPUs, or one of a server",
+                found=self.encoder,
+            )
+        if self.engine == "ray":
+            wrong = [
+                ("--processes", self.processes > 1),
+                ("--requests", self.requests != REMOTE_REQUESTS),
+            ]
+            expected = "none beside --engine ray, which has --actors"
+        else:
+            wrong, expected = [("--actors", self.actors > 1)], "--engine ray beside it"
+        for name, is_given in wrong:
+            if is_given:
+                raise UsageError(name, expected=expected, found="otherwise")
 
     def _check_recall(self) -> None:
         """Refuse a recall that somebody else decides, and a budget of nothing."""

@@ -170,6 +170,7 @@ class PartSet:
             start += n_passed
             if n_passed < self.key.part_size:
                 self.n_seen = start
+                self._check_end(start)
                 return
 
     def add(self, batches: Sequence[EmbeddedBatch]) -> None:
@@ -299,6 +300,17 @@ class PartSet:
                 self.key.source,
                 expected=f"the images that {part.file} was made of",
                 found=f"others, {gone[0]!r} among what differs",
+                mend="the source has changed since: start anew with --restart",
+            )
+
+    def _check_end(self, n_records: int) -> None:
+        """Refuse a source that ends before a part that was made of it begins."""
+        behind = [part for part in self.finished if part.start >= n_records]
+        if behind:
+            raise SourceChangedError(
+                self.key.source,
+                expected=f"the images that {behind[0].file} was made of",
+                found=f"no more than {n_records}",
                 mend="the source has changed since: start anew with --restart",
             )
 

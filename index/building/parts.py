@@ -20,6 +20,7 @@ import re
 import shutil
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -51,13 +52,22 @@ class PartStore(PartSet):
         lock: the descriptor of the lock: it holds until every process that has it has ended.
     """
 
-    def __init__(self, out: Path, key: RunKey, *, restart: bool = False) -> None:
+    def __init__(
+        self,
+        out: Path,
+        key: RunKey,
+        *,
+        restart: bool = False,
+        give_up: Callable[[str], None] | None = None,
+    ) -> None:
         """Take the parts of the collection `out`, and keep every other build out.
 
         Args:
             out: the collection that is being built.
             key: the parameters of this run.
             restart: whether to drop the parts that may be there.
+            give_up: with `restart`, drops what else the run has made that they are of; it is given
+                the name of that run, which stays until it is done.
 
         Raises:
             UsageError: something else lies in the directory.
@@ -68,6 +78,8 @@ class PartStore(PartSet):
         self.directory.mkdir(parents=True, exist_ok=True)
         self.lock = _lock(self.directory / LOCK_FILE)
         try:
+            if restart and give_up is not None and (earlier := read_run_id(out)) is not None:
+                give_up(earlier)
             kept = () if restart else (PART_PREFIX, RUN_ID_FILE)
             self._remove_all_but(LOCK_FILE, *kept)
             self.run_id = read_run_id(out) or self._start_run()

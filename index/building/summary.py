@@ -10,7 +10,7 @@ from typing import Any, cast
 from index.building.metadata import JoinReport
 from index.storage.manifest import REJECTS_FILE, Manifest
 from models.bundle import Json
-from models.command import counted
+from models.command import counted, per_second
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,8 @@ class BuildSummary:
 
     def __str__(self) -> str:
         embedded = self.images - self.reused
-        rate = f" ({embedded / self.embed_s:.0f}/s)" if embedded and self.embed_s > 0 else ""
+        is_timed = embedded and self.embed_s > 0
+        rate = f" ({per_second(embedded / self.embed_s)})" if is_timed else ""
         lines = [
             f"{self.collection}: {counted(self.images, 'image')}, {self.index}, "
             f"encoder {self.fingerprint[:12]}",

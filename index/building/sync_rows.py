@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from index.building.metadata import Column, Metadata
 from index.building.sync_plan import Seen
-from index.storage.rows import DIGEST, held_or_null
+from index.storage.rows import DIGEST, held_or_null, take_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,9 @@ class RowMaker:
         digests: Sequence[str | None],
     ) -> pa.Table:
         """Make rows for the writer: the metadata of stored ones, where there are, as it is now."""
-        table = self.table.take(pa.array(old_rows, pa.int64()))
+        is_old_N = np.array([row is not None for row in old_rows], np.bool_)
+        stored = take_rows(self.table, np.array([row for row in old_rows if row is not None], int))
+        table = stored.take(pa.array(np.cumsum(is_old_N) - 1, pa.int64(), mask=~is_old_N))
         if self.metadata is None or not self.metadata.gives_labels:
             before = zip(table["key"].to_pylist(), table["label"].to_pylist(), strict=True)
             labels = [

@@ -24,13 +24,7 @@ def check_target(out: Path, *, replace: bool, is_locked: bool = True) -> None:
         UsageError: it must stay, or the name is no text.
         CollectionLockedError: a writer has the collection that is to be replaced.
     """
-    if any(unicodedata.category(c) in ("Cc", "Cs") for c in str(out)):  # parquet holds text
-        raise UsageError(
-            f"--out {str(out)!r}",
-            expected="a name without control characters, and in UTF-8",
-            found="another",
-            mend="choose another name",
-        )
+    check_name("--out", str(out))
     if not out.exists() and not out.is_symlink():
         return
     if not (out / MANIFEST_FILE).is_file():
@@ -51,6 +45,21 @@ def check_target(out: Path, *, replace: bool, is_locked: bool = True) -> None:
         return
     with writer_lock(out):  # said now, not after an hour of embedding
         pass
+
+
+def check_name(option: str, name: str) -> None:
+    """Refuse a name that files of the collection could not hold, or no terminal show as one.
+
+    Raises:
+        UsageError: it has control characters, or is no UTF-8.
+    """
+    if any(unicodedata.category(c) in ("Cc", "Cs") for c in name):
+        raise UsageError(
+            f"{option} {name!r}",
+            expected="a name without control characters, and in UTF-8",
+            found="another",
+            mend="choose another name",
+        )
 
 
 def find_finished(out: Path) -> Manifest | None:

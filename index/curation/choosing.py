@@ -104,7 +104,8 @@ def choose_k_centre(pool: Pool, budget: int, seed: int) -> Choice:
     drawn = np.random.default_rng(seed).choice(pool.free)
     places: list[int] = []
     scores: list[float] = []
-    for _ in progress(range(min(budget, len(pool.free))), what="choosing", total=budget):
+    wanted = min(budget, len(pool.free))
+    for _ in progress(range(wanted), what="choosing", total=wanted):
         is_first = not taken.size and not places
         place = int(drawn if is_first else distances_N.argmax())
         places.append(place)

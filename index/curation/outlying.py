@@ -13,7 +13,7 @@ Source of the local outlier factor: Breunig et al., LOF: Identifying Density-Bas
 Learning (arXiv 1911.00068), section 3.1. Which score and k are the default, and why:
 docs/decisions/0020-curation.md, measured by benchmarks.outliers.
 
-Shapes: N images that are looked at, K neighbours, C classes.
+Shapes: N images that are looked at, B of them, K neighbours, C classes, P of them.
 """
 
 from __future__ import annotations
@@ -32,6 +32,10 @@ from models.command import progress
 from models.errors import UsageError
 
 BLOCK_ROWS = 1024
+VOTE_ROWS = 32
+"""Images whose votes are counted at once: what lies around them is of few classes, whatever the
+number of all."""
+
 MOST_NEIGHBOURS, FEWEST_NEIGHBOURS = 50, 5
 NEIGHBOUR_SHARE = 0.05
 """Of the images: in a small collection fifty neighbours are everything there is."""
@@ -196,61 +200,89 @@ def find_suspects(
         return []
     numbers = {name: number for number, name in enumerate(names)}
     given_N = np.array([MISSING if label is None else numbers[label] for label in labels])
-    n_classes = len(names)
 
-    def blocks() -> Iterator[tuple[int, NDArray[np.float64]]]:
-        return _shares(around, given_N, temperature, n_classes, voters)
+    def votes() -> Iterator[_Votes]:
+        return _count_votes(around, given_N, temperature, voters)
 
-    own_N = np.concatenate([_own(s_BC, given_N[n : n + len(s_BC)]) for n, s_BC in blocks()])
-    enough_C = np.array([own_N[given_N == number].mean() for number in range(n_classes)])
+    enough_C = _means(np.concatenate([one.own_B for one in votes()]), given_N, len(names))
     suspects: list[Suspect] = []
-    for start, shares_BC in blocks():
-        given_B = given_N[start : start + len(shares_BC)]
-        claims_BC = np.where(shares_BC >= enough_C, shares_BC, 0.0)
-        claimed_B = claims_BC.argmax(axis=1)
-        is_suspect_B = (claims_BC.max(axis=1) > 0) & (given_B >= 0) & (claimed_B != given_B)
+    for one in votes():
+        claims_BP = np.where(one.shares_BP >= enough_C[one.classes_P], one.shares_BP, 0.0)
+        claimed_B = claims_BP.argmax(axis=1)
+        is_suspect_B = (claims_BP.max(axis=1) > 0) & (one.given_B >= 0) & (claimed_B != one.given_B)
         suspects += [
             Suspect(
-                place=start + int(row),
-                given=names[given_B[row]],
-                suggested=names[claimed_B[row]],
-                given_share=float(shares_BC[row, given_B[row]]),
-                suggested_share=float(shares_BC[row, claimed_B[row]]),
+                place=one.start + int(row),
+                given=names[one.classes_P[one.given_B[row]]],
+                suggested=names[one.classes_P[claimed_B[row]]],
+                given_share=float(one.own_B[row]),
+                suggested_share=float(one.shares_BP[row, claimed_B[row]]),
             )
             for row in np.flatnonzero(is_suspect_B)
         ]
     return sorted(suspects, key=lambda suspect: (-suspect.margin, suspect.place))
 
 
-def _shares(
-    around: Surroundings,
-    given_N: NDArray[np.int64],
-    temperature: float,
-    n_classes: int,
-    voters: int,
-) -> Iterator[tuple[int, NDArray[np.float64]]]:
-    """Give the shares of the vote around each image, in blocks: N x C need not fit.
+@dataclass(frozen=True, kw_only=True)
+class _Votes:
+    """The votes around B images that follow one another, for the P classes that are among them.
 
-    Yields:
-        The place of the block's first image, and (B, C) shares that sum to 1, or to 0 where
-        no neighbour has a label.
+    Attributes:
+        start: place of the first image.
+        classes_P: class numbers, rising.
+        shares_BP: of each class; they sum to 1, or to 0 where no neighbour has a label.
+        given_B: place within `classes_P` of each image's own class; -1 of one without a label.
     """
-    for start in range(0, len(given_N), BLOCK_ROWS):
-        places_BK = around.places_NK[start : start + BLOCK_ROWS]
-        votes_BC = weighted_knn_vote(
-            around.scores_NK[start : start + BLOCK_ROWS],
-            np.where(places_BK < 0, MISSING, given_N[places_BK]),
+
+    start: int
+    classes_P: NDArray[np.int64]
+    shares_BP: NDArray[np.float64]
+    given_B: NDArray[np.int64]
+
+    @property
+    def own_B(self) -> NDArray[np.float64]:
+        """Each image's share of its own class; 0 of one without a label."""
+        own_B = self.shares_BP[np.arange(len(self.given_B)), np.maximum(self.given_B, 0)]
+        return np.where(self.given_B >= 0, own_B, 0.0)
+
+
+def _count_votes(
+    around: Surroundings, given_N: NDArray[np.int64], temperature: float, voters: int
+) -> Iterator[_Votes]:
+    """Count the votes around every image, some images at a time: N x C need not fit."""
+    for start in range(0, len(given_N), VOTE_ROWS):
+        block = slice(start, start + VOTE_ROWS)
+        places_BK = around.places_NK[block, :voters]
+        labels_BK = np.where(places_BK < 0, MISSING, given_N[places_BK])
+        classes_P = np.unique(np.maximum(np.append(labels_BK, given_N[block]), 0))
+        labels_BK, given_B = (
+            np.where(some < 0, MISSING, np.searchsorted(classes_P, some))
+            for some in (labels_BK, given_N[block])
+        )
+        votes_BP = weighted_knn_vote(
+            around.scores_NK[block],
+            labels_BK,
             k=voters,
             temperature=temperature,
-            n_classes=n_classes,
+            n_classes=len(classes_P),
         ).astype(np.float64)
-        yield start, votes_BC / np.maximum(votes_BC.sum(axis=1, keepdims=True), 1e-30)
+        yield _Votes(
+            start=start,
+            classes_P=classes_P,
+            shares_BP=votes_BP / np.maximum(votes_BP.sum(axis=1, keepdims=True), 1e-30),
+            given_B=given_B,
+        )
 
 
-def _own(shares_BC: NDArray[np.float64], given_B: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Give each row's share of its own class; 0 of a row without a label."""
-    own_B = shares_BC[np.arange(len(given_B)), np.maximum(given_B, 0)]
-    return np.where(given_B >= 0, own_B, 0.0)
+def _means(
+    values_N: NDArray[np.float64], given_N: NDArray[np.int64], n_classes: int
+) -> NDArray[np.float64]:
+    """Give the mean over the images of each class, of which every one has some: (C,)."""
+    order = np.argsort(given_N, kind="stable")
+    ends_C = np.searchsorted(given_N[order], np.arange(n_classes), side="right")
+    starts_C = np.searchsorted(given_N[order], np.arange(n_classes))
+    sorted_N = values_N[order]
+    return np.array([sorted_N[n:m].mean() for n, m in zip(starts_C, ends_C, strict=True)])
 
 
 def _distances(scores_NK: NDArray[np.float32], metric: str) -> NDArray[np.float32]:

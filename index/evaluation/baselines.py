@@ -181,10 +181,10 @@ def reduce_pixels(images_NHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
     by_h, by_w = _factor(height), _factor(width)
     h, w = height // by_h, width // by_w
     if by_h == by_w == 1:
-        return images_NHWC.reshape(n, -1)
+        return images_NHWC.reshape(n, h * w * channels)
     blocks = images_NHWC[:, : h * by_h, : w * by_w].reshape(n, h, by_h, w, by_w, channels)
     means: NDArray[np.float32] = blocks.mean(axis=(2, 4), dtype=np.float32)
-    return np.rint(means).astype(np.uint8).reshape(n, -1)
+    return np.rint(means).astype(np.uint8).reshape(n, h * w * channels)
 
 
 def unit_pixels(pixels_NP: NDArray[np.uint8]) -> NDArray[np.float32]:

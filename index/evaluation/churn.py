@@ -17,7 +17,7 @@ import numpy as np
 
 from index.collection import Collection
 from index.errors import EvaluationError
-from index.storage.rows import held_or_null
+from index.storage.rows import held_or_null, take_rows
 from index.storage.writer import CollectionWriter
 from models.errors import reason_of
 
@@ -64,7 +64,7 @@ def churned(
             for start in range(0, n, ADD_ROWS):
                 block = slice(start, start + ADD_ROWS)
                 writer.add(
-                    held_or_null(rows.take(places[block])),
+                    held_or_null(take_rows(rows, places[block])),
                     collection.vectors(ids[block]),
                     fingerprint=collection.fingerprint,
                 )

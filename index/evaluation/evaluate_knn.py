@@ -15,6 +15,7 @@ vote and its k and T.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ from index.evaluation.same_images import is_same_vector, sources_of, stored_dige
 from index.knn import MISSING, knn_search
 from index.neighbours import require_cosine
 from index.storage.ids import Places
+from models.command import counted
 from models.encoder import Encoder
 from models.errors import SourceError, UsageError
 from models.images import ImageSource, open_source
@@ -85,8 +87,10 @@ class KnnOptions:
         """Check what can be checked without opening anything."""
         if not self.k or min(self.k) < 1:
             raise UsageError("--k", expected="numbers of at least 1", found=str(self.k))
-        if not self.temperature > 0:
-            raise UsageError("--temperature", expected="above 0", found=str(self.temperature))
+        if not 0 < self.temperature < math.inf:
+            raise UsageError(
+                "--temperature", expected="above 0, and finite", found=str(self.temperature)
+            )
 
 
 def main(options: KnnOptions) -> None:
@@ -176,9 +180,9 @@ def _report(
         ]
     )
     if n_voteless := int((predicted_Q == MISSING).sum()):
-        notes.append(
-            f"{n_voteless} queries have no labelled neighbour among {HEADLINE_K} and count as wrong"
-        )
+        lacks = f"no labelled neighbour among {HEADLINE_K} and"
+        one, many = f"query has {lacks} counts as wrong", f"queries have {lacks} count as wrong"
+        notes.append(counted(n_voteless, one, plural=many))
     confusion = []
     if len(task.classes) <= MAX_CONFUSION_CLASSES:
         confusion = confusion_matrix(task.truth_Q, predicted_Q, len(task.classes)).tolist()

@@ -47,7 +47,7 @@ from index.evaluation.same_images import collection_digests, is_same_vector
 from index.interface import AnyCollection, open_collection
 from index.knn import MISSING
 from index.storage.ids import Places
-from models.command import progress
+from models.command import counted, progress, shown
 from models.errors import UsageError
 
 BLOCK_BYTES = 64 << 20
@@ -205,18 +205,22 @@ def _choose(
     if queries.rejects:
         first = queries.rejects[0]
         notes.append(
-            f"{len(queries.rejects)} queries could not be read, the first {first.key}: "
-            f"{first.message}"
+            f"{counted(len(queries.rejects), 'query', plural='queries')} could not be read, "
+            f"the first {shown(first.key)}: {first.message}"
         )
     unlabelled = sum(label is None for label in queries.labels)
     if unlabelled:
-        notes.append(f"{unlabelled} queries have no label and are left out")
+        one, many = "query has no label and is left out", "queries have no label and are left out"
+        notes.append(counted(unlabelled, one, plural=many))
     alone = int((n_relevant_Q == 0).sum()) - unlabelled
     if alone:
-        notes.append(f"{alone} queries have no other image of their class and are left out")
+        one = "query has no other image of its class and is left out"
+        many = "queries have no other image of their class and are left out"
+        notes.append(counted(alone, one, plural=many))
     without_label = int((bank.class_N < 0).sum())
     if without_label:
-        notes.append(f"{without_label} images of the collection have no label or relevance")
+        one, many = "image of the collection has", "images of the collection have"
+        notes.append(f"{counted(without_label, one, plural=many)} no label or relevance")
     kept = np.flatnonzero(n_relevant_Q > 0)
     if not len(kept):
         raise EvaluationError(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from index.evaluation.knn_scores import Accuracy, ClassScore
+from index.evaluation.same_images import same_content_line, same_vector_line
 from models.command import shown
 
 MAX_PRINTED_CLASSES = 20
@@ -185,15 +186,11 @@ def _remarks(report: KnnReport) -> str:
             f", {report.index.worst_5_percent:.2%} for its worst 5% of queries"
         ]
     lines += [f"{row.name}: {row.note}" for row in report.baselines]
-    share = report.same_vector / report.n_queries
-    lines.append(f"{report.same_vector} queries ({share:.2%}) have a neighbour of the same vector")
+    lines.append(same_vector_line(report.same_vector, report.n_queries))
     if report.duplicates is None:
         lines.append("images were not compared byte for byte (--no-baselines)")
     else:
-        share = report.duplicates / report.n_queries
-        lines.append(
-            f"{report.duplicates} queries ({share:.2%}) are in the collection byte for byte"
-        )
+        lines.append(same_content_line(report.duplicates, report.n_queries))
     return "\n".join(f"  - {line}" for line in [*lines, *report.notes])
 
 

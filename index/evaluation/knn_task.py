@@ -18,7 +18,7 @@ from index.errors import EvaluationError
 from index.evaluation.baselines import Seen
 from index.evaluation.knn_scores import Accuracy, accuracies, number_labels
 from index.knn import MISSING
-from models.command import shown
+from models.command import counted, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,14 +81,24 @@ def make_task(
         The task, the queries that count, and notes for people.
 
     Raises:
-        EvaluationError: there are no labels, or none in common.
+        EvaluationError: no query can be read, there are no labels, or none in common.
     """
+    if not queries.keys:
+        rejects = queries.rejects
+        first = f", the first {rejects[0].key}: {rejects[0].message}" if rejects else ""
+        raise EvaluationError(
+            f"--images {images}",
+            expected="images that can be read",
+            found=f"none, and {len(rejects)} that cannot{first}",
+            mend="check the images",
+        )
     bank_labels = collection.labels()
     classes = sorted({label for label in bank_labels if label is not None})
     labels = sorted({label for label in queries.labels if label is not None})
     _require_labels(f"collection {collection.name}", classes, "build it of labelled images")
     _require_labels(f"--images {images}", labels, "name a labelled source")
-    unseen = [label for label in labels if label not in set(classes)]
+    known = set(classes)
+    unseen = [label for label in labels if label not in known]
     if len(unseen) == len(labels):
         raise EvaluationError(
             f"labels of --images {images}",
@@ -120,23 +130,27 @@ def _label_notes(
     if queries.rejects:
         first = queries.rejects[0]
         notes.append(
-            f"{len(queries.rejects)} queries could not be read, the first {shown(first.key)}: "
-            f"{first.message}"
+            f"{counted(len(queries.rejects), 'query', plural='queries')} could not be read, "
+            f"the first {shown(first.key)}: {first.message}"
         )
-    if not labelled_Q.all():
-        notes.append(f"{int((~labelled_Q).sum())} queries have no label and are left out")
-    if (bank_N < 0).any():
-        notes.append(f"{int((bank_N < 0).sum())} images of the collection have no label or vote")
+    if n_unlabelled := int((~labelled_Q).sum()):
+        one, many = "query has no label and is left out", "queries have no label and are left out"
+        notes.append(counted(n_unlabelled, one, plural=many))
+    if n_without := int((bank_N < 0).sum()):
+        one, many = "image of the collection has", "images of the collection have"
+        notes.append(f"{counted(n_without, one, plural=many)} no label or vote")
     if unseen:
-        notes.append(
-            f"{int((truth_Q < 0).sum())} queries are of classes that the collection lacks "
-            f"({_some(unseen)}) and count as wrong"
-        )
-    missing = [label for n, label in enumerate(classes) if not (truth_Q == n).any()]
+        lacks = f"of classes that the collection lacks ({_some(unseen)}) and"
+        one, many = f"query is {lacks} counts as wrong", f"queries are {lacks} count as wrong"
+        notes.append(counted(int((truth_Q < 0).sum()), one, plural=many))
+    asked = set(truth_Q.tolist())
+    missing = [label for n, label in enumerate(classes) if n not in asked]
     if missing:
-        notes.append(f"no query is of {len(missing)} classes: {_some(missing)}")
+        classes_text = counted(len(missing), "class", plural="classes")
+        notes.append(f"no query is of {classes_text}: {_some(missing)}")
     if len(classes) <= 5:
-        notes.append(f"top-5 is left out: there are {len(classes)} classes")
+        there = "is 1 class" if len(classes) == 1 else f"are {len(classes)} classes"
+        notes.append(f"top-5 is left out: there {there}")
     return notes
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from index.evaluation.retrieval_scores import MAP_AT_R, MEASURES
+from index.evaluation.same_images import same_content_line, same_vector_line
 from models.command import shown
 
 CLASS_COLUMNS = ("P@1", MAP_AT_R, "R-precision", "nDCG@10")
@@ -162,16 +163,12 @@ def _remarks(report: RetrievalReport) -> str:
     found = report.duplicates
     lines = [
         f"worst class: {shown(report.worst_class)}",
-        f"{found.same_vector} queries ({found.same_vector / report.n_queries:.2%}) have a "
-        "neighbour of the same vector",
+        same_vector_line(found.same_vector, report.n_queries),
     ]
     if found.same_content is None:
         lines.append("images were not compared byte for byte (--contents does)")
     else:
-        share = found.same_content / report.n_queries
-        lines.append(
-            f"{found.same_content} queries ({share:.2%}) are in the collection byte for byte"
-        )
+        lines.append(same_content_line(found.same_content, report.n_queries))
     if found.without is not None:
         rest = report.n_queries - found.n_flagged
         lines.append(f"without duplicates: over the {rest:,} queries that are of neither kind")

@@ -22,7 +22,7 @@ from index.errors import EvaluationError
 from index.interface import AnyCollection
 from index.knn import COSINE, EUCLIDEAN
 from index.storage.rows import DIGEST
-from models.command import progress
+from models.command import counted, progress
 from models.errors import ImageError, SourceError
 from models.image_source import digest_of
 from models.images import ImageSource, open_source
@@ -39,6 +39,20 @@ def is_same_vector(
     size_Q: NDArray[np.float64] = np.square(queries_QD, dtype=np.float64).sum(axis=1)
     best_Q = size_Q if metric == COSINE else np.zeros_like(size_Q)
     return scores_Q >= best_Q - SAME_VECTOR[metric] * size_Q
+
+
+def same_vector_line(n: int, n_queries: int) -> str:
+    """Say how many queries look as if they were in the collection."""
+    share = f"({n / n_queries:.2%})"
+    found = counted(n, f"query {share} has", plural=f"queries {share} have")
+    return f"{found} a neighbour of the same vector"
+
+
+def same_content_line(n: int, n_queries: int) -> str:
+    """Say how many queries are in the collection."""
+    share = f"({n / n_queries:.2%})"
+    found = counted(n, f"query {share} is", plural=f"queries {share} are")
+    return f"{found} in the collection byte for byte"
 
 
 def sources_of(collection: AnyCollection) -> list[ImageSource]:

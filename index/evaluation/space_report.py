@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from index.evaluation.hubness import Hubness
+from models.command import shown
 
 MANY_DEAD = 8
 """Numbers of dead dimensions that are printed; the JSON has all of them."""
@@ -115,7 +116,7 @@ def as_text(report: SpaceReport) -> str:
     """Lay the report out for a terminal."""
     sections = [_header(report), _shape(report), _hubs(report)]
     if report.drift is not None:
-        sections.append(_drift(report, report.drift))
+        sections.append(_drift(report.drift))
     if report.notes:
         sections.append("\n".join(f"  - {note}" for note in report.notes))
     return "\n\n".join(sections)
@@ -159,16 +160,17 @@ def _hubs(report: SpaceReport) -> str:
         ("hubs", f"{found.hubs:.2%}", f"hold {found.held_by_hubs:.2%} of all places"),
     ]
     hubs = [
-        f"    {hub.occurrences:>6,}  {hub.key}" + ("" if hub.label is None else f"  ({hub.label})")
+        f"    {hub.occurrences:>6,}  "
+        + shown(hub.key + ("" if hub.label is None else f"  ({hub.label})"))
         for hub in report.largest_hubs
     ]
     return "\n".join([_table(rows), "  found the most", *hubs])
 
 
-def _drift(report: SpaceReport, drift: Drift) -> str:
+def _drift(drift: Drift) -> str:
     """Lay out what the two spaces have in common."""
     who = "the same encoder" if drift.is_same_encoder else f"encoder {drift.fingerprint[:12]}"
-    k = report.hubness.k
+    k = len(drift.overlap_histogram) - 1
     rows = [
         ("linear CKA", _number(drift.linear_cka), "1 alike, 0 unrelated"),
         (

@@ -42,23 +42,30 @@ REPLACES = "horace.replaces"
 log = logging.getLogger("horace.index")
 
 
-def check_place(address: MilvusAddress, run_id: str | None, *, replace: bool) -> None:
+def check_place(
+    address: MilvusAddress,
+    run_id: str | None,
+    *,
+    index: Literal["auto", "flat", "hnsw"],
+    replace: bool,
+) -> None:
     """Leave alone what stands at an address, unless it is Horace's and may be replaced.
 
     Args:
         address: where people will find the build.
         run_id: the name of the run that goes on, which may have been killed when it was done.
+        index: what is asked for; what that run made has its index already.
         replace: whether another build may be there.
 
     Raises:
-        UsageError: it must stay.
+        UsageError: it must stay, or is this run's, of another index.
         CollectionError: Milvus does not answer, or the collection is somebody else's.
     """
     with closing(connect(address.uri)) as client, milvus_errors(str(address)):
         if not client.has_collection(address.name):
             return
         described = client.describe_collection(address.name)
-    read_description(address, described)
+    description = read_description(address, described)
     standing = described["collection_name"]
     if standing == address.name:
         raise UsageError(
@@ -67,7 +74,15 @@ def check_place(address: MilvusAddress, run_id: str | None, *, replace: bool) ->
             found="another",
             mend="choose another name",
         )
-    if not replace and (run_id is None or standing != _own(address, run_id).name):
+    if run_id is not None and standing == _own(address, run_id).name:
+        if description.index != _kind(index):
+            raise UsageError(
+                "--index",
+                expected=f"{description.index}, of which this build has made {address}",
+                found=_kind(index),
+                mend="finish it with that, or begin anew with --restart --replace",
+            )
+    elif not replace:
         raise _taken(address)
 
 
@@ -122,7 +137,7 @@ def publish(
         preprocessing=dict(encoder.preprocessing.to_json()),
         sources={store.key.source: store.n_images},
         columns=PART_ROW_SCHEMA,
-        index="flat" if index == "flat" else "hnsw",
+        index=_kind(index),
     )
     vectors = counted(store.n_images, "vector")
     log.info("giving %s to %s, index %s", vectors, address, description.index)
@@ -148,6 +163,11 @@ def publish(
     with closing(connect(address.uri)) as client, milvus_errors(str(address)):
         _give_name(client, address, own.name, replace=replace)
     return summary
+
+
+def _kind(index: Literal["auto", "flat", "hnsw"]) -> str:
+    """Say which index of Milvus an option means."""
+    return "flat" if index == "flat" else "hnsw"
 
 
 def _own(address: MilvusAddress, run_id: str) -> MilvusAddress:

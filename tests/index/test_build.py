@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from index.build import BuildOptions, build, choose_factory, main, plan
+from index.build import BuildOptions, build, choose_factory, main, plan, sync
 from index.building import filling
 from index.building.part_file import RunKey
 from index.building.parts import PartStore, parts_directory
@@ -100,9 +100,23 @@ def test_what_comes_into_the_directory_of_a_build_stays_there(tmp_path, bundle, 
 def test_a_name_that_no_text_can_hold_is_refused_before_work(tmp_path, bundle, train_folder, name):
     """Files of the collection name it."""
     options = BuildOptions(images=str(train_folder), encoder=str(bundle.path), out=tmp_path / name)
-    with pytest.raises(UsageError, match="expected a name without control characters"):
+    with pytest.raises(UsageError, match=r"--out .*: expected a name without control characters"):
         build(options)
     assert not list(tmp_path.glob("*.parts"))
+    with pytest.raises(UsageError, match=r"--name .*: expected a name without control characters"):
+        dataclasses.replace(options, name=name)
+
+
+def test_a_source_whose_name_no_text_can_hold_is_refused_before_work(tmp_path, bundle, new_folder):
+    """Every row names it; by a link with another name it is taken."""
+    folder = new_folder().rename(tmp_path / "no-utf8-\udcff")
+    options = BuildOptions(images=str(folder), encoder=str(bundle.path), out=tmp_path / "c")
+    for step in (plan, build, sync):
+        with pytest.raises(UsageError, match=r"no-utf8-\\udcff': expected a name in UTF-8, found"):
+            step(options)
+    assert not list(tmp_path.glob("*.parts"))
+    (tmp_path / "link").symlink_to(folder)
+    assert build(dataclasses.replace(options, images=str(tmp_path / "link"))).images == 12
 
 
 def test_a_collection_holds_every_image_of_its_source(built, bundle, train_folder):

@@ -186,6 +186,20 @@ def test_a_name_forges_no_line(duplicates, bundle, new_folder, tmp_path, caplog)
     assert "\x1b" not in caplog.text
 
 
+def test_groups_are_looked_up_together(duplicates, make_collection, tmp_path, monkeypatch):
+    """Of a hundred thousand groups one after the other it took minutes."""
+    rows, calls = Collection.rows, []
+    monkeypatch.setattr(Collection, "rows", lambda *args: calls.append(args) or rows(*args))
+    path = make_collection(tmp_path / "c", on_arc(0, 1, 2, 90, 91, 180, 181))
+    status, out, _ = duplicates(path, "--threshold", 0.999, "--json")
+    assert status == 0
+    groups = [[one["kept"], *one["others"]] for one in json.loads(out)["groups"]]
+    assert [[row["key"] for row in group] for group in groups] == [
+        ["0000", "0001", "0002"], ["0003", "0004"], ["0005", "0006"],
+    ]  # fmt: skip
+    assert len(calls) == 1
+
+
 def test_few_groups_are_shown_of_many(duplicates, with_copies):
     """And the rest is counted; a filter leaves others out."""
     out, _ = with_copies

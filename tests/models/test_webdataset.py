@@ -102,6 +102,23 @@ def test_a_name_that_is_no_utf_8_is_a_key_all_the_same(tmp_path: Path, kind: str
     assert TarSource(str(shard)).load(key) == b"image"
 
 
+def test_a_shard_whose_name_is_no_utf_8_has_keys_all_the_same(tmp_path: Path) -> None:
+    """A pattern of plain letters may stand for it."""
+    write_shard(tmp_path / os.fsdecode(b"caf\xe9.tar"), {"1.jpg": b"image"})
+    pattern = str(tmp_path / "*.tar")
+    assert listed(pattern) == [(key := "caf\\xe9.tar/1.jpg", None)]
+    assert TarSource(pattern).load(key) == b"image"
+
+
+def test_a_label_is_the_text_of_cls(tmp_path: Path) -> None:
+    """Without the mark that some editors begin a file with, and without what surrounds it."""
+    members = {}
+    for n, text in enumerate((b"cat", b"\xef\xbb\xbfcat\r\n", b" \n", b"\xff")):
+        members |= {f"{n}.jpg": b"image", f"{n}.cls": text}
+    labels = [label for _, label in listed(write_shard(tmp_path / "s.tar", members))]
+    assert labels == ["cat", "cat", None, "\ufffd"]
+
+
 @pytest.mark.parametrize(
     ("facts", "label"),
     [

@@ -50,6 +50,16 @@ def test_nothing_is_written(tmp_path, bundle, train_folder):
     assert planned.embed_s == pytest.approx(60 / planned.images_per_s)
 
 
+def test_what_is_slow_does_not_stand_still(tmp_path, bundle, train_folder):
+    """As a large encoder on few CPUs, of which 0/s was said."""
+    wanted = options(bundle, train_folder, tmp_path / "c")
+    planned = dataclasses.replace(plan(wanted), images_per_s=0.42)
+    assert ": 0.42/s, as " in str(planned)
+    assert "embedded 60 in 1000.0 s (0.06/s)" in str(
+        dataclasses.replace(build(wanted), embed_s=1e3)
+    )
+
+
 def test_parts_of_another_run_that_are_to_be_dropped(tmp_path, bundle, train_folder, monkeypatch):
     """Are not looked at, and a collection that is to be replaced gets not even a lock."""
     wanted = options(bundle, train_folder, tmp_path / "c")

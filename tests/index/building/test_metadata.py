@@ -1,5 +1,6 @@
 import gzip
 import os
+import time
 from datetime import UTC, date, datetime
 from decimal import Decimal
 
@@ -186,3 +187,16 @@ def test_a_table_of_other_keys_is_an_error(write):
         "expected keys of images, such as 'cats/1.jpg', found 1 row of others, such as 'cats/1'"
         in str(error.value)
     )
+
+
+def test_a_large_table_is_joined_to_many_blocks_in_time_with_their_rows(write):
+    """Blocks come by a thousand rows: a look through the whole table for each took hours."""
+    keys = [f"{n:09}" for n in range(100_000)]
+    metadata = Metadata(write(pa.table({"key": keys, "n": range(len(keys))}), "facts.parquet"))
+    began_s = time.thread_time()
+    for start in range(0, len(keys), 2_000):
+        some = keys[start : start + 10]
+        metadata.meet(some)
+        assert metadata.join(rows_of(*some))["n"].to_pylist() == list(range(start, start + 10))
+    assert time.thread_time() - began_s < 0.5
+    assert metadata.report().without_image == len(keys) - 500

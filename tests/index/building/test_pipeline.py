@@ -15,7 +15,7 @@ from index.building.pipeline import (
     make_parts,
 )
 from index.embed import embed
-from index.errors import CollectionError
+from index.errors import CollectionError, SourceChangedError
 from models.encoder import open_encoder
 from models.errors import EncoderError, SourceError
 from models.images import ImageRecord
@@ -283,6 +283,21 @@ def test_a_source_that_goes_on_after_its_last_part_is_refused(tmp_path, encoder)
     run(parts, encoder, 15)
     with pytest.raises(CollectionError, match="found others, '0015' among what differs"):
         run(parts, encoder, 17)
+
+
+def test_a_source_that_ends_before_its_last_part_is_refused(tmp_path, encoder):
+    """Processes that were killed may have left a gap, behind which the images are others'."""
+    parts = make_set(tmp_path, None, encoder)
+    run(parts, encoder, 36)
+    for start in (0, 12):
+        (tmp_path / f"part-{start:012}.parquet").unlink()
+    parts.find()
+    with pytest.raises(
+        SourceChangedError, match=r"that .*24\.parquet was .* found no more than 20"
+    ):
+        run(parts, encoder, 20)
+    with pytest.raises(SourceChangedError, match=r"found no more than 12; .* with --restart"):
+        run(parts, encoder, 12, share=Share(number=1, of=2))
 
 
 def test_a_crew_has_a_worker_a_cpu_and_one_more_for_each_request():

@@ -13,10 +13,11 @@ import pytest
 
 from index.build import BuildOptions, build
 from index.building import processes
+from index.building.part_file import RunKey
 from index.building.part_set import Share
 from index.building.pipeline import Crew
-from index.building.processes import share_jobs
-from index.building.worker import Job
+from index.building.processes import Worker, share_jobs
+from index.building.worker import HeldLock, Job
 from index.collection import Collection
 from index.errors import CollectionError
 from models.errors import UsageError
@@ -192,6 +193,17 @@ def test_shares_add_up_to_the_whole(tmp_path):
     assert [crew.workers for crew in crews] == [3, 3, 2]
     assert [crew.encoding for crew in crews] == [1, 1, 1]
     assert [each.share for each in share_jobs(job, 2)] == [Share(number=n, of=2) for n in (0, 1)]
+
+
+def test_parts_are_counted_by_their_names(tmp_path):
+    """To open thousands took seconds for each process, before the first began."""
+    for start in (0, 4, 8, 12, 16):
+        (tmp_path / f"part-{start:012}.parquet").touch()
+    key = RunKey(source="made", source_count=None, fingerprint="f", dim=2,
+                 batch_size=2, part_size=4)  # fmt: skip
+    job = Job(images="", encoder="", directory=tmp_path, key=key, share=Share(),
+              crew=Crew(workers=2, encoding=2))  # fmt: skip
+    assert [Worker(each, HeldLock(0))._count_parts() for each in share_jobs(job, 2)] == [3, 2]
 
 
 @pytest.mark.parametrize("option", ["processes", "requests"])

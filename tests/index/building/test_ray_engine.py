@@ -17,6 +17,7 @@ from index.building.ray_engine import PartMaker
 from index.collection import Collection
 from index.errors import CollectionError
 from models.encoder import open_encoder
+from models.errors import UsageError
 from models.images import open_source
 
 ROOT = Path(__file__).parents[3]
@@ -144,6 +145,20 @@ def test_a_cluster_that_cannot_be_joined_is_named(tmp_path, bundle, train_folder
     assert "--engine ray: expected the cluster of RAY_ADDRESS, found" in ran.stderr
     assert "Traceback" not in ran.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "engine", "expected"),
+    [
+        ("processes", "ray", "none beside --engine ray"),
+        ("requests", "ray", "none beside --engine ray"),
+        ("actors", "local", "--engine ray beside it"),
+    ],
+)
+def test_numbers_that_an_engine_does_not_ask_for_are_refused(tmp_path, name, engine, expected):
+    """Or somebody waits for eight and has one."""
+    with pytest.raises(UsageError, match=f"--{name}: expected {expected}"):
+        BuildOptions(images="x", encoder="x", out=tmp_path / "c", engine=engine, **{name: 8})
 
 
 def test_without_ray_the_error_says_how_to_install_it(tmp_path, monkeypatch, bundle, train_folder):

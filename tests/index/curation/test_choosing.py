@@ -1,3 +1,5 @@
+import logging
+
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
@@ -36,6 +38,14 @@ def test_nothing_is_chosen_twice_or_again(unit_rows, method):
     assert set(chosen) <= free
     assert METHODS[method](pool, 20, 3).ids_B.tolist() == chosen
     assert set(METHODS[method](pool, 500, 0).ids_B.tolist()) == free
+
+
+@pytest.mark.parametrize("method", ["kcentre", "typicality"])
+def test_progress_comes_to_an_end(unit_rows, caplog, method):
+    """Also of a budget beyond the pool."""
+    with caplog.at_level(logging.INFO, "horace"):
+        METHODS[method](pool_of(unit_rows(9, 8)), 500, 0)
+    assert "choosing 9/9 images" in caplog.text
 
 
 def test_k_centre_goes_to_the_farthest(unit_rows):

@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -7,6 +9,7 @@ from index.collection import Collection, id_of
 from index.curation.near import find_groups
 from index.curation.outlying import (
     SCORERS,
+    Surroundings,
     default_neighbours,
     farthest_distances,
     find_surroundings,
@@ -110,6 +113,24 @@ def test_wrong_labels_are_suspects_and_right_ones_are_not(tmp_path, make_collect
     assert margins == sorted(margins, reverse=True)
     assert all(suspect.given_share < suspect.suggested_share for suspect in suspects[:3])
     assert 5 not in {suspect.place for suspect in suspects}
+
+
+def test_suspects_of_many_classes_take_no_product_of_memory():
+    """As of folders of two pictures each; in twos, each beside the other of its class."""
+    n = 5_000
+    places_NK = (np.arange(n)[:, None] ^ [1, 2, 3]).astype(np.int64)
+    scores_NK = np.tile(np.array([0.9, 0.5, 0.4], np.float32), (n, 1))
+    around = Surroundings(
+        ids=np.arange(n), places_NK=places_NK, scores_NK=scores_NK, distances_NK=1 - scores_NK
+    )
+    labels = [f"{place // 2}" for place in range(n)]
+    labels[0] = "1000"
+    tracemalloc.start()
+    (first, *_) = find_suspects(around, labels)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (first.place, first.given, first.suggested) == (0, "1000", "0")
+    assert peak_bytes < 8 << 20
 
 
 def test_one_class_or_none_has_no_suspects(tmp_path, make_collection, unit_rows):

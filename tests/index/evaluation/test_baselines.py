@@ -51,6 +51,8 @@ def test_large_images_are_averaged_down(side, reduced):
     assert reduced_side(side) == reduced
     assert reduce_pixels(images).shape == (2, reduced * reduced * 3)
     assert (reduce_pixels(images) == 77).all()
+    none = reduce_pixels(images[:0])  # of a batch in which no image can be read
+    assert none.shape == (0, reduced * reduced * 3)
 
 
 def test_averages_are_those_of_the_blocks():

@@ -20,7 +20,9 @@ from index.embed import embed
 from index.errors import EvaluationError
 from index.evaluate import run
 from index.evaluation import evaluate_knn
+from index.evaluation.baselines import Seen
 from index.evaluation.evaluate_knn import KnnOptions, evaluate
+from index.evaluation.knn_task import make_task
 from index.storage.manifest import read_manifest, write_manifest
 from index.storage.writer import CollectionWriter
 from models.bundle import read_bundle
@@ -245,19 +247,45 @@ def test_labels_that_differ_are_noted(tmp_path, bundle, built, new_folder, capsy
     assert report.encoder_by_k[1].top1 == pytest.approx(8 / 12)
     assert report.duplicates == 0
     notes = "\n".join(report.notes)
-    assert re.search(r"1 queries could not be read, the first blue/bad.png: image: exp", notes)
-    assert "1 queries have no label and are left out" in notes
+    assert re.search(r"1 query could not be read, the first blue/bad.png: image: exp", notes)
+    assert "1 query has no label and is left out" in notes
     assert "4 queries are of classes that the collection lacks (purple) and count as wrong" in notes
-    assert "no query is of 1 classes: red" in notes
+    assert "no query is of 1 class: red" in notes
+
+
+def test_of_many_classes_each_is_looked_at_once(tmp_path, make_collection, unit_rows):
+    """Or a hundred thousand would take hours."""
+
+    class Label(str):
+        looks = 0
+
+        def __hash__(self):
+            Label.looks += 1
+            return super().__hash__()
+
+    class Labelled(Collection):
+        def labels(self):
+            return [Label(f"{n:03}") for n in range(self.count)]
+
+    path = make_collection(tmp_path, unit_rows(300, 16))
+    with Labelled.open(path) as collection:
+        queries = Seen(
+            keys=[""] * 300, labels=collection.labels(), rejects=[], digests=[""] * 300,
+            vectors_ND=[], pixels_NP=None,
+        )  # fmt: skip
+        make_task(collection, queries, images="images", ks=(20,), temperature=0.07)
+    assert Label.looks < 10 * 300
 
 
 def test_a_label_forges_no_line(tmp_path, bundle, new_folder, capsys):
-    """Of the tables of classes; folders' names are labels."""
+    """Of the tables of classes, and no name one of the hubs; folders' names are labels."""
     folder, out = new_folder(), tmp_path / "c"
     (folder / "red").rename(folder / "red\n  blue  \x1b[2J")
     build(BuildOptions(images=str(folder), encoder=str(bundle.path), out=out))
+    (folder / "blue\x1b[2J.png").write_text("no image")
     images = ("--images", str(folder), "--no-baselines")
-    for command, times in ((("knn", *images), 2), (("retrieval",), 1)):
+    asked = ("retrieval", "--queries", str(folder))
+    for command, times in ((("knn", *images), 2), (asked, 1), (("space", "--k", "3"), 0)):
         assert run([command[0], "--collection", str(out), *command[1:]]) == 0
         text = capsys.readouterr().out
         assert text.count("red\\n  blue  \\x1b[2J  ") == times
@@ -290,6 +318,10 @@ def test_evaluations_that_mean_nothing_are_refused(tmp_path, bundle, built, new_
         shutil.copy(file, flat / f"{n}.png")
     with pytest.raises(EvaluationError, match=r"--images .*: expected labels, found none"):
         evaluate(KnnOptions(collection=built, images=str(flat)))
+    for n in range(12):
+        (flat / f"{n}.png").write_text("no image")
+    with pytest.raises(EvaluationError, match=r"none, and 12 that cannot, the first 0\.png: image"):
+        evaluate(KnnOptions(collection=built, images=str(flat)))
     for name in ("red", "green", "blue"):
         (folder / name).rename(folder / f"dark {name}")
     with pytest.raises(EvaluationError) as error:
@@ -298,6 +330,8 @@ def test_evaluations_that_mean_nothing_are_refused(tmp_path, bundle, built, new_
         f"labels of --images {folder}: expected some of the collection's: blue, green, red, found "
         "dark blue, dark green, dark red; evaluate with images of the same classes"
     )
+    for n, file in enumerate(folder.rglob("*.png")):
+        shutil.copy(file, flat / f"{n}.png")
     build(BuildOptions(images=str(flat), encoder=str(bundle.path), out=tmp_path / "c"))
     with pytest.raises(EvaluationError, match="collection c: expected labels, found none"):
         evaluate(KnnOptions(collection=tmp_path / "c", images=str(folder)))
@@ -394,9 +428,14 @@ def test_a_result_that_cannot_be_recorded_is_one_line(tmp_path, mini, bundle, ca
         (["knn", "--collection", "BUILT", "--images", "/no"], 1, "images '/no': expected"),
         (["knn", "--collection", "BUILT", "--images", "TEST", "--k", "0"], 2, "--k: expected num"),
         (
+            ["knn", "--collection", "BUILT", "--images", "TEST", "--temperature", "inf"],
+            2,
+            "--temperature: expected above 0, and finite, found inf",
+        ),
+        (
             ["knn", "--collection", "BUILT", "--images", "TEST", "--temperature", "0"],
             2,
-            "--temperature: expected above 0, found 0.0",
+            "--temperature: expected above 0, and finite, found 0.0",
         ),
         (
             ["knn", "--collection", "BUILT", "--images", "TEST", "--encoder", "OTHER"],

@@ -13,6 +13,7 @@ from index.evaluate import run
 from index.evaluation import evaluate_retrieval as module
 from index.evaluation.evaluate_retrieval import RetrievalOptions, evaluate
 from index.evaluation.retrieval_scores import MEASURES
+from index.evaluation.same_images import same_content_line, same_vector_line
 from index.storage.writer import CollectionWriter
 from models.bundle import read_bundle
 from models.errors import FingerprintMismatchError, UsageError
@@ -171,6 +172,12 @@ def test_copies_are_told_by_distance_at_any_scale(tmp_path, unit_rows, scale):
     assert report.duplicates.same_vector == 2
 
 
+def test_one_query_is_no_plural():
+    """In the lines on queries that are in the collection."""
+    assert same_vector_line(1, 8) == "1 query (12.50%) has a neighbour of the same vector"
+    assert same_content_line(2, 8) == "2 queries (25.00%) are in the collection byte for byte"
+
+
 def test_what_cannot_be_scored_is_left_out_and_said(tmp_path, bundle, new_folder):
     """No label, no other image of the class, not to be read."""
     folder = new_folder()
@@ -180,15 +187,15 @@ def test_what_cannot_be_scored_is_left_out_and_said(tmp_path, bundle, new_folder
     build(BuildOptions(images=str(folder), encoder=str(bundle.path), out=tmp_path / "c"))
     itself = evaluate(RetrievalOptions(collection=str(tmp_path / "c")))
     assert list(itself.notes) == [
-        "1 queries have no label and are left out",
-        "1 queries have no other image of their class and are left out",
-        "1 images of the collection have no label or relevance",
+        "1 query has no label and is left out",
+        "1 query has no other image of its class and is left out",
+        "1 image of the collection has no label or relevance",
     ]
     assert itself.n_queries == 8
     assert [one.means is None for one in itself.per_class] == [False, False, True]
     (folder / "green/bad.png").write_text("no image")
     asked = evaluate(RetrievalOptions(collection=str(tmp_path / "c"), queries=str(folder)))
-    assert asked.notes[0].startswith("1 queries could not be read, the first green/bad.png: image")
+    assert asked.notes[0].startswith("1 query could not be read, the first green/bad.png: image")
     assert asked.n_queries == 9
 
 

@@ -76,6 +76,13 @@ def test_drift_joins_images_by_key(tmp_path, make_collection, vectors):
     assert apart.neighbour_overlap < 0.3
 
 
+def test_few_images_in_common_have_few_neighbours(tmp_path, make_collection, vectors, capsys):
+    """The line says how many were compared."""
+    c, few = make_collection(tmp_path / "c", vectors), make_collection(tmp_path / "d", vectors[:4])
+    assert run(["space", "--collection", str(c), "--other", str(few)]) == 0
+    assert "  same 3 nearest       100.00%  100.00% by chance" in capsys.readouterr().out
+
+
 def test_two_views_by_one_encoder_are_aligned(tmp_path, make_collection, vectors):
     """The mean squared distance of an image's two vectors, as only one encoder defines it."""
     noisy = vectors + 0.1

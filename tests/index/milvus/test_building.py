@@ -256,6 +256,38 @@ def test_what_a_killed_build_wrote_does_not_stay(
     assert len(named()) == 1
 
 
+def test_what_is_given_up_is_known_until_it_is_dropped(
+    options: BuildOptions,
+    kill: Callable[..., None],
+    named: Callable[[], list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where --restart is killed as it is about to drop it."""
+    kill("upsert", options)
+
+    def die(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MilvusClient, "drop_collection", die)
+        with pytest.raises(Killed):
+            build(dataclasses.replace(options, restart=True))
+    assert (build(options).images, len(named())) == (12, 1)
+
+
+def test_a_build_that_has_the_name_has_its_index(
+    options: BuildOptions, kill: Callable[..., None], named: Callable[[], list[str]]
+) -> None:
+    """Another is refused before any work, and can be had by beginning anew."""
+    kill("create_alias", options)
+    other = dataclasses.replace(options, index="flat")
+    for replace in (False, True):
+        with pytest.raises(UsageError, match="--index: expected hnsw, of which this build has"):
+            build(dataclasses.replace(other, replace=replace))
+    summary = build(dataclasses.replace(other, replace=True, restart=True))
+    assert (summary.index, len(named())) == ("Flat", 1)
+
+
 def test_a_build_that_was_killed_when_it_had_the_name_is_finished(
     options: BuildOptions, kill: Callable[..., None], named: Callable[[], list[str]]
 ) -> None:
