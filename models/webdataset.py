@@ -11,8 +11,9 @@ Rules:
     `SourceError` names the shard, also where tarfile alone would quietly stop: at a
     damaged header, and at an end without the two zero blocks that close an archive.
     Images of a plain shard are read where they lie when `read` is called; those of a
-    compressed shard come with the record. A shard that was replaced or written to since it
-    was listed has other bytes there: `SourceError` says so, and nobody gets them.
+    compressed shard, and files with holes, come with the record. A shard that was replaced or
+    written to since it was listed has other bytes there: `SourceError` says so, and nobody
+    gets them.
 
 Source: the WebDataset format, https://github.com/webdataset/webdataset; tar in POSIX pax.
 """
@@ -366,12 +367,15 @@ def _members(shard: Path) -> Iterator[_Member]:
 
 
 def _member(archive: tarfile.TarFile, header: tarfile.TarInfo, shard: _FileId | None) -> _Member:
-    """Describe a member; read it now if it is a label, or if there is no way back to it."""
+    """Describe a member; read it now if it is a label, or if there is no way back to it.
+
+    Of a sparse file (`tar --sparse`) the shard holds no more than what lies between its holes.
+    """
     data = None
     size = header.size
-    is_label = _extension(header.name) in _LABELS
+    is_label, is_here = _extension(header.name) in _LABELS, shard is None or header.issparse()
     if (is_label and size <= MAX_LABEL_BYTES) or (
-        shard is None and not is_label and 0 < size <= MAX_READ_BYTES
+        is_here and not is_label and 0 < size <= MAX_READ_BYTES
     ):
         data = cast(IO[bytes], archive.extractfile(header)).read()
     name = header.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
@@ -411,8 +415,9 @@ def _stem(name: str) -> str:
 
 
 def _extension(name: str) -> str:
-    """Give all that follows the first dot of a member's file name, lower-case."""
-    return name.rpartition("/")[2].lower().removeprefix(_stem(name).rpartition("/")[2].lower())
+    """Give the first dot of a member's file name and all that follows it, lower-case."""
+    _, dot, rest = name.rpartition("/")[2].partition(".")
+    return (dot + rest).lower()
 
 
 def _suffix(name: str) -> str:

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import subprocess
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -87,6 +88,35 @@ def test_members_of_a_sample_share_the_name_up_to_the_first_dot(tmp_path: Path) 
         ("s.tar/train/8.left.JPG", None),
         ("s.tar/train/8.right.JPG", None),
     ]
+
+
+def test_a_name_whose_last_letter_changes_with_what_follows_is_as_any_other(tmp_path: Path) -> None:
+    """A sigma that ends a word is another letter in lower case than one before an extension."""
+    members = {f"\u039f\u03a3.{end}": b"cat" for end in ("jpg", "seg.png", "cls")}
+    shard = write_shard(tmp_path / "s.tar", members)
+    assert listed(shard) == [("s.tar/\u039f\u03a3.jpg", "cat")]
+
+
+@pytest.mark.parametrize("kind", ["tar", "tar.gz"])
+def test_a_file_with_holes_is_read_whole(tmp_path: Path, kind: str) -> None:
+    """Of which `tar --sparse` keeps what lies between them."""
+    photo, other = tmp_path / "1.bmp", tmp_path / "2.bmp"
+    with photo.open("wb") as file:
+        file.write(b"begin")
+        file.seek(1 << 20)
+        file.write(b"end")
+    other.write_bytes(b"another")
+    shard = tmp_path / f"s.{kind}"
+    names = [photo.name, other.name]
+    tar = ["tar", "--sparse", "--auto-compress", "-cf", shard, "-C", tmp_path, *names]
+    subprocess.run(tar, check=True)
+    assert shard.stat().st_size < 1 << 20
+    source = TarSource(str(shard))
+    assert [record.read() for record in source.records()] == [
+        photo.read_bytes(),
+        other.read_bytes(),
+    ]
+    assert source.load(f"s.{kind}/1.bmp") == photo.read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["tar", "tar.gz"])
