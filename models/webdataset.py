@@ -31,7 +31,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from glob import glob, has_magic
+from glob import escape, glob, has_magic
 from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import IO, BinaryIO, NamedTuple, cast
@@ -55,6 +55,7 @@ MAX_LABEL_BYTES = 1 << 20
 """A larger `.cls` or `.json` is no label and is passed over."""
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_ESCAPED = re.compile(r"\[([*?[])\]")  # as `glob.escape` writes what stands for itself
 # The last three are what tarfile makes of mutated headers, and of thousands of long names in a row.
 _FAULTS = (
     tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError, ValueError, OverflowError,
@@ -108,7 +109,7 @@ class TarSource:
     """
 
     def __init__(self, pattern: str) -> None:
-        self._pattern = os.path.abspath(pattern)
+        self._pattern = _absolute(pattern)
         self.shards = expand_shards(self._pattern)
         folder = Path(os.path.commonpath([shard.parent for shard in self.shards]))
         self._shard_of = {shard.relative_to(folder).as_posix(): shard for shard in self.shards}
@@ -158,6 +159,14 @@ class TarSource:
         raise unknown_key(key, self.uri)
 
 
+def _absolute(pattern: str) -> str:
+    """Name shards from any directory; what this one is called is no pattern."""
+    path = os.path.abspath(pattern)
+    if os.path.isabs(pattern) or os.path.isfile(path):
+        return path
+    return os.path.normpath(os.path.join(escape(os.getcwd()), pattern))
+
+
 def expand_shards(pattern: str) -> list[Path]:
     """List the shards that a path, glob or range stands for.
 
@@ -176,7 +185,8 @@ def expand_shards(pattern: str) -> list[Path]:
         return [Path(pattern)]
     shards: list[Path] = []
     for name in _expand_ranges(pattern):
-        found = sorted(glob(name, recursive=True)) if has_magic(name) else [name]
+        is_pattern = has_magic(_ESCAPED.sub("", name))
+        found = sorted(glob(name, recursive=True)) if is_pattern else [_ESCAPED.sub(r"\1", name)]
         shards += map(Path, found)
     missing = [shard for shard in shards if not shard.is_file()]
     if missing or not shards:
