@@ -392,6 +392,21 @@ def test_the_picture_shows_what_training_sees(
     assert is_red.any() == (data_in == "stream")
 
 
+@pytest.mark.parametrize("data_in", ["stream", "memory"])
+def test_a_picture_of_no_images_is_one_line(
+    tmp_path: Path, run_options: RunOptions, data_in: str
+) -> None:
+    """As a shard may be that holds none."""
+    shard = tmp_path / "empty.tar"
+    with tarfile.open(shard, "w"):
+        pass
+    options = run_options(
+        tmp_path / "run", source=str(shard), show_views=tmp_path / "views.png", data_in=data_in
+    )
+    with pytest.raises(TrainError, match=r"empty\.tar: expected at least 2 images.*, found 0"):
+        pretrain(options)
+
+
 def test_a_picture_of_the_views_is_all_that_is_made(
     tmp_path: Path, run_options: RunOptions
 ) -> None:
