@@ -29,6 +29,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from train.backbones import refuse_lone_pixels
 from train.device import Compute
 from train.export.graph import EncoderGraph
 from train.probe.augment import augment, crops_and_flips
@@ -120,6 +121,10 @@ def train_classifier(
         recipe: how.
         seed: of order and augmentation.
         compute: the device and the arithmetic of the backbone.
+
+    Raises:
+        UsageError: the backbone cannot be trained in this arithmetic here.
+        TrainError: features are not finite.
     """
     classifier.to(compute.device).to(memory_format=torch.channels_last)
     # They stay where they are, and go to the device a batch at a time: there may be many.
@@ -130,6 +135,9 @@ def train_classifier(
     scaler = compute.grad_scaler()
     batch_size = min(recipe.batch_size, len(images))
     total_steps = recipe.epochs * len(images) // batch_size
+    if total_steps:
+        channels, side_px = images_NHWC.shape[3], images_NHWC.shape[1]
+        refuse_lone_pixels(classifier.graph.backbone, channels, side_px, compute)
     is_mirrored = recipe.flip_probability > 0
     if recipe.head_c is not None:
         fit_head(classifier, images, targets, c=recipe.head_c, is_mirrored=is_mirrored)
