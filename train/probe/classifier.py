@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from train.backbones import refuse_lone_pixels
-from train.device import Compute
+from train.device import Compute, images_at_once
 from train.export.graph import EncoderGraph
 from train.probe.augment import augment, crops_and_flips
 from train.probe.softmax import Statistics, fit_softmax, require_finite, standardisation
@@ -209,10 +209,9 @@ def predict(
     classifier.eval()
     blocks = []
     with torch.inference_mode():
-        for start in range(0, len(images_NHWC), EVALUATION_BATCH):
-            block = torch.from_numpy(
-                np.ascontiguousarray(images_NHWC[start : start + EVALUATION_BATCH])
-            )
+        step = images_at_once(EVALUATION_BATCH, *images_NHWC.shape[1:3])
+        for start in range(0, len(images_NHWC), step):
+            block = torch.from_numpy(np.ascontiguousarray(images_NHWC[start : start + step]))
             blocks.append(classifier(block.to(compute.device), compute).double().cpu())
     return np.asarray(torch.cat(blocks).numpy())
 
@@ -231,11 +230,12 @@ def _frozen_features(classifier: Classifier, images_NHWC: Tensor, *, is_mirrored
     """Give (N, D) float32 on the CPU; those of the mirror images come after the others."""
     classifier.eval()
     device = classifier.graph.scale.device
+    step = images_at_once(EVALUATION_BATCH, *images_NHWC.shape[1:3])
     with torch.inference_mode():
         blocks = [
             classifier.graph(block.flip(axes).to(device)).float().cpu()
             for axes in ([], [2])[: 1 + is_mirrored]
-            for block in torch.split(images_NHWC, EVALUATION_BATCH)
+            for block in torch.split(images_NHWC, step)
         ]
     return torch.cat(blocks).clone()
 
