@@ -18,6 +18,7 @@ import os
 import urllib.request
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from models.errors import SourceError
@@ -93,7 +94,9 @@ def open_fashion_mnist(
             f"fashion-mnist:{split}", expected="fashion-mnist:train or :test", found=repr(split)
         )
     if folders is None:
-        folders = (DEBIAN_FOLDER, cache_folder() / "fashion-mnist")
+        folders = [DEBIAN_FOLDER]
+        with suppress(RuntimeError):  # of a user who has no home
+            folders.append(cache_folder() / "fashion-mnist")
     images, labels = (_find(name, folders, url) for name in FILES[split])
     classes = read_idx(labels, dimensions=(1,))
     if classes.max(initial=0) >= len(CLASS_NAMES):

@@ -3,24 +3,33 @@
 Rules:
     A reader never sees half a file or half a directory, whatever the moment of a SIGKILL.
     A temporary name starts with `.tmp-` and lies beside its target, on the same file system.
+    A temporary directory is locked by who fills it. What a killed process left of one goes when
+    a directory of the same name is written a day later.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 TEMPORARY_PREFIX = ".tmp-"
 CHUNK_BYTES = 1 << 20
+
+LEFT_OVER_S = 86_400.0
+"""Age of a temporary directory from which on it is one that was left; where locks are of one
+machine alone, another may be filling a younger one."""
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 """Of renameat2(2): paths are the process's own; swap them."""
@@ -87,8 +96,12 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f"{TEMPORARY_PREFIX}{path.name}."
+    _remove_left_over(path.parent, prefix)
     temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
+    lock = os.open(temporary, os.O_RDONLY)
     try:
+        with suppress(OSError):  # of a file system that has no locks
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield temporary
         temporary.chmod(0o755)
         for file in (temporary, *temporary.rglob("*")):
@@ -96,6 +109,27 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
         publish_directory(temporary, path, replace=replace)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # what failed, or what was replaced
+        os.close(lock)
+
+
+def _remove_left_over(folder: Path, prefix: str) -> None:
+    """Delete temporary directories of a name that nobody holds, and that are old."""
+    name = re.compile(rf"{re.escape(prefix)}[a-z0-9_]{{8}}")  # which mkdtemp gives
+    with suppress(OSError):
+        for left_over in [path for path in folder.iterdir() if name.fullmatch(path.name)]:
+            if time.time() - left_over.stat().st_mtime >= LEFT_OVER_S:
+                _remove_unless_held(left_over)
+
+
+def _remove_unless_held(directory: Path) -> None:
+    """Delete a temporary directory, unless another process is at work on it."""
+    lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(directory)
+    finally:
+        os.close(lock)
 
 
 def publish_directory(built: Path, path: Path, *, replace: bool) -> None:

@@ -158,7 +158,15 @@ def read_idx(path: Path, *, dimensions: Sequence[int]) -> NDArray[np.uint8]:
             found=str(len(data)) if len(data) < size else "more",
             mend=_GET_AGAIN,
         )
-    return np.frombuffer(data, dtype=np.uint8).reshape(shape)
+    try:
+        return np.frombuffer(data, dtype=np.uint8).reshape(shape)
+    except ValueError as error:  # of no elements, as one size is 0
+        raise SourceError(
+            f"IDX file {path}",
+            expected="sizes that an array can have",
+            found=str(shape),
+            mend=_GET_AGAIN,
+        ) from error
 
 
 def _read_at_most(stream: BinaryIO, size: int) -> bytes:

@@ -62,8 +62,13 @@ a moment, must not end a build of hours."""
 RETRIED_METHOD = {"service": "horace.v1.Horace", "method": "Embed"}
 """Opening is not tried again: a wrong address should be told at once."""
 
+MAX_RETRIED_BYTES = (1 << 31) - 1
+"""Of a request: as many as gRPC can be told, and as a message can have."""
+
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),
+    # What is larger is not tried again; by default 256 KiB, less than two images of 224 x 224.
+    ("grpc.per_rpc_retry_buffer_size", MAX_RETRIED_BYTES),
     ("grpc.lb_policy_name", "round_robin"),  # over all servers that a name stands for
     (
         "grpc.service_config",

@@ -11,8 +11,9 @@ Rules:
     `SourceError` names the shard, also where tarfile alone would quietly stop: at a
     damaged header, and at an end without the two zero blocks that close an archive.
     Images of a plain shard are read where they lie when `read` is called; those of a
-    compressed shard come with the record. A shard that was replaced or written to since it
-    was listed has other bytes there: `SourceError` says so, and nobody gets them.
+    compressed shard, and files with holes, come with the record. A shard that was replaced or
+    written to since it was listed has other bytes there: `SourceError` says so, and nobody
+    gets them.
 
 Source: the WebDataset format, https://github.com/webdataset/webdataset; tar in POSIX pax.
 """
@@ -30,7 +31,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from glob import glob, has_magic
+from glob import escape, glob, has_magic
 from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import IO, BinaryIO, NamedTuple, cast
@@ -54,6 +55,7 @@ MAX_LABEL_BYTES = 1 << 20
 """A larger `.cls` or `.json` is no label and is passed over."""
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_ESCAPED = re.compile(r"\[([*?[])\]")  # as `glob.escape` writes what stands for itself
 # The last three are what tarfile makes of mutated headers, and of thousands of long names in a row.
 _FAULTS = (
     tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError, ValueError, OverflowError,
@@ -107,7 +109,7 @@ class TarSource:
     """
 
     def __init__(self, pattern: str) -> None:
-        self._pattern = os.path.abspath(pattern)
+        self._pattern = _absolute(pattern)
         self.shards = expand_shards(self._pattern)
         folder = Path(os.path.commonpath([shard.parent for shard in self.shards]))
         self._shard_of = {_text(str(shard.relative_to(folder))): shard for shard in self.shards}
@@ -157,6 +159,14 @@ class TarSource:
         raise unknown_key(key, self.uri)
 
 
+def _absolute(pattern: str) -> str:
+    """Name shards from any directory; what this one is called is no pattern."""
+    path = os.path.abspath(pattern)
+    if os.path.isabs(pattern) or os.path.isfile(path):
+        return path
+    return os.path.normpath(os.path.join(escape(os.getcwd()), pattern))
+
+
 def expand_shards(pattern: str) -> list[Path]:
     """List the shards that a path, glob or range stands for.
 
@@ -175,7 +185,8 @@ def expand_shards(pattern: str) -> list[Path]:
         return [Path(pattern)]
     shards: list[Path] = []
     for name in _expand_ranges(pattern):
-        found = sorted(glob(name, recursive=True)) if has_magic(name) else [name]
+        is_pattern = has_magic(_ESCAPED.sub("", name))
+        found = sorted(glob(name, recursive=True)) if is_pattern else [_ESCAPED.sub(r"\1", name)]
         shards += map(Path, found)
     missing = [shard for shard in shards if not shard.is_file()]
     if missing or not shards:
@@ -366,12 +377,15 @@ def _members(shard: Path) -> Iterator[_Member]:
 
 
 def _member(archive: tarfile.TarFile, header: tarfile.TarInfo, shard: _FileId | None) -> _Member:
-    """Describe a member; read it now if it is a label, or if there is no way back to it."""
+    """Describe a member; read it now if it is a label, or if there is no way back to it.
+
+    Of a sparse file (`tar --sparse`) the shard holds no more than what lies between its holes.
+    """
     data = None
     size = header.size
-    is_label = _extension(header.name) in _LABELS
+    is_label, is_here = _extension(header.name) in _LABELS, shard is None or header.issparse()
     if (is_label and size <= MAX_LABEL_BYTES) or (
-        shard is None and not is_label and 0 < size <= MAX_READ_BYTES
+        is_here and not is_label and 0 < size <= MAX_READ_BYTES
     ):
         data = cast(IO[bytes], archive.extractfile(header)).read()
     name = _text(header.name).removeprefix("./")
@@ -416,8 +430,9 @@ def _stem(name: str) -> str:
 
 
 def _extension(name: str) -> str:
-    """Give all that follows the first dot of a member's file name, lower-case."""
-    return name.rpartition("/")[2].lower().removeprefix(_stem(name).rpartition("/")[2].lower())
+    """Give the first dot of a member's file name and all that follows it, lower-case."""
+    _, dot, rest = name.rpartition("/")[2].partition(".")
+    return (dot + rest).lower()
 
 
 def _suffix(name: str) -> str:

@@ -27,6 +27,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 from models.errors import UsageError
 from models.networks import Backbone, BarlowTwins, ResNet
+from train.device import Compute
 from train.errors import TrainError
 from train.option_groups import NetworkOptions, unknown_name
 
@@ -152,6 +153,45 @@ def build_network(network: NetworkOptions, in_channels: int, image_size_px: int)
         projector_batch_norm=network.projector_batch_norm,
         predictor_width=network.predictor_width,
     )
+
+
+def refuse_lone_pixels(
+    backbone: nn.Module, in_channels: int, image_size_px: int, compute: Compute
+) -> None:
+    """Refuse bf16 on a CPU for a network that strides over a map of one pixel.
+
+    There the oneDNN of torch 2.14.1 writes the gradient of a kernel's middle alone, channels last,
+    and leaves the rest as the memory was: seen on an Intel Xeon with AVX-512. The mode of the
+    network is left at eval.
+
+    Raises:
+        UsageError: naming the convolution.
+    """
+    if (compute.name, compute.precision) != ("cpu", "bf16"):
+        return
+    lone: list[str] = []
+
+    def look(name: str, convolution: nn.Conv2d, arrived: tuple[Tensor, ...]) -> None:
+        is_strided = max(convolution.stride) > 1 and max(convolution.kernel_size) > 1
+        if is_strided and arrived[0].shape[2:] == (1, 1):
+            lone.append(name)
+
+    hooks = [
+        module.register_forward_pre_hook(partial(look, name))
+        for name, module in backbone.named_modules()
+        if isinstance(module, nn.Conv2d)
+    ]
+    with torch.no_grad():
+        backbone.eval()(torch.zeros(1, in_channels, image_size_px, image_size_px))
+    for hook in hooks:
+        hook.remove()
+    if lone:
+        raise UsageError(
+            "--precision bf16 on a CPU",
+            expected="maps of more than one pixel before each strided convolution",
+            found=f"one of one pixel before {lone[0]}",
+            mend="give --precision fp32, or train on larger images",
+        )
 
 
 def _torchvision_model(name: str, image_size_px: int) -> nn.Module:

@@ -29,7 +29,7 @@ from models.cpu import cpu_budget
 from models.errors import UsageError
 from models.images import ImageSource, describe_ignored, open_source
 from models.preprocess import PreprocessSpec
-from train.backbones import build_network
+from train.backbones import build_network, refuse_lone_pixels
 from train.checkpoint import (
     Progress,
     checkpoint_file,
@@ -115,14 +115,15 @@ def settle(
     return settled, compute
 
 
-def try_network(options: PretrainOptions) -> None:
-    """Refuse a network that cannot be built or started before the images are read.
+def try_network(options: PretrainOptions, compute: Compute) -> None:
+    """Refuse a network that cannot be built, started or trained before the images are read.
 
     Raises:
         UsageError: there is no such network, or it cannot take such images.
         TrainError: its library is not installed, or the weights it starts from are none for it.
     """
     network = build_network(options.network, options.channels, options.image_size_px)
+    refuse_lone_pixels(network.backbone, options.channels, options.image_size_px, compute)
     if options.init_from is not None:
         initialise_from(options.init_from, network)
 

@@ -60,6 +60,10 @@ KERNEL_FAULTS = {700, 710, 714, 715, 716, 717, 718, 719}
 """CUDA's numbers of what a kernel did wrong, such as an address or an assertion: nobody else's
 GPU is to blame."""
 
+PIXELS_AT_ONCE = 1 << 22
+"""Of images that a network looks at without learning from them, such as 83 of 224 x 224: more would
+take more memory than a small batch of large images that is learnt from."""
+
 SLOTS = 3
 """Batches on a GPU: the one in use, the next, and the one before, whose work may not be done."""
 
@@ -137,6 +141,11 @@ def has_native_bf16(device: torch.device, cpuinfo: Path = CPUINFO) -> bool:
         return False
     flags = next((x.partition(":")[2] for x in text.splitlines() if x.startswith("flags")), "")
     return not CPU_BF16_FLAGS.isdisjoint(flags.split())
+
+
+def images_at_once(most: int, height: int, width: int) -> int:
+    """Say how many images a network looks at at once: `most`, or fewer where they are large."""
+    return min(most, max(1, PIXELS_AT_ONCE // (height * width)))
 
 
 def prepare_device(compute: Compute, *, threads: int) -> None:

@@ -76,7 +76,7 @@ def pretrain(options: PretrainOptions) -> None:
         options, compute = settle(options, kept, ranks)
         prepare_device(compute, threads=options.threads or 1)
         if kept is None:
-            try_network(options)
+            try_network(options, compute)
         if kept is not None and is_finished(options, run, kept, ranks):
             log.info("%s is finished: no step is left to take", run.path)
         else:

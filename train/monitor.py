@@ -27,11 +27,12 @@ from torch import Tensor, nn
 from index.evaluation.baselines import pixel_neighbours, reduce_pixels, unit_pixels
 from index.knn import knn_search, weighted_knn_vote
 from models.vectors import finish_vectors
+from train.device import images_at_once
 
 KNN_K = 20
 KNN_TEMPERATURE = 0.07
 FEATURE_BATCH = 512
-"""Images that are embedded at once."""
+"""Images that are embedded at once; fewer where they are large."""
 
 COLLAPSE_SPREAD = 0.02
 """A healthy encoder is between .2 and 1, from its first step on."""
@@ -86,8 +87,9 @@ def embed(
     try:
         with torch.inference_mode():
             blocks = []
-            for i in range(0, len(rows), FEATURE_BATCH):
-                images = torch.from_numpy(images_NHWC[rows[i : i + FEATURE_BATCH]])
+            step = images_at_once(FEATURE_BATCH, *images_NHWC.shape[1:3])
+            for i in range(0, len(rows), step):
+                images = torch.from_numpy(images_NHWC[rows[i : i + step]])
                 blocks.append(network(to_input(images))[0].float().cpu())
         return torch.cat(blocks).numpy()
     finally:

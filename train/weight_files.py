@@ -18,7 +18,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from models.bundle import BUNDLE_FILE, Json, read_bundle
+from models.bundle import BUNDLE_FILE, Json, read_bundle, split_precision
 from models.errors import HoraceError, reason_of
 from train.checkpoint import FILE_NAME, checkpoint_file, last_whole_step, load_weights
 from train.errors import RunError, TrainError
@@ -64,10 +64,11 @@ def _file_of(path: Path) -> Path:
     """Give the file that a run, a bundle or a file stands for."""
     if not path.exists():
         raise _unreadable(path, "nothing of that name")
+    bundle, _ = split_precision(path)
+    if (bundle / BUNDLE_FILE).is_file():
+        return _checkpoint_of_bundle(bundle)
     if not path.is_dir():
         return path
-    if (path / BUNDLE_FILE).is_file():
-        return _checkpoint_of_bundle(path)
     run = RunDirectory(path=path)
     run.read_config()
     if not (step := last_whole_step(run.checkpoints)):

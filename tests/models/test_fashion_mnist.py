@@ -149,6 +149,20 @@ def test_a_server_that_speaks_no_http_or_hangs_up_is_one_line(tmp_path: Path, re
         answering.join()
 
 
+def test_a_user_without_a_home_has_debians_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container, under a number that no account has; where it is not, that is one line."""
+    for name in ("HORACE_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    monkeypatch.setattr(fashion_mnist, "DEBIAN_FOLDER", MINI)
+    assert open_fashion_mnist("test").count() == 200
+    monkeypatch.setattr(fashion_mnist, "DEBIAN_FOLDER", tmp_path)
+    with pytest.raises(SourceError, match=f"expected it in {tmp_path}, or a download from"):
+        open_fashion_mnist("test", url="http://127.0.0.1:1")
+
+
 def test_a_split_that_is_none_is_refused() -> None:
     """There are two."""
     with pytest.raises(SourceError, match="expected fashion-mnist:train or :test, found 'val'"):

@@ -2,6 +2,10 @@ import ctypes
 import errno
 import hashlib
 import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +13,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from models.files import (
+    LEFT_OVER_S,
+    TEMPORARY_PREFIX,
     atomic_directory,
     atomic_file,
     canonical_json,
@@ -127,6 +133,37 @@ def test_failed_directory_leaves_nothing(tmp_path):
     with pytest.raises(RuntimeError, match="stop"):
         fail()
     assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from models.files import atomic_directory
+with atomic_directory(Path(sys.argv[1])) as temporary:
+    (temporary / "f").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_process_left_of_a_directory_goes_a_day_later(tmp_path):
+    """And nothing else: what is new, what is being filled, what is of another name."""
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", KILLED, tmp_path / "d"], check=False)
+    old, new = tmp_path.iterdir()
+    others = [tmp_path / f"{TEMPORARY_PREFIX}{name}" for name in ("d.e.abcdefgh", "d.abcdefgh.old")]
+    for other in others:
+        other.mkdir()
+
+    def age(*directories: Path) -> None:
+        for directory in directories:
+            os.utime(directory, times=(time.time() - LEFT_OVER_S - 1,) * 2)
+
+    age(old, *others)
+    with atomic_directory(tmp_path / "d") as filled:
+        assert not old.exists()
+        age(filled)
+        with atomic_directory(tmp_path / "d") as temporary:
+            assert {*tmp_path.iterdir()} == {new, filled, temporary, *others}
 
 
 def test_content_is_on_the_disk_before_its_name_and_the_name_at_the_end(tmp_path, disk):

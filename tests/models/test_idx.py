@@ -79,6 +79,10 @@ def test_colour_images_and_no_labels_are_fine(tmp_path: Path) -> None:
             bytes((0, 0, 8, 3)) + b"\xff" * 12,
             "as its shape (4294967295, 4294967295, 4294967295) says, found 0",
         ),
+        (
+            bytes((0, 0, 8, 3)) + b"\0" * 4 + b"\xff" * 8,
+            "expected sizes that an array can have, found (0, 4294967295, 4294967295); get the",
+        ),
     ],
 )
 def test_a_wrong_file_is_told_apart(tmp_path: Path, data: bytes, text: str) -> None:

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import subprocess
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -89,6 +90,35 @@ def test_members_of_a_sample_share_the_name_up_to_the_first_dot(tmp_path: Path) 
     ]
 
 
+def test_a_name_whose_last_letter_changes_with_what_follows_is_as_any_other(tmp_path: Path) -> None:
+    """A sigma that ends a word is another letter in lower case than one before an extension."""
+    members = {f"\u039f\u03a3.{end}": b"cat" for end in ("jpg", "seg.png", "cls")}
+    shard = write_shard(tmp_path / "s.tar", members)
+    assert listed(shard) == [("s.tar/\u039f\u03a3.jpg", "cat")]
+
+
+@pytest.mark.parametrize("kind", ["tar", "tar.gz"])
+def test_a_file_with_holes_is_read_whole(tmp_path: Path, kind: str) -> None:
+    """Of which `tar --sparse` keeps what lies between them."""
+    photo, other = tmp_path / "1.bmp", tmp_path / "2.bmp"
+    with photo.open("wb") as file:
+        file.write(b"begin")
+        file.seek(1 << 20)
+        file.write(b"end")
+    other.write_bytes(b"another")
+    shard = tmp_path / f"s.{kind}"
+    names = [photo.name, other.name]
+    tar = ["tar", "--sparse", "--auto-compress", "-cf", shard, "-C", tmp_path, *names]
+    subprocess.run(tar, check=True)
+    assert shard.stat().st_size < 1 << 20
+    source = TarSource(str(shard))
+    assert [record.read() for record in source.records()] == [
+        photo.read_bytes(),
+        other.read_bytes(),
+    ]
+    assert source.load(f"s.{kind}/1.bmp") == photo.read_bytes()
+
+
 @pytest.mark.parametrize("kind", ["tar", "tar.gz"])
 def test_a_name_that_is_no_utf_8_is_a_key_all_the_same(tmp_path: Path, kind: str) -> None:
     """As of a folder's files: what is no character is written as its bytes."""
@@ -145,6 +175,23 @@ def test_a_range_names_every_shard_and_a_glob_those_that_are_there(tmp_path: Pat
     keys = [f"s-{n:03d}.tar/0000.jpg" for n in (9, 10, 11)]
     assert [key for key, _ in listed(f"{tmp_path}/s-{{009..011}}.tar")] == keys
     assert [key for key, _ in listed(f"{tmp_path}/s-*.tar")] == keys
+
+
+@pytest.mark.parametrize("pattern", ["s-0.tar", "s-*.tar", "s-{0..1}.tar", "../run [[]1]/s-?.tar"])
+def test_a_directory_may_be_called_as_a_pattern_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
+) -> None:
+    """Where people stand is taken as it is; and the source is opened again from anywhere."""
+    (tmp_path / "run [1]").mkdir()
+    shards = [write_shard(tmp_path / f"run [1]/s-{n}.tar", samples(1)) for n in (0, 1)]
+    monkeypatch.chdir(tmp_path / "run [1]")
+    source = TarSource(pattern)
+    assert source.shards == (shards[:1] if pattern == "s-0.tar" else shards)
+    monkeypatch.chdir(tmp_path)
+    assert TarSource(source.uri.removeprefix("wds:")).shards == source.shards
+    monkeypatch.chdir(tmp_path / "run [1]")
+    with pytest.raises(SourceError, match=r"found no s-2\.tar \(1 of 3 are missing\)"):
+        TarSource("s-{0..2}.tar")
 
 
 def test_shards_of_one_name_in_two_folders_keep_their_keys_apart(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -15,7 +16,8 @@ import torchvision
 from models.errors import UsageError
 from models.networks import GlobalPoolReadout, ResNet
 from models.preprocess import PreprocessSpec
-from train.backbones import build_backbone, build_network
+from train.backbones import build_backbone, build_network, refuse_lone_pixels
+from train.device import Compute
 from train.errors import TrainError
 from train.export.graph import EncoderGraph, embed_with_torch, write_onnx
 from train.option_groups import NetworkOptions
@@ -43,6 +45,26 @@ def test_a_backbone_by_name_gives_its_maps(
     assert backbone.stage_dims == tuple(dim for dim, _ in stages)
     torch.autograd.backward(maps[-1].square().mean())
     assert [name for name, p in backbone.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("layout", ["resnet10", "resnet50", "torchvision:resnet18"])
+def test_bf16_on_a_cpu_strides_over_no_map_of_one_pixel(layout: str) -> None:
+    """There oneDNN leaves most of a kernel's gradient as the memory was."""
+    network = NetworkOptions(layout=layout, width=8, stem="large")
+    bf16, fp32 = (
+        Compute(device=torch.device("cpu"), precision=precision) for precision in ("bf16", "fp32")
+    )
+    backbone = build_backbone(network, 1, 32)
+    refuse_lone_pixels(backbone, 1, 16, fp32)
+    refuse_lone_pixels(backbone, 1, 17, bf16)
+    with pytest.raises(UsageError) as error:
+        refuse_lone_pixels(backbone, 1, 16, bf16)
+    assert re.fullmatch(
+        r"--precision bf16 on a CPU: expected maps of more than one pixel before each strided "
+        r"convolution, found one of one pixel before (model\.)?layer4\.0\.conv[12]; give "
+        r"--precision fp32, or train on larger images",
+        str(error.value),
+    )
 
 
 def test_torchvisions_last_map_is_what_it_pools() -> None:

@@ -369,6 +369,19 @@ def test_a_run_without_a_checkpoint_begins_as_it_began(
         assert torch.equal(value, whole[name]), name
 
 
+def test_a_run_of_small_images_in_bf16_on_a_cpu_is_refused_before_it_begins(
+    tmp_path: Path, run_options: RunOptions
+) -> None:
+    """Its weights would be none: in float32 it trains."""
+    network = NetworkOptions(layout="resnet10", width=8, stem="large", projector_widths=(8, 8))
+    options = run_options(
+        tmp_path / "run", network=network, image_size_px=16, precision="bf16", device="cpu"
+    )
+    with pytest.raises(UsageError, match=r"before layer4\.0\.conv1; give --precision fp32"):
+        pretrain(options)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("data_in", ["stream", "memory"])
 def test_the_picture_shows_what_training_sees(
     tmp_path: Path, run_options: RunOptions, data_in: str
@@ -390,6 +403,21 @@ def test_the_picture_shows_what_training_sees(
     with Image.open(picture) as drawn:
         is_red = (np.asarray(drawn.convert("RGB")) == (255, 0, 0)).all(axis=2)
     assert is_red.any() == (data_in == "stream")
+
+
+@pytest.mark.parametrize("data_in", ["stream", "memory"])
+def test_a_picture_of_no_images_is_one_line(
+    tmp_path: Path, run_options: RunOptions, data_in: str
+) -> None:
+    """As a shard may be that holds none."""
+    shard = tmp_path / "empty.tar"
+    with tarfile.open(shard, "w"):
+        pass
+    options = run_options(
+        tmp_path / "run", source=str(shard), show_views=tmp_path / "views.png", data_in=data_in
+    )
+    with pytest.raises(TrainError, match=r"empty\.tar: expected at least 2 images.*, found 0"):
+        pretrain(options)
 
 
 def test_a_picture_of_the_views_is_all_that_is_made(

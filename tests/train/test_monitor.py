@@ -49,6 +49,22 @@ def test_embedding_leaves_the_training_as_it_was() -> None:
     assert features.shape == (len(rows), network.readout.dim)
 
 
+def test_large_images_are_embedded_few_at_a_time() -> None:
+    """Else they take more memory than the batches that are learnt from."""
+    sizes: list[int] = []
+
+    def to_input(images_NHWC: Tensor) -> Tensor:
+        sizes.append(len(images_NHWC))
+        return images_NHWC[:, :8, :8].permute(0, 3, 1, 2).float()
+
+    images = np.broadcast_to(np.uint8(0), (5, 1500, 1500, 1))
+    assert embed(make_network(), images, np.arange(5), to_input).shape == (5, 32)
+    assert sizes == [1] * 5
+    sizes.clear()
+    embed(make_network(), images[:, :1024, :1024], np.arange(5), to_input)
+    assert sizes == [4, 1]
+
+
 def test_knn_accuracy_counts_the_right_ones() -> None:
     """Queries beside their class are right, one beside another class is wrong."""
     bank = np.repeat(np.eye(3, dtype=np.float32), 30, axis=0)

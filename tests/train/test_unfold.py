@@ -24,6 +24,7 @@ from train.export.graph import EncoderGraph, write_onnx
 from train.export.options import ReadoutOptions
 from train.export.readout import PooledReadout
 from train.export.unfold import channel_statistics, restore_statistics, unfold_backbone
+from train.probe.opening import require_weights
 from train.probe.pretrained import load_graph, load_to_train, read_pretrained
 from train.run import RunDirectory
 
@@ -150,6 +151,24 @@ def test_what_says_nothing_of_its_network_is_refused(tmp_path: Path, bundle: Bun
     (foreign / "bundle.json").write_bytes(document_bytes(document))
     with pytest.raises(RunError, match="found none of 'options' in its provenance; give the run"):
         read_pretrained(foreign)
+
+
+def test_a_bundle_may_be_named_by_its_encoder(bundle: Bundle) -> None:
+    """As everywhere; in another precision it has no weights to be trained further."""
+    named = read_pretrained(bundle.encoder_path)
+    whole = read_pretrained(bundle.path)
+    assert (named.config, named.trained, named.untrained) == (
+        whole.config,
+        whole.trained,
+        whole.untrained,
+    )
+    require_weights(bundle.encoder_path)
+    with pytest.raises(RunError) as error:
+        read_pretrained(bundle.path / "encoder.int8.onnx")
+    assert str(error.value) == (
+        f"{bundle.path}/encoder.int8.onnx: expected the encoder in fp32, whose weights can be "
+        f"trained further, found that in int8; name the bundle, {bundle.path}"
+    )
 
 
 def test_restoring_twice_changes_nothing(bundle: Bundle, images_NHWC: NDArray[np.uint8]) -> None:

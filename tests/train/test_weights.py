@@ -314,7 +314,8 @@ def make_bundle(path: Path, run: Path, *, export_of: Path, checkpoint: str) -> P
     return path
 
 
-def test_a_bundle_leads_to_its_run(finished_run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["", "encoder.onnx"])
+def test_a_bundle_leads_to_its_run(finished_run: Path, tmp_path: Path, name: str) -> None:
     """Training goes on from the very checkpoint that was exported."""
     first, *_, last = list_checkpoints(RunDirectory(path=finished_run).checkpoints)
     assert first != last
@@ -322,7 +323,7 @@ def test_a_bundle_leads_to_its_run(finished_run: Path, tmp_path: Path) -> None:
         tmp_path / "bundle", finished_run, export_of=finished_run, checkpoint=first.name
     )
     network = network_of_run()
-    check_is_run(initialise_from(bundle, network), network, first)
+    check_is_run(initialise_from(bundle / name, network), network, first)
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,8 @@ def list_images(source: ImageSource, *, limit: int | None = None) -> Catalogue:
 
     Raises:
         SourceError: the source is missing or damaged.
-        TrainError: its images cannot be read in any order, or the storage fails.
+        TrainError: its images cannot be read in any order, there are not two, or the storage
+            fails.
     """
     if isinstance(source, TarSource):
         _refuse_compressed(source)
@@ -69,6 +70,10 @@ def list_images(source: ImageSource, *, limit: int | None = None) -> Catalogue:
         size_bytes = _size_of(record) if record.size_bytes is None else record.size_bytes
         digest.update(f"{record.key}\0{record.label}\0{size_bytes}\n".encode())
         records.append(record)
+    if len(records) < 2:
+        raise TrainError(
+            source.uri, expected="at least 2 images", found=str(len(records)), mend="check the path"
+        )
     labels_N, class_names = class_numbers([record.label for record in records])
     return Catalogue(
         records=records, labels_N=labels_N, class_names=class_names, sha256=digest.hexdigest()

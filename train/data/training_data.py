@@ -239,11 +239,6 @@ def _stream(
     seed: int,
 ) -> TrainingData:
     """Describe a stream, and read what it is watched with and measured by."""
-    if len(catalogue.records) < 2:
-        raise TrainError(
-            uri, expected="at least 2 images", found=str(len(catalogue.records)),
-            mend="check the path",
-        )  # fmt: skip
     val_images, bank_images = watched_counts(spec, val_images, bank_images)
     split = split_rows(
         catalogue.labels_N, val_images=val_images, bank_images=bank_images, seed=seed

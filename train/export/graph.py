@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from models.preprocess import PreprocessSpec
+from train.device import images_at_once
 from train.errors import ExportError
 from train.export.graph_names import BATCH_NAME, INPUT_NAME, OUTPUT_NAME
 
@@ -91,8 +92,9 @@ def run_in_batches(
     """Apply a function of uint8 images to all of them, or to some rows, where the graph is."""
     device = graph.scale.device
     rows = np.arange(len(images_NHWC)) if rows is None else rows
-    for i in range(0, len(rows), EMBED_BATCH):
-        batch_NHWC = torch.from_numpy(images_NHWC[rows[i : i + EMBED_BATCH]])
+    step = images_at_once(EMBED_BATCH, *images_NHWC.shape[1:3])
+    for i in range(0, len(rows), step):
+        batch_NHWC = torch.from_numpy(images_NHWC[rows[i : i + step]])
         with torch.inference_mode():
             yield function(batch_NHWC.to(device))
 

@@ -26,6 +26,7 @@ from models.command import progress
 from models.encoder import Encoder
 from models.runtime import open_bundle
 from train.data.training_data import WatchedImages
+from train.device import images_at_once
 from train.errors import ExportError
 from train.export.held_out import is_worse
 from train.export.parity import (
@@ -165,8 +166,9 @@ def hits_of(encoder: Encoder, watched: WatchedImages, what: str) -> NDArray[np.b
 
 def encode_all(encoder: Encoder, images_NHWC: NDArray[np.uint8], what: str) -> NDArray[np.float32]:
     """Embed images batch by batch, (N, D) float32."""
-    steps = range(0, len(images_NHWC), ENCODE_BATCH)
-    batches = (encoder.encode(images_NHWC[i : i + ENCODE_BATCH]) for i in steps)
+    step = images_at_once(ENCODE_BATCH, *images_NHWC.shape[1:3])
+    starts = range(0, len(images_NHWC), step)
+    batches = (encoder.encode(images_NHWC[i : i + step]) for i in starts)
     shown = progress(batches, what=f"scoring {what}", total=len(images_NHWC), size=len)
     return np.concatenate(list(shown))
 

@@ -21,8 +21,8 @@ from models.bundle import ENCODER_FILE, OutputSpec, write_bundle
 from models.runtime import open_bundle
 from train.checkpoint import Progress
 from train.data.training_data import TrainingData
-from train.device import resolve_compute
-from train.export.graph import EncoderGraph, embed_with_torch, write_onnx
+from train.device import images_at_once, resolve_compute
+from train.export.graph import EMBED_BATCH, EncoderGraph, embed_with_torch, write_onnx
 from train.export.images import spread_rows
 from train.export.options import Readout
 from train.export.parity import (
@@ -109,7 +109,10 @@ def check_graph(
             provenance={},
         )
         with closing(open_bundle(draft.path)) as encoder:
-            parity = measure_parity(reference_ND, encoder.encode(images_NHWC))
+            step = images_at_once(EMBED_BATCH, *images_NHWC.shape[1:3])
+            starts = range(0, len(images_NHWC), step)
+            found = [encoder.encode(images_NHWC[i : i + step]) for i in starts]
+            parity = measure_parity(reference_ND, np.concatenate(found))
             require_parity(parity)
             require_batch_invariance(encoder.encode, images_NHWC[:INVARIANCE_IMAGES])
             return parity

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from train.device import images_at_once
 from train.probe.probed import RunEncoder
 from train.views import random_view
 from train.views.parameters import ViewRecipe
@@ -54,8 +55,9 @@ def augmented_features(
         generator.manual_seed(int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]))
         blocks = []
         with torch.inference_mode():
-            for start in range(0, len(images_NHWC), ENCODE_BATCH):
-                block = torch.from_numpy(images_NHWC[start : start + ENCODE_BATCH])
+            step = images_at_once(ENCODE_BATCH, *images_NHWC.shape[1:3])
+            for start in range(0, len(images_NHWC), step):
+                block = torch.from_numpy(images_NHWC[start : start + step])
                 views = augment(block.to(encoder.device), recipe, generator)
                 blocks.append(encoder.graph(views).float().cpu())
         return torch.cat(blocks).clone()

@@ -29,7 +29,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from train.device import Compute
+from train.backbones import refuse_lone_pixels
+from train.device import Compute, images_at_once
 from train.export.graph import EncoderGraph
 from train.probe.augment import augment, crops_and_flips
 from train.probe.softmax import Statistics, fit_softmax, require_finite, standardisation
@@ -120,6 +121,10 @@ def train_classifier(
         recipe: how.
         seed: of order and augmentation.
         compute: the device and the arithmetic of the backbone.
+
+    Raises:
+        UsageError: the backbone cannot be trained in this arithmetic here.
+        TrainError: features are not finite.
     """
     classifier.to(compute.device).to(memory_format=torch.channels_last)
     # They stay where they are, and go to the device a batch at a time: there may be many.
@@ -130,6 +135,9 @@ def train_classifier(
     scaler = compute.grad_scaler()
     batch_size = min(recipe.batch_size, len(images))
     total_steps = recipe.epochs * len(images) // batch_size
+    if total_steps:
+        channels, side_px = images_NHWC.shape[3], images_NHWC.shape[1]
+        refuse_lone_pixels(classifier.graph.backbone, channels, side_px, compute)
     is_mirrored = recipe.flip_probability > 0
     if recipe.head_c is not None:
         fit_head(classifier, images, targets, c=recipe.head_c, is_mirrored=is_mirrored)
@@ -201,10 +209,9 @@ def predict(
     classifier.eval()
     blocks = []
     with torch.inference_mode():
-        for start in range(0, len(images_NHWC), EVALUATION_BATCH):
-            block = torch.from_numpy(
-                np.ascontiguousarray(images_NHWC[start : start + EVALUATION_BATCH])
-            )
+        step = images_at_once(EVALUATION_BATCH, *images_NHWC.shape[1:3])
+        for start in range(0, len(images_NHWC), step):
+            block = torch.from_numpy(np.ascontiguousarray(images_NHWC[start : start + step]))
             blocks.append(classifier(block.to(compute.device), compute).double().cpu())
     return np.asarray(torch.cat(blocks).numpy())
 
@@ -223,11 +230,12 @@ def _frozen_features(classifier: Classifier, images_NHWC: Tensor, *, is_mirrored
     """Give (N, D) float32 on the CPU; those of the mirror images come after the others."""
     classifier.eval()
     device = classifier.graph.scale.device
+    step = images_at_once(EVALUATION_BATCH, *images_NHWC.shape[1:3])
     with torch.inference_mode():
         blocks = [
             classifier.graph(block.flip(axes).to(device)).float().cpu()
             for axes in ([], [2])[: 1 + is_mirrored]
-            for block in torch.split(images_NHWC, EVALUATION_BATCH)
+            for block in torch.split(images_NHWC, step)
         ]
     return torch.cat(blocks).clone()
 

@@ -10,10 +10,10 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from models.bundle import BUNDLE_FILE
+from models.bundle import BUNDLE_FILE, split_precision
 from models.cpu import cpu_budget
 from models.errors import UsageError
-from train.errors import training_packages
+from train.errors import RunError, training_packages
 from train.probe.options import CommonOptions
 from train.run import RunDirectory
 
@@ -77,7 +77,15 @@ def require_weights(where: Path) -> None:
     """Refuse what has no weights that could be trained further.
 
     Raises:
-        RunError: it is neither a run nor a bundle.
+        RunError: it is neither a run nor a bundle, or an encoder in another precision than fp32.
     """
-    if not (where / BUNDLE_FILE).is_file():
+    path, precision = split_precision(where)
+    if not (path / BUNDLE_FILE).is_file():
         RunDirectory(path=where).read_config()
+    elif precision != "fp32":
+        raise RunError(
+            str(where),
+            expected="the encoder in fp32, whose weights can be trained further",
+            found=f"that in {precision}",
+            mend=f"name the bundle, {path}",
+        )

@@ -22,7 +22,7 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from models.bundle import BUNDLE_FILE, Json, read_bundle
+from models.bundle import BUNDLE_FILE, Json, read_bundle, split_precision
 from models.networks import Backbone
 from train.backbones import build_backbone
 from train.config import options_from_json
@@ -31,6 +31,7 @@ from train.export.graph import EncoderGraph
 from train.export.readout import PooledReadout
 from train.export.run_graph import graph_of, last_checkpoint
 from train.export.unfold import channel_statistics, restore_statistics, unfold_backbone
+from train.probe.opening import require_weights
 from train.run import RunConfig, RunDirectory
 
 GRAPH_SUFFIX = ".onnx"
@@ -54,7 +55,7 @@ class Pretrained:
 
 
 def read_pretrained(where: Path) -> Pretrained:
-    """Find the weights of a run, or of a bundle, and read the trained ones.
+    """Find the weights of a run, or of a bundle or its fp32 encoder, and read the trained ones.
 
     Raises:
         BundleError: the bundle is damaged.
@@ -62,8 +63,10 @@ def read_pretrained(where: Path) -> Pretrained:
             what its network is.
         ExportError: the bundle's graph does not unfold.
     """
-    if (where / BUNDLE_FILE).is_file():
-        return _of_bundle(where)
+    require_weights(where)
+    path, _ = split_precision(where)
+    if (path / BUNDLE_FILE).is_file():
+        return _of_bundle(path)
     run = RunDirectory(path=where)
     config, trained = run.read_config(), last_checkpoint(run)
     return Pretrained(

@@ -35,6 +35,7 @@ from train.checkpoint import checkpoint_file, last_whole_step, load_backbone, lo
 from train.config import PretrainOptions
 from train.data.catalogue import list_images
 from train.data.memory import count_records, fit_record, load_images, pick_records
+from train.device import images_at_once
 from train.diagnostics import (
     correlation_summary,
     entropy_rank,
@@ -326,5 +327,6 @@ def search(features_ND: NDArray[np.float32], queries: list[int]) -> list[Search]
 
 def _blocks(images_NHWC: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
     """Cut the images into batches."""
-    for start in range(0, len(images_NHWC), EMBED_BATCH):
-        yield images_NHWC[start : start + EMBED_BATCH]
+    step = images_at_once(EMBED_BATCH, *images_NHWC.shape[1:3])
+    for start in range(0, len(images_NHWC), step):
+        yield images_NHWC[start : start + step]
