@@ -152,10 +152,11 @@ class ServeOptions:
         if not 0 <= self.port <= 65535:
             raise UsageError("--port", expected="0 to 65535", found=str(self.port))
         for name in POSITIVE:
-            value = getattr(self, name)
-            if value is not None and value < 1:
+            value, most = getattr(self, name), MOST.get(name, MOST_OF_ANY)
+            if value is not None and not 1 <= value <= most:
                 option = "--" + name.replace("_", "-")
-                raise UsageError(option, expected="at least 1", found=str(value))
+                expected = "at least 1" if value < 1 else f"at most {most}"
+                raise UsageError(option, expected=expected, found=str(value))
         for name, most in (("max_delay_ms", 1000), ("drain_s", 3600), ("watch_s", 3600)):
             value = getattr(self, name)
             if not 0 <= value <= most:
@@ -211,3 +212,9 @@ POSITIVE = (
     "cpu_budget",
 )
 """Options that count something."""
+
+MOST_OF_ANY = 1_000_000_000
+"""What gRPC and protobuf keep in 31 bits, with some beside."""
+
+MOST = {"max_message_mib": 2047}
+"""A message of protobuf has less than 2 GiB."""

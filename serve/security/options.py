@@ -55,8 +55,9 @@ class CallerLimits:
                 raise UsageError(_option(name), expected="above 0, to 1e9", found=str(value))
         for name in ("calls_per_client", "calls_per_connection"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(_option(name), expected="at least 1", found=str(value))
+            if value is not None and not 1 <= value <= 1e9:
+                expected = "at least 1" if value < 1 else "at most 1e9"
+                raise UsageError(_option(name), expected=expected, found=str(value))
 
     @property
     def quota(self) -> Quota:

@@ -7,6 +7,7 @@ from models.errors import UsageError
 from serve.config import ServeOptions
 from serve.lifecycle.options import ModelOptions, NamedPath, read_named_path
 from serve.operation.options import MetricsOptions
+from serve.security.options import CallerLimits
 
 
 @pytest.mark.parametrize(
@@ -43,12 +44,21 @@ def test_without_a_bundle_the_shipped_one_is_served():
         ({"cpu_budget": 0}, "--cpu-budget: expected at least 1, found 0"),
         ({"max_delay_ms": -1.0}, "--max-delay-ms: expected 0 to 1000, found -1.0"),
         ({"drain_s": float("nan")}, "--drain-s: expected 0 to 3600, found nan"),
+        ({"max_message_mib": 2048}, "--max-message-mib: expected at most 2047, found 2048"),
+        ({"max_calls": 1 << 31}, "--max-calls: expected at most 1000000000, found 2147483648"),
     ],
 )
 def test_values_that_make_no_sense_are_refused(options, message):
     """One line names the option, what it takes and what was given."""
     with pytest.raises(UsageError, match=f"^{message}$"):
         ServeOptions(**options)
+
+
+def test_limits_of_callers_that_make_no_sense_are_refused():
+    """Too small, and more than gRPC can keep."""
+    for value, expected in ((0, "at least 1"), (1 << 31, "at most 1e9")):
+        with pytest.raises(UsageError, match=rf"^--limits.calls-per-connection: .*{expected}"):
+            CallerLimits(calls_per_connection=value)
 
 
 def test_callers_load_models_into_one_worker_alone_or_not_at_all():
