@@ -159,9 +159,9 @@ def main(options: SearchCommand) -> None:
         else:
             found = _search_each(client, options, vectors)
     print(_as_json(found) if options.json else _as_text(options, found))
-    if options.grid is not None:
-        _draw(options.grid, options.pictures or "", found)
     errors = [f"{one.query}: {one.error}" for one in found if one.error]
+    if options.grid is not None and len(errors) < len(found):
+        _draw(options.grid, options.pictures or "", found)
     if len(errors) == 1:
         raise FailedItemsError(errors[0])
     if errors:

@@ -398,6 +398,22 @@ def test_search_answers_the_good_queries(command, serving, stored, tmp_path):
     assert f"search: 2 bad queries of 3, the first {bad}: image: expected JPEG, " in error
 
 
+def test_a_search_without_an_answer_draws_nothing(command, serving, stored, tmp_path):
+    """What was drawn before stays, as with index.search."""
+    bad, grid = tmp_path / "bad.png", tmp_path / "grid.png"
+    bad.touch()
+    grid.write_bytes(b"of before")
+
+    async def main():
+        async with command(serving(**of(stored))) as (_, call):
+            picture = ("--grid", grid, "--pictures", f"folder:{stored.folder}")
+            return await call("search", bad, *picture)
+
+    status, _, error = asyncio.run(main())
+    assert (status, grid.read_bytes()) == (1, b"of before")
+    assert error.endswith(f"{bad}: expected an image, found no bytes")
+
+
 def test_one_failure_is_told_as_itself(command, serving, stored, tmp_path):
     """And not counted."""
     bad = tmp_path / "bad.png"
