@@ -653,6 +653,8 @@ def test_options_of_tls_make_a_client_of_tls(monkeypatch):
         (["search", "x", "--grid", "g.png"], "--grid: expected --pictures SOURCE beside it"),
         (["bench", "--concurrency", "0"], "--concurrency: expected at least 1, found 0"),
         (["bench", "--rate", "0"], "--rate: expected above 0, found 0"),
+        (["bench", "--rate", "1e9"], "--rate: expected below 1e+09, found 1000000000.0"),
+        (["bench", "--warm-up-s", "inf"], "--warm-up-s: expected below 1e+09, found inf"),
         (["bench", "--warm-up-s", "-1"], "--warm-up-s: expected 0 or more, found -1"),
         (["bench", "--priority", "9"], "priority: expected an integer, 0 to 3, found 9"),
     ],
