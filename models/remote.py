@@ -68,8 +68,7 @@ CHANNEL_OPTIONS = (
     # A machine that is gone says no farewell, and the kernel waits a quarter of an hour for it: a
     # connection that says nothing is asked whether it lives, and both take less than a batch may.
     # grpcio 1.85 goes by `grpc.http2.ping_timeout_ms`, a minute where not given.
-    ("grpc.keepalive_time_ms", 15_000),
-    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.keepalive_time_ms", 15_000),  # while a call waits: a server ends who asks idly so often
     ("grpc.http2.ping_timeout_ms", 10_000),
     (
         "grpc.service_config",
