@@ -35,7 +35,8 @@ class ExampleOptions:
     images: str = "fashion-mnist:test"
     """Where the queries come from."""
     grid: Path | None = None
-    """Draw queries and neighbours as PNG."""
+    """Draw queries and neighbours as PNG: of a data set with a name, such as fashion-mnist, since
+    a hit says of a folder what it is called and not where it lies."""
     k: int = 8
     """Neighbours a query."""
 

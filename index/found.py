@@ -37,6 +37,7 @@ class Found:
         label: its class, for an image of the collection that has one.
         image: its content; None for an image of the collection.
         row: which image of the collection it is, if it is one.
+        pictured: which of several examples the image or the row is.
         hits: the neighbours.
         error: why the query cannot be used, if so.
     """
@@ -45,6 +46,7 @@ class Found:
     label: str | None = None
     image: bytes | None = None
     row: Row | None = None
+    pictured: str = ""
     hits: Sequence[Hit] = ()
     error: HoraceError | None = None
 

@@ -11,14 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from index.curation.stored_images import StoredImages, load_images
-from index.evaluation.plots import MAX_GRID_ROWS, Tile, draw_grid
+from index.evaluation.plots import MAX_GRID_COLUMNS, MAX_GRID_ROWS, Tile, draw_grid
 from index.found import Found
 from index.interface import AnyCollection
 from index.knn import COSINE
 from models.image_source import ImageData
-
-MAX_GRID_COLUMNS = 24
-"""Neighbours of a query: within a range there may be thousands."""
 
 log = logging.getLogger("horace.index")
 
@@ -56,7 +53,7 @@ def lay_out(
     for one in found:
         query = Tile(
             image=one.image if one.row is None else pictures[one.row.id],
-            caption=_caption(one.query, one.label),
+            caption=_caption(one.pictured or one.query, one.label),
         )
         tiles = [
             Tile(

@@ -254,7 +254,7 @@ def _search_combined(collection: AnyCollection, options: SearchOptions) -> Found
     neighbours = _search(collection, options, query_QD, pad_ids([combination.ids]))
     shown = found[0 if options.images else n_files]
     (hits,) = look_up_hits(collection, neighbours)
-    return dataclasses.replace(shown, query=query, hits=hits)
+    return dataclasses.replace(shown, query=query, pictured=shown.query, hits=hits)
 
 
 def _read_query(encoder: Encoder, name: str) -> tuple[Found, NDArray[np.uint8] | None]:

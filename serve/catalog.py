@@ -239,7 +239,8 @@ class Catalog:
                 return model
         raise FingerprintMismatchError(
             f"--collection {name}",
-            expected=" or ".join(f"{m.encoder.fingerprint} ({m.name})" for m in offered),
+            expected=" or ".join(f"{m.encoder.fingerprint} ({m.name})" for m in offered)
+            or "of a model that is served, of which there is none",
             found=f"{collection.fingerprint} ({collection.encoder})",
             mend="serve the bundle that made it, or build it again with `python -m index.build`",
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 from tyro.conf import OmitArgPrefixes, UseAppendAction
@@ -15,7 +14,7 @@ from serve.http.options import HttpOptions
 from serve.kserve.options import KserveOptions
 from serve.lifecycle.options import ModelOptions, NamedPath, read_model_options, read_named_path
 from serve.operation.options import LogOptions, MetricsOptions, TracingOptions
-from serve.security.options import MAX_COUNT, CallerLimits, KeyOptions
+from serve.security.options import CallerLimits, KeyOptions
 from serve.security.tls import TlsOptions
 from serve.services import RequestLimits
 from serve.watchdog import WatchdogOptions
@@ -153,8 +152,7 @@ class ServeOptions:
         if not 0 <= self.port <= 65535:
             raise UsageError("--port", expected="0 to 65535", found=str(self.port))
         for name in POSITIVE:
-            value = getattr(self, name)
-            most = MOST.get(name, math.inf)
+            value, most = getattr(self, name), MOST.get(name, MOST_OF_ANY)
             if value is not None and not 1 <= value <= most:
                 option = "--" + name.replace("_", "-")
                 expected = "at least 1" if value < 1 else f"at most {most}"
@@ -215,10 +213,8 @@ POSITIVE = (
 )
 """Options that count something."""
 
-MOST = {
-    "max_batch_images": MAX_COUNT,
-    "max_images_per_request": MAX_COUNT,
-    "max_message_mib": MAX_COUNT // MIB,
-    "max_calls": MAX_COUNT // 2,  # with the places of probes
-}
-"""Of these, those that gRPC takes or a message tells."""
+MOST_OF_ANY = 1_000_000_000
+"""What gRPC and protobuf keep in 31 bits, with some beside."""
+
+MOST = {"max_message_mib": 2047, "cpu_budget": 4096}
+"""A message of protobuf has less than 2 GiB, and each CPU has threads."""

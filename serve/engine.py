@@ -256,7 +256,7 @@ class Engine:
         """Replace threads that have died or hang; see `serve.watchdog`."""
         self._crew.look(elapsed_s=elapsed_s, limit_s=limit_s)
         if self.state == "stuck":
-            self._fail_all(UnavailableError("every thread of this model hangs"))
+            self._fail_all(self._out_of_order())
 
     # The event loop's side.
 
@@ -305,7 +305,7 @@ class Engine:
         """Hold a place for the job, in its turn, or raise."""
         with self._changing:
             if not self.alive:
-                raise UnavailableError("the model takes no more requests")
+                raise self._out_of_order()
             try:
                 if self._batcher.admit(job, line_up=wait_for_room):
                     job.admitted.set_result(None)
@@ -487,6 +487,12 @@ class Engine:
         if rows_ND.shape != expected:
             raise EncoderError("vectors", expected=f"{expected}", found=f"{rows_ND.shape}")
         return rows_ND
+
+    def _out_of_order(self) -> UnavailableError:
+        """Say that this model computes nothing now; the server may have others."""
+        return UnavailableError(
+            f"model {self.name}", expected="one that is alive", found=f"one that is {self.state}"
+        )
 
     def _fail_all(self, error: Exception) -> None:
         """End everything that is held."""

@@ -29,6 +29,9 @@ THUMBNAIL = PreprocessSpec(height=160, width=160, channels=3, resize=160)
 MAX_GRID_ROWS = 24
 """A taller picture is read by nobody."""
 
+MAX_GRID_COLUMNS = 24
+"""Neighbours of a query, for who draws them: within a range there may be thousands."""
+
 MAX_ANNOTATED_CLASSES = 20
 DPI = 130
 

@@ -31,6 +31,7 @@ CHANNEL_OPTIONS: tuple[tuple[str, int | str], ...] = (
     ("grpc.max_send_message_length", -1),  # and says what it takes
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),  # by which grpcio 1.85 goes, a minute where not given
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.enable_retries", 0),  # `RetryPolicy` decides
     ("grpc.lb_policy_name", "round_robin"),  # or one pod of a headless Service gets every call

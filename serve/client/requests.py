@@ -163,7 +163,10 @@ class Queries:
             size.dim, with_vector=options.include_vectors, with_metadata=options.include_metadata
         )
         most = max(1, min(size.images, size.request_bytes // reply_bytes))
-        for request, group in self._parts(replace(size, images=most)):
+        # One that takes more than half of a request is longer than any filter may be.
+        filter_bytes = min(len((options.filter or "").encode()), size.request_bytes // 2)
+        left_bytes = size.request_bytes - filter_bytes
+        for request, group in self._parts(replace(size, images=most, request_bytes=left_bytes)):
             request.collection = options.collection or ""
             request.k, request.exact = options.k, options.exact
             request.include_vectors = options.include_vectors

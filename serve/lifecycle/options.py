@@ -106,6 +106,10 @@ def read_model_options(text: str) -> ModelOptions:
             expected="no option but instances: the server there chooses the rest",
             found=", ".join(sorted(of_a_bundle)),
         )
+    if "device" in values and options.provider == "cpu":
+        raise UsageError(
+            f"--bundle {text}: device", expected="provider=cuda or tensorrt beside it", found="none"
+        )
     return options
 
 

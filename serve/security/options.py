@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from models.errors import UsageError
 from serve.security.buckets import Quota
 
-MAX_COUNT = (1 << 31) - 1
-"""What an option of gRPC can hold, and a number of a message."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class KeyOptions:
@@ -58,8 +55,8 @@ class CallerLimits:
                 raise UsageError(_option(name), expected="above 0, to 1e9", found=str(value))
         for name in ("calls_per_client", "calls_per_connection"):
             value = getattr(self, name)
-            if value is not None and not 1 <= value <= MAX_COUNT:
-                expected = "at least 1" if value < 1 else f"at most {MAX_COUNT}"
+            if value is not None and not 1 <= value <= 1e9:
+                expected = "at least 1" if value < 1 else "at most 1e9"
                 raise UsageError(_option(name), expected=expected, found=str(value))
 
     @property

@@ -275,6 +275,18 @@ def test_a_grid_says_what_neighbours_are_near_by(search, built_euclidean, tmp_pa
     assert titles == ["far: nearest of 60 images by distance"]
 
 
+def test_a_query_of_several_examples_is_called_as_its_picture_is(
+    search, built, test_folder, tmp_path, monkeypatch
+):
+    """By the first that it is to be like, and not by the last that it is to be unlike."""
+    drawn = []
+    monkeypatch.setattr("index.grid.draw_grid", lambda _, rows, title: drawn.extend(rows))
+    args = ("--not-key", "blue/001.png", "--grid", tmp_path / "grid.png")
+    search(built, test_folder / "red/000.png", *args)
+    search(built, "--key", "red/002.png", *args)
+    assert [query.caption for query, _ in drawn] == ["000.png", "red\n002.png"]
+
+
 def test_a_grid_shows_what_is_left_of_its_source(search, bundle, new_folder, tmp_path, caplog):
     """Pictures that are gone are said to be so; the search is still good."""
     folder = new_folder(per_class=2)

@@ -177,6 +177,14 @@ def test_a_collection_that_fits_no_model_changes_nothing():
     assert not old.closed
 
 
+def test_a_collection_beside_no_model_is_told_that_there_is_none():
+    """As where every model of a repository was refused."""
+    with pytest.raises(FingerprintMismatchError) as error:
+        put_collection(Catalog(), "c")
+    expected = "expected encoder of a model that is served, of which there is none, found encoder a"
+    assert expected in str(error.value)
+
+
 def test_whatever_computes_for_callers_has_to_be_alive():
     """The newest version, one that is kept, and one that only its collection keeps."""
     catalog = Catalog()

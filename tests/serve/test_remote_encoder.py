@@ -15,7 +15,7 @@ import trustme
 from models.encoder import open_encoder
 from models.errors import EncoderError, EncoderUnavailableError, FingerprintMismatchError
 from models.preprocess import PreprocessSpec
-from models.remote import TIMEOUT_S, RemoteEncoder
+from models.remote import CHANNEL_OPTIONS, TIMEOUT_S, RemoteEncoder
 from models.wire import vectors_to_wire
 from protos import horace_pb2 as pb
 from protos import horace_pb2_grpc as pb_grpc
@@ -24,6 +24,7 @@ from serve.security.options import KeyOptions
 from serve.security.ring import hash_token
 from serve.security.tls import TlsOptions
 from serve.watchdog import WatchdogOptions
+from tests.link import Link
 
 
 def on_server(serving, bundles, work):
@@ -130,18 +131,25 @@ class Answers(pb_grpc.HoraceServicer):
 
 
 @contextlib.contextmanager
-def answering(servicer, **options):
-    """An encoder behind such a server."""
+def listening(servicer):
+    """The port of such a server."""
     server = grpc.server(ThreadPoolExecutor(2))
     pb_grpc.add_HoraceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
-    encoder = RemoteEncoder(f"127.0.0.1:{port}", clock=lambda: servicer.now_s, **options)
     try:
-        yield encoder
+        yield port
     finally:
-        encoder.close()
         server.stop(None).wait(30)
+
+
+@contextlib.contextmanager
+def answering(servicer, **options):
+    """An encoder behind such a server."""
+    with listening(servicer) as port:
+        encoder = RemoteEncoder(f"127.0.0.1:{port}", clock=lambda: servicer.now_s, **options)
+        with contextlib.closing(encoder):
+            yield encoder
 
 
 @pytest.mark.parametrize(
@@ -181,6 +189,23 @@ def test_what_a_stopping_server_has_not_looked_at_is_asked_again(side):
     """
     with answering(Restarting(grpc.StatusCode.CANCELLED, side)) as encoder:
         assert encoder.encode(np.zeros((1, side, side, 1), np.uint8)).tolist() == [[1]]
+
+
+def test_a_connection_that_is_lost_without_a_word_costs_a_batch_time_and_no_more(monkeypatch):
+    """It is noticed within the time that the batch has, which goes by another connection."""
+    times = ("grpc.keepalive_time_ms", "grpc.http2.ping_timeout_ms")
+    assert sum(ms for name, ms in CHANNEL_OPTIONS if name in times) < TIMEOUT_S * 1e3
+    hasty = [(name, value // 100 if name in times else value) for name, value in CHANNEL_OPTIONS]
+    monkeypatch.setattr("models.remote.CHANNEL_OPTIONS", hasty)
+    image_NHWC = np.zeros((1, 8, 8, 1), np.uint8)
+    with (
+        listening(Answers()) as port,
+        (link := Link(port)).listener,
+        contextlib.closing(RemoteEncoder(link.address, timeout_s=5)) as encoder,
+    ):
+        assert encoder.encode(image_NHWC).tolist() == [[1]]
+        link.lose()
+        assert encoder.encode(image_NHWC).tolist() == [[1]]
 
 
 def test_a_batch_of_many_requests_has_one_deadline():

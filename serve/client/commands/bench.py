@@ -48,6 +48,9 @@ MAX_FILES = 1000
 
 SYNTHETIC_IMAGES = 64
 
+MOST = 1e9
+"""Seconds, and requests in one."""
+
 PAUSE_S = 0.1
 """Of a closed loop after a request that failed, at least: a refusal comes in no time, and who is
 refused in real life does not come back so soon either."""
@@ -92,10 +95,12 @@ class BenchCommand(ServerOptions):
                 raise UsageError(option, expected="at least 1", found=str(getattr(self, name)))
         for name in ("rate", "seconds"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < 1e9:
-                raise UsageError(f"--{name}", expected="above 0", found=str(value))
-        if not 0 <= self.warm_up_s < 1e9:
-            raise UsageError("--warm-up-s", expected="0 or more", found=str(self.warm_up_s))
+            if value is not None and not 0 < value < MOST:
+                expected = f"below {MOST:.0e}" if value >= MOST else "above 0"
+                raise UsageError(f"--{name}", expected=expected, found=str(value))
+        if not 0 <= self.warm_up_s < MOST:
+            expected = f"below {MOST:.0e}" if self.warm_up_s >= MOST else "0 or more"
+            raise UsageError("--warm-up-s", expected=expected, found=str(self.warm_up_s))
 
 
 @dataclass

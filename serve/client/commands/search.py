@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tyro.conf import Positional, arg
 
+from models.command import shown
 from models.errors import HoraceError, ImageError, SourceError, UsageError, reason_of
 from models.image_source import ImageData
 from serve.client.arguments import check_number
@@ -77,7 +78,7 @@ class SearchCommand(ServerOptions):
     json: bool = False
     """Print the result as JSON."""
     grid: Path | None = None
-    """Draw queries and neighbours into this PNG file."""
+    """Draw queries and neighbours into this PNG file: the first 24 of either."""
     pictures: str | None = None
     """Where the pictures of the neighbours are, for --grid, such as folder:photos; the server
     gives keys only."""
@@ -131,12 +132,14 @@ class Found:
     Attributes:
         query: the file's name, the key, the id, or the row.
         image: the query's own picture, where it is one.
+        pictured: which of several examples that is.
         hits: the neighbours.
         error: why the query has none.
     """
 
     query: str
     image: ImageData | None = None
+    pictured: str = ""
     hits: tuple[Hit, ...] = ()
     error: str = ""
 
@@ -156,9 +159,9 @@ def main(options: SearchCommand) -> None:
         else:
             found = _search_each(client, options, vectors)
     print(_as_json(found) if options.json else _as_text(options, found))
-    if options.grid is not None:
-        _draw(options.grid, options.pictures or "", found)
     errors = [f"{one.query}: {one.error}" for one in found if one.error]
+    if options.grid is not None and len(errors) < len(found):
+        _draw(options.grid, options.pictures or "", found)
     if len(errors) == 1:
         raise FailedItemsError(errors[0])
     if errors:
@@ -204,9 +207,8 @@ def _search_together(client: Client, options: SearchCommand) -> list[Found]:
     negatives = [*(file.name for file in unlikes), *options.not_key, *map(str, options.not_id)]
     query = " and ".join(positives) + (f", not {' nor '.join(negatives)}" if negatives else "")
     picture = likes[0].data if likes else None
-    return _join(
-        [Found(query=query, image=picture)], _search(client, options, combined=[combination])
-    )
+    one = Found(query=query, image=picture, pictured=positives[0])
+    return _join([one], _search(client, options, combined=[combination]))
 
 
 def _search_files(client: Client, options: SearchCommand) -> list[Found]:
@@ -323,7 +325,7 @@ def _search(
 def _join(queries: Sequence[Found], result: SearchResult) -> list[Found]:
     """Give queries what was found for them."""
     return [
-        Found(query=one.query, image=one.image, hits=hits, error=status.message)
+        replace(one, hits=hits, error=status.message)
         for one, hits, status in zip(queries, result.hits, result.statuses, strict=True)
     ]
 
@@ -353,20 +355,21 @@ def _as_text(options: SearchCommand, found: Sequence[Found]) -> str:
     """Lay out a table for each query, or say why nothing was found for it."""
     lines = []
     for one in found:
-        lines.append(one.query)
+        lines.append(shown(one.query))
         if one.error:
-            lines += [f"  {one.error}", ""]
+            lines += [f"  {shown(one.error)}", ""]
             continue
         if not one.hits:
             lines += [f"  {_why_nothing(options)}", ""]
             continue
-        labels = [hit.label or "-" for hit in one.hits]
+        labels = [shown(hit.label or "-") for hit in one.hits]
         width = max([5, *map(len, labels)])
         lines.append(f"  {'score':>7}  {'label':<{width}}  {'id':<19}  key")
         for hit, label in zip(one.hits, labels, strict=True):
             known = hit.metadata.items()
             further = "".join(f"  {name}={value}" for name, value in known if value is not None)
-            lines.append(f"  {hit.score:7.4f}  {label:<{width}}  {hit.id:<19}  {hit.key}{further}")
+            name = shown(hit.key + further)
+            lines.append(f"  {hit.score:7.4f}  {label:<{width}}  {hit.id:<19}  {name}")
         lines.append("")
     return "\n".join(lines).rstrip()
 
@@ -405,6 +408,7 @@ def _draw(path: Path, pictures: str, found: Sequence[Found]) -> None:
         HoraceError: the pictures cannot be had, or the file cannot be written.
     """
     from index.evaluation.plots import (  # matplotlib: only for a picture
+        MAX_GRID_COLUMNS,
         MAX_GRID_ROWS,
         Tile,
         draw_grid,
@@ -421,7 +425,10 @@ def _draw(path: Path, pictures: str, found: Sequence[Found]) -> None:
         return Tile(image=image, caption=f"{hit.label or hit.key}\n{hit.score:.3f}")
 
     rows = [
-        (Tile(image=one.image, caption=Path(one.query).name), [tile(hit) for hit in one.hits])
+        (
+            Tile(image=one.image, caption=Path(one.pictured or one.query).name),
+            [tile(hit) for hit in one.hits[:MAX_GRID_COLUMNS]],
+        )
         for one in found[:MAX_GRID_ROWS]
         if not one.error
     ]

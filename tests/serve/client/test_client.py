@@ -340,6 +340,28 @@ def test_a_server_that_stops_is_not_called_absent():
     )
 
 
+def test_a_model_that_is_out_of_order_is_no_server_that_is_absent(serving, fake, image):
+    """The line names the model: to start the server would mend nothing."""
+
+    async def main():
+        once = RetryPolicy(attempts=1)
+        async with (
+            serving(fake) as server,
+            AsyncClient(server.address, retry=once) as client,
+        ):
+            engine = server.catalog.model().engine
+            await asyncio.to_thread(engine.close)
+            with pytest.raises(UnavailableError) as error:
+                await client.embed([image(1)])
+            return server.address, str(error.value)
+
+    address, line = asyncio.run(main())
+    assert line == (
+        f"server {address}: found model fake: expected one that is alive, found one that is "
+        "closed; try again, or elsewhere"
+    )
+
+
 def test_what_one_address_says_counts_for_more_than_that_another_is_empty():
     """A handshake that fails is told; what ends a call tells nothing of one."""
     closed = "connections to all backends failing; last error: UNAVAILABLE: ipv4:1: Socket closed"

@@ -307,6 +307,50 @@ def test_search_finds_by_files_ids_and_vectors(command, serving, stored, tmp_pat
     assert grid.read_bytes().startswith(b"\x89PNG")
 
 
+def test_names_reach_no_terminal_as_more_than_names(
+    command, serving, stored, make_bundle, tmp_path
+):
+    """Keys and labels of a collection are whoever's who named the files."""
+    from index.build import BuildOptions, build
+
+    folder, out = tmp_path / "others" / "cl\nass", tmp_path / "odd"
+    folder.mkdir(parents=True)
+    (folder / "\x1b[2J.png").write_bytes(stored.files[0].read_bytes())
+    build(BuildOptions(images=str(folder.parent), encoder=str(stored.bundle), out=out))
+
+    async def main():
+        options = {"bundle": (str(stored.bundle),), "collection": (str(out),)}
+        async with command(serving(**options)) as (_, call):
+            by_file = await call("search", stored.files[0])
+            return by_file, await call("search", "--key", "cl\nass/\x1b[2J.png")
+
+    (_, out, _), by_key = asyncio.run(main())
+    assert re.fullmatch(r"   1\.0000  cl\\nass  \d+ +cl\\nass/\\x1b\[2J\.png", out.splitlines()[2])
+    assert by_key[1] == "cl\\nass/\\x1b[2J.png\n  no other image is there\n"
+
+
+def test_a_picture_has_the_first_neighbours_and_says_what_it_shows(
+    command, serving, stored, tmp_path, monkeypatch
+):
+    """However many are asked for; a query of several examples is called as its picture is."""
+    drawn = []
+    monkeypatch.setattr("index.evaluation.plots.MAX_GRID_COLUMNS", 2)
+    monkeypatch.setattr(
+        "index.evaluation.plots.draw_grid", lambda _, rows, title: drawn.extend(rows)
+    )
+    like, unlike = stored.files[0], stored.files[-1]
+    picture = ("--grid", tmp_path / "grid.png", "--pictures", f"folder:{stored.folder}")
+
+    async def main():
+        async with command(serving(**of(stored))) as (_, call):
+            return await call("search", like, "--not", unlike, "--k", 5, *picture)
+
+    assert asyncio.run(main())[0] == 0
+    ((query, tiles),) = drawn
+    assert (query.image, query.caption) == (like.read_bytes(), like.name)
+    assert len(tiles) == 2
+
+
 def test_search_takes_several_examples_as_one_query(command, serving, stored, tmp_path):
     """Like some, unlike others; examples of the collection are not found."""
     bad = tmp_path / "bad.png"
@@ -352,6 +396,22 @@ def test_search_answers_the_good_queries(command, serving, stored, tmp_path):
     assert status == 1
     assert "class-0/00.png" in out
     assert f"search: 2 bad queries of 3, the first {bad}: image: expected JPEG, " in error
+
+
+def test_a_search_without_an_answer_draws_nothing(command, serving, stored, tmp_path):
+    """What was drawn before stays, as with index.search."""
+    bad, grid = tmp_path / "bad.png", tmp_path / "grid.png"
+    bad.touch()
+    grid.write_bytes(b"of before")
+
+    async def main():
+        async with command(serving(**of(stored))) as (_, call):
+            picture = ("--grid", grid, "--pictures", f"folder:{stored.folder}")
+            return await call("search", bad, *picture)
+
+    status, _, error = asyncio.run(main())
+    assert (status, grid.read_bytes()) == (1, b"of before")
+    assert error.endswith(f"{bad}: expected an image, found no bytes")
 
 
 def test_one_failure_is_told_as_itself(command, serving, stored, tmp_path):
@@ -593,6 +653,8 @@ def test_options_of_tls_make_a_client_of_tls(monkeypatch):
         (["search", "x", "--grid", "g.png"], "--grid: expected --pictures SOURCE beside it"),
         (["bench", "--concurrency", "0"], "--concurrency: expected at least 1, found 0"),
         (["bench", "--rate", "0"], "--rate: expected above 0, found 0"),
+        (["bench", "--rate", "1e9"], "--rate: expected below 1e+09, found 1000000000.0"),
+        (["bench", "--warm-up-s", "inf"], "--warm-up-s: expected below 1e+09, found inf"),
         (["bench", "--warm-up-s", "-1"], "--warm-up-s: expected 0 or more, found -1"),
         (["bench", "--priority", "9"], "priority: expected an integer, 0 to 3, found 9"),
     ],

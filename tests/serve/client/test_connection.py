@@ -13,9 +13,10 @@ from models.errors import UsageError
 from protos import horace_pb2 as pb
 from protos import horace_pb2_grpc as pb_grpc
 from serve.client import AsyncClient, Client, ClientTls, RetryPolicy
-from serve.client.connection import Connection
+from serve.client.connection import CHANNEL_OPTIONS, Connection
 from serve.errors import QueueFullError, UnavailableError
 from serve.security.options import CallerLimits
+from tests.link import Link
 
 
 class Servicer(pb_grpc.HoraceServicer):
@@ -214,6 +215,21 @@ def test_what_is_no_tls_is_refused():
     """Such as the flag of a command."""
     with pytest.raises(UsageError, match=r"^tls: expected a ClientTls, or None, found True$"):
         Client("localhost:1", tls=True)
+
+
+def test_a_connection_that_is_lost_without_a_word_is_given_up(monkeypatch):
+    """It is noticed within the time that a call has, which goes by another connection."""
+    times = ("grpc.keepalive_time_ms", "grpc.keepalive_timeout_ms", "grpc.http2.ping_timeout_ms")
+    hasty = [(name, value // 100 if name in times else value) for name, value in CHANNEL_OPTIONS]
+    monkeypatch.setattr("serve.client.connection.CHANNEL_OPTIONS", tuple(hasty))
+    with (
+        running(Servicer()) as port,
+        (link := Link(port)).listener,
+        Client(link.address, timeout_s=5) as client,
+    ):
+        assert client.list_collections() == []
+        link.lose()
+        assert client.list_collections() == []
 
 
 def test_key_and_request_id_go_with_every_call():

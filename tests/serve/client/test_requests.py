@@ -186,6 +186,26 @@ def test_queries_whose_hits_would_be_too_large_go_in_several_requests():
     assert parts(SearchOptions(k=10**6)) == [1] * 12
 
 
+@pytest.mark.parametrize("kind", ["images", "vectors", "combined"])
+def test_a_long_filter_leaves_less_room_for_queries(kind):
+    """It goes with every request, none of which may be larger than the server takes."""
+    size = RequestSize(images=1000, request_bytes=200_000)
+    images = [b"x" * 1000] * 300
+    given = {
+        "images": images,
+        "vectors": np.ones((300, 250), np.float32),
+        "combined": [Combination(positives=[data]) for data in images],
+    }
+    asked = dict.fromkeys(("images", "vectors", "ids", "fingerprint", "combined")) | {
+        kind: given[kind],
+        "fingerprint": "f",
+    }
+    options = SearchOptions(k=1, filter=f"label = '{'é' * 30_000}'")
+    requests = [request for request, _ in make_queries(**asked).requests(size, options)]
+    assert len(requests) == 3
+    assert max(request.ByteSize() for request in requests) <= size.request_bytes
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
