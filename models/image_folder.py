@@ -147,7 +147,7 @@ class FolderSource:
             raise SourceError(
                 f"image folder {self.root}",
                 expected=f"images ({' '.join(sorted(IMAGE_SUFFIXES))})",
-                found=f"{found.ignored.total()} other files{_named(found.ignored)}",
+                found=_of_others(found.ignored),
                 mend=f"for shards use wds:{self.root}/*.tar"
                 if found.has_archives
                 else "check the path",
@@ -267,6 +267,14 @@ def passed_over(counts: Mapping[str, int]) -> str:
     """Say how many files are passed over, such as `12 files passed over: 9 .heic, 3 .avif`."""
     n_files = sum(counts.values())
     return f"{n_files} file{'s' if n_files > 1 else ''} passed over{_named(counts)}"
+
+
+def _of_others(counts: Counter[str]) -> str:
+    """Say how many files there are that are no images, and of which suffixes."""
+    n_files = counts.total()
+    return (
+        f"{n_files} other file{'s' if n_files > 1 else ''}{_named(counts)}" if n_files else "none"
+    )
 
 
 def _named(counts: Mapping[str, int]) -> str:

@@ -123,7 +123,10 @@ def read_image_file(path: Path, name: str) -> bytes:
         info = path.stat()
         if not stat.S_ISREG(info.st_mode):  # a named pipe would block for ever
             raise ImageError(
-                ImageFault.UNREADABLE, name, expected="a regular file", found="something else"
+                ImageFault.UNREADABLE,
+                name,
+                expected="a regular file",
+                found="a directory" if stat.S_ISDIR(info.st_mode) else "something else",
             )
         DEFAULT_LIMITS.check_bytes(info.st_size, name)
         return path.read_bytes()

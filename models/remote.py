@@ -233,11 +233,16 @@ class RemoteEncoder:
         code = error.code().name if isinstance(error, grpc.Call) else type(error).__name__
         details = error.details() if isinstance(error, grpc.Call) else str(error)
         is_away = isinstance(error, grpc.Call) and error.code() in AWAY
+        is_stranger = code == "UNAUTHENTICATED"
         return (EncoderUnavailableError if is_away else EncoderError)(
             self._uri,
-            expected="a Horace server that answers",
+            expected="a server that knows this caller"
+            if is_stranger
+            else "a Horace server that answers",
             found=f"{code}: {details}",
-            mend="check that `python -m serve` runs there",
+            mend=f"give a key of that server in {KEY_VARIABLE}"
+            if is_stranger
+            else "check that `python -m serve` runs there",
         )
 
 

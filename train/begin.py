@@ -159,8 +159,7 @@ def is_finished(options: PretrainOptions, run: RunDirectory, kept: RunConfig, ra
     run.check_options(kept, options_json(options), input_spec(options))
     with or_else(MOVED):
         is_there = open_source(options.source).uri == kept.data["uri"]
-    steps_per_epoch = cast(int, kept.data["train_images"]) // options.batch_size
-    last = checkpoint_file(run.checkpoints, steps_per_epoch * options.epochs)
+    last = checkpoint_file(run.checkpoints, kept.total_steps)
     folder = run.checkpoints
     is_whole = last.exists() and checkpoint_file(folder, last_whole_step(folder)) == last
     # Of another place the images have to be the run's first. Ranks may have places of their own.

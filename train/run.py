@@ -79,6 +79,14 @@ class RunConfig:
             abs(a - b) <= STATISTICS_TOLERANCE for a, b in zip(was, now, strict=True)
         )
 
+    @property
+    def total_steps(self) -> int:
+        """The steps that the run has when it is finished."""
+        steps_per_epoch = cast(int, self.data["train_images"]) // cast(
+            int, self.options["batch_size"]
+        )
+        return steps_per_epoch * cast(int, self.options["epochs"])
+
     def to_json(self) -> dict[str, Json]:
         """Give the content of `config.json`."""
         preprocessing: dict[str, Json] = {**self.preprocessing.to_json()}

@@ -122,7 +122,7 @@ class Connection:
                 "api_key",
                 expected="visible ASCII without spaces",
                 found="something else",
-                mend="look for a line break at its end",
+                mend="look for a space in it, or a line break at its end",
             )
 
     @property

@@ -196,7 +196,7 @@ def test_a_name_that_is_no_text_has_a_key_that_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "found", "mend"),
     [
-        ([], "0 other files", "check the path"),
+        ([], "none", "check the path"),
         (["a.heic", "b.heic", "c.csv"], "3 other files: 2 .heic, 1 .csv", "check the path"),
         (["0.tar", "1.tar.gz"], "2 other files: 1 .gz, 1 .tar", "for shards use wds:"),
     ],

@@ -331,8 +331,11 @@ def test_a_secured_server_is_reached_by_key_and_certificate(
     monkeypatch.setenv("HORACE_TLS_CA", str(tmp_path / "ca.pem"))
 
     def work(address):
-        with pytest.raises(EncoderError, match="UNAUTHENTICATED: API key: expected a key of this"):
+        with pytest.raises(
+            EncoderError, match="UNAUTHENTICATED: API key: expected a key of this"
+        ) as e:
             open_encoder(f"horaces://{address}")
+        assert str(e.value).endswith("; give a key of that server in HORACE_API_KEY")
         monkeypatch.setenv("HORACE_API_KEY", "sesame")
         remote = open_encoder(f"horaces://{address}/tiny")
         assert remote.encode(np.zeros((2, 28, 28, 1), np.uint8)).shape == (2, 16)

@@ -282,11 +282,15 @@ def test_a_missing_run_is_one_line_and_status_1(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_a_run_at_work_deletes_is_exported(
-    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """It was read before the images, which take longer than the next checkpoints."""
     at_work = tmp_path / "run"
     shutil.copytree(finished_run, at_work)
+    list_checkpoints(at_work / "checkpoints")[-1].unlink()
 
     def load(run: RunDirectory, config: RunConfig, source: str | None) -> TrainingData:
         for path in list_checkpoints(at_work / "checkpoints"):
@@ -297,7 +301,8 @@ def test_a_checkpoint_that_a_run_at_work_deletes_is_exported(
     made = export_run(
         RunDirectory(path=at_work), tmp_path / "bundle", name="x", with_random_twin=False
     )
-    assert made.provenance["training"]["checkpoint"] == "step-00000033.pt"  # type: ignore[index,call-overload]  # JSON
+    assert f"{at_work} has taken 32 of 33 steps, and the encoder is what it was then" in caplog.text
+    assert made.provenance["training"]["checkpoint"] == "step-00000032.pt"  # type: ignore[index,call-overload]  # JSON
 
 
 def test_an_export_prepares_the_device(

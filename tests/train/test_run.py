@@ -163,7 +163,7 @@ def test_a_run_whose_images_moved_goes_on(tmp_path: Path, run_options: RunOption
     photos.mkdir()  # as a place that nothing is mounted at
     kept = replace(kept_options(options.run_path), out=options.out, resume=True)
     list_checkpoints(options.run_path / "checkpoints")[-1].unlink()
-    with pytest.raises(SourceError, match="found 0 other files; check the path; or name the place"):
+    with pytest.raises(SourceError, match="found none; check the path; or name the place"):
         start(kept)
     photos.rmdir()
     with pytest.raises(SourceError) as error:

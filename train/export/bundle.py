@@ -8,6 +8,7 @@ Rules:
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -24,6 +25,7 @@ from models.bundle import (
     refuse_foreign_target,
     write_bundle,
 )
+from train.checkpoint import Progress
 from train.data.training_data import TrainingData
 from train.errors import writing
 from train.export.images import load_run_images, spread_rows
@@ -34,6 +36,8 @@ from train.export.readout_fit import warn_if_below
 from train.export.run_graph import graph_of, last_checkpoint
 from train.export.write_graph import PARITY_IMAGES, WrittenGraph, write_graph
 from train.run import RunConfig, RunDirectory
+
+log = logging.getLogger("horace")
 
 
 def export_run(
@@ -73,6 +77,7 @@ def export_run(
     with writing(out, mend=room):
         check_target(out, replace=replace)
         networks = {ENCODER_FILE: graph_of(checkpoint, config)}
+        warn_if_unfinished(run, config, networks[ENCODER_FILE][-1])
         if with_random_twin:
             networks[RANDOM_FILE] = graph_of(run.initial_file, config)
         data = load_run_images(run, config, source)
@@ -146,6 +151,16 @@ def describe_export(
         ),
         "parity": cast(dict[str, Json], asdict(trained.parity)),
     }
+
+
+def warn_if_unfinished(run: RunDirectory, config: RunConfig, progress: Progress) -> None:
+    """Say so where the weights are not those of the run's last step."""
+    if progress.step < config.total_steps:
+        log.warning(
+            "%s has taken %d of %d steps, and the encoder is what it was then: the way on is "
+            "`python -m train.pretrain --resume --out %s`",
+            run.path, progress.step, config.total_steps, run.path,
+        )  # fmt: skip
 
 
 def check_target(out: Path, *, replace: bool) -> None:

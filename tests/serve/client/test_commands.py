@@ -147,7 +147,7 @@ def test_what_cannot_be_read_loses_nothing_else(command, serving, fake, stored, 
     ]  # fmt: skip
     assert lines[3]["file"] == f"{tmp_path}/empty\\xff"
     assert messages[2].startswith("expected images (")
-    assert messages[2].endswith(f", found 1 other files: 1 .tar{mend}")
+    assert messages[2].endswith(f", found 1 other file: 1 .tar{mend}")
 
 
 @pytest.mark.parametrize(
