@@ -380,8 +380,9 @@ class Collection:
 
     def _shown_key(self) -> str:
         """Show what keys look like here."""
-        keys = self.table(["key"])["key"]
-        return f"keys here look like {keys[0].as_py()!r}" if len(keys) else "it is empty"
+        snapshot = self._snapshot
+        keys = snapshot.keys_of(snapshot.ids[:1]).values()
+        return f"keys here look like {next(iter(keys))!r}" if keys else "it is empty"
 
 
 def version_text(version: Hashable) -> str:

@@ -185,11 +185,14 @@ class Selector:
 
     def _work_out(self, filter: str, source_names: SourceNames | None) -> Selection:
         """Try every row; `Table.filter` would copy all metadata of those that are chosen."""
-        from pyarrow.dataset import dataset  # brings pandas where that is installed: half a second
+        # Brings pandas where that is installed: half a second.
+        from pyarrow.acero import Declaration, ProjectNodeOptions, TableSourceNodeOptions
 
         condition = parse_filter(filter, self._rows.schema)
         rows = self._rows if source_names is None else _rename_sources(self._rows, source_names)
-        mask_N = dataset(rows).to_table(columns={"chosen": condition})["chosen"].to_numpy()
+        source = Declaration("table_source", TableSourceNodeOptions(rows))
+        project = Declaration("project", ProjectNodeOptions([condition], ["chosen"]))
+        mask_N = Declaration.from_sequence([source, project]).to_table()["chosen"].to_numpy()
         mask_N.flags.writeable = False
         return Selection(filter=filter, mask_N=mask_N, count=int(np.count_nonzero(mask_N)))
 

@@ -4,8 +4,9 @@ Rules:
     What an index keeps of a vector is made again from `vectors.npy` by the index's own codec. A
     sum that BLAS rounds otherwise may change a byte of it, another vector changes most.
     A graph whose nodes are the rows of `vectors.npy` keeps nothing of them, and RaBitQ's scanned
-    codes are not to be had again: there some rows are searched for, and most must be found, by the
-    parameters that the collection is searched by.
+    codes are not to be had again: there some rows are searched for, and most must be found. Lists
+    are searched by the parameters of the collection, a graph by the default: with more candidates
+    one of other vectors would find them, too.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index.ann.ann_index import AnnIndex
-from index.ann.kinds import EF_SEARCH, K_FACTOR, NEIGHBOURS, lists_of
+from index.ann.kinds import K_FACTOR, NEIGHBOURS, lists_of
 from index.ann.memory import BUILD_BLOCK, release_pages
 from index.knn import knn_search
 
@@ -174,11 +175,10 @@ def _find_self(index: AnnIndex, parameters: Mapping[str, int]) -> str | None:
     """
     rows = np.unique(np.linspace(0, index.count - 1, PROBES).astype(np.int64))
     queries_QD = np.ascontiguousarray(index.vectors_ND[rows])
-    effort = index.scale(parameters, NEIGHBOURS, 1)
-    if index.kind.family == "graph":
-        effort["efSearch"] = max(EF_SEARCH, effort["efSearch"])
-    else:
+    effort: dict[str, int] = {}
+    if index.kind.refines:
         most = max(K_FACTOR, int(MAX_RANKED * index.count))
+        effort = index.scale(parameters, NEIGHBOURS, 1)
         effort["k_factor"] = min(most, effort["k_factor"])
     scores, _ = index.search(queries_QD, 1, parameters=effort, threads=1)
     own, _ = knn_search(queries_QD, queries_QD, 1, metric=index.metric, threads=1)

@@ -234,8 +234,11 @@ class Snapshot:
     @cached_property
     def _kept(self) -> KeptSelections:
         """The selections that were worked out before."""
-        n_rows = sum(len(part.segment.ids_N) for part in self.parts)
-        return KeptSelections(3 * n_rows)  # masks of all and of the living, and few rows' numbers
+        # A mask of the living, the numbers of few rows, and where some are dead masks of all rows.
+        masks = (
+            len(part.segment.ids_N) * (1 if part.alive_N is None else 2) for part in self.parts
+        )
+        return KeptSelections(self.count + sum(masks))
 
     def _work_out(self, filter: str, source_names: SourceNames | None) -> Selection:
         """Choose in every part."""

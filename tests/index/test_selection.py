@@ -187,6 +187,14 @@ def test_a_column_without_a_name_is_in_no_filters_way():
     assert Selector(rows).select("key > 'a'").mask_N.tolist() == [False, True, True]
 
 
+@pytest.mark.parametrize("name", ["__filename", "__fragment_index", "__batch_index", "chosen"])
+def test_a_column_may_have_a_name_that_arrow_uses(name):
+    """Of the data sets that it reads, say: it is in no filter's way, and can be filtered by."""
+    selector = Selector(pa.table({"key": ["a", "b", "c"], name: [1, 2, 3]}))
+    assert selector.select("key > 'a'").mask_N.tolist() == [False, True, True]
+    assert selector.select(f"`{name}` = 2").mask_N.tolist() == [False, True, False]
+
+
 def test_metadata_is_not_copied_to_choose_by_it():
     """Rows may have 60 KiB of text each, and a filter leave all: here 300 MB of one text."""
     chunk = pa.table({"label": ["a"] * 10, "text": ["x" * 30_000] * 10})

@@ -161,6 +161,16 @@ def test_an_index_is_that_of_its_vectors(make_index, factory):
     assert "expected the vectors of vectors.npy, found" in str(index_fault(index, {}))
 
 
+def test_a_graph_of_other_vectors_is_told_however_wide_it_is_searched(tmp_path):
+    """With as many candidates as there are rows, any graph would find them all."""
+    file, vectors = tmp_path / "index.faiss", draw(COUNT, seed=1)
+    write_index(build_index(draw(COUNT, seed=9), "HNSW4"), file, "HNSW4")
+    index = open_index(
+        file, factory="HNSW4", count=COUNT, dim=DIM, metric="cosine", vectors_ND=vectors
+    )
+    assert "found " in str(index_fault(index, {"efSearch": COUNT}))
+
+
 @pytest.mark.parametrize("factory", ["PCAR16,IVF16,PQ16x4fs,RFlat", "RR,IVF16,RaBitQfs,RFlat"])
 def test_an_index_of_groups_of_near_copies_is_no_fault(tmp_path, factory):
     """Short codes do not tell a group's vectors apart: as many are ranked as a search ranks."""

@@ -71,15 +71,17 @@ def test_a_selection_over_dead_rows_and_a_delta(tmp_path, unit_rows, make_collec
         collection.search(vectors[3:4], 5, fingerprint=FINGERPRINT, filter=by_hand)
 
 
-def test_a_selection_weighs_what_it_holds(tmp_path, unit_rows, make_collection):
-    """Over dead rows it has masks of its own, and the numbers of few rows."""
+@pytest.mark.parametrize("dead", [[], ["3999"]])
+def test_a_selection_weighs_what_it_holds(tmp_path, unit_rows, make_collection, dead):
+    """The numbers of few rows and a mask, and over dead rows another."""
     path = make_collection(tmp_path / "c", unit_rows(4000, DIM))
     with CollectionWriter.open(path, threads=1) as writer:
-        writer.delete([id_of("3999")])
+        writer.delete([id_of(key) for key in dead])
         chosen = writer.collection.select("key < '0490'")
         weighed = writer.collection._snapshot._kept._weigh((chosen.filter, None))
     (rows,) = chosen.chosen
-    held = chosen.mask_N.nbytes + rows.mask_N.nbytes + rows.rows().nbytes
+    assert (rows.mask_N is chosen.mask_N) == (not dead)
+    held = chosen.mask_N.nbytes + rows.rows().nbytes + (rows.mask_N.nbytes if dead else 0)
     assert rows.rows() is rows.rows()
     assert held <= weighed < held + 2000
 

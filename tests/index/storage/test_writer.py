@@ -18,6 +18,7 @@ from index.storage.incoming import prepare_rows
 from index.storage.lock import CollectionLockedError
 from index.storage.publishing import put_in_place
 from index.storage.rows import ROW_SCHEMA
+from index.storage.snapshot import Part
 from index.storage.writer import CollectionWriter
 from index.verify import verify
 from models.errors import FingerprintMismatchError, UsageError
@@ -573,6 +574,15 @@ def test_keys_and_labels_are_given_without_copying_other_columns(writer, vectors
     finally:
         pa.set_memory_pool(default)
     assert 0 < pool.max_memory() < rows.nbytes / 10
+
+
+def test_an_unknown_key_is_told_without_reading_all_keys(writer, vectors, monkeypatch):
+    """Whoever asks for keys may ask for many that are not there; one that is there is shown."""
+    writer.add(table(*map(str, range(9))), vectors[:9], fingerprint=FINGERPRINT)
+    writer.delete([id_of("0")])
+    monkeypatch.delattr(Part, "rows")
+    with pytest.raises(UnknownIdError, match="keys here look like '1'"):
+        writer.collection.find_key("a")
 
 
 def test_a_delta_of_many_bytes_becomes_a_segment(writer, vectors, monkeypatch):
