@@ -315,6 +315,7 @@ def _as_stored(file: Path, name: str, column: Column) -> Column:
             raise pa.ArrowInvalid(f"values of {column.type}")
         # A moment between two microseconds is put at the earlier.
         kept = pc.cast(column, wanted, safe=not pa.types.is_timestamp(wanted))
+        kept.validate(full=True)  # parquet may say of any bytes that they are text
     except (pa.ArrowException, NotImplementedError) as error:
         raise CollectionError(
             f"--metadata {file}, column {name!r}",

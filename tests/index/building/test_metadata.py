@@ -13,6 +13,9 @@ from index.errors import CollectionError
 from index.storage.rows import ROW_SCHEMA, is_row_schema
 from models.errors import UsageError
 
+NO_UTF_8 = pa.array([b"caf\xe9"]).view(pa.string())
+"""Parquet keeps it, and says that it is text."""
+
 
 def rows_of(*keys, label=None):
     """Make rows of a collection."""
@@ -159,6 +162,8 @@ def test_a_column_that_is_there_is_replaced(write):
         ("key", "f.parquet", "f.parquet: expected a table in CSV or parquet, found Parquet"),
         (pa.table({"key": ["a"], "n": [[1]]}), "f.parquet", "column 'n': expected texts, numbers, "
          "true or false, dates or times, found values of list<"),
+        (pa.table({"key": NO_UTF_8}), "f.parquet", "column 'key': expected texts, numbers"),
+        (pa.table({"key": ["a"], "n": NO_UTF_8}), "f.parquet", "column 'n': expected texts"),
         (pa.table({"key": ["a"], "n": pa.array([2**63], pa.uint64())}), "f.parquet",
          "column 'n': expected texts, numbers"),
     ],
