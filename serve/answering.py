@@ -213,7 +213,8 @@ class Answering:
             async for request in requests:
                 if is_cut_short:
                     del request  # as below
-                    break
+                    await _pass_over(context)
+                    raise self._why_cut_short()
                 admitted = asyncio.Event()
                 task = asyncio.create_task(answer(request, admitted.set))
                 task.add_done_callback(partial(_set, admitted))  # or refused
@@ -222,8 +223,6 @@ class Answering:
                 del request, task  # or this frame keeps them while it waits for the next
                 await admitted.wait()
                 await room.acquire()
-            if is_cut_short:
-                await _pass_over(context)
 
         def end(reader: asyncio.Task[None]) -> None:
             replies.put_nowait(None)
@@ -248,7 +247,7 @@ class Answering:
                         started.discard(task)
                         del task
                         room.release()
-                error = self._why_cut_short() if is_cut_short else reader.exception()
+                error = reader.exception() if reader.done() else self._why_cut_short()
                 if error is not None:
                     await context.abort(*to_status(error), retry_metadata(error))
             finally:

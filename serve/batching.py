@@ -171,9 +171,11 @@ class Batcher(Generic[TicketT]):
         return self._release_if_over(ticket) and not ticket.gone
 
     def expire(self, ticket: TicketT) -> None:
-        """Let a ticket whose deadline has passed out of the line, if it is there."""
+        """Drop a ticket whose deadline has passed in line, or as it came in from there."""
         if self._room.leave_line(ticket):
             self._expired += 1
+        elif ticket in self._held and not ticket.gone:
+            self._expire(ticket)
 
     def cancel(self, ticket: TicketT, *, unprepared: bool = False) -> None:
         """Forget a ticket whose caller has gone; what runs of it runs on unseen.

@@ -128,6 +128,20 @@ def test_a_request_that_leaves_the_line_lets_the_next_one_in():
     assert set(batcher.tickets) >= {small}
 
 
+def test_a_request_whose_time_is_up_as_it_gets_room_counts_as_late():
+    """Nobody has heard yet that there was room; its caller has not gone."""
+    batcher = make_batcher()
+    first, late = admitted(batcher, 12), Ticket(images=1)
+    batcher.admit(late, line_up=True)
+    batcher.cancel(first)
+    assert batcher.admit_line() == (late,)
+    batcher.expire(late)
+    batcher.cancel(late, unprepared=True)
+    statistics = batcher.statistics()
+    assert (statistics.expired_requests, statistics.cancelled_requests) == (1, 1)
+    assert (statistics.held_requests, statistics.held_images) == (0, 0)
+
+
 def test_a_request_cancelled_before_it_was_prepared_holds_nothing():
     """Its images will never be accounted for, and its place is free at once."""
     batcher = make_batcher()

@@ -11,6 +11,7 @@ from models.wire import image_to_wire, vectors_from_wire
 from protos import horace_pb2 as pb
 from protos import horace_pb2_grpc as pb_grpc
 from serve import answering
+from serve.answering import Answering
 from serve.operation.options import MetricsOptions
 
 MIB = 1 << 20
@@ -275,5 +276,53 @@ def test_a_stream_whose_replies_are_not_taken_is_read_no_further(
             "replies of a stream: expected a caller who takes the next within 0.5 s, found one "
             "who did not; read replies while requests are sent; the rest of these was not read"
         )
+
+    asyncio.run(main())
+
+
+class Caller:
+    """A stream's context whose caller takes no reply before it is told to."""
+
+    def __init__(self):
+        self.takes = asyncio.Event()
+        self.taken = []
+
+    async def write(self, reply):
+        """Wait until it is taken."""
+        await self.takes.wait()
+        self.taken.append(reply)
+
+    async def abort(self, code, message, metadata):
+        """Fail: there is no reason to."""
+        pytest.fail(message)
+
+
+@pytest.mark.parametrize("drains", [False, True])
+def test_a_stream_that_is_cut_short_once_it_was_read_to_its_end_ends_well(
+    eventually, monkeypatch, drains
+):
+    """It had as many requests as may be under way: only its end was not read yet."""
+    monkeypatch.setattr(answering, "UNREAD_S", 60 if drains else 0.05)
+
+    async def main():
+        own, caller, ended, asked = Answering(), Caller(), asyncio.Event(), []
+
+        async def requests():
+            yield 1
+            yield 2
+            ended.set()
+
+        async def answer(request, on_admitted):
+            asked.append(request)
+            return request
+
+        streaming = asyncio.create_task(own.stream(requests(), caller, answer, window=2))
+        await eventually(lambda: asked == [1, 2])
+        if drains:
+            own.calls.drain()
+        await asyncio.wait_for(ended.wait(), 30)
+        caller.takes.set()
+        await streaming
+        assert caller.taken == [1, 2]
 
     asyncio.run(main())
