@@ -55,7 +55,7 @@ MAX_LABEL_BYTES = 1 << 20
 """A larger `.cls` or `.json` is no label and is passed over."""
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_ESCAPED = re.compile(r"\[([*?[])\]")  # as `glob.escape` writes what stands for itself
+_ESCAPED = re.compile(r"\[([*?[{])\]")  # as `glob.escape` writes what stands for itself, and `{`
 # The last three are what tarfile makes of mutated headers, and of thousands of long names in a row.
 _FAULTS = (
     tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError, ValueError, OverflowError,
@@ -164,7 +164,8 @@ def _absolute(pattern: str) -> str:
     path = os.path.abspath(pattern)
     if os.path.isabs(pattern) or os.path.isfile(path):
         return path
-    return os.path.normpath(os.path.join(escape(os.getcwd()), pattern))
+    here = _RANGE.sub(r"[{]\1..\2}", escape(os.getcwd()))
+    return os.path.normpath(os.path.join(here, pattern))
 
 
 def expand_shards(pattern: str) -> list[Path]:

@@ -161,8 +161,9 @@ def refuse_lone_pixels(
     """Refuse bf16 on a CPU for a network that strides over a map of one pixel.
 
     There the oneDNN of torch 2.14.1 writes the gradient of a kernel's middle alone, channels last,
-    and leaves the rest as the memory was: seen on an Intel Xeon with AVX-512. The mode of the
-    network is left at eval.
+    and leaves the rest as the memory was: seen on an Intel Xeon with AVX-512. A map that was
+    padded before the convolution, as timm's "same" does, is larger. The mode of the network is
+    left at eval.
 
     Raises:
         UsageError: naming the convolution.
@@ -173,7 +174,8 @@ def refuse_lone_pixels(
 
     def look(name: str, convolution: nn.Conv2d, arrived: tuple[Tensor, ...]) -> None:
         is_strided = max(convolution.stride) > 1 and max(convolution.kernel_size) > 1
-        if is_strided and arrived[0].shape[2:] == (1, 1):
+        is_padded = any(convolution.padding)  # by itself, not before it
+        if is_strided and is_padded and arrived[0].shape[2:] == (1, 1):
             lone.append(name)
 
     hooks = [

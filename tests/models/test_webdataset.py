@@ -177,19 +177,21 @@ def test_a_range_names_every_shard_and_a_glob_those_that_are_there(tmp_path: Pat
     assert [key for key, _ in listed(f"{tmp_path}/s-*.tar")] == keys
 
 
-@pytest.mark.parametrize("pattern", ["s-0.tar", "s-*.tar", "s-{0..1}.tar", "../run [[]1]/s-?.tar"])
+@pytest.mark.parametrize(
+    "pattern", ["s-0.tar", "s-*.tar", "s-{0..1}.tar", "../run [[]1] [{]0..1}/s-?.tar"]
+)
 def test_a_directory_may_be_called_as_a_pattern_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
 ) -> None:
     """Where people stand is taken as it is; and the source is opened again from anywhere."""
-    (tmp_path / "run [1]").mkdir()
-    shards = [write_shard(tmp_path / f"run [1]/s-{n}.tar", samples(1)) for n in (0, 1)]
-    monkeypatch.chdir(tmp_path / "run [1]")
+    (folder := tmp_path / "run [1] {0..1}").mkdir()
+    shards = [write_shard(folder / f"s-{n}.tar", samples(1)) for n in (0, 1)]
+    monkeypatch.chdir(folder)
     source = TarSource(pattern)
     assert source.shards == (shards[:1] if pattern == "s-0.tar" else shards)
     monkeypatch.chdir(tmp_path)
     assert TarSource(source.uri.removeprefix("wds:")).shards == source.shards
-    monkeypatch.chdir(tmp_path / "run [1]")
+    monkeypatch.chdir(folder)
     with pytest.raises(SourceError, match=r"found no s-2\.tar \(1 of 3 are missing\)"):
         TarSource("s-{0..2}.tar")
 

@@ -67,6 +67,13 @@ def test_bf16_on_a_cpu_strides_over_no_map_of_one_pixel(layout: str) -> None:
     )
 
 
+def test_a_map_that_is_padded_before_its_convolution_is_none_of_one_pixel() -> None:
+    """As by timm's "same": there the gradient is whole."""
+    bf16 = Compute(device=torch.device("cpu"), precision="bf16")
+    backbone = build_backbone(NetworkOptions(layout="timm:tf_mobilenetv3_small_minimal_100"), 1, 16)
+    refuse_lone_pixels(backbone, 1, 16, bf16)
+
+
 def test_torchvisions_last_map_is_what_it_pools() -> None:
     """The stages are those of the network, not beside it: its own classifier agrees."""
     torch.manual_seed(0)
