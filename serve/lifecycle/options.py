@@ -108,7 +108,9 @@ def read_model_options(text: str) -> ModelOptions:
         )
     if "device" in values and options.provider == "cpu":
         raise UsageError(
-            f"--bundle {text}: device", expected="provider=cuda or tensorrt beside it", found="none"
+            f"--bundle {text}: device",
+            expected="provider=cuda or tensorrt beside it",
+            found=str(values.get("provider", "none")),
         )
     return options
 

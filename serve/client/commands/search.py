@@ -402,7 +402,7 @@ def _as_json(found: Sequence[Found]) -> str:
 
 
 def _draw(path: Path, pictures: str, found: Sequence[Found]) -> None:
-    """Draw a row for each query.
+    """Draw a row for each query that was answered.
 
     Raises:
         HoraceError: the pictures cannot be had, or the file cannot be written.
@@ -424,13 +424,13 @@ def _draw(path: Path, pictures: str, found: Sequence[Found]) -> None:
             image = None
         return Tile(image=image, caption=f"{hit.label or hit.key}\n{hit.score:.3f}")
 
+    answered = [one for one in found if not one.error]
     rows = [
         (
             Tile(image=one.image, caption=Path(one.pictured or one.query).name),
             [tile(hit) for hit in one.hits[:MAX_GRID_COLUMNS]],
         )
-        for one in found[:MAX_GRID_ROWS]
-        if not one.error
+        for one in answered[:MAX_GRID_ROWS]
     ]
     try:
         draw_grid(path, rows, title="nearest images by cosine")

@@ -414,6 +414,27 @@ def test_a_search_without_an_answer_draws_nothing(command, serving, stored, tmp_
     assert error.endswith(f"{bad}: expected an image, found no bytes")
 
 
+def test_a_picture_has_the_first_queries_that_were_answered(
+    command, serving, stored, tmp_path, monkeypatch
+):
+    """As many bad ones as it has rows, before them, left it without any."""
+    drawn = []
+    monkeypatch.setattr("index.evaluation.plots.MAX_GRID_ROWS", 1)
+    monkeypatch.setattr(
+        "index.evaluation.plots.draw_grid", lambda _, rows, title: drawn.extend(rows)
+    )
+    (bad := tmp_path / "bad.png").touch()
+    good, other = stored.files[:2]
+
+    async def main():
+        async with command(serving(**of(stored))) as (_, call):
+            picture = ("--grid", tmp_path / "grid.png", "--pictures", f"folder:{stored.folder}")
+            return await call("search", bad, good, other, *picture)
+
+    assert asyncio.run(main())[0] == 1
+    assert [query.caption for query, _ in drawn] == [good.name]
+
+
 def test_one_failure_is_told_as_itself(command, serving, stored, tmp_path):
     """And not counted."""
     bad = tmp_path / "bad.png"

@@ -21,6 +21,7 @@ from pygrpc_native import EVENT_CALL, EVENT_CANCEL
 from models.wire import image_to_wire
 from protos import horace_pb2 as pb
 from protos import horace_pb2_grpc as pb_grpc
+from serve.client.connection import CHANNEL_OPTIONS
 from serve.errors import StartError
 from serve.front import grpcio, make_front
 from serve.front.grpcio import GrpcioFront
@@ -618,6 +619,9 @@ def frame(kind, flags, stream, payload):
 
 PING, ACK = 6, 1
 
+HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"") + frame(4, ACK, 0, b"")
+"""What a client sends first, and its answer to what the server does."""
+
 
 def hello_and_call(request):
     """All that a client sends that calls `Say`."""
@@ -631,10 +635,9 @@ def hello_and_call(request):
     }
     literal = [text.encode() for pair in headers.items() for text in pair]
     block = b"".join(b"\0" * (n % 2 == 0) + bytes([len(t)]) + t for n, t in enumerate(literal))
-    settings = frame(4, 0, 0, b"") + frame(4, ACK, 0, b"")
     message = b"\0" + len(request).to_bytes(4, "big") + request
     call = frame(1, 4, 1, block) + frame(0, 1, 1, message)
-    return b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings + call
+    return HELLO + call
 
 
 def test_a_caller_that_vanished_holds_no_place(parrot, frontend, monkeypatch):
@@ -665,6 +668,25 @@ def test_a_caller_that_vanished_holds_no_place(parrot, frontend, monkeypatch):
                 await answer_a_ping(reader, writer)
                 await bird.heard.entered.wait()
                 await bird.heard.over.wait()
+            writer.close()
+
+    asyncio.run(main())
+
+
+def test_a_caller_may_ask_whether_the_server_lives(parrot, monkeypatch):
+    """Without a call, as our own client does every 30 s; grpcio ends who asks too often for it."""
+    ping_ms = dict(CHANNEL_OPTIONS)["grpc.keepalive_time_ms"]
+    assert ping_ms >= 2 * grpcio.MIN_CLIENT_PING_MS
+    monkeypatch.setattr("serve.front.grpcio.MIN_CLIENT_PING_MS", 0)
+
+    async def main():
+        async with parrot() as (bird, _, _):
+            reader, writer = await asyncio.open_connection("127.0.0.1", bird.port)
+            writer.write(HELLO)
+            for n in range(9):
+                writer.write(frame(PING, 0, 0, bytes([n] * 8)))
+                async with asyncio.timeout(30):
+                    await reader.readuntil(frame(PING, ACK, 0, bytes([n] * 8)))
             writer.close()
 
     asyncio.run(main())

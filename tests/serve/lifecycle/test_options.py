@@ -52,6 +52,7 @@ def test_where_it_computes():
         ("d,threads=many", "threads: expected a number from 1, found 'many'"),
         ("d,device=-1", "device: expected a number from 0, found '-1'"),
         ("d,device=1", "device: expected provider=cuda or tensorrt beside it, found none"),
+        ("d,provider=cpu,device=0", "cuda or tensorrt beside it, found cpu"),
         ("d,treads=2", "expected precision, provider, device, instances, threads or keep, found"),
         ("d,keep=2,keep=3", "expected one keep, found two"),
         ("horace://h:1/m,precision=int8", "expected no option but instances: the server there"),
