@@ -131,7 +131,7 @@ def test_a_folder_that_was_emptied_drops_nothing(options, folder, tmp_path):
     sync(options)
     folder.rename(tmp_path / "disk")
     folder.mkdir()
-    with pytest.raises(SourceError, match=r"expected images .*, found 0 other files"):
+    with pytest.raises(SourceError, match=r"expected images .*, found none"):
         sync(options)
     folder.rmdir()
     (tmp_path / "disk").rename(folder)
