@@ -185,7 +185,7 @@ class Selector:
 
     def _work_out(self, filter: str, source_names: SourceNames | None) -> Selection:
         """Try every row; `Table.filter` would copy all metadata of those that are chosen."""
-        # Brings pandas where that is installed: half a second.
+        # Brings pandas where that is installed, which is not small.
         from pyarrow.acero import Declaration, ProjectNodeOptions, TableSourceNodeOptions
 
         condition = parse_filter(filter, self._rows.schema)
