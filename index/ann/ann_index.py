@@ -49,6 +49,10 @@ FILTER_SLACK = 1.1
 """The same of a graph whose candidates a filter chooses from: it misses some of the last, of which
 few were chosen (decision 0014)."""
 
+LISTS_SLACK = 1.2
+"""Of lists, for each of the rows that a filter's k are among as a rule: without it too many of the
+last lie in lists that nobody looks into (decision 0014)."""
+
 MAX_KEPT_SETTINGS = 256
 """Sets of FAISS's search parameters that are kept made; a few microseconds each to make."""
 
@@ -235,6 +239,26 @@ class AnnIndex:
         elif ratio > 1:
             found["nprobe"] = min(self.kind.lists, round(found["nprobe"] * ratio**PROBES_GROW))
             found["k_factor"] = max(2, math.ceil(found["k_factor"] / ratio**FACTOR_FALLS))
+        return found
+
+    def scale_among(
+        self, parameters: Mapping[str, int], k: int, *, candidates: int, nearest: int
+    ) -> dict[str, int]:
+        """Give the parameters by which a filter's rows are found among so many candidates.
+
+        Lists are looked into for `LISTS_SLACK` times the `nearest`, of which as many as are wanted
+        pass the filter as a rule: the other candidates are there for chance, in the same lists.
+
+        Args:
+            parameters: which find k neighbours.
+            k: see there.
+            candidates: rows to choose from.
+            nearest: how many rows are wanted, divided by the share that the filter leaves.
+        """
+        found = self.scale(parameters, k, candidates, slack=FILTER_SLACK)
+        if self.kind.family == "lists":
+            looked_into = self.scale(parameters, k, math.ceil(LISTS_SLACK * nearest))
+            found["nprobe"] = looked_into["nprobe"]
         return found
 
     def candidates(self, k: int, parameters: Mapping[str, int]) -> int:

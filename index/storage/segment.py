@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from index.ann.ann_index import FILTER_SLACK, AnnIndex
+from index.ann.ann_index import AnnIndex
 from index.ann.kinds import EF_SEARCH as EF_SEARCH
 from index.ann.kinds import FLAT as FLAT
 from index.ann.kinds import HNSW as HNSW
@@ -215,7 +215,8 @@ class Segment:
         ):
             return self._compare(queries_QD, k, rows_M=among.rows(), threads=threads)
         own, k_of_own = (parameters, n_found) if parameters else (self._parameters, NEIGHBOURS)
-        wider = self.index.scale(own, k_of_own, max(n_found, candidates), slack=FILTER_SLACK)
+        nearest = n_found * self.entry.count // among.count
+        wider = self.index.scale_among(own, k_of_own, candidates=candidates, nearest=nearest)
         scores, rows, short = self.index.search_among(
             queries_QD, n_found, among, candidates=candidates, parameters=wider, threads=threads
         )

@@ -135,6 +135,46 @@ def test_a_hundred_are_found_about_as_well_as_ten(factory, parameters):
     assert index.scale(parameters, 10, 10) == parameters
 
 
+@pytest.mark.parametrize(
+    ("factory", "parameters"),
+    [
+        ("IVF32,PQ16x4fs,RFlat", {"nprobe": 8, "k_factor": 8}),
+        ("RR,IVF32,RaBitQfs,RFlat", {"nprobe": 8, "k_factor": 12}),
+    ],
+)
+def test_lists_are_looked_into_for_the_nearest_and_not_for_chance(factory, parameters):
+    """A tenth is left: the ten are among the first hundred of all, and 147 are taken."""
+    vectors, queries = draw(3000, seed=1, noise=2.0), draw(200, seed=2, noise=2.0)
+    index = AnnIndex(parse_kind(factory), build_index(vectors, factory), vectors, metric="cosine")
+    mask = np.random.default_rng(3).random(3000) < 0.1
+    rows = np.flatnonzero(mask)
+    _, truth = knn_search(queries, vectors, K, rows_M=rows)
+    nearest = K * 3000 // len(rows)
+
+    def recall_with(wider):
+        _, found, _ = index.search_among(
+            queries, K, Chosen(mask), candidates=147, parameters=wider, threads=1
+        )
+        return recall(found, truth)
+
+    all_ = index.scale(parameters, K, 147)
+    wider = index.scale_among(parameters, K, candidates=147, nearest=nearest)
+    assert index.scale(parameters, K, nearest)["nprobe"] < wider["nprobe"] < all_["nprobe"]
+    assert wider["k_factor"] == all_["k_factor"]
+    _, plain_truth = knn_search(queries, vectors, K)
+    plain = recall(index.search(queries, K, parameters=parameters, threads=1)[1], plain_truth)
+    assert recall_with(wider) >= plain - 0.005
+
+
+def test_a_graph_is_walked_for_all_candidates():
+    """The last of them are as likely to be chosen as the first."""
+    index = AnnIndex(
+        parse_kind("HNSW8"), build_index(rows := draw(90, seed=1), "HNSW8"), rows, metric="cosine"
+    )
+    wider = index.scale_among({"efSearch": 20}, 10, candidates=60, nearest=40)
+    assert wider == {"efSearch": 66}
+
+
 @pytest.mark.parametrize("factory", FACTORIES)
 def test_more_than_there_are_are_padded(make_index, factory):
     """Missing places are row -1 and score -inf, after every row that was found."""
