@@ -54,7 +54,8 @@ shipped: $(VENV)/.installed data ## Make and judge the encoder that ships: over 
 
 # What is committed may have other rounds or options, or come from another machine: a file names its command
 # and, where it has times, its hardware; some are older than these fields, and evaluate_recall.json leaves its
-# times out. Where several machines were measured, *_avx2 has no AVX-512, *_intel has AMX and *_gpu has a GPU: none is made here.
+# times out. Where several machines were measured, *_avx2 has no AVX-512, *_xeon has it but no AMX,
+# *_intel has AMX and *_gpu has a GPU: none is made here.
 bench: $(VENV)/.installed data ## Run the benchmarks: hours, on a quiet machine (apt-get install mate-backgrounds wrk nghttp2-client)
 	$(BIN)/pip install --quiet -e '.[bench]'
 	$(BIN)/python -m benchmarks.decoders --repeats 20 --out $(RESULTS)/decoders.json
