@@ -216,5 +216,5 @@ POSITIVE = (
 MOST_OF_ANY = 1_000_000_000
 """What gRPC and protobuf keep in 31 bits, with some beside."""
 
-MOST = {"max_message_mib": 2047, "cpu_budget": 4096}
-"""A message of protobuf has less than 2 GiB, and each CPU has threads."""
+MOST = {"max_message_mib": 2047, "cpu_budget": 4096, "workers": 4096, "instances": 4096}
+"""A message of protobuf has less than 2 GiB; each CPU, worker and instance has threads."""

@@ -427,8 +427,9 @@ class Engine:
             job, end = part.ticket, at + len(part.positions)
             job.vectors_ND[part.positions] = rows_ND[at:end]
             job.queue_s = max(job.queue_s, started_s - part.ready_s)
-            job.inference_s += inference_s
             at = end
+        for job in {part.ticket for part in batch.parts}:
+            job.inference_s += inference_s
         self._replies.deliver(self._finish(member, batch))
 
     def _explain(self, error: Exception, batch: Batch[Job]) -> ServeError:

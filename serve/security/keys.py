@@ -23,7 +23,7 @@ import tyro
 
 from models.command import run_command
 from models.errors import UsageError, reason_of
-from serve.security.ring import new_token, read_ring, write_line
+from serve.security.ring import new_token, read_lines, read_ring, write_line
 
 PROG = "python -m serve.security.keys"
 USAGE = f"""usage: {PROG} COMMAND [OPTIONS]
@@ -121,13 +121,15 @@ def _replace(path: Path, target: Path, line: str) -> None:
         before, old = target.read_bytes(), target.stat()
     if before and not before.endswith(b"\n"):
         before += b"\n"
+    after = before + f"{line}\n".encode()
+    read_lines(after.decode(errors="replace"), f"key file {path}")
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         new = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(new, "wb") as file:
             if old is not None:
                 _give_to_owner_of(old, new)
-            file.write(before + f"{line}\n".encode())
+            file.write(after)
         temporary.replace(target)
     except OSError:
         temporary.unlink(missing_ok=True)

@@ -141,21 +141,27 @@ def read_ring(path: str | Path, *, may_be_blank: bool = True) -> KeyRing:
             found="a blank file",
             mend=f"add a key with python -m serve.security.keys new NAME --file {path}",
         )
-    return KeyRing(_read_lines(data.decode(errors="replace"), f"key file {path}"))
+    return KeyRing(read_lines(data.decode(errors="replace"), f"key file {path}"))
 
 
-def _read_lines(text: str, where: str) -> list[ApiKey]:
-    """Read every line of a key file."""
+def read_lines(text: str, where: str) -> list[ApiKey]:
+    """Read every line of a key file; `where` names it.
+
+    Raises:
+        StartError: it is not right throughout.
+    """
     keys = [
         replace(_read_line(line.strip(), f"{where}, line {n}"), line=n)
         for n, line in enumerate(text.split("\n"), 1)  # as `sed` counts, which deletes by number
         if line.strip() and not line.lstrip().startswith("#")
     ]
-    limits: dict[str, tuple[tuple[str, float], ...]] = {}
+    firsts: dict[str, ApiKey] = {}
     for key in keys:
-        if limits.setdefault(key.name, key.limits) != key.limits:
+        first = firsts.setdefault(key.name, key)
+        if first.limits != key.limits:
+            found = (f"{one.limits_text or 'none'} on line {one.line}" for one in (first, key))
             raise StartError(
-                where, expected=f"one set of limits for {key.name}", found="two, on two lines"
+                where, expected=f"one set of limits for {key.name}", found=" and ".join(found)
             )
     return keys
 

@@ -48,6 +48,8 @@ def test_without_a_bundle_the_shipped_one_is_served():
         ({"drain_s": float("nan")}, "--drain-s: expected 0 to 3600, found nan"),
         ({"max_message_mib": 2048}, "--max-message-mib: expected at most 2047, found 2048"),
         ({"cpu_budget": 5000}, "--cpu-budget: expected at most 4096, found 5000"),
+        ({"instances": 5000}, "--instances: expected at most 4096, found 5000"),
+        ({"workers": 5000}, "--workers: expected at most 4096, found 5000"),
         ({"max_calls": 1 << 31}, "--max-calls: expected at most 1000000000, found 2147483648"),
     ],
 )

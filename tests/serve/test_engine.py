@@ -733,6 +733,30 @@ def test_timings_say_where_the_time_went(fake, image):
     asyncio.run(main())
 
 
+def test_a_batch_counts_once_whatever_of_a_request_is_in_it(fake, image, eventually):
+    """Images that are decoded one by one come to the queue one by one, and may run together."""
+
+    async def main():
+        now, encode = [0.0], fake.encode
+        large = np.zeros((16, 16, 1), np.uint8)
+
+        def encode_slowly(images_NHWC):
+            now[0] += 2.0
+            return encode(images_NHWC)
+
+        async with running(fake, clock=lambda: now[0]) as engine:
+            held = await hold(engine, fake, image)
+            waiting = asyncio.create_task(embed(engine, [large, large]))
+            await eventually(lambda: engine.statistics().waiting_images == 2)
+            fake.encode = encode_slowly
+            fake.gate.set()
+            assert (await waiting).inference_s == 2.0
+            await held
+        assert [len(batch) for batch in fake.batches] == [1, 2]
+
+    asyncio.run(main())
+
+
 def test_pixels_are_not_in_memory_twice(fake, image, monkeypatch):
     """Once they lie side by side for the encoder, those of the request are let go."""
     images, are_there = [image(n) for n in range(2)], []

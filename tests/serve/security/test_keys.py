@@ -82,6 +82,25 @@ def test_what_stands_in_a_key_file_stays_to_the_byte(tmp_path, capsys):
     assert file.read_bytes().startswith(before + b"two:")
 
 
+def test_a_second_key_of_a_name_has_the_limits_of_the_first(tmp_path, capsys):
+    """Else no server would take the file any more; the line says which those are."""
+    file = tmp_path / "keys"
+    assert run(["new", "app", "--file", str(file), "--limits", "calls=8,images=5"]) == 0
+    before = file.read_bytes()
+    capsys.readouterr()
+    for limits in ([], ["--limits", "calls=9"]):
+        assert run(["new", "app", "--file", str(file), *limits]) == 1
+        shown = capsys.readouterr()
+        assert shown.out == ""
+        assert (
+            "expected one set of limits for app, found images=5,calls=8 on line 1 and" in shown.err
+        )
+    assert shown.err.endswith("and calls=9 on line 2\n")
+    assert file.read_bytes() == before
+    assert run(["new", "app", "--file", str(file), "--limits", "images=5,calls=8"]) == 0
+    assert len(read_ring(file).keys) == 2
+
+
 def test_without_a_file_the_line_is_shown_beside_the_key(capsys):
     """For files that something else writes, such as a secret of Kubernetes."""
     assert run(["new", "app"]) == 0
