@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from index.evaluation.knn_scores import Accuracy, ClassScore
 from index.evaluation.same_images import same_content_line, same_vector_line
-from models.command import shown
+from models.command import counted, shown
 
 MAX_PRINTED_CLASSES = 20
 """A wider confusion matrix fits no terminal; the picture and the JSON have all of it."""
@@ -131,7 +131,7 @@ def _header(report: KnnReport) -> str:
             *_known_queries(report),
             f"  collection {report.collection}, {report.n_collection:,} images; "
             f"queries {report.images}, {report.n_queries:,} images; "
-            f"{len(report.classes)} classes",
+            f"{counted(len(report.classes), 'class', plural='classes')}",
             f"  encoder {report.encoder}, {report.dim} dimensions, {report.fingerprint}",
             f"  vote exp(s / T), T = {report.temperature:g}, s = cosine, not centred; "
             f"k = {report.headline_k} (*) was fixed beforehand",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from index.evaluation.retrieval_scores import MAP_AT_R, MEASURES
 from index.evaluation.same_images import same_content_line, same_vector_line
-from models.command import shown
+from models.command import counted, shown
 
 CLASS_COLUMNS = ("P@1", MAP_AT_R, "R-precision", "nDCG@10")
 """What the table of classes shows; the JSON has every measure."""
@@ -131,7 +131,7 @@ def _header(report: RetrievalReport) -> str:
             f"{report.measures['P@1'].mean:.2%} P@1 (exact)",
             f"  collection {report.collection}, {report.n_collection:,} images; "
             f"queries {report.queries}, {report.n_queries:,}{of_all}; "
-            f"{len(report.per_class)} classes",
+            f"{counted(len(report.per_class), 'class', plural='classes')}",
             f"  encoder {report.encoder}, {report.dim} dimensions, {report.metric}, "
             f"{report.fingerprint}",
             f"  relevant is what has the query's label{itself}",

@@ -143,7 +143,7 @@ def test_only_the_content_is_weighed(built, copy_collection):
 def test_the_report_in_every_form(hasty, tmp_path, capsys):
     """Text says what was measured; JSON has everything; the picture is a PNG."""
     out = tmp_path / "report"
-    args = ["recall", "--collection", str(hasty), "--n-queries", "30"]
+    args = ["recall", "--collection", str(hasty), "--n-queries", "30", "--threads", "1"]
     assert run([*args, "--out", str(out)]) == 0
     text = capsys.readouterr().out
     for words in (
@@ -153,6 +153,7 @@ def test_the_report_in_every_form(hasty, tmp_path, capsys):
         "queries of made itself, 30 of 600, seed 0, each left out of its own answers",
         f"  50% by a filter{300:>10}",
         f"  and added back {600:>10}",
+        ", 1 thread\n",
         "  exact, all images",
         "bytes a vector on the disk: index.faiss",
     ):
