@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from index.errors import CollectionError, mend_of
-from models.errors import UsageError, reason_of
+from index.errors import unwritable
+from models.errors import UsageError
 from models.files import atomic_directory
 
 
@@ -48,12 +48,7 @@ def report_directory(out: Path) -> Iterator[Path]:
         with atomic_directory(out, replace=True) as directory:
             yield directory
     except OSError as error:
-        raise CollectionError(
-            f"--out {out}",
-            expected="a directory that can be written",
-            found=reason_of(error),
-            mend=f"{mend_of(error)}, or choose another place",
-        ) from error
+        raise unwritable(f"--out {out}", "a directory that can be written", error) from error
 
 
 def write_csv(file: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

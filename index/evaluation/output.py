@@ -22,11 +22,11 @@ from pathlib import Path
 import faiss
 import numpy as np
 
-from index.errors import EvaluationError, mend_of
+from index.errors import unwritable
 from index.interface import open_collection
 from models.bundle import record_evaluation
 from models.encoder import bundle_path
-from models.errors import UsageError, reason_of
+from models.errors import UsageError
 from models.files import atomic_file
 
 
@@ -48,7 +48,7 @@ def hand_over(
         draw: writes the pictures into that directory.
 
     Raises:
-        EvaluationError: the files cannot be written.
+        CollectionError: the files cannot be written.
     """
     written = json.dumps(document, indent=2, allow_nan=False)
     print(written if as_json else text)
@@ -78,7 +78,7 @@ def record(
 
     Raises:
         UsageError: the encoder is no bundle on this machine.
-        EvaluationError: the bundle cannot be written.
+        CollectionError: the bundle cannot be written.
     """
     with closing(open_collection(collection)) as opened:
         uri = encoder or opened.encoder
@@ -102,9 +102,3 @@ def versions() -> dict[str, str]:
     except PackageNotFoundError:  # it runs without being installed
         own = "unknown"
     return {"faiss": faiss.__version__, "horace": own, "numpy": np.__version__}
-
-
-def unwritable(what: str, expected: str, error: OSError) -> EvaluationError:
-    """Make the error for a result that has no place."""
-    mend = f"{mend_of(error)}, or choose another place"
-    return EvaluationError(what, expected=expected, found=reason_of(error), mend=mend)
