@@ -52,8 +52,8 @@ def report_directory(out: Path) -> Iterator[Path]:
 
 
 def write_csv(file: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write a table as CSV."""
-    with file.open("w", newline="") as lines:
+    """Write a table as CSV, in UTF-8 wherever: so `index.select` reads its lists."""
+    with file.open("w", newline="", encoding="utf-8") as lines:
         writer = csv.writer(lines)
         writer.writerow(header)
         writer.writerows(rows)

@@ -57,7 +57,7 @@ def hand_over(
     try:
         for name, content in (("report.txt", text), ("report.json", written)):
             with atomic_file(out / name) as temporary:
-                temporary.write_text(content + "\n")
+                temporary.write_text(content + "\n", encoding="utf-8")
         draw(out)
     except OSError as error:
         raise unwritable(f"--out {out}", "a directory that can be written", error) from error
