@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,9 +25,20 @@ import numpy as np
 from index.errors import unwritable
 from index.interface import open_collection
 from models.bundle import record_evaluation
+from models.command import counted
 from models.encoder import bundle_path
 from models.errors import UsageError
 from models.files import atomic_file
+
+MAX_CLASS_LINES = 50
+"""Of a table of classes, the worst first: more push the headline off the screen."""
+
+
+def first_classes(lines: Sequence[str]) -> list[str]:
+    """Give as many lines of a table of classes as are read, and say how many there are besides."""
+    left = len(lines) - MAX_CLASS_LINES
+    more = [f"  ... and {counted(left, 'class', plural='classes')} more, in the JSON"]
+    return [*lines[:MAX_CLASS_LINES], *(more if left > 0 else [])]
 
 
 def hand_over(
