@@ -174,7 +174,7 @@ def _write(
     with report_directory(out) as directory:
         (directory / GROUPS_FILE).write_text(json.dumps(document, indent=2) + "\n")
         _write_list(directory / DELETE_FILE, groups)
-        (directory / PAGE_FILE).write_text(_page(collection, options, groups))
+        (directory / PAGE_FILE).write_text(_page(collection, options, groups), encoding="utf-8")
 
 
 def _write_list(file: Path, groups: Sequence[Duplicates]) -> None:

@@ -76,3 +76,13 @@ def mend_of(error: OSError) -> str:
 def first_line(error: Exception) -> str:
     """Give what an error says, on one line."""
     return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def unwritable(what: str, expected: str, error: OSError) -> CollectionError:
+    """Make the error for what a disk does not take, with what would help against that."""
+    return CollectionError(
+        what,
+        expected=expected,
+        found=reason_of(error),
+        mend=f"{mend_of(error)}, or choose another place",
+    )

@@ -31,13 +31,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from tyro.conf import Positional
 
-from index.errors import CollectionError, mend_of
+from index.errors import unwritable
 from index.filters import parse_filter
 from index.interface import AnyCollection, open_collection
 from index.storage.incoming import VECTOR
 from models.bundle import Json
 from models.command import counted, progress, run_command
-from models.errors import UsageError, reason_of
+from models.errors import UsageError
 from models.files import atomic_directory, atomic_file
 
 BLOCK_ROWS = 16384
@@ -162,12 +162,8 @@ def export(collection: AnyCollection, options: ExportOptions) -> Exported:
             with atomic_directory(options.out, replace=options.replace) as directory:
                 _write_arrays(directory, blocks, schema, exported)
     except OSError as error:
-        raise CollectionError(
-            f"--out {options.out}",
-            expected="a place that can be written to",
-            found=reason_of(error),
-            mend=f"{mend_of(error)}, or choose another place",
-        ) from error
+        where = f"--out {options.out}"
+        raise unwritable(where, "a place that can be written to", error) from error
     return exported
 
 

@@ -245,7 +245,7 @@ def _write(
                 for row, suspect in zip(rows, found.suspects, strict=True)
             ),
         )
-        (directory / PAGE_FILE).write_text(_page(collection, options, found))
+        (directory / PAGE_FILE).write_text(_page(collection, options, found), encoding="utf-8")
 
 
 def _page(collection: Collection, options: OutlierOptions, found: Findings) -> str:

@@ -32,11 +32,11 @@ from index.curation.labels_file import read_labels
 from index.curation.outlying import find_surroundings
 from index.curation.report import write_csv
 from index.curation.smoothing import neighbours_for, rounds_for, smooth
-from index.errors import CollectionError, mend_of
+from index.errors import unwritable
 from index.knn import MISSING
 from models.bundle import Json
 from models.command import counted, run_command
-from models.errors import UsageError, reason_of
+from models.errors import UsageError
 from models.files import atomic_file
 
 HEADER = (
@@ -190,12 +190,7 @@ def _write(out: Path, collection: Collection, options: SelectOptions, choice: Ch
                 ),
             )  # fmt: skip
     except OSError as error:
-        raise CollectionError(
-            f"--out {out}",
-            expected="a file that can be written",
-            found=reason_of(error),
-            mend=f"{mend_of(error)}, or choose another place",
-        ) from error
+        raise unwritable(f"--out {out}", "a file that can be written", error) from error
 
 
 def _document(

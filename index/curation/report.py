@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from index.errors import CollectionError, mend_of
-from models.errors import UsageError, reason_of
+from index.errors import unwritable
+from models.errors import UsageError
 from models.files import atomic_directory
 
 
@@ -48,17 +48,12 @@ def report_directory(out: Path) -> Iterator[Path]:
         with atomic_directory(out, replace=True) as directory:
             yield directory
     except OSError as error:
-        raise CollectionError(
-            f"--out {out}",
-            expected="a directory that can be written",
-            found=reason_of(error),
-            mend=f"{mend_of(error)}, or choose another place",
-        ) from error
+        raise unwritable(f"--out {out}", "a directory that can be written", error) from error
 
 
 def write_csv(file: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write a table as CSV."""
-    with file.open("w", newline="") as lines:
+    """Write a table as CSV, in UTF-8 wherever: so `index.select` reads its lists."""
+    with file.open("w", newline="", encoding="utf-8") as lines:
         writer = csv.writer(lines)
         writer.writerow(header)
         writer.writerows(rows)

@@ -20,6 +20,7 @@ from index.evaluation.retrieval_report import RetrievalReport
 from index.evaluation.retrieval_scores import MAP_AT_R
 from index.evaluation.space_report import Drift, SpaceReport
 from index.figures import save_figure
+from models.command import counted
 
 BLUE, ORANGE = "#0969da", "#bc4c00"
 MAX_CLASSES = 40
@@ -177,7 +178,7 @@ def _draw_latencies(axes: Axes, report: RecallReport) -> None:
     axes.set_ylim(0, 103)
     finish_axes(
         axes,
-        title=f"one query a call, k = {report.exact.k}, {report.threads} threads",
+        title=f"one query a call, k = {report.exact.k}, {counted(report.threads, 'thread')}",
         x="ms",
         y="% of queries took no longer",
     )

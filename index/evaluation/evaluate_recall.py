@@ -29,7 +29,7 @@ from index.errors import EvaluationError
 from index.evaluation.bootstrap import bootstrap_interval
 from index.evaluation.churn import churned
 from index.evaluation.output import hand_over, versions
-from index.evaluation.queries import Queries, open_queries
+from index.evaluation.queries import Queries, open_queries, unread_notes
 from index.evaluation.recall_report import Condition, Recall, RecallReport, as_text
 from index.evaluation.recall_scores import recall_by_score, worst_mean
 from index.evaluation.timing import time_searches
@@ -125,10 +125,11 @@ def evaluate(options: RecallOptions) -> RecallReport:
         queries = queries.sample(options.n_queries, seed=options.seed)
         if not len(queries):
             raise EvaluationError(
-                f"queries {queries.name}", expected="images that can be read", found="none"
+                f"queries {queries.name}", expected="at least 1 image", found="none"
             )
         asked = _Asked.of(queries, tuple(sorted(set(options.k))), seed=options.seed)
         filters, notes = _filters(collection, options.selectivity)
+        notes += unread_notes(queries.rejects)
         if collection.factory == "Flat":
             notes.append("the collection is Flat: every search is exact")
         exact = time_searches(

@@ -29,7 +29,7 @@ from index.errors import EvaluationError
 from index.evaluation.bootstrap import LEVEL, RESAMPLES, bootstrap_interval
 from index.evaluation.knn_scores import number_labels
 from index.evaluation.output import hand_over, record, versions
-from index.evaluation.queries import Queries, open_queries
+from index.evaluation.queries import Queries, open_queries, unread_notes
 from index.evaluation.retrieval_report import (
     ClassRetrieval,
     Duplicates,
@@ -47,7 +47,7 @@ from index.evaluation.same_images import collection_digests, is_same_vector
 from index.interface import AnyCollection, open_collection
 from index.knn import MISSING
 from index.storage.ids import Places
-from models.command import counted, progress, shown
+from models.command import counted, progress
 from models.errors import UsageError
 
 BLOCK_BYTES = 64 << 20
@@ -201,13 +201,7 @@ def _choose(
     truth_Q = number_labels(queries.labels, bank.classes)
     counts_Q = np.append(bank.counts_C, 0)[truth_Q]
     n_relevant_Q = counts_Q - (queries.ids_Q is not None) * (truth_Q >= 0)
-    notes = []
-    if queries.rejects:
-        first = queries.rejects[0]
-        notes.append(
-            f"{counted(len(queries.rejects), 'query', plural='queries')} could not be read, "
-            f"the first {shown(first.key)}: {first.message}"
-        )
+    notes = unread_notes(queries.rejects)
     unlabelled = sum(label is None for label in queries.labels)
     if unlabelled:
         one, many = "query has no label and is left out", "queries have no label and are left out"

@@ -37,7 +37,7 @@ from index.evaluation.space_measures import (
 )
 from index.evaluation.space_report import Drift, Hub, SpaceReport, as_text
 from index.interface import AnyCollection, open_collection
-from models.command import progress
+from models.command import counted, progress
 from models.errors import UsageError
 from models.vectors import finish_vectors
 
@@ -188,8 +188,8 @@ def _drift(
         neighbour_rows(other.vectors(other_ids_P[chosen]), k, metric=other.metric),
     )
     notes = []
-    if len(ids_P) < collection.count:
-        notes.append(f"{collection.count - len(ids_P):,} images are not in {other.name}")
+    if n_alone := collection.count - len(ids_P):
+        notes.append(f"{counted(n_alone, 'image is', plural='images are')} not in {other.name}")
     most_dims = max(collection.dim, other.dim)
     if len(ids_P) < FEW_IMAGES * most_dims:
         notes.append(f"CKA is biased upwards: {len(ids_P):,} images for {most_dims} dimensions")

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from index.evaluation.knn_scores import Accuracy, ClassScore
+from index.evaluation.output import first_classes
 from index.evaluation.same_images import same_content_line, same_vector_line
-from models.command import shown
+from models.command import counted, shown
 
 MAX_PRINTED_CLASSES = 20
 """A wider confusion matrix fits no terminal; the picture and the JSON have all of it."""
@@ -131,7 +132,7 @@ def _header(report: KnnReport) -> str:
             *_known_queries(report),
             f"  collection {report.collection}, {report.n_collection:,} images; "
             f"queries {report.images}, {report.n_queries:,} images; "
-            f"{len(report.classes)} classes",
+            f"{counted(len(report.classes), 'class', plural='classes')}",
             f"  encoder {report.encoder}, {report.dim} dimensions, {report.fingerprint}",
             f"  vote exp(s / T), T = {report.temperature:g}, s = cosine, not centred; "
             f"k = {report.headline_k} (*) was fixed beforehand",
@@ -197,14 +198,15 @@ def _remarks(report: KnnReport) -> str:
 def _class_table(report: KnnReport) -> str:
     """Lay out the classes, the worst first."""
     width = max(5, *(len(shown(label)) for label in report.classes))
-    lines = [f"  {'class':<{width}}{'n':>7}{'top-1 %':>9}  most confused with"]
+    head = f"  {'class':<{width}}{'n':>7}{'top-1 %':>9}  most confused with"
+    lines = []
     order = sorted(report.per_class, key=lambda one: (one.accuracy is None, one.accuracy))
     for one in order:
         accuracy = "-" if one.accuracy is None else f"{100 * one.accuracy:.2f}"
         confused = "" if one.confused_with is None else f"{one.confused_with} ({one.n_confused})"
         line = f"  {shown(one.label):<{width}}{one.n:>7}{accuracy:>9}  {shown(confused)}"
         lines.append(line.rstrip())
-    return "\n".join(lines)
+    return "\n".join([head, *first_classes(lines)])
 
 
 def _confusion_table(report: KnnReport) -> str:

@@ -17,6 +17,7 @@ from index.collection import Collection
 from index.errors import EvaluationError
 from index.evaluation.baselines import Seen
 from index.evaluation.knn_scores import Accuracy, accuracies, number_labels
+from index.evaluation.queries import require_readable, unread_notes
 from index.knn import MISSING
 from models.command import counted, shown
 
@@ -83,15 +84,7 @@ def make_task(
     Raises:
         EvaluationError: no query can be read, there are no labels, or none in common.
     """
-    if not queries.keys:
-        rejects = queries.rejects
-        first = f", the first {rejects[0].key}: {rejects[0].message}" if rejects else ""
-        raise EvaluationError(
-            f"--images {images}",
-            expected="images that can be read",
-            found=f"none, and {len(rejects)} that cannot{first}",
-            mend="check the images",
-        )
+    require_readable(f"--images {images}", queries)
     bank_labels = collection.labels()
     classes = sorted({label for label in bank_labels if label is not None})
     labels = sorted({label for label in queries.labels if label is not None})
@@ -126,13 +119,7 @@ def _label_notes(
     unseen: list[str],
 ) -> list[str]:
     """Say what was left out, and what cannot be right."""
-    notes = []
-    if queries.rejects:
-        first = queries.rejects[0]
-        notes.append(
-            f"{counted(len(queries.rejects), 'query', plural='queries')} could not be read, "
-            f"the first {shown(first.key)}: {first.message}"
-        )
+    notes = unread_notes(queries.rejects)
     if n_unlabelled := int((~labelled_Q).sum()):
         one, many = "query has no label and is left out", "queries have no label and are left out"
         notes.append(counted(n_unlabelled, one, plural=many))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,12 +22,23 @@ from pathlib import Path
 import faiss
 import numpy as np
 
-from index.errors import EvaluationError, mend_of
+from index.errors import unwritable
 from index.interface import open_collection
 from models.bundle import record_evaluation
+from models.command import counted
 from models.encoder import bundle_path
-from models.errors import UsageError, reason_of
+from models.errors import UsageError
 from models.files import atomic_file
+
+MAX_CLASS_LINES = 50
+"""Of a table of classes, the worst first: more push the headline off the screen."""
+
+
+def first_classes(lines: Sequence[str]) -> list[str]:
+    """Give as many lines of a table of classes as are read, and say how many there are besides."""
+    left = len(lines) - MAX_CLASS_LINES
+    more = [f"  ... and {counted(left, 'class', plural='classes')} more, in the JSON"]
+    return [*lines[:MAX_CLASS_LINES], *(more if left > 0 else [])]
 
 
 def hand_over(
@@ -48,7 +59,7 @@ def hand_over(
         draw: writes the pictures into that directory.
 
     Raises:
-        EvaluationError: the files cannot be written.
+        CollectionError: the files cannot be written.
     """
     written = json.dumps(document, indent=2, allow_nan=False)
     print(written if as_json else text)
@@ -57,7 +68,7 @@ def hand_over(
     try:
         for name, content in (("report.txt", text), ("report.json", written)):
             with atomic_file(out / name) as temporary:
-                temporary.write_text(content + "\n")
+                temporary.write_text(content + "\n", encoding="utf-8")
         draw(out)
     except OSError as error:
         raise unwritable(f"--out {out}", "a directory that can be written", error) from error
@@ -78,7 +89,7 @@ def record(
 
     Raises:
         UsageError: the encoder is no bundle on this machine.
-        EvaluationError: the bundle cannot be written.
+        CollectionError: the bundle cannot be written.
     """
     with closing(open_collection(collection)) as opened:
         uri = encoder or opened.encoder
@@ -102,9 +113,3 @@ def versions() -> dict[str, str]:
     except PackageNotFoundError:  # it runs without being installed
         own = "unknown"
     return {"faiss": faiss.__version__, "horace": own, "numpy": np.__version__}
-
-
-def unwritable(what: str, expected: str, error: OSError) -> EvaluationError:
-    """Make the error for a result that has no place."""
-    mend = f"{mend_of(error)}, or choose another place"
-    return EvaluationError(what, expected=expected, found=reason_of(error), mend=mend)

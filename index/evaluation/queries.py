@@ -20,12 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index.embed import Reject, open_collection_encoder
-from index.evaluation.baselines import see_images
+from index.errors import EvaluationError
+from index.evaluation.baselines import Seen, see_images
 from index.evaluation.same_images import collection_digests
 from index.interface import AnyCollection, open_collection
 from index.knn import COSINE
 from index.milvus.connection import is_milvus
 from index.storage.manifest import MANIFEST_FILE
+from models.command import counted, shown
 from models.images import open_source
 
 
@@ -96,6 +98,7 @@ def open_queries(
 
     Raises:
         FingerprintMismatchError: another encoder made the queries.
+        EvaluationError: not one image of a source can be read.
         HoraceError: they cannot be opened or read.
     """
     if queries is None:
@@ -110,6 +113,7 @@ def open_queries(
             preprocess_for=opened, with_pixels=False, what="queries",
             normalize=collection.metric == COSINE,
         )  # fmt: skip
+    require_readable(f"--queries {queries}", seen)
     return Queries(
         name=queries,
         keys=seen.keys,
@@ -134,3 +138,29 @@ def _stored(asking: AnyCollection, itself: AnyCollection | None, *, name: str) -
         vectors=lambda rows: asking.vectors(ids_Q[rows]),
         digests=lambda may_read: collection_digests(asking, may_read=may_read),
     )
+
+
+def require_readable(what: str, seen: Seen) -> None:
+    """Refuse a source, named by its option, of which not one image could be read.
+
+    Raises:
+        EvaluationError: it is so; says why the first cannot.
+    """
+    if seen.keys:
+        return
+    rejects = seen.rejects
+    first = f", the first {rejects[0].key}: {rejects[0].message}" if rejects else ""
+    raise EvaluationError(
+        what,
+        expected="images that can be read",
+        found=f"none, and {len(rejects)} that cannot{first}",
+        mend="check the images",
+    )
+
+
+def unread_notes(rejects: Sequence[Reject]) -> list[str]:
+    """Say in a report how many images could not be read, and why the first; nothing of none."""
+    if not rejects:
+        return []
+    first = f"the first {shown(rejects[0].key)}: {rejects[0].message}"
+    return [f"{counted(len(rejects), 'query', plural='queries')} could not be read, {first}"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from models.command import counted
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recall:
@@ -147,7 +149,7 @@ def _header(report: RecallReport) -> str:
             f"  queries {report.queries}, {report.n_queries:,}{of_all}, seed {report.seed}{itself}",
             "  found is what is as near as the exact k-th neighbour; every k is a search of its "
             "own; [..] holds 95% of bootstrap means",
-            f"  {report.cpu}, {report.threads} threads",
+            f"  {report.cpu}, {counted(report.threads, 'thread')}",
         ]
     )
 

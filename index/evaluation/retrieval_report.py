@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from index.evaluation.output import first_classes
 from index.evaluation.retrieval_scores import MAP_AT_R, MEASURES
 from index.evaluation.same_images import same_content_line, same_vector_line
-from models.command import shown
+from models.command import counted, shown
 
 CLASS_COLUMNS = ("P@1", MAP_AT_R, "R-precision", "nDCG@10")
 """What the table of classes shows; the JSON has every measure."""
@@ -131,7 +132,7 @@ def _header(report: RetrievalReport) -> str:
             f"{report.measures['P@1'].mean:.2%} P@1 (exact)",
             f"  collection {report.collection}, {report.n_collection:,} images; "
             f"queries {report.queries}, {report.n_queries:,}{of_all}; "
-            f"{len(report.per_class)} classes",
+            f"{counted(len(report.per_class), 'class', plural='classes')}",
             f"  encoder {report.encoder}, {report.dim} dimensions, {report.metric}, "
             f"{report.fingerprint}",
             f"  relevant is what has the query's label{itself}",
@@ -179,7 +180,8 @@ def _class_table(report: RetrievalReport) -> str:
     """Lay out the classes, the worst first."""
     width = max(5, *(len(shown(one.label)) for one in report.per_class))
     heads = "".join(f"{name + ' %':>15}" for name in CLASS_COLUMNS)
-    lines = [f"  {'class':<{width}}{'queries':>9}{'images':>9}{heads}"]
+    head = f"  {'class':<{width}}{'queries':>9}{'images':>9}{heads}"
+    lines = []
     for one in sorted(report.per_class, key=_from_worst):
         cells = [
             "-" if one.means is None else f"{100 * one.means[name]:.2f}" for name in CLASS_COLUMNS
@@ -188,7 +190,7 @@ def _class_table(report: RetrievalReport) -> str:
             f"  {shown(one.label):<{width}}{one.n_queries:>9,}{one.n_images:>9,}"
             + "".join(f"{cell:>15}" for cell in cells)
         )
-    return "\n".join(lines)
+    return "\n".join([head, *first_classes(lines)])
 
 
 def _from_worst(one: ClassRetrieval) -> float:

@@ -25,7 +25,13 @@ if TYPE_CHECKING:
     from pymilvus import MilvusClient
 
 PAGE_ROWS = 1000
-"""Rows asked for at once: of 2,048 dimensions, eight megabytes."""
+"""Rows asked for at once, or queries asked: of 2,048 dimensions, eight megabytes."""
+
+MAX_MESSAGE_BYTES = 16 << 20
+"""Of vectors, or of neighbours, in one message: a quarter of what Milvus takes."""
+
+NEIGHBOUR_BYTES = 32
+"""Of a neighbour in an answer: its id, as key and as field, and its score."""
 
 
 class MilvusReader:
@@ -90,12 +96,17 @@ class MilvusReader:
             metric: how vectors are compared, by our name.
             settings: search parameters, by Milvus's names.
         """
+        query_bytes = max(4 * queries_QD.shape[1], NEIGHBOUR_BYTES * k)
+        step = max(1, min(PAGE_ROWS, MAX_MESSAGE_BYTES // query_bytes))
+        found: list[Any] = []
         with milvus_errors(str(self._address)):
-            found = self._client.search(
-                self._address.name, data=list(queries_QD), anns_field=VECTOR, limit=k,
-                filter=expression, output_fields=["id"], consistency_level="Strong",
-                search_params={"metric_type": METRICS[metric], "params": dict(settings)},
-            )  # fmt: skip
+            for start in range(0, len(queries_QD), step):
+                found += self._client.search(
+                    self._address.name, data=list(queries_QD[start : start + step]),
+                    anns_field=VECTOR, limit=k,
+                    filter=expression, output_fields=["id"], consistency_level="Strong",
+                    search_params={"metric_type": METRICS[metric], "params": dict(settings)},
+                )  # fmt: skip
         sign = 1 if metric == COSINE else -1
         scores_QK, ids_QK = padding(len(queries_QD), k)
         for ids_K, scores_K, hits in zip(ids_QK, scores_QK, found, strict=True):

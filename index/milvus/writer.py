@@ -17,14 +17,11 @@ from numpy.typing import ArrayLike
 from index.milvus.collection import MilvusCollection
 from index.milvus.connection import connect, milvus_errors, read_address
 from index.milvus.description import Description, make_index, make_schema, to_properties
-from index.milvus.reading import PAGE_ROWS
+from index.milvus.reading import MAX_MESSAGE_BYTES, PAGE_ROWS
 from index.milvus.rows import to_entities
 from index.storage.ids import as_ids
 from index.storage.incoming import check_keys, check_table, check_vectors, prepare_rows
 from models.errors import UsageError
-
-MAX_MESSAGE_BYTES = 16 << 20
-"""Of vectors in one message: a quarter of what Milvus takes."""
 
 
 class MilvusWriter:

@@ -1,5 +1,6 @@
 import csv
 import html.parser
+import io
 import json
 
 import numpy as np
@@ -69,6 +70,17 @@ def test_a_report_of_both(outliers, with_stranger, tmp_path):
     status, text, _ = outliers(out, "--out", report, "--json")
     assert json.loads(text) == document
     assert "no picture" in (report / "index.html").read_text()
+
+
+def test_a_report_is_utf_8_whatever_the_locale(outliers, tmp_path, bundle, new_folder, monkeypatch):
+    """As the page says of itself, and as `index.select` reads lists."""
+    folder, out = new_folder(), tmp_path / "things"
+    (folder / "red/000.png").rename(folder / "red/é.png")
+    build(BuildOptions(images=str(folder), encoder=str(bundle.path), out=out))
+    monkeypatch.setattr(io, "text_encoding", lambda encoding, _=2: encoding or "ascii")
+    assert outliers(out, "--out", tmp_path / "report", "--json")[0] == 0
+    for name in ("index.html", "outliers.csv"):
+        assert "red/é.png" in (tmp_path / "report" / name).read_text("utf-8")
 
 
 def test_a_source_that_is_away_is_said_once(outliers, with_stranger, tmp_path, caplog):

@@ -11,7 +11,9 @@ from benchmarks.indexed import give_index
 from index.collection import Collection
 from index.errors import EvaluationError
 from index.evaluate import run
+from index.evaluation import evaluate_retrieval
 from index.evaluation.evaluate_recall import RecallOptions, _bytes_by_file, evaluate
+from index.evaluation.evaluate_retrieval import RetrievalOptions
 from index.evaluation.queries import open_queries
 from index.storage.manifest import read_manifest, write_manifest
 from index.storage.writer import CollectionWriter
@@ -104,6 +106,25 @@ def test_an_exact_collection_finds_everything(built, test_folder):
     assert report.bytes_by_file["vectors.npy"] == pytest.approx(4 * 16 + 128 / 60)
 
 
+def test_queries_that_cannot_be_read_are_said(built, new_folder):
+    """Figures are of the others; where there is none, the line says why, in retrieval as well."""
+    folder = new_folder()
+    (folder / "blue/000.png").write_text("no image")
+    options = {"collection": str(built), "queries": str(folder)}
+    report = evaluate(RecallOptions(**options, churn=0, selectivity=()))
+    assert report.n_queries == 11
+    assert report.notes[0].startswith("1 query could not be read, the first blue/000.png: image")
+    for file in folder.rglob("*.png"):
+        file.write_text("no image")
+    for kind, asked in ((evaluate, RecallOptions), (evaluate_retrieval.evaluate, RetrievalOptions)):
+        with pytest.raises(EvaluationError) as error:
+            kind(asked(**options))
+        assert str(error.value).startswith(
+            f"--queries {folder}: expected images that can be read, found none, and 12 that "
+            "cannot, the first blue/000.png: image"
+        )
+
+
 def test_only_the_content_is_weighed(built, copy_collection):
     """Not what a sync remembers, nor a lock, nor what a killed writer left; the journal is."""
     path = copy_collection(built)
@@ -122,7 +143,7 @@ def test_only_the_content_is_weighed(built, copy_collection):
 def test_the_report_in_every_form(hasty, tmp_path, capsys):
     """Text says what was measured; JSON has everything; the picture is a PNG."""
     out = tmp_path / "report"
-    args = ["recall", "--collection", str(hasty), "--n-queries", "30"]
+    args = ["recall", "--collection", str(hasty), "--n-queries", "30", "--threads", "1"]
     assert run([*args, "--out", str(out)]) == 0
     text = capsys.readouterr().out
     for words in (
@@ -132,6 +153,7 @@ def test_the_report_in_every_form(hasty, tmp_path, capsys):
         "queries of made itself, 30 of 600, seed 0, each left out of its own answers",
         f"  50% by a filter{300:>10}",
         f"  and added back {600:>10}",
+        ", 1 thread\n",
         "  exact, all images",
         "bytes a vector on the disk: index.faiss",
     ):

@@ -70,6 +70,9 @@ def test_drift_joins_images_by_key(tmp_path, make_collection, vectors):
     assert drift.overlap_by_chance == 10 / 99
     assert drift.overlap_histogram == [0] * 10 + [100]
     assert list(report.notes) == ["20 images are not in made"]
+    most = make_collection(tmp_path / "most", turned[:119])
+    report = evaluate(SpaceOptions(collection=str(c), other=str(most)))
+    assert list(report.notes) == ["1 image is not in made"]
     shuffled = make_collection(tmp_path / "shuffled", np.roll(vectors, 1, axis=0))
     apart = evaluate(SpaceOptions(collection=str(c), other=str(shuffled))).drift
     assert apart.linear_cka < 0.3

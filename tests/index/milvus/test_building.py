@@ -23,7 +23,7 @@ from index.errors import CollectionError
 from index.export import ExportOptions
 from index.export import main as export
 from index.interface import open_collection
-from index.milvus import building
+from index.milvus import building, reading
 from index.milvus.writer import MilvusWriter
 from index.search import SearchOptions, main
 from models.command import run_command
@@ -118,6 +118,36 @@ def test_people_search_it_by_its_address(
     assert [hit["label"] for hit in blue["hits"]] == ["blue"] * 3
     assert blue["hits"][0]["key"] == "blue/000.png"
     assert {hit["key"] for hit in red["hits"]} >= {"red/000.png", "red/002.png"}
+
+
+def test_many_queries_are_asked_some_at_a_time(
+    options: BuildOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Milvus takes 16,384 in a call, and 64 MB; the answers are those of one call."""
+    sizes: list[int] = []
+    real = MilvusClient.search
+
+    def counted(
+        client: MilvusClient, *args: object, data: list[object], **kwargs: object
+    ) -> object:
+        sizes.append(len(data))
+        return real(client, *args, data=data, **kwargs)
+
+    monkeypatch.setattr(MilvusClient, "search", counted)
+    with closing(open_collection(build(options).collection)) as stored:
+        ids = stored.ids
+        found = stored.search_ids(ids, 3)
+        for bound, value, asked in (
+            ("PAGE_ROWS", 5, [5, 5, 2]),
+            ("MAX_MESSAGE_BYTES", 400, [3] * 4),
+        ):
+            with monkeypatch.context() as patch:
+                patch.setattr(reading, bound, value)
+                sizes.clear()
+                again = stored.search_ids(ids, 3)
+            assert sizes == asked
+            assert np.array_equal(again.ids, found.ids)
+            assert np.array_equal(again.scores, found.scores)
 
 
 def test_it_is_exported_as_from_disk(options: BuildOptions, tmp_path: Path) -> None:
