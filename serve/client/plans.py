@@ -75,6 +75,11 @@ TIMEOUT_S = 60.0
 UNSAID = RequestSize(images=1024, request_bytes=64 << 20)
 """What a server takes unless it is told otherwise; one without a model does not say it."""
 
+ITER_BYTES = 8 << 20
+"""From how many on a request of `embed_iter` takes no further image. Several are under way at once,
+and a server has room for four of the largest (`--max-in-flight-mib`): of photos it would refuse the
+others until no retry is left."""
+
 TOO_LARGE = "message larger than max"
 """What gRPC itself says with RESOURCE_EXHAUSTED where no later attempt can do better."""
 
@@ -282,14 +287,14 @@ class Planner:
         return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
 
     def request_size(self, images: int, timeout_s: float | None) -> Plan[RequestSize]:
-        """Give the size of requests: `images` at most, and what the server takes.
+        """Give the size of requests of an iterable: `images` at most, and what the server takes.
 
         Raises:
             UsageError: `images` is below 1.
         """
         most = check_integer("images_per_request", images, 1)
         size = yield from self._ask_size(self._deadline(timeout_s))
-        return replace(size, images=min(most, size.images))
+        return replace(size, images=min(most, size.images), full_bytes=ITER_BYTES)
 
     def _error(self, failure: Failure, what: str, timeout_s: float) -> ServeError:
         """Say in one line how a call ended."""

@@ -119,11 +119,13 @@ class RequestSize:
     Attributes:
         images: images of Embed, queries of Search.
         request_bytes: of a request, and of the hits of a reply.
+        full_bytes: from how many on a request takes no further image; `request_bytes` where None.
         dim: of the longest vector that it may send; asked for where vectors are to be sent.
     """
 
     images: int
     request_bytes: int
+    full_bytes: int | None = None
     dim: int = 0
 
 
@@ -319,6 +321,7 @@ class Grouper:
     def __init__(self, size: RequestSize, *, first: int = 0) -> None:
         """Start with an empty group, whose first image has this place."""
         self._size = size
+        self._full_bytes = min(size.request_bytes, size.full_bytes or size.request_bytes)
         self._group = Group(first=first)
 
     def add(self, image: ImageData) -> Iterator[Group]:
@@ -351,7 +354,7 @@ class Grouper:
         self, wire: pb.Image, image_bytes: int, refused: ItemStatus | None = None
     ) -> Iterator[Group]:
         """Put an image into the present group, or into the next where it does not fit."""
-        if self._group.size_bytes + image_bytes > self._size.request_bytes:
+        if self._group.size_bytes + image_bytes > self._full_bytes:
             yield from self.end()
         if refused is not None:
             self._group.refused[len(self._group.images)] = refused

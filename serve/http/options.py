@@ -34,6 +34,8 @@ class HttpOptions:
         """
         if self.port is not None and not 0 <= self.port <= 65535:
             raise UsageError("--http.port", expected="0 to 65535", found=str(self.port))
+        if self.host is not None and self.port is None:
+            raise UsageError("--http.host", expected="--http.port beside it", found="none")
         if not 0 < self.timeout_s <= 3600:
             raise UsageError(
                 "--http.timeout-s", expected="above 0 to 3600", found=str(self.timeout_s)

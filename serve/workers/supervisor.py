@@ -246,7 +246,7 @@ class Supervisor:
                 self._bad_ends.append(f"{worker}: {words.line}" if words else f"{worker} {how}")
         elif not self._announced:
             self._start_error = _start_error(worker, how, words)
-            self._stop("that")
+            self._stop(f"the end of {worker} before all were ready")
         else:
             why = f"{how}: {words.line}" if words else how
             self._follow(worker, why, lived_s=lived_s)

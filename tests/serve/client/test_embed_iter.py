@@ -38,6 +38,17 @@ async def read(iterator, items):
         items.append(item)
 
 
+async def read_one(iterator):
+    """What either client's iterator gives first, and no more."""
+    if not isinstance(iterator, Iterator):
+        item = await anext(iterator)
+        await iterator.aclose()
+        return item
+    item = await asyncio.to_thread(next, iterator)
+    await asyncio.to_thread(iterator.close)
+    return item
+
+
 @pytest.fixture(params=[Client, AsyncClient])
 def make_client(request):
     """Either client."""
@@ -151,6 +162,32 @@ def test_no_more_is_read_than_is_under_way(serving, fake, image, make_client, ev
             else:
                 await iterator.aclose()
             await eventually(lambda: engine.statistics().held_requests == 0)
+            await close(client)
+
+    asyncio.run(main())
+
+
+def test_requests_of_large_images_are_small(serving, fake, make_client, eventually):
+    """Or a server has no room for all that is under way, and refuses some of it for good."""
+    read = []
+
+    def endless():
+        while True:
+            read.append(0)
+            yield np.zeros((1 << 11, 1 << 11, 1), np.uint8)  # 4 MiB
+
+    async def main():
+        async with serving(fake) as server:
+            client = make_client(server.address)
+            fake.gate.clear()
+            iterator = client.embed_iter(endless(), in_flight=2)
+            first = asyncio.create_task(read_one(iterator))
+            engine = server.catalog.model("").engine
+            await eventually(lambda: engine.statistics().held_requests == 2)
+            assert engine.statistics().held_images == 2, "two of them pass 8 MiB"
+            assert len(read) == 3
+            fake.gate.set()
+            assert (await first).ok
             await close(client)
 
     asyncio.run(main())

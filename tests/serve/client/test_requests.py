@@ -39,6 +39,14 @@ def test_groups_keep_every_image_in_order_within_the_servers_limits(sizes, most)
     assert refused == [len(image) + 64 > 2000 for image in images]
 
 
+def test_a_request_that_is_full_takes_no_further_image():
+    """One that alone is larger goes all the same, where the server takes it."""
+    size = RequestSize(images=9, request_bytes=1 << 20, full_bytes=4096 + 2000)
+    groups = list(group_images([b"1" * n for n in (900, 900, 900, 5000, 10)], size))
+    assert [len(group.images) for group in groups] == [2, 1, 1, 1]
+    assert not any(group.refused for group in groups)
+
+
 @pytest.mark.parametrize("image", [b"1" * 1000, np.zeros((20, 50), np.uint8)])
 def test_a_group_is_cut_anew_as_it_was_cut(image):
     """To the byte: an image that just goes into a request does so then, too."""

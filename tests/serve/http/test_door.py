@@ -304,6 +304,7 @@ def test_a_port_in_use_is_one_line(serving, fake):
     ("options", "message"),
     [
         ({"port": 70000}, "--http.port: expected 0 to 65535, found 70000"),
+        ({"host": "0.0.0.0"}, "--http.host: expected --http.port beside it, found none"),
         ({"timeout_s": 0}, "--http.timeout-s: expected above 0 to 3600, found 0"),
         ({"max_body_mib": 0}, "--http.max-body-mib: expected at least 1, found 0"),
     ],

@@ -152,12 +152,13 @@ def test_bad_use_is_told_in_the_workers_words(supervise):
         supervise("bad use")
 
 
-def test_a_worker_without_words_ends_the_start(supervise):
+def test_a_worker_without_words_ends_the_start(supervise, caplog):
     """The others are stopped, and the line says how it ended."""
     with pytest.raises(
         StartError, match=r"^worker 1: expected one that becomes ready, found one that ended with"
     ):
         supervise("one dies")
+    assert "stopping 2 workers on the end of worker 1 before all were ready" in caplog.text
 
 
 def test_a_process_that_cannot_be_started_ends_the_start(supervise, monkeypatch):
