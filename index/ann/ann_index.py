@@ -280,7 +280,7 @@ class AnnIndex:
         """
         found = {**self.kind.defaults, **parameters}
         if self.kind.family == "graph":
-            return {**found, "efSearch": candidates}
+            return {**self.scale(parameters, NEIGHBOURS, k), "efSearch": candidates}
         ratio = candidates / (NEIGHBOURS * found["k_factor"])
         return {
             "nprobe": min(self.kind.lists, max(1, round(found["nprobe"] * ratio))),

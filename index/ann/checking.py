@@ -142,29 +142,31 @@ def _stored_codes(
     is_packed = isinstance(invlists, faiss.BlockInvertedLists)
     for number in np.unique(list_N):
         here = np.flatnonzero(list_N == number)
-        size = invlists.list_size(int(number))
         if is_packed:
-            codes = _unpack(invlists, int(number), size, lists.code_size)
+            found[here] = _unpack(invlists, int(number), place_N[here], lists.code_size)
         else:
+            size = invlists.list_size(int(number))
             data = faiss.rev_swig_ptr(invlists.get_codes(int(number)), size * lists.code_size)
-            codes = data.reshape(size, -1)
-        found[here] = codes[place_N[here]]
+            found[here] = data.reshape(size, -1)[place_N[here]]
     return found
 
 
-def _unpack(invlists: faiss.BlockInvertedLists, number: int, size: int, code_size: int) -> Codes:
-    """Lay the codes of a list out one after the other: they are packed for registers."""
+def _unpack(
+    invlists: faiss.BlockInvertedLists, number: int, place_M: NDArray[np.int64], code_size: int
+) -> Codes:
+    """Give the codes at some places of a list, (M, bytes), which are packed for registers.
+
+    Only the blocks that hold one of them are unpacked: a list may be as long as all rows.
+    """
     n_block, block_bytes = invlists.n_per_block, invlists.block_size
-    n_blocks = -(-size // n_block)
-    packed = faiss.rev_swig_ptr(invlists.get_codes(number), n_blocks * block_bytes)
-    codes = np.zeros((n_blocks * n_block, code_size), np.uint8)
-    packer = invlists.packer
-    for block in range(n_blocks):
-        packer.unpack_all(
-            faiss.swig_ptr(packed[block * block_bytes :]),
-            faiss.swig_ptr(codes[block * n_block :]),
+    blocks, block_of_M = np.unique(place_M // n_block, return_inverse=True)
+    packed = faiss.rev_swig_ptr(invlists.get_codes(number), (int(blocks[-1]) + 1) * block_bytes)
+    codes = np.zeros((len(blocks), n_block, code_size), np.uint8)
+    for block, unpacked in zip(blocks, codes, strict=True):
+        invlists.packer.unpack_all(
+            faiss.swig_ptr(packed[block * block_bytes :]), faiss.swig_ptr(unpacked)
         )
-    return codes[:size]
+    return codes[block_of_M, place_M % n_block]
 
 
 def _find_self(index: AnnIndex, parameters: Mapping[str, int]) -> str | None:

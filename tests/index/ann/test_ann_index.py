@@ -166,6 +166,14 @@ def test_lists_are_looked_into_for_the_nearest_and_not_for_chance(factory, param
     assert recall_with(wider) >= plain - 0.005
 
 
+def test_effort_for_one_ranks_as_many_again_as_for_ten(make_index):
+    """Or the first of one would not be the first of ten, however far the graph is walked."""
+    index = make_index("HNSW16,SQ8,RFlat")
+    own = {"efSearch": 64, "k_factor": 1}
+    assert index.effort_parameters(500, 1, own) == {"efSearch": 500, "k_factor": 10}
+    assert index.effort_parameters(500, 20, own) == {"efSearch": 500, "k_factor": 1}
+
+
 def test_a_graph_is_walked_for_all_candidates():
     """The last of them are as likely to be chosen as the first."""
     index = AnnIndex(
