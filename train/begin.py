@@ -98,7 +98,7 @@ def settle(
                 expected="one, as where the run began",
                 found="none",
                 mend="go on where one is, or start another run with another --out and "
-                f"--init-from {options.run_path}",
+                f"--init-from {shlex.quote(str(options.run_path))}",
             )
     if options.views.views_in == "workers":
         if options.data_in == "memory":

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -218,8 +219,12 @@ class PretrainOptions:
         """The run directory: `out`, or one named after the source."""
         if self.out is not None:
             return self.out
-        stem = Path(self.source.rpartition(":")[2]).name.split(".")[0] or "run"
-        return Path("artifacts/runs") / stem
+        source = Path(self.source.rpartition(":")[2])
+        # Up to a suffix or a pattern: a run called `*` would stand for all runs in a shell.
+        stems = (
+            re.split(r"[.*?\[{]", part.name)[0].rstrip("-_ ") for part in (source, source.parent)
+        )
+        return Path("artifacts/runs") / next(filter(None, stems), "run")
 
 
 def options_json(options: PretrainOptions) -> dict[str, Json]:

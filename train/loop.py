@@ -84,7 +84,8 @@ def pretrain(options: PretrainOptions) -> None:
         with run.writing():
             if ranks.is_lead:
                 plot_curves(read_log(run.log_file), run.curves_file, title=str(run.path))
-    log.info("the run is in %s; export it with `python -m train.export %s`", run.path, run.path)
+    path = shlex.quote(str(run.path))
+    log.info("the run is in %s; export it with `python -m train.export %s`", run.path, path)
 
 
 def learn(

@@ -194,7 +194,7 @@ class RunDirectory:
     def _lock(self, lock: int) -> None:
         """Lock an open file; the lock ends with the process."""
         is_ours = False
-        with suppress(BlockingIOError):
+        with self.writing(), suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             is_ours = os.fstat(lock).st_nlink > 0  # else its holder has just deleted it
         if not is_ours:

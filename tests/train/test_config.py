@@ -210,9 +210,11 @@ def test_options_of_another_version_are_refused() -> None:
     [
         ("fashion-mnist", "artifacts/runs/fashion-mnist"),
         ("folder:/data/birds/", "artifacts/runs/birds"),
-        ("wds:/data/shard-{000..009}.tar", "artifacts/runs/shard-{000"),
+        ("wds:/data/shard-{000..009}.tar", "artifacts/runs/shard"),
+        ("wds:/data/birds/*.tar", "artifacts/runs/birds"),
+        ("wds:*.tar", "artifacts/runs/run"),
     ],
 )
 def test_the_run_is_named_after_its_source(source: str, path: str) -> None:
-    """Without `--out` the last part of the source names the directory."""
+    """Without `--out` the last part of the source names the directory, and no pattern does."""
     assert PretrainOptions(source=source).run_path == Path(path)

@@ -288,7 +288,7 @@ def test_a_checkpoint_that_a_run_at_work_deletes_is_exported(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """It was read before the images, which take longer than the next checkpoints."""
-    at_work = tmp_path / "run"
+    at_work = tmp_path / "a run"
     shutil.copytree(finished_run, at_work)
     list_checkpoints(at_work / "checkpoints")[-1].unlink()
 
@@ -302,6 +302,7 @@ def test_a_checkpoint_that_a_run_at_work_deletes_is_exported(
         RunDirectory(path=at_work), tmp_path / "bundle", name="x", with_random_twin=False
     )
     assert f"{at_work} has taken 32 of 33 steps, and the encoder is what it was then" in caplog.text
+    assert f"train.pretrain --resume --out '{at_work}'`" in caplog.text, "as a shell takes it"
     assert made.provenance["training"]["checkpoint"] == "step-00000032.pt"  # type: ignore[index,call-overload]  # JSON
 
 
@@ -320,11 +321,11 @@ def test_an_export_prepares_the_device(
 
 def test_a_run_without_a_checkpoint_is_refused(finished_run: Path, tmp_path: Path) -> None:
     """A run killed early has nothing to export yet."""
-    early = tmp_path / "early"
+    early = tmp_path / "an early run"
     shutil.copytree(finished_run, early)
     for path in list_checkpoints(early / "checkpoints"):
         path.unlink()
-    with pytest.raises(RunError, match="expected a run with a checkpoint, found none yet"):
+    with pytest.raises(RunError, match=r"a checkpoint, found none yet; .* --out '.*an early run'`"):
         export_run(RunDirectory(path=early), tmp_path / "bundle", name="early")
 
 

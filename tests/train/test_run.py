@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
@@ -415,3 +416,20 @@ def test_a_source_has_to_be_named() -> None:
         "python -m train.pretrain: SOURCE: expected the images to learn from, found none; give "
         "fashion-mnist or folder:PATH, or --resume with the --out of a run"
     ]
+
+
+def test_a_file_system_without_locks_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a Lustre that was mounted without them: the line says which directory it is."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("train.run.fcntl.flock", refuse)
+    run = RunDirectory(path=tmp_path / "run")
+    with (
+        pytest.raises(RunError, match=r"run: expected a directory .*, found Function not impl"),
+        run.held(resume=False),
+    ):
+        pass

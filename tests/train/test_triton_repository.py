@@ -130,10 +130,18 @@ def test_a_model_is_replaced_only_on_request(make_bundle: MakeBundle, tmp_path: 
             "--tensorrt: expected --device gpu and --backend onnxruntime, found --device cpu and "
             "--backend onnxruntime",
         ),
+        (
+            {"site_packages": Path("/no/such")},
+            "--site-packages: expected --backend python, found --backend onnxruntime",
+        ),
+        (
+            {"site_packages": Path("/no/such"), "backend": "python"},
+            "--site-packages: expected a directory, found /no/such",
+        ),
     ],
 )
 def test_options_that_cannot_be_meant_are_refused(
-    fields: dict[str, int], message: str, tmp_path: Path
+    fields: dict[str, object], message: str, tmp_path: Path
 ) -> None:
     """Each says what it takes."""
     with pytest.raises(UsageError) as error:

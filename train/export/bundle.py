@@ -9,6 +9,7 @@ Rules:
 from __future__ import annotations
 
 import logging
+import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -159,7 +160,7 @@ def warn_if_unfinished(run: RunDirectory, config: RunConfig, progress: Progress)
         log.warning(
             "%s has taken %d of %d steps, and the encoder is what it was then: the way on is "
             "`python -m train.pretrain --resume --out %s`",
-            run.path, progress.step, config.total_steps, run.path,
+            run.path, progress.step, config.total_steps, shlex.quote(str(run.path)),
         )  # fmt: skip
 
 

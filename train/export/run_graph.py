@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TypeAlias
 
@@ -30,7 +31,8 @@ def last_checkpoint(run: RunDirectory) -> Path:
             str(run.path),
             expected="a run with a checkpoint",
             found="none yet",
-            mend=f"let it train on with `python -m train.pretrain --resume --out {run.path}`",
+            mend="let it train on with `python -m train.pretrain --resume --out "
+            f"{shlex.quote(str(run.path))}`",
         )
     return checkpoint_file(run.checkpoints, step)
 

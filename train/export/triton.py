@@ -36,6 +36,7 @@ from models.files import atomic_directory, canonical_json
 from train.errors import ExportError, writing
 from train.export.graph_names import INPUT_NAME, OUTPUT_NAME
 from train.export.tensorrt import refuse_int8
+from train.option_groups import require
 
 CONFIG_FILE = "config.pbtxt"
 GRAPH_FILE = "model.onnx"
@@ -98,14 +99,14 @@ class TritonOptions:
         for name, bound in least.items():
             value = getattr(self, name)
             option = f"--{name.replace('_', '-')}"
-            if value is not None and value < bound:
-                raise UsageError(option, expected=f"at least {bound}", found=str(value))
-        if self.tensorrt and (self.device != "gpu" or self.backend != "onnxruntime"):
-            raise UsageError(
-                "--tensorrt",
-                expected="--device gpu and --backend onnxruntime",
-                found=f"--device {self.device} and --backend {self.backend}",
-            )
+            require(value is None or value >= bound, option, f"at least {bound}", value)
+        place = f"--device {self.device} and --backend {self.backend}"
+        wanted = "--device gpu and --backend onnxruntime"
+        require(not self.tensorrt or place == wanted, "--tensorrt", wanted, place)
+        if (packages := self.site_packages) is not None:
+            option, backend = "--site-packages", self.backend
+            require(backend == "python", option, "--backend python", f"--backend {backend}")
+            require(packages.is_dir(), option, "a directory", packages)
 
 
 def main(options: TritonOptions) -> None:
