@@ -166,7 +166,8 @@ def _unpack(
         invlists.packer.unpack_all(
             faiss.swig_ptr(packed[block * block_bytes :]), faiss.swig_ptr(unpacked)
         )
-    return codes[block_of_M, place_M % n_block]
+    wanted: Codes = codes[block_of_M, place_M % n_block]
+    return wanted
 
 
 def _find_self(index: AnnIndex, parameters: Mapping[str, int]) -> str | None:
