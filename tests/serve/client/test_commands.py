@@ -21,6 +21,16 @@ from serve.security.ring import hash_token
 
 
 @pytest.fixture
+def drawn(monkeypatch):
+    """The rows of tiles that would have been drawn, instead of a picture."""
+    rows_drawn = []
+    monkeypatch.setattr(
+        "index.evaluation.plots.draw_grid", lambda _, rows, title: rows_drawn.extend(rows)
+    )
+    return rows_drawn
+
+
+@pytest.fixture
 def command(capsys, monkeypatch):
     """Run a command while a server runs in this process; give status, stdout and stderr."""
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
@@ -330,14 +340,10 @@ def test_names_reach_no_terminal_as_more_than_names(
 
 
 def test_a_picture_has_the_first_neighbours_and_says_what_it_shows(
-    command, serving, stored, tmp_path, monkeypatch
+    command, serving, stored, drawn, tmp_path, monkeypatch
 ):
     """However many are asked for; a query of several examples is called as its picture is."""
-    drawn = []
     monkeypatch.setattr("index.evaluation.plots.MAX_GRID_COLUMNS", 2)
-    monkeypatch.setattr(
-        "index.evaluation.plots.draw_grid", lambda _, rows, title: drawn.extend(rows)
-    )
     like, unlike = stored.files[0], stored.files[-1]
     picture = ("--grid", tmp_path / "grid.png", "--pictures", f"folder:{stored.folder}")
 
@@ -415,14 +421,10 @@ def test_a_search_without_an_answer_draws_nothing(command, serving, stored, tmp_
 
 
 def test_a_picture_has_the_first_queries_that_were_answered(
-    command, serving, stored, tmp_path, monkeypatch
+    command, serving, stored, drawn, tmp_path, monkeypatch
 ):
     """As many bad ones as it has rows, before them, left it without any."""
-    drawn = []
     monkeypatch.setattr("index.evaluation.plots.MAX_GRID_ROWS", 1)
-    monkeypatch.setattr(
-        "index.evaluation.plots.draw_grid", lambda _, rows, title: drawn.extend(rows)
-    )
     (bad := tmp_path / "bad.png").touch()
     good, other = stored.files[:2]
 
