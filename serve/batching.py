@@ -36,6 +36,7 @@ from typing import Generic
 from serve.backlog import Backlog
 from serve.errors import DeadlineError, QueueFullError
 from serve.fair_queue import FairQueue
+from serve.forecast import Forecast
 from serve.lanes import Share
 from serve.room import Room
 from serve.running_batches import RunningBatches
@@ -122,21 +123,25 @@ class Batcher(Generic[TicketT]):
         self._hold(ticket)
         return True
 
-    def check(self, ticket: Ticket, *, before: int = 0) -> None:
+    def check(self, ticket: Ticket, *, before: int = 0) -> Forecast | None:
         """Refuse a newcomer that would not come in now; it is counted then, and held never.
 
         Args:
             ticket: the request.
             before: images of the same client and priority that are about to come in.
 
+        Returns:
+            How long it will take; None where that is nowhere near what it has.
+
         Raises:
             QueueFullError: it does not fit beside what is held and who waits already.
             DeadlineError: it cannot be done by its deadline.
         """
-        if ticket.deadline_s < math.inf:
-            self._refuse_unmeetable(ticket, before)
+        has_end = ticket.deadline_s < math.inf
+        forecast = self._refuse_unmeetable(ticket, before) if has_end else None
         if not self._room.admits(ticket):
             raise self._full(ticket)
+        return forecast
 
     def count_unmeetable(self) -> None:
         """Count a newcomer that was refused by what `check` has said of its like."""
@@ -291,8 +296,8 @@ class Batcher(Generic[TicketT]):
             latency=self._running.latency.statistics(),
         )
 
-    def _refuse_unmeetable(self, ticket: Ticket, before: int) -> None:
-        """Refuse a newcomer that cannot be done by its deadline.
+    def _refuse_unmeetable(self, ticket: Ticket, before: int) -> Forecast | None:
+        """Refuse a newcomer that cannot be done by its deadline; see `check`.
 
         Raises:
             DeadlineError: so it is.
@@ -301,20 +306,17 @@ class Batcher(Generic[TicketT]):
         left_s = ticket.deadline_s - now_s
         waiting = self._backlog.images + before + ticket.images
         if left_s > running.longest_s(waiting, now_s) and left_s > 0:
-            return
+            return None
         ahead = before + self._backlog.ahead_of(
             ticket, self._room.holding(ticket.client), clients=self._room.clients
         )
-        takes_s = running.drain_s(
-            ahead + ticket.images,
-            now_s,
-            on_all=running.takes_all(waiting, now_s),
-            ready=self._queue.images + before + ticket.images,
-        )
-        if takes_s:
-            takes_s += running.until_idle_s(waiting, now_s) + running.reply.seconds
+        drain = running.drain(now_s, on_all=running.takes_all(waiting, now_s))
+        begins_s = running.until_idle_s(waiting, now_s) + running.reply.seconds
+        ready = self._queue.images + before + ticket.images
+        forecast = Forecast(drain, ahead + ticket.images, ready, begins_s)
+        takes_s = forecast.takes_s()
         if left_s > takes_s:
-            return
+            return forecast
         self._unmeetable += 1
         if left_s <= 0:
             raise DeadlineError("the deadline passed before the request was read")
@@ -325,7 +327,7 @@ class Batcher(Generic[TicketT]):
             found=f"{left_s * 1e3:.0f} ms",
             mend="allow more time, send less at once, or try elsewhere",
         )
-        error.needs_s = takes_s
+        error.forecast = forecast
         raise error
 
     def _full(self, ticket: Ticket) -> QueueFullError:
@@ -333,7 +335,7 @@ class Batcher(Generic[TicketT]):
         self._refused += 1
         room, running, now_s = self._room, self._running, ticket.arrived_s
         lacking = room.lacking_images(ticket)
-        takes_s = running.drain_s(lacking, now_s, on_all=running.takes_all(lacking, now_s))
+        takes_s = running.drain(now_s, on_all=running.takes_all(lacking, now_s)).seconds(lacking)
         return QueueFullError(
             "queue",
             expected=f"room for {ticket.images} images and {ticket.held_bytes} bytes",
@@ -408,7 +410,7 @@ class Batcher(Generic[TicketT]):
             takes_s = running.predict_s(images, now_s, on_one_thread=share.on_one_thread)
         else:
             on_all = not share.on_one_thread and running.takes_all(images, now_s)
-            takes_s = running.drain_s(images, now_s, on_all=on_all)
+            takes_s = running.drain(now_s, on_all=on_all).seconds(images)
         return now_s + takes_s + running.reply.seconds if takes_s else now_s
 
     def _drop(self, ticket: TicketT) -> None:

@@ -37,6 +37,7 @@ from models.errors import (
 )
 from models.image_source import ImageData
 from models.preprocess import DEFAULT_LIMITS, ImageLimits
+from models.vectors import finish_vectors
 from serve.batching import Batcher
 from serve.changing import Changing
 from serve.crew import Crew, Member
@@ -48,6 +49,7 @@ from serve.errors import (
     ServeError,
     UnavailableError,
 )
+from serve.forecast import Forecast
 from serve.job import NO_PIXELS, Embedded, Job
 from serve.operation.observer import NO_MODEL_OBSERVER, ModelObserver
 from serve.pool import ThreadPool
@@ -167,6 +169,7 @@ class Engine:
         deadline_s: float = math.inf,
         client: str = "",
         priority: int = 0,
+        is_unit: bool = False,
         on_admitted: Callable[[], None] | None = None,
     ) -> Embedded:
         """Embed one to many images.
@@ -179,6 +182,7 @@ class Engine:
             deadline_s: on this engine's clock; what has not started by then never does.
             client: whose request it is: clients of one priority take turns.
             priority: 1 before 2 before 3; 0 is the default, 2.
+            is_unit: whether the vectors are to have unit L2 norm.
             on_admitted: called once there is room and the images are read; with it a request
                 waits in line where the queue is full, instead of being refused.
 
@@ -193,6 +197,7 @@ class Engine:
         On cancellation the images that have not started are forgotten.
         """
         job = self._make_job(count, payload_bytes, deadline_s, client, read_priority(priority))
+        job.is_unit = is_unit
         try:
             embedded = await self._embed(job, images, on_admitted)
         except BaseException as error:
@@ -203,7 +208,7 @@ class Engine:
 
     def check(
         self, *, count: int, deadline_s: float, client: str, priority: int, before: int = 0
-    ) -> None:
+    ) -> Forecast | None:
         """Refuse a request that `embed` would not take in now; another is not held either.
 
         What its payload takes in memory is left to `embed`: to count it costs a copy.
@@ -214,6 +219,9 @@ class Engine:
             client: whose request it is.
             priority: of it.
             before: images of the same client and priority that are about to come.
+
+        Returns:
+            How long it will take; None where that is nowhere near what it has.
 
         Raises:
             RequestError: there is no such priority.
@@ -230,7 +238,7 @@ class Engine:
         )
         try:
             with self._changed:
-                self._batcher.check(ticket, before=before)
+                return self._batcher.check(ticket, before=before)
         except (QueueFullError, DeadlineError) as error:
             self._observer.failed(error, count, 0.0)
             if isinstance(error, DeadlineError):
@@ -422,10 +430,13 @@ class Engine:
         self.reachable = True
         inference_s = self._clock() - started_s
         self._observer.computed(batch.images, inference_s)
+        all_finite = bool(np.isfinite(rows_ND).all())
+        unit_ND = _to_unit(rows_ND) if any(part.ticket.is_unit for part in batch.parts) else rows_ND
         at = 0
         for part in batch.parts:
             job, end = part.ticket, at + len(part.positions)
-            job.vectors_ND[part.positions] = rows_ND[at:end]
+            job.vectors_ND[part.positions] = (unit_ND if job.is_unit else rows_ND)[at:end]
+            job.all_finite &= all_finite
             job.queue_s = max(job.queue_s, started_s - part.ready_s)
             at = end
         for job in {part.ticket for part in batch.parts}:
@@ -507,3 +518,9 @@ class Engine:
         """Allow as much for replies to come."""
         with self._changed:
             self._batcher.note_reply(seconds)
+
+
+def _to_unit(rows_ND: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Scale rows to unit L2 norm, a whole batch at once; those that are not finite stay so."""
+    with np.errstate(invalid="ignore"):
+        return finish_vectors(rows_ND)

@@ -18,6 +18,7 @@ import secrets
 import grpc
 
 from models.errors import FingerprintMismatchError, HoraceError, UsageError
+from serve.forecast import Forecast
 
 log = logging.getLogger("horace.serve")
 
@@ -93,10 +94,10 @@ class DeadlineError(ServeError):
     """The caller's deadline passed before there was a reply, or would have.
 
     Attributes:
-        needs_s: the seconds that a reply would have taken, where that was known.
+        forecast: how long a reply would have taken, where that was known.
     """
 
-    needs_s: float | None = None
+    forecast: Forecast | None = None
 
 
 class UnavailableError(ServeError):

@@ -21,7 +21,9 @@ class Embedded:
     """What became of one request.
 
     Attributes:
-        vectors_ND: (N ok, D) float32, as the encoder gives them, in the request's order.
+        vectors_ND: (N ok, D) float32, in the request's order.
+        is_unit: whether they have unit L2 norm; else they are as the encoder gives them.
+        all_finite: whether all of their numbers are known to be.
         errors: per image its error, or None where it has a vector.
         decode_s: from arrival until the last image was decoded.
         queue_s: the longest that an image waited between decoding and its batch.
@@ -33,6 +35,8 @@ class Embedded:
     decode_s: float
     queue_s: float
     inference_s: float
+    is_unit: bool = False
+    all_finite: bool = False
 
 
 @dataclass(eq=False, kw_only=True)
@@ -45,12 +49,16 @@ class Job(Ticket):
         pixels: per image what the encoder takes, from decoding until its batch is built.
         errors: per image why it has no vector.
         vectors_ND: the rows computed so far.
+        is_unit: whether they are to have unit L2 norm.
+        all_finite: whether all numbers in them are.
         future: of `loop`; set once, with the result or the error.
     """
 
     loop: asyncio.AbstractEventLoop
     admitted: asyncio.Future[None]
     future: asyncio.Future[Embedded]
+    is_unit: bool = False
+    all_finite: bool = True
     data: list[ImageData | ImageError | None] = field(init=False)
     pixels: list[NDArray[np.uint8]] = field(init=False)
     errors: list[ImageError | None] = field(init=False)
@@ -78,6 +86,8 @@ class Job(Ticket):
             decode_s=max(0.0, self.decoded_s - self.arrived_s),
             queue_s=self.queue_s,
             inference_s=self.inference_s,
+            is_unit=self.is_unit,
+            all_finite=self.all_finite,
         )
 
 

@@ -23,6 +23,8 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
+from serve.forecast import UNKNOWN, Speed
+
 MEMORY_BATCHES = 32
 """A batch counts half after some 22 others: about a second of full batches."""
 
@@ -88,23 +90,17 @@ class LatencyModel:
 
     def predict_s(self, images: int, now_s: float) -> float:
         """Say how long a batch will take; 0 where that is not known."""
+        return self.speed(now_s).of_batch(images)
+
+    def speed(self, now_s: float) -> Speed:
+        """Say what to reckon with."""
         if not self._known or now_s > self._until_s:
-            return 0.0
-        return self._a * images + self._b + 2 * self._deviation
+            return UNKNOWN
+        return Speed(self._a, self._b + 2 * self._deviation)
 
     def image_s(self, now_s: float) -> float:
         """Say what an image more costs a batch; 0 where that is not known."""
         return self._a if self._known and now_s <= self._until_s else 0.0
-
-    def drain_s(self, images: int, *, batch_images: int, instances: int, now_s: float) -> float:
-        """Say how long many images will take in full batches; 0 where that is not known."""
-        if images <= batch_images:
-            return self.predict_s(images, now_s)
-        whole, rest = divmod(images, batch_images)
-        batches_s = whole * self.predict_s(batch_images, now_s)
-        if rest:
-            batches_s += self.predict_s(rest, now_s)
-        return max(batches_s / instances, self.predict_s(batch_images, now_s))
 
     @property
     def _known(self) -> bool:

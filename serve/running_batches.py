@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from typing import Generic
 
+from serve.forecast import Drain
 from serve.lanes import Share, next_share, takes_all
 from serve.latency import BELIEVED_S, Lag, LatencyModel
 from serve.tickets import Batch, TicketT
@@ -95,29 +96,19 @@ class RunningBatches(Generic[TicketT]):
         batches = images // self._max_batch_images + 2  # one not full, one that runs
         return batches * batch_s + self.reply.seconds
 
-    def drain_s(self, images: int, now_s: float, *, on_all: bool, ready: int = 0) -> float:
-        """Say how long images take once an instance is idle; 0 where that is not known.
+    def drain(self, now_s: float, *, on_all: bool) -> Drain:
+        """Say how long what waits takes once an instance is idle.
 
         Args:
-            images: the first of those that wait.
             now_s: the time.
-            on_all: whether they run on all lanes together.
-            ready: with those behind them that could be in the same batch.
+            on_all: whether it runs on all lanes together.
         """
-        model, batch_images, instances = self.on_all, self._max_batch_images, 1
-        if not on_all:
-            overdue = sum(overdue_s <= now_s for overdue_s in self._overdue_s.values())
-            model, instances = self.latency, max(1, self.instances - overdue)
-            if self._has_lanes:
-                share = -(-max(1, images, ready) // instances)
-                batch_images = min(batch_images, share)
-        full = -(-images // batch_images) * batch_images
-        return model.drain_s(
-            max(images, min(full, ready)),
-            batch_images=batch_images,
-            instances=instances,
-            now_s=now_s,
-        )
+        if on_all:
+            return Drain(self.on_all.speed(now_s), self._max_batch_images, 1, shares=False)
+        overdue = sum(overdue_s <= now_s for overdue_s in self._overdue_s.values())
+        instances = max(1, self.instances - overdue)
+        speed = self.latency.speed(now_s)
+        return Drain(speed, self._max_batch_images, instances, shares=self._has_lanes)
 
     def until_idle_s(self, waiting: int, now_s: float) -> float:
         """Say for how long no instance will take the first of so many images that wait."""

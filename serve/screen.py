@@ -7,10 +7,10 @@ Rules:
     The engine decides as it does later, for this caller and this priority. Who is taken in is
     charged and counted where that is always done; a newcomer is no worse off for others.
     What an engine has said of a request holds for the caller's next of the same kind (all but
-    the images, and the name that the caller gave it) for a moment: those that end before the
-    first would have been answered are refused unread.
-    Who is let by comes to its engine a little later; until then the images of its client and
-    priority count as before those that follow, or a burst would be let by together.
+    the images, and the name that the caller gave it) for a moment: those that end before they
+    would be answered by that are refused unread, and the others are let by.
+    Who is let by comes to its engine a little later, which decides; until then the images of its
+    client and priority count as before those that follow, or a burst would be let by together.
     Only a caller that would be let in hears of an engine. One without a key, one that is
     charged, and a message that is wrong or large, go the usual way, and are told there.
     Each refusal is counted, logged and traced as that of the service.
@@ -34,6 +34,7 @@ from models.errors import HoraceError
 from serve.answering import Answering, time_to_answer
 from serve.catalog import ServedModel
 from serve.errors import DeadlineError, QueueFullError, retry_metadata, to_status
+from serve.forecast import Forecast
 from serve.operation.observer import Call
 from serve.security.guard import Guard
 from serve.security.wire import BYTES, VARINT, NotAMessageError, Parse, read_varint, reading
@@ -53,7 +54,7 @@ FRESH_S = 0.02
 """How long what an engine has said of a request holds for others: less than a batch takes."""
 
 MAX_VERDICTS = 256
-"""Kinds of requests of which that is remembered."""
+"""Kinds of requests of which that is remembered, and lanes of which it is who was let by."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,20 +98,24 @@ class _Verdict:
     """What an engine has said of a kind of request.
 
     Attributes:
-        until_s: from when on it is to be asked again.
-        done_s: when such a request would have been answered.
+        asked_s: when.
+        forecast: how long such a request takes, from then.
+        let_by: images of its lane that had been let by then.
+        lane: where it comes from and goes to.
         model: whose engine, while there is anybody else who needs it.
         images: how many it has.
-        error: why it is refused.
-        status: how calls end for it.
+        within_s: the seconds that the request itself allows for.
+        refusal: why, and how calls end for it; None where this one was not refused.
     """
 
-    until_s: float
-    done_s: float
+    asked_s: float
+    forecast: Forecast
+    let_by: int
+    lane: Lane
     model: ReferenceType[ServedModel]
     images: int
-    error: DeadlineError
-    status: Status
+    within_s: float
+    refusal: tuple[DeadlineError, Status] | None
 
 
 class Screens(Protocol):
@@ -165,6 +170,7 @@ class Screen:
         self._verdicts: dict[tuple[str, str, bytes], _Verdict] = {}
         self._coming: Counter[Lane] = Counter()  # images let by that are in no queue yet
         self._burst: Counter[Lane] = Counter()  # of which those of this burst
+        self._let_by: Counter[Lane] = Counter()  # images, ever
 
     def __repr__(self) -> str:
         return f"<Screen {list(self._methods)} with {len(self._verdicts)} verdicts>"
@@ -208,12 +214,18 @@ class Screen:
         verdict = self._verdicts.get((path, client, kind))
         if (
             verdict is not None
-            and now_s < verdict.until_s
-            and deadline_s < verdict.done_s
+            and now_s < verdict.asked_s + FRESH_S
             and (model := verdict.model()) is not None
         ):
-            model.engine.refuse_another(verdict.error, count=verdict.images)
-            return self._refuse(call, model, verdict.images, verdict.status)
+            since = self._let_by[verdict.lane] - verdict.let_by
+            done_s = verdict.asked_s + verdict.forecast.takes_s(since)
+            if min(deadline_s, now_s + verdict.within_s) > done_s:
+                self._note_let_by(verdict.lane, verdict.images)
+                return None
+            if verdict.refusal is not None:
+                error, status = verdict.refusal
+                model.engine.refuse_another(error, count=verdict.images)
+                return self._refuse(call, model, verdict.images, status)
         try:
             work = method.foresee(method.parse(payload))
         except HoraceError:  # it is told on the usual way
@@ -224,31 +236,59 @@ class Screen:
         self, call: Call, work: Work, deadline_s: float, kind: tuple[str, str, bytes]
     ) -> Status | None:
         """Have an engine decide about a call, and remember what it says."""
-        coming = work.model.name, work.model.version, call.client, work.priority
+        lane = work.model.name, work.model.version, call.client, work.priority
+        remember = partial(self._remember, kind, lane, work, call.arrived_s)
+        self._verdicts.pop(kind, None)
         try:
-            work.model.engine.check(
+            forecast = work.model.engine.check(
                 count=work.images,
                 deadline_s=min(deadline_s, call.arrived_s + work.within_s),
                 client=call.client,
                 priority=work.priority,
-                before=self._coming[coming],
+                before=self._coming[lane],
             )
         except (QueueFullError, DeadlineError) as error:
             status = (*to_status(error), retry_metadata(error))
-            if isinstance(error, DeadlineError) and error.needs_s is not None:
+            if isinstance(error, DeadlineError) and error.forecast is not None:
                 error.with_traceback(None)  # whose frames hold the message, and the model
-                if len(self._verdicts) >= MAX_VERDICTS:
-                    self._verdicts.clear()
-                until_s, done_s = call.arrived_s + FRESH_S, call.arrived_s + error.needs_s
-                self._verdicts[kind] = _Verdict(
-                    until_s, done_s, ref(work.model), work.images, error, status
-                )
+                remember(error.forecast, (error, status))
             return self._refuse(call, work.model, work.images, status)
         except HoraceError:  # such as a priority that there is not: told on the usual way
             return None
-        self._coming[coming] += work.images
-        self._burst[coming] += work.images
+        if forecast is not None:
+            remember(forecast, None)
+        self._note_let_by(lane, work.images)
         return None
+
+    def _remember(
+        self,
+        kind: tuple[str, str, bytes],
+        lane: Lane,
+        work: Work,
+        now_s: float,
+        forecast: Forecast,
+        refusal: tuple[DeadlineError, Status] | None,
+    ) -> None:
+        """Remember what an engine has said of a kind of request."""
+        if max(len(self._verdicts), len(self._let_by)) >= MAX_VERDICTS:
+            self._verdicts.clear()
+            self._let_by.clear()
+        self._verdicts[kind] = _Verdict(
+            asked_s=now_s,
+            forecast=forecast,
+            let_by=self._let_by[lane],
+            lane=lane,
+            model=ref(work.model),
+            images=work.images,
+            within_s=work.within_s,
+            refusal=refusal,
+        )
+
+    def _note_let_by(self, lane: Lane, images: int) -> None:
+        """Count images that are in no queue yet."""
+        self._coming[lane] += images
+        self._burst[lane] += images
+        self._let_by[lane] += images
 
     def _refuse(self, call: Call, model: ServedModel, images: int, status: Status) -> Status:
         """Count a call that ends so."""

@@ -27,7 +27,7 @@ from protos import horace_pb2_grpc as pb_grpc
 from serve.answering import Answering, Context
 from serve.catalog import Catalog, ServedCollection, ServedModel
 from serve.combining import count_examples, read_combinations, search_combinations
-from serve.embedding import count_payload, finish, read_images
+from serve.embedding import finish, take_images
 from serve.errors import RETRY_AFTER_S, QueueFullError, RequestError, retry_after_ms
 from serve.job import Embedded
 from serve.operation.observer import Call
@@ -212,7 +212,13 @@ class HoraceServicer(pb_grpc.HoraceServicer):
             self._check_dims(request.dims, model)
             self._check_count("images", len(request.images))
             embedded = await self._compute(
-                model, call, request.images, request.priority, deadline_s, on_admitted
+                model,
+                call,
+                request.images,
+                request.priority,
+                deadline_s,
+                on_admitted,
+                is_unit=not (request.skip_normalize or request.dims),
             )
             call.embedded = embedded
         vectors_ND, statuses = finish(
@@ -239,15 +245,19 @@ class HoraceServicer(pb_grpc.HoraceServicer):
         priority: int,
         deadline_s: float,
         on_admitted: Callable[[], None] | None = None,
+        *,
+        is_unit: bool = False,
     ) -> Embedded:
         """Run images through a model's engine."""
+        taken, payload_bytes = take_images(images)
         return await model.engine.embed(
-            read_images(images),
+            taken,
             count=len(images),
-            payload_bytes=count_payload(images),
+            payload_bytes=payload_bytes,
             deadline_s=deadline_s,
             client=call.client,
             priority=priority,
+            is_unit=is_unit,
             on_admitted=on_admitted,
         )
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import shutil
 import tempfile
 import threading
@@ -60,9 +61,14 @@ log = logging.getLogger("horace.serve")
 BURST = 256
 """Calls that cross into Python at once, at most."""
 
-GATHER_S = 0.01
-"""How long calls gather while some of them are refused. A burst costs more than a refusal: the
-encoder's thread is stopped for it, two others change places, and each finds its caches cold."""
+GATHER_S, GATHER_MOST_S = 0.01, 0.04
+"""How long calls gather while some of them are refused: the least and the most. A burst costs more
+than a refusal: the encoder's thread is stopped for it, two others change places, and each finds
+its caches cold."""
+
+GATHER_SHARE = 0.05
+"""Of the time that the most hurried caller of a burst has left; between the two they gather for
+so long."""
 
 GATHERING = 2
 """Refusals in one burst from which on they gather: one caller in a hurry holds nobody up."""
@@ -123,7 +129,8 @@ class NativeFront:
         self._calls: dict[int, NativeCall] = {}
         self._stopping = False
         self._refused = 0
-        self._is_gathering = False
+        self._least_left_s = 0.0
+        self._gather_s = 0.0
         self._receiver: threading.Thread | None = None
 
     def __repr__(self) -> str:
@@ -230,8 +237,8 @@ class NativeFront:
             while (events := native.recv_batch_details(BURST)) is not None:
                 received_s = time.monotonic()  # what deadlines are left, is counted from now
                 loop.call_soon_threadsafe(self._take, native, loop, events, received_s)
-                if self._is_gathering:
-                    time.sleep(GATHER_S)
+                if self._gather_s:
+                    time.sleep(self._gather_s)
         except Exception:
             if not loop.is_closed():  # without `stop`
                 log.exception("calls are read no more")  # and `alive` says so
@@ -250,9 +257,10 @@ class NativeFront:
         """
         come_to_queues = self._screen.begin_burst()
         waited_s, self._refused = time.monotonic() - received_s, 0
+        self._least_left_s = math.inf
         for event in events:
             self._begin(native, loop, event, waited_s)
-        self._is_gathering = self._refused >= GATHERING
+        self._gather_s = how_long_to_gather(self._refused, self._least_left_s)
         loop.call_soon(come_to_queues)
 
     def _begin(
@@ -271,7 +279,8 @@ class NativeFront:
         try:
             metadata, peer, left_s = details
             if left_s is not None:
-                left_s -= waited_s + self._is_gathering * GATHER_S  # as long for the way back
+                left_s -= waited_s + self._gather_s  # as long for the way back
+                self._least_left_s = min(self._least_left_s, left_s)
             path = self._methods[method_id][0]
             if (refusal := self._refusal(path, left_s)) is not None:
                 code, message = to_status(refusal)
@@ -357,6 +366,18 @@ class NativeFront:
             )
         parse = handler.request_deserializer
         return payload if parse is None else parse(payload)
+
+
+def how_long_to_gather(refused: int, least_left_s: float) -> float:
+    """Say for how many seconds the calls of a burst gather.
+
+    Args:
+        refused: how many of the last burst were.
+        least_left_s: what the most hurried of that had left; infinite where nobody had an end.
+    """
+    if refused < GATHERING:
+        return 0.0
+    return max(GATHER_S, min(GATHER_MOST_S, GATHER_SHARE * least_left_s))
 
 
 def _end(

@@ -188,6 +188,7 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
                 deadline_s=min(deadline_s, call.arrived_s + asked.timeout_s),
                 client=call.client,
                 priority=asked.priority,
+                is_unit=asked.normalize and asked.dims is None,
                 on_admitted=on_admitted,
             )
         head = Head(model.name, model.version, encoder.fingerprint)

@@ -260,9 +260,11 @@ def learnt(
         batcher.admit(ticket)
         batcher.ready(ticket, range(images), now_s)
         now_s += delay_s
-        batch = batcher.decide(now_s).batch
+        batches = []
+        while (batch := batcher.decide(now_s).batch) is not None:
+            batches.append(batch)
         now_s += per_image_s * images + per_batch_s
-        assert batcher.finish(batch, now_s) == [ticket]
+        assert [over for batch in batches for over in batcher.finish(batch, now_s)] == [ticket]
     return now_s
 
 
@@ -288,6 +290,34 @@ def test_what_is_about_to_come_in_counts_against_a_deadline():
     batcher.check(ticket)
     with pytest.raises(DeadlineError, match="for 1 images with 40 before them"):
         batcher.check(ticket, before=40)
+
+
+@pytest.mark.parametrize(("instances", "has_lanes"), [(1, False), (2, False), (2, True)])
+def test_a_forecast_tells_what_it_would_be_with_more_before(instances, has_lanes):
+    """As often as it is asked, what the batcher itself would say then."""
+    batcher = make_batcher(
+        max_held_images=200, max_held_bytes=1000, instances=instances, has_lanes=has_lanes
+    )
+    now_s = learnt(batcher, per_image_s=0.1, per_batch_s=0.03)
+    admitted(batcher, 7, arrived_s=now_s)
+    while batcher.decide(now_s).batch is not None:
+        pass
+    arrived_s = now_s + 0.01
+
+    def ask(left_s, before=0):
+        ticket = Ticket(images=2, arrived_s=arrived_s, deadline_s=arrived_s + left_s)
+        with pytest.raises(DeadlineError) as refusal:
+            batcher.check(ticket, before=before)
+        return refusal.value.forecast
+
+    forecast = ask(0.01)
+    for more in range(40):
+        assert ask(0.01, before=more).takes_s() == pytest.approx(forecast.takes_s(more))
+    assert forecast.takes_s(40) > 2 * forecast.takes_s()
+    enough = Ticket(
+        images=2, arrived_s=arrived_s, deadline_s=arrived_s + 1.0001 * forecast.takes_s()
+    )
+    assert batcher.check(enough).takes_s() == forecast.takes_s()
 
 
 def test_what_runs_already_counts_against_a_deadline():

@@ -50,6 +50,42 @@ def test_a_vector_that_is_not_finite_is_a_status(serving, fake, image):
             assert [status.code for status in result.statuses] == ["not_finite", "ok", "not_finite"]
             assert "the encoder fails on this image" in result.statuses[0].message
             np.testing.assert_array_equal(result.vectors, [[2, 1, 1, 1]])
+            unit = await client.embed([image(1), image(2), image(3)])
+            assert unit.statuses == result.statuses
+            np.testing.assert_array_equal(unit.vectors, finish_vectors(result.vectors))
+
+    asyncio.run(main())
+
+
+def test_in_one_batch_each_request_has_its_vectors_as_it_asked(serving, fake, image, eventually):
+    """Normalised, as they are, or cut; beside one that is not finite, whose request says so."""
+
+    async def main():
+        async with serving(fake) as server, AsyncClient(server.address) as client:
+            encode, engine = fake.encode, server.catalog.model("fake").engine
+            poison = np.array([[1], [1], [1], [np.inf]], np.float32)
+
+            def waiting():
+                return engine.statistics().waiting_images
+
+            fake.encode = lambda images: encode(images) * (poison if len(images) == 4 else 1)
+            fake.gate.clear()
+            first = asyncio.create_task(client.embed([image(9)]))
+            await eventually(fake.entered.is_set)
+            asked = [{}, {"normalize": False}, {"dims": 2}, {}]
+            works = []
+            for n, fields in enumerate(asked, start=1):
+                works.append(asyncio.create_task(client.embed([image(n)], **fields)))
+                await eventually(lambda n=n: waiting() == n)
+            fake.gate.set()
+            await first
+            unit, plain, cut, broken = await asyncio.gather(*works)
+            assert fake.batches[-1] == [1, 2, 3, 4]
+            np.testing.assert_array_equal(plain.vectors, [[2, 1, 1, 1]])
+            raw = np.array([[1, 1, 1, 1], [3, 1, 1, 1]], np.float32)
+            np.testing.assert_array_equal(unit.vectors, finish_vectors(raw[:1]))
+            np.testing.assert_array_equal(cut.vectors, finish_vectors(raw[1:], dims=2))
+            assert [status.code for status in broken.statuses] == ["not_finite"]
 
     asyncio.run(main())
 

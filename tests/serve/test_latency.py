@@ -101,11 +101,11 @@ def test_a_forecast_is_never_negative_and_grows_with_the_batch(batches):
 def test_many_images_take_as_many_batches():
     """Seventy images in batches of 32, on one instance and on two."""
     model = trained(0.001, 0.0)
-    alone_s = model.drain_s(70, batch_images=32, instances=1, now_s=0.0)
+    alone_s = model.speed(0.0).of_batches(70, batch_images=32, instances=1)
     assert alone_s == pytest.approx(0.070, rel=0.1)
-    shared_s = model.drain_s(70, batch_images=32, instances=2, now_s=0.0)
+    shared_s = model.speed(0.0).of_batches(70, batch_images=32, instances=2)
     assert shared_s == pytest.approx(alone_s / 2)
-    few_s = model.drain_s(33, batch_images=32, instances=4, now_s=0.0)
+    few_s = model.speed(0.0).of_batches(33, batch_images=32, instances=4)
     assert few_s >= model.predict_s(32, 0.0), "no request is done before its last batch"
 
 

@@ -20,6 +20,7 @@ from protos import horace_pb2_grpc as pb_grpc
 from serve.answering import REFUSING_S, Answering
 from serve.calls import Calls
 from serve.errors import DeadlineError, RequestError, UnknownNameError
+from serve.forecast import Drain, Forecast, Speed
 from serve.latency import MIN_BATCHES
 from serve.operation.observer import Call, Nobody
 from serve.operation.options import MetricsOptions
@@ -52,6 +53,7 @@ class Engine:
         self.before = []
         self.others = []
         self.error = LATE
+        self.forecast = None
 
     def check(self, *, count, deadline_s, client, priority, before=0):
         """Refuse, or not."""
@@ -59,6 +61,7 @@ class Engine:
         self.asked.append((client, count, priority, deadline_s))
         if self.error is not None:
             raise self.error
+        return self.forecast
 
     def refuse_another(self, error, *, count):
         """Count one more."""
@@ -87,6 +90,7 @@ class Desk:
         parse = pb.EmbedRequest.FromString
         embed = Method(name="Embed", parse=parse, foresee=self.foresee, images_field=2, id_field=6)
         self.screen.add(PATH, embed)
+        self.within_s = math.inf
 
     @property
     def asked(self):
@@ -97,7 +101,12 @@ class Desk:
         """Read a request as a service does; `wrong` is the name of no model."""
         if request.model == "wrong":
             raise UnknownNameError("model")
-        return Work(model=self.model, images=len(request.images), priority=request.priority)
+        return Work(
+            model=self.model,
+            images=len(request.images),
+            priority=request.priority,
+            within_s=self.within_s,
+        )
 
     async def refuse_one(self):
         """Refuse a call on its usual way."""
@@ -124,10 +133,16 @@ def images(*encoded, **fields) -> pb.EmbedRequest:
     return pb.EmbedRequest(images=[pb.Image(encoded=one) for one in encoded], **fields)
 
 
-def late(needs_s: float, **attributes) -> DeadlineError:
+def forecast(takes_s: float, image_s: float = 0.0) -> Forecast:
+    """One of so long, and so much longer for each image more before."""
+    drain = Drain(Speed(image_s, takes_s), batch_images=1 << 20, instances=1, shares=False)
+    return Forecast(drain, images=0, ready=0, begins_s=0.0)
+
+
+def late(takes_s: float, **attributes) -> DeadlineError:
     """What an engine says that would need so long."""
-    error = DeadlineError("deadline", expected=f"{needs_s} s", found="less")
-    error.needs_s = needs_s
+    error = DeadlineError("deadline", expected=f"{takes_s} s", found="less")
+    error.forecast = forecast(takes_s)
     for name, value in attributes.items():
         setattr(error, name, value)
     return error
@@ -203,18 +218,54 @@ def test_what_was_said_of_a_request_holds_for_its_like_for_a_moment(desk):
         {"request": images(b"x", b"y")},
         {"request": images(b"x", model="b")},
         {"peer": "ipv4:10.0.0.8:1234"},
-        {"left_s": 10.0},
-        {"left_s": None},
     ],
 )
 def test_what_was_said_of_a_request_is_nothing_to_others(desk, other):
-    """Of another priority, size, model or caller, or with more time: the engine is asked."""
+    """Of another priority, size, model or caller: the engine is asked."""
     desk.engine.error = late(9.0)
     desk.ask(images(b"x"))
     desk.engine.error = None
     assert desk.ask(images(b"x")) is not None
     assert desk.ask(**other) is None
     assert len(desk.asked) == 2
+
+
+@pytest.mark.parametrize("left_s", [10.0, None])
+def test_who_has_more_time_than_was_said_to_be_needed_is_let_by(desk, left_s):
+    """It comes to its engine, which decides; the others of its kind are refused still."""
+    desk.engine.error = late(9.0)
+    desk.ask()
+    assert desk.ask(left_s=left_s) is None
+    assert desk.ask() is not None
+    assert len(desk.asked) == 1
+
+
+def test_what_was_said_of_who_is_let_by_holds_for_its_like_and_grows_by_each(desk):
+    """Each image takes 100 ms more; the first that has no time is refused in the engine's words."""
+    desk.engine.error, desk.engine.forecast = None, forecast(0.2, image_s=0.1)
+    verdicts = [desk.ask() for _ in range(3)]
+    assert verdicts == [None] * 3
+    assert len(desk.asked) == 1, "0.2, 0.3 and 0.4 s of 0.45"
+    desk.engine.error = late(0.5)
+    first = desk.ask()
+    assert first[1] == "deadline: expected 0.5 s, found less"
+    assert desk.engine.before[1:] == [3]
+    assert desk.ask() == first
+    assert len(desk.asked) == 2
+    desk.engine.error = None
+    assert desk.ask(left_s=0.6) is None
+    assert len(desk.asked) == 2
+    desk.now_s += 1.1 * FRESH_S
+    assert desk.ask() is None
+    assert len(desk.asked) == 3
+
+
+def test_the_time_that_a_request_itself_allows_for_holds_at_the_door(desk):
+    """Without a deadline of its call, too."""
+    desk.within_s = 0.3
+    desk.engine.error, desk.engine.forecast = None, forecast(0.2, image_s=0.1)
+    assert [desk.ask(left_s=None) for _ in range(2)] == [None] * 2
+    assert len(desk.asked) == 2, "the second would take all of its time, so the engine is asked"
 
 
 def test_a_model_that_is_served_no_more_is_kept_by_nobody(desk):

@@ -25,7 +25,7 @@ from serve.client.connection import CHANNEL_OPTIONS
 from serve.errors import StartError
 from serve.front import grpcio, make_front
 from serve.front.grpcio import GrpcioFront
-from serve.front.native import NativeFront
+from serve.front.native import GATHER_MOST_S, GATHER_S, NativeFront, how_long_to_gather
 from serve.front.native_call import NativeCall
 from serve.port import is_loopback
 
@@ -770,3 +770,21 @@ def test_the_folder_of_the_socket_behind_goes_with_the_server(parrot, frontend):
         assert folder is None or not folder.exists()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("refused", "least_left_s", "gather_s"),
+    [
+        (0, 0.5, 0.0),
+        (1, 0.5, 0.0),
+        (2, 0.5, 0.025),
+        (200, 0.5, 0.025),
+        (2, 0.01, GATHER_S),
+        (2, -1.0, GATHER_S),
+        (2, 60.0, GATHER_MOST_S),
+        (2, float("inf"), GATHER_MOST_S),
+    ],
+)
+def test_calls_gather_while_some_are_refused_by_the_most_hurried(refused, least_left_s, gather_s):
+    """A twentieth of what it has left, between 10 and 40 ms."""
+    assert how_long_to_gather(refused, least_left_s) == pytest.approx(gather_s)
