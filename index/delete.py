@@ -1,7 +1,7 @@
 """`python -m index.delete C`: take images out of a collection; it can be searched meanwhile.
 
-Which ones: `--key`, `--id`, `--filter` (`index.filters`), `--list` (a CSV file with a column `id`,
-such as the delete.csv of `index.duplicates`), or several of these together.
+Which ones: `--key`, `--id`, `--filter` (`index.filters`), `--list` (a CSV file with a column `id`
+or `key`, such as the delete.csv of `index.duplicates`), or several of these together.
 
 Rules:
     One key, id or line that is not there, and nothing is deleted: a slip of the pen is found
@@ -35,7 +35,9 @@ from models.errors import UsageError
 SHOWN_KEYS = 10
 """Of a dry run, without --json."""
 
-ID_COLUMN = "id"
+ID_COLUMN, KEY_COLUMN = "id", "key"
+"""Of a list. Ids go before keys; spreadsheets write numbers of 19 digits as others, so that one who
+has saved a list there takes that column out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,8 @@ class DeleteOptions:
     filter: str | None = None
     """Which images to delete, such as "label = 'Coat'"."""
     list: Path | None = None
-    """A CSV file with the ids to delete in its column `id`, as `index.duplicates` writes one."""
+    """A CSV file with what to delete in its column `id`, or without that `key`; such as that of
+    `index.duplicates`."""
     dry_run: bool = False
     """Say what would be deleted, and delete nothing."""
     json: bool = False
@@ -101,7 +104,7 @@ def choose(collection: Collection, options: DeleteOptions) -> NDArray[np.int64]:
     named = [collection.find_key(key) for key in options.key]
     named += options.id
     if options.list is not None:
-        named += _read_list(options.list)
+        named += _read_list(options.list, collection)
     ids_N = np.array(named, np.int64)
     collection.row_numbers(ids_N)
     if options.filter is not None:
@@ -110,20 +113,25 @@ def choose(collection: Collection, options: DeleteOptions) -> NDArray[np.int64]:
     return np.unique(ids_N)
 
 
-def _read_list(file: Path) -> Iterator[int]:
-    """Read the ids of a CSV file.
+def _read_list(file: Path, collection: Collection) -> Iterator[int]:
+    """Read the ids that a CSV file names.
 
     Raises:
         CollectionError: it cannot be read, has no such column, or something else in it; names
             the line.
+        UnknownIdError: a key is not there.
     """
     try:
         with file.open(newline="", encoding="utf-8-sig") as lines:  # spreadsheets write a mark
             reader = csv.DictReader(lines)
-            if ID_COLUMN not in (reader.fieldnames or ()):
-                found = ", ".join(reader.fieldnames or ()) or "nothing"
-                raise _bad_list(f"{file}", f"a column {ID_COLUMN}", found)
+            columns = reader.fieldnames or ()
+            if ID_COLUMN not in columns and KEY_COLUMN not in columns:
+                found = ", ".join(columns) or "nothing"
+                raise _bad_list(f"{file}", f"a column {ID_COLUMN} or {KEY_COLUMN}", found)
             for row in reader:
+                if ID_COLUMN not in columns:
+                    yield collection.find_key(row[KEY_COLUMN] or "")
+                    continue
                 text = row[ID_COLUMN] or ""
                 if not re.fullmatch("[0-9]{1,19}", text) or int(text) >= 1 << 63:
                     where = f"{file}, line {reader.line_num}"
@@ -139,7 +147,7 @@ def _bad_list(where: str, expected: str, found: str) -> CollectionError:
         f"--list {where}",
         expected=expected,
         found=found,
-        mend="give it the delete.csv of `python -m index.duplicates`",
+        mend="give it the delete.csv of `python -m index.duplicates`, or a column key alone",
     )
 
 

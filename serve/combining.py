@@ -152,7 +152,7 @@ def _read_example(
             if (rows := example.vector.vectors.rows) != 1:
                 found = f"expected one vector, found {rows}"
                 return ReadExample(name=name, status=_wrong_query(found))
-            vectors_ND, statuses = read_query_vectors(example.vector, served)
+            vectors_ND, statuses = read_query_vectors(example.vector, served, needs_direction=True)
             if not len(vectors_ND):
                 return ReadExample(name=name, status=statuses[0])
             return ReadExample(name=name, vector_D=vectors_ND[0])

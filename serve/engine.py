@@ -436,7 +436,8 @@ class Engine:
         for part in batch.parts:
             job, end = part.ticket, at + len(part.positions)
             job.vectors_ND[part.positions] = (unit_ND if job.is_unit else rows_ND)[at:end]
-            job.all_finite &= all_finite
+            if not all_finite:
+                job.all_finite = False
             job.queue_s = max(job.queue_s, started_s - part.ready_s)
             at = end
         for job in {part.ticket for part in batch.parts}:

@@ -15,6 +15,7 @@ Shapes: Q queries, K neighbours, D dimensions.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -239,9 +240,14 @@ def select(collection: Collection, filter: str) -> Selection:
 
 
 def read_query_vectors(
-    queries: pb.VectorQueries, served: ServedCollection
+    queries: pb.VectorQueries, served: ServedCollection, *, needs_direction: bool | None = None
 ) -> tuple[NDArray[np.float32], list[pb.ItemStatus]]:
-    """Read query vectors; those without a direction get a status instead.
+    """Read query vectors; those that cannot be searched by get a status instead.
+
+    Args:
+        queries: which say whose vectors they are.
+        served: the collection to search.
+        needs_direction: whether one of zeros is refused; where its metric is cosine if None.
 
     Raises:
         FingerprintMismatchError: another encoder made them.
@@ -271,7 +277,9 @@ def read_query_vectors(
             mend="embed without dims",
         )
     vectors_QD = vectors_from_wire(queries.vectors)
-    statuses = vector_statuses(vectors_QD)
+    if needs_direction is None:
+        needs_direction = served.collection.metric == "cosine"
+    statuses = vector_statuses(vectors_QD, needs_direction=needs_direction)
     return vectors_QD[[status.code == pb.OK for status in statuses]], statuses
 
 
@@ -286,7 +294,7 @@ def search_vectors(
 
     Args:
         collection: where to search.
-        vectors_QD: one row for each status that is OK, of any length but zero.
+        vectors_QD: one row for each status that is OK; for cosines of any length but zero.
         statuses: one a query.
         query: how to search.
         on_piece: see `Query.search`.
@@ -315,18 +323,21 @@ def search_ids(
     return lay_out(collection, found, statuses, query)
 
 
-def vector_statuses(vectors_QD: NDArray[np.float32]) -> list[pb.ItemStatus]:
-    """Say of each query vector whether it has a direction."""
+def vector_statuses(
+    vectors_QD: NDArray[np.float32], *, needs_direction: bool
+) -> list[pb.ItemStatus]:
+    """Say of each query vector whether it can be searched by."""
     norms = np.linalg.norm(vectors_QD.astype(np.float64), axis=1)
-    return [_norm_status(norm) for norm in norms.tolist()]
+    return [_norm_status(norm, needs_direction=needs_direction) for norm in norms.tolist()]
 
 
-def _norm_status(norm: float) -> pb.ItemStatus:
-    """Refuse a vector that has no direction."""
-    if 0 < norm < float("inf"):
+def _norm_status(norm: float, *, needs_direction: bool) -> pb.ItemStatus:
+    """Refuse a vector that is not finite, or has no direction where one is needed."""
+    if math.isfinite(norm) and (norm or not needs_direction):
         return pb.ItemStatus()
     found = "only zeros" if norm == 0 else "values that are not finite"
-    message = f"query vector: expected finite values, not all zero, found {found}"
+    wanted = "finite values, not all zero" if needs_direction else "finite values"
+    message = f"query vector: expected {wanted}, found {found}"
     return pb.ItemStatus(code=pb.WRONG_QUERY, message=message)
 
 

@@ -1,6 +1,6 @@
 """Triton's settings of traces and logs: told to who asks, changed by nobody over the wire.
 
-What a server logs and traces is its operator's matter (`--log`, `--tracing`), and every key
+What a server logs and traces is its operator's matter (`--log-level`, `--tracing`), and every key
 that may embed could otherwise silence the log.
 """
 

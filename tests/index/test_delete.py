@@ -104,11 +104,22 @@ def test_a_list_may_begin_with_the_mark_of_a_spreadsheet(run, path, tmp_path):
     assert key not in keys_of(path)
 
 
+def test_a_list_may_name_keys(run, path, tmp_path):
+    """As a spreadsheet leaves them whole, blanks and commas in them included."""
+    first, second, *others = keys_of(path)
+    file = tmp_path / "list.csv"
+    file.write_text(f'why,key\nblurred,"{first}"\ntwice,{second}\n')
+    assert run(path, "--list", file)[0] == 0
+    assert keys_of(path) == others
+
+
 @pytest.mark.parametrize(
     ("content", "line"),
     [
-        ("key\na\n", "list.csv: expected a column id, found key; give it the delete.csv"),
-        ("", "list.csv: expected a column id, found nothing"),
+        ("name\na\n", "list.csv: expected a column id or key, found name; give it the delete.csv"),
+        ("", "list.csv: expected a column id or key, found nothing"),
+        ("key\na\n", "key 'a': expected a key of the 60"),
+        ("id,key\n4.73E+18,a\n", "line 2: expected an id, found '4.73E+18'"),
         ("id\n12x\n", "list.csv, line 2: expected an id, found '12x'"),
         ("id\n-1\n", "list.csv, line 2: expected an id, found '-1'"),
         ("id\n99999999999999999999\n", "line 2: expected an id, found '99999999999999999999'"),

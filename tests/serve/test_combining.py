@@ -213,7 +213,7 @@ def test_a_bad_example_is_named_and_the_other_queries_are_answered(place, search
 def test_an_example_of_many_vectors_is_refused_unread(monkeypatch):
     """It counts as one of a request's, and may not cost as many as fit into a message."""
 
-    def read(*_):
+    def read(*_, **__):
         raise AssertionError("read")
 
     monkeypatch.setattr("serve.combining.read_query_vectors", read)

@@ -123,8 +123,12 @@ def test_a_model_is_replaced_only_on_request(make_bundle: MakeBundle, tmp_path: 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"instances": 0}, "--instances: expected at least 1, found 0"),
-        ({"queue_delay_us": -1}, "--queue-delay-us: expected at least 0, found -1"),
+        ({"instances": 0}, "--instances: expected 1 to 2147483647, found 0"),
+        (
+            {"max_batch_size": 1 << 31},
+            "--max-batch-size: expected 1 to 2147483647, found 2147483648",
+        ),
+        ({"queue_delay_us": -1}, "--queue-delay-us: expected 0 to 2147483647, found -1"),
         (
             {"tensorrt": True},
             "--tensorrt: expected --device gpu and --backend onnxruntime, found --device cpu and "

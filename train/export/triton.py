@@ -43,6 +43,9 @@ GRAPH_FILE = "model.onnx"
 MODEL_FILE = "model.py"
 SESSIONS_FILE = "horace_sized_sessions.py"
 SITE_PACKAGES = "site-packages"
+MOST = (1 << 31) - 1
+"""What a number of a model's configuration may be: they are int32."""
+
 PYTHON_MODEL = Path(__file__).with_name("triton_model.py")
 
 HEURISTIC = "1"
@@ -99,7 +102,8 @@ class TritonOptions:
         for name, bound in least.items():
             value = getattr(self, name)
             option = f"--{name.replace('_', '-')}"
-            require(value is None or value >= bound, option, f"at least {bound}", value)
+            fits = value is None or bound <= value <= MOST
+            require(fits, option, f"{bound} to {MOST}", value)
         place = f"--device {self.device} and --backend {self.backend}"
         wanted = "--device gpu and --backend onnxruntime"
         require(not self.tensorrt or place == wanted, "--tensorrt", wanted, place)
