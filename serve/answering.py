@@ -135,6 +135,7 @@ class Answering:
                 metadata = retry_metadata(error)
                 if isinstance(error, QueueFullError | DeadlineError):
                     self._refused_s = self.clock()
+                error.with_traceback(None)  # see `answer_in_stream`
             except asyncio.CancelledError:
                 call.code = self._code_of_gone(late_s)
                 raise
@@ -169,6 +170,7 @@ class Answering:
             reply = await work
         except Exception as error:
             call.code, call.message = to_status(error)
+            error.with_traceback(None)  # its frames hold the message, and one of them this
             return refuse(call, error)
         except asyncio.CancelledError:
             call.code = self._code_of_gone(late_s)

@@ -138,7 +138,7 @@ class Batcher(Generic[TicketT]):
             DeadlineError: it cannot be done by its deadline.
         """
         has_end = ticket.deadline_s < math.inf
-        forecast = self._refuse_unmeetable(ticket, before) if has_end else None
+        forecast = self._foresee(ticket, before) if has_end else None
         if not self._room.admits(ticket):
             raise self._full(ticket)
         return forecast
@@ -296,7 +296,7 @@ class Batcher(Generic[TicketT]):
             latency=self._running.latency.statistics(),
         )
 
-    def _refuse_unmeetable(self, ticket: Ticket, before: int) -> Forecast | None:
+    def _foresee(self, ticket: Ticket, before: int) -> Forecast | None:
         """Refuse a newcomer that cannot be done by its deadline; see `check`.
 
         Raises:
@@ -310,10 +310,10 @@ class Batcher(Generic[TicketT]):
         ahead = before + self._backlog.ahead_of(
             ticket, self._room.holding(ticket.client), clients=self._room.clients
         )
-        drain = running.drain(now_s, on_all=running.takes_all(waiting, now_s))
-        begins_s = running.until_idle_s(waiting, now_s) + running.reply.seconds
+        pace = running.pace(now_s, on_all=running.takes_all(waiting, now_s))
+        around_s = running.until_idle_s(waiting, now_s) + running.reply.seconds
         ready = self._queue.images + before + ticket.images
-        forecast = Forecast(drain, ahead + ticket.images, ready, begins_s)
+        forecast = Forecast(pace, ahead + ticket.images, ready, around_s)
         takes_s = forecast.takes_s()
         if left_s > takes_s:
             return forecast
@@ -335,7 +335,7 @@ class Batcher(Generic[TicketT]):
         self._refused += 1
         room, running, now_s = self._room, self._running, ticket.arrived_s
         lacking = room.lacking_images(ticket)
-        takes_s = running.drain(now_s, on_all=running.takes_all(lacking, now_s)).seconds(lacking)
+        takes_s = running.pace(now_s, on_all=running.takes_all(lacking, now_s)).seconds(lacking)
         return QueueFullError(
             "queue",
             expected=f"room for {ticket.images} images and {ticket.held_bytes} bytes",
@@ -410,7 +410,7 @@ class Batcher(Generic[TicketT]):
             takes_s = running.predict_s(images, now_s, on_one_thread=share.on_one_thread)
         else:
             on_all = not share.on_one_thread and running.takes_all(images, now_s)
-            takes_s = running.drain(now_s, on_all=on_all).seconds(images)
+            takes_s = running.pace(now_s, on_all=on_all).seconds(images)
         return now_s + takes_s + running.reply.seconds if takes_s else now_s
 
     def _drop(self, ticket: TicketT) -> None:

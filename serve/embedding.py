@@ -48,9 +48,7 @@ def take_images(images: Sequence[pb.Image]) -> tuple[Iterable[ImageData | ImageE
         (data,) = only = tuple(read_images(images))
         if not isinstance(data, ImageError):
             size = len(data) if isinstance(data, bytes) else data.nbytes
-            if size <= SMALL_BYTES:
-                return only, 2 * size
-        del data, only
+            return only if size <= SMALL_BYTES else read_images(images), 2 * size
     return read_images(images), count_payload(images)
 
 
@@ -76,14 +74,17 @@ def finish(
 ) -> tuple[NDArray[np.float32], list[pb.ItemStatus]]:
     """Cut and normalise vectors; those that cannot be sent as `dtype` get a status instead.
 
+    Vectors that have unit norm already are to be sent as they are.
+
     Returns:
         (N ok, dims) float32, and one status an image.
     """
+    assert not embedded.is_unit or (normalize and dims is None)
     rows = embedded.vectors_ND
     statuses = [OK_STATUS if e is None else image_error_to_wire(e) for e in embedded.errors]
     if not embedded.all_finite:
         rows = _keep(rows, np.isfinite(rows), statuses, NOT_FINITE)
-    if dims is not None or normalize > embedded.is_unit:
+    if dims is not None or (normalize and not embedded.is_unit):
         rows = finish_vectors(rows, dims=dims, normalize=normalize)
     if dtype == "fp16":
         rows = _keep(rows, np.abs(rows) <= MAX_FP16, statuses, OUT_OF_RANGE)

@@ -2,7 +2,7 @@
 
 Rules:
     A request is admitted or refused before anything is done for it: its images are not even
-    read out of the message before there is room for them.
+    read out of the message before there is room for them, but for a small one alone.
     Every change of the batcher is made in `serve.changing`.
     Images are decoded ahead of the queue: `serve.decoding`.
     `Batcher` decides; the threads here do what it says and hold its lock while they ask.
@@ -11,9 +11,12 @@ Rules:
     An encoder whose servers do not answer is not `reachable` until a batch of it has passed.
     A thread that dies in our own policy fails every request held, and the engine says so by
     `alive`: nothing is left waiting.
+    Vectors are normalised, and looked through for what is not finite, by the thread that has
+    computed them, a batch at a time: numpy lets go of the interpreter for that, and on a busy
+    machine the event loop would have to wait for its turn again with every reply.
     Results go back to the event loop a batch at a time: `serve.replies`.
 
-It does not truncate, normalise or pack: that is `models.vectors`.
+It does not truncate or pack: that is `models.vectors`.
 """
 
 from __future__ import annotations
@@ -499,7 +502,8 @@ class Engine:
         expected = (batch.images, self.encoder.dim)
         if rows_ND.shape != expected:
             raise EncoderError("vectors", expected=f"{expected}", found=f"{rows_ND.shape}")
-        return rows_ND
+        with np.errstate(over="ignore"):  # what is infinite then is found
+            return rows_ND.astype(np.float32, copy=False)
 
     def _out_of_order(self) -> UnavailableError:
         """Say that this model computes nothing now; the server may have others."""

@@ -2,7 +2,8 @@
 
 Rules:
     A forecast can be asked what it would be with more images before the request, so that who
-    has it need not ask again for each that comes.
+    has it need not ask again for each that comes. It knows no more than when it was made: not
+    that images which are few now would run in another manner were they many (`serve.lanes`).
     What is not known takes no time: see `serve.latency`, which learns a `Speed`.
 """
 
@@ -43,7 +44,7 @@ UNKNOWN = Speed(0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
-class Drain:
+class Pace:
     """How long what waits takes once an instance is idle.
 
     Attributes:
@@ -79,18 +80,18 @@ class Forecast:
     """How long one request will take.
 
     Attributes:
-        drain: of what waits.
+        pace: of what waits.
         images: its own, and those before them.
         ready: with those behind them that could be in the same batch.
-        begins_s: seconds until an instance is idle, and for the reply.
+        around_s: seconds before and after: until an instance is idle, and for the reply.
     """
 
-    drain: Drain
+    pace: Pace
     images: int
     ready: int
-    begins_s: float
+    around_s: float
 
     def takes_s(self, more: int = 0) -> float:
         """Say how many seconds, were so many images more before it; 0 where that is not known."""
-        drain_s = self.drain.seconds(self.images + more, ready=self.ready + more)
-        return drain_s + self.begins_s if drain_s else 0.0
+        paced_s = self.pace.seconds(self.images + more, ready=self.ready + more)
+        return paced_s + self.around_s if paced_s else 0.0

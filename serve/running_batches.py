@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from typing import Generic
 
-from serve.forecast import Drain
+from serve.forecast import Pace
 from serve.lanes import Share, next_share, takes_all
 from serve.latency import BELIEVED_S, Lag, LatencyModel
 from serve.tickets import Batch, TicketT
@@ -96,7 +96,7 @@ class RunningBatches(Generic[TicketT]):
         batches = images // self._max_batch_images + 2  # one not full, one that runs
         return batches * batch_s + self.reply.seconds
 
-    def drain(self, now_s: float, *, on_all: bool) -> Drain:
+    def pace(self, now_s: float, *, on_all: bool) -> Pace:
         """Say how long what waits takes once an instance is idle.
 
         Args:
@@ -104,11 +104,11 @@ class RunningBatches(Generic[TicketT]):
             on_all: whether it runs on all lanes together.
         """
         if on_all:
-            return Drain(self.on_all.speed(now_s), self._max_batch_images, 1, shares=False)
+            return Pace(self.on_all.speed(now_s), self._max_batch_images, 1, shares=False)
         overdue = sum(overdue_s <= now_s for overdue_s in self._overdue_s.values())
         instances = max(1, self.instances - overdue)
         speed = self.latency.speed(now_s)
-        return Drain(speed, self._max_batch_images, instances, shares=self._has_lanes)
+        return Pace(speed, self._max_batch_images, instances, shares=self._has_lanes)
 
     def until_idle_s(self, waiting: int, now_s: float) -> float:
         """Say for how long no instance will take the first of so many images that wait."""

@@ -7,8 +7,9 @@ Rules:
     The engine decides as it does later, for this caller and this priority. Who is taken in is
     charged and counted where that is always done; a newcomer is no worse off for others.
     What an engine has said of a request holds for the caller's next of the same kind (all but
-    the images, and the name that the caller gave it) for a moment: those that end before they
-    would be answered by that are refused unread, and the others are let by.
+    the images, and the name that the caller gave it) for a moment. Those that end before what
+    was refused would have been answered are refused unread; those that have time even after who
+    was let by since are let by; of the others the engine is asked anew.
     Who is let by comes to its engine a little later, which decides; until then the images of its
     client and priority count as before those that follow, or a burst would be let by together.
     Only a caller that would be let in hears of an engine. One without a key, one that is
@@ -55,6 +56,9 @@ FRESH_S = 0.02
 
 MAX_VERDICTS = 256
 """Kinds of requests of which that is remembered, and lanes of which it is who was let by."""
+
+MAX_KIND_BYTES = 1 << 12
+"""What tells a kind from others; pixels that are no `images_field` would."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,12 +221,12 @@ class Screen:
             and now_s < verdict.asked_s + FRESH_S
             and (model := verdict.model()) is not None
         ):
+            left_s = min(deadline_s, now_s + verdict.within_s) - verdict.asked_s
             since = self._let_by[verdict.lane] - verdict.let_by
-            done_s = verdict.asked_s + verdict.forecast.takes_s(since)
-            if min(deadline_s, now_s + verdict.within_s) > done_s:
+            if left_s > verdict.forecast.takes_s(since):
                 self._note_let_by(verdict.lane, verdict.images)
                 return None
-            if verdict.refusal is not None:
+            if verdict.refusal is not None and left_s <= verdict.forecast.takes_s():
                 error, status = verdict.refusal
                 model.engine.refuse_another(error, count=verdict.images)
                 return self._refuse(call, model, verdict.images, status)
@@ -239,6 +243,9 @@ class Screen:
         lane = work.model.name, work.model.version, call.client, work.priority
         remember = partial(self._remember, kind, lane, work, call.arrived_s)
         self._verdicts.pop(kind, None)
+        if max(len(self._verdicts), len(self._let_by)) >= MAX_VERDICTS:
+            self._verdicts.clear()
+            self._let_by.clear()
         try:
             forecast = work.model.engine.check(
                 count=work.images,
@@ -270,9 +277,8 @@ class Screen:
         refusal: tuple[DeadlineError, Status] | None,
     ) -> None:
         """Remember what an engine has said of a kind of request."""
-        if max(len(self._verdicts), len(self._let_by)) >= MAX_VERDICTS:
-            self._verdicts.clear()
-            self._let_by.clear()
+        if len(kind[-1]) > MAX_KIND_BYTES:
+            return
         self._verdicts[kind] = _Verdict(
             asked_s=now_s,
             forecast=forecast,

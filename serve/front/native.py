@@ -67,8 +67,17 @@ than a refusal: the encoder's thread is stopped for it, two others change places
 its caches cold."""
 
 GATHER_SHARE = 0.05
-"""Of the time that the most hurried caller of a burst has left; between the two they gather for
-so long."""
+"""Of the time that the most hurried caller has left; between the two they gather for so long."""
+
+LEAST_LEFT_S = GATHER_S / GATHER_SHARE
+"""Who has less is in no more of a hurry."""
+
+HURRY_GROWS = 1.1
+"""As many times as long as before the most hurried has left after each burst: one that calls now
+and then is thought of for some twenty bursts."""
+
+GATHER_FORGOTTEN_S = 0.25
+"""After so long without a burst nobody waits for another."""
 
 GATHERING = 2
 """Refusals in one burst from which on they gather: one caller in a hurry holds nobody up."""
@@ -129,7 +138,7 @@ class NativeFront:
         self._calls: dict[int, NativeCall] = {}
         self._stopping = False
         self._refused = 0
-        self._least_left_s = 0.0
+        self._least_left_s = self._taken_s = math.inf
         self._gather_s = 0.0
         self._receiver: threading.Thread | None = None
 
@@ -237,7 +246,7 @@ class NativeFront:
             while (events := native.recv_batch_details(BURST)) is not None:
                 received_s = time.monotonic()  # what deadlines are left, is counted from now
                 loop.call_soon_threadsafe(self._take, native, loop, events, received_s)
-                if self._gather_s:
+                if self._gather_s and len(events) < BURST:
                     time.sleep(self._gather_s)
         except Exception:
             if not loop.is_closed():  # without `stop`
@@ -257,7 +266,10 @@ class NativeFront:
         """
         come_to_queues = self._screen.begin_burst()
         waited_s, self._refused = time.monotonic() - received_s, 0
-        self._least_left_s = math.inf
+        if received_s - self._taken_s > GATHER_FORGOTTEN_S:
+            self._gather_s, self._least_left_s = 0.0, math.inf
+        self._taken_s = received_s
+        self._least_left_s *= HURRY_GROWS
         for event in events:
             self._begin(native, loop, event, waited_s)
         self._gather_s = how_long_to_gather(self._refused, self._least_left_s)
@@ -279,8 +291,9 @@ class NativeFront:
         try:
             metadata, peer, left_s = details
             if left_s is not None:
-                left_s -= waited_s + self._gather_s  # as long for the way back
-                self._least_left_s = min(self._least_left_s, left_s)
+                self._least_left_s = min(self._least_left_s, max(left_s, LEAST_LEFT_S))
+                # as long for the way back
+                left_s -= waited_s + min(self._gather_s, max(GATHER_S, GATHER_SHARE * left_s))
             path = self._methods[method_id][0]
             if (refusal := self._refusal(path, left_s)) is not None:
                 code, message = to_status(refusal)
@@ -373,10 +386,12 @@ def how_long_to_gather(refused: int, least_left_s: float) -> float:
 
     Args:
         refused: how many of the last burst were.
-        least_left_s: what the most hurried of that had left; infinite where nobody had an end.
+        least_left_s: what the most hurried of late had left; infinite where nobody had an end.
     """
     if refused < GATHERING:
         return 0.0
+    if least_left_s == math.inf:
+        return GATHER_S
     return max(GATHER_S, min(GATHER_MOST_S, GATHER_SHARE * least_left_s))
 
 

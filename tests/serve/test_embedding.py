@@ -4,11 +4,15 @@ import asyncio
 import io
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from models.encoder import open_encoder
+from models.errors import ImageError
 from models.vectors import finish_vectors
+from models.wire import image_to_wire
 from serve.client import AsyncClient
+from serve.embedding import SMALL_BYTES, take_images
 
 
 def test_dims_are_cut_before_vectors_are_normalised(serving, make_bundle):
@@ -109,3 +113,30 @@ def test_what_fp16_cannot_hold_is_a_status_and_int8_holds_all(serving, fake, ima
             np.testing.assert_allclose(byte.vectors[:, 0], [70_000, 65_504, 0], rtol=1e-6)
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "is_read"),
+    [([100], True), ([SMALL_BYTES], True), ([SMALL_BYTES + 1], False), ([10, 20], False)],
+)
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_small_image_alone_is_read_at_once_and_counted_as_others_are(sizes, is_read, raw):
+    """Twice its bytes: in the message, and read."""
+    contents = [bytes(range(256)) * (size // 256) + bytes(size % 256) for size in sizes]
+    messages = [
+        image_to_wire(np.frombuffer(content, np.uint8).reshape(-1, 1, 1) if raw else content)
+        for content in contents
+    ]
+    images, payload_bytes = take_images(messages)
+    assert payload_bytes == 2 * sum(sizes)
+    assert isinstance(images, tuple) == is_read
+    assert [bytes(memoryview(image).cast("B")) for image in images] == contents
+
+
+def test_a_broken_image_alone_goes_on_in_its_place():
+    """Its bytes count, since the message holds them."""
+    message = image_to_wire(np.zeros((2, 3, 1), np.uint8))
+    message.raw.height = 5
+    images, payload_bytes = take_images([message])
+    assert [type(image) for image in images] == [ImageError]
+    assert payload_bytes == 12

@@ -797,3 +797,29 @@ def test_vectors_do_not_depend_on_the_batch(make_bundle):
         pool.close()
 
     asyncio.run(main())
+
+
+def test_what_is_not_finite_in_one_batch_of_a_request_is_known_after_the_next(fake, image):
+    """And a request all of whose numbers are finite is known to be that."""
+
+    async def main():
+        async with running(fake, max_batch_images=1) as engine:
+            encode = fake.encode
+            spoil = {1: np.nan}
+            fake.encode = lambda images: encode(images) * spoil.get(images[0, 0, 0, 0], 1.0)
+            assert not (await embed(engine, [image(1), image(2)])).all_finite
+            assert (await embed(engine, [image(2), image(3)])).all_finite
+
+    asyncio.run(main())
+
+
+def test_vectors_of_a_wider_kind_are_looked_at_as_they_are_sent(fake, image):
+    """What float32 does not hold is infinite in it."""
+
+    async def main():
+        async with running(fake) as engine:
+            encode = fake.encode
+            fake.encode = lambda images: encode(images).astype(np.float64) * 1e300
+            assert not (await embed(engine, [image(1)])).all_finite
+
+    asyncio.run(main())

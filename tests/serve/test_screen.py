@@ -20,11 +20,20 @@ from protos import horace_pb2_grpc as pb_grpc
 from serve.answering import REFUSING_S, Answering
 from serve.calls import Calls
 from serve.errors import DeadlineError, RequestError, UnknownNameError
-from serve.forecast import Drain, Forecast, Speed
+from serve.forecast import Forecast, Pace, Speed
+from serve.job import Job
 from serve.latency import MIN_BATCHES
 from serve.operation.observer import Call, Nobody
 from serve.operation.options import MetricsOptions
-from serve.screen import FRESH_S, MAX_BYTES, MAX_VERDICTS, Method, Screen, Work
+from serve.screen import (
+    FRESH_S,
+    MAX_BYTES,
+    MAX_KIND_BYTES,
+    MAX_VERDICTS,
+    Method,
+    Screen,
+    Work,
+)
 from serve.security.buckets import Quota
 from serve.security.guard import Guard
 from serve.security.ring import ApiKey, KeyRing, hash_token
@@ -135,8 +144,8 @@ def images(*encoded, **fields) -> pb.EmbedRequest:
 
 def forecast(takes_s: float, image_s: float = 0.0) -> Forecast:
     """One of so long, and so much longer for each image more before."""
-    drain = Drain(Speed(image_s, takes_s), batch_images=1 << 20, instances=1, shares=False)
-    return Forecast(drain, images=0, ready=0, begins_s=0.0)
+    pace = Pace(Speed(image_s, takes_s), batch_images=1 << 20, instances=1, shares=False)
+    return Forecast(pace, images=0, ready=0, around_s=0.0)
 
 
 def late(takes_s: float, **attributes) -> DeadlineError:
@@ -289,6 +298,35 @@ def test_kinds_of_requests_are_not_remembered_without_end(desk):
     assert len(desk.screen._verdicts) <= MAX_VERDICTS
 
 
+def test_who_lets_by_is_not_remembered_without_end_either(desk):
+    """Callers without a deadline, of however many addresses, while only room is short."""
+    desk.engine.error = None
+    for n in range(3 * MAX_VERDICTS):
+        assert desk.ask(left_s=None, peer=f"ipv6:[::{n:x}]:1") is None
+    assert len(desk.screen._let_by) <= MAX_VERDICTS
+
+
+def test_what_tells_a_kind_is_remembered_where_it_is_short(desk):
+    """Kilobytes that are no image are asked about each time."""
+    desk.engine.error = late(9.0)
+    for name, asked in (("a" * MAX_KIND_BYTES, 2), ("a", 3)):
+        assert [desk.ask(images(b"x", model=name)) is not None for _ in range(2)] == [True] * 2
+        assert len(desk.asked) == asked
+
+
+def test_nobody_is_refused_by_what_was_said_to_less_time(desk):
+    """Those let by have made the others late; who has more than was said is asked about anew."""
+    desk.engine.error = late(0.3)
+    desk.engine.error.forecast = forecast(0.3, image_s=0.1)
+    assert desk.ask(left_s=0.05) is not None
+    assert desk.ask() is None, "0.3 s of 0.45"
+    assert desk.ask() is None, "0.4 s"
+    assert len(desk.asked) == 1
+    desk.engine.error = late(0.5)
+    assert desk.ask()[1] == "deadline: expected 0.5 s, found less"
+    assert len(desk.asked) == 2
+
+
 def test_who_was_let_by_in_a_burst_counts_before_those_that_follow(desk):
     """Of its own client and priority; once the next burst comes, they are in their queues."""
     desk.engine.error = None
@@ -423,6 +461,41 @@ def refused(engine):
 def request_of(*images, **fields) -> pb.EmbedRequest:
     """A request for these pixels."""
     return pb.EmbedRequest(images=[image_to_wire(one) for one in images], **fields)
+
+
+def test_what_a_failed_call_held_waits_for_no_collector(
+    serving, fake, image, eventually, monkeypatch
+):
+    """Neither one that had no time nor one whose batch failed: an error keeps no frames."""
+    monkeypatch.setattr("serve.engine.log.error", lambda *_, **__: None)  # pytest keeps records
+
+    async def main():
+        async with (
+            serving(fake) as server,
+            grpc.aio.insecure_channel(server.address) as channel,
+        ):
+            stub = pb_grpc.HoraceStub(channel)
+            engine = teach(server, batch_s=100.0)
+            for n in range(3):
+                with pytest.raises(grpc.aio.AioRpcError):
+                    await stub.Embed(request_of(image(1)), timeout=50)
+                assert refused(engine) == n + 1
+            fake.failures = [ValueError("broken")] * 3
+            for _ in range(3):
+                with pytest.raises(grpc.aio.AioRpcError):
+                    await stub.Embed(request_of(image(1)))
+            await eventually(lambda: engine.statistics().held_requests == 0)
+            await asyncio.sleep(0.1)
+            left = [one for one in gc.get_objects() if type(one) in (Job, DeadlineError)]
+            assert not [one for one in left if isinstance(one, Job)]
+            assert not [one for one in left if one is not LATE and one.__traceback__]
+
+    gc.collect()
+    gc.disable()
+    try:
+        asyncio.run(main())
+    finally:
+        gc.enable()
 
 
 def test_a_newcomer_and_a_higher_priority_are_not_refused_for_a_bulk_client(

@@ -148,7 +148,7 @@ def test_lengths_count_where_distances_are_compared(place, serving):
             assert ids_of(by_array) == [[id_of(f"{n}.png")] for n in range(6)]
             by_image = await client.search(files[:1], k=1)
             assert ids_of(by_image) == [[id_of("0.png")]]
-            others = np.stack([vectors[0] * 0, vectors[0] * np.inf])
+            others = np.stack([np.zeros_like(vectors[0]), np.full_like(vectors[0], np.inf)])
             nought = await client.search(vectors=others, fingerprint=bundle.fingerprint, k=1)
             assert ids_of(nought) == [[id_of("0.png")], []], "the shortest is the next to zero"
             assert nought.statuses[1].message.endswith(

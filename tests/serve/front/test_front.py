@@ -11,6 +11,7 @@ import time
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import numpy as np
@@ -23,7 +24,7 @@ from protos import horace_pb2 as pb
 from protos import horace_pb2_grpc as pb_grpc
 from serve.client.connection import CHANNEL_OPTIONS
 from serve.errors import StartError
-from serve.front import grpcio, make_front
+from serve.front import grpcio, make_front, native
 from serve.front.grpcio import GrpcioFront
 from serve.front.native import GATHER_MOST_S, GATHER_S, NativeFront, how_long_to_gather
 from serve.front.native_call import NativeCall
@@ -782,9 +783,73 @@ def test_the_folder_of_the_socket_behind_goes_with_the_server(parrot, frontend):
         (2, 0.01, GATHER_S),
         (2, -1.0, GATHER_S),
         (2, 60.0, GATHER_MOST_S),
-        (2, float("inf"), GATHER_MOST_S),
+        (2, float("inf"), GATHER_S),
     ],
 )
 def test_calls_gather_while_some_are_refused_by_the_most_hurried(refused, least_left_s, gather_s):
-    """A twentieth of what it has left, between 10 and 40 ms."""
+    """A twentieth of what it has left, between 10 and 40 ms; 10 where nobody says."""
     assert how_long_to_gather(refused, least_left_s) == pytest.approx(gather_s)
+
+
+class Ends:
+    """A native server that only notes which calls end."""
+
+    def __init__(self):
+        self.ended = []
+
+    def fail(self, call_id, *_):
+        """Note one."""
+        self.ended.append(call_id)
+
+
+class Full:
+    """A screen that refuses whoever has so much time, and keeps what each has."""
+
+    def __init__(self):
+        self.left_s = []
+
+    def begin_burst(self):
+        """Keep nothing."""
+        return lambda: None
+
+    def refuses(self, path, payload, metadata, peer, left_s):
+        """Refuse everybody."""
+        self.left_s.append(left_s)
+        return grpc.StatusCode.DEADLINE_EXCEEDED, "late", ()
+
+
+def test_a_caller_in_a_hurry_is_thought_of_when_bursts_gather(monkeypatch):
+    """Beside callers with seconds; not for good, and not once all have gone."""
+
+    async def main():
+        screen, ends = Full(), Ends()
+        front = make_front("native", max_message_bytes=MAX_BYTES, max_calls=4, screen=screen)
+        front._methods = [("/Parrot/Say", None)]
+        loop, now_s = asyncio.get_running_loop(), 100.0
+        monkeypatch.setattr(native, "time", SimpleNamespace(monotonic=lambda: now_s))
+        ids = iter(range(1 << 20))
+
+        def take(after_s, *left_s):
+            """Bring a burst that comes so long after the last; for how long the next gathers."""
+            nonlocal now_s
+            now_s += after_s
+            calls = [
+                (EVENT_CALL, next(ids), 0, b"", None, ((), "ipv4:192.0.2.1:1", one))
+                for one in left_s
+            ]
+            front._take(ends, loop, calls, now_s)
+            return front._gather_s
+
+        assert take(0.0, 2.0) == 0.0, "one alone holds nobody up"
+        assert take(0.01, 2.0, 2.0) == GATHER_MOST_S
+        assert take(0.04, 2.0, 0.08, 2.0) == pytest.approx(GATHER_S)
+        assert screen.left_s[-2:] == pytest.approx([0.08 - GATHER_S, 2.0 - GATHER_MOST_S])
+        assert GATHER_S < take(0.01, 2.0, 2.0) < 0.012
+        for _ in range(30):
+            take(0.04, 2.0, 2.0)
+        assert take(0.04, 2.0, 2.0) == GATHER_MOST_S
+        assert take(60.0, 0.08) == 0.0
+        assert screen.left_s[-1] == pytest.approx(0.08), "nobody else is about"
+        assert len(ends.ended) == next(ids)
+
+    asyncio.run(main())
