@@ -340,15 +340,27 @@ class Collection:
         Raises:
             UnknownIdError: no image has it.
         """
-        id_ = id_of(key)
-        if self._snapshot.keys_of(np.array([id_])).get(id_) != key:
+        (id_,) = self.find_keys([key])
+        return id_
+
+    def find_keys(self, keys: Sequence[str]) -> list[int]:
+        """Give the ids of images, in one look-up.
+
+        Raises:
+            UnknownIdError: no image has one of these keys; it is named.
+        """
+        ids = [id_of(key) for key in keys]
+        held = self._snapshot.keys_of(np.array(ids, np.int64))
+        for id_, key in zip(ids, keys, strict=True):
+            if held.get(id_) == key:
+                continue
             raise UnknownIdError(
                 f"key {key!r}",
                 expected=f"a key of the {self.count} in collection {self.name}",
                 found="none such",
                 mend=self._shown_key(),
             )
-        return id_
+        return ids
 
     def labels(self) -> list[str | None]:
         """Give the label of every image, in the order of `self.ids`."""

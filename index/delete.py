@@ -17,9 +17,9 @@ import csv
 import json
 import re
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,10 +101,11 @@ def choose(collection: Collection, options: DeleteOptions) -> NDArray[np.int64]:
         FilterError: the filter cannot be read.
         CollectionError: the list cannot be read.
     """
-    named = [collection.find_key(key) for key in options.key]
-    named += options.id
+    ids, keys = list(options.id), list(options.key)
     if options.list is not None:
-        named += _read_list(options.list, collection)
+        listed = ListedImages.read(options.list)
+        ids, keys = ids + listed.ids, keys + listed.keys
+    named = ids + collection.find_keys(keys)
     ids_N = np.array(named, np.int64)
     collection.row_numbers(ids_N)
     if options.filter is not None:
@@ -113,32 +114,41 @@ def choose(collection: Collection, options: DeleteOptions) -> NDArray[np.int64]:
     return np.unique(ids_N)
 
 
-def _read_list(file: Path, collection: Collection) -> Iterator[int]:
-    """Read the ids that a CSV file names.
+@dataclass
+class ListedImages:
+    """What a list names: ids, or where it has none, keys."""
 
-    Raises:
-        CollectionError: it cannot be read, has no such column, or something else in it; names
-            the line.
-        UnknownIdError: a key is not there.
-    """
-    try:
-        with file.open(newline="", encoding="utf-8-sig") as lines:  # spreadsheets write a mark
-            reader = csv.DictReader(lines)
-            columns = reader.fieldnames or ()
-            if ID_COLUMN not in columns and KEY_COLUMN not in columns:
-                found = ", ".join(columns) or "nothing"
-                raise _bad_list(f"{file}", f"a column {ID_COLUMN} or {KEY_COLUMN}", found)
-            for row in reader:
-                if ID_COLUMN not in columns:
-                    yield collection.find_key(row[KEY_COLUMN] or "")
-                    continue
-                text = row[ID_COLUMN] or ""
-                if not re.fullmatch("[0-9]{1,19}", text) or int(text) >= 1 << 63:
-                    where = f"{file}, line {reader.line_num}"
-                    raise _bad_list(where, "an id", repr(text[:80]))
-                yield int(text)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise _bad_list(f"{file}", "a CSV file", str(error)) from error
+    ids: list[int] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        """Read a CSV file.
+
+        Raises:
+            CollectionError: it cannot be read, has no such column, or something else in it; names
+                the line.
+        """
+        listed = cls()
+        try:
+            with file.open(newline="", encoding="utf-8-sig") as lines:  # spreadsheets write a mark
+                reader = csv.DictReader(lines)
+                columns = reader.fieldnames or ()
+                if ID_COLUMN not in columns and KEY_COLUMN not in columns:
+                    found = ", ".join(columns) or "nothing"
+                    raise _bad_list(f"{file}", f"a column {ID_COLUMN} or {KEY_COLUMN}", found)
+                for row in reader:
+                    if ID_COLUMN not in columns:
+                        listed.keys.append(row[KEY_COLUMN] or "")
+                        continue
+                    text = row[ID_COLUMN] or ""
+                    if not re.fullmatch("[0-9]{1,19}", text) or int(text) >= 1 << 63:
+                        where = f"{file}, line {reader.line_num}"
+                        raise _bad_list(where, "an id", repr(text[:80]))
+                    listed.ids.append(int(text))
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise _bad_list(f"{file}", "a CSV file", str(error)) from error
+        return listed
 
 
 def _bad_list(where: str, expected: str, found: str) -> CollectionError:

@@ -140,7 +140,7 @@ class Decoder:
                 job.pixels[n] = self._preprocess(data)
                 good.append(n)
             except ImageError as error:
-                job.errors[n] = error
+                job.errors[n] = error.with_traceback(None)  # whose frames hold the job, and data
         return good, len(positions) - len(good)
 
     def _preprocess(self, data: ImageData | ImageError) -> NDArray[np.uint8]:

@@ -122,7 +122,11 @@ class Whole(_OfUnary):
         """Answer it as a stream of one message; on the wire they are the same."""
 
         async def answer(_: Any, context: Context) -> Any:
-            return await behaviour(await read_message(context), context)
+            try:
+                return await behaviour(await read_message(context), context)
+            except grpc.aio.AbortError as error:  # which grpcio keeps, and that its frames
+                error.with_traceback(None)
+                raise
 
         return grpc.stream_unary_rpc_method_handler, answer
 

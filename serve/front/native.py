@@ -74,7 +74,7 @@ LEAST_LEFT_S = GATHER_S / GATHER_SHARE
 
 HURRY_GROWS = 1.1
 """As many times as long as before the most hurried has left after each burst: one that calls now
-and then is thought of for some twenty bursts."""
+and then is thought of for some fifteen bursts."""
 
 GATHER_FORGOTTEN_S = 0.25
 """After so long without a burst nobody waits for another."""
@@ -242,12 +242,15 @@ class NativeFront:
 
     def _receive(self, native: NativeGrpcFront, loop: asyncio.AbstractEventLoop) -> None:
         """Bring calls to the event loop, a burst at a time, until the server closes."""
+        last_s = -math.inf
         try:
             while (events := native.recv_batch_details(BURST)) is not None:
                 received_s = time.monotonic()  # what deadlines are left, is counted from now
                 loop.call_soon_threadsafe(self._take, native, loop, events, received_s)
-                if self._gather_s and len(events) < BURST:
+                is_fresh = received_s - last_s <= GATHER_FORGOTTEN_S
+                if self._gather_s and is_fresh and len(events) < BURST:
                     time.sleep(self._gather_s)
+                last_s = received_s
         except Exception:
             if not loop.is_closed():  # without `stop`
                 log.exception("calls are read no more")  # and `alive` says so

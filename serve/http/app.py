@@ -197,6 +197,7 @@ class _Routes:
             if not context.is_with_service:  # which would have counted it
                 self._doorman.on_turned_away(code_of(error))
             response = refuse(error)
+            error.with_traceback(None)  # whose frames hold the images, and the task that holds this
         response.headers["x-request-id"] = context.request_id
         if not self._doorman.is_serving():
             response.headers["connection"] = "close"  # the next request goes where it is served

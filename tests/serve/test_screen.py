@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import gc
 import math
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any
 from weakref import ref
 
 import grpc
+import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
@@ -466,7 +467,10 @@ def request_of(*images, **fields) -> pb.EmbedRequest:
 def test_what_a_failed_call_held_waits_for_no_collector(
     serving, fake, image, eventually, monkeypatch
 ):
-    """Neither one that had no time nor one whose batch failed: an error keeps no frames."""
+    """One that had no time, one whose batch failed, one of images that are none.
+
+    An error keeps no frames, which would keep the messages.
+    """
     monkeypatch.setattr("serve.engine.log.error", lambda *_, **__: None)  # pytest keeps records
 
     async def main():
@@ -486,9 +490,18 @@ def test_what_a_failed_call_held_waits_for_no_collector(
                     await stub.Embed(request_of(image(1)))
             await eventually(lambda: engine.statistics().held_requests == 0)
             await asyncio.sleep(0.1)
-            left = [one for one in gc.get_objects() if type(one) in (Job, DeadlineError)]
-            assert not [one for one in left if isinstance(one, Job)]
-            assert not [one for one in left if one is not LATE and one.__traceback__]
+            small = np.zeros((2, 3, 1), np.uint8)
+            wrong = image_to_wire(small)
+            wrong.raw.height = 5
+            for bad in (pb.Image(encoded=b"no image"), wrong):
+                reply = await stub.Embed(pb.EmbedRequest(images=[bad]))
+                assert reply.statuses[0].code != pb.OK
+            await asyncio.sleep(0.1)
+            objects = gc.get_objects()
+            assert not [one for one in objects if type(one) is Job]
+            frames = [one.f_code for one in objects if isinstance(one, FrameType)]
+            kept = [code.co_name for code in frames if "/serve/" in code.co_filename]
+            assert not {"Embed", "_embed", "_decode", "read_images"} & set(kept)
 
     gc.collect()
     gc.disable()

@@ -44,7 +44,7 @@ MODEL_FILE = "model.py"
 SESSIONS_FILE = "horace_sized_sessions.py"
 SITE_PACKAGES = "site-packages"
 MOST = (1 << 31) - 1
-"""What a number of a model's configuration may be: they are int32."""
+"""What a number of a model's configuration may be: most are int32."""
 
 PYTHON_MODEL = Path(__file__).with_name("triton_model.py")
 

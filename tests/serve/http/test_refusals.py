@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import re
+from types import FrameType
 
 import httpx
 import pytest
@@ -471,3 +473,24 @@ def test_callers_cannot_fill_the_log_through_uvicorn(http_serving, fake, caplog)
     finally:
         caplog.handler.removeFilter(limit)
     assert 0 < caplog.text.count("WARNING") <= LINES_PER_S
+
+
+def test_what_a_failed_request_held_waits_for_no_collector(http_serving, fake, png):
+    """Its error keeps no frames, which would keep the images."""
+
+    async def main():
+        async with http_serving(fake) as (_, http):
+            data = {"model": "no such"}
+            for _ in range(3):
+                reply = await http.post("/v1/embed", files=files(png(1)), data=data)
+                assert reply.status_code == 404
+            await asyncio.sleep(0.1)
+            frames = [one.f_code for one in gc.get_objects() if isinstance(one, FrameType)]
+            assert not [code for code in frames if code.co_name in ("_unless_gone", "_embed")]
+
+    gc.collect()
+    gc.disable()
+    try:
+        asyncio.run(main())
+    finally:
+        gc.enable()
