@@ -9,7 +9,6 @@ version 1, `memory.limit_in_bytes`; mallopt(3) of glibc.
 from __future__ import annotations
 
 import ctypes
-import gc
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,9 +23,6 @@ it needs it has, and from which size on a block is the system's own."""
 
 LARGE_BLOCK_BYTES = 256 << 10
 """At 1 MiB resident memory still crept up in the benchmark named below."""
-
-COLLECT_EVERY = 10_000
-"""Objects more than there were; Python 3.11 has 700."""
 
 PAD_BYTES = 1 << 20
 """At 2 MiB resident memory still crept up there, too."""
@@ -52,16 +48,6 @@ def free_memory_bytes(
     )
     left = [limit - _anonymous_bytes(folder) for limit, folder in _limits(root, self_cgroup)]
     return max(0, min([free, *left]))
-
-
-def collect_rarely() -> None:
-    """Have Python look for cycles of garbage after more objects than it does by itself.
-
-    A server has some hundred calls under way, of a few dozen objects each, which it would go
-    through again and again; what they leave is freed without that (`serve.answering`), so that no
-    message waits for it.
-    """
-    gc.set_threshold(COLLECT_EVERY, 10, 10)
 
 
 def settle_memory() -> bool:

@@ -29,7 +29,7 @@ from typing import Any
 
 from models.command import let_go_of_stdout
 from models.errors import reason_of
-from models.memory import collect_rarely, settle_memory
+from models.memory import settle_memory
 from serve.errors import InternalError, UnavailableError
 from serve.server import Server
 
@@ -121,7 +121,6 @@ async def run_server(
         InternalError: the server lived no more, by its own account.
     """
     settle_memory()
-    collect_rarely()
     if not await _start(server, orders.stops):
         return
     reloading = asyncio.create_task(_reload(server, orders.reloads))

@@ -1,14 +1,12 @@
 """Memory as a container has it: its limit, what it holds, and the machine's own."""
 
-import gc
 import subprocess
 import sys
 from pathlib import Path
-from weakref import ref
 
 import pytest
 
-from models.memory import collect_rarely, free_memory_bytes, memory_bytes, settle_memory
+from models.memory import free_memory_bytes, memory_bytes, settle_memory
 
 MEMINFO = "MemTotal: 4000 kB\nMemFree: 1 kB\nMemAvailable: 3000 kB\n"
 PLENTY = "9223372036854771712"
@@ -127,25 +125,3 @@ def test_the_operators_own_setting_of_the_allocator_stands(monkeypatch, name, va
     """Who has set glibc's sizes in the environment knows why."""
     monkeypatch.setenv(name, value)
     assert not settle_memory()
-
-
-def test_garbage_is_looked_for_rarely_and_found():
-    """A thousand objects of a call are no reason; cycles are found all the same, in the end."""
-    usual = gc.get_threshold()
-
-    class Ring:
-        """One that only the collector frees."""
-
-        def __init__(self):
-            self.me = self
-
-    try:
-        collect_rarely()
-        gc.collect(0)
-        lost = ref(Ring())
-        kept = [[] for _ in range(5_000)]
-        assert lost() is not None
-        kept += [[] for _ in range(20_000)]
-        assert lost() is None
-    finally:
-        gc.set_threshold(*usual)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import os
 import signal
@@ -19,14 +18,6 @@ from serve.running import ECHO_S, Orders, announce, orders_by_signal, run_server
 from serve.server import Server
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def collector():
-    """A server settles Python's collector, and the tests that follow have it as it was."""
-    usual = gc.get_threshold()
-    yield
-    gc.set_threshold(*usual)
 
 
 async def hear(orders, *numbers: int) -> list[str]:
