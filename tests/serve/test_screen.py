@@ -499,7 +499,7 @@ def test_what_a_failed_call_held_waits_for_no_collector(
             await asyncio.sleep(0.1)
             objects = gc.get_objects()
             assert not [one for one in objects if type(one) is Job]
-            frames = [one.f_code for one in objects if isinstance(one, FrameType)]
+            frames = [one.f_code for one in objects if type(one) is FrameType]
             kept = [code.co_name for code in frames if "/serve/" in code.co_filename]
             assert not {"Embed", "_embed", "_decode", "read_images"} & set(kept)
 
