@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # One matrix on several BLAS threads that share a busy core waits for them at every step: the
@@ -85,6 +86,15 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Path]]:
     for call in ("replace", "rename"):
         watch(call, "name", lambda _, new: Path(new))
     return asked
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """Keep Python from looking for cycles of garbage, which it may do at any moment, until the end."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture

@@ -464,6 +464,7 @@ def request_of(*images, **fields) -> pb.EmbedRequest:
     return pb.EmbedRequest(images=[image_to_wire(one) for one in images], **fields)
 
 
+@pytest.mark.usefixtures("no_collector")
 def test_what_a_failed_call_held_waits_for_no_collector(
     serving, fake, image, eventually, monkeypatch
 ):
@@ -503,12 +504,7 @@ def test_what_a_failed_call_held_waits_for_no_collector(
             kept = [code.co_name for code in frames if "/serve/" in code.co_filename]
             assert not {"Embed", "_embed", "_decode", "read_images"} & set(kept)
 
-    gc.collect()
-    gc.disable()
-    try:
-        asyncio.run(main())
-    finally:
-        gc.enable()
+    asyncio.run(main())
 
 
 def test_a_newcomer_and_a_higher_priority_are_not_refused_for_a_bulk_client(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +69,7 @@ def gloo_threads() -> list[str]:
     return [name for name in names if "gloo" in name]
 
 
+@pytest.mark.usefixtures("no_collector")
 def test_the_threads_of_the_group_end_before_the_interpreter(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -77,13 +77,9 @@ def test_the_threads_of_the_group_end_before_the_interpreter(
     at_exit: list[Callable[[], object]] = []
     monkeypatch.setattr("train.ranks.atexit", SimpleNamespace(register=at_exit.append))
     monkeypatch.setattr("train.ranks.rendezvous", lambda _: iter([(dist.HashStore(), 0, 1)]))
-    gc.disable()  # which may come by at any moment
-    try:
-        with joined(Ranks(world=2)):
-            HoldsItself()
-        assert gloo_threads()
-        for call in at_exit:
-            call()
-        assert not gloo_threads()
-    finally:
-        gc.enable()
+    with joined(Ranks(world=2)):
+        HoldsItself()
+    assert gloo_threads()
+    for call in at_exit:
+        call()
+    assert not gloo_threads()

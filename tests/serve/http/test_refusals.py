@@ -475,6 +475,7 @@ def test_callers_cannot_fill_the_log_through_uvicorn(http_serving, fake, caplog)
     assert 0 < caplog.text.count("WARNING") <= LINES_PER_S
 
 
+@pytest.mark.usefixtures("no_collector")
 def test_what_a_failed_request_held_waits_for_no_collector(http_serving, fake, png):
     """Its error keeps no frames, which would keep the images."""
 
@@ -488,9 +489,4 @@ def test_what_a_failed_request_held_waits_for_no_collector(http_serving, fake, p
             frames = [one.f_code for one in gc.get_objects() if type(one) is FrameType]
             assert not [code for code in frames if code.co_name in ("_unless_gone", "_embed")]
 
-    gc.collect()
-    gc.disable()
-    try:
-        asyncio.run(main())
-    finally:
-        gc.enable()
+    asyncio.run(main())
