@@ -90,7 +90,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Path]]:
 
 @pytest.fixture
 def no_collector() -> Iterator[None]:
-    """Keep Python from looking for cycles of garbage, which it may do at any moment, until the end."""
+    """Keep Python from looking for cycles of garbage, as it may at any moment, until the end."""
     gc.collect()
     gc.disable()
     yield
